@@ -1,0 +1,263 @@
+"""Every way a request can end badly, as one tree.
+
+Each error knows whose fault it is, the HTTP status, OpenAI's ``type`` and ``code``, whether a
+retry can help (``x-should-retry``, contract 4.4) and whether the upstream may have billed.
+
+::
+
+    GatewayError
+    ├── ClientFault            the request is wrong; never billed, never worth a retry
+    │   ├── InvalidRequest     400  (or the 4xx given)
+    │   ├── BodyTooLarge       413
+    │   ├── UnsupportedMedia   415
+    │   ├── NotServed          404 / 405, no such route
+    │   └── ClientGone         nobody left to answer; never sent
+    ├── TeamFault              the team's key, permissions, limits or money
+    │   ├── InvalidKey         401
+    │   ├── ModelNotAllowed    403
+    │   ├── ModelNotFound      404
+    │   ├── RateLimited        429  a retry helps after `retry_after_seconds`
+    │   └── QuotaExceeded      429  `insufficient_quota`; no retry helps
+    ├── UpstreamFault          the provider, or the way to it
+    │   ├── UpstreamRefused    the provider's own status and body, passed on unchanged; not billed
+    │   ├── UpstreamUnavailable 503  surely not billed (class N of money.md 8.1)
+    │   ├── UpstreamAccount    503  the owner's key or account is refused; not billed
+    │   ├── UpstreamUnknown    502/504  something was sent and the outcome is unknown (class U)
+    │   └── UpstreamBroken     502/504  a 200 was seen, then it broke (class B)
+    └── GatewayFault           our own stores or limits
+        ├── LedgerUnavailable  503
+        ├── Overloaded         503
+        └── Internal           500
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+
+class Evidence(StrEnum):
+    """Was it billed? The only question a failed upstream call leaves (money.md 8.1)."""
+
+    NOT_BILLED = "not_billed"
+    UNKNOWN = "unknown"
+    BILLED = "billed"
+
+
+class GatewayError(Exception):
+    """An error with an answer. ``str(error)`` is the message the client reads: no secrets in it.
+
+    ``reason`` is the label of the metric and of the log line, from a closed list.
+    """
+
+    status: int = 500
+    type: str = "server_error"
+    code: str = "internal_error"
+    reason: str = "internal"
+    should_retry: bool | None = None
+    """None: leave it to the SDK's own rule for the status."""
+    evidence: Evidence = Evidence.NOT_BILLED
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        status: int | None = None,
+        reason: str | None = None,
+        should_retry: bool | None = None,
+        retry_after_seconds: float | None = None,
+        close: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_seconds = retry_after_seconds
+        self.close = close
+        if code is not None:
+            self.code = code
+        if status is not None:
+            self.status = status
+        if reason is not None:
+            self.reason = reason
+        if should_retry is not None:
+            self.should_retry = should_retry
+
+    def body(self) -> dict[str, object]:
+        """The answer in OpenAI's shape (contract 4.1)."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+class ClientFault(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_request"
+    reason = "invalid_request"
+    should_retry = False
+
+
+class InvalidRequest(ClientFault):
+    """The request breaks a rule that this gateway keeps. ``code`` says which."""
+
+
+class BodyTooLarge(ClientFault):
+    status = 413
+    code = "request_too_large"
+    reason = "body_too_large"
+
+
+class UnsupportedMedia(ClientFault):
+    status = 415
+    code = "unsupported_media_type"
+    reason = "unsupported_media"
+
+
+class NotServed(ClientFault):
+    status = 404
+    code = "unknown_url"
+    reason = "not_served"
+
+
+class ClientGone(ClientFault):
+    """The client left. Nothing can be answered; ``stage`` is the label of the metric."""
+
+    status = 499
+    code = "client_gone"
+    reason = "client_gone"
+
+    def __init__(self, stage: str) -> None:
+        super().__init__(f"The client left ({stage}).")
+        self.stage = stage
+
+
+class TeamFault(GatewayError):
+    status = 403
+    type = "invalid_request_error"
+    should_retry: bool | None = False
+
+
+class InvalidKey(TeamFault):
+    status = 401
+    code = "invalid_api_key"
+    reason = "auth_failed"
+
+
+class ModelNotAllowed(TeamFault):
+    status = 403
+    code = "model_not_allowed"
+    reason = "model_denied"
+
+
+class ModelNotFound(TeamFault):
+    status = 404
+    code = "model_not_found"
+    reason = "model_not_found"
+
+
+class RateLimited(TeamFault):
+    """Too many requests or images a minute, or too many at once. Nothing was taken."""
+
+    status = 429
+    type = "requests"
+    code = "rate_limit_exceeded"
+    reason = "rate_limited"
+    should_retry = None
+
+
+class QuotaExceeded(TeamFault):
+    """A hard budget has no room for the most this call could cost. Nothing was taken."""
+
+    status = 429
+    type = "insufficient_quota"
+    code = "insufficient_quota"
+    reason = "insufficient_quota"
+
+
+class UpstreamFault(GatewayError):
+    status = 502
+    type = "server_error"
+    code = "upstream_error"
+    reason = "upstream"
+
+
+class UpstreamRefused(UpstreamFault):
+    """The provider said no before any work: its status, body and retry advice, unchanged."""
+
+    reason = "upstream_4xx"
+
+    def __init__(
+        self,
+        status: int,
+        content_type: str,
+        content: bytes,
+        *,
+        code: str,
+        headers: tuple[tuple[str, str], ...] = (),
+        reason: str | None = None,
+    ) -> None:
+        super().__init__(
+            f"The upstream answered {status}.", status=status, code=code, reason=reason
+        )
+        self.content_type = content_type
+        self.content = content
+        self.headers = headers
+
+
+class UpstreamUnavailable(UpstreamFault):
+    status = 503
+    code = "upstream_unavailable"
+    reason = "upstream_unavailable"
+
+
+class UpstreamAccount(UpstreamFault):
+    """The gateway owner's key or account was refused: never shown as the team's fault."""
+
+    status = 503
+    code = "upstream_account_refused"
+    reason = "upstream_account"
+    should_retry = False
+
+
+class UpstreamUnknown(UpstreamFault):
+    """Bytes were written and no answer proves what became of them. A retry could pay twice."""
+
+    code = "upstream_outcome_unknown"
+    reason = "upstream_unknown"
+    should_retry = False
+    evidence = Evidence.UNKNOWN
+
+
+class UpstreamBroken(UpstreamFault):
+    """A success was announced and then not delivered. It has probably been billed."""
+
+    code = "upstream_bad_response"
+    reason = "upstream_bad_response"
+    should_retry = False
+    evidence = Evidence.BILLED
+
+
+class GatewayFault(GatewayError):
+    status = 503
+
+
+class LedgerUnavailable(GatewayFault):
+    code = "ledger_unavailable"
+    reason = "ledger_unavailable"
+
+
+class Overloaded(GatewayFault):
+    code = "overloaded"
+    reason = "overloaded"
+
+
+class Internal(GatewayFault):
+    status = 500
+    code = "internal_error"
+    reason = "internal"

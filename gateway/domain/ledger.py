@@ -1,0 +1,206 @@
+"""The two-phase ledger: hold, then post, void or expire (money.md 3).
+
+::
+
+              reserve (fits)                  settle(actual)
+    none ───────────────────► HELD ──────────────────────────► POSTED
+                               │ void(proof)                      ▲
+                               ├──────────────► VOIDED ◄──┐       │ settle(actual)
+                               │ expire        void(proof)│       │
+                               └──────────────► EXPIRED ──┴───────┘
+
+An EXPIRED hold is posted at its bound: the picture has probably been bought. A later truth
+corrects it. Every call is keyed by the request's id and may be repeated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+
+from gateway.domain.call import Operation, Usage
+from gateway.domain.money import Money
+from gateway.domain.quota import Limit, Period
+
+
+class State(StrEnum):
+    HELD = "H"
+    POSTED = "P"
+    VOIDED = "V"
+    EXPIRED = "X"
+
+
+class Basis(StrEnum):
+    """Where the cost came from; the value of ``x-cost-basis``."""
+
+    USAGE = "usage"
+    ESTIMATED = "estimated"
+    NONE = "none"
+
+
+class Outcome(StrEnum):
+    DELIVERED = "delivered"
+    REPLAYED = "replayed"
+    """Answered from the cache: nothing was bought."""
+    REFUSED = "refused"
+    """Surely not billed."""
+    BROKEN = "broken"
+    """Something was bought, but the answer was no picture (empty data, HTML, error after a
+    partial image)."""
+    UNKNOWN = "unknown"
+
+
+class Event(StrEnum):
+    SETTLE = "settle"
+    VOID = "void"
+    EXPIRE = "expire"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One account a call draws on, in the period it was reserved in.
+
+    ``account`` names the balance row: ``team:growth|d|2026-11-22``.
+    """
+
+    limit: Limit
+    period: Period
+
+    @property
+    def account(self) -> str:
+        return f"{self.limit.scope}:{self.limit.owner}|{self.period.label}"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a reservation asks for. ``bound`` is the most the call can cost, in nano-dollars.
+
+    ``fingerprint`` guards the idempotency key against another body. ``lease_ends`` is when a
+    sweep may expire the hold.
+    """
+
+    rid: str
+    team: str
+    key_id: str
+    model: str
+    operation: Operation
+    upstream: str
+    images: int
+    bound: Money
+    lines: tuple[Line, ...]
+    at: datetime
+    lease_ends: datetime
+    price_id: str = ""
+    fingerprint: str = ""
+    idempotency_key: str | None = None
+    worker: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Balance:
+    """An account in nano-dollars: ``posted`` is spent, ``pending`` is held by running calls."""
+
+    posted: Money = 0
+    pending: Money = 0
+
+    @property
+    def used(self) -> Money:
+        return self.posted + self.pending
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The claim is held, durably. ``balances`` are of its lines, in their order, this one in."""
+
+    rid: str
+    balances: tuple[Balance, ...] = ()
+    duplicate: bool = False
+    """The same rid was reserved before; nothing was taken twice."""
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    """``line`` has no room; nothing was taken. ``balance`` is without this call."""
+
+    line: Line
+    balance: Balance
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """The idempotency key belongs to another call of the team: ``rid``, in ``state``."""
+
+    rid: str
+    state: State
+    same_fingerprint: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """How a call ended and what it owes, in nano-dollars. ``images`` were delivered."""
+
+    rid: str
+    event: Event
+    outcome: Outcome
+    basis: Basis
+    cost: Money = 0
+    usage: Usage = field(default_factory=Usage)
+    images: int = 0
+    flags: tuple[str, ...] = ()
+    """A closed list: ``unpriced``, ``no_usage``, ``invalid_usage``, ``over_bound``, ``soft``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A reservation as the ledger has it after an event; the first final answer wins.
+
+    ``cost`` is what is posted. ``applied`` is False where the event was a repeat.
+    """
+
+    rid: str
+    state: State
+    bound: Money
+    cost: Money
+    applied: bool
+    balances: tuple[Balance, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A call answered from the cache, for the books: no money moves, ``avoided`` is counted."""
+
+    rid: str
+    team: str
+    key_id: str
+    model: str
+    operation: Operation
+    images: int
+    avoided: Money
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class UsageRow:
+    """What one team, key and model did on one UTC day. Money is nano-dollars.
+
+    ``unresolved`` counts the expired holds among ``requests``, whose cost is their bound.
+    Requests that were voided count nowhere.
+    """
+
+    day: str
+    team: str
+    key_id: str
+    model: str
+    requests: int = 0
+    images: int = 0
+    cached_requests: int = 0
+    text_in: int = 0
+    image_in: int = 0
+    text_out: int = 0
+    image_out: int = 0
+    cost: Money = 0
+    avoided: Money = 0
+    unresolved: int = 0
+    unresolved_cost: Money = 0
+    flagged: int = 0

@@ -1,0 +1,114 @@
+"""A limit is a bounded account. A call states its demand once, in every unit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta, tzinfo
+from enum import StrEnum
+
+from gateway.domain.money import Money
+
+
+class Unit(StrEnum):
+    REQUESTS = "requests"
+    IMAGES = "images"
+    SLOTS = "slots"
+    MONEY = "money"
+
+
+class Window(StrEnum):
+    """Over what an account adds up. NOW is what runs at this moment."""
+
+    NOW = "now"
+    MINUTE = "minute"
+    DAY = "day"
+    MONTH = "month"
+
+
+class Scope(StrEnum):
+    TEAM = "team"
+    KEY = "key"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """At most ``amount`` of ``unit`` in ``window`` for one owner; None is counted, not limited."""
+
+    scope: Scope
+    owner: str
+    unit: Unit
+    window: Window
+    amount: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What one call needs, in every unit. Money is the bound, in nano-dollars."""
+
+    requests: int = 1
+    images: int = 0
+    slots: int = 1
+    money: Money = 0
+
+    def of(self, unit: Unit) -> int:
+        return {
+            Unit.REQUESTS: self.requests,
+            Unit.IMAGES: self.images,
+            Unit.SLOTS: self.slots,
+            Unit.MONEY: self.money,
+        }[unit]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A limit after a look at it: how much is left, and in how long it is whole again."""
+
+    limit: Limit
+    remaining: int
+    reset_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """The gate let the call in. ``degraded`` is set when a local gate stood in for the shared."""
+
+    standings: tuple[Standing, ...] = ()
+    degraded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """The gate refused, and took nothing. ``wait_seconds`` None: it can never fit (n > limit)."""
+
+    limit: Limit
+    wait_seconds: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Period:
+    """One window of money: a label that is part of the account's name, and its end (UTC).
+
+    Nothing is ever reset: a new period is a new label (money.md 6b).
+    """
+
+    window: Window
+    label: str
+    ends: datetime
+
+
+def period(window: Window, instant: datetime, zone: tzinfo = UTC) -> Period:
+    """The day or month that ``instant`` (aware) falls in, as people in ``zone`` count it.
+
+    Labels are ``d|2026-11-22`` and ``m|2026-11``.
+    """
+    local = instant.astimezone(zone).date()
+    if window is Window.DAY:
+        return Period(window, f"d|{local.isoformat()}", _midnight(local + timedelta(days=1), zone))
+    if window is Window.MONTH:
+        following = date(local.year + local.month // 12, local.month % 12 + 1, 1)
+        return Period(window, f"m|{local:%Y-%m}", _midnight(following, zone))
+    raise ValueError(f"{window} is not a window of money")
+
+
+def _midnight(day: date, zone: tzinfo) -> datetime:
+    return datetime.combine(day, time(), tzinfo=zone).astimezone(UTC)

@@ -1,0 +1,103 @@
+"""Who asks: teams, their keys, and what each may do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from gateway.domain.money import Money
+from gateway.domain.quota import Limit, Scope, Unit, Window
+
+ANY_MODEL = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Rates, concurrency and dollars; None is no limit. Dollars are nano-dollars and hard."""
+
+    requests_per_minute: int | None = None
+    images_per_minute: int | None = None
+    concurrent_requests: int | None = None
+    budget_day: Money | None = None
+    budget_month: Money | None = None
+    max_cost_per_request: Money | None = None
+
+    def of(self, scope: Scope, owner: str) -> tuple[Limit, ...]:
+        """These limits as bounded accounts of ``owner``. Money always has its two accounts, also
+        without a limit, so that a budget set tomorrow knows what was spent today."""
+        rates = (
+            (Unit.REQUESTS, Window.MINUTE, self.requests_per_minute),
+            (Unit.IMAGES, Window.MINUTE, self.images_per_minute),
+            (Unit.SLOTS, Window.NOW, self.concurrent_requests),
+        )
+        money = (
+            (Unit.MONEY, Window.DAY, self.budget_day),
+            (Unit.MONEY, Window.MONTH, self.budget_month),
+        )
+        return tuple(
+            Limit(scope, owner, unit, window, amount)
+            for unit, window, amount in rates
+            if amount is not None
+        ) + tuple(Limit(scope, owner, unit, window, amount) for unit, window, amount in money)
+
+    @property
+    def has_budget(self) -> bool:
+        return self.budget_day is not None or self.budget_month is not None
+
+
+@dataclass(frozen=True, slots=True)
+class Team:
+    """A group that shares keys, limits and a cache. ``id`` is its name: ``growth``."""
+
+    id: str
+    models: frozenset[str] = frozenset({ANY_MODEL})
+    limits: Limits = field(default_factory=Limits)
+    cache_enabled: bool = True
+    disabled: bool = False
+    declared: bool = False
+    """Owned by the configuration file; commands may not change it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A secret's public half. ``id`` is logged and listed; the secret is nowhere."""
+
+    id: str
+    team: str
+    name: str = ""
+    models: frozenset[str] | None = None
+    """None: whatever the team may use."""
+    limits: Limits = field(default_factory=Limits)
+    created: datetime | None = None
+    expires: datetime | None = None
+    disabled: bool = False
+    revoked: datetime | None = None
+    declared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """A known key and its team: who stands at the door."""
+
+    team: Team
+    key: Key
+
+    def may_use(self, model: str) -> bool:
+        """Whether both the team and the key allow the model's configured name."""
+        allowed = (self.team.models, self.key.models)
+        return all(names is None or ANY_MODEL in names or model in names for names in allowed)
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """Every account a call of this caller draws on: the key's, then the team's."""
+        key = self.key.limits.of(Scope.KEY, self.key.id)
+        return key + self.team.limits.of(Scope.TEAM, self.team.id)
+
+    @property
+    def max_cost_per_request(self) -> Money | None:
+        bounds = (self.key.limits.max_cost_per_request, self.team.limits.max_cost_per_request)
+        return min((bound for bound in bounds if bound is not None), default=None)
+
+    @property
+    def has_budget(self) -> bool:
+        return self.key.limits.has_budget or self.team.limits.has_budget

@@ -1,0 +1,225 @@
+"""What the house needs from outside: every Protocol, in the order of a request's life.
+
+A port says what is promised; who keeps the promise is chosen in ``app.py``. Every store port has
+one contract suite in ``tests/contract/`` that each implementation passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Protocol
+
+from gateway.domain.call import Usage
+from gateway.domain.ledger import (
+    Balance,
+    Claim,
+    Claimed,
+    Denied,
+    Entry,
+    Held,
+    Line,
+    Replay,
+    Settlement,
+    UsageRow,
+)
+from gateway.domain.money import Money
+from gateway.domain.quota import Demand, Grant, Limit, Refusal
+from gateway.domain.team import Key, Team
+
+
+class Clock(Protocol):
+    """The one source of time."""
+
+    def now(self) -> datetime:
+        """The instant, aware, in UTC."""
+
+    def monotonic(self) -> float:
+        """Seconds that never go back, for durations and deadlines."""
+
+
+class Directory(Protocol):
+    """Teams and keys that commands made; those declared in the file never come here.
+
+    Secrets never come here either: a key is found by the HMAC digest of its secret.
+    Raises ``LedgerUnavailable`` when the store cannot be read.
+    """
+
+    async def find_key(self, digest: bytes) -> tuple[Team, Key] | None:
+        """The key with this digest and its team, whatever their state; None if unknown."""
+
+    async def teams(self) -> list[Team]: ...
+
+    async def keys(self, team: str | None = None) -> list[Key]: ...
+
+    async def create_team(self, team: Team) -> None:
+        """Raises ``AlreadyExists``."""
+
+    async def update_team(self, team: Team) -> None:
+        """Replaces a team's models, limits and switches. Raises ``NotKnown``."""
+
+    async def create_key(self, key: Key, digest: bytes) -> None:
+        """Raises ``AlreadyExists`` for the id or the digest, ``NotKnown`` for the team."""
+
+    async def revoke_key(self, key_id: str, at: datetime) -> Key:
+        """Revoking twice keeps the first date. Raises ``NotKnown``."""
+
+    async def ping(self) -> None: ...
+
+
+class AlreadyExists(Exception):
+    """A team or a key of that name is there already."""
+
+
+class NotKnown(Exception):
+    """There is no team or key of that name."""
+
+
+class Gate(Protocol):
+    """Rates and concurrency: fast and forgettable."""
+
+    async def take(self, rid: str, limits: Sequence[Limit], demand: Demand) -> Grant | Refusal:
+        """Takes the demand against every limit, or nothing. Money limits are not looked at.
+
+        Requests and images a minute are GCRA with a burst of one minute's amount; slots are held
+        until ``release``. The same rid again takes nothing twice. Never raises for a store that is
+        away: a local gate stands in and the grant says ``degraded``.
+        """
+
+    async def release(self, rid: str, limits: Sequence[Limit]) -> None:
+        """Gives the slots back. Repeating it is harmless."""
+
+    async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
+        """Gives everything back, rates too: for a call that the ledger refused."""
+
+    async def ping(self) -> None:
+        """Raises when the store behind it does not answer."""
+
+    async def aclose(self) -> None: ...
+
+
+class Ledger(Protocol):
+    """Money: durable and exact. Each call returns only when what it says is on disk.
+
+    Raises ``LedgerUnavailable`` when that cannot be promised; the call may be repeated.
+    """
+
+    async def reserve(self, claim: Claim) -> Held | Denied | Claimed: ...
+
+    async def settle(self, settlement: Settlement) -> Entry:
+        """Applies SETTLE, VOID or EXPIRE by the table of money.md 3. Idempotent by rid."""
+
+    async def replay(self, replay: Replay) -> None:
+        """Counts a cached answer. Not awaited by the client's answer, not durable before it."""
+
+    async def sweep(self, now: datetime, limit: int = 100) -> list[Entry]:
+        """Expires the holds whose lease ended before ``now``, oldest first."""
+
+    async def balances(self, lines: Sequence[Line]) -> list[Balance]: ...
+
+    async def usage(self, since: str | None = None, until: str | None = None) -> list[UsageRow]:
+        """Rows by day, team, key and model, between two days (``2026-11-22``, inclusive)."""
+
+    async def open_holds(self) -> int: ...
+
+    async def unresolved(self) -> Money:
+        """What is posted only because its outcome is unknown, in nano-dollars."""
+
+    async def ping(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A kept answer in its JSON form: what it says of itself, and its bytes.
+
+    ``chunks`` is in memory (shared, never changed). ``image_spans`` are the spans of each
+    picture's base64 inside the body, quotes excluded. ``cost`` is what it cost when it was
+    bought, in nano-dollars.
+    """
+
+    chunks: tuple[bytes, ...]
+    meta: CachedMeta
+
+
+@dataclass(frozen=True, slots=True)
+class CachedMeta:
+    stored_at: datetime
+    cost: Money
+    images: int
+    model_served: str
+    upstream: str
+    content_type: str = "application/json"
+    image_spans: tuple[tuple[int, int], ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    size_bytes: int = 0
+    size: str = ""
+    quality: str = ""
+    price_id: str = ""
+
+
+class Cache(Protocol):
+    """Exact results, by fingerprint. A store that is away is a miss, never an error."""
+
+    async def get(self, key: str) -> Cached | None: ...
+
+    async def put(self, key: str, cached: Cached, ttl_seconds: float) -> None: ...
+
+    async def delete(self, key: str) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One request to an upstream, without its credentials: the origin's client adds those.
+
+    ``path`` is below the upstream's base URL. ``body`` is read once; ``length`` is its size in
+    bytes, known because a request is taken in whole before it is sent on.
+    """
+
+    method: str
+    path: str
+    headers: tuple[tuple[str, str], ...]
+    body: AsyncIterator[bytes] | None = None
+    length: int = 0
+
+
+class Reply(Protocol):
+    """An upstream's answer, its body still arriving."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Names in lower case. Content encodings are already undone."""
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives. Raises ``UpstreamBroken`` where it is cut or late."""
+
+    async def aclose(self) -> None:
+        """Gives the connection back, or drops it when the body was not read to its end."""
+
+
+class Upstream(Protocol):
+    """One configured provider account: its origin, its keys, its deadlines."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def provider(self) -> str:
+        """Whose price list applies."""
+
+    @property
+    def ready(self) -> bool:
+        """False where it has no key: it is off."""
+
+    async def send(self, outgoing: Outgoing) -> Reply:
+        """Raises ``UpstreamUnavailable`` when surely nothing was sent, ``UpstreamUnknown`` once
+        a byte may have left and no answer came."""
+
+    async def aclose(self) -> None: ...
