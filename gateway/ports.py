@@ -6,7 +6,7 @@ one contract suite in ``tests/contract/`` that each implementation passes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -132,32 +132,33 @@ class Ledger(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Cached:
-    """A kept answer in its JSON form: what it says of itself, and its bytes.
+class CachedMeta:
+    """What a kept answer says of itself.
 
-    ``chunks`` is in memory (shared, never changed). ``image_spans`` are the spans of each
-    picture's base64 inside the body, quotes excluded. ``cost`` is what it cost when it was
-    bought, in nano-dollars.
+    ``image_spans`` are where each picture's base64 lies in the body, quotes excluded; ``cost`` is
+    what the answer cost when it was bought, in nano-dollars.
     """
 
-    chunks: tuple[bytes, ...]
-    meta: CachedMeta
-
-
-@dataclass(frozen=True, slots=True)
-class CachedMeta:
     stored_at: datetime
     cost: Money
     images: int
     model_served: str
     upstream: str
-    content_type: str = "application/json"
+    size_bytes: int
     image_spans: tuple[tuple[int, int], ...] = ()
     usage: Usage = field(default_factory=Usage)
-    size_bytes: int = 0
     size: str = ""
     quality: str = ""
     price_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Cached:
+    """A kept answer in its JSON form, byte for byte. ``chunks`` may be called more than once;
+    what it yields survives an eviction that happens meanwhile."""
+
+    meta: CachedMeta
+    chunks: Callable[[], AsyncIterator[bytes]]
 
 
 class Cache(Protocol):
@@ -165,9 +166,14 @@ class Cache(Protocol):
 
     async def get(self, key: str) -> Cached | None: ...
 
-    async def put(self, key: str, cached: Cached, ttl_seconds: float) -> None: ...
+    async def put(
+        self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
+    ) -> None:
+        """Keeps an answer. Nothing is visible to ``get`` before the last chunk is stored."""
 
     async def delete(self, key: str) -> None: ...
+
+    async def ping(self) -> None: ...
 
     async def aclose(self) -> None: ...
 
