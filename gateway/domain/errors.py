@@ -32,6 +32,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
 
 from __future__ import annotations
 
+import json
 from enum import StrEnum
 
 
@@ -83,16 +84,16 @@ class GatewayError(Exception):
         if should_retry is not None:
             self.should_retry = should_retry
 
-    def body(self) -> dict[str, object]:
-        """The answer in OpenAI's shape (contract 4.1)."""
-        return {
-            "error": {
-                "message": self.message,
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
+    @property
+    def content(self) -> bytes:
+        """The answer's body in OpenAI's shape (contract 4.1)."""
+        described = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
         }
+        return json.dumps({"error": described}, separators=(",", ":")).encode()
 
 
 class ClientFault(GatewayError):
@@ -195,7 +196,6 @@ class UpstreamRefused(UpstreamFault):
     def __init__(
         self,
         status: int,
-        content_type: str,
         content: bytes,
         *,
         code: str,
@@ -205,9 +205,12 @@ class UpstreamRefused(UpstreamFault):
         super().__init__(
             f"The upstream answered {status}.", status=status, code=code, reason=reason
         )
-        self.content_type = content_type
-        self.content = content
+        self._content = content
         self.headers = headers
+
+    @property
+    def content(self) -> bytes:
+        return self._content
 
 
 class UpstreamUnavailable(UpstreamFault):

@@ -1,0 +1,74 @@
+"""The secrets that teams carry: how they are made, recognised and stored.
+
+``igw_<env>_<id>_<secret>_<crc>``: the prefix is for secret scanners, the id is public and logged,
+the checksum names a typo without a look-up. What is stored is an HMAC under the pepper: the
+secret is random, so stretching would add nothing but load (reliability.md 5.2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import zlib
+from typing import NamedTuple
+
+PREFIX = "igw_"
+MIN_SECRET_CHARS = 20
+
+_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_ID_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
+_ID_CHARS = 10
+_SECRET_CHARS = 32
+_CRC_CHARS = 6
+
+
+class Minted(NamedTuple):
+    """A new key. ``secret`` is shown once and kept nowhere."""
+
+    id: str
+    secret: str
+
+
+def mint(env: str = "live") -> Minted:
+    """A new key of about 190 bits, from the system's random source."""
+    key_id = "".join(secrets.choice(_ID_ALPHABET) for _ in range(_ID_CHARS))
+    body = "".join(secrets.choice(_ALPHABET) for _ in range(_SECRET_CHARS))
+    head = f"{PREFIX}{env}_{key_id}_{body}"
+    return Minted(key_id, f"{head}_{_checksum(head)}")
+
+
+def is_mistyped(secret: str) -> bool:
+    """Whether it looks like a key of ours whose checksum does not fit: only improves a text."""
+    head, _, check = secret.rpartition("_")
+    return secret.startswith(PREFIX) and not hmac.compare_digest(
+        check.encode(), _checksum(head).encode()
+    )
+
+
+def digest(pepper: bytes, secret: str) -> bytes:
+    """What is stored and looked up in place of the secret: HMAC-SHA256 under the pepper."""
+    return hmac.digest(pepper, secret.encode("utf-8", "surrogateescape"), hashlib.sha256)
+
+
+def declared_id(key_digest: bytes) -> str:
+    """The public id of a key that the configuration declares: stable, and tells nothing."""
+    number = int.from_bytes(key_digest[:8], "big")
+    return _digits(number, _ID_ALPHABET, _ID_CHARS)
+
+
+def tail(secret: str) -> str:
+    """The last four characters of a long secret, for the text of a refusal."""
+    return secret[-4:] if len(secret) >= MIN_SECRET_CHARS else ""
+
+
+def _checksum(head: str) -> str:
+    return _digits(zlib.crc32(head.encode("utf-8", "surrogateescape")), _ALPHABET, _CRC_CHARS)
+
+
+def _digits(number: int, alphabet: str, count: int) -> str:
+    digits = []
+    for _ in range(count):
+        number, digit = divmod(number, len(alphabet))
+        digits.append(alphabet[digit])
+    return "".join(reversed(digits))

@@ -1,0 +1,84 @@
+"""What happened and what it cost: one receipt a request, and how the client got its answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from gateway.domain.call import Usage
+from gateway.domain.ledger import Basis, Outcome
+from gateway.domain.money import Money
+
+
+class CacheResult(StrEnum):
+    """The value of ``x-cache`` and of the metric's label."""
+
+    HIT = "hit"
+    MISS = "miss"
+    OFF = "off"
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Seconds. ``upstream_first_byte`` is until the status line, ``first_image`` until the first
+    picture of a stream was whole; 0 where it never came to that."""
+
+    reading: float = 0.0
+    reserving: float = 0.0
+    upstream_first_byte: float = 0.0
+    first_image: float = 0.0
+    upstream: float = 0.0
+    settling: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """One request, as metrics, the log line and the books see it. Empty text where not known:
+    a request refused at the door has no model, one with an unknown key has no team.
+
+    ``model`` is the name asked for, ``model_label`` its bounded form for metrics, ``reason`` why
+    it was refused or failed (a closed list), and money is nano-dollars.
+    """
+
+    rid: str
+    operation: str
+    status: int
+    team: str = ""
+    key_id: str = ""
+    model: str = ""
+    model_label: str = ""
+    model_served: str = ""
+    upstream: str = ""
+    upstream_rid: str = ""
+    upstream_status: int = 0
+    stream: bool = False
+    cache: CacheResult = CacheResult.OFF
+    outcome: Outcome | None = None
+    basis: Basis = Basis.NONE
+    cost: Money = 0
+    bound: Money = 0
+    avoided: Money = 0
+    images_asked: int = 0
+    images: int = 0
+    usage: Usage = field(default_factory=Usage)
+    flags: tuple[str, ...] = ()
+    reason: str = ""
+    code: str = ""
+    price_id: str = ""
+    bytes_in: int = 0
+    timings: Timings = field(default_factory=Timings)
+    degraded: bool = False
+    posted: bool = True
+    """False where the ledger could not be told: the sweep will post the bound."""
+    prompt: str | None = None
+    """Only where the operator asked for prompts in the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """How the answer left. ``gone`` is the stage at which the client left, or empty."""
+
+    status: int
+    bytes_out: int
+    seconds: float
+    gone: str = ""

@@ -1,0 +1,140 @@
+"""What an event does to a hold: the table of money.md 3 as one pure function.
+
+Every ledger store reads a hold, asks here what moves, and writes exactly that; so no two stores
+can disagree about money. Nothing here knows where the numbers are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+from gateway.domain.ledger import Basis, Event, Outcome, Replay, Settlement, State
+from gateway.domain.money import Money
+
+KEY_LIFETIME = timedelta(hours=24)
+"""How long an idempotency key stands for its first call, counted from ``Claim.at``."""
+
+DOUBTFUL = frozenset({"unpriced", "no_usage", "invalid_usage", "over_bound"})
+"""The flags that say a cost may be wrong; ``soft`` alone says only that the bound was a guess."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """What an event changes. ``pending`` and ``posted`` are added to every account of the hold.
+
+    ``cost`` is what is posted for the hold afterwards. All amounts are nano-dollars. Where
+    ``applied`` is False nothing moves and the first answer stands.
+    """
+
+    state: State
+    cost: Money
+    pending: Money = 0
+    posted: Money = 0
+    applied: bool = True
+
+
+def transition(state: State, event: Event, bound: Money, cost: Money, new_cost: Money) -> Move:
+    """Moves a hold of ``bound``, with ``cost`` posted so far, by ``event``.
+
+    ``new_cost`` is what the call did cost; only SETTLE looks at it, because a void owes nothing
+    and an expiry owes the bound.
+    """
+    match state, event:
+        case State.HELD, Event.SETTLE:
+            return Move(State.POSTED, new_cost, pending=-bound, posted=new_cost)
+        case State.HELD, Event.VOID:
+            return Move(State.VOIDED, 0, pending=-bound)
+        case State.HELD, Event.EXPIRE:
+            return Move(State.EXPIRED, bound, pending=-bound, posted=bound)
+        case State.EXPIRED, Event.SETTLE:
+            return Move(State.POSTED, new_cost, posted=new_cost - cost)
+        case State.EXPIRED, Event.VOID:
+            return Move(State.VOIDED, 0, posted=-cost)
+        case _:
+            return Move(state, cost, applied=False)
+
+
+def contradicts(state: State, event: Event, cost: Money, new_cost: Money) -> bool:
+    """Whether a repeat names another amount than the final answer that stands: an alarm.
+
+    A void says that nothing is owed. An expiry knows nothing, so it contradicts nothing.
+    """
+    if state not in (State.POSTED, State.VOIDED) or event is Event.EXPIRE:
+        return False
+    return (new_cost if event is Event.SETTLE else 0) != cost
+
+
+class Counts(NamedTuple):
+    """What is added to one row of the daily roll-up, in the order of ``UsageRow``'s columns."""
+
+    requests: int = 0
+    images: int = 0
+    cached_requests: int = 0
+    text_in: int = 0
+    image_in: int = 0
+    text_out: int = 0
+    image_out: int = 0
+    cost: Money = 0
+    avoided: Money = 0
+    unresolved: int = 0
+    unresolved_cost: Money = 0
+    flagged: int = 0
+
+    def plus(self, other: Counts) -> Counts:
+        return Counts(*(mine + its for mine, its in zip(self, other, strict=True)))
+
+    def minus(self, other: Counts) -> Counts:
+        return Counts(*(mine - its for mine, its in zip(self, other, strict=True)))
+
+
+def counted(state: State, cost: Money, settlement: Settlement, flags: Collection[str]) -> Counts:
+    """What a hold in ``state`` contributes to its day, given the settlement that put it there.
+
+    A running call and a voided one count nowhere. An expired one counts as a request of unknown
+    outcome at its bound: pictures and tokens only count once somebody has seen them.
+    """
+    flagged = int(not DOUBTFUL.isdisjoint(flags))
+    if state is State.EXPIRED:
+        return Counts(requests=1, cost=cost, unresolved=1, unresolved_cost=cost, flagged=flagged)
+    if state is State.POSTED:
+        return Counts(
+            requests=1,
+            images=settlement.images,
+            text_in=settlement.usage.text_in,
+            image_in=settlement.usage.image_in,
+            text_out=settlement.usage.text_out,
+            image_out=settlement.usage.image_out,
+            cost=cost,
+            flagged=flagged,
+        )
+    return Counts()
+
+
+def correction(
+    before: State, cost: Money, flags: Collection[str], move: Move, settlement: Settlement
+) -> Counts:
+    """What the daily roll-up must gain for ``move``: the new contribution less the old one.
+
+    ``cost`` and ``flags`` are the hold's before the move. Only HELD, which counts nothing, and
+    EXPIRED, which counts no pictures, can still move, so the old settlement is not needed.
+    """
+    now = counted(move.state, move.cost, settlement, settlement.flags)
+    return now.minus(counted(before, cost, settlement, flags))
+
+
+def counted_replay(replay: Replay) -> Counts:
+    """What an answer from the cache adds to its day: no money but the cost it avoided."""
+    return Counts(requests=1, images=replay.images, cached_requests=1, avoided=replay.avoided)
+
+
+def expiry(rid: str, bound: Money) -> Settlement:
+    """What a sweep says of a hold whose lease is over."""
+    return Settlement(rid, Event.EXPIRE, Outcome.UNKNOWN, Basis.ESTIMATED, cost=bound)
+
+
+def usage_day(at: datetime) -> str:
+    """The UTC day that a call is counted in, ``2026-11-22``; ``at`` is when it was reserved."""
+    return at.astimezone(UTC).date().isoformat()

@@ -1,0 +1,268 @@
+"""Bytes on their way: kept in memory while the process has room, then in a file.
+
+One kind of keeper serves both directions. A request's body is written whole, then read for the
+upstream (perhaps twice, with edits). An answer is written as it arrives and *published* as far as
+it may be seen: a JSON answer all at once when it is verified and settled, a stream event by event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import BinaryIO, ParamSpec, TypeVar, cast
+
+from gateway.domain.call import Edit, Span
+from gateway.domain.errors import Overloaded
+
+READ_BYTES = 256 * 1024
+
+
+class Room:
+    """The bytes that all spools of a process may hold: in memory, and beyond that on disk."""
+
+    def __init__(self, memory_bytes: int, disk_bytes: int, folder: Path) -> None:
+        self.memory_bytes = memory_bytes
+        self.disk_bytes = disk_bytes
+        self.folder = folder
+        self.memory_used = 0
+        self.disk_used = 0
+
+    def take_memory(self, count: int) -> bool:
+        if self.memory_used + count > self.memory_bytes:
+            return False
+        self.memory_used += count
+        return True
+
+    def take_disk(self, count: int) -> None:
+        """Raises ``Overloaded`` when the quota of the spool folder is used up."""
+        if self.disk_used + count > self.disk_bytes:
+            raise Overloaded(
+                "The gateway holds as many pictures as it has room for. Nothing was lost; "
+                "try again in a few seconds.",
+                retry_after_seconds=5,
+            )
+        self.disk_used += count
+
+    def give_back(self, memory: int, disk: int) -> None:
+        self.memory_used -= memory
+        self.disk_used -= disk
+
+
+class Spool:
+    """Append-only bytes with one writer and any number of readers.
+
+    ``memory_limit`` is what this spool alone may hold in memory; over it, or when the room of the
+    process is used up, everything moves to a nameless file, so that a killed process leaves none.
+    """
+
+    def __init__(self, room: Room, memory_limit: int | None = None) -> None:
+        self._room = room
+        self._limit = room.memory_bytes if memory_limit is None else memory_limit
+        self._chunks: list[bytes] = []
+        self._starts: list[int] = []
+        self._file: BinaryIO | None = None
+        self._written = 0
+        self._published = 0
+        self._in_memory = 0
+        self._on_disk = 0
+        self._readers = 0
+        self._finished = False
+        self._closed = False
+        self._news = asyncio.Event()
+
+    @property
+    def length(self) -> int:
+        """Bytes written so far."""
+        return self._written
+
+    @property
+    def published(self) -> int:
+        """Bytes that followers may see."""
+        return self._published
+
+    @property
+    def spilled(self) -> bool:
+        return self._file is not None
+
+    async def write(self, chunk: bytes) -> None:
+        """Keeps ``chunk``. Raises ``Overloaded`` when neither memory nor disk has room."""
+        if not chunk:
+            return
+        fits = self._written + len(chunk) <= self._limit
+        if self._file is None and fits and self._room.take_memory(len(chunk)):
+            self._in_memory += len(chunk)
+            self._starts.append(self._written)
+            self._chunks.append(chunk)
+        else:
+            await self._write_to_file(chunk)
+        self._written += len(chunk)
+
+    async def _write_to_file(self, chunk: bytes) -> None:
+        room = self._room
+        if self._file is None:
+            room.take_disk(self._written)
+            self._on_disk = self._written
+            file = _nameless_file(room.folder)
+            try:
+                await _in_thread(_write_all, file.fileno(), self._chunks, 0)
+            except BaseException:
+                file.close()
+                raise
+            self._file = file
+            self._chunks, self._starts = [], []
+            room.give_back(self._in_memory, 0)
+            self._in_memory = 0
+        room.take_disk(len(chunk))
+        self._on_disk += len(chunk)
+        await _in_thread(_write_all, self._file.fileno(), [chunk], self._written)
+
+    def publish(self, upto: int | None = None) -> None:
+        """Lets followers see the bytes before ``upto`` (default: all that is written)."""
+        self._published = max(self._published, self._written if upto is None else upto)
+        self._wake()
+
+    def finish(self) -> None:
+        """No more will be written or published: followers end at what is published."""
+        self._finished = True
+        self._wake()
+
+    def forget_unpublished(self) -> None:
+        """Drops what was written beyond the published mark: an event that never ended."""
+        while self._chunks and self._starts[-1] >= self._published:
+            self._starts.pop()
+            dropped = len(self._chunks.pop())
+            self._in_memory -= dropped
+            self._room.give_back(dropped, 0)
+        if self._chunks:
+            keep = self._published - self._starts[-1]
+            dropped = len(self._chunks[-1]) - keep
+            self._chunks[-1] = self._chunks[-1][:keep]
+            self._in_memory -= dropped
+            self._room.give_back(dropped, 0)
+        self._written = self._published
+
+    def _wake(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    async def follow(self) -> AsyncIterator[bytes]:
+        """What is published, from the first byte, as it is published, until ``finish``."""
+        self._readers += 1
+        try:
+            position = 0
+            while True:
+                news = self._news
+                while position < self._published:
+                    chunk = await self._read(position, self._published)
+                    position += len(chunk)
+                    yield chunk
+                if self._finished and position >= self._published:
+                    return
+                if news is self._news:
+                    await news.wait()
+        finally:
+            self._leave()
+
+    async def slice(self, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+        """The bytes ``[start, end)``, published or not; ``end`` defaults to all written now."""
+        stop = self._written if end is None else end
+        self._readers += 1
+        try:
+            while start < stop:
+                chunk = await self._read(start, stop)
+                start += len(chunk)
+                yield chunk
+        finally:
+            self._leave()
+
+    async def _read(self, start: int, end: int) -> bytes:
+        if self._file is not None:
+            count = min(READ_BYTES, end - start)
+            chunk = await _in_thread(os.pread, self._file.fileno(), count, start)
+            if not chunk:
+                raise OSError("a spool file is shorter than what was written to it")
+            return chunk
+        index = bisect_right(self._starts, start) - 1
+        chunk, offset = self._chunks[index], start - self._starts[index]
+        if offset == 0 and len(chunk) <= end - start:
+            return chunk
+        return chunk[offset : offset + end - start]
+
+    def _leave(self) -> None:
+        self._readers -= 1
+        if self._closed and self._readers == 0:
+            self._free()
+
+    def close(self) -> None:
+        """Gives memory and file back, at once or when the last reader is done."""
+        if not self._closed:
+            self._closed = True
+            if self._readers == 0:
+                self._free()
+
+    def _free(self) -> None:
+        self._room.give_back(self._in_memory, self._on_disk)
+        self._in_memory = self._on_disk = 0
+        self._chunks, self._starts = [], []
+        if self._file is not None:
+            self._file.close()
+
+
+def _nameless_file(folder: Path) -> BinaryIO:
+    return cast(BinaryIO, tempfile.TemporaryFile(dir=folder, buffering=0))
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Like ``asyncio.to_thread``, but never leaves the thread behind when it is cancelled: the
+    descriptor it works on may be closed, and its number given to another file, right after."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait({work})
+        raise
+
+
+def _write_all(descriptor: int, chunks: Sequence[bytes], offset: int) -> None:
+    for chunk in chunks:
+        view = memoryview(chunk)
+        while view:
+            written = os.pwrite(descriptor, view, offset)
+            offset += written
+            view = view[written:]
+
+
+def edited_length(length: int, edits: Sequence[Edit]) -> int:
+    """The length of a body after its edits."""
+    return length + sum(len(edit.content) - (edit.span.end - edit.span.start) for edit in edits)
+
+
+async def edited(spool: Spool, edits: Sequence[Edit]) -> AsyncIterator[bytes]:
+    """A body with its edits spliced in; every other byte is as it came."""
+    position = 0
+    for edit in sorted(edits, key=lambda edit: edit.span.start):
+        async for chunk in spool.slice(position, edit.span.start):
+            yield chunk
+        if edit.content:
+            yield edit.content
+        position = edit.span.end
+    async for chunk in spool.slice(position):
+        yield chunk
+
+
+async def spliced(spool: Spool, pieces: Sequence[bytes | Span]) -> AsyncIterator[bytes]:
+    """Literal bytes and spans of a spool, one after the other."""
+    for piece in pieces:
+        if isinstance(piece, Span):
+            async for chunk in spool.slice(piece.start, piece.end):
+                yield chunk
+        elif piece:
+            yield piece

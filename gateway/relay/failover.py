@@ -1,0 +1,168 @@
+"""Was it billed? The table of money.md 8.1, read from an upstream's status and error body.
+
+Only this table decides what a failed call owes, and whether another attempt could ever be right.
+The answers a team sees follow from it: an error that is the owner's (a revoked key, an empty
+account) never looks like the team's, and what may have been bought is never retried by an SDK.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from gateway.domain.errors import (
+    Evidence,
+    GatewayError,
+    UpstreamAccount,
+    UpstreamBroken,
+    UpstreamFault,
+    UpstreamRefused,
+    UpstreamUnknown,
+)
+
+ERROR_BODY_BYTES = 256 * 1024
+"""An error's body is read this far; what is longer is no API's error."""
+
+BILLING_CODES = frozenset(
+    {
+        "insufficient_quota",
+        "credit_balance_exhausted",
+        "organization_spend_limit_exceeded",
+        "project_spend_limit_exceeded",
+        "organization_usage_limit_exceeded",
+        "billing_hard_limit_reached",
+    }
+)
+EDGE_STATUSES = frozenset({408, 502, 504, *range(520, 531)})
+"""A proxy in front of the provider gave up waiting: the provider may have gone on."""
+
+RETRY_HEADERS = ("retry-after", "retry-after-ms")
+
+
+def refusal(status: int, headers: Mapping[str, str], body: bytes, upstream: str) -> GatewayError:
+    """The error that an upstream's answer other than 200 amounts to.
+
+    ``headers`` have lower-case names. The error's ``evidence`` says what the call owes.
+    """
+    error = _api_error(body)
+    if 300 <= status < 400:
+        return UpstreamFault(
+            f"The upstream {upstream} answered with a redirect, which is not followed. Nothing was "
+            "bought. Ask the gateway's operator to correct its base_url.",
+            code="upstream_redirect",
+            reason="upstream_redirect",
+            should_retry=False,
+        )
+    if status in (401, 402, 403):
+        return UpstreamAccount(
+            f"The upstream {upstream} refused this gateway's own account ({status}). Your key and "
+            "request are fine, and nothing was charged. The gateway's operator has to act.",
+            reason="upstream_auth",
+        )
+    if status == 429 and error is not None and str(error.get("code")) in BILLING_CODES:
+        return UpstreamAccount(
+            f"This gateway's account at the upstream {upstream} has run out of money or reached "
+            "its limit. Your team's budget is fine, and nothing was charged. The gateway's "
+            "operator has to act.",
+            code="upstream_account_exhausted",
+            reason="upstream_account_exhausted",
+        )
+    if status in EDGE_STATUSES or (status >= 500 and error is None):
+        return UpstreamUnknown(
+            f"Something between this gateway and the upstream {upstream} gave up ({status}). The "
+            "picture may have been made and paid for, so this is not retried for you.",
+            status=504,
+            reason="upstream_edge",
+        )
+    if status >= 500:
+        return _passed_on(status, headers, body, error, "upstream_5xx")
+    if status >= 400:
+        reason = "upstream_429" if status == 429 else "upstream_4xx"
+        return _passed_on(status, headers, body, error, reason)
+    return UpstreamBroken(
+        f"The upstream {upstream} answered {status}, which is no answer to this call.",
+    )
+
+
+def error_in_success(error: object, upstream: str) -> GatewayError:
+    """A 200 whose body is an error: mapped to the status it should have had; not billed."""
+    described: Mapping[str, Any] = error if isinstance(error, dict) else {"message": error}
+    kind, code = str(described.get("type")), str(described.get("code"))
+    if code in BILLING_CODES:
+        return refusal(429, {}, _as_body(described), upstream)
+    if kind in ("invalid_request_error", "image_generation_user_error") or code.startswith(
+        ("moderation", "invalid", "content_policy", "unknown_parameter")
+    ):
+        status = 400
+    elif code in ("rate_limit_exceeded", "slow_down"):
+        status = 429
+    else:
+        status = 502
+    refused = _passed_on(status, {}, _as_body(described), described, "upstream_200_error")
+    if status == 502:
+        refused.should_retry = False
+    return refused
+
+
+def _passed_on(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    error: Mapping[str, Any] | None,
+    reason: str,
+) -> UpstreamRefused:
+    if error is None:
+        body = _as_body({"message": _plain_message(status, body), "type": "upstream_error"})
+        error = {}
+    kept = tuple((name, headers[name]) for name in RETRY_HEADERS if name in headers)
+    code = error.get("code")
+    if code == "moderation_blocked":
+        reason = "moderation"
+    refused = UpstreamRefused(
+        status,
+        body,
+        code=code if isinstance(code, str) else f"http_{status}",
+        headers=kept,
+        reason=reason,
+    )
+    refused.should_retry = None
+    return refused
+
+
+def _api_error(body: bytes) -> Mapping[str, Any] | None:
+    """The ``error`` object of an API's error body, or None for anything else."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(document, dict):
+        return None
+    error = document.get("error")
+    if isinstance(error, dict):
+        return error
+    return {"message": error} if isinstance(error, str) else None
+
+
+def _plain_message(status: int, body: bytes) -> str:
+    """What an upstream that does not speak OpenAI's errors had to say: ``detail``, mostly."""
+    try:
+        document = json.loads(body)
+    except (ValueError, RecursionError):
+        document = None
+    detail = document.get("detail") if isinstance(document, dict) else None
+    if isinstance(detail, str):
+        return detail[:1000]
+    if detail is not None:
+        return json.dumps(detail)[:1000]
+    return f"The upstream answered {status} without an error body."
+
+
+def _as_body(error: Mapping[str, Any]) -> bytes:
+    shaped = {"message": "", "type": "server_error", "param": None, "code": None} | dict(error)
+    return json.dumps({"error": shaped}, separators=(",", ":")).encode()
+
+
+def owes_nothing(error: GatewayError) -> bool:
+    """Whether the error proves that nothing was billed."""
+    return error.evidence is Evidence.NOT_BILLED

@@ -1,0 +1,117 @@
+"""A call on its way to the outside, in a task of its own that no client can cancel.
+
+The client *watches* its flight. If the client leaves, the flight goes on: what is being bought is
+read to its end, booked, and kept in the cache for whoever asks next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.domain.errors import ClientGone, GatewayError
+from gateway.domain.receipt import Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The beginning of an answer, once it may be sent. ``length`` is None for a stream; ``body``
+    is called once."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    length: int | None
+    body: Callable[[], AsyncIterator[bytes]]
+
+
+class Client:
+    """Whether the client is still there; told by the door, read by the flight."""
+
+    def __init__(self) -> None:
+        self.gone = asyncio.Event()
+
+    def leave(self) -> None:
+        self.gone.set()
+
+
+class Flight:
+    """One running call: its head when there is one, its receipt when all is over."""
+
+    def __init__(self, rid: str, client: Client) -> None:
+        self.rid = rid
+        self.client = client
+        self._head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
+        self._task: asyncio.Task[Receipt] | None = None
+
+    def start(self, run: Coroutine[Any, Any, Receipt]) -> asyncio.Task[Receipt]:
+        """``run`` never raises for what can go wrong with a call: it answers and returns."""
+        self._task = asyncio.get_running_loop().create_task(run, name=f"flight {self.rid}")
+        self._task.add_done_callback(self._ended)
+        return self._task
+
+    def _ended(self, task: asyncio.Task[Receipt]) -> None:
+        if not self._head.done():
+            error = None if task.cancelled() else task.exception()
+            self._head.set_exception(error or asyncio.CancelledError())
+            self._head.exception()
+
+    def answer(self, head: Head) -> None:
+        """Lets the client have the beginning of the answer."""
+        if not self._head.done():
+            self._head.set_result(head)
+
+    def refuse(self, error: GatewayError) -> None:
+        """Lets the client have an error in place of an answer."""
+        if not self._head.done():
+            self._head.set_exception(error)
+            # A client that left never asks: that is no fault to be reported.
+            self._head.exception()
+
+    @property
+    def answered(self) -> bool:
+        return self._head.done()
+
+    async def head(self) -> Head:
+        """Waits as long as the client does. Raises the flight's error, or ``ClientGone``."""
+        gone = asyncio.ensure_future(self.client.gone.wait())
+        try:
+            await asyncio.wait({self._head, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+        if self._head.done():
+            return self._head.result()
+        raise ClientGone("upstream")
+
+    async def receipt(self) -> Receipt:
+        """Waits for the end, without being able to bring it about."""
+        if self._task is None:
+            raise RuntimeError("a flight has a receipt after it has started")
+        return await asyncio.shield(self._task)
+
+
+class Flights:
+    """Every flight of this process: the strong references, and the count for the drain."""
+
+    def __init__(self) -> None:
+        self._running: set[asyncio.Task[Receipt]] = set()
+
+    @property
+    def count(self) -> int:
+        return len(self._running)
+
+    def launch(
+        self, rid: str, client: Client, run: Callable[[Flight], Coroutine[Any, Any, Receipt]]
+    ) -> Flight:
+        """Starts ``run`` in a task that belongs to this process, not to the client."""
+        flight = Flight(rid, client)
+        task = flight.start(run(flight))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        return flight
+
+    async def drain(self) -> None:
+        """Waits until every flight has landed."""
+        while self._running:
+            await asyncio.wait(set(self._running))

@@ -1,0 +1,209 @@
+"""What an answer says of itself, seen while it passes: nothing is kept but the small members.
+
+A JSON answer is judged when it is whole. A stream is judged event by event: partial pictures may
+leave at once, a completed one waits for the settlement.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.domain.call import Operation, Usage
+from gateway.domain.errors import GatewayError, UpstreamBroken
+from gateway.domain.price import Answer
+from gateway.domain.usage import InvalidUsage, add, read_usage
+from gateway.relay import replay
+from gateway.relay.failover import error_in_success
+from gateway.relay.skim import BadEvent, BadJson, Event, EventSkimmer, JsonSkimmer, Skimmed
+
+KEEP_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a complete answer said of itself.
+
+    ``document`` is the JSON answer, or the only completed event of a stream (None where there
+    were several). ``hosted`` is set where a picture came as a url, which is never kept.
+    """
+
+    answer: Answer
+    invalid_usage: bool = False
+    hosted: bool = False
+    document: Skimmed | None = None
+    image_spans: tuple[tuple[int, int], ...] = ()
+
+
+class NoPicture(Exception):
+    """The answer was a success that carries no picture: bought, but nothing to deliver."""
+
+    def __init__(self, why: str, reading: Reading) -> None:
+        super().__init__(why)
+        self.reading = reading
+
+
+class JsonMeter:
+    """Reads one JSON answer as it passes."""
+
+    def __init__(self, operation: Operation, upstream: str) -> None:
+        self._operation = operation
+        self._upstream = upstream
+        self._skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES)
+
+    def feed(self, chunk: bytes) -> None:
+        """Raises ``UpstreamBroken`` as soon as it cannot be an answer."""
+        try:
+            self._skimmer.feed(chunk)
+        except BadJson as error:
+            raise NoPicture(_not_json(self._upstream), Reading(Answer(0))) from error
+
+    def close(self) -> Reading:
+        """Raises ``NoPicture`` for a success without a picture, and the error that an error
+        object in a success stands for (not billed)."""
+        try:
+            document = self._skimmer.close()
+        except BadJson as error:
+            raise NoPicture(_not_json(self._upstream), Reading(Answer(0))) from error
+        value = document.value
+        if isinstance(value, dict) and value.get("error"):
+            raise error_in_success(value["error"], self._upstream)
+        members = value if isinstance(value, dict) else {}
+        data = members.get("data")
+        items = data if isinstance(data, list) else []
+        pictures = [item for item in items if isinstance(item, dict) and _has_picture(item)]
+        usage, invalid = _usage(members, self._operation)
+        reading = Reading(
+            Answer(len(pictures), usage, _text(members, "size"), _text(members, "quality")),
+            invalid,
+            any("b64_json" not in item or not item["b64_json"] for item in pictures),
+            document,
+            replay.image_spans(document),
+        )
+        if not pictures:
+            raise NoPicture(f"The upstream {self._upstream} answered without a picture.", reading)
+        return reading
+
+
+@dataclass(slots=True)
+class EventMeter:
+    """Reads one stream of events as it passes.
+
+    ``partials`` counts the partial pictures seen, ``completed`` the whole ones.
+    """
+
+    operation: Operation
+    upstream: str
+    partials: int = 0
+    completed: int = 0
+    _usage: Usage | None = None
+    _invalid: bool = False
+    _last: Skimmed | None = None
+    _skimmer: EventSkimmer = field(default_factory=lambda: EventSkimmer(keep_bytes=KEEP_BYTES))
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """The events that ``chunk`` completes. Raises ``UpstreamBroken`` on garbage."""
+        try:
+            events = self._skimmer.feed(chunk)
+        except BadEvent as error:
+            raise self._broken("sent an event that is not JSON") from error
+        for event in events:
+            self._look(event)
+        return events
+
+    def close(self) -> list[Event]:
+        """An event that the end of the body completes. Raises ``UpstreamBroken`` when the stream
+        was cut in the middle of one."""
+        try:
+            last = self._skimmer.close()
+        except BadEvent as error:
+            raise self._broken("was cut in the middle of an event") from error
+        if last is None:
+            return []
+        self._look(last)
+        return [last]
+
+    def _look(self, event: Event) -> None:
+        members = event.data.value if event.data else None
+        if not isinstance(members, dict):
+            return
+        if is_partial(event):
+            self.partials += 1
+        elif is_completed(event):
+            self.completed += 1
+            usage, invalid = _usage(members, self.operation)
+            self._invalid = self._invalid or invalid
+            if usage is not None:
+                self._usage = usage if self._usage is None else add(self._usage, usage)
+            self._last = event.data
+
+    def error(self, event: Event) -> GatewayError | None:
+        """The error that an event stands for, or None."""
+        members = event.data.value if event.data else None
+        if not isinstance(members, dict):
+            return None
+        if members.get("error"):
+            return error_in_success(members["error"], self.upstream)
+        if event.name == "error" or members.get("type") == "error":
+            return error_in_success(
+                {key: members.get(key) for key in ("message", "code", "param")}, self.upstream
+            )
+        return None
+
+    def read(self) -> Reading:
+        """What the stream said, once at least one picture is complete."""
+        members: dict[str, Any] = self._last.value if self._last else {}
+        return Reading(
+            Answer(self.completed, self._usage, _text(members, "size"), _text(members, "quality")),
+            self._invalid,
+            "b64_json" not in members,
+            self._last if self.completed == 1 else None,
+        )
+
+    def _broken(self, what: str) -> UpstreamBroken:
+        return UpstreamBroken(
+            f"The upstream {self.upstream} {what}. The picture may have been paid for, so this is "
+            "not retried for you."
+        )
+
+
+def is_partial(event: Event) -> bool:
+    """Whether an event carries a partial picture (contract 1.4)."""
+    return _type(event).endswith(".partial_image")
+
+
+def is_completed(event: Event) -> bool:
+    """Whether an event carries a whole picture."""
+    return _type(event).endswith(".completed")
+
+
+def _type(event: Event) -> str:
+    members = event.data.value if event.data else None
+    kind = members.get("type") if isinstance(members, dict) else None
+    return kind if isinstance(kind, str) else event.name
+
+
+def _usage(members: dict[str, Any], operation: Operation) -> tuple[Usage | None, bool]:
+    """The usage, and whether what stood there cannot be true."""
+    try:
+        return read_usage(members.get("usage"), members.get("svg_usage"), operation), False
+    except InvalidUsage:
+        return None, True
+
+
+def _has_picture(item: dict[str, Any]) -> bool:
+    return bool(item.get("b64_json") or item.get("url"))
+
+
+def _text(members: dict[str, Any], name: str) -> str:
+    value = members.get(name)
+    return value if isinstance(value, str) and len(value) <= 64 else ""
+
+
+def _not_json(upstream: str) -> str:
+    return f"The upstream {upstream} answered with something that is not JSON."
+
+
+def error_event(error: GatewayError) -> bytes:
+    """The one form of an error inside a stream that both SDKs raise (contract 4.7)."""
+    return b"event: error\ndata: " + error.content.replace(b"\n", b" ") + b"\n\n"
