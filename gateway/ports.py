@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
-from gateway.domain.call import Usage
+from gateway.domain.call import Call, Edit, Usage
 from gateway.domain.ledger import (
     Balance,
     Claim,
@@ -26,6 +26,7 @@ from gateway.domain.ledger import (
 )
 from gateway.domain.money import Money
 from gateway.domain.quota import Demand, Grant, Limit, Refusal
+from gateway.domain.route import Target
 from gateway.domain.team import Key, Team
 
 
@@ -176,6 +177,22 @@ class Cache(Protocol):
     async def ping(self) -> None: ...
 
     async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    """What a dialect makes of a call: ``path`` is below the upstream's base URL, ``edits`` are
+    spliced into the client's body, which is otherwise sent as it came."""
+
+    path: str
+    headers: tuple[tuple[str, str], ...]
+    edits: tuple[Edit, ...] = ()
+
+
+class Provider(Protocol):
+    """A dialect: pure, no socket, no clock, no settings."""
+
+    def __call__(self, call: Call, target: Target) -> UpstreamRequest: ...
 
 
 @dataclass(frozen=True, slots=True)

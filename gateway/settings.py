@@ -1,1 +1,1107 @@
-"""The typed configuration tree."""
+"""The typed configuration tree: read once at the start, frozen, complete.
+
+``load`` reads the file and the environment and either returns ``Settings`` or raises one
+``ConfigError`` with every mistake in it, each with its place and what to do. Nothing else in the
+house reads environment variables.
+
+The names of the fields are the names in the file; ``config/gateway.yaml`` explains each of them.
+"""
+
+# ``setting`` and ``group`` make fields, as ``dataclasses.field`` does:
+# ruff: noqa: RUF009
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+from difflib import get_close_matches
+from enum import StrEnum
+from ipaddress import (
+    IPv4Address,
+    IPv4Network,
+    IPv6Address,
+    IPv6Network,
+    ip_address,
+    ip_interface,
+    ip_network,
+)
+from pathlib import Path
+from types import MappingProxyType
+from typing import NoReturn
+from urllib.parse import SplitResult, urlsplit
+
+from gateway.domain.money import Money
+from gateway.domain.route import WILDCARD, Catalogue, Model, Target, Unpriced
+from gateway.domain.team import ANY_MODEL, Key, Limits, Team
+from gateway.reading import (
+    Located,
+    Reader,
+    Report,
+    Reported,
+    Spot,
+    T,
+    Wrong,
+    as_table,
+    boolean,
+    but_is,
+    choice,
+    dollars,
+    duration,
+    group,
+    instant,
+    listing,
+    located,
+    mapping,
+    names_of,
+    optional,
+    record,
+    scalar,
+    seconds,
+    setting,
+    size,
+    suggestion,
+    text,
+    whole,
+)
+from gateway.yamlfile import (
+    MAX_FILE_BYTES,
+    Entry,
+    Listing,
+    Mistake,
+    Node,
+    Place,
+    References,
+    Scalar,
+    Table,
+    parse,
+    presentable,
+)
+
+MIB = 1024 * 1024
+MIN_KEY_CHARS = 20
+KEY_PREFIX = "igw_"
+_ENVIRONMENT_PREFIX = "GATEWAY_"
+
+
+class Secret:
+    """A text that does not show itself: ``repr``, ``str`` and ``format`` give ``***``.
+
+    ``reveal`` is for the one place that needs the value. Comparing takes the same time wherever
+    two values differ. It cannot be pickled; a copy is the same object.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "***"
+
+    def __format__(self, spec: str) -> str:
+        return "***"
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return hmac.compare_digest(_octets(self._value), _octets(other._value))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __copy__(self) -> Secret:
+        return self
+
+    def __deepcopy__(self, memo: object) -> Secret:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Secret is not pickled")
+
+
+def _octets(value: str) -> bytes:
+    return value.encode("utf-8", "surrogatepass")
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. ``str()`` has one mistake a line, in the file's order."""
+
+    def __init__(self, mistakes: tuple[Mistake, ...]) -> None:
+        super().__init__("\n".join(str(mistake) for mistake in mistakes))
+        self.mistakes = mistakes
+
+
+class Kind(StrEnum):
+    """What an upstream speaks; SANDBOX is our own in-process fake server."""
+
+    OPENAI = "openai"
+    SANDBOX = "sandbox"
+
+
+class ImageUrls(StrEnum):
+    """What to do with an input picture that is given as a url."""
+
+    REFUSE = "refuse"
+    PASSTHROUGH = "passthrough"
+
+
+class Validate(StrEnum):
+    RELAXED = "relaxed"
+    STRICT = "strict"
+
+
+class CacheScope(StrEnum):
+    """Who shares cached results."""
+
+    TEAM = "team"
+    KEY = "key"
+    ORGANIZATION = "organization"
+
+
+class LogLevel(StrEnum):
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class LogFormat(StrEnum):
+    JSON = "json"
+    TEXT = "text"
+
+
+def _path(node: Node, spot: Spot) -> Path:
+    """A path, absolute from the folder of the file."""
+    value = scalar(node)
+    if "://" in value.text:
+        raise Wrong("must be the path of a folder or a file; urls do not exist in this version")
+    return _local(value.text, spot)
+
+
+def _local(name: str, spot: Spot) -> Path:
+    if not name or not name.isprintable():
+        raise Wrong("must be a path")
+    return spot.report.folder / name
+
+
+def _existing_file(node: Node, spot: Spot) -> Path:
+    path = _path(node, spot)
+    if not path.is_file():
+        raise Wrong(f"there is no such file{but_is(scalar(node)).replace(', not', ':')}")
+    return path
+
+
+def _blobs(node: Node, spot: Spot) -> Path:
+    if scalar(node).text.startswith("s3:"):
+        raise Wrong("blobs in S3 do not exist in this version: give the path of a folder")
+    return _path(node, spot)
+
+
+def _database(node: Node, spot: Spot) -> Path:
+    url = scalar(node).text
+    scheme = url.partition(":")[0].partition("+")[0].lower()
+    if scheme in ("postgresql", "postgres"):
+        raise Wrong("PostgreSQL does not exist in this version: write sqlite:///data/gateway.db")
+    name = url.removeprefix("sqlite:///")
+    if name == url or name in ("", ":memory:") or "?" in name or name.endswith("/"):
+        raise Wrong(
+            "must be sqlite:/// and the path of a file: sqlite:///data/gateway.db from the folder "
+            "of this file, sqlite:////var/lib/gateway.db from the root"
+        )
+    return _local(name, spot)
+
+
+def _split(url: str) -> SplitResult:
+    """The parts of a url. Raises ``Wrong`` where it has no host or a port out of range."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.hostname and (parts.port is None or parts.port > 0)
+    except ValueError:
+        usable = False
+    if not usable or not url.isprintable() or " " in url or "\\" in url:
+        raise Wrong("must be a url with a host and, if any, a port: scheme://host:port")
+    return parts
+
+
+def _redis(node: Node, spot: Spot) -> Secret:
+    url = scalar(node).text
+    scheme = url.partition(":")[0].lower()
+    if scheme in ("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"):
+        raise Wrong(
+            f"Redis {scheme.partition('+')[2].capitalize()} does not exist in this version: "
+            "give one server as redis:// or rediss://"
+        )
+    if scheme not in ("redis", "rediss"):
+        raise Wrong("must be a url that starts with redis:// or rediss://")
+    if re.fullmatch(r"/?[0-9]{0,4}", _split(url).path, re.ASCII) is None:
+        raise Wrong("must end in the number of a database, if anything: redis://host:6379/0")
+    return Secret(url)
+
+
+def _proxy(node: Node, spot: Spot) -> Secret:
+    url = scalar(node).text
+    if not url.lower().startswith(("http://", "https://")):
+        raise Wrong("must be the url of a forward proxy: http://host:port or https://host:port")
+    _split(url)
+    return Secret(url)
+
+
+def _base_url(node: Node, spot: Spot) -> str:
+    url = scalar(node).text
+    if not url.lower().startswith(("http://", "https://")):
+        raise Wrong("must be a url that starts with https:// (or http:// on a private network)")
+    parts = _split(url)
+    if parts.username is not None or parts.password is not None:
+        raise Wrong("must not hold a user or a password: keys go to api_keys")
+    if "?" in url or "#" in url:
+        raise Wrong('must not hold "?" or "#"')
+    return url.rstrip("/")
+
+
+def _verify(node: Node, spot: Spot) -> Path | bool:
+    value = scalar(node)
+    if value.text == "true":
+        return True
+    if value.text == "false":
+        raise Wrong("is never off: give the path of a CA bundle that signs the upstream")
+    return _existing_file(node, spot)
+
+
+def _kind(node: Node, spot: Spot) -> Kind:
+    value = scalar(node)
+    try:
+        return Kind(value.text)
+    except ValueError:
+        named = "this kind" if not but_is(value) else f'the kind "{value.text}"'
+        raise Wrong(
+            f'{named} does not exist in this version; there are "openai" (for every provider '
+            'that speaks OpenAI\'s API) and "sandbox"'
+        ) from None
+
+
+def _pepper(node: Node, spot: Spot) -> Secret:
+    value = scalar(node)
+    _unless_encodable(value.text)
+    if len(value.text) < 32:
+        spot.warn(
+            node.place, "is short: 32 random characters or more (openssl rand -hex 32) keep keys"
+        )
+    return Secret(value.text)
+
+
+def _unless_encodable(value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise Wrong("must be text in UTF-8") from None
+
+
+def _api_key(node: Node, spot: Spot) -> Secret:
+    """A provider's key; empty where its variable is."""
+    value = _maybe_empty(node)
+    if value.text.startswith(KEY_PREFIX):
+        raise Wrong("that is a key of this gateway, not of a provider")
+    if value.text and _VISIBLE.fullmatch(value.text) is None:
+        raise Wrong("must be a key without spaces or line breaks: was it copied whole?")
+    return Secret(value.text)
+
+
+def _admin_key(node: Node, spot: Spot) -> Secret:
+    value = _maybe_empty(node)
+    if value.text:
+        raise Wrong("the Admin API does not exist in this version: leave admin.keys empty")
+    return Secret("")
+
+
+def _maybe_empty(node: Node) -> Scalar:
+    """One value that may be the empty text, as ``"${NAME:-}"`` is where nothing is set."""
+    if isinstance(node, Scalar) and not node.broken and not node.text:
+        return node
+    return scalar(node)
+
+
+def _team_secret(node: Node, spot: Spot) -> Secret | None:
+    """A team's key; None where its variable is empty and says that it may be."""
+    value = _maybe_empty(node)
+    if not value.text and value.optional:
+        spot.warn(node.place, f"{_those(value.sources)} empty: this key is left out")
+        return None
+    if len(value.text) < MIN_KEY_CHARS:
+        raise Wrong(
+            f"a key must have at least {MIN_KEY_CHARS} characters; make one with: "
+            "openssl rand -hex 24"
+        )
+    if _VISIBLE.fullmatch(value.text) is None:
+        raise Wrong("a key must be without spaces and line breaks, in ASCII")
+    return Secret(value.text)
+
+
+def _those(names: tuple[str, ...]) -> str:
+    return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'}"
+
+
+def _header_value(node: Node, spot: Spot) -> Secret:
+    value = scalar(node).text
+    if re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", value) is None:
+        raise Wrong("must be one line of ASCII without spaces around it")
+    return Secret(value)
+
+
+def _header_objection(name: str) -> str | None:
+    if re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name) is None:
+        return "this is not the name of a header"
+    return _REFUSED_HEADERS.get(name.lower())
+
+
+def _headers(node: Node, spot: Spot) -> tuple[tuple[str, Secret], ...]:
+    values = mapping(_header_value, _header_objection)(node, spot)
+    lowered = {name.lower(): value for name, value in values.items()}
+    if len(lowered) < len(values):
+        raise Wrong("holds a header twice: upper and lower case are the same")
+    return tuple(lowered.items())
+
+
+_OURS = "cannot be set here: the gateway writes it for every request"
+_HOP = "cannot be set here: it belongs to one connection, not to a request"
+_REFUSED_HEADERS = MappingProxyType(
+    {
+        "authorization": "cannot be set here: keys go to api_keys",
+        "proxy-authorization": 'cannot be set here: write user and password into "proxy"',
+        "cookie": "cannot be set here: a cookie of one client would be sent for all",
+        "set-cookie": "cannot be set here: it is a header of answers",
+        "idempotency-key": "cannot be set here: one value for all requests would mix them up",
+        **dict.fromkeys(
+            ("host", "content-length", "content-type", "content-encoding", "accept-encoding"),
+            _OURS,
+        ),
+        **dict.fromkeys(
+            (
+                "connection",
+                "expect",
+                "keep-alive",
+                "proxy-authenticate",
+                "proxy-connection",
+                "te",
+                "trailer",
+                "transfer-encoding",
+                "upgrade",
+            ),
+            _HOP,
+        ),
+    }
+)
+
+
+def _network(node: Node, spot: Spot) -> IPv4Network | IPv6Network:
+    value = scalar(node)
+    try:
+        return ip_network(value.text)
+    except ValueError:
+        pass
+    try:
+        meant = ip_interface(value.text).network
+    except ValueError:
+        raise Wrong(
+            f"must be an address or a network of your proxies, like 10.0.0.0/8{but_is(value)}"
+        ) from None
+    raise Wrong(
+        f"has bits set after its prefix{'' if value.given else f': write {meant}'}",
+    )
+
+
+_PORT = whole(0, 65_535, "a port")
+_COUNT = whole(1, 1_000_000_000)
+_HOST = text(r"[A-Za-z0-9.:_%-]+", "a host or an address")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Where the gateway listens, and what a request may be. Port 0 is any free one."""
+
+    host: str = setting(_HOST, "0.0.0.0")
+    port: int = setting(_PORT, 8080)
+    metrics_port: int | None = setting(optional(_PORT), None)
+    buffer_bytes: int = setting(size, 128 * MIB)
+    spool_bytes: int = setting(size, 10 * 1024 * MIB)
+    drain_seconds: float = setting(seconds(0), 610.0)
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = group(listing(_network), ())
+    max_json_bytes: int = setting(size, 4 * MIB)
+    max_form_bytes: int = setting(size, 200 * MIB)
+    max_file_bytes: int = setting(size, 50 * MIB)
+    max_pixels: int = setting(_COUNT, 100_000_000)
+    max_side: int = setting(whole(1, 1_000_000), 16_384)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Storage:
+    """Where state lives. ``database`` is the SQLite file; paths are absolute once loaded."""
+
+    database: Path = setting(_database, Path("data/gateway.db"))
+    redis: Secret | None = setting(optional(_redis), None)
+    blobs: Path = setting(_blobs, Path("data/blobs"))
+    pepper: Secret | None = setting(optional(_pepper), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerTimes:
+    """``Settings.lease_seconds`` has the lease that holds where none is set here."""
+
+    lease_seconds: float | None = setting(optional(seconds()), None)
+    sweep_seconds: float = setting(seconds(), 15.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeouts:
+    connect_seconds: float = setting(seconds(), 5.0)
+    first_byte_seconds: float = setting(seconds(), 600.0)
+    total_seconds: float = setting(seconds(), 600.0)
+    write_seconds: float = setting(seconds(), 60.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Upstream:
+    """One provider account.
+
+    ``base_url`` has no slash at its end and is empty for a sandbox. Names of ``headers`` are in
+    lower case. ``verify`` is True or the CA bundle to trust. ``prices`` is the provider whose
+    price list applies.
+    """
+
+    name: str = ""
+    kind: Kind = setting(_kind)
+    base_url: str = setting(_base_url, "")
+    api_keys: tuple[Secret, ...] = group(listing(_api_key), ())
+    timeouts: Timeouts = group(record(Timeouts), Timeouts())
+    headers: tuple[tuple[str, Secret], ...] = group(_headers, ())
+    proxy: Secret | None = setting(optional(_proxy), None)
+    verify: Path | bool = setting(_verify, True)
+    max_connections: int = setting(whole(1, 100_000), 1000)
+    prices: str = setting(text(r"[a-z0-9][a-z0-9_.-]{0,62}", "a provider's name"), "openai")
+    allow_http: bool = setting(boolean, False)
+    image_urls: ImageUrls = setting(choice(ImageUrls), ImageUrls.REFUSE)
+
+    @property
+    def ready(self) -> bool:
+        """False where it has no key: it is off."""
+        return self.kind is Kind.SANDBOX or bool(self.api_keys)
+
+
+def _upstream(node: Node, spot: Spot) -> Upstream:
+    """An upstream, its fields checked against each other."""
+    upstream = record(Upstream)(node, spot)
+    entries = as_table(node).entries
+    keys = tuple(key for key in upstream.api_keys if key)
+    if upstream.kind is Kind.SANDBOX:
+        if "base_url" in entries:
+            spot.at("base_url").wrong(
+                entries["base_url"].place, "a sandbox has none: it runs in this process; remove it"
+            )
+        if keys:
+            spot.at("api_keys").wrong(
+                entries["api_keys"].place, "a sandbox has none: it takes every key; remove them"
+            )
+        return upstream
+    if "base_url" not in entries:
+        spot.wrong(node.place, 'needs "base_url": https://api.openai.com/v1, for example')
+    elif upstream.base_url:
+        _check_origin(upstream, spot.at("base_url"), entries["base_url"].value.place)
+    if len({key.reveal() for key in keys}) < len(keys):
+        spot.at("api_keys").wrong(entries["api_keys"].place, "holds the same key twice")
+    if not keys:
+        value = entries["api_keys"].value if "api_keys" in entries else None
+        items = value.items if isinstance(value, Listing) else ()
+        names = [name for item in items if isinstance(item, Scalar) for name in item.sources]
+        advice = f"set {' or '.join(names)}" if names else 'write api_keys: ["${NAME}"]'
+        spot.warn(node.place, f"has no key and is off: {advice}")
+    return replace(upstream, api_keys=keys)
+
+
+def _check_origin(upstream: Upstream, spot: Spot, place: Place) -> None:
+    """The addresses that keys and pictures may be sent to, as far as the text alone tells.
+
+    A name may resolve to anything: the transport checks the address that it connects to.
+    """
+    parts = urlsplit(upstream.base_url)
+    host = (parts.hostname or "").rstrip(".")
+    address = _address(host)
+    if address is None and _NUMERIC_HOST.fullmatch(host):
+        spot.wrong(place, "write the address in its usual form, like 10.1.2.3")
+        return
+    if host in _METADATA_HOSTS or (address is not None and address in _METADATA_ADDRESSES):
+        spot.wrong(place, "is the metadata service of a cloud, which is never an upstream")
+        return
+    if address is not None and (
+        address.is_link_local or address.is_unspecified or address.is_multicast
+    ):
+        spot.wrong(place, "is a link-local, multicast or empty address, never an upstream")
+        return
+    if parts.scheme.lower() == "http":
+        near = not address.is_global if address is not None else _is_private_name(host)
+        if not near and not upstream.allow_http:
+            spot.wrong(
+                place,
+                "sends keys and pictures unencrypted over a public network: write https://, "
+                "or allow_http: true if you are sure",
+            )
+        else:
+            spot.warn(place, "sends keys and pictures unencrypted: https:// is better")
+    if not parts.path:
+        spot.warn(place, "has no path: base urls of OpenAI's API usually end in /v1")
+
+
+def _address(host: str) -> IPv4Address | IPv6Address | None:
+    """A host's address, an IPv4 one taken out of its wrappings; None where it is a name."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return None
+    if isinstance(address, IPv4Address):
+        return address
+    if address in _NAT64:
+        return IPv4Address(int(address) & 0xFFFF_FFFF)
+    return address.ipv4_mapped or address.sixtofour or address
+
+
+def _is_private_name(host: str) -> bool:
+    return "." not in host or host.endswith(_PRIVATE_SUFFIXES)
+
+
+_NAT64 = IPv6Network("64:ff9b::/96")
+_NUMERIC_HOST = re.compile(r"(0x[0-9a-f]*|[0-9]+)(\.(0x[0-9a-f]*|[0-9]+)){0,3}", re.ASCII)
+_METADATA_HOSTS = frozenset({"metadata", "metadata.google.internal", "instance-data"})
+_METADATA_ADDRESSES = frozenset(
+    {ip_address("169.254.169.254"), ip_address("fd00:ec2::254"), ip_address("100.100.100.200")}
+)
+_PRIVATE_SUFFIXES = (
+    ".localhost", ".local", ".internal", ".lan", ".intranet", ".home.arpa", ".svc", ".test",
+)  # fmt: skip
+_VISIBLE = re.compile(r"[\x21-\x7e]{1,4096}")
+
+
+def _row(node: Node, spot: Spot) -> Table:
+    if not isinstance(node, Table):
+        raise Wrong("must be a row as in prices.yaml: {provider: ..., model: ..., ...}")
+    return node
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prices:
+    """``file`` None is the list that ships with the gateway. ``rows`` go before it, as written:
+    ``yamlfile.plain(row)`` gives a row's values, its entries give their places."""
+
+    file: Path | None = setting(optional(_existing_file), None)
+    rows: tuple[Table, ...] = group(listing(_row), ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheSettings:
+    """``max_bytes`` is on disk, ``memory_bytes`` in each process; a larger answer than
+    ``max_entry_bytes`` is not kept."""
+
+    enabled: bool = setting(boolean, True)
+    ttl: timedelta = setting(duration, timedelta(hours=24))
+    scope: CacheScope = setting(choice(CacheScope), CacheScope.TEAM)
+    max_bytes: int = setting(size, 10 * 1024 * MIB)
+    memory_bytes: int = setting(size, 64 * MIB)
+    max_entry_bytes: int = setting(size, 64 * MIB)
+    redis: Secret | None = setting(optional(_redis), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admin:
+    keys: tuple[Secret, ...] = group(listing(_admin_key), ())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relay:
+    log_prompts: bool = setting(boolean, False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Log:
+    level: LogLevel = setting(choice(LogLevel), LogLevel.INFO)
+    format: LogFormat = setting(choice(LogFormat), LogFormat.JSON)
+
+
+_MODEL_NAME = r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}"
+_model_name = text(_MODEL_NAME, "a model's name")
+_model_or_any = text(rf"{_MODEL_NAME}|\*", 'a model\'s name or "*"')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModelEntry:
+    upstream: Located[str] = setting(located(text(r".+", "the name of an upstream")))
+    model: Located[str] | None = setting(optional(located(_model_name)), None)
+    unpriced: Unpriced = setting(choice(Unpriced), Unpriced.REFUSE)
+    validate: Validate = setting(choice(Validate), Validate.RELAXED)
+    cache: bool = setting(boolean, True)
+
+
+def _stated(reader: Reader[T]) -> Reader[T]:
+    """Refuses nothing at all: an empty ``budget:`` must not silently be no budget."""
+
+    def read(node: Node, spot: Spot) -> T:
+        if isinstance(node, Scalar) and node.is_null:
+            raise Wrong("is empty: fill it in, or remove it")
+        return reader(node, spot)
+
+    return read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _BudgetEntry:
+    day: Money | None = setting(dollars, None)
+    month: Money | None = setting(dollars, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _LimitsEntry:
+    requests_per_minute: int | None = setting(_COUNT, None)
+    images_per_minute: int | None = setting(_COUNT, None)
+    concurrent_requests: int | None = setting(_COUNT, None)
+    max_cost_per_request: Money | None = setting(dollars, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TeamCacheEntry:
+    enabled: bool = setting(boolean, True)
+
+
+_limits = _stated(record(_LimitsEntry))
+_budget = _stated(record(_BudgetEntry))
+_models = _stated(listing(located(_model_or_any)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeyEntry:
+    key: Located[Secret | None] = setting(located(_team_secret))
+    name: str = setting(
+        text(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,62}", "a name of letters, digits, spaces and ._@-"), ""
+    )
+    models: tuple[Located[str], ...] | None = group(_models, None)
+    limits: _LimitsEntry = group(_limits, _LimitsEntry())
+    budget: _BudgetEntry = group(_budget, _BudgetEntry())
+    expires: datetime | None = setting(instant, None)
+    disabled: bool = setting(boolean, False)
+
+
+def _key(node: Node, spot: Spot) -> _KeyEntry:
+    if isinstance(node, Scalar):
+        return _KeyEntry(key=located(_team_secret)(node, spot))
+    return record(_KeyEntry)(node, spot)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TeamEntry:
+    keys: tuple[_KeyEntry, ...] = group(listing(_key), ())
+    models: tuple[Located[str], ...] | None = group(_models, None)
+    limits: _LimitsEntry = group(_limits, _LimitsEntry())
+    budget: _BudgetEntry = group(_budget, _BudgetEntry())
+    cache: _TeamCacheEntry = group(_stated(record(_TeamCacheEntry)), _TeamCacheEntry())
+    disabled: bool = setting(boolean, False)
+
+
+def _upstream_objection(name: str) -> str | None:
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name):
+        return None
+    return _NAME_RULE.format("an upstream")
+
+
+def _team_objection(name: str) -> str | None:
+    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name):
+        return None
+    return _NAME_RULE.format("a team")
+
+
+def _model_objection(name: str) -> str | None:
+    if name == WILDCARD or re.fullmatch(_MODEL_NAME, name):
+        return None
+    return 'a model\'s name has letters, digits and ._:/@+- (at most 128), or is "*"'
+
+
+_NAME_RULE = (
+    "the name of {} has lower-case letters, digits, - and _ (at most 63), "
+    "and starts with a letter or a digit"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Document:
+    """The file's sections, in the order of ``config/gateway.yaml``."""
+
+    server: Server = group(record(Server), Server())
+    storage: Storage = group(record(Storage), Storage())
+    ledger: LedgerTimes = group(record(LedgerTimes), LedgerTimes())
+    upstreams: dict[str, Upstream] | None = group(mapping(_upstream, _upstream_objection), None)
+    models: dict[str, _ModelEntry] | None = group(
+        mapping(record(_ModelEntry), _model_objection), None
+    )
+    prices: Prices = group(record(Prices), Prices())
+    cache: CacheSettings = group(record(CacheSettings), CacheSettings())
+    teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
+    admin: Admin = group(record(Admin), Admin())
+    relay: Relay = group(record(Relay), Relay())
+    log: Log = group(record(Log), Log())
+
+
+_OVERRIDABLE = MappingProxyType(
+    {
+        "server": names_of(Server),
+        "storage": names_of(Storage),
+        "ledger": names_of(LedgerTimes),
+        "prices": names_of(Prices),
+        "cache": names_of(CacheSettings),
+        "admin": names_of(Admin),
+        "relay": names_of(Relay),
+        "log": names_of(Log),
+    }
+)
+"""Section -> setting -> whether it is a scalar, which the environment may set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeclaredKey:
+    """A team's key as the file declares it; its id is derived from the digest of its secret."""
+
+    secret: Secret
+    team: str
+    name: str = ""
+    models: frozenset[str] | None = None
+    limits: Limits = field(default_factory=Limits)
+    expires: datetime | None = None
+    disabled: bool = False
+
+    def key(self, key_id: str) -> Key:
+        """The key's public half, once its id is known."""
+        return Key(
+            id=key_id,
+            team=self.team,
+            name=self.name,
+            models=self.models,
+            limits=self.limits,
+            expires=self.expires,
+            disabled=self.disabled,
+            declared=True,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything that can be set. ``teams`` and ``declared_keys`` are those of the file."""
+
+    file: Path
+    server: Server
+    storage: Storage
+    ledger: LedgerTimes
+    upstreams: Mapping[str, Upstream]
+    catalogue: Catalogue
+    prices: Prices
+    cache: CacheSettings
+    teams: Mapping[str, Team]
+    declared_keys: tuple[DeclaredKey, ...]
+    relay: Relay
+    log: Log
+    warnings: tuple[Mistake, ...] = ()
+
+    @property
+    def lease_seconds(self) -> float:
+        """How long a hold may live: as set, or the longest call and a minute."""
+        return self.ledger.lease_seconds or _longest_call(self.upstreams) + 60
+
+
+def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
+    """The settings of a file (None: ``default_config_path``) and the environment, which wins.
+
+    Raises ``ConfigError`` with every mistake.
+    """
+    path = path or default_config_path(environ)
+    folder = _folder(path)
+    report = Report(folder)
+    spot = Spot(report)
+    root = _read(path, References(environ, folder), report)
+    try:
+        root = _with_environment(root, environ, report)
+        document = spot.read(record(_Document), root)
+        settings = _settle(path, document, root, spot)
+    except Reported:
+        raise ConfigError(tuple(sorted(set(report.mistakes)))) from None
+    if report.mistakes:
+        raise ConfigError(tuple(sorted(set(report.mistakes))))
+    return replace(settings, warnings=tuple(sorted(set(report.warnings))))
+
+
+def default_config_path(environ: Mapping[str, str]) -> Path:
+    """``GATEWAY_CONFIG``, then ``config/gateway.yaml`` here, then the copy that ships."""
+    if chosen := environ.get("GATEWAY_CONFIG"):
+        return Path(chosen)
+    here = Path("config", "gateway.yaml")
+    return here if here.is_file() else shipped("gateway.yaml")
+
+
+def shipped(name: str) -> Path:
+    """A file that comes with the gateway: inside the package, or beside it in the repository."""
+    packaged = _PACKAGED / name
+    return packaged if packaged.is_file() else _PACKAGED.parent.parent / "config" / name
+
+
+_PACKAGED = Path(__file__).resolve().parent / "_config"
+
+
+def _folder(path: Path) -> Path:
+    """Where relative paths start: the folder of the file. The copy inside the package stands for
+    a file that nobody wrote: there it is the working directory, not ``site-packages``."""
+    folder = path.absolute().parent
+    return Path.cwd() if folder == _PACKAGED else folder
+
+
+def _read(path: Path, references: References, report: Report) -> Node:
+    try:
+        with path.open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not a path"
+        advice = "give another with --config FILE or GATEWAY_CONFIG"
+        report.mistakes.append(
+            Mistake(str(path), 0, 0, "", f"the file cannot be read ({why}): {advice}")
+        )
+        raise ConfigError(tuple(report.mistakes)) from None
+    node, mistakes = parse(content, str(path), references)
+    report.mistakes.extend(mistakes)
+    return node or Table(Place(str(path), 1, 1), {})
+
+
+def _with_environment(root: Node, environ: Mapping[str, str], report: Report) -> Node:
+    """The file's tree with what ``GATEWAY_SECTION__NAME`` sets laid over it."""
+    sections: dict[str, dict[str, Entry]] = {}
+    for variable, value in sorted(environ.items()):
+        if not variable.startswith(_ENVIRONMENT_PREFIX) or "__" not in variable:
+            continue
+        place = Place(variable)
+        section, _, name = variable.removeprefix(_ENVIRONMENT_PREFIX).lower().partition("__")
+        if variable == variable.upper() and _OVERRIDABLE.get(section, {}).get(name):
+            # Not read for references: it has been through a shell already.
+            node = Scalar(place, value, given=True, sources=(variable,))
+            sections.setdefault(section, {})[name] = Entry(place, node)
+        else:
+            report.mistakes.append(Mistake(variable, 0, 0, "", _objection(variable, section, name)))
+    table = Spot(report).read(lambda node, spot: as_table(node), root)
+    entries = dict(table.entries)
+    for section, overrides in sections.items():
+        below = entries.get(section)
+        try:
+            inside = as_table(below.value) if below is not None else Table(table.place, {})
+        except (Wrong, Reported):
+            continue  # the section itself is reported when it is read
+        merged = Table(inside.place, {**inside.entries, **overrides})
+        entries[section] = Entry(below.place if below is not None else table.place, merged)
+    return Table(table.place, entries)
+
+
+def _objection(variable: str, section: str, name: str) -> str:
+    """Why a variable that looks like a setting is none."""
+    if section in ("upstreams", "models", "teams") or name in _OVERRIDABLE.get(section, {}):
+        return "this can only be set in the file, not by a variable"
+    known = [
+        f"{_ENVIRONMENT_PREFIX}{section}__{name}".upper()
+        for section, names in _OVERRIDABLE.items()
+        for name, is_scalar in names.items()
+        if is_scalar
+    ]
+    near = get_close_matches(variable.upper(), known, n=1) if len(variable) < 65 else []
+    return "there is no such setting" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings:
+    """The document checked as a whole, in the domain's own types."""
+    folder = spot.report.folder
+    upstreams = {
+        name: replace(upstream, name=name) for name, upstream in (document.upstreams or {}).items()
+    }
+    teams = document.teams or {}
+    _check_sections(document, upstreams, root, spot)
+    _check_teams(teams, _names(root, "models"), root, spot)
+    _check_secrets(teams, upstreams)
+    return Settings(
+        file=path,
+        server=document.server,
+        storage=replace(
+            document.storage,
+            database=folder / document.storage.database,
+            blobs=folder / document.storage.blobs,
+        ),
+        ledger=document.ledger,
+        upstreams=MappingProxyType(upstreams),
+        catalogue=_catalogue(document.models or {}, _names(root, "upstreams")),
+        prices=document.prices,
+        cache=document.cache,
+        teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
+        declared_keys=tuple(
+            _declared(name, key, key.key.value)
+            for name, entry in teams.items()
+            for key in entry.keys
+            if key.key.value is not None
+        ),
+        relay=document.relay,
+        log=document.log,
+    )
+
+
+def _check_sections(
+    document: _Document, upstreams: Mapping[str, Upstream], root: Node, spot: Spot
+) -> None:
+    server, ledger = document.server, document.ledger
+    if server.metrics_port and server.metrics_port == server.port:
+        spot.at("server").at("metrics_port").wrong(
+            _place(root, "server", "metrics_port"),
+            "is the same as server.port: remove it to serve /metrics there",
+        )
+    longest = _longest_call(upstreams)
+    if ledger.lease_seconds is not None and ledger.lease_seconds <= longest:
+        spot.at("ledger").at("lease_seconds").warn(
+            _place(root, "ledger", "lease_seconds"),
+            f"is no longer than the longest call ({longest:g} s, total_seconds of an upstream): "
+            "calls that still run would be charged at their bound",
+        )
+    if document.cache.redis and document.cache.redis == document.storage.redis:
+        spot.at("cache").at("redis").warn(
+            _place(root, "cache", "redis"),
+            "is the same Redis as storage.redis: pictures may push out the rate limits; "
+            "give the cache one of its own, or another database with its own memory",
+        )
+    if not document.models:
+        spot.at("models").warn(
+            _place(root, "models"), 'no model is routed: every request is refused; add "*"'
+        )
+
+
+def _longest_call(upstreams: Mapping[str, Upstream]) -> float:
+    """In seconds."""
+    totals = [upstream.timeouts.total_seconds for upstream in upstreams.values()]
+    return max(totals, default=Timeouts().total_seconds)
+
+
+def _catalogue(entries: Mapping[str, _ModelEntry], upstreams: frozenset[str]) -> Catalogue:
+    models: dict[str, Model] = {}
+    for name, entry in entries.items():
+        upstream = entry.upstream.value
+        if upstream not in upstreams:
+            shown = f'there is no upstream "{upstream}"' if presentable(upstream) else "no upstream"
+            entry.upstream.wrong(f"{shown}{suggestion(upstream, sorted(upstreams))}")
+        if name == WILDCARD and entry.model is not None:
+            entry.model.wrong(f'"{WILDCARD}" passes every name on as it is: remove this')
+        models[name] = Model(
+            name=name,
+            target=Target(upstream, entry.model.value if entry.model else name),
+            unpriced=entry.unpriced,
+            strict=entry.validate is Validate.STRICT,
+            cache_enabled=entry.cache,
+            label="other" if name == WILDCARD else name,
+        )
+    wildcard = models.pop(WILDCARD, None)
+    return Catalogue(MappingProxyType(models), wildcard)
+
+
+def _check_teams(
+    teams: Mapping[str, _TeamEntry], models: frozenset[str], root: Node, spot: Spot
+) -> None:
+    for name, team in teams.items():
+        place, inside = _place(root, "teams", name), spot.at("teams").at(name)
+        if not team.keys and not team.disabled:
+            inside.warn(place, 'has no key, so nobody can call for it: keys: ["${NAME}"]')
+        names = [key.name for key in team.keys if key.name]
+        for twice in sorted({each for each in names if names.count(each) > 1}):
+            inside.at("keys").wrong(place, f'two keys have the name "{twice}"')
+        _check_models(team.models or (), models)
+        allowed = {each.value for each in team.models or ()}
+        for key in team.keys:
+            _check_models(key.models or (), models)
+            for model in key.models or ():
+                if allowed and ANY_MODEL not in allowed and model.value not in {*allowed, "*"}:
+                    model.warn("the team may not use this model, so neither may this key")
+
+
+def _check_models(wanted: tuple[Located[str], ...], models: frozenset[str]) -> None:
+    for model in wanted:
+        if model.value != ANY_MODEL and WILDCARD not in models and model.value not in models:
+            shown = f' "{model.value}"' if presentable(model.value) else ""
+            near = suggestion(model.value, sorted(models))
+            model.wrong(f"there is no model{shown} under models{near}")
+
+
+def _check_secrets(teams: Mapping[str, _TeamEntry], upstreams: Mapping[str, Upstream]) -> None:
+    """A key belongs to one team, and a provider's key to none."""
+    providers = {key.reveal() for upstream in upstreams.values() for key in upstream.api_keys}
+    first: dict[str, Located[Secret | None]] = {}
+    for team in teams.values():
+        for key in team.keys:
+            if key.key.value is None:
+                continue
+            secret = key.key.value.reveal()
+            if secret in providers:
+                key.key.wrong("that is a provider's key (api_keys of an upstream), not a team's")
+            if (earlier := first.setdefault(secret, key.key)) is not key.key:
+                key.key.wrong(f"is the same key as {earlier.spot.path} (line {earlier.place.line})")
+
+
+def _team(name: str, entry: _TeamEntry) -> Team:
+    return Team(
+        id=name,
+        models=_model_names(entry.models) if entry.models is not None else frozenset({ANY_MODEL}),
+        limits=_bounds(entry.limits, entry.budget),
+        cache_enabled=entry.cache.enabled,
+        disabled=entry.disabled,
+        declared=True,
+    )
+
+
+def _declared(team: str, entry: _KeyEntry, secret: Secret) -> DeclaredKey:
+    return DeclaredKey(
+        secret=secret,
+        team=team,
+        name=entry.name,
+        models=_model_names(entry.models) if entry.models is not None else None,
+        limits=_bounds(entry.limits, entry.budget),
+        expires=entry.expires,
+        disabled=entry.disabled,
+    )
+
+
+def _model_names(models: tuple[Located[str], ...]) -> frozenset[str]:
+    return frozenset(model.value for model in models)
+
+
+def _bounds(limits: _LimitsEntry, budget: _BudgetEntry) -> Limits:
+    return Limits(
+        requests_per_minute=limits.requests_per_minute,
+        images_per_minute=limits.images_per_minute,
+        concurrent_requests=limits.concurrent_requests,
+        budget_day=budget.day,
+        budget_month=budget.month,
+        max_cost_per_request=limits.max_cost_per_request,
+    )
+
+
+def _names(root: Node, section: str) -> frozenset[str]:
+    """The names in a section, also of entries that were refused: one mistake is not reported
+    again by everything that refers to it."""
+    entry = as_table(root).entries.get(section)
+    below = entry.value if entry is not None else None
+    return frozenset(below.entries) if isinstance(below, Table) else frozenset()
+
+
+def _place(root: Node, *path: str) -> Place:
+    """Where a value is written, or the nearest thing above it that is."""
+    node = root
+    for name in path:
+        if not isinstance(node, Table) or name not in node.entries:
+            break
+        node = node.entries[name].value
+    return node.place

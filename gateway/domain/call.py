@@ -112,3 +112,15 @@ class Usage:
     text_out: int = 0
     image_out: int = 0
     svg: SvgUsage | None = None
+
+    def __add__(self, other: Usage) -> Usage:
+        """Both together. Of two SVG bills the later stands: one author writes one document."""
+        return Usage(
+            self.text_in + other.text_in,
+            self.image_in + other.image_in,
+            self.cached_text_in + other.cached_text_in,
+            self.cached_image_in + other.cached_image_in,
+            self.text_out + other.text_out,
+            self.image_out + other.image_out,
+            other.svg or self.svg,
+        )

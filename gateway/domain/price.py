@@ -1,11 +1,12 @@
 """What things cost: dated prices, the bound before a call, the cost after it.
 
 A new kind of price is one file beside this one (``price_tokens``, ``price_images``) and one line
-in the loader of ``config/prices.yaml``.
+in ``gateway/pricefile.py``, the loader of ``config/prices.yaml``.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
@@ -14,6 +15,23 @@ from typing import Protocol
 
 from gateway.domain.call import Call, Usage
 from gateway.domain.money import Money
+
+OPEN = frozenset({"", "auto"})
+"""Sizes and qualities that leave the choice to the provider."""
+
+OLD_QUALITIES: Mapping[str, str] = {"standard": "medium", "hd": "high"}
+"""Deprecated names (contract 1.2), for a price that does not list them itself."""
+
+FORMATS = frozenset({"png", "webp", "jpeg", "gif", "svg"})
+"""What contract 1.2 lists. Another ``output_format`` is priced at the model's worst case."""
+
+_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
+
+
+def parse_size(text: str) -> tuple[int, int] | None:
+    """``"1536x1024"`` -> width and height in pixels; None for anything else."""
+    found = _SIZE.fullmatch(text)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 class Confidence(StrEnum):
@@ -33,12 +51,54 @@ class Bound:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What an answer said of itself, for its cost: pictures delivered, size and quality."""
+    """What is known of an answer, for its cost.
+
+    ``images`` were delivered. ``size``, ``quality`` and ``output_format`` are as the answer says,
+    or as they were asked for where it does not; empty where neither is known, and then the
+    dearest. ``input_images`` came with the request; None is not known.
+    """
 
     images: int
     usage: Usage | None = None
     size: str = ""
     quality: str = ""
+    output_format: str = ""
+    input_images: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BySize:
+    """Amounts (tokens or nano-dollars) per picture: size -> quality -> amount.
+
+    Size ``default`` stands for every size not listed, quality ``any`` for every quality.
+    """
+
+    cells: Mapping[str, Mapping[str, int]]
+
+    def most(self, size: str, quality: str) -> tuple[int, bool]:
+        """The largest amount that applies, and whether it is sure.
+
+        What is left open is the largest listed. A size or quality that is not listed is the
+        largest of all, and not sure.
+        """
+        row = self.cells.get(size) or self.cells.get("default")
+        if size in OPEN:
+            rows = list(self.cells.values())
+        elif row is not None:
+            rows = [row]
+        else:
+            return self.largest, False
+        if quality in OPEN:
+            return max(max(row.values()) for row in rows), True
+        names = (quality, OLD_QUALITIES.get(quality, quality), "any")
+        found = [next((row[name] for name in names if name in row), None) for row in rows]
+        amounts = [amount for amount in found if amount is not None]
+        # With an open size, a row that lacks the quality just cannot be what was chosen.
+        return (max(amounts), True) if amounts else (self.largest, False)
+
+    @property
+    def largest(self) -> int:
+        return max(max(row.values()) for row in self.cells.values())
 
 
 class CannotPrice(Exception):
@@ -64,7 +124,8 @@ class PriceRow:
     """One dated price, with where it was read.
 
     ``provider`` is whose list it is on (``openai``), or the name of one upstream where the
-    operator set it. ``shuts_down`` is the day the provider stops serving the model.
+    operator set it, which is then an ``own`` row: an upstream may be called ``openai`` as well.
+    ``shuts_down`` is the day the provider stops serving the model.
     """
 
     provider: str
@@ -73,10 +134,13 @@ class PriceRow:
     source: str
     price: Price
     shuts_down: date | None = None
+    own: bool = False
 
     @property
     def id(self) -> str:
-        return f"{self.provider}/{self.model}@{self.valid_from.isoformat()}"
+        """The name in the ledger: ``openai/gpt-image-2@2026-04-21``, ``own:comet/...``."""
+        whose = f"own:{self.provider}" if self.own else self.provider
+        return f"{whose}/{self.model}@{self.valid_from.isoformat()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +161,8 @@ class PriceBook:
     """Every dated row. An upstream's own rows go before those of its provider."""
 
     def __init__(self, rows: Iterable[PriceRow]) -> None:
-        self._rows = tuple(sorted(rows, key=lambda row: row.valid_from))
+        # The last of a model wins: the operator's after the list's, the newer after the older.
+        self._rows = tuple(sorted(rows, key=lambda row: (row.own, row.valid_from)))
         self._lists: dict[tuple[str, str, date], PriceList] = {}
 
     def of(self, upstream: str, provider: str, day: date) -> PriceList:
@@ -107,7 +172,7 @@ class PriceBook:
             if len(self._lists) >= 256:
                 self._lists.clear()
             valid = [row for row in self._rows if row.valid_from <= day]
-            general = {row.model: row for row in valid if row.provider == provider}
+            general = {row.model: row for row in valid if row.provider == provider and not row.own}
             own = {row.model: row for row in valid if row.provider == upstream}
             self._lists[wanted] = PriceList(general | own)
         return self._lists[wanted]

@@ -11,7 +11,7 @@ import asyncio
 import os
 import tempfile
 from bisect import bisect_right
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar, cast
 
@@ -69,9 +69,8 @@ class Spool:
         self._published = 0
         self._in_memory = 0
         self._on_disk = 0
-        self._readers = 0
+        self._holders = 1
         self._finished = False
-        self._closed = False
         self._news = asyncio.Event()
 
     @property
@@ -149,9 +148,9 @@ class Spool:
         self._news.set()
         self._news = asyncio.Event()
 
-    async def follow(self) -> AsyncIterator[bytes]:
+    async def follow(self) -> AsyncGenerator[bytes, None]:
         """What is published, from the first byte, as it is published, until ``finish``."""
-        self._readers += 1
+        self.share()
         try:
             position = 0
             while True:
@@ -165,19 +164,19 @@ class Spool:
                 if news is self._news:
                     await news.wait()
         finally:
-            self._leave()
+            self.close()
 
-    async def slice(self, start: int = 0, end: int | None = None) -> AsyncIterator[bytes]:
+    async def slice(self, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
         """The bytes ``[start, end)``, published or not; ``end`` defaults to all written now."""
         stop = self._written if end is None else end
-        self._readers += 1
+        self.share()
         try:
             while start < stop:
                 chunk = await self._read(start, stop)
                 start += len(chunk)
                 yield chunk
         finally:
-            self._leave()
+            self.close()
 
     async def _read(self, start: int, end: int) -> bytes:
         if self._file is not None:
@@ -192,17 +191,15 @@ class Spool:
             return chunk
         return chunk[offset : offset + end - start]
 
-    def _leave(self) -> None:
-        self._readers -= 1
-        if self._closed and self._readers == 0:
-            self._free()
+    def share(self) -> None:
+        """One more holder: memory and file stay until each has called ``close``."""
+        self._holders += 1
 
     def close(self) -> None:
-        """Gives memory and file back, at once or when the last reader is done."""
-        if not self._closed:
-            self._closed = True
-            if self._readers == 0:
-                self._free()
+        """One holder less; the last one gives memory and file back."""
+        self._holders -= 1
+        if self._holders == 0:
+            self._free()
 
     def _free(self) -> None:
         self._room.give_back(self._in_memory, self._on_disk)
@@ -245,7 +242,7 @@ def edited_length(length: int, edits: Sequence[Edit]) -> int:
     return length + sum(len(edit.content) - (edit.span.end - edit.span.start) for edit in edits)
 
 
-async def edited(spool: Spool, edits: Sequence[Edit]) -> AsyncIterator[bytes]:
+async def edited(spool: Spool, edits: Sequence[Edit]) -> AsyncGenerator[bytes, None]:
     """A body with its edits spliced in; every other byte is as it came."""
     position = 0
     for edit in sorted(edits, key=lambda edit: edit.span.start):
@@ -258,7 +255,7 @@ async def edited(spool: Spool, edits: Sequence[Edit]) -> AsyncIterator[bytes]:
         yield chunk
 
 
-async def spliced(spool: Spool, pieces: Sequence[bytes | Span]) -> AsyncIterator[bytes]:
+async def spliced(spool: Spool, pieces: Sequence[bytes | Span]) -> AsyncGenerator[bytes, None]:
     """Literal bytes and spans of a spool, one after the other."""
     for piece in pieces:
         if isinstance(piece, Span):

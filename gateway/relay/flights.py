@@ -17,13 +17,16 @@ from gateway.domain.receipt import Receipt
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The beginning of an answer, once it may be sent. ``length`` is None for a stream; ``body``
-    is called once."""
+    """The beginning of an answer, once it may be sent. ``length`` is None for a stream.
+
+    ``body`` is called at most once; ``close`` is called once, read or not.
+    """
 
     status: int
     headers: tuple[tuple[str, str], ...]
     length: int | None
     body: Callable[[], AsyncIterator[bytes]]
+    close: Callable[[], None] = lambda: None
 
 
 class Client:
@@ -43,6 +46,7 @@ class Flight:
         self.rid = rid
         self.client = client
         self._head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
+        self._abandoned = False
         self._task: asyncio.Task[Receipt] | None = None
 
     def start(self, run: Coroutine[Any, Any, Receipt]) -> asyncio.Task[Receipt]:
@@ -59,7 +63,9 @@ class Flight:
 
     def answer(self, head: Head) -> None:
         """Lets the client have the beginning of the answer."""
-        if not self._head.done():
+        if self._abandoned or self._head.done():
+            head.close()
+        else:
             self._head.set_result(head)
 
     def refuse(self, error: GatewayError) -> None:
@@ -77,11 +83,13 @@ class Flight:
         """Waits as long as the client does. Raises the flight's error, or ``ClientGone``."""
         gone = asyncio.ensure_future(self.client.gone.wait())
         try:
-            await asyncio.wait({self._head, gone}, return_when=asyncio.FIRST_COMPLETED)
+            either: set[asyncio.Future[Any]] = {self._head, gone}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
             gone.cancel()
         if self._head.done():
             return self._head.result()
+        self._abandoned = True
         raise ClientGone("upstream")
 
     async def receipt(self) -> Receipt:
@@ -96,6 +104,7 @@ class Flights:
 
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Receipt]] = set()
+        self._errands: set[asyncio.Task[None]] = set()
 
     @property
     def count(self) -> int:
@@ -111,7 +120,14 @@ class Flights:
         task.add_done_callback(self._running.discard)
         return flight
 
+    async def within(self, seconds: float, work: Coroutine[Any, Any, None]) -> None:
+        """Waits for a piece of work, but not longer than ``seconds``; it then goes on alone."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+        await asyncio.wait({task}, timeout=seconds)
+
     async def drain(self) -> None:
         """Waits until every flight has landed."""
-        while self._running:
-            await asyncio.wait(set(self._running))
+        while self._running or self._errands:
+            await asyncio.wait({*self._running, *self._errands})

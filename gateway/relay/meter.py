@@ -12,8 +12,7 @@ from typing import Any
 from gateway.domain.call import Operation, Usage
 from gateway.domain.errors import GatewayError, UpstreamBroken
 from gateway.domain.price import Answer
-from gateway.domain.usage import InvalidUsage, add, read_usage
-from gateway.relay import replay
+from gateway.domain.usage import InvalidUsage, read_usage
 from gateway.relay.failover import error_in_success
 from gateway.relay.skim import BadEvent, BadJson, Event, EventSkimmer, JsonSkimmer, Skimmed
 
@@ -32,7 +31,6 @@ class Reading:
     invalid_usage: bool = False
     hosted: bool = False
     document: Skimmed | None = None
-    image_spans: tuple[tuple[int, int], ...] = ()
 
 
 class NoPicture(Exception):
@@ -47,42 +45,48 @@ class JsonMeter:
     """Reads one JSON answer as it passes."""
 
     def __init__(self, operation: Operation, upstream: str) -> None:
-        self._operation = operation
-        self._upstream = upstream
+        self.operation = operation
+        self.upstream = upstream
         self._skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES)
+        self._document: Skimmed | None = None
 
     def feed(self, chunk: bytes) -> None:
         """Raises ``UpstreamBroken`` as soon as it cannot be an answer."""
         try:
             self._skimmer.feed(chunk)
         except BadJson as error:
-            raise NoPicture(_not_json(self._upstream), Reading(Answer(0))) from error
+            raise NoPicture(_not_json(self.upstream), Reading(Answer(0))) from error
 
     def close(self) -> Reading:
         """Raises ``NoPicture`` for a success without a picture, and the error that an error
         object in a success stands for (not billed)."""
-        try:
-            document = self._skimmer.close()
-        except BadJson as error:
-            raise NoPicture(_not_json(self._upstream), Reading(Answer(0))) from error
+        document = self.document()
         value = document.value
         if isinstance(value, dict) and value.get("error"):
-            raise error_in_success(value["error"], self._upstream)
+            raise error_in_success(value["error"], self.upstream)
         members = value if isinstance(value, dict) else {}
         data = members.get("data")
         items = data if isinstance(data, list) else []
         pictures = [item for item in items if isinstance(item, dict) and _has_picture(item)]
-        usage, invalid = _usage(members, self._operation)
+        usage, invalid = _usage(members, self.operation)
         reading = Reading(
             Answer(len(pictures), usage, _text(members, "size"), _text(members, "quality")),
             invalid,
             any("b64_json" not in item or not item["b64_json"] for item in pictures),
             document,
-            replay.image_spans(document),
         )
         if not pictures:
-            raise NoPicture(f"The upstream {self._upstream} answered without a picture.", reading)
+            raise NoPicture(f"The upstream {self.upstream} answered without a picture.", reading)
         return reading
+
+    def document(self) -> Skimmed:
+        """The whole answer, skimmed. Raises ``NoPicture`` when it is not JSON."""
+        if self._document is None:
+            try:
+                self._document = self._skimmer.close()
+            except BadJson as error:
+                raise NoPicture(_not_json(self.upstream), Reading(Answer(0))) from error
+        return self._document
 
 
 @dataclass(slots=True)
@@ -104,12 +108,9 @@ class EventMeter:
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that ``chunk`` completes. Raises ``UpstreamBroken`` on garbage."""
         try:
-            events = self._skimmer.feed(chunk)
+            return self._skimmer.feed(chunk)
         except BadEvent as error:
             raise self._broken("sent an event that is not JSON") from error
-        for event in events:
-            self._look(event)
-        return events
 
     def close(self) -> list[Event]:
         """An event that the end of the body completes. Raises ``UpstreamBroken`` when the stream
@@ -118,15 +119,18 @@ class EventMeter:
             last = self._skimmer.close()
         except BadEvent as error:
             raise self._broken("was cut in the middle of an event") from error
-        if last is None:
-            return []
-        self._look(last)
-        return [last]
+        return [] if last is None else [last]
 
-    def _look(self, event: Event) -> None:
+    def see(self, event: Event) -> GatewayError | None:
+        """Counts an event. Returns the error that it stands for, if it does."""
         members = event.data.value if event.data else None
         if not isinstance(members, dict):
-            return
+            return None
+        if members.get("error"):
+            return error_in_success(members["error"], self.upstream)
+        if event.name == "error" or members.get("type") == "error":
+            flat = {key: members.get(key) for key in ("message", "code", "param")}
+            return error_in_success(flat, self.upstream)
         if is_partial(event):
             self.partials += 1
         elif is_completed(event):
@@ -134,20 +138,8 @@ class EventMeter:
             usage, invalid = _usage(members, self.operation)
             self._invalid = self._invalid or invalid
             if usage is not None:
-                self._usage = usage if self._usage is None else add(self._usage, usage)
+                self._usage = usage if self._usage is None else self._usage + usage
             self._last = event.data
-
-    def error(self, event: Event) -> GatewayError | None:
-        """The error that an event stands for, or None."""
-        members = event.data.value if event.data else None
-        if not isinstance(members, dict):
-            return None
-        if members.get("error"):
-            return error_in_success(members["error"], self.upstream)
-        if event.name == "error" or members.get("type") == "error":
-            return error_in_success(
-                {key: members.get(key) for key in ("message", "code", "param")}, self.upstream
-            )
         return None
 
     def read(self) -> Reading:

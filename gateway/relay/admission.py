@@ -1,0 +1,146 @@
+"""What is set aside before anything is bought: the gate's rates, then the ledger's money."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from gateway.domain.errors import GatewayError, InvalidRequest, QuotaExceeded, RateLimited
+from gateway.domain.ledger import Claim, Claimed, Denied, Held, State
+from gateway.domain.money import say_dollars
+from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
+from gateway.domain.team import Caller
+from gateway.ports import Gate, Ledger
+from gateway.relay.plan import Plan, cheaper
+
+NOUNS = {Unit.REQUESTS: "request", Unit.IMAGES: "image", Unit.SLOTS: "request"}
+
+
+class Admission:
+    """The two ports that a call's demand is put to, all or nothing: the gate first, given back
+    if the ledger refuses."""
+
+    def __init__(self, gate: Gate, ledger: Ledger, lease: timedelta, worker: str) -> None:
+        self._gate = gate
+        self._ledger = ledger
+        self._lease = lease
+        self._worker = worker
+
+    async def pass_gate(self, rid: str, plan: Plan, demand: Demand) -> Grant:
+        """Rates and a slot. Raises ``RateLimited``, or ``InvalidRequest`` where it never fits."""
+        answer = await self._gate.take(rid, plan.rates, demand)
+        if isinstance(answer, Refusal):
+            raise _rate_limited(answer, plan.caller, demand)
+        return answer
+
+    async def hold(self, rid: str, plan: Plan, idempotency_key: str | None, now: datetime) -> Held:
+        """The bound, against every budget, durable before it returns. Raises ``QuotaExceeded``,
+        ``InvalidRequest`` for an idempotency key in use, ``LedgerUnavailable``; the gate has then
+        been given back."""
+        call = plan.call
+        claim = Claim(
+            rid=rid,
+            team=plan.caller.team.id,
+            key_id=plan.caller.key.id,
+            model=plan.model.name,
+            operation=call.operation,
+            upstream=plan.upstream.name,
+            images=call.n,
+            bound=plan.quote.bound.amount,
+            lines=plan.lines,
+            at=now,
+            lease_ends=now + self._lease,
+            price_id=plan.quote.price_id,
+            fingerprint=plan.fingerprint,
+            idempotency_key=idempotency_key,
+            worker=self._worker,
+        )
+        try:
+            match await self._ledger.reserve(claim):
+                case Denied() as denied:
+                    raise _quota_exceeded(denied, plan)
+                case Claimed() as claimed:
+                    raise _key_in_use(claimed)
+                case held:
+                    return held
+        except GatewayError:
+            await self._gate.undo(rid, plan.rates, plan.demand)
+            raise
+
+    async def leave(self, rid: str, plan: Plan) -> None:
+        """Gives the slot back."""
+        await self._gate.release(rid, plan.rates)
+
+
+def _whose(limit: Limit, caller: Caller) -> str:
+    if limit.scope is Scope.KEY:
+        return f"Key {caller.key.name or caller.key.id} of team {caller.team.id}"
+    return f"Team {caller.team.id}"
+
+
+def _rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayError:
+    limit, wait = refusal.limit, refusal.wait_seconds
+    amount = limit.amount or 0
+    noun = NOUNS[limit.unit] + ("" if amount == 1 else "s")
+    per = " at a time" if limit.unit is Unit.SLOTS else " a minute"
+    limited = f"{_whose(limit, caller)} is limited to {amount} {noun}{per}"
+    if wait is None:
+        advice = "Ask for fewer pictures at once" if limit.unit is Unit.IMAGES else "It never fits"
+        return InvalidRequest(
+            f"{limited}, and this request asks for {demand.of(limit.unit)}. {advice}, or ask an "
+            "administrator to raise the limit.",
+            code="limit_exceeded",
+            param="n" if limit.unit is Unit.IMAGES else None,
+            reason="never_fits",
+        )
+    words = f"{wait:.0f} s" if wait >= 1 else "a moment"
+    return RateLimited(
+        f"{limited}; try again in {words}.",
+        reason={
+            Unit.REQUESTS: "requests_per_minute",
+            Unit.IMAGES: "images_per_minute",
+            Unit.SLOTS: "concurrent_requests",
+        }[limit.unit],
+        retry_after_seconds=wait,
+    )
+
+
+def _quota_exceeded(denied: Denied, plan: Plan) -> QuotaExceeded:
+    line, balance, bound = denied.line, denied.balance, plan.quote.bound.amount
+    amount, ends = line.limit.amount or 0, line.period.ends
+    day = line.limit.window is Window.DAY
+    span = "today" if day else f"for {ends - timedelta(days=1):%B}"
+    held = f" and holds {say_dollars(balance.pending)} for running requests" * bool(balance.pending)
+    text = (
+        f"{_whose(line.limit, plan.caller)} has spent {say_dollars(balance.posted)} of its "
+        f"{say_dollars(amount)} {span}{held}; this request could cost up to {say_dollars(bound)}. "
+        f"Resets {ends:%Y-%m-%d %H:%M} UTC."
+    )
+    less = cheaper(plan)
+    if less is not None and balance.used + less[1] <= amount:
+        text += f" Cheaper now: {less[0]} (at most {say_dollars(less[1])})."
+    return QuotaExceeded(text)
+
+
+def _key_in_use(claimed: Claimed) -> InvalidRequest:
+    if not claimed.same_fingerprint:
+        return InvalidRequest(
+            "This Idempotency-Key was used for another request. Use a new key for each request "
+            "that differs.",
+            status=422,
+            code="idempotency_key_reused",
+            param="Idempotency-Key",
+            reason="idempotency_key_reused",
+        )
+    became = {
+        State.HELD: "is still running",
+        State.POSTED: "was answered and paid for",
+        State.EXPIRED: "was sent, and its outcome is unknown",
+    }.get(claimed.state, "was seen")
+    return InvalidRequest(
+        f"The request with this Idempotency-Key {became} as {claimed.rid}. Nothing was bought "
+        "twice. Without the cache its answer is not kept; use a new key to buy another picture.",
+        status=409,
+        code="idempotency_key_in_use",
+        param="Idempotency-Key",
+        reason="idempotency_key_in_use",
+    )

@@ -1,0 +1,120 @@
+"""The headers of an answer (lessons.md 4 is the only list), and errors as answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncIterator, Mapping, Sequence
+from datetime import datetime, timedelta
+
+from gateway.domain.charge import Quote
+from gateway.domain.errors import GatewayError, UpstreamRefused
+from gateway.domain.ledger import Balance, Basis, Line
+from gateway.domain.money import Money, format_dollars
+from gateway.domain.quota import Standing, Unit
+from gateway.relay.flights import Head
+from gateway.relay.plan import Plan
+
+Headers = tuple[tuple[str, str], ...]
+
+JSON = "application/json"
+EVENTS = "text/event-stream; charset=utf-8"
+MAX_WAIT_SECONDS = 60.0
+"""Node ignores a longer `retry-after` and comes back at once (contract 4.4), so it is told not
+to come back at all."""
+
+PASSED_ON = ("openai-processing-ms", "openai-version")
+
+
+def of_call(rid: str, plan: Plan, stream: bool) -> Headers:
+    """What every answer with a picture says."""
+    return (
+        ("content-type", EVENTS if stream else JSON),
+        ("x-request-id", rid),
+        ("x-cache", plan.cache.value),
+        ("x-model-served", plan.model.target.model),
+        ("x-gateway-upstream", plan.upstream.name),
+    )
+
+
+def of_upstream(headers: Mapping[str, str]) -> Headers:
+    """What passes from the upstream's headers; everything else stays behind."""
+    passed = [(name, headers[name]) for name in PASSED_ON if name in headers]
+    if "x-request-id" in headers:
+        passed.append(("x-upstream-request-id", headers["x-request-id"]))
+    passed.append(("x-gateway-attempts", "1"))
+    return tuple((name, value) for name, value in passed if _is_clean(value))
+
+
+def of_cost(cost: Money, basis: Basis) -> Headers:
+    """The exact cost of a settled call."""
+    return (("x-cost-usd", format_dollars(cost)), ("x-cost-basis", basis.value))
+
+
+def of_bound(quote: Quote) -> Headers:
+    """What a stream can say before its usage is known."""
+    return (("x-cost-bound-usd", format_dollars(quote.bound.amount)),)
+
+
+def of_budget(lines: Sequence[Line], balances: Sequence[Balance]) -> Headers:
+    """What is left of the tightest budget, and until when."""
+    left = [
+        (line.limit.amount - balance.used, line.period.ends)
+        for line, balance in zip(lines, balances, strict=False)
+        if line.limit.amount is not None
+    ]
+    if not left:
+        return ()
+    remaining, resets = min(left)
+    return (
+        ("x-budget-remaining-usd", format_dollars(max(0, remaining))),
+        ("x-budget-reset", resets.strftime("%Y-%m-%dT%H:%M:%SZ")),
+    )
+
+
+def of_rates(standings: Sequence[Standing]) -> Headers:
+    """The team's own rates, in OpenAI's words: the tightest limit of each unit."""
+    found: list[tuple[str, str]] = []
+    for unit in (Unit.REQUESTS, Unit.IMAGES):
+        own = [standing for standing in standings if standing.limit.unit is unit]
+        if not own:
+            continue
+        tightest = min(own, key=lambda standing: standing.remaining)
+        found += [
+            (f"x-ratelimit-limit-{unit.value}", str(tightest.limit.amount)),
+            (f"x-ratelimit-remaining-{unit.value}", str(tightest.remaining)),
+            (f"x-ratelimit-reset-{unit.value}", f"{tightest.reset_seconds:.3f}s"),
+        ]
+    return tuple(found)
+
+
+def of_age(stored_at: datetime, now: datetime) -> Headers:
+    """How old a kept answer is, in whole seconds."""
+    age = max(timedelta(), now - stored_at)
+    return (("age", str(int(age.total_seconds()))),)
+
+
+def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
+    """An error as an answer: OpenAI's shape, and whether another try can help."""
+    content = error.content
+    headers = [("content-type", JSON), ("x-request-id", rid), *more]
+    wait, retry = error.retry_after_seconds, error.should_retry
+    if isinstance(error, UpstreamRefused):
+        headers += [(name, value) for name, value in error.headers if _is_clean(value)]
+    if wait is not None:
+        headers.append(("retry-after", str(math.ceil(wait))))
+        headers.append(("retry-after-ms", str(math.ceil(wait * 1000))))
+        if wait > MAX_WAIT_SECONDS:
+            retry = False
+    if retry is not None:
+        headers.append(("x-should-retry", "true" if retry else "false"))
+    if error.close:
+        headers.append(("connection", "close"))
+    return Head(error.status, tuple(headers), len(content), lambda: _once(content))
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
+
+
+def _is_clean(value: str) -> bool:
+    return value.isprintable() and value.isascii()

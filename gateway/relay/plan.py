@@ -1,0 +1,255 @@
+"""From where, at what price: a call becomes a plan. Pure but for one look into the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+
+from gateway.domain.call import Call
+from gateway.domain.charge import Quote
+from gateway.domain.errors import InvalidRequest, ModelNotAllowed, ModelNotFound, UpstreamAccount
+from gateway.domain.fingerprint import fingerprint
+from gateway.domain.ledger import Line
+from gateway.domain.money import Money, say_dollars
+from gateway.domain.price import Bound, CannotPrice, Confidence, PriceBook, PriceList
+from gateway.domain.quota import Demand, Limit, Unit, period
+from gateway.domain.receipt import CacheResult
+from gateway.domain.route import Catalogue, Model, Unpriced
+from gateway.domain.team import Caller
+from gateway.ports import Cache, Cached, Upstream
+from gateway.relay.strict import validate_strict
+
+
+@dataclass(frozen=True, slots=True)
+class CachePolicy:
+    """What the operator allows: ``scope`` is team, key or organization; ``ttl`` in seconds."""
+
+    enabled: bool = True
+    scope: str = "team"
+    ttl_seconds: float = 86_400.0
+    max_entry_bytes: int = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CacheWish:
+    """What the client's ``Cache-Control`` asks for. ``max_age`` is in seconds."""
+
+    read: bool = True
+    write: bool = True
+    max_age: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One call, decided: whose, from where, at what price, and under which name it is cached.
+
+    ``key`` is the cache's, empty where the answer may be neither taken from it nor put there.
+    ``rates`` are the gate's limits, ``lines`` the ledger's accounts in their periods.
+    """
+
+    caller: Caller
+    call: Call
+    model: Model
+    upstream: Upstream
+    quote: Quote
+    demand: Demand
+    rates: tuple[Limit, ...]
+    lines: tuple[Line, ...]
+    fingerprint: str
+    key: str
+    cache: CacheResult
+    keep: bool
+    cached: Cached | None = None
+
+
+class Planner:
+    """Holds what is configured; makes a plan for each call."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        upstreams: Mapping[str, Upstream],
+        prices: PriceBook,
+        cache: Cache,
+        policy: CachePolicy,
+    ) -> None:
+        self._catalogue = catalogue
+        self._upstreams = upstreams
+        self._prices = prices
+        self._cache = cache
+        self._policy = policy
+
+    async def plan(self, caller: Caller, call: Call, wish: CacheWish, now: datetime) -> Plan:
+        """Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``,
+        ``UpstreamAccount``."""
+        model = self.route(caller, call.model)
+        if model.strict:
+            validate_strict(call)
+        upstream = self._upstreams[model.target.upstream]
+        served = model.target.model
+        mark = fingerprint(
+            call, scope=self._scope(caller), model_served=served, upstream=upstream.name
+        )
+        enabled = self._policy.enabled and caller.team.cache_enabled and model.cache_enabled
+        keep = enabled and wish.write
+        cached = None
+        if enabled and wish.read:
+            cached = await self._look_up(mark, call, wish, now)
+        rates = tuple(limit for limit in caller.limits if limit.unit is not Unit.MONEY)
+        if cached is not None:
+            nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
+            return Plan(
+                caller, call, model, upstream, nothing, Demand(), rates, (), mark, mark,
+                CacheResult.HIT, False, cached,
+            )  # fmt: skip
+        if not upstream.ready:
+            raise UpstreamAccount(
+                f"This gateway has no key for its upstream {upstream.name} yet, so {model.name} is "
+                "off. The gateway's operator has to configure one.",
+                code="upstream_off",
+                reason="upstream_off",
+            )
+        quote = self._quote(caller, call, model, upstream, now)
+        return Plan(
+            caller,
+            call,
+            model,
+            upstream,
+            quote,
+            Demand(images=call.n, money=quote.bound.amount),
+            rates,
+            tuple(
+                Line(limit, period(limit.window, now))
+                for limit in caller.limits
+                if limit.unit is Unit.MONEY
+            ),
+            mark,
+            mark if keep and quote.row is not None else "",
+            CacheResult.MISS if enabled else CacheResult.OFF,
+            keep and quote.row is not None,
+        )
+
+    def route(self, caller: Caller, name: str) -> Model:
+        """The model behind a name, if this caller may use it. Raises ``ModelNotFound``,
+        ``ModelNotAllowed``."""
+        model = self._catalogue.find(name)
+        if model is None:
+            near = self._catalogue.nearest(name)
+            hint = ""
+            if near is not None and caller.may_use(near.name):
+                served = near.target.model
+                via = f" (served by {served})" if served != near.name else ""
+                hint = f" Did you mean {near.name}{via}?"
+            raise ModelNotFound(
+                f"No model {name}.{hint} GET /v1/models lists yours.", param="model"
+            )
+        if not caller.may_use(model.name):
+            allowed = self._allowed(caller)
+            raise ModelNotAllowed(
+                f"Team {caller.team.id} may use {allowed}, not {name} with this key. "
+                "Ask an administrator to add it.",
+                param="model",
+            )
+        return model
+
+    def models(self, caller: Caller) -> list[Model]:
+        """Every configured model that the caller may use, by name."""
+        known = self._catalogue.models.values()
+        return sorted(
+            (model for model in known if caller.may_use(model.name)), key=lambda model: model.name
+        )
+
+    def prices(self, model: Model, now: datetime) -> PriceList:
+        """What the model's upstream charges today."""
+        upstream = self._upstreams[model.target.upstream]
+        return self._prices.of(upstream.name, upstream.provider, now.date())
+
+    def _allowed(self, caller: Caller) -> str:
+        names = [model.name for model in self.models(caller)]
+        if not names:
+            return "no model"
+        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+    def _scope(self, caller: Caller) -> str:
+        match self._policy.scope:
+            case "key":
+                return f"key:{caller.key.id}"
+            case "organization":
+                return "organization"
+            case _:
+                return f"team:{caller.team.id}"
+
+    async def _look_up(
+        self, mark: str, call: Call, wish: CacheWish, now: datetime
+    ) -> Cached | None:
+        cached = await self._cache.get(mark)
+        if cached is None:
+            return None
+        age = (now - cached.meta.stored_at).total_seconds()
+        limits = [self._policy.ttl_seconds]
+        if wish.max_age is not None:
+            limits.append(wish.max_age)
+        # A stream has no agreed form for several pictures, so only one is replayed as one event.
+        fits = not call.stream or len(cached.meta.image_spans) == 1
+        return cached if fits and age <= min(limits) else None
+
+    def _quote(
+        self, caller: Caller, call: Call, model: Model, upstream: Upstream, now: datetime
+    ) -> Quote:
+        prices = self.prices(model, now)
+        row = prices.find(model.target.model)
+        most = caller.max_cost_per_request
+        if row is None:
+            return Quote(self._unpriced_bound(caller, model, most), prices, None)
+        try:
+            bound = row.price.bound(call, prices)
+        except CannotPrice as error:
+            raise InvalidRequest(str(error), code="model_not_priced", param=error.param) from error
+        if most is not None and bound.amount > most:
+            raise InvalidRequest(
+                f"This request could cost up to {say_dollars(bound.amount)}, and team "
+                f"{caller.team.id} allows {say_dollars(most)} a request. Ask for fewer pictures, a "
+                "smaller size or a lower quality.",
+                code="max_cost_exceeded",
+                reason="max_cost_exceeded",
+            )
+        return Quote(bound, prices, row)
+
+    def _unpriced_bound(self, caller: Caller, model: Model, most: Money | None) -> Bound:
+        if model.unpriced is Unpriced.REFUSE:
+            raise InvalidRequest(
+                f"{model.name} has no price on this gateway, so nothing is bought. "
+                "Ask the gateway's operator to add one.",
+                code="model_not_priced",
+                param="model",
+                reason="unpriced",
+            )
+        if most is None and caller.has_budget:
+            raise InvalidRequest(
+                f"{model.name} has no price on this gateway, and team {caller.team.id} has a hard "
+                "budget. Ask the gateway's operator for a price, or for max_cost_per_request.",
+                code="model_not_priced",
+                param="model",
+                reason="unpriced",
+            )
+        return Bound(most or 0, Confidence.SOFT)
+
+
+def cheaper(plan: Plan) -> tuple[str, Money] | None:
+    """A way to ask for the same call that costs less: the first of a few that saves by half."""
+    if plan.quote.row is None:
+        return None
+    for quality in ("low", "medium"):
+        if plan.call.quality == quality:
+            return None
+        size = "1024x1024" if plan.call.size == "auto" else plan.call.size
+        other = replace(plan.call, quality=quality, size=size)
+        try:
+            bound = plan.quote.row.price.bound(other, plan.quote.prices).amount
+        except CannotPrice:
+            continue
+        if 0 < 2 * bound <= plan.quote.bound.amount:
+            words = f"quality={quality}" if size == plan.call.size else f"{size}, quality={quality}"
+            return words, bound
+    return None

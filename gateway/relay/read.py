@@ -1,0 +1,619 @@
+"""Reading: a request's bytes go by, a ``Call`` comes out. Sans-I/O.
+
+The gateway refuses what it cannot read, what it must understand to price the call, and what is
+not safe to hold; every other mistake is the upstream's to name (``strict.py`` is for those who
+want it named here). Nothing is rewritten: the body that is sent on is the body that came, so what
+is priced here must be what the upstream reads there. Hence no second field of a name, no number
+in quotes, no text field disguised as a file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from gateway.domain.call import Call, Encoding, InputImage, Json, Operation, Span
+from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
+from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_url
+from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
+from gateway.relay.skim import BadJson, Hole, JsonSkimmer
+
+JSON_TYPE = "application/json"
+FORM_TYPE = "multipart/form-data"
+
+KNOWN = frozenset(
+    {
+        *("prompt", "model", "n", "size", "quality", "complexity", "background", "moderation"),
+        *("output_format", "output_compression", "frame_count", "frame_duration_ms", "svg"),
+        *("stream", "partial_images", "safety_identifier", "user"),
+        *("response_format", "style", "input_fidelity"),
+    }
+)
+"""Fields of contract 1.2 and 2.1, without the pictures."""
+
+MAX_PROMPT_CHARS = 32_000
+MAX_MODEL_CHARS = 256
+MAX_DEPTH = 32
+KEEP_BYTES = 12 * MAX_PROMPT_CHARS
+"""Longer strings are passed over. The longest prompt of all, written as escaped surrogate pairs
+(twelve bytes a character), is still kept."""
+MAX_KEPT_BYTES = 8 << 20
+"""Room for the beginnings of eighteen pictures, and a prompt."""
+
+DEFAULT_FRAMES = 9
+_PRICED_NUMBERS: Mapping[str, tuple[int, int]] = {
+    "n": (1, 10),
+    "partial_images": (0, 3),
+    "frame_count": (2, 16),
+}
+_PRICED_TEXTS = ("size", "quality", "output_format")
+_FORM_NUMBERS = frozenset({*_PRICED_NUMBERS, "output_compression", "frame_duration_ms"})
+_ECHOED = ("model", "size", "quality", "output_format", "background", "safety_identifier", "user")
+"""Fields that come back in an answer's headers or body."""
+
+_DIGITS = re.compile(r"0|-?[1-9][0-9]{0,17}")
+_BREAKS = re.compile(r"[\x00\r\n]")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_NESTED = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])+)")
+_IMAGE = re.compile(r"image(?:\[([0-9]{0,4})\])?")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadRules:
+    """The limits of a request (reliability 5.4), in bytes, pixels and pictures.
+
+    ``image_urls_allowed`` lets https addresses of pictures pass to the upstream, which fetches
+    them; the gateway itself never does.
+    """
+
+    max_json_bytes: int = 4 << 20
+    max_form_bytes: int = 200 << 20
+    max_file_bytes: int = 50 << 20
+    max_pixels: int = 100_000_000
+    max_side: int = 16_384
+    max_images: int = 16
+    image_urls_allowed: bool = False
+
+    def body_limit(self, operation: Operation) -> int:
+        """The most bytes a request may have: pictures, in either encoding, only come to edits."""
+        return self.max_form_bytes if operation is Operation.EDIT else self.max_json_bytes
+
+    @property
+    def picture(self) -> PictureRules:
+        return PictureRules(
+            self.max_file_bytes, self.max_pixels, self.max_side, self.image_urls_allowed
+        )
+
+
+class Reader(Protocol):
+    """Reads one body. Both methods raise ``InvalidRequest`` and ``BodyTooLarge``; a reader that
+    has raised is not used again."""
+
+    def feed(self, chunk: bytes) -> None: ...
+
+    def close(self) -> Call:
+        """The body is complete."""
+
+
+def reader_for(
+    operation: Operation,
+    content_type: str,
+    content_encoding: str | None,
+    content_length: int | None,
+    rules: ReadRules,
+) -> Reader:
+    """The reader for a body announced by these headers; ``content_length`` is None if chunked.
+
+    Raises ``UnsupportedMedia`` for a body in another form than the operation takes or in any
+    content encoding, ``BodyTooLarge`` at once for a length over the limit.
+    """
+    media = content_type.partition(";")[0].strip().lower()
+    takes_forms = operation is Operation.EDIT
+    if media != JSON_TYPE and not (takes_forms and media == FORM_TYPE):
+        wanted = f"{FORM_TYPE} or {JSON_TYPE}" if takes_forms else JSON_TYPE
+        raise UnsupportedMedia(
+            f"{operation.path} takes {wanted}, not {media[:80] or 'a body without Content-Type'!r}."
+        )
+    if content_encoding and content_encoding.strip().lower() != "identity":
+        raise UnsupportedMedia(
+            f"Content-Encoding {content_encoding[:80]!r} is not taken: send the body uncompressed."
+        )
+    limit = rules.body_limit(operation)
+    if content_length is not None and content_length > limit:
+        raise _too_large(operation, limit)
+    if media == JSON_TYPE:
+        return _JsonReader(operation, content_type, rules)
+    return _FormReader(operation, content_type, rules)
+
+
+class _JsonReader:
+    def __init__(self, operation: Operation, content_type: str, rules: ReadRules) -> None:
+        self._operation = operation
+        self._content_type = content_type
+        self._rules = rules
+        self._limit = rules.body_limit(operation)
+        self._length = 0
+        self._skimmer = JsonSkimmer(
+            keep_bytes=KEEP_BYTES,
+            max_depth=MAX_DEPTH,
+            digests=True,
+            check_base64=operation is Operation.EDIT,
+            check_controls=operation is Operation.GENERATION,
+            max_kept=min(MAX_KEPT_BYTES, self._limit),
+        )
+
+    def feed(self, chunk: bytes) -> None:
+        self._length += len(chunk)
+        if self._length > self._limit:
+            raise _too_large(self._operation, self._limit)
+        try:
+            self._skimmer.feed(chunk)
+        except BadJson as bad:
+            raise _bad_json(bad) from None
+
+    def close(self) -> Call:
+        try:
+            skimmed = self._skimmer.close()
+        except BadJson as bad:
+            raise _bad_json(bad) from None
+        fields = skimmed.value
+        if not isinstance(fields, dict):
+            raise InvalidRequest(
+                f"The body must be a JSON object, not {_kind(fields)}.",
+                code="invalid_type",
+                reason="invalid_param",
+            )
+        inputs: tuple[InputImage, ...] = ()
+        extras: list[Json] = []
+        taken: frozenset[str] = frozenset()
+        if self._operation is Operation.EDIT:
+            taken = frozenset({"images", "mask", "markup"})
+            inputs, extras = self._pictures(fields)
+        parameters = {name: value for name, value in fields.items() if name not in taken}
+        if any(extras):
+            # What stands beside a picture's address decides the answer too: it is kept with the
+            # parameters, without the pictures.
+            parameters["images"] = extras
+        quoted = skimmed.spans.get("model", Span(0, 0))
+        return _call(
+            operation=self._operation,
+            encoding=Encoding.JSON,
+            content_type=self._content_type,
+            model_span=Span(quoted.start + 1, quoted.end - 1),
+            fields=parameters,
+            inputs=inputs,
+            unknown=parameters.keys() - KNOWN,
+            body_bytes=self._length,
+        )
+
+    def _pictures(self, fields: Mapping[str, object]) -> tuple[tuple[InputImage, ...], list[Json]]:
+        """Every picture, and per picture the members that are not its address."""
+        images = fields.get("images")
+        if images is None or images == []:
+            raise _missing("images", 'a list like [{"image_url": "data:image/png;base64,..."}].')
+        if not isinstance(images, list):
+            raise _wrong_type("images", "an array of objects", images)
+        if len(images) > self._rules.max_images:
+            raise _too_many("images", self._rules.max_images)
+        places = [("image", f"images[{index}]", item) for index, item in enumerate(images)]
+        places += [
+            (role, role, fields[role])
+            for role in ("mask", "markup")
+            if fields.get(role) is not None
+        ]
+        inputs: list[InputImage] = []
+        extras: list[Json] = []
+        for role, param, item in places:
+            inputs.append(self._picture(role, param, item))
+            extras.append(
+                {
+                    name: _settled(value)
+                    for name, value in item.items()
+                    if name not in ("image_url", "file_id") and value is not None
+                }
+            )
+        return tuple(inputs), extras
+
+    def _picture(self, role: str, param: str, item: object) -> InputImage:
+        if not isinstance(item, dict):
+            raise _wrong_type(param, "an object with 'image_url'", item)
+        if item.get("file_id") is not None:
+            raise InvalidRequest(
+                f"'{param}.file_id' cannot be used: files do not exist on this gateway yet. Send "
+                "the picture as a data URL in 'image_url', or as a file of a multipart form.",
+                code="file_id_unsupported",
+                param=f"{param}.file_id",
+                reason="invalid_param",
+            )
+        param = f"{param}.image_url"
+        address = item.get("image_url")
+        if address is None:
+            raise _missing(param, "a data URL like data:image/png;base64,....")
+        if not isinstance(address, (str, Hole)):
+            raise _wrong_type(param, "a string", address)
+        return from_url(address, role, param, self._rules.picture)
+
+
+class _FormReader:
+    def __init__(self, operation: Operation, content_type: str, rules: ReadRules) -> None:
+        self._operation = operation
+        self._content_type = content_type
+        self._rules = rules
+        self._limit = rules.body_limit(operation)
+        self._length = 0
+        self._scanner = FormScanner(boundary_of(content_type), max_file_bytes=rules.max_file_bytes)
+        self._fields: dict[str, Json] = {}
+        self._inputs: list[InputImage] = []
+        self._names: set[str] = set()
+        self._unknown_files: set[str] = set()
+        self._model_span = Span(0, 0)
+        self._images = 0
+        self._spelling = ""
+        self._last_index = -1
+
+    def feed(self, chunk: bytes) -> None:
+        self._length += len(chunk)
+        if self._length > self._limit:
+            raise _too_large(self._operation, self._limit)
+        for part in self._scanner.feed(chunk):
+            if part.name in self._names and "[]" not in part.name:
+                raise _duplicate(part.name)
+            self._names.add(part.name)
+            if part.is_file:
+                self._file(part)
+            else:
+                self._text(part)
+
+    def close(self) -> Call:
+        self._scanner.close()
+        if self._images == 0:
+            raise _missing("image", "the picture to edit, as a file of the form.")
+        return _call(
+            operation=self._operation,
+            encoding=Encoding.MULTIPART,
+            content_type=self._content_type,
+            model_span=self._model_span,
+            fields=self._fields,
+            inputs=tuple(self._inputs),
+            unknown=(self._fields.keys() - KNOWN) | self._unknown_files,
+            body_bytes=self._length,
+        )
+
+    def _file(self, part: Part) -> None:
+        name = part.name
+        if _base(name) in KNOWN:
+            raise InvalidRequest(
+                f"Invalid type for '{name[:64]}': expected text, but got a file. Send the field "
+                "without a filename.",
+                code="invalid_type",
+                param=name[:64],
+                reason="invalid_param",
+            )
+        image = _IMAGE.fullmatch(name)
+        if image is not None:
+            role, param = "image", self._count_image(name, image[1])
+        else:
+            role = param = name
+            if name not in PICTURE_ROLES:
+                self._unknown_files.add(name)
+        self._inputs.append(from_file(part, role, param, self._rules.picture))
+
+    def _count_image(self, name: str, index: str | None) -> str:
+        """Counts an image and returns how an error names it. One spelling, in one order: how an
+        upstream would order a mixture is not known, and the pictures' order matters."""
+        spelling = name if not index else "image[0]"
+        if self._spelling not in ("", spelling):
+            raise _duplicate("image")
+        self._spelling = spelling
+        if index:
+            if int(index) <= self._last_index:
+                raise InvalidRequest(
+                    f"'image[{index}]' comes after 'image[{self._last_index}]': send the pictures "
+                    "in their order, or all of them as 'image[]'.",
+                    code="invalid_value",
+                    param=f"image[{index}]",
+                    reason="invalid_param",
+                )
+            self._last_index = int(index)
+        self._images += 1
+        if self._images > self._rules.max_images:
+            raise _too_many("image", self._rules.max_images)
+        return "image" if name == "image" else f"image[{self._images - 1}]"
+
+    def _text(self, part: Part) -> None:
+        name = part.name
+        if _base(name) in PICTURE_ROLES:
+            raise InvalidRequest(
+                f"Invalid type for '{name[:64]}': expected a file, but got text. Send the picture "
+                "as a file part, with a filename.",
+                code="invalid_type",
+                param=name[:64],
+                reason="invalid_param",
+            )
+        try:
+            text = part.content.decode("utf-8")
+        except UnicodeDecodeError as bad:
+            raise InvalidRequest(
+                f"The text of '{name[:64]}' is not valid UTF-8 at byte "
+                f"{part.span.start + bad.start}.",
+                code="invalid_unicode",
+                param=name[:64],
+                reason="invalid_multipart",
+            ) from None
+        if name == "model":
+            self._model_span = part.span
+        _put(self._fields, name, _from_text(name, text))
+
+
+def _base(name: str) -> str:
+    """``svg[model]`` -> ``svg``."""
+    return name.partition("[")[0]
+
+
+def _from_text(name: str, text: str) -> Json:
+    """A form has only text; fields that the contract types otherwise are read as what they say.
+    What does not read so stays text, and is refused later where it matters."""
+    if name in _FORM_NUMBERS and _DIGITS.fullmatch(text):
+        return int(text)
+    if name == "stream" and text in ("true", "false"):
+        return text == "true"
+    return text
+
+
+def _put(fields: dict[str, Json], name: str, value: Json) -> None:
+    """Sets ``a[b][c]`` or adds to ``a[b][]`` as the SDKs write nested values (contract 2.2).
+
+    A list of objects (``a[][b]``) cannot be told apart in a form: such a name is kept as it is.
+    """
+    nested = _NESTED.fullmatch(name)
+    path = [name] if nested is None else [nested[1], *nested[2][1:-1].split("][")]
+    many = "[]" in name
+    if many and path[-1] == "" and "" not in path[:-1]:
+        path.pop()
+    elif "" in path:
+        path = [name]
+    if len(path) > MAX_DEPTH:
+        raise InvalidRequest(
+            f"The name {name[:64]!r} is nested more than {MAX_DEPTH} deep.",
+            code="invalid_multipart",
+            param=name[:64],
+            reason="invalid_multipart",
+        )
+    *parents, last = path
+    place = fields
+    for key in parents:
+        inner = place.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise _duplicate(name)
+        place = inner
+    if many:
+        items = place.setdefault(last, [])
+        if not isinstance(items, list):
+            raise _duplicate(name)
+        items.append(value)
+    elif last in place:
+        raise _duplicate(name)
+    else:
+        place[last] = value
+
+
+def _call(
+    *,
+    operation: Operation,
+    encoding: Encoding,
+    content_type: str,
+    model_span: Span,
+    fields: Mapping[str, object],
+    inputs: tuple[InputImage, ...],
+    unknown: set[str],
+    body_bytes: int,
+) -> Call:
+    """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
+    given = {name: value for name, value in fields.items() if value is not None}
+    model = _model(given)
+    prompt = _prompt(given)
+    numbers = {name: _number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
+    texts = {name: _optional_text(given, name) for name in _PRICED_TEXTS}
+    stream = given.get("stream", False)
+    if not isinstance(stream, bool):
+        raise _wrong_type("stream", "true or false", stream)
+    _check_svg(given)
+    for name in _ECHOED:
+        value = given.get(name)
+        if isinstance(value, str) and _BREAKS.search(value):
+            raise InvalidRequest(
+                f"'{name}' must not hold NUL, CR or LF characters.",
+                code="bad_header",
+                param=name,
+                reason="bad_header",
+            )
+    output_format = texts["output_format"] or "png"
+    frames = numbers["frame_count"]
+    return Call(
+        operation=operation,
+        encoding=encoding,
+        content_type=content_type,
+        model=model,
+        model_span=model_span,
+        prompt_bytes=len(prompt.encode()),
+        parameters={
+            name: _without_nulls(value) if name == "svg" else _settled(value)
+            for name, value in given.items()
+            if name != "model"
+        },
+        inputs=inputs,
+        n=1 if numbers["n"] is None else numbers["n"],
+        size=texts["size"] or "auto",
+        quality=texts["quality"] or "auto",
+        stream=stream,
+        partial_images=numbers["partial_images"] or 0,
+        output_format=output_format,
+        frame_count=(frames or DEFAULT_FRAMES) if output_format == "gif" else 1,
+        unknown=frozenset(unknown & given.keys() | unknown - fields.keys()),
+        body_bytes=body_bytes,
+    )
+
+
+def _model(given: Mapping[str, object]) -> str:
+    model = given.get("model")
+    if model is None or model == "":
+        raise _missing("model", "the name of a model; GET /v1/models lists yours.")
+    if not isinstance(model, (str, Hole)):
+        raise _wrong_type("model", "a string", model)
+    if isinstance(model, Hole) or len(model) > MAX_MODEL_CHARS:
+        raise InvalidRequest(
+            f"Invalid value for 'model': a name has at most {MAX_MODEL_CHARS} characters.",
+            code="invalid_value",
+            param="model",
+            reason="invalid_param",
+        )
+    return model
+
+
+def _prompt(given: Mapping[str, object]) -> str:
+    prompt = given.get("prompt")
+    if prompt is None or prompt == "":
+        raise _missing("prompt", "a text that says what to draw.")
+    if not isinstance(prompt, (str, Hole)):
+        raise _wrong_type("prompt", "a string", prompt)
+    if isinstance(prompt, Hole) or len(prompt) > MAX_PROMPT_CHARS:
+        length = "more" if isinstance(prompt, Hole) else f"{len(prompt):,}"
+        raise InvalidRequest(
+            f"The prompt may have at most {MAX_PROMPT_CHARS:,} characters; this one has {length}. "
+            "Shorten it.",
+            code="prompt_too_long",
+            param="prompt",
+            reason="invalid_param",
+        )
+    control = _CONTROLS.search(prompt)
+    if control is not None:
+        raise InvalidRequest(
+            f"The prompt holds the control character U+{ord(control[0]):04X} at character "
+            f"{control.start()}. Only tab, LF and CR are taken; remove it.",
+            code="invalid_prompt",
+            param="prompt",
+            reason="invalid_param",
+        )
+    return prompt
+
+
+def _number(given: Mapping[str, object], name: str, low: int, high: int) -> int | None:
+    value = given.get(name)
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise _wrong_type(name, f"an integer from {low} to {high}", value)
+    if not low <= value <= high:
+        # Python does not print an integer of thousands of digits, and nobody reads one.
+        shown = str(value) if abs(value) < 10**18 else "this one"
+        raise InvalidRequest(
+            f"Invalid value for '{name}': {shown} is not an integer from {low} to {high}.",
+            code="invalid_value",
+            param=name,
+            reason="invalid_param",
+        )
+    return value
+
+
+def _optional_text(given: Mapping[str, object], name: str) -> str | None:
+    value = given.get(name)
+    if value is not None and not isinstance(value, str):
+        raise _wrong_type(name, "a short string", value)
+    return value
+
+
+def _check_svg(given: Mapping[str, object]) -> None:
+    """The second model's name is priced; the rest of the object is the upstream's."""
+    svg = given.get("svg")
+    if svg is None:
+        return
+    if not isinstance(svg, dict):
+        raise _wrong_type("svg", "an object", svg)
+    model = svg.get("model")
+    if model is not None and not isinstance(model, str):
+        raise _wrong_type("svg.model", "a string", model)
+
+
+def _without_nulls(value: object) -> Json:
+    """Like ``_settled``, for an object whose nulls mean what their absence means."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return _settled(value)
+
+
+def _settled(value: object) -> Json:
+    """A parsed value with its long strings replaced by ``{"sha256": ..., "bytes": ...}``."""
+    if isinstance(value, Hole):
+        return {"sha256": value.digest, "bytes": value.end - value.start}
+    if isinstance(value, list):
+        return [_settled(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _settled(item) for name, item in value.items()}
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _kind(value: object) -> str:
+    kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
+        (bool, "a boolean"),
+        (int, "an integer"),
+        (float, "a number with a fraction"),
+        (str, "a string"),
+        (Hole, "a very long string"),
+        (list, "an array"),
+        (dict, "an object"),
+    )
+    return next((said for kind, said in kinds if isinstance(value, kind)), "null")
+
+
+def _missing(param: str, wanted: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"Missing required parameter: '{param}'. Send {wanted}",
+        code="missing_required_parameter",
+        param=param,
+        reason="invalid_param",
+    )
+
+
+def _wrong_type(param: str, wanted: str, value: object) -> InvalidRequest:
+    return InvalidRequest(
+        f"Invalid type for '{param}': expected {wanted}, but got {_kind(value)}.",
+        code="invalid_type",
+        param=param,
+        reason="invalid_param",
+    )
+
+
+def _duplicate(name: str) -> InvalidRequest:
+    name = name[:64]
+    return InvalidRequest(
+        f"Duplicate parameter: '{name}'. You provided multiple values for this parameter, whereas "
+        "only one is allowed. If you are trying to provide a list of values, use the array syntax "
+        f"instead e.g. '{name}[]=<value>'.",
+        code="duplicate_parameter",
+        param=name,
+        reason="invalid_param",
+    )
+
+
+def _too_many(param: str, limit: int) -> InvalidRequest:
+    return InvalidRequest(
+        f"Too many pictures in '{param}': one edit takes at most {limit}.",
+        code="invalid_value",
+        param=param,
+        reason="invalid_param",
+    )
+
+
+def _too_large(operation: Operation, limit: int) -> GatewayError:
+    return BodyTooLarge(
+        f"The request is larger than the {say_bytes(limit)} that {operation.path} takes.",
+        close=True,
+    )
+
+
+def _bad_json(bad: BadJson) -> InvalidRequest:
+    return InvalidRequest(f"The body cannot be read. {bad}", code=bad.code, reason=bad.code)

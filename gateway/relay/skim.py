@@ -1,0 +1,772 @@
+"""JSON and server-sent events, watched as they pass: the small members kept, the long strings not.
+
+A picture is one JSON string of megabytes. The skimmer jumps over such a string, remembers where
+it lay (a ``Hole``) and copies everything else, a few hundred bytes, to a *reduced text* in which
+the bare word ``NaN`` stands for each hole. Clients and upstreams cannot write that word, because
+the scanner refuses every letter that JSON does not use outside strings. At the end the standard
+library's C parser reads the reduced text, so the whole grammar is checked by a real parser while
+no byte of a picture is copied or decoded.
+
+Nothing here waits, reads a clock or does input or output: bytes go in, values come out. All
+offsets are byte offsets in the stream the caller feeds, counted from its first byte.
+"""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+import re
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.domain.call import Span
+
+_QUOTE, _COLON, _COMMA, _LF, _CR = b'":,\n\r'
+_OPENING, _CLOSING = b"[{", b"]}"
+_BLANK = b" \t\r\n"
+_MARKER = b"NaN"
+_MAX_INTEGER_DIGITS = 100
+_MAX_NAME_BYTES = 1024
+_BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+
+# Outside strings: a whole short string, the opening quote of any other, a structure byte, or a
+# byte that no JSON text has there (which is how NaN, Infinity, HTML and a BOM are refused early).
+_TOKEN = re.compile(
+    rb'"(?:[^"\\]{0,64}+")?|[\[\]{}:,]|[^ \t\r\n0-9+\-.eEtrufalsn]',
+)
+# Inside a string from its first backslash on: up to the closing quote, a wrong escape, or the end.
+# Some escapes at a time, because the matcher remembers each. (A possessive group would not, but
+# loses its place in CPython before 3.11.5.)
+_ESCAPED = re.compile(rb'[^"\\]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\]*+){0,256}')
+# An escape that the end of a chunk cut in two.
+_CUT_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{0,3})?")
+_CONTROL = re.compile(rb"[\x00-\x1f]")
+# Maps every control character to another byte: translate() then returns its argument itself,
+# without a copy, exactly when there was none. Six times faster than a regex.
+_MARK_CONTROLS = bytes(range(1, 33)) + bytes(range(32, 256))
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+# Escapes in order, so that an escaped backslash before a "u" is not mistaken; group 1 is half a
+# pair.
+_ESCAPE_OR_PAIR = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F])|.)"
+)
+# What a refusal is looked for in: strings (group 1 marks a key), brackets, numbers.
+_ATOM = re.compile(
+    r'"[^"\\]*(?:\\.[^"\\]*)*"(?=[ \t\r\n]*(:)?)|[\[\]{}]|-?[0-9][0-9.eE+\-]*',
+    re.DOTALL,
+)
+
+
+class BadJson(Exception):
+    """Not the JSON that is accepted here. ``str(error)`` is a sentence for the client.
+
+    ``code`` is ``invalid_json``, ``duplicate_key``, ``json_too_deep``, ``json_too_large`` or
+    ``invalid_unicode``; ``offset`` is where, in bytes of the stream.
+    """
+
+    def __init__(self, code: str, offset: int, problem: str) -> None:
+        super().__init__(f"{problem}, at byte {offset}.")
+        self.code = code
+        self.offset = offset
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """A string too long to keep: where it lies and what is known of it.
+
+    ``start`` and ``end`` bound its raw content in the stream, quotes excluded. ``head`` is the
+    first raw bytes of it, escapes as they came. ``digest`` is the hex SHA-256 of the raw content,
+    empty unless digests were asked for. ``escaped`` says whether a backslash occurs in it.
+    ``base64`` is True only if that was asked for and the string (after the first comma, where it
+    starts with ``data:``) is strict base64 with correct padding, without any escape.
+    """
+
+    start: int
+    end: int
+    head: bytes
+    digest: str
+    escaped: bool
+    base64: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Skimmed:
+    """A parsed document; a ``Hole`` stands in ``value`` where a long string was.
+
+    ``spans`` gives, for each member of a top-level object, where its raw value lies in the stream
+    (a string's quotes included). ``length`` is the document's size in bytes.
+    """
+
+    value: Any
+    spans: Mapping[str, Span]
+    length: int
+
+
+class JsonSkimmer:
+    """Reads one JSON document in chunks.
+
+    Strings of more than ``keep_bytes`` raw bytes become holes. Brackets may nest ``max_depth``
+    deep. ``max_kept`` bounds, in bytes, what is kept in memory: the reduced text and the heads of
+    the holes. ``check_controls`` also refuses raw control characters inside holes, at about 0.4 ms
+    per megabyte; kept strings are always checked. Lone surrogates are refused in kept strings and
+    keys, not in holes. ``origin`` is the stream's offset of the first byte that will be fed.
+
+    After a ``BadJson`` the skimmer is spent.
+    """
+
+    __slots__ = (
+        "_base64",
+        "_carry",
+        "_check_base64",
+        "_check_controls",
+        "_cut_at",
+        "_cut_by",
+        "_decoder",
+        "_depth",
+        "_digests",
+        "_escaped",
+        "_hash",
+        "_head",
+        "_heads",
+        "_holes",
+        "_inside",
+        "_keep",
+        "_length",
+        "_max_depth",
+        "_max_kept",
+        "_members",
+        "_position",
+        "_size",
+        "_split_character",
+        "_string_at",
+        "_text",
+        "_value_at",
+    )
+
+    def __init__(
+        self,
+        *,
+        keep_bytes: int = 4096,
+        max_depth: int = 32,
+        digests: bool = False,
+        check_base64: bool = False,
+        check_controls: bool = False,
+        max_kept: int = 1 << 20,
+        origin: int = 0,
+    ) -> None:
+        if not 1 <= max_depth <= 500:
+            # The C parser recurses; 500 stays far from the interpreter's limit.
+            raise ValueError("max_depth must be from 1 to 500")
+        self._keep = keep_bytes
+        self._max_depth = max_depth
+        self._digests = digests
+        self._check_base64 = check_base64
+        self._check_controls = check_controls
+        self._max_kept = max_kept
+        self._position = origin  # stream offset of the next byte to look at
+        self._length = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._split_character = False
+        self._text = bytearray()
+        # From reduced offset _cut_at[i] on, the stream is _cut_by[i] bytes ahead.
+        self._cut_at = [0]
+        self._cut_by = [origin]
+        self._depth = 0
+        self._value_at = -1  # reduced offset after the last colon of the top-level object
+        self._members: list[tuple[int, int]] = []
+        self._holes: list[Hole] = []
+        self._heads = 0
+        # The string that the end of the last chunk cut.
+        self._inside = False
+        self._carry = b""
+        self._string_at = 0
+        self._size = 0
+        self._head = bytearray()
+        self._escaped = False
+        self._hash: hashlib._Hash | None = None
+        self._base64: _Base64Watch | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        """Takes the next bytes, cut anywhere. Raises ``BadJson`` as early as it is known."""
+        if not chunk:
+            return
+        if self._split_character or not chunk.isascii():
+            self._check_utf8(chunk)
+        self._length += len(chunk)
+        if self._carry:
+            chunk = self._carry + chunk
+            self._carry = b""
+        size = len(chunk)
+        at = 0
+        if self._inside:
+            at = self._find_end(chunk, 0)
+            self._absorb(chunk[:at])
+            if at < size and chunk[at] == _QUOTE:
+                at += 1
+                self._end_string(at)
+            else:
+                at = size
+        if at < size:
+            self._read_structure(chunk, at)
+        self._position += size - len(self._carry)
+        self._check_size()
+
+    def skip(self, count: int) -> None:
+        """Says that the next ``count`` bytes of the stream are no part of the document.
+
+        Only between tokens: raises ``BadJson`` inside a string.
+        """
+        if self._inside:
+            raise BadJson("invalid_json", self._position, "A string is broken by a line end")
+        self._position += count
+        self._cut(self._position)
+
+    def close(self) -> Skimmed:
+        """The document. Raises ``BadJson`` when it is incomplete or invalid."""
+        if self._inside:
+            raise BadJson("invalid_json", self._string_at - 1, "A string has no end")
+        if not self._text.strip(_BLANK):
+            raise BadJson("invalid_json", self._position, "There is no JSON, only an empty text")
+        text = self._text.decode()
+        holes = iter(self._holes)
+        decoder = json.JSONDecoder(
+            object_pairs_hook=_members,
+            parse_float=_float,
+            parse_int=_int,
+            parse_constant=lambda _: next(holes),
+        )
+        try:
+            value = decoder.decode(text)
+        except json.JSONDecodeError as error:
+            problem = error.msg.removesuffix(" starting at").removesuffix(" at")
+            raise self._bad("invalid_json", text, error.pos, problem) from None
+        except _Refused:
+            raise self._bad(*_find_refused(text)) from None
+        if _SURROGATE.search(text) is not None:
+            for escape in _ESCAPE_OR_PAIR.finditer(text):
+                if escape[1] is not None:
+                    problem = "A string holds half of a surrogate pair"
+                    raise self._bad("invalid_unicode", text, escape.start(), problem)
+        spans: dict[str, Span] = {}
+        if isinstance(value, dict):
+            for name, (start, end) in zip(value, self._members, strict=True):
+                spans[name] = self._span(start, end)
+        return Skimmed(value, spans, self._length)
+
+    def _read_structure(self, chunk: bytes, at: int) -> None:
+        """Reads from ``at``, outside any string, to the end of the chunk."""
+        size = len(chunk)
+        text = self._text
+        depth = self._depth
+        run = at  # chunk[run:] is not copied to the reduced text yet
+        searching = True
+        while searching:
+            searching = False
+            for token in _TOKEN.finditer(chunk, at):
+                at = token.start()
+                byte = chunk[at]
+                if byte == _QUOTE:
+                    if 2 <= token.end() - at <= self._keep + 2:
+                        continue
+                    self._escaped = False
+                    end = self._find_end(chunk, at + 1)
+                    closed = end < size and chunk[end] == _QUOTE
+                    if closed and end - at - 1 <= self._keep:
+                        at = end + 1
+                    else:
+                        text += chunk[run:at]
+                        self._begin_string(self._position + at + 1)
+                        self._absorb(chunk[at + 1 : end])
+                        at = run = end + 1 if closed else size
+                        if closed:
+                            self._end_string(at)
+                    searching = at < size
+                    break
+                if byte in _OPENING:
+                    depth += 1
+                    if depth > self._max_depth:
+                        problem = f"The JSON nests more than {self._max_depth} deep"
+                        raise BadJson("json_too_deep", self._position + at, problem)
+                elif byte in _CLOSING or byte == _COMMA:
+                    if depth == 1 and self._value_at >= 0:
+                        self._members.append((self._value_at, len(text) + at - run))
+                        self._value_at = -1
+                    if byte != _COMMA:
+                        depth -= 1
+                        if depth < 0:
+                            problem = "A bracket closes nothing"
+                            raise BadJson("invalid_json", self._position + at, problem)
+                elif byte == _COLON:
+                    if depth == 1:
+                        self._value_at = len(text) + at - run + 1
+                else:
+                    problem = "There is a byte that JSON does not have outside strings"
+                    raise BadJson("invalid_json", self._position + at, problem)
+        text += chunk[run:]
+        self._depth = depth
+
+    def _find_end(self, chunk: bytes, start: int) -> int:
+        """The index of the quote that ends the string, or of where the chunk's part of it ends.
+
+        An escape that the chunk's end cuts is put aside for the next chunk.
+        """
+        size = len(chunk)
+        end = chunk.find(b'"', start)
+        if end < 0:
+            end = size
+        slash = chunk.find(b"\\", start, end)
+        if slash < 0:
+            return end
+        self._escaped = True
+        end = slash
+        while (matched := _ESCAPED.match(chunk, end)) is not None and matched.end() > end:
+            end = matched.end()
+        if end < size and chunk[end] != _QUOTE:
+            if _CUT_ESCAPE.fullmatch(chunk, end) is None:
+                problem = "A string holds a wrong escape"
+                raise BadJson("invalid_json", self._position + end, problem)
+            self._carry = chunk[end:]
+        return end
+
+    def _begin_string(self, start: int) -> None:
+        self._inside = True
+        self._string_at = start
+        self._size = 0
+        self._head = bytearray()
+        self._hash = None
+        self._base64 = None
+
+    def _absorb(self, part: bytes) -> None:
+        """Takes a part of the open string; beyond ``keep_bytes`` it becomes a hole."""
+        size, head = self._size, self._head
+        self._size += len(part)
+        if self._size <= self._keep:
+            head += part
+            return
+        if size <= self._keep:
+            known = bytes(head)
+            if self._digests:
+                self._hash = hashlib.sha256()
+            if self._check_base64:
+                self._base64 = _Base64Watch()
+            self._watch(known, self._string_at)
+        head += part[: self._keep - len(head)]
+        self._watch(part, self._string_at + size)
+
+    def _watch(self, part: bytes, start: int) -> None:
+        if self._hash is not None:
+            self._hash.update(part)
+        if self._base64 is not None:
+            self._base64.feed(part)
+        if self._check_controls and part.translate(_MARK_CONTROLS) is not part:
+            control = _CONTROL.search(part)
+            if control is not None:
+                problem = "A string holds a raw control character"
+                raise BadJson("invalid_json", start + control.start(), problem)
+
+    def _end_string(self, after: int) -> None:
+        """Closes the open string; ``after`` is the chunk's index behind its closing quote."""
+        self._inside = False
+        if self._size <= self._keep:
+            self._text += b'"' + self._head + b'"'
+            return
+        self._holes.append(
+            Hole(
+                start=self._string_at,
+                end=self._string_at + self._size,
+                head=bytes(self._head),
+                digest="" if self._hash is None else self._hash.hexdigest(),
+                escaped=self._escaped,
+                base64=self._base64 is not None and self._base64.valid(),
+            )
+        )
+        self._heads += len(self._head)
+        self._text += _MARKER
+        self._cut(self._position + after)
+        self._check_size()
+
+    def _cut(self, position: int) -> None:
+        """Says that the end of the reduced text now is ``position`` in the stream."""
+        self._cut_at.append(len(self._text))
+        self._cut_by.append(position - len(self._text))
+
+    def _to_stream(self, reduced: int) -> int:
+        return reduced + self._cut_by[bisect_right(self._cut_at, reduced) - 1]
+
+    def _span(self, start: int, end: int) -> Span:
+        """A value's place in the stream, from what lies between its colon and its comma."""
+        raw = self._text[start:end]
+        start += len(raw) - len(raw.lstrip(_BLANK))
+        end -= len(raw) - len(raw.rstrip(_BLANK))
+        return Span(self._to_stream(start), self._to_stream(end))
+
+    def _check_size(self) -> None:
+        if len(self._text) + self._heads > self._max_kept:
+            problem = f"The JSON holds more than {self._max_kept} bytes beside its long strings"
+            raise BadJson("json_too_large", self._position, problem)
+
+    def _check_utf8(self, chunk: bytes) -> None:
+        buffered = len(self._decoder.getstate()[0])
+        try:
+            self._decoder.decode(chunk)
+        except UnicodeDecodeError as error:
+            offset = self._position + len(self._carry) - buffered + error.start
+            raise BadJson("invalid_json", offset, "The text is not UTF-8") from None
+        self._split_character = bool(self._decoder.getstate()[0])
+
+    def _bad(self, code: str, text: str, index: int, problem: str) -> BadJson:
+        """The error at a character of the reduced text, with its offset in the stream."""
+        return BadJson(code, self._to_stream(len(text[:index].encode())), problem)
+
+
+class _Base64Watch:
+    """Whether a string, seen in parts, is base64 or a data URL of base64."""
+
+    __slots__ = ("_characters", "_good", "_padding", "_payload", "_start")
+
+    def __init__(self) -> None:
+        self._start = b""
+        self._payload = False
+        self._characters = 0
+        self._padding = 0
+        self._good = True
+
+    def feed(self, part: bytes) -> None:
+        if not self._good:
+            return
+        if not self._payload:
+            # The few bytes before a data URL's comma; a long part is copied at most once.
+            part = self._start + part
+            self._start = b""
+            if b"data:".startswith(part[:5]):
+                comma = part.find(b",")
+                if comma < 0:
+                    self._start = part[:5]
+                    return
+                part = part[comma + 1 :]
+            self._payload = True
+        rest = part.translate(None, _BASE64)
+        if rest.strip(b"=") or not part.endswith(rest) or (self._padding and rest != part):
+            self._good = False
+        self._padding += len(rest)
+        self._characters += len(part)
+
+    def valid(self) -> bool:
+        whole = self._characters > 0 and self._characters % 4 == 0
+        return self._good and self._payload and whole and self._padding <= 2
+
+
+class _Refused(Exception):
+    """Valid JSON that is not accepted here; where it is, is looked for afterwards."""
+
+
+def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise _Refused
+    return members
+
+
+def _float(literal: str) -> float:
+    number = float(literal)
+    if number in (float("inf"), float("-inf")):
+        raise _Refused
+    return number
+
+
+def _int(literal: str) -> int:
+    if len(literal.lstrip("-")) > _MAX_INTEGER_DIGITS:
+        raise _Refused
+    return int(literal)
+
+
+def _find_refused(text: str) -> tuple[str, str, int, str]:
+    """The first key given twice or number too large: its code, the text, where, and why.
+
+    Only for a text in which the parser met one; each is found where it stands, not where its
+    object ends.
+    """
+    keys: list[set[str]] = [set()]
+    for atom in _ATOM.finditer(text):
+        literal = atom[0]
+        if literal in "{[":
+            keys.append(set())
+        elif literal in "}]":
+            keys.pop()
+        elif literal.startswith('"'):
+            if atom[1] is None:
+                continue
+            name = json.loads(literal)
+            if name in keys[-1]:
+                # As JSON, because half a surrogate in a message could not be sent.
+                problem = f"The key {json.dumps(name[:64])} occurs twice in one object"
+                return "duplicate_key", text, atom.start(), problem
+            keys[-1].add(name)
+        else:
+            try:
+                if literal.strip("-0123456789"):
+                    _float(literal)
+                else:
+                    _int(literal)
+            except _Refused:
+                return "invalid_json", text, atom.start(), "A number is too large"
+    return "invalid_json", text, 0, "The JSON is not accepted"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One server-sent event.
+
+    ``name`` comes from its ``event:`` line, empty without one. ``data`` is the JSON of its
+    ``data:`` lines, with every offset counted in the stream; None for ``[DONE]`` (then ``done``
+    is True), for comments alone and for empty data. ``start`` and ``end`` are its bytes in the
+    stream, its blank line included; each event starts where the one before ended.
+    """
+
+    name: str
+    data: Skimmed | None
+    done: bool
+    start: int
+    end: int
+
+
+class BadEvent(Exception):
+    """A frame that is no event of JSON. ``offset`` is where, in bytes of the stream."""
+
+    def __init__(self, offset: int, problem: str) -> None:
+        super().__init__(problem)
+        self.offset = offset
+
+
+class EventSkimmer:
+    """Reads a stream of server-sent events in chunks.
+
+    Lines may end in LF, CRLF or CR, and chunks may be cut anywhere. Fields other than ``data``
+    and ``event`` are passed over. ``keep_bytes`` is as for ``JsonSkimmer``.
+    """
+
+    __slots__ = (
+        "_bare_cr",
+        "_begun",
+        "_data_at",
+        "_data_end",
+        "_done",
+        "_eat_lf",
+        "_error",
+        "_field",
+        "_held_cr",
+        "_keep",
+        "_line",
+        "_line_at",
+        "_name",
+        "_position",
+        "_skimmer",
+        "_start",
+        "_waiting",
+    )
+
+    def __init__(self, *, keep_bytes: int = 4096) -> None:
+        self._keep = keep_bytes
+        self._position = 0
+        self._error: BadEvent | None = None
+        self._bare_cr = False  # the last CR stood alone, so lines end in CR
+        self._eat_lf = False  # a line ended at CR; if LF follows, it belongs to it
+        self._held_cr = False  # the chunk ended in a CR that may be half of a CRLF
+        self._begin_line(0)
+        self._begin_event(0)
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """The events that this chunk completes.
+
+        Raises ``BadEvent`` for a frame whose data is neither JSON nor ``[DONE]``. Where good
+        events came before it in the same chunk, they are returned and the next call raises.
+        """
+        events: list[Event] = []
+        if self._error is None:
+            try:
+                self._read(chunk, events)
+            except BadEvent as error:
+                self._error = error
+        if self._error is not None and not events:
+            raise self._error
+        return events
+
+    def close(self) -> Event | None:
+        """The last event where its blank line is missing; None when nothing is pending.
+
+        Raises ``BadEvent`` when it is incomplete.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._held_cr or self._line or self._field:
+            self._held_cr = False
+            event = self._end_line(self._position)
+            if event is not None:
+                return event
+        if not self._begun:
+            return None
+        complete = self._begun == "comment"
+        event = self._end_event(self._position)
+        if event.data is None and not event.done and not complete:
+            raise BadEvent(event.start, "The stream ends inside an event.")
+        return event
+
+    def _read(self, chunk: bytes, events: list[Event]) -> None:
+        size = len(chunk)
+        base = self._position
+        self._position += size
+        at = 0
+        lf = cr = -1
+        while at < size:
+            if self._eat_lf:
+                self._eat_lf = False
+                if chunk[at] == _LF:
+                    self._bare_cr = False
+                    at += 1
+                    self._begin_line(base + at)
+                    continue
+            if self._held_cr:
+                self._held_cr = False
+                if chunk[at] == _LF:
+                    at += 1
+                else:
+                    self._bare_cr = True
+                self._finish(base + at, events)
+                continue
+            # Each position is looked for again only once it has been passed: linear, whatever
+            # the line ends are.
+            if lf < at:
+                lf = chunk.find(b"\n", at)
+                lf = size if lf < 0 else lf
+            if cr < at:
+                cr = chunk.find(b"\r", at)
+                cr = size if cr < 0 else cr
+            end = min(lf, cr)
+            if end > at:
+                self._take(chunk[at:end], base + at)
+            if end == size:
+                return
+            at = end + 1
+            if end == cr:
+                if self._bare_cr:
+                    self._eat_lf = True
+                elif at == size:
+                    self._held_cr = True
+                    return
+                elif chunk[at] == _LF:
+                    at += 1
+                else:
+                    self._bare_cr = True
+            self._finish(base + at, events)
+
+    def _finish(self, end: int, events: list[Event]) -> None:
+        event = self._end_line(end)
+        if event is not None:
+            events.append(event)
+
+    def _begin_line(self, position: int) -> None:
+        self._line_at = position
+        self._line = b""
+        self._field = ""
+
+    def _begin_event(self, position: int) -> None:
+        self._start = position
+        self._begun = ""  # what came so far: "", "comment" or "field"
+        self._name = ""
+        self._done = False
+        self._skimmer: JsonSkimmer | None = None
+        self._waiting = b""  # data that may still turn out to be [DONE]
+        self._data_at = 0
+        self._data_end = 0
+
+    def _take(self, part: bytes, position: int) -> None:
+        """Takes a part of the current line, without its end."""
+        if self._field == "data":
+            self._take_data(part, position)
+        elif self._field == "":
+            self._line += part
+            # Six bytes tell the field apart, and whether a space follows "data:".
+            if len(self._line) >= 6:
+                self._open_field(position + len(part))
+        elif self._field == "event" and len(self._line) < _MAX_NAME_BYTES:
+            self._line += part
+
+    def _open_field(self, position: int) -> None:
+        """Decides what the line is, from its beginning; ``position`` is where that ends."""
+        line = self._line
+        if line.startswith(b":"):
+            self._field = "comment"
+            self._begun = self._begun or "comment"
+        elif line.startswith(b"data:"):
+            self._field = "data"
+            value = line[6:] if line[5:6] == b" " else line[5:]
+            self._begun = "field"
+            self._open_data(position - len(value))
+            self._take_data(value, position - len(value))
+        else:
+            self._field = "event" if line.startswith(b"event:") else "other"
+            self._begun = "field"
+
+    def _open_data(self, position: int) -> None:
+        """A ``data:`` line's value begins at ``position``; lines are joined by a line end."""
+        if self._waiting:
+            self._skim(self._waiting)
+            self._waiting = b""
+        if self._skimmer is not None:
+            self._skim(b"\n")
+            try:
+                self._skimmer.skip(position - self._data_end - 1)
+            except BadJson as error:
+                raise BadEvent(error.offset, f"An event's data is not JSON: {error}") from None
+        self._data_at = self._data_end = position
+
+    def _take_data(self, part: bytes, position: int) -> None:
+        if self._done or not part:
+            return
+        self._data_end = position + len(part)
+        if self._skimmer is None:
+            part = self._waiting + part
+            self._waiting = b""
+            if part.startswith(b"[DONE]"):
+                self._done = True
+                return
+            if b"[DONE]".startswith(part):
+                self._waiting = part
+                return
+        self._skim(part)
+
+    def _skim(self, part: bytes) -> None:
+        if self._skimmer is None:
+            self._skimmer = JsonSkimmer(keep_bytes=self._keep, origin=self._data_at)
+        try:
+            self._skimmer.feed(part)
+        except BadJson as error:
+            raise BadEvent(error.offset, f"An event's data is not JSON: {error}") from None
+
+    def _end_line(self, end: int) -> Event | None:
+        """Ends the line; ``end`` is the offset behind its line end. A blank one ends the event."""
+        if self._field == "" and self._line:
+            self._open_field(self._line_at + len(self._line))
+        if self._field == "event":
+            name = self._line[len(b"event:") : _MAX_NAME_BYTES]
+            self._name = name.removeprefix(b" ").decode(errors="replace")
+        blank = self._field == ""
+        self._begin_line(end)
+        # A blank line with nothing before it belongs to the event that follows.
+        return self._end_event(end) if blank and self._begun else None
+
+    def _end_event(self, end: int) -> Event:
+        data = None
+        if self._waiting:
+            self._skim(self._waiting)
+        if self._skimmer is not None:
+            try:
+                data = self._skimmer.close()
+            except BadJson as error:
+                raise BadEvent(error.offset, f"An event's data is not JSON: {error}") from None
+        event = Event(self._name, data, self._done, self._start, end)
+        self._begin_event(end)
+        return event

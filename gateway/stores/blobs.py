@@ -1,0 +1,437 @@
+"""Answers on disk: one file each, its meta in front of its content.
+
+A file is ``gwc1``, the header's length (4 bytes, big endian), the header (JSON), the content, and
+nothing after it. It appears under its name by a rename, whole, and is never written again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+import tempfile
+import weakref
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from gateway.ports import Cached, CachedMeta, Clock
+from gateway.stores.cachemeta import decode, encode
+from gateway.stores.kept import Kept
+
+T = TypeVar("T")
+
+MAGIC = b"gwc1"
+READ_BYTES = 512 * 1024
+MAX_HEADER_BYTES = 1024 * 1024
+SWEEP_SECONDS = 60.0
+_KEY = re.compile(r"[a-z0-9][a-z0-9:-]{2,250}")
+_HALF = ".put-"
+
+
+@dataclass(slots=True)
+class _Known:
+    """A file by what it takes: bytes on disk, and when it expires (Unix time)."""
+
+    size: int
+    expires: float
+
+
+class _File:
+    """An open file. Its descriptor is closed with the last reader, whether or not one began."""
+
+    def __init__(self, path: Path) -> None:
+        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        weakref.finalize(self, os.close, self._fd)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Raises ``OSError`` where the file ends early."""
+        data = os.pread(self._fd, size, offset)
+        if len(data) != size:
+            raise OSError("a cache file ends early")
+        return data
+
+    def stat(self) -> os.stat_result:
+        return os.fstat(self._fd)
+
+    def touch(self, used: float) -> None:
+        os.utime(self._fd, (used, used))
+
+
+class _Content:
+    """One pass over a file's content. It holds the file, and needs no closing itself."""
+
+    def __init__(self, file: _File, start: int, end: int) -> None:
+        self._file = file
+        self._at = start
+        self._end = end
+
+    def __aiter__(self) -> _Content:
+        return self
+
+    async def __anext__(self) -> bytes:
+        size = min(READ_BYTES, self._end - self._at)
+        if size == 0:
+            raise StopAsyncIteration
+        data = await asyncio.to_thread(self._file.read, size, self._at)
+        self._at += size
+        return data
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A file that was opened and found whole."""
+
+    file: _File
+    meta: CachedMeta
+    start: int
+    size: int
+    expires: float
+    used: float
+
+    def iterate(self) -> AsyncIterator[bytes]:
+        return _Content(self.file, self.start, self.size)
+
+
+class DiskCache:
+    """Answers in ``folder/<key[:2]>/<key>``, least recently used out first.
+
+    ``max_bytes`` bounds the files, headers included, that this process knows: what it found at
+    its first use, put, or read. Several processes may share a folder; each then keeps its own
+    count. Dates are the clock's, so entries outlive a restart. ``on_error`` hears of each
+    ``OSError``; the caller of the cache does not.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        clock: Clock,
+        *,
+        max_bytes: int,
+        on_error: Callable[[OSError], None] | None = None,
+    ) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._on_error = on_error
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._bytes = 0
+        self._scanned = False
+        self._scanning = asyncio.Lock()
+        self._next_sweep = 0.0
+
+    @property
+    def bytes_held(self) -> int:
+        """On disk, with what is being written."""
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    async def get(self, key: str) -> Cached | None:
+        path = self._path(key)
+        await self._scan_once()
+        known = self._known.get(key)
+        try:
+            entry = await asyncio.to_thread(_look, path, self._now())
+        except FileNotFoundError:
+            entry = None
+        except OSError as error:
+            self._tell(error)
+            return None
+        if entry is None:
+            # Only what was known before the look: a put may have ended meanwhile.
+            if known is not None and self._known.get(key) is known:
+                self._forget(key)
+            return None
+        if known is None and key not in self._known:
+            self._learn(key, _Known(entry.size, entry.expires))
+            await self._make_room()
+        elif key in self._known:
+            self._known.move_to_end(key)
+        return Kept(entry.meta, entry.iterate, entry.expires - self._now())
+
+    async def put(
+        self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
+    ) -> None:
+        path = self._path(key)
+        if ttl_seconds <= 0:
+            return
+        await self._scan_once()
+        expires = self._now() + ttl_seconds
+        header = encode(meta, {"key": key, "expires": expires})
+        head = MAGIC + len(header).to_bytes(4, "big") + header
+        size = len(head) + meta.size_bytes
+        if size > self._max_bytes:
+            return
+        await self._sweep()
+        # Counted before it is written, so that half-written files are within the bound too.
+        self._bytes += size
+        kept = False
+        try:
+            await self._make_room()
+            kept = await self._write(path, head, meta.size_bytes, chunks)
+        finally:
+            self._bytes -= size
+        if kept:
+            self._forget(key)
+            self._learn(key, _Known(size, expires))
+            await self._make_room()
+
+    async def delete(self, key: str) -> None:
+        path = self._path(key)
+        self._forget(key)
+        await self._unlink([path])
+
+    async def ping(self) -> None:
+        """Raises ``OSError`` when nothing can be written to the folder."""
+        await asyncio.to_thread(_try_to_write, self._folder)
+
+    async def aclose(self) -> None:
+        return
+
+    def _path(self, key: str) -> Path:
+        """Raises ``ValueError`` for a key that is not ``[a-z0-9:-]``: it would be a path."""
+        if not _KEY.fullmatch(key):
+            raise ValueError("a cache key is 3 to 251 of a-z, 0-9, colon and hyphen")
+        return self._folder / key[:2] / key
+
+    def _now(self) -> float:
+        return self._clock.now().timestamp()
+
+    def _tell(self, error: OSError) -> None:
+        if self._on_error is not None:
+            self._on_error(error)
+
+    def _learn(self, key: str, known: _Known) -> None:
+        self._known[key] = known
+        self._bytes += known.size
+
+    def _forget(self, key: str) -> None:
+        known = self._known.pop(key, None)
+        if known is not None:
+            self._bytes -= known.size
+
+    async def _scan_once(self) -> None:
+        async with self._scanning:
+            if self._scanned:
+                return
+            try:
+                found = await asyncio.to_thread(_scan, self._folder, self._now())
+            except OSError as error:
+                # Tried again at the next use: a disk may be mounted late.
+                self._tell(error)
+                return
+            for entry_key, known in found:
+                self._learn(entry_key, known)
+            self._scanned = True
+            await self._make_room()
+
+    async def _sweep(self) -> None:
+        now = self._now()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + SWEEP_SECONDS
+        await self._drop([key for key, known in self._known.items() if known.expires <= now])
+
+    async def _make_room(self) -> None:
+        over = self._bytes - self._max_bytes
+        victims = []
+        for key, known in self._known.items():
+            if over <= 0:
+                break
+            victims.append(key)
+            over -= known.size
+        await self._drop(victims)
+
+    async def _drop(self, keys: list[str]) -> None:
+        for key in keys:
+            self._forget(key)
+        await self._unlink([self._path(key) for key in keys])
+
+    async def _unlink(self, paths: list[Path]) -> None:
+        if not paths:
+            return
+        try:
+            await asyncio.to_thread(_unlink_all, paths)
+        except OSError as error:
+            self._tell(error)
+
+    async def _write(
+        self, path: Path, head: bytes, size: int, chunks: AsyncIterator[bytes]
+    ) -> bool:
+        """True when the file is in place. Raises only what ``chunks`` raises."""
+        try:
+            half = await _threaded(_Half, path)
+            waiting: list[bytes] = [head]
+            waiting_bytes = came = 0
+            chunk: bytes | None
+            while (chunk := await anext(chunks, None)) is not None:
+                came += len(chunk)
+                if came > size:
+                    return False
+                waiting.append(chunk)
+                waiting_bytes += len(chunk)
+                if waiting_bytes >= READ_BYTES:
+                    await _threaded(half.write, waiting)
+                    waiting, waiting_bytes = [], 0
+            if came != size:
+                return False
+            await _threaded(half.write, waiting)
+            await _threaded(half.keep, self._now())
+        except _DiskError as error:
+            self._tell(error.cause)
+            return False
+        return True
+
+
+class _DiskError(Exception):
+    """An ``OSError`` of the disk, told apart from one of the stream that is being kept."""
+
+    def __init__(self, cause: OSError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+
+
+async def _threaded(work: Callable[..., T], *args: object) -> T:
+    """Raises ``_DiskError`` for an ``OSError``."""
+    try:
+        return await asyncio.to_thread(work, *args)
+    except OSError as error:
+        raise _DiskError(error) from error
+
+
+class _Half:
+    """A file that is being written beside its place. It is gone with its last user, unless kept.
+
+    Nobody closes it by hand: a thread may still be writing when the task that asked is cancelled,
+    and a descriptor closed under it could by then be somebody else's.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._path = path
+        self._fd, self._name = tempfile.mkstemp(prefix=_HALF, dir=path.parent)
+        weakref.finalize(self, _abandon, self._fd, self._name)
+        # Tells a starting process, which removes what a crash left behind, that we live.
+        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def write(self, parts: list[bytes]) -> None:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+
+    def keep(self, used: float) -> None:
+        os.utime(self._fd, (used, used))
+        os.replace(self._name, self._path)
+
+
+def _abandon(fd: int, name: str) -> None:
+    os.close(fd)
+    with contextlib.suppress(OSError):
+        os.unlink(name)
+
+
+def _open(path: Path, now: float) -> _Entry | None:
+    """The entry in this file, None (and no file) if it is expired or damaged.
+
+    Raises ``OSError`` where it cannot be read.
+    """
+    file = _File(path)
+    try:
+        entry = _parse(file, path.name)
+    except ValueError:
+        entry = None
+    if entry is None or entry.expires <= now:
+        path.unlink(missing_ok=True)
+        return None
+    return entry
+
+
+def _parse(file: _File, key: str) -> _Entry:
+    """Raises ``ValueError`` for a file that is not whole, or not this key's."""
+    stat = file.stat()
+    start = len(MAGIC) + 4
+    if stat.st_size < start:
+        raise ValueError("too short")
+    prefix = file.read(start, 0)
+    length = int.from_bytes(prefix[len(MAGIC) :], "big")
+    if prefix[: len(MAGIC)] != MAGIC or length > min(MAX_HEADER_BYTES, stat.st_size - start):
+        raise ValueError("no header")
+    meta, document = decode(file.read(length, start))
+    start += length
+    expires = document.get("expires")
+    if document.get("key") != key or not isinstance(expires, int | float):
+        raise ValueError("another entry's header")
+    if start + meta.size_bytes != stat.st_size:
+        raise ValueError("not as long as it says")
+    return _Entry(file, meta, start, stat.st_size, float(expires), stat.st_mtime)
+
+
+def _look(path: Path, now: float) -> _Entry | None:
+    """As ``_open``, and the file counts as used now."""
+    entry = _open(path, now)
+    if entry is not None:
+        entry.file.touch(now)
+    return entry
+
+
+def _scan(folder: Path, now: float) -> list[tuple[str, _Known]]:
+    """What is in the folder, least recently used first. Damaged, expired and half files go."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found: list[tuple[float, str, _Known]] = []
+    for path in _files(folder):
+        if path.name.startswith(_HALF):
+            _remove_if_abandoned(path)
+        elif _KEY.fullmatch(path.name) and path.parent.name == path.name[:2]:
+            try:
+                entry = _open(path, now)
+            except OSError:
+                # One bad sector or stranger's file is no reason to know nothing of the others.
+                continue
+            if entry is not None:
+                found.append((entry.used, path.name, _Known(entry.size, entry.expires)))
+    found.sort(key=lambda item: item[:2])
+    return [(key, known) for _, key, known in found]
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    with os.scandir(folder) as entries:
+        shelves = [entry for entry in entries if len(entry.name) == 2]
+    for shelf in shelves:
+        if shelf.is_dir(follow_symlinks=False):
+            with os.scandir(shelf) as entries:
+                for entry in entries:
+                    if entry.is_file(follow_symlinks=False):
+                        yield Path(entry.path)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.unlink(path)
+    except OSError:
+        # Another process is writing it.
+        return
+    finally:
+        os.close(fd)
+
+
+def _unlink_all(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _try_to_write(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(b"?")

@@ -1,0 +1,277 @@
+"""Stores of one process: a gate and a cache that need nothing from outside.
+
+Neither awaits anything, so each call is atomic in the event loop.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+
+from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Standing, Unit, Window
+from gateway.ports import Cached, CachedMeta, Clock
+from gateway.stores.kept import Kept
+
+MINUTE_US = 60_000_000
+SLOT_WAIT_SECONDS = 1.0
+"""What a full set of slots answers: nobody knows when a running call will end."""
+REMEMBER_US = 60_000_000
+"""How long a call's id is known, so that taking it again takes nothing."""
+
+_Account = tuple[Scope, str, Unit]
+
+
+def gated(limits: Sequence[Limit]) -> tuple[Limit, ...]:
+    """The limits that a gate answers for: with an amount, on slots or on a rate a minute."""
+    return tuple(
+        limit
+        for limit in limits
+        if limit.amount is not None
+        and (
+            limit.unit is Unit.SLOTS
+            or (limit.unit in (Unit.REQUESTS, Unit.IMAGES) and limit.window is Window.MINUTE)
+        )
+    )
+
+
+def interval_us(amount: int) -> int:
+    """Microseconds between two units at ``amount`` (> 0) a minute, rounded up to stay exact."""
+    return -(-MINUTE_US // amount)
+
+
+def checked(demand: Demand) -> Demand:
+    """Raises ``ValueError`` for more than one slot: a call runs once."""
+    if demand.slots not in (0, 1) or demand.requests < 0 or demand.images < 0:
+        raise ValueError(f"a gate cannot hold {demand}")
+    return demand
+
+
+def standing(limit: Limit, level: int) -> Standing:
+    """``level`` is the slots in use, or the microseconds by which a rate's TAT is ahead of now."""
+    amount = limit.amount or 0
+    if limit.unit is Unit.SLOTS:
+        return Standing(limit, max(0, amount - level), SLOT_WAIT_SECONDS if level else 0.0)
+    if amount == 0:
+        return Standing(limit, 0, 0.0)
+    each = interval_us(amount)
+    return Standing(limit, max(0, amount * each - level) // each, level / 1e6)
+
+
+@dataclass(slots=True)
+class _Taken:
+    """What one call holds: rates as (account, microseconds of its TAT), and slots."""
+
+    until_us: int
+    rates: list[tuple[_Account, int]] = field(default_factory=list)
+    slots: list[_Account] = field(default_factory=list)
+
+
+class MemoryGate:
+    """The gate of one process. Slots need no lease here: they end with the process.
+
+    Memory is bounded by the calls of the last minute and by the owners seen in it.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._tats: dict[_Account, int] = {}
+        self._holders: dict[_Account, set[str]] = {}
+        self._taken: OrderedDict[str, _Taken] = OrderedDict()
+        self._next_prune_us = 0
+
+    def __contains__(self, rid: object) -> bool:
+        """Has this call taken something here (within the last minute, or slots still held)?"""
+        return rid in self._taken
+
+    def __len__(self) -> int:
+        """How many things are remembered: accounts and calls."""
+        return len(self._tats) + len(self._holders) + len(self._taken)
+
+    async def take(self, rid: str, limits: Sequence[Limit], demand: Demand) -> Grant | Refusal:
+        checked(demand)
+        now = self._now_us()
+        self._prune(now)
+        mine = gated(limits)
+        if rid in self._taken:
+            return Grant(tuple(self._standing(limit, now) for limit in mine))
+        waits = [(self._wait_us(limit, demand.of(limit.unit), now), limit) for limit in mine]
+        worst = max((wait for wait, _ in waits), default=0.0)
+        if worst > 0:
+            limit = next(limit for wait, limit in waits if wait == worst)
+            return Refusal(limit, None if worst == float("inf") else worst / 1e6)
+        self._apply(rid, mine, demand, now)
+        return Grant(tuple(self._standing(limit, now) for limit in mine))
+
+    async def release(self, rid: str, limits: Sequence[Limit]) -> None:
+        taken = self._taken.get(rid)
+        if taken is not None:
+            self._free(rid, taken)
+
+    async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
+        taken = self._taken.pop(rid, None)
+        if taken is None:
+            return
+        self._free(rid, taken)
+        now = self._now_us()
+        for account, cost in taken.rates:
+            tat = self._tats.get(account, now) - cost
+            if tat > now:
+                self._tats[account] = tat
+            else:
+                self._tats.pop(account, None)
+
+    async def ping(self) -> None:
+        return
+
+    async def aclose(self) -> None:
+        return
+
+    def _now_us(self) -> int:
+        return round(self._clock.monotonic() * 1e6)
+
+    def _tat(self, limit: Limit, now: int) -> int:
+        return max(self._tats.get(_account(limit), now), now)
+
+    def _wait_us(self, limit: Limit, demand: int, now: int) -> float:
+        amount = limit.amount or 0
+        if demand == 0:
+            return 0.0
+        if demand > amount:
+            return float("inf")
+        if limit.unit is Unit.SLOTS:
+            held = len(self._holders.get(_account(limit), ()))
+            return SLOT_WAIT_SECONDS * 1e6 if held + demand > amount else 0.0
+        each = interval_us(amount)
+        return float(max(0, self._tat(limit, now) + demand * each - now - amount * each))
+
+    def _apply(self, rid: str, limits: Sequence[Limit], demand: Demand, now: int) -> None:
+        taken = _Taken(now + REMEMBER_US)
+        for limit in limits:
+            wanted = demand.of(limit.unit)
+            if wanted == 0:
+                continue
+            account = _account(limit)
+            if limit.unit is Unit.SLOTS:
+                self._holders.setdefault(account, set()).add(rid)
+                taken.slots.append(account)
+            else:
+                cost = wanted * interval_us(limit.amount or 0)
+                self._tats[account] = self._tat(limit, now) + cost
+                taken.rates.append((account, cost))
+        self._taken[rid] = taken
+
+    def _standing(self, limit: Limit, now: int) -> Standing:
+        if limit.unit is Unit.SLOTS:
+            return standing(limit, len(self._holders.get(_account(limit), ())))
+        return standing(limit, self._tat(limit, now) - now)
+
+    def _free(self, rid: str, taken: _Taken) -> None:
+        for account in taken.slots:
+            holders = self._holders.get(account)
+            if holders is not None:
+                holders.discard(rid)
+                if not holders:
+                    del self._holders[account]
+        taken.slots.clear()
+
+    def _prune(self, now: int) -> None:
+        """Forgets what no longer says anything: old calls that hold no slot, whole accounts."""
+        while self._taken:
+            rid, taken = next(iter(self._taken.items()))
+            if taken.until_us > now:
+                break
+            del self._taken[rid]
+            if taken.slots:
+                # Still running: looked at again in a minute, behind the younger ones.
+                taken.until_us = now + REMEMBER_US
+                self._taken[rid] = taken
+        if now >= self._next_prune_us:
+            self._next_prune_us = now + MINUTE_US
+            for account in [account for account, tat in self._tats.items() if tat <= now]:
+                del self._tats[account]
+
+
+def _account(limit: Limit) -> _Account:
+    return (limit.scope, limit.owner, limit.unit)
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    meta: CachedMeta
+    chunks: tuple[bytes, ...]
+    size: int
+    expires: float
+
+    async def iterate(self) -> AsyncIterator[bytes]:
+        for chunk in self.chunks:
+            yield chunk
+
+
+class MemoryCache:
+    """Answers in memory, least recently used out first. Chunks are kept as they came.
+
+    ``max_bytes`` bounds the sum of all contents, ``max_entry_bytes`` one of them: a larger answer
+    is quietly not kept.
+    """
+
+    def __init__(self, clock: Clock, *, max_bytes: int, max_entry_bytes: int) -> None:
+        self._clock = clock
+        self._max_bytes = max_bytes
+        self._max_entry_bytes = min(max_entry_bytes, max_bytes)
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        self._bytes = 0
+
+    @property
+    def bytes_held(self) -> int:
+        return self._bytes
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    async def get(self, key: str) -> Cached | None:
+        entry = self._entries.get(key)
+        if entry is None:
+            return None
+        left = entry.expires - self._clock.monotonic()
+        if left <= 0:
+            self._drop(key)
+            return None
+        self._entries.move_to_end(key)
+        return Kept(entry.meta, entry.iterate, left)
+
+    async def put(
+        self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
+    ) -> None:
+        if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes:
+            return
+        taken: list[bytes] = []
+        size = 0
+        async for chunk in chunks:
+            size += len(chunk)
+            if size > self._max_entry_bytes:
+                return
+            taken.append(chunk)
+        if size != meta.size_bytes:
+            return
+        self._drop(key)
+        now = self._clock.monotonic()
+        self._entries[key] = _Entry(meta, tuple(taken), size, now + ttl_seconds)
+        self._bytes += size
+        while self._bytes > self._max_bytes:
+            self._drop(next(iter(self._entries)))
+
+    async def delete(self, key: str) -> None:
+        self._drop(key)
+
+    async def ping(self) -> None:
+        return
+
+    async def aclose(self) -> None:
+        self._entries.clear()
+        self._bytes = 0
+
+    def _drop(self, key: str) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._bytes -= entry.size

@@ -1,0 +1,274 @@
+"""One configured upstream: its origin, its keys, its deadlines. The port ``Upstream``.
+
+Here a failed exchange becomes an error with an answer: what could not be sent is
+``UpstreamUnavailable``, what may have been bought ``UpstreamUnknown``, what was announced and not
+delivered ``UpstreamBroken`` (money.md 8.1). No text names the upstream's address or key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from gateway.domain.errors import (
+    GatewayError,
+    Overloaded,
+    UpstreamBroken,
+    UpstreamUnavailable,
+    UpstreamUnknown,
+)
+from gateway.ports import Outgoing
+from gateway.upstream.inflate import Inflater
+from gateway.upstream.transport import (
+    IDLE_SECONDS,
+    MAX_CONNECTIONS,
+    MAX_RESPONSE_BYTES,
+    SocketTransport,
+    proxy_wire,
+    tls_context,
+)
+from gateway.upstream.wire import (
+    Exchange,
+    Lost,
+    NotSent,
+    Origin,
+    Reason,
+    Timeouts,
+    Wire,
+    WireRequest,
+)
+
+RETRY_AFTER_SECONDS = 5.0
+SANDBOX_KEY = "sk-sandbox"
+
+
+class SecretLike(Protocol):
+    """A value that shows itself only when asked."""
+
+    def reveal(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AccountOptions:
+    """What the configuration says of one upstream.
+
+    ``provider`` is whose price list applies. ``headers`` are added to every request. ``proxy`` is
+    a forward proxy's URL, ``ca_file`` a PEM file trusted instead of the usual authorities.
+    ``idle_seconds`` is how long an unused connection is kept.
+    """
+
+    name: str
+    base_url: str
+    provider: str = "openai"
+    kind: str = "openai"
+    keys: Sequence[SecretLike] = ()
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    proxy: str | None = None
+    ca_file: str | None = None
+    max_connections: int = MAX_CONNECTIONS
+    idle_seconds: float = IDLE_SECONDS
+    max_response_bytes: int = MAX_RESPONSE_BYTES
+
+
+def build_account(options: AccountOptions) -> Account:
+    """An account with a wire of its own. Raises ``ValueError`` for the base URL, ``OSError`` for
+    the CA file."""
+    origin, _ = split_base_url(options.base_url)
+    wire: Wire
+    if options.proxy is not None:
+        wire = proxy_wire(
+            options.proxy,
+            ca_file=options.ca_file,
+            max_connections=options.max_connections,
+            idle_seconds=options.idle_seconds,
+            max_response_bytes=options.max_response_bytes,
+        )
+    else:
+        wire = SocketTransport(
+            tls=tls_context(options.ca_file) if origin.tls else None,
+            max_connections=options.max_connections,
+            idle_seconds=options.idle_seconds,
+            max_response_bytes=options.max_response_bytes,
+        )
+    return Account(options, wire)
+
+
+def split_base_url(base_url: str) -> tuple[Origin, str]:
+    """The origin, and the path without its last slash. Raises ``ValueError``."""
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("a base URL is http:// or https:// with a host")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("a base URL has no credentials, no query and no fragment")
+    tls = parts.scheme == "https"
+    host = parts.hostname.encode("idna").decode("ascii")
+    return Origin(tls, host, parts.port or (443 if tls else 80)), parts.path.rstrip("/")
+
+
+class Account:
+    """One provider account. Its keys take turns."""
+
+    def __init__(self, options: AccountOptions, wire: Wire) -> None:
+        self._name = options.name
+        self._provider = options.provider
+        self._origin, self._base_path = split_base_url(options.base_url)
+        self._keys = tuple(options.keys)
+        self._sandbox = options.kind == "sandbox"
+        self._timeouts = options.timeouts
+        self._max_response_bytes = options.max_response_bytes
+        self._wire = wire
+        self._turns = count()
+        self._headers = (
+            ("host", self._origin.authority),
+            ("accept-encoding", "identity"),
+            *((name.lower(), value) for name, value in options.headers.items()),
+        )
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def provider(self) -> str:
+        return self._provider
+
+    @property
+    def ready(self) -> bool:
+        return self._sandbox or bool(self._keys)
+
+    async def send(self, outgoing: Outgoing) -> AccountReply:
+        """Raises ``UpstreamUnavailable`` or ``Overloaded`` when nothing was sent, and
+        ``UpstreamUnknown`` afterwards. A body not read to its end is left to its maker."""
+        if not self.ready:
+            raise UpstreamUnavailable(
+                f"The upstream {self._name} is off: it has no key. Nothing was bought.",
+                should_retry=False,
+            )
+        headers = [
+            *self._headers,
+            *outgoing.headers,
+            ("authorization", f"Bearer {self._next_key()}"),
+        ]
+        if outgoing.body is not None or outgoing.method != "GET":
+            headers.append(("content-length", str(outgoing.length)))
+        request = WireRequest(
+            method=outgoing.method,
+            origin=self._origin,
+            target=self._base_path + outgoing.path,
+            headers=tuple(headers),
+            body=outgoing.body,
+            length=outgoing.length,
+            timeouts=self._timeouts,
+        )
+        try:
+            exchange = await self._wire.exchange(request)
+        except NotSent as error:
+            raise self._not_sent(error) from error
+        except Lost as error:
+            raise self._lost(error) from error
+        return AccountReply(self._name, exchange, self._timeouts, self._max_response_bytes)
+
+    async def aclose(self) -> None:
+        await self._wire.aclose()
+
+    def _next_key(self) -> str:
+        if not self._keys:
+            return SANDBOX_KEY
+        return self._keys[next(self._turns) % len(self._keys)].reveal()
+
+    def _not_sent(self, error: NotSent) -> GatewayError:
+        if error.reason is Reason.POOL:
+            return Overloaded(
+                f"Every connection to the upstream {self._name} is busy. Nothing was bought; "
+                "try again.",
+                reason=error.reason,
+                retry_after_seconds=RETRY_AFTER_SECONDS,
+            )
+        if error.reason is Reason.TLS:
+            return UpstreamUnavailable(
+                f"The upstream {self._name} cannot be trusted: its TLS handshake failed. Nothing "
+                "was bought. Ask the owner of this gateway.",
+                status=502,
+                code="upstream_tls",
+                reason=error.reason,
+                should_retry=False,
+            )
+        return UpstreamUnavailable(
+            f"The upstream {self._name} cannot be reached ({error}). Nothing was bought; "
+            "try again.",
+            reason=error.reason,
+            retry_after_seconds=RETRY_AFTER_SECONDS,
+        )
+
+    def _lost(self, error: Lost) -> UpstreamUnknown:
+        late = error.reason is Reason.READ_TIMEOUT
+        return UpstreamUnknown(
+            f"The request was sent to the upstream {self._name}, and then {error}. It may have "
+            "been bought: money may have been spent. Sending it again may buy it twice.",
+            status=504 if late else 502,
+            reason=error.reason,
+        )
+
+
+class AccountReply:
+    """An answer whose body still arrives: the port ``Reply``."""
+
+    def __init__(
+        self, upstream: str, exchange: Exchange, timeouts: Timeouts, max_response_bytes: int
+    ) -> None:
+        self._upstream = upstream
+        self._exchange = exchange
+        self._timeouts = timeouts
+        self._max_response_bytes = max_response_bytes
+        self._headers: dict[str, str] = {}
+        for raw_name, raw_value in exchange.headers:
+            name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+            known = self._headers.get(name)
+            self._headers[name] = value if known is None else f"{known}, {value}"
+        self._encoding = self._headers.pop("content-encoding", "identity").strip().lower()
+        if self._encoding != "identity":
+            self._headers.pop("content-length", None)
+
+    @property
+    def status(self) -> int:
+        return self._exchange.status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Names in lower case, repeated values joined with commas."""
+        return self._headers
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, decoded; to be read once. Raises ``UpstreamBroken``, which
+        says "billed" whatever the status was: the caller knows better for a refusal."""
+        try:
+            if self._encoding == "identity":
+                while chunk := await self._exchange.read():
+                    yield chunk
+                return
+            if self._encoding not in ("gzip", "x-gzip", "deflate"):
+                raise Lost(Reason.ENCODING, "the answer's content encoding is unknown")
+            inflater = Inflater(self._max_response_bytes)
+            while chunk := await self._exchange.read():
+                for piece in inflater.feed(chunk):
+                    yield piece
+            inflater.end()
+        except Lost as error:
+            raise self._broken(error) from error
+        finally:
+            await self._exchange.aclose()
+
+    async def aclose(self) -> None:
+        await self._exchange.aclose()
+
+    def _broken(self, error: Lost) -> UpstreamBroken:
+        return UpstreamBroken(
+            f"The upstream {self._upstream} began to answer, and then {error}. It has probably "
+            "been bought: money has probably been spent. Sending it again may buy it twice.",
+            status=504 if error.reason is Reason.BODY_TIMEOUT else 502,
+            reason=error.reason,
+        )

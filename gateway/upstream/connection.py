@@ -1,0 +1,454 @@
+"""One HTTP/1.1 connection, and the exchange that runs on it.
+
+``Connection`` is the socket's side (asyncio calls it), ``SocketExchange`` the request's side (the
+parser and the caller call it). They know each other only while an exchange runs: one that has
+ended can no longer touch the connection, which may already serve somebody else.
+
+Deadlines are timers that break the exchange, not cancellations: a cancelled task is then always
+the caller's doing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import select
+import socket
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+import httptools
+
+from gateway.upstream.wire import Lost, Reason, WireRequest
+
+MAX_HEAD_BYTES = 64 * 1024
+READ_HIGH_WATER = 256 * 1024
+"""Bytes of body kept for a slow consumer before the socket is no longer read."""
+WRITE_HIGH_WATER = 64 * 1024
+WRITE_PIECE = 64 * 1024
+"""A longer piece is cut: the socket's buffer would hold all of what it cannot send."""
+KEEPALIVE_IDLE_SECONDS = 60
+"""A picture takes minutes of silence; middleboxes forget a silent connection earlier."""
+
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_TARGET = re.compile(r"/[!-~]*")
+
+
+def encode_head(request: WireRequest) -> bytes:
+    """The request line and the headers. Raises ``ValueError``, which never shows a value."""
+    if not _TARGET.fullmatch(request.target) or not _TOKEN.fullmatch(request.method):
+        raise ValueError("the request line cannot be written as HTTP/1.1")
+    lines = [f"{request.method} {request.target} HTTP/1.1\r\n"]
+    for name, value in request.headers:
+        if not _TOKEN.fullmatch(name) or _FORBIDDEN.search(value):
+            raise ValueError(f"the header {name!r} cannot be written as HTTP/1.1")
+        lines.append(f"{name}: {value}\r\n")
+    lines.append("\r\n")
+    try:
+        return "".join(lines).encode("latin-1")
+    except UnicodeEncodeError:
+        raise ValueError("a header holds characters outside Latin-1") from None
+
+
+class Connection(asyncio.Protocol):
+    """One socket. ``on_closed`` is called once, when it is closed for whatever reason."""
+
+    __slots__ = ("_on_closed", "_poll", "_transport", "closed", "exchange", "write_paused")
+
+    def __init__(self, on_closed: Callable[[Connection], None]) -> None:
+        self._on_closed = on_closed
+        self._poll = select.poll()
+        self._transport: asyncio.Transport | None = None
+        self.exchange: SocketExchange | None = None
+        self.closed = False
+        self.write_paused = False
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        assert self._transport is not None, "connected before use"
+        return self._transport
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        if self.closed:  # given up while it was being made
+            transport.abort()
+            return
+        transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        raw = transport.get_extra_info("socket")
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        if hasattr(socket, "TCP_KEEPIDLE"):  # not on macOS
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_SECONDS)
+        self._poll.register(raw.fileno(), select.POLLIN)
+
+    def data_received(self, data: bytes) -> None:
+        if self.exchange is None:
+            self.abort()  # nobody asked: a late 408, or the rest of something worse
+        else:
+            self.exchange.receive(data)
+
+    def eof_received(self) -> None:
+        if self.exchange is not None:
+            self.exchange.end_of_stream()
+        self.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self._transport = None
+        if self.exchange is not None:
+            self.exchange.connection_lost(exc)
+        self._on_closed(self)
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
+        if self.exchange is not None:
+            self.exchange.writable()
+
+    def is_fresh(self) -> bool:
+        """Whether a request may go out here: open, and nothing has come since the last answer.
+
+        The event loop may not have seen yet that the peer closed, so the socket itself is asked:
+        a paid request lost on a stale connection would have to be booked as bought.
+        """
+        return not self.closed and not self._poll.poll(0)
+
+    def abort(self) -> None:
+        """Closes at once, without waiting for the peer. May be repeated."""
+        self.closed = True
+        if self._transport is not None:
+            self._transport.abort()
+
+
+class SocketExchange:
+    """One request and its answer on one connection: the port ``Exchange``.
+
+    ``let_go`` is called once: with True when the connection can serve again.
+    """
+
+    __slots__ = (
+        "_announced",
+        "_chunks",
+        "_complete",
+        "_connection",
+        "_error",
+        "_extra",
+        "_head_bytes",
+        "_interim",
+        "_keep_alive",
+        "_let_go",
+        "_loop",
+        "_max_body_bytes",
+        "_parser",
+        "_paused",
+        "_queued",
+        "_reader",
+        "_received",
+        "_sending",
+        "_silent_bytes",
+        "_status",
+        "_timer",
+        "_total_at",
+        "_until_close",
+        "_writer",
+        "headers",
+    )
+
+    def __init__(
+        self,
+        connection: Connection,
+        let_go: Callable[[bool], None],
+        max_body_bytes: int,
+        first_byte_at: float,
+        total_at: float,
+    ) -> None:
+        """The deadlines are instants of the event loop's clock."""
+        self._loop = asyncio.get_running_loop()
+        self._connection: Connection | None = connection
+        self._let_go = let_go
+        self._max_body_bytes = max_body_bytes
+        self._total_at = total_at
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self.headers: list[tuple[bytes, bytes]] = []
+        self._status = 0
+        self._chunks: deque[bytes] = deque()
+        self._queued = 0
+        self._received = 0
+        self._announced = 0
+        self._head_bytes = 0
+        self._silent_bytes = 0
+        self._interim = False
+        self._keep_alive = False
+        self._until_close = False
+        self._sending = True
+        self._paused = False
+        self._complete = False
+        self._extra = False
+        self._error: Lost | None = None
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._timer = self._loop.call_at(min(first_byte_at, total_at), self._expired)
+        connection.exchange = self
+
+    # The caller's side.
+
+    @property
+    def status(self) -> int:
+        """0 before the final headers."""
+        return self._status
+
+    async def send(
+        self,
+        head: bytes,
+        first: bytes,
+        rest: AsyncIterator[bytes] | None,
+        length: int,
+        write_seconds: float,
+    ) -> None:
+        """Writes the request. Stops early, without an error, when the answer comes first.
+
+        ``first`` is the body's first piece, already read. Raises ``Lost``.
+        """
+        left = length - len(first)
+        if len(first) <= WRITE_PIECE:
+            self._write(head + first)  # one packet for a small request
+        else:
+            self._write(head)
+            await self._write_all(first, write_seconds)
+        if rest is not None:
+            async for chunk in rest:
+                left -= len(chunk)
+                if left < 0:
+                    break
+                await self._write_all(chunk, write_seconds)
+                if self._is_answered:
+                    return
+        if left:
+            raise self._fail(Reason.WRITE, "the request's body is not as long as announced")
+        self._sending = False
+
+    async def receive_head(self) -> None:
+        """Waits for the final headers. Raises ``Lost``."""
+        while not self._status:
+            if self._error is not None:
+                raise self._error
+            await self._wait_for_reader()
+
+    async def read(self) -> bytes:
+        while not self._chunks:
+            if self._error is not None:
+                raise self._error
+            if self._complete:
+                return b""
+            await self._wait_for_reader()
+        chunk = self._chunks.popleft()
+        self._queued -= len(chunk)
+        if self._paused and self._queued <= READ_HIGH_WATER // 2 and self._connection is not None:
+            self._paused = False
+            self._connection.transport.resume_reading()
+        return chunk
+
+    async def aclose(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """As ``aclose``: drops the connection if the exchange still has it."""
+        if self._connection is not None:
+            self._fail(Reason.TRUNCATED, "the exchange was closed before its end")
+        self._chunks.clear()
+        self._queued = 0
+
+    # The connection's side.
+
+    def receive(self, data: bytes) -> None:
+        parser = self._parser
+        assert parser is not None, "data only comes while the exchange has its connection"
+        before = self._received
+        try:
+            parser.feed_data(data)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
+            if not self._complete:
+                self._fail(Reason.PROTOCOL, "the answer is not valid HTTP/1.1", error)
+                return
+            self._extra = True  # something behind a whole answer: deliver it, trust no further
+        if max(self._received, self._announced) > self._max_body_bytes:
+            self._fail(Reason.TOO_LARGE, "the answer is too large")
+            return
+        if self._complete:
+            self._end()
+            return
+        # Headers, trailers and chunk extensions that never end are kept by the parser, unseen.
+        self._silent_bytes = self._silent_bytes + len(data) if self._received == before else 0
+        if self._silent_bytes > MAX_HEAD_BYTES:
+            self._fail(Reason.PROTOCOL, "the answer's headers are too large")
+        elif self._queued > READ_HIGH_WATER and not self._paused:
+            assert self._connection is not None
+            self._paused = True
+            self._connection.transport.pause_reading()
+
+    def end_of_stream(self) -> None:
+        if self._until_close:
+            self._complete = True
+            self._end()
+        else:
+            self.connection_lost(None)
+
+    def connection_lost(self, cause: Exception | None) -> None:
+        if self._status:
+            self._fail(Reason.TRUNCATED, "the connection ended before the answer did", cause)
+        elif self._sending:
+            self._fail(Reason.WRITE, "the connection broke while the request was sent", cause)
+        else:
+            self._fail(Reason.DISCONNECT, "the connection ended before an answer came", cause)
+
+    def writable(self) -> None:
+        _wake(self._writer)
+
+    # The parser's side. What is raised here comes out of feed_data as HttpParserCallbackError.
+
+    def on_message_begin(self) -> None:
+        if self._complete:
+            raise ValueError("a second answer to one request")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head_bytes += len(name) + len(value) + 4
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise ValueError("headers too large")
+        if not self._status:  # else it is a trailer
+            self.headers.append((name.lower(), value))
+
+    def on_headers_complete(self) -> None:
+        assert self._parser is not None
+        status = self._parser.get_status_code()
+        if status < 200:
+            if status == 101:
+                raise ValueError("switched to a protocol that nobody asked for")
+            self._interim = True
+            self.headers.clear()
+            return
+        sized = False
+        for name, value in self.headers:
+            if name == b"content-length":
+                sized = True
+                self._announced = int(value)  # digits, says the parser
+            elif name == b"transfer-encoding":
+                if value.strip().lower() != b"chunked":
+                    raise ValueError("an unknown transfer encoding")
+                sized = True
+        self._until_close = not sized and status not in (204, 304)
+        self._keep_alive = self._parser.should_keep_alive()
+        self._status = status
+        if self._timer.when() < self._total_at:
+            self._timer.cancel()
+            self._timer = self._loop.call_at(self._total_at, self._expired)
+        _wake(self._reader)
+        _wake(self._writer)
+
+    def on_body(self, body: bytes) -> None:
+        self._received += len(body)
+        self._queued += len(body)
+        self._chunks.append(body)
+        _wake(self._reader)
+
+    def on_message_complete(self) -> None:
+        if self._interim:
+            self._interim = False
+        else:
+            self._complete = True
+
+    # Inside.
+
+    @property
+    def _is_answered(self) -> bool:
+        return self._status != 0
+
+    def _write(self, data: bytes | memoryview) -> None:
+        if self._connection is not None:
+            self._connection.transport.write(data)
+
+    async def _write_all(self, chunk: bytes, write_seconds: float) -> None:
+        view = memoryview(chunk)
+        for start in range(0, len(chunk), WRITE_PIECE):
+            await self._drain(write_seconds)
+            if self._is_answered:
+                return
+            self._write(view[start : start + WRITE_PIECE])
+
+    async def _drain(self, write_seconds: float) -> None:
+        """Waits until the socket takes more, or the answer is here. Raises ``Lost``."""
+        while True:
+            if self._is_answered:
+                return
+            if self._error is not None:
+                raise self._error
+            if self._connection is None or not self._connection.write_paused:
+                return
+            self._writer = self._loop.create_future()
+            timer = self._loop.call_later(write_seconds, self._write_expired)
+            try:
+                await self._writer
+            finally:
+                timer.cancel()
+                self._writer = None
+
+    async def _wait_for_reader(self) -> None:
+        assert self._reader is None, "one reader at a time"
+        self._reader = self._loop.create_future()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    def _write_expired(self) -> None:
+        self._fail(Reason.WRITE_TIMEOUT, "the upstream stopped taking the request")
+
+    def _expired(self) -> None:
+        if self._status:
+            self._fail(Reason.BODY_TIMEOUT, "the answer was not whole in time")
+        else:
+            self._fail(Reason.READ_TIMEOUT, "no answer came in time")
+
+    def _end(self) -> None:
+        """The answer is whole: the connection is free before the caller has read it all."""
+        connection = self._connection
+        assert connection is not None
+        reusable = (
+            self._keep_alive
+            and not self._until_close
+            and not self._extra
+            and not self._sending
+            and connection.transport.get_write_buffer_size() == 0
+        )
+        if self._paused:
+            self._paused = False
+            connection.transport.resume_reading()
+        self._leave(reusable)
+
+    def _fail(self, reason: Reason, message: str, cause: BaseException | None = None) -> Lost:
+        error = Lost(reason, message)
+        error.__cause__ = cause
+        if self._connection is not None:
+            self._error = error
+            self._leave(reusable=False)
+        return error
+
+    def _leave(self, reusable: bool) -> None:
+        connection = self._connection
+        assert connection is not None
+        self._connection = None
+        self._parser = None  # it and this object hold each other
+        self._timer.cancel()
+        connection.exchange = None
+        if not reusable:
+            connection.abort()
+        self._let_go(reusable)
+        _wake(self._reader)
+        _wake(self._writer)
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)
