@@ -26,6 +26,7 @@ from gateway.domain.ledger import (
 )
 from gateway.domain.money import Money
 from gateway.domain.quota import Demand, Grant, Limit, Refusal
+from gateway.domain.receipt import Delivery, Receipt
 from gateway.domain.route import Target
 from gateway.domain.team import Key, Team
 
@@ -246,3 +247,9 @@ class Upstream(Protocol):
         a byte may have left and no answer came."""
 
     async def aclose(self) -> None: ...
+
+
+class Telemetry(Protocol):
+    """Who hears of each request's end. Called once a request, when its money is settled too."""
+
+    def finished(self, receipt: Receipt, delivery: Delivery) -> None: ...

@@ -74,7 +74,7 @@ def load_prices(
         mistakes.append(f"{label} {lines[known]}: {_dotted(spot[1:], text)}")
 
     def say_of_operator(spot: Spot, text: str) -> None:
-        mistakes.append(_dotted((f"prices[{spot[0]}]", *spot[1:]), text))
+        mistakes.append(_dotted((f"prices.rows[{spot[0]}]", *spot[1:]), text))
 
     try:
         text = text_or_path if isinstance(text_or_path, str) else text_or_path.read_text("utf-8")
@@ -337,13 +337,12 @@ def _dollars(value: object, spot: Spot, say: Say) -> Money:
     if isinstance(value, float):
         say(spot, 'a price needs exact digits: write it in quotes, "0.04"')
         return 0
-    if isinstance(value, str) and not _DECIMAL.fullmatch(value):
-        value = None
-    if isinstance(value, bool) or not isinstance(value, str | int | Decimal):
+    written = format(value, "f") if isinstance(value, Decimal) else str(value)
+    if not isinstance(value, str | int | Decimal) or not _DECIMAL.fullmatch(written):
         say(spot, "a price is written in plain dollars: 0.04")
         return 0
     try:
-        return parse_dollars(value)
+        return parse_dollars(written)
     except ValueError as error:
         say(spot, str(error))
         return 0

@@ -345,7 +345,7 @@ def instant(node: Node, spot: Spot) -> datetime:
 
 def suggestion(name: str, known: Iterable[str]) -> str:
     """``; did you mean "limits"?``, or what is known where nothing is near and it is little."""
-    candidates = list(known)
+    candidates = [each for each in known if presentable(each)]
     close = get_close_matches(name.lower(), candidates, n=1, cutoff=0.6) if len(name) < 65 else []
     if close:
         return f'; did you mean "{close[0]}"?'

@@ -13,6 +13,7 @@ The names of the fields are the names in the file; ``config/gateway.yaml`` expla
 from __future__ import annotations
 
 import hmac
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -194,7 +195,7 @@ def _local(name: str, spot: Spot) -> Path:
 
 def _existing_file(node: Node, spot: Spot) -> Path:
     path = _path(node, spot)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise Wrong(f"there is no such file{but_is(scalar(node)).replace(', not', ':')}")
     return path
 
@@ -291,9 +292,7 @@ def _pepper(node: Node, spot: Spot) -> Secret:
     value = scalar(node)
     _unless_encodable(value.text)
     if len(value.text) < 32:
-        spot.warn(
-            node.place, "is short: 32 random characters or more (openssl rand -hex 32) keep keys"
-        )
+        spot.warn(node.place, "is short: use 32 random characters or more (openssl rand -hex 32)")
     return Secret(value.text)
 
 
@@ -587,6 +586,8 @@ _VISIBLE = re.compile(r"[\x21-\x7e]{1,4096}")
 
 
 def _row(node: Node, spot: Spot) -> Table:
+    if isinstance(node, Scalar):
+        scalar(node)
     if not isinstance(node, Table):
         raise Wrong("must be a row as in prices.yaml: {provider: ..., model: ..., ...}")
     return node
@@ -907,7 +908,10 @@ def _with_environment(root: Node, environ: Mapping[str, str], report: Report) ->
 
 def _objection(variable: str, section: str, name: str) -> str:
     """Why a variable that looks like a setting is none."""
-    if section in ("upstreams", "models", "teams") or name in _OVERRIDABLE.get(section, {}):
+    if (
+        section in ("upstreams", "models", "teams")
+        or _OVERRIDABLE.get(section, {}).get(name) is False
+    ):
         return "this can only be set in the file, not by a variable"
     known = [
         f"{_ENVIRONMENT_PREFIX}{section}__{name}".upper()
@@ -970,16 +974,21 @@ def _check_sections(
             f"is no longer than the longest call ({longest:g} s, total_seconds of an upstream): "
             "calls that still run would be charged at their bound",
         )
-    if document.cache.redis and document.cache.redis == document.storage.redis:
+    if _server(document.cache.redis) == _server(document.storage.redis) != "":
         spot.at("cache").at("redis").warn(
             _place(root, "cache", "redis"),
             "is the same Redis as storage.redis: pictures may push out the rate limits; "
-            "give the cache one of its own, or another database with its own memory",
+            "give the cache a Redis of its own",
         )
     if not document.models:
         spot.at("models").warn(
             _place(root, "models"), 'no model is routed: every request is refused; add "*"'
         )
+
+
+def _server(redis: Secret | None) -> str:
+    """Host and port, without user, password and the number of the database."""
+    return urlsplit(redis.reveal()).netloc.rpartition("@")[2].lower() if redis else ""
 
 
 def _longest_call(upstreams: Mapping[str, Upstream]) -> float:

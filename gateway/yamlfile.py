@@ -136,6 +136,7 @@ def presentable(text: str) -> bool:
         _PRESENTABLE.fullmatch(text) is not None
         and not text.lower().startswith(_SECRET_PREFIXES)
         and _RANDOM_RUN.search(text) is None
+        and not ("://" in text and "@" in text)
     )
 
 
@@ -307,7 +308,9 @@ class _Builder:
         else:
             node = self._table(place, path, depth)
         if event.tag is not None:
-            self._wrong(place, path, 'a tag is not allowed: a value with a "!" needs quotes')
+            node = self._broken(
+                place, path, 'a tag is not allowed: a value with a "!" needs quotes'
+            )
         if event.anchor is not None:
             self._anchors[event.anchor] = (node, self._nodes - before)
         return node
@@ -423,8 +426,8 @@ def _explain(error: yaml.MarkedYAMLError) -> tuple[int, int, str]:
     """Line, column (from 1) and a sentence for the parser's own error, without its content."""
     problem = error.problem or "the document cannot be read"
     mark = error.problem_mark or error.context_mark
-    if problem == "could not find expected ':'":
-        mark = error.context_mark or mark  # the line that lacks it, not the one after
+    if problem in ("could not find expected ':'", "found unexpected end of stream"):
+        mark = error.context_mark or mark  # where it begins, not where it was missed
     line, column = (mark.line + 1, mark.column + 1) if mark is not None else (1, 1)
     for start, sentence in _EXPLANATIONS:
         if problem.startswith(start):
@@ -440,6 +443,15 @@ _EXPLANATIONS = (
     ("could not find expected ':'", "a name without its colon: write name: value"),
     ("expected ',' or ']', but got '{'", 'a value with ${...} inside [ ] needs quotes: "${NAME}"'),
     ("expected ',' or '}', but got '{'", 'a value with ${...} inside { } needs quotes: "${NAME}"'),
+    ("expected ',' or ']'", "the [ before it is not closed here: a comma or a ] is missing, or a "
+     "value needs quotes"),
+    ("expected ',' or '}'", "the { before it is not closed here: a comma or a } is missing, or a "
+     "value needs quotes"),
+    ("expected <block end>", "this does not fit the lines above: check the indentation, or put "
+     "the value in quotes"),
+    ("expected '<document start>'", "this does not fit the lines above: check the indentation"),
+    ("expected the node content", "a value is missing here, or needs quotes"),
+    ("found unexpected end of stream", "this quote is not closed"),
     ("expected alphabetic or numeric", 'a value or a name that starts with "*" or "&" needs '
      'quotes: "*"'),
     ("found undefined tag handle", 'a value that starts with "!" needs quotes'),

@@ -50,9 +50,10 @@ class Valkey:
         process = subprocess.Popen(
             [
                 get_binary_path(),
+                # First, because a configuration file has to be.
+                *self._options,
                 *("--port", str(self.port), "--bind", "127.0.0.1"),
                 *("--save", "", "--appendonly", "no", "--dir", str(self._folder)),
-                *self._options,
             ],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -6,12 +6,12 @@ can disagree about money. Nothing here knows where the numbers are kept.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from gateway.domain.ledger import Basis, Event, Outcome, Replay, Settlement, State
+from gateway.domain.ledger import Basis, Entry, Event, Outcome, Replay, Settlement, State
 from gateway.domain.money import Money
 
 KEY_LIFETIME = timedelta(hours=24)
@@ -65,6 +65,14 @@ def contradicts(state: State, event: Event, cost: Money, new_cost: Money) -> boo
     if state not in (State.POSTED, State.VOIDED) or event is Event.EXPIRE:
         return False
     return (new_cost if event is Event.SETTLE else 0) != cost
+
+
+OnConflict: TypeAlias = Callable[[Entry, Settlement], None]
+"""Hears of a settlement that ``contradicts`` the entry which stands."""
+
+
+def ignore_conflict(entry: Entry, settlement: Settlement) -> None:
+    """The ``OnConflict`` of whoever has no alarm to raise."""
 
 
 class Counts(NamedTuple):

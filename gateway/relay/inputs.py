@@ -95,10 +95,10 @@ def _from_data(
         digest = value.digest
         length = value.end - value.start - len(header) - 1
         size = length * 3 // 4
-        # Some encoders write every slash as \\/, which base64 is full of. The skimmer cannot judge
-        # a string with escapes; its size is then a little less than counted, and the upstream sees
-        # the rest.
-        strict = value.base64 or value.escaped
+        # Some encoders write every slash as \/, which base64 is full of, and the skimmer does not
+        # judge a string with escapes: then its beginning stands for all of it, and it counts as a
+        # little larger than it is.
+        strict = value.base64 or (value.escaped and _BASE64.fullmatch(payload) is not None)
     if not strict:
         raise _invalid(param, "it is not valid base64 (A-Z a-z 0-9 + / and = at the end).")
     if size > rules.max_file_bytes:

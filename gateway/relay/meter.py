@@ -70,7 +70,7 @@ class JsonMeter:
         pictures = [item for item in items if isinstance(item, dict) and _has_picture(item)]
         usage, invalid = _usage(members, self.operation)
         reading = Reading(
-            Answer(len(pictures), usage, _text(members, "size"), _text(members, "quality")),
+            _answer(len(pictures), usage, members),
             invalid,
             any("b64_json" not in item or not item["b64_json"] for item in pictures),
             document,
@@ -185,6 +185,16 @@ def _usage(members: dict[str, Any], operation: Operation) -> tuple[Usage | None,
 
 def _has_picture(item: dict[str, Any]) -> bool:
     return bool(item.get("b64_json") or item.get("url"))
+
+
+def _answer(images: int, usage: Usage | None, members: dict[str, Any]) -> Answer:
+    return Answer(
+        images,
+        usage,
+        size=_text(members, "size"),
+        quality=_text(members, "quality"),
+        output_format=_text(members, "output_format"),
+    )
 
 
 def _text(members: dict[str, Any], name: str) -> str:

@@ -17,7 +17,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 
 from gateway.domain.call import Call, Operation
-from gateway.domain.charge import charge
+from gateway.domain.charge import Ending, charge
 from gateway.domain.errors import ClientGone, GatewayError, Internal, LedgerUnavailable
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Replay, Settlement
 from gateway.domain.quota import Demand, Grant
@@ -254,7 +254,7 @@ class Pipeline:
             except GatewayError as error:
                 said, landing = (), failed(error)
             landed = self._clock.monotonic()
-            settlement = charge(flight.rid, plan.quote, landing.ending)
+            settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
             entry = await self._settle(settlement)
             settled = self._clock.monotonic()
             await self._keep(plan, landing, spool, settlement)
@@ -390,7 +390,7 @@ class Pipeline:
         async def put() -> None:
             try:
                 async with aclosing(spliced(spool, form)) as chunks:
-                    await self._cache.put(plan.key, meta, chunks, self._policy.ttl_seconds)
+                    await self._cache.put(plan.fingerprint, meta, chunks, self._policy.ttl_seconds)
             finally:
                 spool.close()
 
@@ -443,6 +443,23 @@ async def _pass_the_rest(rest: AsyncIterator[bytes], spool: Spool) -> None:
     except (GatewayError, OSError, TimeoutError):
         # The pictures are delivered and booked: a ragged end takes nothing away.
         return
+
+
+def _completed(ending: Ending, call: Call) -> Ending:
+    """What the answer does not say of itself, as it was asked for."""
+    if ending.answer is None:
+        return ending
+    asked = ending.answer
+    return replace(
+        ending,
+        answer=replace(
+            asked,
+            size=asked.size or call.size,
+            quality=asked.quality or call.quality,
+            output_format=asked.output_format or call.output_format,
+            input_images=len(call.inputs),
+        ),
+    )
 
 
 def _is_stream(reply: Reply) -> bool:

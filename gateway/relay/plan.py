@@ -44,8 +44,8 @@ class CacheWish:
 class Plan:
     """One call, decided: whose, from where, at what price, and under which name it is cached.
 
-    ``key`` is the cache's, empty where the answer may be neither taken from it nor put there.
-    ``rates`` are the gate's limits, ``lines`` the ledger's accounts in their periods.
+    ``keep``: the answer may be put into the cache, under ``fingerprint``. ``rates`` are the
+    gate's limits, ``lines`` the ledger's accounts in their periods.
     """
 
     caller: Caller
@@ -57,7 +57,6 @@ class Plan:
     rates: tuple[Limit, ...]
     lines: tuple[Line, ...]
     fingerprint: str
-    key: str
     cache: CacheResult
     keep: bool
     cached: Cached | None = None
@@ -73,25 +72,40 @@ class Planner:
         prices: PriceBook,
         cache: Cache,
         policy: CachePolicy,
+        passing_urls: frozenset[str] = frozenset(),
     ) -> None:
+        """``passing_urls`` are the upstreams that may be given addresses of pictures."""
         self._catalogue = catalogue
         self._upstreams = upstreams
         self._prices = prices
         self._cache = cache
         self._policy = policy
+        self._passing_urls = passing_urls
 
     async def plan(self, caller: Caller, call: Call, wish: CacheWish, now: datetime) -> Plan:
         """Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``,
         ``UpstreamAccount``."""
         model = self.route(caller, call.model)
         if model.strict:
-            validate_strict(call)
+            validate_strict(call, model.target.model)
         upstream = self._upstreams[model.target.upstream]
         served = model.target.model
+        # A picture known by its address alone (it has no size) is fetched by the upstream, and
+        # what stands there may change: it is passed on only where that is allowed, never cached.
+        linked = any(picture.size_bytes == 0 for picture in call.inputs)
+        if linked and upstream.name not in self._passing_urls:
+            raise InvalidRequest(
+                f"{model.name} does not take addresses of pictures on this gateway. Send the "
+                "picture itself, as a data URL or a file of a multipart form.",
+                code="image_url_not_allowed",
+                param="image_url",
+                reason="ssrf_blocked",
+            )
         mark = fingerprint(
             call, scope=self._scope(caller), model_served=served, upstream=upstream.name
         )
-        enabled = self._policy.enabled and caller.team.cache_enabled and model.cache_enabled
+        switches = (self._policy.enabled, caller.team.cache_enabled, model.cache_enabled)
+        enabled = all(switches) and not linked
         keep = enabled and wish.write
         cached = None
         if enabled and wish.read:
@@ -100,7 +114,7 @@ class Planner:
         if cached is not None:
             nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
             return Plan(
-                caller, call, model, upstream, nothing, Demand(), rates, (), mark, mark,
+                caller, call, model, upstream, nothing, Demand(), rates, (), mark,
                 CacheResult.HIT, False, cached,
             )  # fmt: skip
         if not upstream.ready:
@@ -112,22 +126,21 @@ class Planner:
             )
         quote = self._quote(caller, call, model, upstream, now)
         return Plan(
-            caller,
-            call,
-            model,
-            upstream,
-            quote,
-            Demand(images=call.n, money=quote.bound.amount),
-            rates,
-            tuple(
+            caller=caller,
+            call=call,
+            model=model,
+            upstream=upstream,
+            quote=quote,
+            demand=Demand(images=call.n, money=quote.bound.amount),
+            rates=rates,
+            lines=tuple(
                 Line(limit, period(limit.window, now))
                 for limit in caller.limits
                 if limit.unit is Unit.MONEY
             ),
-            mark,
-            mark if keep and quote.row is not None else "",
-            CacheResult.MISS if enabled else CacheResult.OFF,
-            keep and quote.row is not None,
+            fingerprint=mark,
+            cache=CacheResult.MISS if enabled else CacheResult.OFF,
+            keep=keep and quote.row is not None,
         )
 
     def route(self, caller: Caller, name: str) -> Model:
@@ -191,7 +204,7 @@ class Planner:
         if wish.max_age is not None:
             limits.append(wish.max_age)
         # A stream has no agreed form for several pictures, so only one is replayed as one event.
-        fits = not call.stream or len(cached.meta.image_spans) == 1
+        fits = not call.stream or cached.meta.streamable
         return cached if fits and age <= min(limits) else None
 
     def _quote(

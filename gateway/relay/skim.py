@@ -55,7 +55,8 @@ _ESCAPE_OR_PAIR = re.compile(
 )
 # What a refusal is looked for in: strings (group 1 marks a key), brackets, numbers.
 _ATOM = re.compile(
-    r'"[^"\\]*(?:\\.[^"\\]*)*"(?=[ \t\r\n]*(:)?)|[\[\]{}]|-?[0-9][0-9.eE+\-]*',
+    r'"[^"\\]*(?:\\.[^"\\]*)*"(?=[ \t\r\n]*(:)?)|[\[\]{}]'
+    r"|-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?",
     re.DOTALL,
 )
 
@@ -242,6 +243,8 @@ class JsonSkimmer:
             value = decoder.decode(text)
         except json.JSONDecodeError as error:
             problem = error.msg.removesuffix(" starting at").removesuffix(" at")
+            if problem.startswith("Expecting property name") and text.startswith("NaN", error.pos):
+                problem = "A key is too long"
             raise self._bad("invalid_json", text, error.pos, problem) from None
         except _Refused:
             raise self._bad(*_find_refused(text)) from None

@@ -155,8 +155,8 @@ def _check_picture(call: Call, picture: InputImage, index: int) -> None:
     param = f"{picture.role}[{index}]" if many else picture.role
     if picture.media_type not in _IMAGE_TYPES:
         raise _refusal(
-            f"Invalid file '{param}': unsupported mimetype ('{picture.media_type[:64]}'). Supported "
-            "file formats are 'image/jpeg', 'image/png', and 'image/webp'.",
+            f"Invalid file '{param}': unsupported mimetype ('{picture.media_type[:64]}'). "
+            "Supported file formats are 'image/jpeg', 'image/png', and 'image/webp'.",
             param,
             "unsupported_file_mimetype",
         )

@@ -69,7 +69,7 @@ class Tokens:
 
 def text_tokens(text: str) -> int:
     """One for four bytes of UTF-8, at least one."""
-    return max(1, -(-len(text.encode("utf-8", "surrogatepass")) // 4))
+    return max(1, -(-len(text.encode()) // 4))
 
 
 def picture_tokens(order: Order) -> int:

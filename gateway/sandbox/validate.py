@@ -146,9 +146,9 @@ class Order:
 
 def check(operation: Operation, form: Form, now: datetime, request_id: str) -> Order:
     """The order that a form is, or ``Refused``. Decodes no picture: headers are enough."""
-    fields = {name: value for name, value in form.fields.items() if value is not None}
-    model = _model(fields, now)
-    fields = _typed(operation, fields, form)
+    sent = {name: value for name, value in form.fields.items() if value is not None}
+    model = _model(sent, now)
+    fields = _typed(operation, sent, form)
     if "prompt" not in fields:
         raise _missing("prompt")
     order = _order(operation, model, fields)
@@ -185,7 +185,7 @@ def _typed(operation: Operation, fields: Mapping[str, Json], form: Form) -> dict
     typed: dict[str, Json] = {}
     for name, given in fields.items():
         if name not in known:
-            if edit and (name == "image" or (form.texts and name in _JSON_FILES)):
+            if edit and form.texts and name in ("image", "mask", "markup"):
                 raise _wrong_type(name, "a file", given)
             raise Refused(f"Unknown parameter: '{name}'.", code="unknown_parameter", param=name)
         if name in form.repeated:
@@ -213,7 +213,8 @@ def _convert(wanted: type, text: Json) -> Json:
 def _order(operation: Operation, model: ModelFacts, fields: Mapping[str, Json]) -> Order:
     text = {name: value for name, value in fields.items() if isinstance(value, str)}
     number = {name: value for name, value in fields.items() if isinstance(value, int)}
-    prompt = text["prompt"]
+    # Half a surrogate pair is legal in JSON and has no bytes.
+    prompt = text["prompt"].encode("utf-8", "replace").decode()
     if not prompt:
         raise Refused(
             "Invalid 'prompt': empty string. Expected a string with minimum length 1, but got an "
@@ -232,10 +233,8 @@ def _order(operation: Operation, model: ModelFacts, fields: Mapping[str, Json]) 
     background = _choice(text, "background", ("transparent", "opaque", "auto"), "auto")
     _choice(text, "moderation", ("low", "auto"), "auto")
     _choice(text, "complexity", ("low", "medium", "high"), "medium")
-    formats = ("png", "webp", "jpeg")
-    if model.family is not Family.ONE:
-        formats += ("gif", "svg")
-    output_format = _choice(text, "output_format", formats, "png")
+    animated = () if model.family is Family.ONE else ("gif", "svg")
+    output_format = _choice(text, "output_format", ("png", "webp", "jpeg", *animated), "png")
     width, height = _size(model.family, text.get("size", "auto"))
     author, effort = _svg(fields)
     return Order(

@@ -12,6 +12,7 @@ import fcntl
 import os
 import re
 import tempfile
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -265,6 +266,7 @@ class DiskCache:
         self, path: Path, head: bytes, size: int, chunks: AsyncIterator[bytes]
     ) -> bool:
         """True when the file is in place. Raises only what ``chunks`` raises."""
+        half: _Half | None = None
         try:
             half = await _threaded(_Half, path)
             waiting: list[bytes] = [head]
@@ -286,6 +288,9 @@ class DiskCache:
         except _DiskError as error:
             self._tell(error.cause)
             return False
+        finally:
+            if half is not None:
+                half.close()
         return True
 
 
@@ -306,29 +311,54 @@ async def _threaded(work: Callable[..., T], *args: object) -> T:
 
 
 class _Half:
-    """A file that is being written beside its place. It is gone with its last user, unless kept.
+    """A file that is being written beside its place. It is gone when closed, unless kept.
 
-    Nobody closes it by hand: a thread may still be writing when the task that asked is cancelled,
-    and a descriptor closed under it could by then be somebody else's.
+    A thread may still be writing when the task that asked is cancelled, and a descriptor closed
+    under it could by then be somebody else's: so the later of the two closes it.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._path = path
         self._fd, self._name = tempfile.mkstemp(prefix=_HALF, dir=path.parent)
-        weakref.finalize(self, _abandon, self._fd, self._name)
+        self._end = weakref.finalize(self, _abandon, self._fd, self._name)
+        self._writing = threading.Lock()
+        self._closed = False
         # Tells a starting process, which removes what a crash left behind, that we live.
         fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, parts: list[bytes]) -> None:
-        for part in parts:
-            rest = memoryview(part)
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
+        with self._in_use():
+            for part in parts:
+                rest = memoryview(part)
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
 
     def keep(self, used: float) -> None:
-        os.utime(self._fd, (used, used))
-        os.replace(self._name, self._path)
+        """Puts the file in its place, whole."""
+        with self._in_use():
+            os.utime(self._fd, (used, used))
+            os.replace(self._name, self._path)
+            self._end.detach()
+            os.close(self._fd)
+
+    def close(self) -> None:
+        """Never waits."""
+        self._closed = True
+        if self._writing.acquire(blocking=False):
+            self._end()
+            self._writing.release()
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[None]:
+        try:
+            with self._writing:
+                if self._closed:
+                    raise OSError("nobody waits for this file any more")
+                yield
+        finally:
+            if self._closed:
+                self._end()
 
 
 def _abandon(fd: int, name: str) -> None:

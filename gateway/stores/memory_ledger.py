@@ -9,7 +9,7 @@ runs to its end without a break, which is its lock.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -32,20 +32,18 @@ from gateway.domain.team import Key, Team
 from gateway.domain.transition import (
     KEY_LIFETIME,
     Counts,
+    OnConflict,
     contradicts,
     correction,
     counted_replay,
     expiry,
+    ignore_conflict,
     transition,
     usage_day,
 )
 from gateway.ports import AlreadyExists, NotKnown
 
 NOTHING = Balance()
-
-
-def ignore(entry: Entry, settlement: Settlement) -> None:
-    """The default for ``on_conflict``."""
 
 
 @dataclass(slots=True)
@@ -62,7 +60,7 @@ class _Hold:
 class MemoryLedger:
     """``Ledger`` without durability. ``on_conflict`` hears of a repeat with another amount."""
 
-    def __init__(self, on_conflict: Callable[[Entry, Settlement], None] = ignore) -> None:
+    def __init__(self, on_conflict: OnConflict = ignore_conflict) -> None:
         self._on_conflict = on_conflict
         self._holds: dict[str, _Hold] = {}
         self._keys: dict[tuple[str, str], str] = {}

@@ -59,10 +59,12 @@ from gateway.domain.team import Key, Limits, Team
 from gateway.domain.transition import (
     KEY_LIFETIME,
     Counts,
+    OnConflict,
     contradicts,
     correction,
     counted_replay,
     expiry,
+    ignore_conflict,
     transition,
     usage_day,
 )
@@ -105,16 +107,10 @@ def unreadable() -> LedgerUnavailable:
     )
 
 
-def ignore(entry: Entry, settlement: Settlement) -> None:
-    """The default for ``on_conflict``."""
-
-
 class SQLiteStore:
     """One database file, open: ``ledger`` and ``directory`` are two views of it."""
 
-    def __init__(
-        self, writer: _Writer, reader: _Reader, on_conflict: Callable[[Entry, Settlement], None]
-    ) -> None:
+    def __init__(self, writer: _Writer, reader: _Reader, on_conflict: OnConflict) -> None:
         self._writer = writer
         self._reader = reader
         self.ledger = SQLiteLedger(self, writer, reader, on_conflict)
@@ -125,7 +121,7 @@ class SQLiteStore:
         cls,
         path: Path,
         *,
-        on_conflict: Callable[[Entry, Settlement], None] = ignore,
+        on_conflict: OnConflict = ignore_conflict,
         busy_seconds: float = BUSY_SECONDS,
     ) -> SQLiteStore:
         """Opens the file, makes it (0600) where there is none, and brings its schema up to date.
@@ -138,7 +134,7 @@ class SQLiteStore:
         """
         if sqlite3.sqlite_version_info < (3, 37):
             raise StoreError(f"SQLite {sqlite3.sqlite_version} is too old: 3.37 is needed")
-        path = path.absolute()
+        path = path.resolve()
         file = _File(path, busy_seconds)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -175,7 +171,7 @@ class SQLiteLedger:
         store: SQLiteStore,
         writer: _Writer,
         reader: _Reader,
-        on_conflict: Callable[[Entry, Settlement], None],
+        on_conflict: OnConflict,
     ) -> None:
         self._store = store
         self._writer = writer

@@ -71,7 +71,6 @@ async def test_of_200_at_once_exactly_the_limit_gets_in(bench: Bench) -> None:
         )
         kinds = Counter(type(answer) for answer in answers)
         assert kinds == {Grant: 20, Refusal: 180}, limit
-        bench.advance(0)
 
 
 async def test_a_minute_refills_at_an_even_pace(bench: Bench) -> None:
@@ -80,6 +79,7 @@ async def test_a_minute_refills_at_an_even_pace(bench: Bench) -> None:
         granted(await bench.gate.take(f"a{i}", [limit], ONE))
     no = refused(await bench.gate.take("b", [limit], ONE))
     assert no.limit == limit
+    assert no.wait_seconds is not None
     assert no.wait_seconds == pytest.approx(10, abs=1)
     bench.advance(no.wait_seconds)
     granted(await bench.gate.take("c", [limit], ONE))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.domain.call import Operation, SvgUsage, Usage
@@ -212,6 +212,7 @@ DETAILS = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(
     raw=st.dictionaries(
         st.sampled_from(

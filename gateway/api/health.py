@@ -1,0 +1,50 @@
+"""`/healthz`, `/readyz` and `/metrics`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+
+from fastapi import APIRouter
+from fastapi.responses import JSONResponse, Response
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether traffic should come here: every store's state, and whether limits are degraded."""
+
+    ready: bool
+    degraded: bool
+    stores: Mapping[str, bool]
+
+
+def health_routes(look: Callable[[], Awaitable[Readiness]]) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/healthz")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @routes.get("/readyz")
+    async def readyz() -> JSONResponse:
+        state = await look()
+        words = "degraded" if state.degraded else "ready"
+        content = {
+            "status": words if state.ready else "not ready",
+            "stores": {name: "up" if up else "down" for name, up in state.stores.items()},
+        }
+        return JSONResponse(content, 200 if state.ready else 503)
+
+    return routes
+
+
+def metrics_routes(exposition: Callable[[], Awaitable[bytes]]) -> APIRouter:
+    routes = APIRouter()
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(await exposition(), media_type=CONTENT_TYPE)
+
+    return routes

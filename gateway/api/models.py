@@ -1,0 +1,50 @@
+"""`GET /v1/models`: what the key may use, aliases too, and when a provider stops serving it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, time
+
+from fastapi import APIRouter, Request
+
+from gateway.api import auth
+from gateway.domain.errors import ModelNotFound, TeamFault
+from gateway.domain.route import Model
+from gateway.ports import Clock
+from gateway.relay.keyring import KeyRing
+from gateway.relay.plan import Planner
+
+
+def router(keyring: KeyRing, planner: Planner, clock: Clock) -> APIRouter:
+    routes = APIRouter()
+
+    def describe(model: Model) -> dict[str, object]:
+        row = planner.prices(model, clock.now()).find(model.target.model)
+        released = datetime.combine(row.valid_from, time(), UTC) if row else None
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": int(released.timestamp()) if released else 0,
+            "owned_by": row.provider if row else model.target.upstream,
+            "shutdown_date": row.shuts_down.isoformat() if row and row.shuts_down else None,
+        }
+
+    @routes.get("/v1/models")
+    async def list_models(request: Request) -> dict[str, object]:
+        caller = await keyring.identify(auth.secret(request.headers))
+        data = [describe(model) for model in planner.models(caller)]
+        return {"object": "list", "data": data}
+
+    @routes.get("/v1/models/{name:path}")
+    async def one_model(name: str, request: Request) -> dict[str, object]:
+        caller = await keyring.identify(auth.secret(request.headers))
+        try:
+            return describe(planner.route(caller, name))
+        except ModelNotFound:
+            raise
+        except TeamFault:
+            # A model that this key may not use looks like one that is not there (contract 3).
+            raise ModelNotFound(
+                f"No model {name}. GET /v1/models lists yours.", param="model"
+            ) from None
+
+    return routes

@@ -1,0 +1,246 @@
+"""The relayed routes, as raw ASGI: bytes in, bytes out, and a line in the log at the end.
+
+A framework's request and response objects cost more here than everything else together
+(performance.md 2), and Starlette's streaming loses the settlement when a client leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping, Sequence
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+from gateway.api import auth
+from gateway.domain.call import Operation
+from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
+from gateway.domain.receipt import Delivery, Receipt
+from gateway.ports import Clock, Telemetry
+from gateway.relay import headers as answers
+from gateway.relay.flights import Client, Head
+from gateway.relay.pipeline import Answer, Arrival, Pipeline
+from gateway.relay.plan import CacheWish
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger(__name__)
+
+STALL_SECONDS = 120.0
+"""A client that takes nothing for so long has its connection dropped; its result is kept."""
+IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,253}[\x21-\x7e])?")
+MAX_AGE = re.compile(r"max-age\s*=\s*\"?(\d{1,9})\"?")
+
+
+def new_request_id() -> str:
+    """``req_`` and 96 random bits: the name of a request everywhere, in the ledger too."""
+    return f"req_{secrets.token_hex(12)}"
+
+
+class RelayedRoutes:
+    """Answers the operations of images; one coroutine a request."""
+
+    def __init__(self, pipeline: Pipeline, telemetry: Sequence[Telemetry], clock: Clock) -> None:
+        self._pipeline = pipeline
+        self._telemetry = tuple(telemetry)
+        self._clock = clock
+
+    async def handle(
+        self, operation: Operation, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """From the request line to the log line."""
+        started = self._clock.monotonic()
+        rid = new_request_id()
+        door = _Door(receive, send)
+        try:
+            answer = await self._answer(rid, operation, scope, door, started)
+            try:
+                await door.send_head(answer.head)
+                async with aclosing(_chunks(answer.head)) as chunks:
+                    async for chunk in chunks:
+                        await door.send_chunk(chunk)
+                await door.finish()
+            except ClientGone as gone:
+                door.left_at(gone.stage)
+            except Exception:
+                # The status has left, so the only honest end is a broken connection.
+                log.exception("an answer broke off", extra={"request_id": rid})
+                door.left_at("broken")
+                raise
+            finally:
+                answer.head.close()
+                await self._close_books(answer, door, started)
+        finally:
+            door.stop_watching()
+
+    async def _answer(
+        self, rid: str, operation: Operation, scope: Scope, door: _Door, started: float
+    ) -> Answer:
+        if scope["method"] != "POST":
+            return _refused(
+                rid,
+                operation,
+                NotServed(
+                    f"{operation.path} takes POST, not {scope['method']}.",
+                    status=405,
+                    code="method_not_allowed",
+                ),
+                (("allow", "POST"),),
+            )
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
+        try:
+            arrival = _arrival(rid, operation, headers, door, started)
+            answer = await self._pipeline.answer(arrival)
+        except GatewayError as error:
+            return _refused(rid, operation, error)
+        except Exception:
+            log.exception("a request crashed", extra={"request_id": rid})
+            return _refused(rid, operation, Internal("The gateway failed in a way it should not."))
+        if answer.head.status == ClientGone.status:
+            door.left_at("upload" if not door.body_read else "upstream")
+        return answer
+
+    async def _close_books(self, answer: Answer, door: _Door, started: float) -> None:
+        """Waits for the end of the flight, which the client may not have, and tells of it."""
+        seconds = self._clock.monotonic() - started
+        receipt = await answer.receipt()
+        delivery = Delivery(door.status, door.bytes_out, seconds, door.gone)
+        for listener in self._telemetry:
+            listener.finished(receipt, delivery)
+
+
+class _Door:
+    """One request's two directions, and whether the client still stands there."""
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive = receive
+        self._send = send
+        self._watch: asyncio.Task[None] | None = None
+        self.client = Client()
+        self.body_read = False
+        self.status = 0
+        self.bytes_out = 0
+        self.gone = ""
+
+    async def body(self) -> AsyncGenerator[bytes, None]:
+        """The request's body as it comes. Raises ``ClientGone``."""
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone("upload")
+            if message.get("body"):
+                yield message["body"]
+            if not message.get("more_body", False):
+                break
+        self.body_read = True
+        self._watch = asyncio.create_task(self._watch_for_the_end())
+
+    async def _watch_for_the_end(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.client.leave()
+
+    def stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def left_at(self, stage: str) -> None:
+        self.gone = self.gone or stage
+
+    async def send_head(self, head: Head) -> None:
+        if self.gone:
+            raise ClientGone(self.gone)
+        self.status = head.status
+        headers = [
+            (name.encode("ascii"), value.encode("ascii"))
+            for name, value in head.headers
+            if value.isascii() and value.isprintable()
+        ]
+        if head.length is not None:
+            headers.append((b"content-length", str(head.length).encode("ascii")))
+        else:
+            headers.append((b"cache-control", b"no-cache"))
+        await self._put({"type": "http.response.start", "status": head.status, "headers": headers})
+
+    async def send_chunk(self, chunk: bytes) -> None:
+        await self._put({"type": "http.response.body", "body": chunk, "more_body": True})
+        self.bytes_out += len(chunk)
+
+    async def finish(self) -> None:
+        await self._put({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _put(self, message: Message) -> None:
+        """Raises ``ClientGone`` when the client has left or takes nothing any more."""
+        if self.client.gone.is_set():
+            raise ClientGone("response")
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientGone("stalled") from None
+        except OSError:
+            raise ClientGone("response") from None
+
+
+async def _chunks(head: Head) -> AsyncGenerator[bytes, None]:
+    async for chunk in head.body():
+        yield chunk
+
+
+def _arrival(
+    rid: str, operation: Operation, headers: Mapping[str, str], door: _Door, started: float
+) -> Arrival:
+    """What the headers say. Raises ``InvalidRequest`` for an idempotency key of another form."""
+    key = headers.get("idempotency-key")
+    if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
+        raise InvalidRequest(
+            "An Idempotency-Key is 1 to 255 printable ASCII characters.",
+            code="invalid_idempotency_key",
+            param="Idempotency-Key",
+        )
+    length = headers.get("content-length", "")
+    return Arrival(
+        rid=rid,
+        operation=operation,
+        secret=auth.secret(headers),
+        content_type=headers.get("content-type", ""),
+        content_encoding=headers.get("content-encoding"),
+        content_length=int(length) if length.isdecimal() else None,
+        wish=cache_wish(headers.get("cache-control", "")),
+        idempotency_key=key,
+        body=door.body(),
+        client=door.client,
+        at=started,
+    )
+
+
+def cache_wish(cache_control: str) -> CacheWish:
+    """What a request's ``Cache-Control`` asks of the result cache."""
+    said = cache_control.lower()
+    names = {part.strip() for part in said.split(",")}
+    age = MAX_AGE.search(said)
+    return CacheWish(
+        read=not names & {"no-cache", "no-store"},
+        write="no-store" not in names,
+        max_age=int(age[1]) if age else None,
+    )
+
+
+def _refused(
+    rid: str, operation: Operation, error: GatewayError, more: answers.Headers = ()
+) -> Answer:
+    receipt = Receipt(rid, operation.value, error.status, reason=error.reason, code=error.code)
+
+    async def known() -> Receipt:
+        return receipt
+
+    return Answer(answers.error_head(error, rid, more), known)

@@ -1,0 +1,391 @@
+"""The composition root: settings become stores, upstreams and a pipeline, and those an ASGI app.
+
+Nothing here decides anything; it only says who keeps which promise of ``ports.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+
+from gateway.api import errors as api_errors
+from gateway.api.health import Readiness, health_routes, metrics_routes
+from gateway.api.middleware import RequestId
+from gateway.api.models import router as model_routes
+from gateway.api.relayed import ASGIApp, Receive, RelayedRoutes, Scope, Send
+from gateway.domain import keys
+from gateway.domain.call import Operation
+from gateway.domain.errors import GatewayError
+from gateway.domain.ledger import Entry, Line, Settlement
+from gateway.domain.money import NANOS_PER_DOLLAR
+from gateway.domain.price import PriceBook
+from gateway.domain.quota import Scope as Owner
+from gateway.domain.quota import Unit, period
+from gateway.domain.team import Key, Team
+from gateway.ports import Cache, Clock, Directory, Gate, Ledger, Telemetry, Upstream
+from gateway.pricefile import load_prices
+from gateway.relay.admission import Admission
+from gateway.relay.body import Room
+from gateway.relay.flights import Flights
+from gateway.relay.keyring import KeyRing
+from gateway.relay.pipeline import Pipeline
+from gateway.relay.plan import CachePolicy, Planner
+from gateway.relay.read import ReadRules
+from gateway.sandbox.server import serve_sandbox
+from gateway.settings import ImageUrls, Kind, Settings, shipped
+from gateway.settings import Upstream as UpstreamSettings
+from gateway.stores.blobs import DiskCache
+from gateway.stores.memory import MemoryCache, MemoryGate
+from gateway.stores.redis import RedisCache, RedisGate, StoreAway, connect
+from gateway.stores.sqlite import SQLiteStore, StoreError
+from gateway.stores.tiered import TieredCache
+from gateway.telemetry.log import RequestLog
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream import openai
+from gateway.upstream.account import Account, AccountOptions, build_account
+from gateway.upstream.wire import Timeouts
+from gateway.yamlfile import plain
+
+log = logging.getLogger(__name__)
+
+DISTRIBUTION = "image-gateway"
+PING_SECONDS = 2.0
+CACHE_TIMEOUT_SECONDS = 2.0
+PEPPER_FILE = "gateway.pepper"
+RELAYED = {f"/v1{operation.path}": operation for operation in Operation}
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A gateway that is open: its doors, and what the commands look at."""
+
+    app: ASGIApp
+    metrics_app: ASGIApp
+    ledger: Ledger
+    directory: Directory
+    flights: Flights
+    metrics: Metrics
+
+
+@asynccontextmanager
+async def open_gateway(
+    settings: Settings, clock: Clock, telemetry: Sequence[Telemetry] = ()
+) -> AsyncIterator[Gateway]:
+    """Opens the stores and starts the sweep; closes all of it in the opposite order.
+
+    Raises ``StoreError`` and ``PriceFileError`` for what cannot be opened.
+    """
+    async with AsyncExitStack() as stack:
+        metrics = Metrics(version(DISTRIBUTION))
+        prices = price_book(settings)
+        store = open_store(settings)
+        stack.push_async_callback(store.aclose)
+        pepper = read_pepper(settings)
+        upstreams: dict[str, Upstream] = {}
+        for name, configured in settings.upstreams.items():
+            base_url = configured.base_url
+            if configured.kind is Kind.SANDBOX:
+                base_url = (await stack.enter_async_context(serve_sandbox(clock))).base_url
+            upstream = _account(configured, base_url)
+            stack.push_async_callback(upstream.aclose)
+            upstreams[name] = upstream
+        gate = _gate(settings, clock)
+        stack.push_async_callback(gate.aclose)
+        cache = _cache(settings, clock, metrics)
+        stack.push_async_callback(cache.aclose)
+
+        policy = CachePolicy(
+            settings.cache.enabled,
+            settings.cache.scope.value,
+            settings.cache.ttl.total_seconds(),
+            settings.cache.max_entry_bytes,
+        )
+        passing = {name for name, one in settings.upstreams.items() if _passes_urls(one)}
+        planner = Planner(settings.catalogue, upstreams, prices, cache, policy, frozenset(passing))
+        declared = declared_keys(settings, pepper)
+        keyring = KeyRing(pepper, declared, store.directory, clock)
+        spools = settings.storage.blobs / "spool"
+        spools.mkdir(parents=True, exist_ok=True)
+        room = Room(settings.server.buffer_bytes, settings.server.spool_bytes, spools)
+        flights = Flights()
+        stack.push_async_callback(flights.drain)
+        worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
+        lease = timedelta(seconds=settings.lease_seconds)
+        pipeline = Pipeline(
+            keyring=keyring,
+            planner=planner,
+            admission=Admission(gate, store.ledger, lease, worker),
+            ledger=store.ledger,
+            cache=cache,
+            policy=policy,
+            provider=openai.request,
+            rules=_rules(settings, bool(passing)),
+            room=room,
+            flights=flights,
+            clock=clock,
+            log_prompts=settings.relay.log_prompts,
+        )
+        sweeper = asyncio.create_task(
+            _sweep_for_ever(store.ledger, clock, settings.ledger.sweep_seconds)
+        )
+        stack.push_async_callback(_cancel, sweeper)
+
+        async def look() -> Readiness:
+            stores = {
+                "ledger": await _answers(store.ledger.ping),
+                "directory": await _answers(store.directory.ping),
+            }
+            degraded = isinstance(gate, RedisGate) and gate.degraded
+            if isinstance(gate, RedisGate):
+                stores["redis"] = await _answers(gate.ping)
+                degraded = degraded or not stores["redis"]
+            metrics.dependencies(stores)
+            metrics.set("gateway_gate_degraded", 1 if degraded else 0)
+            return Readiness(stores["ledger"] and stores["directory"], degraded, stores)
+
+        async def exposition() -> bytes:
+            await look()
+            metrics.set("gateway_inflight_requests", flights.count)
+            metrics.set("gateway_inflight_bytes", room.memory_used, where="memory")
+            metrics.set("gateway_inflight_bytes", room.disk_used, where="disk")
+            await _look_at_money(store.ledger, store.directory, settings.teams, clock, metrics)
+            return metrics.exposition()
+
+        listeners: tuple[Telemetry, ...] = (RequestLog(), metrics, *telemetry)
+        rest = _plain_app()
+        rest.include_router(health_routes(look))
+        rest.include_router(model_routes(keyring, planner, clock))
+        monitor = _plain_app()
+        monitor.include_router(metrics_routes(exposition))
+        if settings.server.metrics_port is None:
+            rest.include_router(metrics_routes(exposition))
+        yield Gateway(
+            _Router(RelayedRoutes(pipeline, listeners, clock), RequestId(rest)),
+            RequestId(monitor),
+            store.ledger,
+            store.directory,
+            flights,
+            metrics,
+        )
+
+
+class _Router:
+    """Sends the relayed paths to their own door and everything else to FastAPI."""
+
+    def __init__(self, relayed: RelayedRoutes, rest: ASGIApp) -> None:
+        self._relayed = relayed
+        self._rest = rest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        operation = RELAYED.get(scope["path"]) if scope["type"] == "http" else None
+        if operation is None:
+            await self._rest(scope, receive, send)
+        else:
+            await self._relayed.handle(operation, scope, receive, send)
+
+
+def _plain_app() -> FastAPI:
+    app = FastAPI(
+        title="image-gateway",
+        version=version(DISTRIBUTION),
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+    )
+    api_errors.install(app)
+    return app
+
+
+def price_book(settings: Settings) -> PriceBook:
+    """The prices that apply. Raises ``PriceFileError``."""
+    own = [plain(row) for row in settings.prices.rows]
+    return PriceBook(
+        load_prices(
+            settings.prices.file or shipped("prices.yaml"),
+            [row for row in own if isinstance(row, dict)],
+        )
+    )
+
+
+def open_store(settings: Settings) -> SQLiteStore:
+    """The ledger and the directory. Raises ``StoreError``."""
+    return SQLiteStore.open(settings.storage.database, on_conflict=_conflict)
+
+
+def _conflict(entry: Entry, settlement: Settlement) -> None:
+    log.error(
+        "a call was settled twice, with different amounts; the first stands",
+        extra={"request_id": entry.rid, "first": entry.cost, "second": settlement.cost},
+    )
+
+
+def read_pepper(settings: Settings) -> bytes:
+    """The pepper of the keys: configured, or made once beside the database.
+
+    Raises ``StoreError`` when the file is unusable: with another pepper no key would be known.
+    """
+    configured = settings.storage.pepper
+    if configured:
+        return configured.reveal().encode()
+    path = settings.storage.database.parent / PEPPER_FILE
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        pepper = path.read_bytes().strip()
+        if len(pepper) < 32:
+            raise StoreError(
+                f"{path} is not a pepper of this gateway; restore it from a backup, or no key "
+                "will be known"
+            ) from None
+        return pepper
+    except OSError as error:
+        raise StoreError(f"{path} cannot be made: {error}") from error
+    with os.fdopen(descriptor, "wb") as file:
+        pepper = secrets.token_hex(32).encode()
+        file.write(pepper)
+        file.flush()
+        os.fsync(file.fileno())
+    return pepper
+
+
+def declared_keys(settings: Settings, pepper: bytes) -> Mapping[bytes, tuple[Team, Key]]:
+    """The keys of the file, by digest, with their teams."""
+    found: dict[bytes, tuple[Team, Key]] = {}
+    for declared in settings.declared_keys:
+        digest = keys.digest(pepper, declared.secret.reveal())
+        found[digest] = (
+            settings.teams[declared.team],
+            declared.key(keys.declared_id(digest)),
+        )
+    return found
+
+
+def _passes_urls(upstream: UpstreamSettings) -> bool:
+    return upstream.image_urls is ImageUrls.PASSTHROUGH
+
+
+def _account(configured: UpstreamSettings, base_url: str) -> Account:
+    timeouts = configured.timeouts
+    return build_account(
+        AccountOptions(
+            name=configured.name,
+            base_url=base_url,
+            provider=configured.prices,
+            kind=configured.kind.value,
+            keys=configured.api_keys,
+            timeouts=Timeouts(
+                connect=timeouts.connect_seconds,
+                write=timeouts.write_seconds,
+                first_byte=timeouts.first_byte_seconds,
+                total=timeouts.total_seconds,
+            ),
+            headers={name: value.reveal() for name, value in configured.headers},
+            proxy=configured.proxy.reveal() if configured.proxy else None,
+            ca_file=str(configured.verify) if isinstance(configured.verify, Path) else None,
+            max_connections=configured.max_connections,
+        )
+    )
+
+
+def _gate(settings: Settings, clock: Clock) -> Gate:
+    if settings.storage.redis is None:
+        return MemoryGate(clock)
+    return RedisGate(connect(settings.storage.redis.reveal()), clock)
+
+
+def _cache(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
+    """In-process in front of Redis where it is configured, else of the disk."""
+    cache = settings.cache
+
+    def failed(_: BaseException) -> None:
+        metrics.add("gateway_cache_errors_total", operation="store")
+
+    front = MemoryCache(clock, max_bytes=cache.memory_bytes, max_entry_bytes=cache.max_entry_bytes)
+    url = cache.redis or settings.storage.redis
+    if url is not None:
+        client = connect(url.reveal(), timeout=CACHE_TIMEOUT_SECONDS)
+        back: Cache = RedisCache(
+            client, clock, max_entry_bytes=cache.max_entry_bytes, on_error=failed
+        )
+    else:
+        folder = settings.storage.blobs / "cache"
+        back = DiskCache(folder, clock, max_bytes=cache.max_bytes, on_error=failed)
+    return TieredCache(front, back)
+
+
+def _rules(settings: Settings, image_urls: bool) -> ReadRules:
+    server = settings.server
+    return ReadRules(
+        max_json_bytes=server.max_json_bytes,
+        max_form_bytes=server.max_form_bytes,
+        max_file_bytes=server.max_file_bytes,
+        max_pixels=server.max_pixels,
+        max_side=server.max_side,
+        image_urls_allowed=image_urls,
+    )
+
+
+async def _answers(ping: Callable[[], Awaitable[None]]) -> bool:
+    """Whether a store answers, and in time."""
+    try:
+        async with asyncio.timeout(PING_SECONDS):
+            await ping()
+    except (GatewayError, StoreAway, OSError) as error:
+        log.warning("a store does not answer", extra={"error": str(error)})
+        return False
+    return True
+
+
+async def _sweep_for_ever(ledger: Ledger, clock: Clock, pause_seconds: float) -> None:
+    """Expires lapsed holds at the start, and then for ever."""
+    while True:
+        try:
+            while expired := await ledger.sweep(clock.now()):
+                for entry in expired:
+                    log.warning(
+                        "a hold expired; its outcome is unknown and it is posted at its bound",
+                        extra={"request_id": entry.rid, "bound_nanousd": entry.bound},
+                    )
+        except GatewayError as error:
+            log.warning("the sweep could not write", extra={"error": str(error)})
+        await asyncio.sleep(pause_seconds)
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait({task})
+
+
+async def _look_at_money(
+    ledger: Ledger,
+    directory: Directory,
+    declared: Mapping[str, Team],
+    clock: Clock,
+    metrics: Metrics,
+) -> None:
+    """Sets the gauges of budgets, open holds and unresolved dollars."""
+    try:
+        teams = [*declared.values(), *await directory.teams()]
+        lines = [
+            Line(limit, period(limit.window, clock.now()))
+            for team in teams
+            for limit in team.limits.of(Owner.TEAM, team.id)
+            if limit.unit is Unit.MONEY and limit.amount is not None
+        ]
+        metrics.budgets(zip(lines, await ledger.balances(lines), strict=True))
+        metrics.set("gateway_ledger_open_holds", await ledger.open_holds())
+        unresolved = await ledger.unresolved() / NANOS_PER_DOLLAR
+        metrics.set("gateway_ledger_unresolved_usd", unresolved)
+    except GatewayError as error:
+        log.warning("the ledger cannot be read for the metrics", extra={"error": str(error)})

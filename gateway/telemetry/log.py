@@ -1,0 +1,125 @@
+"""One JSON line a request, from an allow-list of fields: never a key, a picture, or (unless the
+operator asks for it) a prompt."""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import MutableMapping
+from typing import Any, TextIO
+
+import structlog
+
+from gateway.domain.money import format_dollars
+from gateway.domain.receipt import Delivery, Receipt
+
+MAX_TEXT = 512
+MAX_PROMPT = 4000
+
+# The second line of defence: nothing that looks like a secret or a picture leaves in a text.
+_SECRETS = (
+    (re.compile(r"\b(sk|igw)[-_][A-Za-z0-9_-]{8,}"), r"\1-***"),
+    (re.compile(r"(?i)\bbearer\s+[^\s\"']+"), "Bearer ***"),
+    (re.compile(r"data:[a-z]+/[a-z0-9.+-]+;base64,[A-Za-z0-9+/=]*"), "data:***"),
+    (re.compile(r"[A-Za-z0-9+/]{200,}={0,2}"), "***"),
+)
+
+
+def redact(text: str) -> str:
+    """``text`` without what looks like a key or a picture."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _redact_event(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    for name, value in event.items():
+        if isinstance(value, str):
+            limit = MAX_PROMPT if name in ("prompt", "exception") else MAX_TEXT
+            event[name] = redact(value)[:limit]
+    return event
+
+
+def configure(level: str, form: str, stream: TextIO | None = None) -> None:
+    """Sends every logger of the process, uvicorn's too, through one renderer to ``stream``."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        _redact_event,
+    ]
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if form == "json"
+        else structlog.dev.ConsoleRenderer(colors=False)
+    )
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers[:] = []
+        logger.propagate = name != "uvicorn.access"
+
+
+class RequestLog:
+    """Writes the line of each request."""
+
+    def __init__(self) -> None:
+        self._log = logging.getLogger("gateway.request")
+
+    def finished(self, receipt: Receipt, delivery: Delivery) -> None:
+        timings, usage = receipt.timings, receipt.usage
+        line: dict[str, object] = {
+            "event": "request",
+            "request_id": receipt.rid,
+            "team": receipt.team,
+            "key_id": receipt.key_id,
+            "endpoint": receipt.operation,
+            "model": receipt.model[:MAX_TEXT],
+            "model_served": receipt.model_served[:MAX_TEXT],
+            "upstream": receipt.upstream,
+            "upstream_request_id": receipt.upstream_rid,
+            "status": receipt.status,
+            "code": receipt.code,
+            "reason": receipt.reason,
+            "stream": receipt.stream,
+            "cache": receipt.cache.value,
+            "outcome": receipt.outcome.value if receipt.outcome else "",
+            "cost_usd": format_dollars(receipt.cost),
+            "cost_basis": receipt.basis.value,
+            "bound_usd": format_dollars(receipt.bound),
+            "avoided_usd": format_dollars(receipt.avoided),
+            "price": receipt.price_id,
+            "flags": ",".join(receipt.flags),
+            "images_asked": receipt.images_asked,
+            "images": receipt.images,
+            "tokens_in": usage.text_in + usage.image_in,
+            "tokens_out": usage.text_out + usage.image_out,
+            "bytes_in": receipt.bytes_in,
+            "bytes_out": delivery.bytes_out,
+            "seconds": round(delivery.seconds, 6),
+            "read_seconds": round(timings.reading, 6),
+            "reserve_seconds": round(timings.reserving, 6),
+            "upstream_seconds": round(timings.upstream, 6),
+            "first_image_seconds": round(timings.first_image, 6),
+            "settle_seconds": round(timings.settling, 6),
+            "client_gone": delivery.gone,
+            "degraded": receipt.degraded,
+        }
+        if receipt.prompt is not None:
+            line["prompt"] = receipt.prompt
+        kept = {name: value for name, value in line.items() if value not in ("", None)}
+        event = str(kept.pop("event"))
+        self._log.info(event, extra=kept)

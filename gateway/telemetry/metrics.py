@@ -1,0 +1,303 @@
+"""Every metric of the gateway, in one table, and how a receipt moves them.
+
+Labels come from closed sets only: never a key, a user, a prompt or a request id. Teams are labels
+of counters, not of histograms, and beyond ``MAX_TEAMS`` they share the label ``other``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from gateway.domain.ledger import Balance, Line, Outcome
+from gateway.domain.money import NANOS_PER_DOLLAR, Money
+from gateway.domain.receipt import CacheResult, Delivery, Receipt
+
+SECONDS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
+SMALL_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+MAX_TEAMS = 200
+OTHER = "other"
+
+
+class Kind(Enum):
+    COUNTER = Counter
+    GAUGE = Gauge
+    HISTOGRAM = Histogram
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One metric, as the reference lists it."""
+
+    name: str
+    kind: Kind
+    labels: tuple[str, ...]
+    help: str
+    buckets: tuple[float, ...] = SECONDS
+
+
+TABLE = (
+    Spec("gateway_requests_total", Kind.COUNTER,
+         ("team", "model", "endpoint", "status", "cache"),
+         "Requests answered, by class of status (2xx, 4xx, 5xx) and result of the cache."),
+    Spec("gateway_requests_rejected_total", Kind.COUNTER, ("endpoint", "reason"),
+         "Requests that were refused or failed, by reason."),
+    Spec("gateway_quota_rejections_total", Kind.COUNTER, ("team", "limit"),
+         "Requests refused by a limit or a budget of the team or of its key."),
+    Spec("gateway_request_duration_seconds", Kind.HISTOGRAM, ("model", "endpoint"),
+         "From the request's first byte to the answer's last."),
+    Spec("gateway_team_request_seconds_total", Kind.COUNTER, ("team", "model", "endpoint"),
+         "Seconds that a team's answered requests took; over gateway_requests_total: its mean."),
+    Spec("gateway_upstream_duration_seconds", Kind.HISTOGRAM, ("model", "endpoint", "upstream"),
+         "From the first byte sent upstream to the last byte back."),
+    Spec("gateway_first_image_seconds", Kind.HISTOGRAM, ("model", "endpoint"),
+         "From the first byte sent upstream to the first picture of a stream, partial or whole."),
+    Spec("gateway_overhead_seconds", Kind.HISTOGRAM, ("endpoint",),
+         "What the gateway itself added: duration less upstream and the reading of the body.",
+         SMALL_SECONDS),
+    Spec("gateway_reserve_seconds", Kind.HISTOGRAM, (), "Plan, gate and ledger before a call.",
+         SMALL_SECONDS),
+    Spec("gateway_settle_seconds", Kind.HISTOGRAM, (), "The settlement after a call.",
+         SMALL_SECONDS),
+    Spec("gateway_images_total", Kind.COUNTER, ("team", "model", "endpoint", "cache"),
+         "Pictures delivered."),
+    Spec("gateway_tokens_total", Kind.COUNTER, ("team", "model", "direction", "modality"),
+         "Tokens billed by the upstream."),
+    Spec("gateway_spend_usd_total", Kind.COUNTER, ("team", "model", "endpoint"),
+         "Dollars booked. The ledger is exact; this is for dashboards."),
+    Spec("gateway_spend_avoided_usd_total", Kind.COUNTER, ("team", "model", "endpoint"),
+         "Dollars that answers from the cache had cost when they were bought."),
+    Spec("gateway_spend_estimated_usd_total", Kind.COUNTER, ("model",),
+         "Dollars booked without a usage from the upstream."),
+    Spec("gateway_budget_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
+         "The hard budget of a team."),
+    Spec("gateway_budget_spent_usd", Kind.GAUGE, ("scope", "owner", "window"),
+         "What is posted against a team's account in the running period."),
+    Spec("gateway_budget_reserved_usd", Kind.GAUGE, ("scope", "owner", "window"),
+         "What running calls hold of a team's account in the running period."),
+    Spec("gateway_budget_reset_timestamp_seconds", Kind.GAUGE, ("scope", "owner", "window"),
+         "When the running period ends, as a Unix time."),
+    Spec("gateway_inflight_requests", Kind.GAUGE, (), "Calls that are with an upstream now."),
+    Spec("gateway_inflight_bytes", Kind.GAUGE, ("where",),
+         "Bytes of bodies and answers held now, in memory and in spool files."),
+    Spec("gateway_cache_total", Kind.COUNTER, ("result",),
+         "Looks into the cache: hit, miss, or off."),
+    Spec("gateway_cache_errors_total", Kind.COUNTER, ("operation",),
+         "Operations of the cache that failed; each was a miss."),
+    Spec("gateway_response_bytes_total", Kind.COUNTER, ("endpoint",),
+         "Bytes of answers sent to clients."),
+    Spec("gateway_upstream_errors_total", Kind.COUNTER, ("upstream", "reason"),
+         "Calls that an upstream refused or broke."),
+    Spec("gateway_usage_missing_total", Kind.COUNTER, ("model",),
+         "Answers without a usage, booked at their bound."),
+    Spec("gateway_usage_invalid_total", Kind.COUNTER, ("model",),
+         "Answers whose usage cannot be true, booked at their bound."),
+    Spec("gateway_unpriced_requests_total", Kind.COUNTER, ("model",),
+         "Calls to models without a price, allowed by the operator."),
+    Spec("gateway_ledger_underestimate_total", Kind.COUNTER, ("model",),
+         "Calls that cost more than their bound."),
+    Spec("gateway_ledger_underestimate_nanousd_total", Kind.COUNTER, ("model",),
+         "Nano-dollars by which calls cost more than their bound."),
+    Spec("gateway_ledger_unresolved_usd", Kind.GAUGE, (),
+         "Dollars posted at the bound because the outcome is unknown."),
+    Spec("gateway_ledger_open_holds", Kind.GAUGE, (), "Reservations that have not ended."),
+    Spec("gateway_ledger_unposted_total", Kind.COUNTER, (),
+         "Settlements that could not be written; their holds expire at the bound."),
+    Spec("gateway_client_gone_total", Kind.COUNTER, ("stage",),
+         "Clients that left: upload, reserved, upstream or response."),
+    Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
+         "Pictures bought whose client had left."),
+    Spec("gateway_gate_degraded", Kind.GAUGE, (),
+         "1 while the shared gate is away and limits are kept by each process."),
+    Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers."),
+    Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
+         "Times a team was counted as `other` because there are too many teams for labels."),
+    Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1."),
+)  # fmt: skip
+
+
+class Metrics:
+    """The metrics of one process, in a registry of their own."""
+
+    def __init__(self, version: str, registry: CollectorRegistry | None = None) -> None:
+        prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
+        self.registry = registry or CollectorRegistry()
+        self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        for spec in TABLE:
+            if spec.kind is Kind.HISTOGRAM:
+                made: Counter | Gauge | Histogram = Histogram(
+                    spec.name, spec.help, spec.labels, registry=self.registry, buckets=spec.buckets
+                )
+            else:
+                made = spec.kind.value(spec.name, spec.help, spec.labels, registry=self.registry)
+            self._metrics[spec.name] = made
+        self._teams: set[str] = set()
+        self.set("gateway_build_info", 1, version=version)
+
+    def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
+        """Raises a counter."""
+        metric = self._metrics[name]
+        if not isinstance(metric, Counter):
+            raise TypeError(f"{name} is not a counter")
+        (metric.labels(**labels) if labels else metric).inc(amount)
+
+    def set(self, name: str, value: float, /, **labels: str) -> None:
+        """Sets a gauge."""
+        metric = self._metrics[name]
+        if not isinstance(metric, Gauge):
+            raise TypeError(f"{name} is not a gauge")
+        (metric.labels(**labels) if labels else metric).set(value)
+
+    def observe(self, name: str, seconds: float, /, **labels: str) -> None:
+        """Adds to a histogram."""
+        metric = self._metrics[name]
+        if not isinstance(metric, Histogram):
+            raise TypeError(f"{name} is not a histogram")
+        (metric.labels(**labels) if labels else metric).observe(max(0.0, seconds))
+
+    def team(self, name: str) -> str:
+        """A team's label: its name, ``other`` beyond the cap, or ``none``."""
+        if not name:
+            return "none"
+        if name not in self._teams:
+            if len(self._teams) >= MAX_TEAMS:
+                self.add("gateway_metrics_label_overflow_total")
+                return OTHER
+            self._teams.add(name)
+        return name
+
+    def finished(self, receipt: Receipt, delivery: Delivery) -> None:
+        """Counts one request, all at once, from what is known at its end."""
+        team, model = self.team(receipt.team), receipt.model_label or "none"
+        endpoint, cache = receipt.operation, receipt.cache.value
+        self.add(
+            "gateway_requests_total",
+            team=team,
+            model=model,
+            endpoint=endpoint,
+            status=f"{receipt.status // 100}xx",
+            cache=cache,
+        )
+        self.add("gateway_response_bytes_total", delivery.bytes_out, endpoint=endpoint)
+        if receipt.reason:
+            self._count_failure(receipt, team)
+        if delivery.gone:
+            self.add("gateway_client_gone_total", stage=delivery.gone)
+            if receipt.outcome is Outcome.DELIVERED:
+                self.add("gateway_orphaned_results_total")
+        if receipt.model_label:
+            self.add("gateway_cache_total", result=cache)
+        if receipt.status == 200:
+            where = {"model": model, "endpoint": endpoint}
+            self.observe("gateway_request_duration_seconds", delivery.seconds, **where)
+            self.add("gateway_team_request_seconds_total", delivery.seconds, team=team, **where)
+            own = delivery.seconds - receipt.timings.upstream - receipt.timings.reading
+            self.observe("gateway_overhead_seconds", own, endpoint=endpoint)
+            self.add("gateway_images_total", receipt.images, team=team, cache=cache, **where)
+        if receipt.cache is CacheResult.HIT:
+            avoided = receipt.avoided / NANOS_PER_DOLLAR
+            self.add(
+                "gateway_spend_avoided_usd_total",
+                avoided,
+                team=team,
+                model=model,
+                endpoint=endpoint,
+            )
+        elif receipt.outcome is not None:
+            self._count_purchase(receipt, team, model)
+
+    def _count_failure(self, receipt: Receipt, team: str) -> None:
+        self.add(
+            "gateway_requests_rejected_total", endpoint=receipt.operation, reason=receipt.reason
+        )
+        if (
+            receipt.code in ("insufficient_quota", "rate_limit_exceeded")
+            and not receipt.upstream_status
+        ):
+            self.add("gateway_quota_rejections_total", team=team, limit=receipt.reason)
+        if receipt.outcome is not None:
+            self.add(
+                "gateway_upstream_errors_total", upstream=receipt.upstream, reason=receipt.reason
+            )
+
+    def _count_purchase(self, receipt: Receipt, team: str, model: str) -> None:
+        where = {"model": model, "endpoint": receipt.operation}
+        timings, usage = receipt.timings, receipt.usage
+        self.observe("gateway_reserve_seconds", timings.reserving)
+        self.observe("gateway_settle_seconds", timings.settling)
+        self.observe(
+            "gateway_upstream_duration_seconds",
+            timings.upstream,
+            upstream=receipt.upstream,
+            **where,
+        )
+        if timings.first_image:
+            self.observe("gateway_first_image_seconds", timings.first_image, **where)
+        self.add("gateway_spend_usd_total", receipt.cost / NANOS_PER_DOLLAR, team=team, **where)
+        tokens = (
+            ("in", "text", usage.text_in - usage.cached_text_in),
+            ("in", "image", usage.image_in - usage.cached_image_in),
+            ("in", "cached_text", usage.cached_text_in),
+            ("in", "cached_image", usage.cached_image_in),
+            ("out", "text", usage.text_out),
+            ("out", "image", usage.image_out),
+        )
+        for direction, modality, count in tokens:
+            if count:
+                self.add(
+                    "gateway_tokens_total",
+                    count,
+                    team=team,
+                    model=model,
+                    direction=direction,
+                    modality=modality,
+                )
+        if receipt.basis == "estimated":
+            self.add(
+                "gateway_spend_estimated_usd_total", receipt.cost / NANOS_PER_DOLLAR, model=model
+            )
+        flags = {
+            "no_usage": "gateway_usage_missing_total",
+            "invalid_usage": "gateway_usage_invalid_total",
+            "unpriced": "gateway_unpriced_requests_total",
+            "over_bound": "gateway_ledger_underestimate_total",
+        }
+        for flag in receipt.flags:
+            if flag in flags:
+                self.add(flags[flag], model=model)
+        if "over_bound" in receipt.flags:
+            over = receipt.cost - receipt.bound
+            self.add("gateway_ledger_underestimate_nanousd_total", over, model=model)
+        if not receipt.posted:
+            self.add("gateway_ledger_unposted_total")
+
+    def budgets(self, standing: Iterable[tuple[Line, Balance]]) -> None:
+        """Sets the gauges of the accounts that have a limit."""
+        for line, balance in standing:
+            limit = line.limit
+            where = {
+                "scope": limit.scope.value,
+                "owner": self.team(limit.owner),
+                "window": limit.window.value,
+            }
+            self.set("gateway_budget_limit_usd", _dollars(limit.amount or 0), **where)
+            self.set("gateway_budget_spent_usd", _dollars(balance.posted), **where)
+            self.set("gateway_budget_reserved_usd", _dollars(balance.pending), **where)
+            ends = line.period.ends.timestamp()
+            self.set("gateway_budget_reset_timestamp_seconds", ends, **where)
+
+    def dependencies(self, up: Mapping[str, bool]) -> None:
+        for name, is_up in up.items():
+            self.set("gateway_dependency_up", 1 if is_up else 0, name=name)
+
+    def exposition(self) -> bytes:
+        """The Prometheus text format."""
+        return prometheus_client.generate_latest(self.registry)
+
+
+def _dollars(nanousd: Money) -> float:
+    return nanousd / NANOS_PER_DOLLAR

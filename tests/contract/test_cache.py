@@ -1,0 +1,409 @@
+"""What every cache promises: in memory, on disk, in Redis, and one in front of another."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from gateway.domain.call import SvgUsage, Usage
+from gateway.ports import Cache, Cached, CachedMeta
+from gateway.stores.blobs import DiskCache
+from gateway.stores.cachemeta import decode, encode
+from gateway.stores.memory import MemoryCache
+from gateway.stores.redis import Client, RedisCache, connect
+from gateway.stores.tiered import TieredCache
+from tests.clock import StillClock
+from tests.valkey import Valkey, pieces
+
+MIB = 1024 * 1024
+KEY = hashlib.sha256(b"a call").hexdigest()
+OTHER = hashlib.sha256(b"another call").hexdigest()
+
+
+@dataclass(frozen=True)
+class Bench:
+    cache: Cache
+    advance: Callable[[float], Awaitable[None]]
+
+
+@pytest.fixture(params=["memory", "disk", "redis", "memory+disk", "memory+redis"])
+async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
+    clock = StillClock()
+    admin: Client | None = None
+
+    async def advance(seconds: float) -> None:
+        clock.advance(seconds)
+        if admin is not None:
+            await _hurry(admin, seconds)
+
+    def make(kind: str) -> Cache:
+        nonlocal admin
+        if kind == "memory":
+            return MemoryCache(clock, max_bytes=64 * MIB, max_entry_bytes=16 * MIB)
+        if kind == "disk":
+            return DiskCache(tmp_path / "blobs", clock, max_bytes=64 * MIB)
+        valkey: Valkey = request.getfixturevalue("valkey")
+        admin = connect(valkey.url, timeout=5.0)
+        return RedisCache(connect(valkey.url, timeout=5.0), clock)
+
+    tiers = [make(kind) for kind in request.param.split("+")]
+    if admin is not None:
+        await admin.execute_command("FLUSHALL")
+    cache = tiers[0] if len(tiers) == 1 else TieredCache(tiers[0], tiers[1])
+    yield Bench(cache, advance)
+    await cache.aclose()
+    if admin is not None:
+        await admin.aclose()
+
+
+async def _hurry(admin: Client, seconds: float) -> None:
+    """Takes ``seconds`` from the time that every key has left."""
+    for key in await admin.execute_command("KEYS", "*"):
+        left = await admin.execute_command("PTTL", key)
+        assert left > 0, f"{key} has no time to live"
+        await admin.execute_command("PEXPIRE", key, max(0, left - round(seconds * 1000)))
+
+
+def meta_of(data: bytes) -> CachedMeta:
+    return CachedMeta(
+        stored_at=datetime(2026, 11, 22, 12, tzinfo=UTC),
+        cost=41_000_000,
+        images=1,
+        model_served="gpt-image-2.5-flare",
+        upstream="openai",
+        size_bytes=len(data),
+        image_spans=((10, 20), (30, 40)),
+        usage=Usage(1, 2, 1, 0, 5, 6, SvgUsage("gpt-x", 7, 8)),
+        size="1024x1024",
+        quality="high",
+        price_id="p1",
+    )
+
+
+async def keep(cache: Cache, key: str, data: bytes, ttl: float = 60, size: int = 100_000) -> None:
+    await cache.put(key, meta_of(data), pieces(data, size), ttl)
+
+
+async def content(cached: Cached | None) -> bytes | None:
+    if cached is None:
+        return None
+    return b"".join([chunk async for chunk in cached.chunks()])
+
+
+async def test_what_was_put_is_got_byte_for_byte(bench: Bench) -> None:
+    assert await bench.cache.get(KEY) is None
+    data = os.urandom(3 * MIB + 17)
+    await keep(bench.cache, KEY, data)
+    for _ in range(2):
+        cached = await bench.cache.get(KEY)
+        assert cached is not None
+        assert cached.meta == meta_of(data)
+        assert await content(cached) == data
+        assert await content(cached) == data
+    assert await bench.cache.get(OTHER) is None
+
+
+@pytest.mark.parametrize("size", [0, 1, MIB - 1, MIB, MIB + 1, 2 * MIB])
+async def test_sizes_at_the_edges(bench: Bench, size: int) -> None:
+    data = os.urandom(size)
+    await keep(bench.cache, KEY, data, size=300_000)
+    assert await content(await bench.cache.get(KEY)) == data
+
+
+async def test_an_entry_ends_with_its_time(bench: Bench) -> None:
+    await keep(bench.cache, KEY, b"short", ttl=10)
+    await keep(bench.cache, OTHER, b"long", ttl=100)
+    await bench.advance(9)
+    assert await content(await bench.cache.get(KEY)) == b"short"
+    await bench.advance(1.5)
+    assert await bench.cache.get(KEY) is None
+    assert await content(await bench.cache.get(OTHER)) == b"long"
+    await keep(bench.cache, KEY, b"no time", ttl=0)
+    assert await bench.cache.get(KEY) is None
+
+
+async def test_a_part_is_never_seen(bench: Bench) -> None:
+    data = os.urandom(3 * MIB)
+    for stored in (None, b"an older answer"):
+        if stored is not None:
+            await keep(bench.cache, KEY, stored)
+        go, half = asyncio.Event(), asyncio.Event()
+
+        async def slowly(
+            go: asyncio.Event = go, half: asyncio.Event = half
+        ) -> AsyncIterator[bytes]:
+            yield data[: 2 * MIB]
+            half.set()
+            await go.wait()
+            yield data[2 * MIB :]
+
+        put = asyncio.create_task(bench.cache.put(KEY, meta_of(data), slowly(), 60))
+        await half.wait()
+        assert await content(await bench.cache.get(KEY)) == stored
+        go.set()
+        await put
+        assert await content(await bench.cache.get(KEY)) == data
+        await bench.cache.delete(KEY)
+
+
+class Cut(Exception):
+    pass
+
+
+async def test_a_stream_that_breaks_leaves_nothing(bench: Bench) -> None:
+    data = os.urandom(3 * MIB)
+
+    async def breaking() -> AsyncIterator[bytes]:
+        yield data[: 2 * MIB]
+        raise Cut
+
+    with pytest.raises(Cut):
+        await bench.cache.put(KEY, meta_of(data), breaking(), 60)
+    assert await bench.cache.get(KEY) is None
+
+
+@pytest.mark.parametrize("change", [-1, 1], ids=["short", "long"])
+async def test_an_answer_that_is_not_as_long_as_it_says_is_not_kept(
+    bench: Bench, change: int
+) -> None:
+    data = os.urandom(2 * MIB)
+    meta = dataclasses.replace(meta_of(data), size_bytes=len(data) - change)
+    await bench.cache.put(KEY, meta, pieces(data, 100_000), 60)
+    assert await bench.cache.get(KEY) is None
+
+
+async def test_a_cancelled_put_leaves_nothing(bench: Bench) -> None:
+    data = os.urandom(3 * MIB)
+    half = asyncio.Event()
+
+    async def hanging() -> AsyncIterator[bytes]:
+        yield data[: 2 * MIB]
+        half.set()
+        await asyncio.Event().wait()
+
+    put = asyncio.create_task(bench.cache.put(KEY, meta_of(data), hanging(), 60))
+    await half.wait()
+    put.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await put
+    assert await bench.cache.get(KEY) is None
+    await keep(bench.cache, KEY, data)
+    assert await content(await bench.cache.get(KEY)) == data
+
+
+async def test_the_last_put_wins(bench: Bench) -> None:
+    await keep(bench.cache, KEY, os.urandom(2 * MIB))
+    await keep(bench.cache, KEY, b"newer")
+    assert await content(await bench.cache.get(KEY)) == b"newer"
+
+
+async def test_delete(bench: Bench) -> None:
+    await keep(bench.cache, KEY, b"gone")
+    await keep(bench.cache, OTHER, b"stays")
+    await bench.cache.delete(KEY)
+    await bench.cache.delete(KEY)
+    assert await bench.cache.get(KEY) is None
+    assert await content(await bench.cache.get(OTHER)) == b"stays"
+
+
+async def test_an_entry_being_read_survives_its_end(bench: Bench) -> None:
+    data = os.urandom(3 * MIB)
+    await keep(bench.cache, KEY, data)
+    cached = await bench.cache.get(KEY)
+    assert cached is not None
+    stream = cached.chunks()
+    got = [await anext(stream)]
+    await bench.cache.delete(KEY)
+    got += [chunk async for chunk in stream]
+    assert b"".join(got) == data
+    assert await content(cached) == data
+
+
+async def test_gets_and_puts_of_one_key_at_once_never_mix(bench: Bench) -> None:
+    answers = [bytes([i]) * (MIB + 1000 * i) for i in range(1, 5)]
+
+    async def put(data: bytes) -> None:
+        for _ in range(5):
+            await keep(bench.cache, KEY, data, size=200_000)
+
+    async def get() -> int:
+        hits = 0
+        for _ in range(25):
+            cached = await bench.cache.get(KEY)
+            data = await content(cached)
+            if data is not None:
+                assert cached is not None
+                assert cached.meta.size_bytes == len(data)
+                assert data in answers
+                hits += 1
+            await asyncio.sleep(0)
+        return hits
+
+    results = await asyncio.gather(*(put(data) for data in answers), get(), get())
+    assert await content(await bench.cache.get(KEY)) in answers
+    assert results[-1] is not None
+
+
+async def test_streams_that_are_not_read_to_their_end_leave_nothing_open(bench: Bench) -> None:
+    await keep(bench.cache, KEY, os.urandom(2 * MIB))
+    before = _open_files()
+    for _ in range(20):
+        cached = await bench.cache.get(KEY)
+        assert cached is not None
+        never_begun = cached.chunks()
+        abandoned = cached.chunks()
+        await anext(abandoned)
+        del cached, never_begun, abandoned
+    # An abandoned generator is closed by the loop, in its next turns.
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert _open_files() <= before
+
+
+def _open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+async def test_it_answers_a_ping(bench: Bench) -> None:
+    await bench.cache.ping()
+
+
+def test_the_meta_comes_back_as_it_was() -> None:
+    meta = meta_of(b"data")
+    assert decode(encode(meta, {"mine": 1}))[0] == meta
+    assert decode(encode(meta, {"mine": 1}))[1]["mine"] == 1
+    bare = CachedMeta(meta.stored_at, 0, 0, "m", "u", 0)
+    assert decode(encode(bare, {}))[0] == bare
+
+
+def test_what_a_later_version_adds_is_ignored() -> None:
+    text = encode(meta_of(b"data"), {}).decode()
+    later = text.replace('"cost"', '"colour":"red","cost"').replace('"svg":{', '"svg":{"x":1,')
+    assert decode(later.encode())[0] == meta_of(b"data")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b"{}",
+        b'{"v":2,"meta":{}}',
+        b'{"v":1,"meta":[]}',
+        b'{"v":1,"meta":{"stored_at":1}}',
+        encode(meta_of(b""), {}).replace(b"+00:00", b""),
+        encode(meta_of(b""), {}).replace(b"41000000", b'"x"'),
+        b"\xff",
+    ],
+)
+def test_what_is_not_an_entry_is_a_value_error(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        decode(data)
+
+
+async def test_memory_lets_the_least_recently_used_go() -> None:
+    clock = StillClock()
+    cache = MemoryCache(clock, max_bytes=300, max_entry_bytes=200)
+    for key in ("a", "b", "c"):
+        await keep(cache, key, key.encode() * 100)
+    assert cache.bytes_held == 300
+    assert await content(await cache.get("a")) == b"a" * 100
+    await keep(cache, "d", b"d" * 100)
+    assert [key for key in "abcd" if await cache.get(key)] == ["a", "c", "d"]
+    await keep(cache, "e", b"e" * 200)
+    assert cache.bytes_held == 300
+    assert [key for key in "abcde" if await cache.get(key)] == ["d", "e"]
+    await keep(cache, "f", b"f" * 201)
+    assert await cache.get("f") is None
+    clock.advance(61)
+    assert await cache.get("d") is None
+    assert cache.bytes_held == 200
+    await cache.delete("e")
+    assert (cache.bytes_held, len(cache)) == (0, 0)
+
+
+async def test_memory_keeps_the_chunks_themselves() -> None:
+    cache = MemoryCache(StillClock(), max_bytes=MIB, max_entry_bytes=MIB)
+    chunks = [os.urandom(1000) for _ in range(3)]
+
+    async def stream() -> AsyncIterator[bytes]:
+        for chunk in chunks:
+            yield chunk
+
+    await cache.put("key", meta_of(b"".join(chunks)), stream(), 60)
+    cached = await cache.get("key")
+    assert cached is not None
+    kept = [chunk async for chunk in cached.chunks()]
+    assert all(mine is given for mine, given in zip(kept, chunks, strict=True))
+
+
+async def test_tiers_copy_forward_only_what_is_small_and_no_longer_than_it_lives() -> None:
+    clock = StillClock()
+    front = MemoryCache(clock, max_bytes=MIB, max_entry_bytes=MIB)
+    back = MemoryCache(clock, max_bytes=MIB, max_entry_bytes=MIB)
+    cache = TieredCache(front, back, copy_max_bytes=1000, copy_seconds=30)
+    await keep(back, "small", b"s" * 1000, ttl=100)
+    await keep(back, "large", b"l" * 1001, ttl=100)
+    await keep(back, "brief", b"b" * 10, ttl=5)
+    for key in ("small", "large", "brief"):
+        assert await cache.get(key) is not None
+    assert [key for key in ("small", "large", "brief") if await front.get(key)] == [
+        "small",
+        "brief",
+    ]
+    clock.advance(6)
+    assert await cache.get("brief") is None
+    clock.advance(25)
+    assert await front.get("small") is None
+    assert await content(await cache.get("small")) == b"s" * 1000
+
+
+async def test_tiers_keep_at_the_back_what_the_front_will_not() -> None:
+    clock = StillClock()
+    front = MemoryCache(clock, max_bytes=100, max_entry_bytes=100)
+    back = MemoryCache(clock, max_bytes=MIB, max_entry_bytes=MIB)
+    cache = TieredCache(front, back)
+    data = os.urandom(50_000)
+    await keep(cache, "key", data, size=1000)
+    assert await front.get("key") is None
+    assert await content(await cache.get("key")) == data
+
+
+async def test_tiers_hold_no_more_than_a_chunk_or_two() -> None:
+    """The source is asked for the next chunk only when both tiers have taken one."""
+    clock = StillClock()
+    given = 0
+
+    class Slow(MemoryCache):
+        async def put(
+            self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
+        ) -> None:
+            taken = 0
+            async for _ in chunks:
+                taken += 1
+                for _ in range(10):
+                    await asyncio.sleep(0)
+                ahead.append(given - taken)
+
+    async def stream() -> AsyncIterator[bytes]:
+        nonlocal given
+        for _ in range(50):
+            given += 1
+            yield b"x" * 100
+
+    ahead: list[int] = []
+    slow = Slow(clock, max_bytes=MIB, max_entry_bytes=MIB)
+    front = MemoryCache(clock, max_bytes=MIB, max_entry_bytes=MIB)
+    await TieredCache(front, slow).put("key", meta_of(b"x" * 5000), stream(), 60)
+    assert max(ahead) <= 3
+    assert front.bytes_held == 5000

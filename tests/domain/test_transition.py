@@ -1,0 +1,159 @@
+"""Every cell of money.md 3's table, and what each move does to the daily roll-up."""
+
+from datetime import UTC, datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.domain.call import Operation, Usage
+from gateway.domain.ledger import Basis, Event, Outcome, Replay, Settlement, State
+from gateway.domain.transition import (
+    Counts,
+    Move,
+    contradicts,
+    correction,
+    counted,
+    counted_replay,
+    expiry,
+    transition,
+    usage_day,
+)
+
+H, P, V, X = State.HELD, State.POSTED, State.VOIDED, State.EXPIRED
+SETTLE, VOID, EXPIRE = Event.SETTLE, Event.VOID, Event.EXPIRE
+
+# A bound of 10; the call did cost 7. What is posted before: H 0, X 10, P 7, V 0.
+POSTED_BEFORE = {H: 0, X: 10, P: 7, V: 0}
+
+
+@pytest.mark.parametrize(
+    ("state", "event", "move"),
+    [
+        (H, SETTLE, Move(P, 7, pending=-10, posted=7)),
+        (H, VOID, Move(V, 0, pending=-10)),
+        (H, EXPIRE, Move(X, 10, pending=-10, posted=10)),
+        (X, SETTLE, Move(P, 7, posted=-3)),
+        (X, VOID, Move(V, 0, posted=-10)),
+        (X, EXPIRE, Move(X, 10, applied=False)),
+        (P, SETTLE, Move(P, 7, applied=False)),
+        (P, VOID, Move(P, 7, applied=False)),
+        (P, EXPIRE, Move(P, 7, applied=False)),
+        (V, SETTLE, Move(V, 0, applied=False)),
+        (V, VOID, Move(V, 0, applied=False)),
+        (V, EXPIRE, Move(V, 0, applied=False)),
+    ],
+)
+def test_the_table(state: State, event: Event, move: Move) -> None:
+    assert transition(state, event, 10, POSTED_BEFORE[state], 7) == move
+
+
+def test_more_than_the_bound_is_posted_in_full() -> None:
+    assert transition(H, SETTLE, 10, 0, 25) == Move(P, 25, pending=-10, posted=25)
+    assert transition(X, SETTLE, 10, 10, 25) == Move(P, 25, posted=15)
+
+
+amounts = st.integers(0, 2**62)
+
+
+@given(
+    bound=amounts,
+    events=st.lists(st.tuples(st.sampled_from(Event), amounts), max_size=6),
+)
+def test_the_sums_of_the_moves_are_the_hold(bound: int, events: list[tuple[Event, int]]) -> None:
+    state, cost, pending, posted = H, 0, bound, 0
+    for event, amount in events:
+        move = transition(state, event, bound, cost, amount)
+        state, cost = move.state, move.cost
+        pending, posted = pending + move.pending, posted + move.posted
+        assert pending == (bound if state is H else 0)
+        assert posted == cost
+
+
+@pytest.mark.parametrize(
+    ("state", "event", "new_cost", "alarm"),
+    [
+        (P, SETTLE, 7, False),
+        (P, SETTLE, 8, True),
+        (P, VOID, 7, True),
+        (P, EXPIRE, 10, False),
+        (V, SETTLE, 0, False),
+        (V, SETTLE, 7, True),
+        (V, VOID, 7, False),
+        (V, EXPIRE, 10, False),
+        (H, SETTLE, 8, False),
+        (X, SETTLE, 8, False),
+        (X, EXPIRE, 9, False),
+    ],
+)
+def test_a_repeat_that_names_another_amount(
+    state: State, event: Event, new_cost: int, alarm: bool
+) -> None:
+    assert contradicts(state, event, POSTED_BEFORE[state], new_cost) is alarm
+
+
+def settlement(event: Event, cost: int = 0, *flags: str) -> Settlement:
+    usage = Usage(text_in=1, image_in=2, text_out=3, image_out=4)
+    return Settlement(
+        "r", event, Outcome.DELIVERED, Basis.USAGE, cost, usage, images=5, flags=flags
+    )
+
+
+def test_what_each_state_counts() -> None:
+    posted = settlement(SETTLE, 7, "soft")
+    assert counted(P, 7, posted, posted.flags) == Counts(
+        requests=1, images=5, text_in=1, image_in=2, text_out=3, image_out=4, cost=7
+    )
+    assert counted(X, 10, posted, ()) == Counts(
+        requests=1, cost=10, unresolved=1, unresolved_cost=10
+    )
+    assert counted(H, 0, posted, ()) == counted(V, 0, posted, ()) == Counts()
+
+
+@pytest.mark.parametrize("flag", ["unpriced", "no_usage", "invalid_usage", "over_bound"])
+def test_doubtful_costs_are_flagged(flag: str) -> None:
+    assert counted(P, 7, settlement(SETTLE, 7), ("soft", flag)).flagged == 1
+
+
+def test_soft_alone_is_no_flag() -> None:
+    assert counted(P, 7, settlement(SETTLE, 7), ("soft",)).flagged == 0
+
+
+def test_a_late_truth_replaces_what_the_expiry_counted() -> None:
+    late = settlement(SETTLE, 7)
+    move = transition(X, SETTLE, 10, 10, 7)
+    assert correction(X, 10, ("no_usage",), move, late) == Counts(
+        requests=0,
+        images=5,
+        text_in=1,
+        image_in=2,
+        text_out=3,
+        image_out=4,
+        cost=-3,
+        unresolved=-1,
+        unresolved_cost=-10,
+        flagged=-1,
+    )
+
+
+def test_a_late_void_takes_back_what_the_expiry_counted() -> None:
+    move = transition(X, VOID, 10, 10, 0)
+    back = correction(X, 10, ("no_usage",), move, settlement(VOID))
+    expired = counted(X, 10, settlement(EXPIRE), ("no_usage",))
+    assert back.plus(expired) == Counts()
+
+
+def test_a_replay_counts_what_it_avoided() -> None:
+    at = datetime(2026, 11, 22, tzinfo=UTC)
+    replay = Replay("r", "growth", "k", "m", Operation.EDIT, images=2, avoided=9, at=at)
+    assert counted_replay(replay) == Counts(requests=1, images=2, cached_requests=1, avoided=9)
+
+
+def test_an_expiry_is_owed_at_the_bound() -> None:
+    assert expiry("r", 10) == Settlement("r", EXPIRE, Outcome.UNKNOWN, Basis.ESTIMATED, cost=10)
+
+
+def test_the_day_is_utc() -> None:
+    tokyo = timezone(timedelta(hours=9))
+    assert usage_day(datetime(2026, 11, 23, 8, 59, tzinfo=tokyo)) == "2026-11-22"
+    assert usage_day(datetime(2026, 11, 23, 9, 0, tzinfo=tokyo)) == "2026-11-23"

@@ -1,0 +1,128 @@
+"""The header probe against pictures that Pillow made, damage, and hostile headers."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from gateway.relay.picture import Picture, probe
+
+SIZES = [(1, 1), (2, 3), (17, 5), (255, 256), (640, 480), (1025, 1), (1, 1024), (1536, 1024)]
+
+
+def made(kind: str, size: tuple[int, int], mode: str = "RGB", **options: object) -> bytes:
+    out = io.BytesIO()
+    Image.new(mode, size).save(out, kind, **options)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("kind", "mode", "options", "media_type"),
+    [
+        *(("PNG", mode, {}, "image/png") for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
+        *(("JPEG", mode, {}, "image/jpeg") for mode in ("L", "RGB", "CMYK")),
+        ("JPEG", "RGB", {"progressive": True}, "image/jpeg"),
+        ("JPEG", "RGB", {"exif": b"Exif\x00\x00" + bytes(60_000)}, "image/jpeg"),
+        ("JPEG", "RGB", {"icc_profile": bytes(200_000)}, "image/jpeg"),
+        ("WEBP", "RGB", {}, "image/webp"),
+        ("WEBP", "RGBA", {}, "image/webp"),
+        ("WEBP", "RGB", {"lossless": True}, "image/webp"),
+        ("WEBP", "RGBA", {"lossless": True}, "image/webp"),
+        ("WEBP", "RGB", {"exif": b"Exif\x00\x00II*\x00"}, "image/webp"),
+        ("GIF", "P", {}, "image/gif"),
+        ("BMP", "RGB", {}, "image/bmp"),
+        ("BMP", "RGBA", {}, "image/bmp"),
+        ("TIFF", "RGB", {}, "image/tiff"),
+        ("TIFF", "RGB", {"compression": "raw"}, "image/tiff"),
+    ],
+)
+def test_pillow_made(
+    kind: str, mode: str, options: dict[str, object], media_type: str, size: tuple[int, int]
+) -> None:
+    data = made(kind, size, mode, **options)
+    assert probe(data) == Picture(media_type, *size)
+
+
+def test_a_jpeg_whose_size_lies_beyond_the_head_is_still_a_jpeg() -> None:
+    data = made("JPEG", (64, 48), icc_profile=bytes(300_000))
+    assert probe(data[: 256 << 10]) == Picture("image/jpeg")
+    assert probe(data) == Picture("image/jpeg", 64, 48)
+
+
+def test_a_bomb_is_measured_not_decoded() -> None:
+    header = struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0)
+    chunk = b"IHDR" + header
+    data = (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
+    assert probe(data) == Picture("image/png", 50_000, 50_000)
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        (b"", None),
+        (b"hello", None),
+        (b"BM and other words", None),
+        (b"<html><svg></svg>", None),
+        (b"<svg xmlns='x'>", Picture("image/svg+xml")),
+        (b"<svg>", Picture("image/svg+xml")),
+        (b"\xef\xbb\xbf\n <?xml version='1.0'?>\n<!-- a --><svg/>", Picture("image/svg+xml")),
+        (b"<?xml version='1.0'?><html/>", None),
+        (b"%PDF-1.7", Picture("application/pdf")),
+        (b"\x89PNG\r\n\x1a\n", Picture("image/png")),
+        (b"\x89PNG\r\n\x1a\n" + bytes(4) + b"IHDR" + bytes(8), Picture("image/png")),
+        (b"\xff\xd8\xff\xd9", Picture("image/jpeg")),
+        (b"\xff\xd8\xff\xe0\x00\x00" * 9, Picture("image/jpeg")),
+        (b"\xff\xd8\xff\xff\xff\xc0\x00\x11\x08\x00\x02\x00\x03", Picture("image/jpeg", 3, 2)),
+        (b"RIFF\x00\x00\x00\x00WEBPVP8X", Picture("image/webp")),
+        (b"GIF89a\x01", Picture("image/gif")),
+        (b"II*\x00\xff\xff\xff\xff", Picture("image/tiff")),
+    ],
+)
+def test_heads(head: bytes, expected: Picture | None) -> None:
+    assert probe(head) == expected
+
+
+HEADS = [
+    *(made(kind, (33, 21))[:600] for kind in ("PNG", "JPEG", "WEBP", "BMP", "TIFF")),
+    made("WEBP", (9, 9), "RGBA", lossless=True),
+    made("GIF", (33, 21), "P")[:600],
+    b"<?xml version='1.0'?><!DOCTYPE svg><svg>",
+    b"MM\x00*\x00\x00\x00\x08\xff\xff",
+]
+
+
+@settings(max_examples=400)
+@given(
+    st.sampled_from(HEADS),
+    st.integers(0, 600),
+    st.lists(st.tuples(st.integers(0), st.integers(0, 255))),
+)
+def test_never_raises(head: bytes, length: int, damage: list[tuple[int, int]]) -> None:
+    broken = bytearray(head[:length])
+    for at, value in damage:
+        if broken:
+            broken[at % len(broken)] = value
+    found = probe(bytes(broken))
+    assert found is None or (found.width >= 0 and found.height >= 0)
+
+
+@given(st.binary(max_size=300))
+def test_never_raises_on_noise(noise: bytes) -> None:
+    for magic in (
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        b"\xff\xd8\xff",
+        b"RIFF0000WEBPVP8 ",
+        b"BM",
+        b"II*\x00",
+    ):
+        probe(magic + noise)

@@ -1,0 +1,593 @@
+"""What can befall a file: crashes, strangers, full disks, damage, and other processes."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import random
+import resource
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from gateway.domain.call import Operation, Usage
+from gateway.domain.errors import LedgerUnavailable
+from gateway.domain.ledger import (
+    Balance,
+    Basis,
+    Claim,
+    Denied,
+    Event,
+    Held,
+    Line,
+    Outcome,
+    Replay,
+    Settlement,
+    State,
+)
+from gateway.domain.quota import Limit, Scope, Unit, Window, period
+from gateway.domain.team import Key, Team
+from gateway.stores.sqlite import SQLiteStore, StoreError, filesystem_of
+
+NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
+ROOT = Path(__file__).parents[2]
+BUSY_SECONDS = 0.2
+
+
+def claim(rid: str, bound: int = 10, amount: int | None = None) -> Claim:
+    accounts = tuple(
+        Line(Limit(scope, owner, Unit.MONEY, window, amount), period(window, NOON))
+        for scope, owner in ((Scope.KEY, "k1"), (Scope.TEAM, "growth"))
+        for window in (Window.DAY, Window.MONTH)
+    )
+    return Claim(
+        rid,
+        "growth",
+        "k1",
+        "flare",
+        Operation.GENERATION,
+        "openai",
+        1,
+        bound,
+        accounts,
+        NOON,
+        NOON + timedelta(seconds=660),
+    )
+
+
+def settled(rid: str, cost: int) -> Settlement:
+    return Settlement(
+        rid, Event.SETTLE, Outcome.DELIVERED, Basis.USAGE, cost, Usage(image_out=9), 1
+    )
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "data" / "gateway.db"
+
+
+@pytest.fixture
+async def store(path: Path) -> AsyncIterator[SQLiteStore]:
+    opened = SQLiteStore.open(path, busy_seconds=BUSY_SECONDS)
+    yield opened
+    await opened.aclose()
+
+
+def audit(path: Path) -> None:
+    """Adds the file up anew, from the holds and from the journal, and compares (I1, I2, I3)."""
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+        balances = {row[0]: row[1:] for row in db.execute("SELECT * FROM balance")}
+        holds = db.execute(
+            "SELECT j.value, sum(h.cost), sum(iif(h.state = 'H', h.bound, 0))"
+            "  FROM hold h, json_each(h.accounts) j GROUP BY j.value"
+        )
+        assert {row[0]: row[1:] for row in holds} == balances
+        journal = db.execute(
+            "SELECT a.value, sum(j.posted), sum(j.pending)"
+            "  FROM journal j JOIN hold h USING (rid), json_each(h.accounts) a GROUP BY a.value"
+        )
+        assert {row[0]: row[1:] for row in journal} == balances
+        counted = db.execute(
+            "SELECT day, team, key_id, model, count(*), sum(cost),"
+            "       sum(state = 'X'), sum(iif(state = 'X', cost, 0))"
+            "  FROM hold WHERE state IN ('P', 'X') GROUP BY day, team, key_id, model"
+        ).fetchall()
+        rolled_up = db.execute(
+            "SELECT day, team, key_id, model, requests - cached_requests, cost,"
+            "       unresolved, unresolved_cost FROM usage_daily WHERE requests > cached_requests"
+        ).fetchall()
+        assert sorted(counted) == sorted(rolled_up)
+        doubled = "SELECT rid FROM journal GROUP BY rid, kind HAVING count(*) > 1"
+        assert db.execute(doubled).fetchall() == []
+
+
+# The file
+
+
+async def test_the_file_is_made_private_and_kept(path: Path) -> None:
+    store = SQLiteStore.open(path)
+    await store.ledger.reserve(claim("a"))
+    for file in path.parent.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+    await store.aclose()
+    assert sorted(file.name for file in path.parent.iterdir()) == ["gateway.db", "gateway.db.lock"]
+    again = SQLiteStore.open(path)
+    assert await again.ledger.open_holds() == 1
+    await again.aclose()
+
+
+async def test_a_path_with_odd_characters(tmp_path: Path) -> None:
+    path = tmp_path / "a b?c#d%20é" / "gate way.db"
+    store = SQLiteStore.open(path)
+    await store.ledger.reserve(claim("a"))
+    await store.aclose()
+    audit(path)
+
+
+async def test_the_settings_that_make_it_durable(store: SQLiteStore) -> None:
+    def read(db: sqlite3.Connection) -> list[object]:
+        names = ("journal_mode", "synchronous", "wal_autocheckpoint", "foreign_keys")
+        return [db.execute(f"PRAGMA {name}").fetchone()[0] for name in names]
+
+    assert await store._writer.submit(read) == ["wal", 2, 0, 1]
+
+
+async def test_closing_twice_and_using_it_afterwards(path: Path) -> None:
+    store = SQLiteStore.open(path)
+    await store.ledger.aclose()
+    await store.aclose()
+    with pytest.raises(LedgerUnavailable):
+        await store.ledger.reserve(claim("a"))
+    with pytest.raises(LedgerUnavailable):
+        await store.ledger.open_holds()
+    with pytest.raises(LedgerUnavailable):
+        await store.directory.ping()
+
+
+async def test_closing_writes_the_replays_that_nobody_waits_for(path: Path) -> None:
+    store = SQLiteStore.open(path)
+    for number in range(300):
+        hit = Replay(f"r{number}", "growth", "k1", "flare", Operation.EDIT, 2, 5, NOON)
+        await store.ledger.replay(hit)
+    await store.aclose()
+    again = SQLiteStore.open(path)
+    (row,) = await again.ledger.usage()
+    await again.aclose()
+    assert (row.requests, row.cached_requests, row.images, row.avoided) == (300, 300, 600, 1500)
+
+
+async def test_the_journal_is_append_only(store: SQLiteStore, path: Path) -> None:
+    await store.ledger.reserve(claim("a"))
+    with closing(sqlite3.connect(path)) as db:
+        for sql in ("UPDATE journal SET pending = 0", "DELETE FROM journal"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                db.execute(sql)
+
+
+async def test_the_log_stays_small(store: SQLiteStore, path: Path) -> None:
+    for _ in range(12):
+        await asyncio.gather(
+            *(store.directory.create_team(Team(f"{random.random()}" * 2000)) for _ in range(24))
+        )
+    assert path.stat().st_size > 8 * 1024 * 1024
+    assert Path(f"{path}-wal").stat().st_size < 6 * 1024 * 1024
+
+
+# Refused at the start
+
+
+@pytest.mark.parametrize("size", [0, 1, 100, 4096, 20_000, 40_001])
+async def test_a_truncated_file(path: Path, size: int) -> None:
+    store = SQLiteStore.open(path)
+    for number in range(50):
+        await store.ledger.reserve(claim(f"r{number}"))
+    await store.aclose()
+    os.truncate(path, size)
+    with pytest.raises(StoreError, match=r"gateway\.db"):
+        SQLiteStore.open(path)
+    assert path.stat().st_size == size
+
+
+async def test_a_page_of_rubbish(path: Path) -> None:
+    store = SQLiteStore.open(path)
+    await store.ledger.reserve(claim("a"))
+    await store.aclose()
+    with path.open("r+b") as file:
+        file.seek(3 * 4096)
+        file.write(b"\xff" * 4096)
+    with pytest.raises(StoreError, match="cannot be used"):
+        SQLiteStore.open(path)
+
+
+async def test_a_newer_schema(path: Path) -> None:
+    await SQLiteStore.open(path).aclose()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 99")
+    with pytest.raises(StoreError, match="newer release"):
+        SQLiteStore.open(path)
+
+
+def test_another_programs_database_is_left_alone(path: Path) -> None:
+    path.parent.mkdir()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("CREATE TABLE theirs (a)")
+    before = path.read_bytes()
+    with pytest.raises(StoreError, match="not a database of this gateway"):
+        SQLiteStore.open(path)
+    assert path.read_bytes() == before
+
+
+def test_a_deleted_file_whose_log_is_left(path: Path) -> None:
+    path.parent.mkdir()
+    Path(f"{path}-wal").write_bytes(b"what was spent")
+    with pytest.raises(StoreError, match="deleted or moved"):
+        SQLiteStore.open(path)
+    assert not path.exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("a file")
+    with pytest.raises(StoreError, match="cannot be opened"):
+        SQLiteStore.open(tmp_path / "data" / "gateway.db")
+
+
+async def test_a_crash_while_the_file_was_made(path: Path) -> None:
+    path.parent.mkdir()
+    for suffix in (".new", ".new-wal", ".new-shm"):
+        Path(f"{path}{suffix}").write_bytes(b"half made")
+    store = SQLiteStore.open(path)
+    await store.ledger.reserve(claim("a"))
+    await store.aclose()
+    audit(path)
+
+
+def test_network_file_systems_are_told_apart() -> None:
+    mounts = (
+        "/dev/vda / ext4 rw 0 0\n"
+        "nas:/data /srv/da\\040ta nfs4 rw 0 0\n"
+        "tmpfs /srv/da\\040ta/fast tmpfs rw 0 0\n"
+        "//nas/x /srv/share cifs rw 0 0\n"
+    )
+    kinds = {
+        "/srv": "ext4",
+        "/srv/da ta": "nfs4",
+        "/srv/da ta/gateway": "nfs4",
+        "/srv/da ta/fast/x": "tmpfs",
+        "/srv/share": "cifs",
+        "/srv/shared": "ext4",
+    }
+    assert {folder: filesystem_of(Path(folder), mounts) for folder in kinds} == kinds
+
+
+# Writing fails
+
+
+@contextmanager
+def stranger(path: Path) -> Iterator[None]:
+    """Another program that holds SQLite's own lock and knows nothing of ours."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        yield
+        db.execute("ROLLBACK")
+
+
+@contextmanager
+def frozen_neighbour(path: Path) -> Iterator[None]:
+    """Another process of ours that stands still while it has its turn."""
+    with Path(f"{path}.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+async def test_locked_by_a_stranger(store: SQLiteStore, path: Path) -> None:
+    await store.ledger.reserve(claim("a"))
+    with stranger(path):
+        started = time.monotonic()
+        with pytest.raises(LedgerUnavailable) as caught:
+            await store.ledger.reserve(claim("b"))
+        assert BUSY_SECONDS <= time.monotonic() - started < 3 * BUSY_SECONDS + 1
+        assert caught.value.retry_after_seconds == 5
+        assert "nothing was started" in str(caught.value)
+        # Reading does not wait for writing.
+        assert await store.ledger.open_holds() == 1
+    assert isinstance(await store.ledger.reserve(claim("b")), Held)
+    assert (await store.ledger.settle(settled("a", 3))).state is State.POSTED
+
+
+async def test_every_waiter_is_told_when_a_commit_fails(store: SQLiteStore, path: Path) -> None:
+    with stranger(path):
+        answers = await asyncio.gather(
+            *(store.ledger.reserve(claim(f"r{number}")) for number in range(100)),
+            return_exceptions=True,
+        )
+    assert all(isinstance(answer, LedgerUnavailable) for answer in answers)
+    assert await store.ledger.open_holds() == 0
+
+
+async def test_another_process_that_stands_still_with_the_lock(
+    store: SQLiteStore, path: Path
+) -> None:
+    with frozen_neighbour(path):
+        answers = await asyncio.gather(
+            store.ledger.reserve(claim("a")),
+            store.ledger.reserve(claim("b")),
+            return_exceptions=True,
+        )
+        assert [type(answer) for answer in answers] == [LedgerUnavailable] * 2
+    # Nobody waits for the two any more: they are not held behind everybody's back.
+    assert isinstance(await store.ledger.reserve(claim("c")), Held)
+    assert await store.ledger.open_holds() == 1
+
+
+async def test_a_full_disk(store: SQLiteStore, path: Path) -> None:
+    def fill(db: sqlite3.Connection) -> None:
+        pages = db.execute("PRAGMA page_count").fetchone()[0]
+        db.execute(f"PRAGMA max_page_count = {pages + 1}")
+
+    await store.ledger.reserve(claim("a"))
+    await store._writer.submit(fill)
+    done = [
+        await asyncio.gather(
+            *(store.ledger.reserve(claim(f"{batch}-{number}")) for number in range(20)),
+            return_exceptions=True,
+        )
+        for batch in range(10)
+    ]
+    held = sum(isinstance(answer, Held) for batch in done for answer in batch)
+    assert 0 < sum(isinstance(one, LedgerUnavailable) for batch in done for one in batch) < 200
+    assert await store.ledger.open_holds() == held + 1
+    await store._writer.submit(lambda db: db.execute("PRAGMA max_page_count = 1000000").fetchone())
+    assert isinstance(await store.ledger.reserve(claim("9-0")), Held)
+    await store.aclose()
+    audit(path)
+
+
+async def test_a_commit_that_cannot_be_written(store: SQLiteStore, path: Path) -> None:
+    """The operating system refuses the log's next byte: the failure is in COMMIT itself."""
+    await store.ledger.reserve(claim("a"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (Path(f"{path}-wal").stat().st_size, hard))
+    try:
+        for rid in ("b", "c"):
+            with pytest.raises(LedgerUnavailable):
+                await store.ledger.reserve(claim(rid))
+        with pytest.raises(LedgerUnavailable):
+            await store.ledger.settle(settled("a", 3))
+        await store.ledger.replay(
+            Replay("hit", "growth", "k1", "flare", Operation.EDIT, 1, 5, NOON)
+        )
+        with pytest.raises(LedgerUnavailable):
+            await store.directory.create_team(Team("growth"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert await store.ledger.open_holds() == 1
+    assert isinstance(await store.ledger.reserve(claim("b")), Held)
+    assert (await store.ledger.settle(settled("a", 3))).balances == (Balance(3, 10),) * 4
+    await store.aclose()
+    audit(path)
+
+
+async def test_a_file_that_was_taken_away(store: SQLiteStore, path: Path) -> None:
+    await store.ledger.ping()
+    path.rename(path.with_name("elsewhere.db"))
+    with pytest.raises(LedgerUnavailable):
+        await store.ledger.ping()
+    with pytest.raises(LedgerUnavailable):
+        await store.ledger.reserve(claim("a"))
+    path.with_name("elsewhere.db").rename(path)
+    assert isinstance(await store.ledger.reserve(claim("a")), Held)
+
+
+async def test_a_bad_operation_does_not_sink_the_batch(store: SQLiteStore, path: Path) -> None:
+    """2**63 does not fit a column: that call alone fails, and leaves nothing half done."""
+    calls = [claim(f"r{number}", 2**63 if number == 5 else 10) for number in range(20)]
+    answers = await asyncio.gather(
+        *(store.ledger.reserve(call) for call in calls), return_exceptions=True
+    )
+    assert [type(answer).__name__ for answer in answers] == [
+        "OverflowError" if number == 5 else "Held" for number in range(20)
+    ]
+    await store.aclose()
+    audit(path)
+
+
+async def test_a_sum_that_leaves_64_bits_is_refused_not_rounded(
+    store: SQLiteStore, path: Path
+) -> None:
+    await store.ledger.reserve(claim("a", 2**63 - 1))
+    with pytest.raises(sqlite3.IntegrityError):
+        await store.ledger.reserve(claim("b", 1))
+    assert await store.ledger.balances(claim("a").lines) == [Balance(0, 2**63 - 1)] * 4
+    await store.aclose()
+    audit(path)
+
+
+async def test_a_queue_that_is_full(store: SQLiteStore, path: Path) -> None:
+    store._writer._queue.maxsize = 3
+    with frozen_neighbour(path):
+        first = asyncio.create_task(store.ledger.reserve(claim("first")))
+        await asyncio.sleep(0.05)
+        rest = [asyncio.create_task(store.ledger.reserve(claim(f"{n}"))) for n in range(5)]
+        await asyncio.sleep(0.05)
+        assert [task.done() for task in rest] == [False] * 3 + [True] * 2
+        await store.ledger.replay(
+            Replay("hit", "growth", "k1", "flare", Operation.EDIT, 1, 5, NOON)
+        )
+    answers = await asyncio.gather(first, *rest, return_exceptions=True)
+    assert [type(answer) for answer in answers] == [Held] * 4 + [LedgerUnavailable] * 2
+
+
+# Several processes
+
+
+SPEND = """
+import asyncio, sys
+from pathlib import Path
+from tests.stores.test_sqlite import spend
+asyncio.run(spend(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+STORM = """
+import asyncio, sys
+from pathlib import Path
+from tests.stores.test_sqlite import storm
+asyncio.run(storm(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+def start(script: str, path: Path, name: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, str(path), name],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+async def spend(path: Path, name: str) -> None:
+    """In a process of its own: 25 tasks, 100 calls of 10 against a budget of 1000 for all."""
+    store = SQLiteStore.open(path)
+
+    async def one(number: int) -> Counter[str]:
+        done: Counter[str] = Counter()
+        for turn in range(4):
+            answer = await store.ledger.reserve(claim(f"{name}-{number}-{turn}", 10, 1000))
+            done[type(answer).__name__] += 1
+        return done
+
+    done = sum(await asyncio.gather(*(one(number) for number in range(25))), Counter[str]())
+    await store.aclose()
+    print(done["Held"], done["Denied"])
+
+
+async def test_four_processes_cannot_overspend(path: Path) -> None:
+    """They also make the file, all at once."""
+    processes = [start(SPEND, path, f"p{number}") for number in range(4)]
+    results = []
+    for process in processes:
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        results.append([int(word) for word in out.split()])
+    assert sum(held for held, _ in results) == 100
+    assert sum(denied for _, denied in results) == 300
+    audit(path)
+
+
+async def storm(path: Path, name: str) -> None:
+    """In a process of its own, until it is killed: writes down what the ledger acknowledged."""
+    store = SQLiteStore.open(path)
+    said = os.open(path.with_name(name), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    async def one(number: int) -> None:
+        for turn in range(10_000):
+            rid = f"{name}-{number}-{turn}"
+            await store.ledger.reserve(claim(rid))
+            os.write(said, f"reserved {rid}\n".encode())
+            if turn % 5 == 4:
+                continue
+            event = (Event.SETTLE, Event.SETTLE, Event.VOID, Event.EXPIRE)[turn % 5]
+            end = Settlement(rid, event, Outcome.DELIVERED, Basis.USAGE, turn % 7, images=1)
+            await store.ledger.settle(end)
+            os.write(said, f"{event} {rid}\n".encode())
+
+    await asyncio.gather(*(one(number) for number in range(16)))
+
+
+def killed_storms(path: Path, names: str) -> dict[str, str]:
+    """Runs a storm for each name at once and kills them all; the last word on each rid."""
+    processes = [start(STORM, path, name) for name in names]
+    said = [path.with_name(name) for name in names]
+    deadline = time.monotonic() + 30
+    while not all(file.exists() and file.stat().st_size for file in said):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.random() * 0.5)
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    for process in processes:
+        process.communicate(timeout=30)
+    lines = [line for file in said for line in file.read_text().splitlines()]
+    return {rid: word for word, rid in (line.split(" ") for line in lines)}
+
+
+async def test_kill_9_loses_nothing_that_was_acknowledged(path: Path) -> None:
+    """Two processes on one file, killed in the middle of it, four times over."""
+    acknowledged: dict[str, str] = {}
+    for names in ("ab", "cd", "ef", "gh"):
+        acknowledged |= killed_storms(path, names)
+    assert len(acknowledged) > 200
+    # Opening it is the recovery.
+    store = SQLiteStore.open(path)
+    open_before = await store.ledger.open_holds()
+    with closing(sqlite3.connect(path)) as db:
+        states = dict(db.execute("SELECT rid, state FROM hold").fetchall())
+    closed = {"settle": "P", "void": "V", "expire": "X"}
+    for rid, word in acknowledged.items():
+        if word == "reserved":
+            assert rid in states  # its end may be there too, and only the word of it lost
+        else:
+            assert states[rid] == closed[word], rid
+    entries = await store.ledger.sweep(NOON + timedelta(days=1), limit=10**6)
+    assert len(entries) == open_before
+    assert await store.ledger.open_holds() == 0
+    await store.aclose()
+    audit(path)
+
+
+COMMAND = """
+import asyncio, sys
+from pathlib import Path
+from tests.stores.test_sqlite import command
+asyncio.run(command(Path(sys.argv[1]), sys.argv[2]))
+"""
+
+
+async def command(path: Path, name: str) -> None:
+    """In a process of its own: what ``gateway key create`` does."""
+    store = SQLiteStore.open(path)
+    await store.directory.create_team(Team(name))
+    await store.directory.create_key(Key("k_new", name), b"digest")
+    await store.aclose()
+
+
+async def test_a_command_beside_a_serving_gateway(store: SQLiteStore, path: Path) -> None:
+    async def serve() -> int:
+        done = 0
+        while not finished.is_set():
+            await store.ledger.reserve(claim(f"r{done}"))
+            done += 1
+        return done
+
+    finished = asyncio.Event()
+    serving = asyncio.create_task(serve())
+    process = start(COMMAND, path, "growth")
+    await asyncio.to_thread(process.communicate, timeout=60)
+    finished.set()
+    assert process.returncode == 0
+    assert await serving > 0
+    assert await store.directory.find_key(b"digest") == (Team("growth"), Key("k_new", "growth"))
+
+
+async def test_two_stores_in_one_process_share_a_budget(path: Path) -> None:
+    stores = [SQLiteStore.open(path) for _ in range(2)]
+    answers = await asyncio.gather(
+        *(stores[n % 2].ledger.reserve(claim(f"r{n}", 10, 100)) for n in range(60))
+    )
+    assert sum(isinstance(answer, Held) for answer in answers) == 10
+    assert sum(isinstance(answer, Denied) for answer in answers) == 50
+    for store in stores:
+        await store.aclose()
+    audit(path)

@@ -1,0 +1,640 @@
+"""The settings: what an operator may write, and what is said about everything else."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pickle
+import random
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies
+
+from gateway.domain.money import format_dollars
+from gateway.domain.route import Unpriced
+from gateway.domain.team import Limits
+from gateway.settings import (
+    CacheScope,
+    ConfigError,
+    Kind,
+    Secret,
+    Settings,
+    default_config_path,
+    load,
+    shipped,
+)
+from gateway.yamlfile import plain
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = ROOT / "config" / "gateway.yaml"
+KEY = "igw_test_growth_0123456789abcdef"
+OTHER_KEY = "igw_test_ci_0123456789abcdefghij"
+PROVIDER_KEY = "sk-proj-0123456789abcdefghijklmnop"
+
+UPSTREAM = 'upstreams: {openai: {kind: openai, base_url: "https://h/v1", api_keys: [k]}}\n'
+MODELS = UPSTREAM + "models: {art: {upstream: openai}}\n"
+
+
+def read(folder: Path, text: str | bytes, environ: Mapping[str, str] | None = None) -> Settings:
+    path = folder / "gateway.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
+    return load(path, environ or {})
+
+
+def attempt(folder: Path, text: str | bytes, environ: Mapping[str, str]) -> Settings | ConfigError:
+    try:
+        return read(folder, text, environ)
+    except ConfigError as error:
+        return error
+
+
+def refusal(folder: Path, text: str | bytes, environ: Mapping[str, str] | None = None) -> list[str]:
+    """Each mistake as ``12:5: path: message``."""
+    with pytest.raises(ConfigError) as caught:
+        read(folder, text, environ)
+    prefix = f"{folder / 'gateway.yaml'}:"
+    return [line.removeprefix(prefix) for line in str(caught.value).splitlines()]
+
+
+MISTAKES = [
+    # syntax
+    ("server:\n\tport: 1", "2:1: a tab is not allowed here: indent with spaces"),
+    ("server: {port: 1", "1:17: the { before it is not closed here: a comma or a } is missing"),
+    ("server: {}\nlog\n", "2:1: a name without its colon: write name: value"),
+    ('log: {}\nserver: {host: "a}\n', "2:16: this quote is not closed"),
+    ("log: {}\n  relay: {}", "2:8: "),
+    ("log: ]", "1:6: a value is missing here, or needs quotes"),
+    ("a: b: c", "1:5: a colon is not allowed here"),
+    ("server: {}\n---\nlog: {}", '2:1: a second document starts here: remove the "---"'),
+    ("server: {}\nserver: {}", "2:1: server: is here twice: the first is on line 1; remove one"),
+    ("log: {level: info, level: info}", "1:20: log.level: is here twice"),
+    ("? [a]\n: 1", "1:3: a name before a colon must be one plain text"),
+    ("log: !!python/object:os.system x", "1:6: log: a tag is not allowed"),
+    ("log: *pass", "1:6: log: refers to an anchor that is not above it"),
+    ("prices: {rows: &a [*a]}", "1:20: prices.rows[0]: refers to an anchor that is not above it"),
+    ("models: {*: {upstream: a}}", '1:11: a value or a name that starts with "*" or "&" needs'),
+    ("teams: {a: {keys: [${KEY}]}}", "1:21: a value with ${...} inside [ ] needs quotes"),
+    ("log: {<<: {level: info}}", '1:7: log: merging with "<<" is not supported'),
+    ('log: "\\UFFFFFFFF"', "not valid YAML"),
+    (b"log:\n  level: \xff", "2:10: the file is not text in UTF-8"),
+    (b"log:\n  level: \x07", "2:10: the control character U+0007 is not allowed"),
+    ("a: " + "[" * 30, "1:24: a[0][0]"),
+    ("[1, 2]", "1:1: must be a table of names and values"),
+    # words
+    ("relay: {log_prompts: yes}", "1:22: relay.log_prompts: yes is a boolean in old YAML and a"),
+    ("relay: {log_prompts: Off}", "1:22: relay.log_prompts: Off is a boolean in old YAML and a"),
+    ('relay: {log_prompts: "true"}', "1:22: relay.log_prompts: must be true without the quotes"),
+    ("relay: {log_prompts: y}", 'relay.log_prompts: must be true or false, not "y"'),
+    ("server: {prot: 1}", '1:10: server.prot: unknown key; did you mean "port"?'),
+    ("sever: {}", '1:1: sever: unknown key; did you mean "server"?'),
+    ("console: {}", "1:1: console: unknown key; known here: server, storage, ledger, upstreams"),
+    ("log: {level: loud}", 'log.level: must be "debug", "info", "warning" or "error", not "loud"'),
+    ("log: [info]", "1:6: log: must be a table of names and values"),
+    ("log: {level: [info]}", "1:14: log.level: must be one value, not a list"),
+    ("server: {host: }", "1:15: server.host: needs a value; remove the line for the default"),
+    ("server: {host: true}", '1:16: server.host: must be a host or an address: put "true" in'),
+    # numbers
+    ("server: {port: 808o}", '1:16: server.port: must be a port, not "808o"'),
+    ('server: {port: "8080"}', "1:16: server.port: must be a port: remove the quotes"),
+    ("server: {port: 99999}", "1:16: server.port: must be a port from 0 to 65535"),
+    ("server: {port: 010}", "server.port: must be a port in decimal digits, without a leading"),
+    ("server: {port: 0x1F}", "server.port: must be a port in decimal digits, without a leading"),
+    ("server: {port: 1:30}", 'server.port: must be a port: old YAML reads this in base 60, not "1'),
+    ("server: {port: 80.0}", 'server.port: must be a port, not "80.0"'),
+    ("server: {max_side: -1}", "server.max_side: must be a whole number from 1 to 1000000"),
+    ("server: {max_pixels: 1_0}", 'server.max_pixels: must be a whole number, not "1_0"'),
+    ("server: {buffer_bytes: 128 megs}", 'server.buffer_bytes: must be a size, like 128MiB, 10GiB'),
+    ("server: {buffer_bytes: 0}", "server.buffer_bytes: must be a size from 1 byte to 1024TiB"),
+    ("server: {drain_seconds: 10m}", "server.drain_seconds: must be a number of seconds, like 5"),
+    ("server: {drain_seconds: -1}", "server.drain_seconds: must be a number of seconds from 0 to"),
+    ("cache: {ttl: 1:30}", 'cache.ttl: must be a time, like 30s, 15m, 24h or 7d, not "1:30"'),
+    ("cache: {ttl: 0}", "cache.ttl: must be a time from 1s to 3650d"),
+    ("server: {trusted_proxies: 10.0.0.0/8}", "server.trusted_proxies: must be a list: [one, two]"),
+    ("server: {trusted_proxies: [10.0.0.1/8]}", "1:28: server.trusted_proxies[0]: has bits set "
+     "after its prefix: write 10.0.0.0/8"),
+    ('server: {trusted_proxies: ["*"]}', "server.trusted_proxies[0]: must be an address or a netw"),
+    ("server: {port: 81, metrics_port: 81}", "1:34: server.metrics_port: is the same as"),
+    # references
+    ('server: {host: "${HOST}"}', "1:16: server.host: the environment variable HOST is not set: "
+     "set it, or write ${HOST:-} for a value that may be empty"),
+    ('server: {host: "${HOST:-}"}', "1:16: server.host: is empty: set HOST"),
+    ('server: {host: "${HO ST}"}', '1:16: server.host: holds a "${" that is no reference'),
+    ('storage: {pepper: "${file:/no/such}"}', "storage.pepper: the file /no/such does not exist"),
+    # storage
+    ("storage: {database: postgresql://h/d}", "storage.database: PostgreSQL does not exist in th"),
+    ("storage: {database: data/gateway.db}", "storage.database: must be sqlite:/// and the path"),
+    ('storage: {database: "sqlite:///:memory:"}', "storage.database: must be sqlite:/// and the p"),
+    ("storage: {redis: redis+cluster://h}", "storage.redis: Redis Cluster does not exist in this"),
+    ("storage: {redis: redis+sentinel://h}", "storage.redis: Redis Sentinel does not exist in"),
+    ("storage: {redis: h:6379}", "storage.redis: must be a url that starts with redis:// or redi"),
+    ("storage: {redis: redis://h/a}", "storage.redis: must end in the number of a database"),
+    ("storage: {redis: 'redis://:pw@'}", "storage.redis: must be a url with a host"),
+    ("storage: {blobs: s3://b}", "storage.blobs: blobs in S3 do not exist in this version"),
+    ("admin: {keys: [secretsecretsecret]}", "1:16: admin.keys[0]: the Admin API does not exist"),
+    ("prices: {file: no.yaml}", "1:16: prices.file: there is no such file"),
+    (f"prices: {{file: {'9' * 5000}}}", "1:16: prices.file: there is no such file"),
+    ("prices: {rows: [a]}", "1:17: prices.rows[0]: must be a row as in prices.yaml"),
+    # upstreams
+    ("upstreams: {a: {kind: azure}}", 'upstreams.a.kind: the kind "azure" does not exist in this'),
+    ("upstreams: {a: {base_url: 'https://h/v1'}}", '1:16: upstreams.a: needs "kind"'),
+    ("upstreams: {a: {kind: openai}}", '1:16: upstreams.a: needs "base_url"'),
+    ("upstreams: {A: {kind: sandbox}}", "upstreams.A: the name of an upstream has lower-case"),
+    ("upstreams: {a: {kind: sandbox, base_url: 'https://h/v1'}}", "upstreams.a.base_url: a sandb"),
+    ("upstreams: {a: {kind: sandbox, api_key: x}}", 'unknown key; did you mean "api_keys"?'),
+    ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', verify: false}}", "verify: is neve"),
+    ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', api_keys: [igw_x]}}",
+     "upstreams.a.api_keys[0]: that is a key of this gateway, not of a provider"),
+    ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', api_keys: ['a b']}}",
+     "upstreams.a.api_keys[0]: must be a key without spaces or line breaks"),
+    ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', api_keys: [k, k]}}",
+     "upstreams.a.api_keys: holds the same key twice"),
+    ("upstreams: {a: {kind: sandbox, headers: {Authorization: x}}}",
+     "upstreams.a.headers.Authorization: cannot be set here: keys go to api_keys"),
+    ("upstreams: {a: {kind: sandbox, headers: {connection: x}}}",
+     "upstreams.a.headers.connection: cannot be set here: it belongs to one connection"),
+    ('upstreams: {a: {kind: sandbox, headers: {x: "a\\r\\nb: c"}}}',
+     "upstreams.a.headers.x: must be one line of ASCII"),
+    ("upstreams: {a: {kind: sandbox, headers: {X-A: a, x-a: b}}}", "holds a header twice"),
+    # models
+    (UPSTREAM + "models: {a: {upstream: opnai}}", '2:24: models.a.upstream: there is no upstream '
+     '"opnai"; did you mean "openai"?'),
+    (UPSTREAM + "models: {a: {}}", '2:13: models.a: needs "upstream"'),
+    (UPSTREAM + 'models: {"*": {upstream: openai, model: m}}', 'models.*.model: "*" passes every'),
+    (UPSTREAM + "models: {a: {upstream: openai, unpriced: no}}", "no is a boolean in old YAML"),
+    (UPSTREAM + "models: {'a b': {upstream: openai}}", "models.a b: a model's name has letters"),
+    # teams
+    ("teams: {Growth: {}}", "1:9: teams.Growth: the name of a team has lower-case letters"),
+    ("teams: {a: {limit: {}}}", '1:13: teams.a.limit: unknown key; did you mean "limits"?'),
+    ("teams: {a: {keys: [short]}}", "1:20: teams.a.keys[0]: a key must have at least 20 charact"),
+    (f"teams: {{a: {{keys: [{KEY}, {KEY}]}}}}", "1:54: teams.a.keys[1]: is the same key as teams."
+     "a.keys[0] (line 1)"),
+    (f"teams:\n  a: {{keys: [{KEY}]}}\n  b: {{keys: [{{key: {KEY}}}]}}", "3:20: teams.b.keys[0].ke"
+     "y: is the same key as teams.a.keys[0] (line 2)"),
+    (f"teams: {{a: {{keys: [{{key: {KEY}, name: c}}, {{key: {OTHER_KEY}, name: c}}]}}}}",
+     'teams.a.keys: two keys have the name "c"'),
+    ('teams: {a: {keys: ["${KEY}"]}}', "1:20: teams.a.keys[0]: the environment variable KEY is"),
+    (MODELS + "teams: {a: {models: [arts]}}", '3:22: teams.a.models[0]: there is no model "arts" '
+     'under models; did you mean "art"?'),
+    (MODELS + f"teams: {{a: {{keys: [{{key: {KEY}, models: [x]}}]}}}}", "keys[0].models[0]: there"),
+    ("teams: {a: {budget: }}", "teams.a.budget: is empty: fill it in, or remove it"),
+    ("teams: {a: {budget: {day: }}}", "teams.a.budget.day: needs a value"),
+    ("teams: {a: {budget: {day: 1e1}}}", 'teams.a.budget.day: must be an amount of dollars, like'),
+    ("teams: {a: {budget: {day: $5}}}", "teams.a.budget.day: must be an amount of dollars, like"),
+    ("teams: {a: {budget: {day: -5}}}", "teams.a.budget.day: must be an amount of dollars, like"),
+    ("teams: {a: {budget: {day: .inf}}}", "teams.a.budget.day: must be an amount of dollars"),
+    ("teams: {a: {budget: {day: 0.0000000001}}}", "teams.a.budget.day: is finer than a nano-dol"),
+    ("teams: {a: {budget: {day: 99999999999}}}", "teams.a.budget.day: is more dollars than the"),
+    ("teams: {a: {budget: {dya: 1}}}", 'teams.a.budget.dya: unknown key; did you mean "day"?'),
+    ("teams: {a: {limits: {requests_per_minute: 0}}}", "must be a whole number from 1 to 10000000"),
+    (f"teams: {{a: {{keys: [{{key: {KEY}, expires: tomorrow}}]}}}}", 'not "tomorrow"'),
+    (f"teams: {{a: {{keys: [{{key: {KEY}, expires: 2027-02-30}}]}}}}", "is no day of the calendar"),
+    (f"teams: {{a: {{keys: [{{key: {KEY}, expires: 2027-02-03T10:00:00}}]}}}}", "must be a day"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected"), MISTAKES, ids=range(len(MISTAKES)))
+def test_a_mistake_is_named_with_its_place(
+    tmp_path: Path, text: str | bytes, expected: str
+) -> None:
+    (line,) = refusal(tmp_path, text)
+    assert expected in line
+    assert re.match(r"[0-9]+:[0-9]+: ", line)
+
+
+def test_all_mistakes_are_reported_at_once_and_in_the_order_of_the_file(tmp_path: Path) -> None:
+    lines = refusal(
+        tmp_path,
+        "server: {port: x, hots: h}\n"
+        'storage: {pepper: "${PEPPER}", redis: mysql://h}\n'
+        "upstreams: {openai: {kind: azure}}\n"
+        "models: {a: {upstream: openai}, b: {upstream: opnai}}\n"
+        "teams: {growth: {budget: {day: ten}, models: [c], keys: [short]}}\n"
+        "log: yes\n",
+        {"GATEWAY_LOG__LEVELS": "x", "GATEWAY_CACHE__TTL": "soon"},
+    )
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["1:16", "server.port"],
+        ["1:19", "server.hots"],
+        ["2:19", "storage.pepper"],
+        ["2:39", "storage.redis"],
+        ["3:28", "upstreams.openai.kind"],
+        ["4:47", "models.b.upstream"],
+        ["5:32", "teams.growth.budget.day"],
+        ["5:47", "teams.growth.models[0]"],
+        ["5:58", "teams.growth.keys[0]"],
+        ["6:6", "log"],
+        ["GATEWAY_CACHE__TTL", "cache.ttl"],
+        ["GATEWAY_LOG__LEVELS", "there is no such setting; did you mean GATEWAY_LOG__LEVEL?"],
+    ]
+
+
+ORIGINS = [
+    ("https://api.openai.com/v1", None, None),
+    ("http://127.0.0.1:8000/v1", None, "unencrypted"),
+    ("http://[::1]/v1", None, "unencrypted"),
+    ("http://10.1.2.3/v1", None, "unencrypted"),
+    ("http://vllm/v1", None, "unencrypted"),
+    ("http://images.default.svc.cluster.local/v1", None, "unencrypted"),
+    ("https://relay.example.com", None, "/v1"),
+    ("http://relay.example.com/v1", "allow_http", None),
+    ("http://8.8.8.8/v1", "allow_http", None),
+    ("http://169.254.169.254/v1", "metadata", None),
+    ("https://169.254.1.1/v1", "link-local", None),
+    ("https://[fe80::1]/v1", "link-local", None),
+    ("https://[::ffff:169.254.169.254]/v1", "metadata", None),
+    ("https://[64:ff9b::a9fe:a9fe]/v1", "metadata", None),
+    ("https://[fd00:ec2::254]/v1", "metadata", None),
+    ("https://metadata.google.internal/v1", "metadata", None),
+    ("https://2852039166/v1", "usual form", None),
+    ("https://0xa9.0xfe.0xa9.0xfe/v1", "usual form", None),
+    ("http://0.0.0.0/v1", "empty address", None),
+    ("https://user:pass@h/v1", "user or a password", None),
+    ("https://h/v1?a=b", "must not hold", None),
+    ("ftp://h/v1", "starts with https://", None),
+    ("https://", "with a host", None),
+    ("https://h:99999/v1", "with a host", None),
+    ("https://[::1/v1", "with a host", None),
+    ("https://h\\@evil/v1", "with a host", None),
+]
+
+
+@pytest.mark.parametrize(("url", "mistake", "warning"), ORIGINS)
+def test_where_keys_may_be_sent(
+    tmp_path: Path, url: str, mistake: str | None, warning: str | None
+) -> None:
+    text = f"upstreams: {{a: {{kind: openai, api_keys: [k], base_url: '{url}'}}}}\n"
+    if mistake is not None:
+        (line,) = refusal(tmp_path, text)
+        assert mistake in line
+        return
+    found = [str(each) for each in read(tmp_path, text).warnings if each.path != "models"]
+    assert len(found) == (warning is not None)
+    assert warning is None or warning in found[0]
+
+
+def test_http_over_a_public_network_needs_a_word(tmp_path: Path) -> None:
+    text = "upstreams: {a: {kind: openai, api_keys: [k], base_url: 'http://h.com/v1', %s}}"
+    assert "a" in read(tmp_path, text % "allow_http: true").upstreams
+    assert len(refusal(tmp_path, text % "allow_http: false")) == 1
+
+
+def test_the_file_of_the_house(tmp_path: Path) -> None:
+    """The example that the design binds, whole."""
+    text = """
+server:    {host: 0.0.0.0, port: 8080, buffer_bytes: 128MiB, drain_seconds: 610,
+            trusted_proxies: [10.0.0.0/8]}
+storage:
+  database: sqlite:///data/gateway.db
+  redis: null
+  blobs: data/blobs
+  pepper: null
+upstreams:
+  openai: {kind: openai, base_url: https://api.openai.com/v1/, api_keys: ["${OPENAI_API_KEY:-}"],
+           headers: {OpenAI-Organization: org-1}}
+models:
+  gpt-image-2.5-flare: {upstream: openai}
+  team-art:            {upstream: openai, model: gpt-image-2.5-flare, validate: strict}
+  "*":                 {upstream: openai, unpriced: refuse}
+cache:     {enabled: true, ttl: 24h, scope: organization, max_bytes: 10GiB, redis: null}
+teams:
+  growth:
+    keys:   ["${GROWTH_KEY}", {key: "${GROWTH_CI_KEY}", name: ci, models: [team-art],
+              budget: {day: 1.00}, expires: 2027-01-01}]
+    models: [gpt-image-2.5-flare, team-art]
+    limits: {requests_per_minute: 60, images_per_minute: 20, concurrent_requests: 10}
+    budget: {month: 50.00, day: 5.00}
+    cache:  {enabled: false}
+admin:     {keys: ["${GATEWAY_ADMIN_KEY:-}"]}
+"""
+    environ = {"OPENAI_API_KEY": PROVIDER_KEY, "GROWTH_KEY": KEY, "GROWTH_CI_KEY": OTHER_KEY}
+    made = read(tmp_path, text, environ)
+    assert made.warnings == ()
+    assert made.server.buffer_bytes == 128 * 2**20
+    assert made.server.trusted_proxies == (ip_network("10.0.0.0/8"),)
+    assert made.storage.database == tmp_path / "data" / "gateway.db"
+    assert made.storage.blobs == tmp_path / "data" / "blobs"
+    upstream = made.upstreams["openai"]
+    assert (upstream.name, upstream.kind, upstream.ready) == ("openai", Kind.OPENAI, True)
+    assert upstream.base_url == "https://api.openai.com/v1"
+    assert upstream.api_keys == (Secret(PROVIDER_KEY),)
+    assert upstream.headers == (("openai-organization", Secret("org-1")),)
+    art = made.catalogue.find("team-art")
+    assert art is not None
+    assert art.strict
+    assert art.target.model == "gpt-image-2.5-flare"
+    other = made.catalogue.find("dall-e-9")
+    assert other is not None
+    assert (other.label, other.target.model, other.unpriced) == (
+        "other",
+        "dall-e-9",
+        Unpriced.REFUSE,
+    )
+    assert made.cache.scope is CacheScope.ORGANIZATION
+    assert made.cache.ttl == timedelta(days=1)
+    team = made.teams["growth"]
+    assert team.declared
+    assert not team.cache_enabled
+    assert team.models == {"gpt-image-2.5-flare", "team-art"}
+    assert team.limits == Limits(60, 20, 10, 5 * 10**9, 50 * 10**9, None)
+    first, ci = made.declared_keys
+    assert (first.secret, first.models, first.expires) == (Secret(KEY), None, None)
+    assert (ci.name, ci.models, ci.limits.budget_day) == ("ci", frozenset({"team-art"}), 10**9)
+    assert ci.expires == datetime(2027, 1, 1, tzinfo=UTC)
+    assert ci.key("abc").declared
+    assert made.lease_seconds == 660
+
+
+def test_the_shipped_file_loads_with_nothing_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    made = load(None, {})
+    (warning,) = made.warnings
+    assert warning.file == "config/gateway.yaml"
+    assert warning.path == "upstreams.openai"
+    assert warning.message == "has no key and is off: set OPENAI_API_KEY"
+    assert not made.upstreams["openai"].ready
+    assert made.catalogue.find("gpt-image-2.6-flare") is not None
+
+
+def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
+    text = DEFAULT.read_text()
+    shown, bare = read(tmp_path, text), read(tmp_path, "")
+    for section in ("server", "storage", "ledger", "prices", "cache", "relay", "log"):
+        assert getattr(shown, section) == getattr(bare, section)
+        for each in dataclasses.fields(getattr(bare, section)):
+            assert re.search(rf"^  {each.name}: ", text, re.MULTILINE), each.name
+    assert dataclasses.replace(shown.upstreams["openai"], name="", base_url="") == (
+        dataclasses.replace(
+            read(tmp_path, MODELS).upstreams["openai"], name="", base_url="", api_keys=()
+        )
+    )
+
+
+def test_the_commented_team_of_the_shipped_file_is_right(tmp_path: Path) -> None:
+    text = DEFAULT.read_text().replace("teams: {}", "teams:")
+    text = re.sub(r"^#  ", "  ", text.partition("teams:")[2], flags=re.MULTILINE)
+    text = DEFAULT.read_text().partition("teams: {}")[0] + "teams:" + text
+    made = read(tmp_path, text, {"GROWTH_KEY": KEY, "GROWTH_CI_KEY": OTHER_KEY})
+    assert made.teams["growth"].limits.max_cost_per_request == 2 * 10**9
+    assert [each.name for each in made.declared_keys] == ["", "ci"]
+    made = read(tmp_path, text, {"GROWTH_KEY": KEY})
+    assert [each.name for each in made.declared_keys] == [""]
+    assert "GROWTH_CI_KEY is empty: this key is left out" in {
+        each.message for each in made.warnings
+    }
+
+
+def test_which_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert default_config_path({"GATEWAY_CONFIG": "x.yaml"}) == Path("x.yaml")
+    assert default_config_path({}) == DEFAULT
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "gateway.yaml").write_text("server: {port: 1}")
+    assert load(None, {}).server.port == 1
+    assert shipped("prices.yaml").is_file()
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the file cannot be read .*--config FILE"):
+        load(tmp_path / "no.yaml", {})
+    with pytest.raises(ConfigError, match="the file cannot be read"):
+        load(tmp_path, {})
+
+
+def test_the_environment_wins(tmp_path: Path) -> None:
+    made = read(
+        tmp_path,
+        "server: {port: eighty, host: 127.0.0.1}\nstorage: {redis: redis://a}",
+        {
+            "GATEWAY_SERVER__PORT": "9000",
+            "GATEWAY_STORAGE__REDIS": "",
+            "GATEWAY_STORAGE__DATABASE": "sqlite:////var/lib/g.db",
+            "GATEWAY_CACHE__TTL": "15m",
+            "GATEWAY_CACHE__ENABLED": "false",
+            "GATEWAY_STORAGE__PEPPER": "$${HOME} is not read for references",
+            "GATEWAY_CONFIG": "x",
+            "GATEWAY_ADMIN_KEY": "no setting",
+            "GATEWAY_SERVICE_HOST": "kubernetes sets this one",
+        },
+    )
+    assert (made.server.port, made.server.host) == (9000, "127.0.0.1")
+    assert made.storage.redis is None
+    assert made.storage.database == Path("/var/lib/g.db")
+    assert (made.cache.ttl, made.cache.enabled) == (timedelta(minutes=15), False)
+    assert made.storage.pepper == Secret("$${HOME} is not read for references")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("GATEWAY_SERVER__PROT", "1", "there is no such setting; did you mean GATEWAY_SERVER__PO"),
+        ("GATEWAY_server__port", "1", "there is no such setting; did you mean GATEWAY_SERVER__PO"),
+        ("GATEWAY_TEAMS__GROWTH", "1", "this can only be set in the file, not by a variable"),
+        ("GATEWAY_SERVER__TRUSTED_PROXIES", "1", "this can only be set in the file, not by a var"),
+        ("GATEWAY_SERVER__PORT", "hunter2", "server.port: must be a port"),
+        ("GATEWAY_SERVER__PORT", "", "server.port: is empty: set GATEWAY_SERVER__PORT"),
+    ],
+)
+def test_a_variable_that_is_wrong(tmp_path: Path, variable: str, value: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, "", {variable: value})
+    (mistake,) = caught.value.mistakes
+    assert str(mistake).startswith(f"{variable}: {expected}")
+    assert "hunter2" not in str(mistake)
+
+
+def test_references(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text(f"{KEY}\n")
+    (tmp_path / "mine.pem").write_text("")
+    (tmp_path / "provider").write_text(f"{PROVIDER_KEY}\r\n")
+    made = read(
+        tmp_path,
+        'server: {port: "${PORT:-8081}", host: "a${MIDDLE}b"}\n'
+        "storage: {pepper: '$${x} $$ $x ${P}', redis: '${REDIS:-}'}\n"
+        'upstreams: {a: {kind: openai, base_url: "https://h/v1", verify: mine.pem,\n'
+        '  api_keys: ["${file:provider}"], proxy: "${PROXY:-http://p:1}"}}\n'
+        'teams: {a: {keys: ["${file:key}"], budget: {day: "${DAY}"}}}\n',
+        {"MIDDLE": ".", "P": "a: {b: 'c'}\n# ${Q}", "DAY": "0.1"},
+    )
+    assert (made.server.port, made.server.host) == (8081, "a.b")
+    assert made.storage.pepper == Secret("${x} $ $x a: {b: 'c'}\n# ${Q}")
+    assert made.storage.redis is None
+    assert made.upstreams["a"].verify == tmp_path / "mine.pem"
+    assert made.upstreams["a"].api_keys == (Secret(PROVIDER_KEY),)
+    assert made.upstreams["a"].proxy == Secret("http://p:1")
+    assert made.declared_keys[0].secret == Secret(KEY)
+    assert made.teams["a"].limits.budget_day == 10**8
+
+
+def test_warnings(tmp_path: Path) -> None:
+    made = read(
+        tmp_path,
+        MODELS.replace("[k]", "['']")
+        + "storage: {redis: redis://a, pepper: short}\ncache: {redis: redis://A/1}\n"
+        f"teams: {{a: {{keys: [{{key: {KEY}, models: [art]}}], models: []}}, b: {{}}}}\n"
+        "ledger: {lease_seconds: 30}\n",
+    )
+    assert [f"{each.line} {each.path}" for each in made.warnings] == [
+        "1 upstreams.openai",
+        "3 storage.pepper",
+        "4 cache.redis",
+        "5 teams.b",
+        "6 ledger.lease_seconds",
+    ]
+    assert made.lease_seconds == 30
+
+
+def test_anchors_repeat_whole_values(tmp_path: Path) -> None:
+    made = read(
+        tmp_path,
+        f"teams:\n  a: {{keys: [{KEY}], budget: &b {{day: 1.5}}}}\n"
+        f"  b: {{keys: [{OTHER_KEY}], budget: *b}}\n",
+    )
+    assert {team.limits.budget_day for team in made.teams.values()} == {1_500_000_000}
+
+
+def test_bombs_are_refused(tmp_path: Path) -> None:
+    text = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+    )
+    assert "more than 50000 values, aliases expanded" in " ".join(refusal(tmp_path, text))
+    assert "larger than 1048576 bytes" in " ".join(refusal(tmp_path, "#" * 2**21))
+
+
+@pytest.mark.parametrize(
+    ("text", "nanos"),
+    [
+        ("0.1", 100_000_000),
+        ('"0.1"', 100_000_000),
+        ("50.00", 50 * 10**9),
+        ("0", 0),
+        ("0.000000001", 1),
+        ("9007199.254740993", 9_007_199_254_740_993),
+        ("1.10000000000", 1_100_000_000),
+    ],
+)
+def test_money_is_exact(tmp_path: Path, text: str, nanos: int) -> None:
+    made = read(tmp_path, f"teams: {{a: {{budget: {{day: {text}}}}}}}")
+    assert made.teams["a"].limits.budget_day == nanos
+
+
+@given(nanos=strategies.integers(0, 10**18))
+def test_every_amount_comes_back(nanos: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    text = f"teams: {{a: {{budget: {{month: {format_dollars(nanos)}}}}}}}"
+    made = read(tmp_path_factory.getbasetemp(), text)
+    assert made.teams["a"].limits.budget_month == nanos
+
+
+def test_price_rows_keep_their_text_and_their_lines(tmp_path: Path) -> None:
+    made = read(tmp_path, "prices:\n  rows:\n    - {model: m, valid_from: 2026-01-02, in: 0.10}\n")
+    (row,) = made.prices.rows
+    assert (row.place.line, row.entries["in"].place.column) == (3, 42)
+    assert {name: str(value) for name, value in dict(plain(row) or {}).items()} == {  # type: ignore[arg-type]
+        "model": "m",
+        "valid_from": "2026-01-02",
+        "in": "0.10",
+    }
+
+
+def test_a_secret_does_not_show() -> None:
+    secret = Secret("hunter2")
+    assert f"{secret} {secret!r} {secret:>9} {secret!s} {[secret]}" == "*** *** *** *** [***]"
+    assert json.dumps({"a": secret}, default=str) == '{"a": "***"}'
+    assert secret.reveal() == "hunter2"
+    assert bool(secret)
+    assert not Secret("")
+    assert secret == Secret("hunter2")
+    assert secret != Secret("hunter3")
+    assert secret != "hunter2"
+    assert copy.deepcopy(secret) is secret
+    with pytest.raises(TypeError):
+        pickle.dumps(secret)
+    with pytest.raises(TypeError):
+        hash(secret)
+
+
+CANARY = "igwCanary0hunter2PasswordThatNobodyMayEverSee"
+EVERYTHING = """
+server: {host: h, port: 1, trusted_proxies: [10.0.0.0/8]}
+storage: {database: sqlite:///d, redis: "redis://:pw@h", blobs: b, pepper: p}
+upstreams: {o: {kind: openai, base_url: "https://h/v1", api_keys: [k], headers: {x-a: v},
+  proxy: "http://u:pw@h", verify: true, prices: openai, timeouts: {total_seconds: 1}}}
+models: {m: {upstream: o, model: n, unpriced: allow, validate: strict}}
+prices: {rows: [{model: m}]}
+cache: {ttl: 1h, scope: team, redis: "redis://h"}
+teams: {t: {keys: [kkkkkkkkkkkkkkkkkkkkkkkk, {key: llllllllllllllllllllllll, name: n,
+  models: [m], budget: {day: 1}, expires: 2027-01-01}], models: [m]}}
+admin: {keys: [""]}
+log: {level: info}
+"""
+WORDS = sorted({match.span() for match in re.finditer(r'[^\s{}\[\],:"]+', EVERYTHING)})
+
+
+@pytest.mark.parametrize("how", ["written", "referred to", "with a password", "quoted"])
+@pytest.mark.parametrize("span", WORDS, ids=lambda span: EVERYTHING[slice(*span)])
+def test_a_secret_in_any_place_is_never_printed(
+    tmp_path: Path, span: tuple[int, int], how: str
+) -> None:
+    """Wherever a key lands by mistake, as a value or as a name, no message and no repr has it."""
+    instead = {
+        "written": CANARY,
+        "referred to": '"${CANARY}"',
+        "with a password": f"https://u:{CANARY}@h",
+        "quoted": f'"sk-{CANARY}"',
+    }[how]
+    text = EVERYTHING[: span[0]] + instead + EVERYTHING[span[1] :]
+    made = attempt(tmp_path, text, {"CANARY": CANARY})
+    if isinstance(made, ConfigError):
+        assert CANARY not in str(made)
+        assert CANARY not in repr(made.mistakes)
+        return
+    # A host, a level or a name of a model is no secret; a key is, however it came here.
+    shown = f"{made.warnings}{[str(each) for each in made.warnings]}"
+    assert CANARY not in shown
+    if "key" in EVERYTHING[slice(*span)] or EVERYTHING[slice(*span)] in ("k", "p", "v", "pw"):
+        assert CANARY not in repr(made)
+
+
+def mutated(seed: int) -> bytes:
+    """The two files with a few characters, words or lines lost, doubled, moved or replaced."""
+    chance = random.Random(seed)
+    text = chance.choice([EVERYTHING, EVERYTHING, DEFAULT.read_text()])
+    scraps = ["\t", "\n", "  ", ":", "- ", "{", "}", "[", "]", '"', "'", "&a ", "*a", "!!int ",
+              "${", "${A}", "${file:/}", "$$", "yes", "null", "~", "0x1", "1e9", "1:30", "<<: ",
+              "? ", "|\n", "#", "%YAML 1.3\n", "---\n", "\x00", "\ud800", "é", "\u2028", "9" * 5000,
+              "-1", ".inf", "2027-13-01", "\\U0011ffff", '"\\UFFFFFFFF"', "@"]  # fmt: skip
+    for _ in range(chance.randint(1, 6)):
+        start = chance.randrange(len(text))
+        end = min(len(text), start + chance.choice([0, 0, 1, 3, 10, 60]))
+        other = chance.randrange(len(text))
+        middle = chance.choice(
+            [chance.choice(scraps), "", text[start:end] * 2, text[other : other + 20]]
+        )
+        text = text[:start] + middle + text[end:]
+    content = text.encode("utf-8", "surrogatepass")
+    if chance.random() < 0.1:
+        at = chance.randrange(len(content))
+        content = content[:at] + bytes([chance.randrange(256)]) + content[at:]
+    return content
+
+
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(content=strategies.integers(0, 2**32).map(mutated) | strategies.binary(max_size=200))
+def test_a_mutated_file_gives_settings_or_mistakes_and_never_a_traceback(
+    content: bytes, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    made = attempt(tmp_path_factory.getbasetemp(), content, {"A": "b: c"})
+    if isinstance(made, ConfigError):
+        assert made.mistakes
+        for mistake in made.mistakes:
+            assert mistake.line >= 1
+            assert mistake.column >= 1
+            assert mistake.message
+        str(made).encode()
+        return
+    repr(made).encode("utf-8", "surrogatepass")
