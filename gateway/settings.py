@@ -227,8 +227,8 @@ def _split(url: str) -> SplitResult:
         usable = parts.hostname and (parts.port is None or parts.port > 0)
     except ValueError:
         usable = False
-    if not usable or not url.isprintable() or " " in url or "\\" in url:
-        raise Wrong("must be a url with a host and, if any, a port: scheme://host:port")
+    if not usable or _VISIBLE.fullmatch(url) is None or "\\" in url:
+        raise Wrong("must be a url in ASCII with a host and, if any, a port: scheme://host:port")
     return parts
 
 
@@ -716,10 +716,13 @@ def _upstream_objection(name: str) -> str | None:
     return _NAME_RULE.format("an upstream")
 
 
+def is_team_name(name: str) -> bool:
+    """Whether a team may have this name."""
+    return re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name) is not None
+
+
 def _team_objection(name: str) -> str | None:
-    if re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", name):
-        return None
-    return _NAME_RULE.format("a team")
+    return None if is_team_name(name) else _NAME_RULE.format("a team")
 
 
 def _model_objection(name: str) -> str | None:

@@ -68,7 +68,7 @@ MISTAKES = [
     ("server: {port: 1", "1:17: the { before it is not closed here: a comma or a } is missing"),
     ("server: {}\nlog\n", "2:1: a name without its colon: write name: value"),
     ('log: {}\nserver: {host: "a}\n', "2:16: this quote is not closed"),
-    ("log: {}\n  relay: {}", "2:8: "),
+    ("log: {}\n  relay: {}", "2:3: this does not fit the lines above: check the indentation"),
     ("log: ]", "1:6: a value is missing here, or needs quotes"),
     ("a: b: c", "1:5: a colon is not allowed here"),
     ("server: {}\n---\nlog: {}", '2:1: a second document starts here: remove the "---"'),
@@ -134,7 +134,7 @@ MISTAKES = [
     ("storage: {redis: redis+sentinel://h}", "storage.redis: Redis Sentinel does not exist in"),
     ("storage: {redis: h:6379}", "storage.redis: must be a url that starts with redis:// or redi"),
     ("storage: {redis: redis://h/a}", "storage.redis: must end in the number of a database"),
-    ("storage: {redis: 'redis://:pw@'}", "storage.redis: must be a url with a host"),
+    ("storage: {redis: 'redis://:pw@'}", "storage.redis: must be a url in ASCII with a host"),
     ("storage: {blobs: s3://b}", "storage.blobs: blobs in S3 do not exist in this version"),
     ("admin: {keys: [secretsecretsecret]}", "1:16: admin.keys[0]: the Admin API does not exist"),
     ("prices: {file: no.yaml}", "1:16: prices.file: there is no such file"),
@@ -257,10 +257,11 @@ ORIGINS = [
     ("https://user:pass@h/v1", "user or a password", None),
     ("https://h/v1?a=b", "must not hold", None),
     ("ftp://h/v1", "starts with https://", None),
-    ("https://", "with a host", None),
-    ("https://h:99999/v1", "with a host", None),
-    ("https://[::1/v1", "with a host", None),
-    ("https://h\\@evil/v1", "with a host", None),
+    ("https://", "a host and", None),
+    ("https://h:99999/v1", "a host and", None),
+    ("https://[::1/v1", "a host and", None),
+    ("https://169。254。169。254/v1", "in ASCII", None),
+    ("https://h\\@evil/v1", "a host and", None),
 ]
 
 

@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 
 STALL_SECONDS = 120.0
 """A client that takes nothing for so long has its connection dropped; its result is kept."""
+HUNG_UP = "gateway.hung_up"
+"""In the scope: an event that is set when the client has closed its sending half."""
+ABORT = "gateway.abort"
+"""In the scope: drops the connection at once, with whatever is still to be sent."""
 IDEMPOTENCY_KEY = re.compile(r"[\x21-\x7e]([\x20-\x7e]{0,253}[\x21-\x7e])?")
 MAX_AGE = re.compile(r"max-age\s*=\s*\"?(\d{1,9})\"?")
 
@@ -57,7 +61,7 @@ class RelayedRoutes:
         """From the request line to the log line."""
         started = self._clock.monotonic()
         rid = new_request_id()
-        door = _Door(receive, send)
+        door = _Door(scope, receive, send)
         try:
             answer = await self._answer(rid, operation, scope, door, started)
             try:
@@ -72,7 +76,7 @@ class RelayedRoutes:
                 # The status has left, so the only honest end is a broken connection.
                 log.exception("an answer broke off", extra={"request_id": rid})
                 door.left_at("broken")
-                raise
+                await door.abort()
             finally:
                 answer.head.close()
                 await self._close_books(answer, door, started)
@@ -121,7 +125,9 @@ class RelayedRoutes:
 class _Door:
     """One request's two directions, and whether the client still stands there."""
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._hung_up: asyncio.Event | None = scope.get(HUNG_UP)
+        self._abort: Callable[[], None] | None = scope.get(ABORT)
         self._receive = receive
         self._send = send
         self._watch: asyncio.Task[None] | None = None
@@ -159,6 +165,9 @@ class _Door:
     async def send_head(self, head: Head) -> None:
         if self.gone:
             raise ClientGone(self.gone)
+        if self._hung_up is not None and self._hung_up.is_set():
+            # Nobody can say whether it still reads: it is counted as gone, and answered.
+            self.left_at("upstream")
         self.status = head.status
         headers = [
             (name.encode("ascii"), value.encode("ascii"))
@@ -175,6 +184,12 @@ class _Door:
         await self._put({"type": "http.response.body", "body": chunk, "more_body": True})
         self.bytes_out += len(chunk)
 
+    async def abort(self) -> None:
+        """Drops the connection: the client sees a reset, never a cut answer that looks whole."""
+        if self._abort is not None:
+            self._abort()
+            await asyncio.sleep(0)
+
     async def finish(self) -> None:
         await self._put({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -186,6 +201,7 @@ class _Door:
             async with asyncio.timeout(STALL_SECONDS):
                 await self._send(message)
         except TimeoutError:
+            await self.abort()
             raise ClientGone("stalled") from None
         except OSError:
             raise ClientGone("response") from None

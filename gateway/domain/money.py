@@ -6,6 +6,7 @@ $30 per million tokens is exactly 30_000 nano-dollars a token, so every publishe
 from __future__ import annotations
 
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
+from fractions import Fraction
 from typing import TypeAlias
 
 Money: TypeAlias = int
@@ -31,10 +32,11 @@ def parse_dollars(text: str | int | Decimal) -> Money:
         raise ValueError(f"{text!r} is not an amount of dollars: it must be zero or more")
     if dollars > MAX_NANOUSD // NANOS_PER_DOLLAR:
         raise ValueError(f"{text!r} dollars is more than the ledger can hold")
-    nanos = dollars * NANOS_PER_DOLLAR
-    if nanos != nanos.to_integral_value():
+    # Decimal's own arithmetic rounds to 28 digits, so a longer fraction would look exact.
+    nanos = Fraction(dollars) * NANOS_PER_DOLLAR
+    if nanos.denominator != 1:
         raise ValueError(f"{text!r} dollars is finer than a nano-dollar")
-    return int(nanos)
+    return nanos.numerator
 
 
 def format_dollars(nanousd: Money) -> str:

@@ -502,15 +502,13 @@ def _failed(receipt: Receipt, error: GatewayError) -> Receipt:
 async def _as_stream(operation: Operation, cached: Cached) -> AsyncIterator[bytes]:
     """A kept JSON answer as its one completed event: a look for its small members, then a pass."""
     meter = JsonMeter(operation, cached.meta.upstream)
-    async with aclosing(cached.chunks()) as chunks:
-        async for chunk in chunks:
-            meter.feed(chunk)
+    async for chunk in cached.chunks():
+        meter.feed(chunk)
     form = replay.completed_event(operation, meter.document())
     if form is None:
         raise RuntimeError("only what has the form of a stream is kept as streamable")
-    async with aclosing(cached.chunks()) as chunks:
-        async for piece in replay.apieces(form, chunks):
-            yield piece
+    async for piece in replay.apieces(form, cached.chunks()):
+        yield piece
 
 
 async def _known(receipt: Receipt) -> Receipt:

@@ -139,11 +139,11 @@ class _Exchange:
         self.wire = self._new_wire()
 
     async def run(self) -> None:
-        if self._sandbox.control and self._record.path.startswith("/sandbox/"):
-            await self._control(await self._body())
-            return
         try:
             body = await self._body()
+            if self._sandbox.control and self._record.path.startswith("/sandbox/"):
+                await self._control(body)
+                return
             await asyncio.to_thread(self._record.take_body, body, self._sandbox.journal.body_bytes)
             self._sandbox.journal.add(self._record)
             self._authenticate()

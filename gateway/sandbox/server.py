@@ -29,6 +29,7 @@ from gateway.sandbox.watch import Gate
 from gateway.sandbox.wire import CLOSE
 
 START_SECONDS = 10.0
+STOP_SECONDS = 10.0
 
 
 class _Protocol(HttpToolsProtocol):
@@ -52,11 +53,13 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                proxy_headers=False,
                 # Longer than any test keeps a connection: no client meets one being closed.
                 timeout_keep_alive=75,
             )
         )
         self.ready = Gate()
+        self.stopping = Gate()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -66,11 +69,27 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self.ready.set()
 
+    async def main_loop(self) -> None:
+        """uvicorn's own looks for its end ten times a second; a test suite starts hundreds."""
+        ticking = asyncio.ensure_future(super().main_loop())
+        await self.stopping.until(self.stopping.is_set)
+        ticking.cancel()
+        await asyncio.gather(ticking, return_exceptions=True)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drops every connection, and waits only for the requests to notice."""
+        for server in self.servers:
+            server.close()
         for connection in list(self.server_state.connections):
             if connection.transport is not None:
                 connection.transport.abort()
-        await super().shutdown(sockets)
+        tasks = set(self.server_state.tasks)
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_SECONDS)
+        # One turn of the loop, for the dropped connections to close their sockets.
+        await asyncio.sleep(0)
+        for listening in sockets or []:
+            listening.close()
 
 
 class RunningSandbox:
@@ -132,7 +151,7 @@ class SandboxServer(RunningSandbox):
         trace: TracebackType | None,
     ) -> None:
         self.sandbox.close()
-        self._server.should_exit = True
+        self._server.stopping.set()
         self._thread.join()
 
     def _run(self) -> None:
@@ -162,13 +181,16 @@ async def serve_sandbox(
         yield RunningSandbox(app.state.sandbox, host, listening.getsockname()[1])
     finally:
         app.state.sandbox.close()
-        server.should_exit = True
+        server.stopping.set()
         await serving
 
 
 def _listen(host: str, port: int) -> socket.socket:
     """A bound socket: the port is known, and nobody else's, before the server starts."""
-    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # asyncio sets TCP_NODELAY only where the protocol is named; without it a small answer waits
+    # 40 ms for the client's delayed acknowledgement.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))

@@ -48,6 +48,8 @@ GATE_SECONDS = 0.3
 """What a call may wait for the gate, and a look-up for the cache."""
 DATA_SECONDS = 2.0
 """What one piece of an answer, or all pieces of one that is read, may take."""
+LATE_SECONDS = 0.02
+GRACE_SECONDS = 0.1
 REMEMBER_MS = 60_000
 """How long a call's marker lives: longer than any retry of a lost reply."""
 PIECE_BYTES = 1024 * 1024
@@ -185,7 +187,7 @@ class Link:
         probe: str,
         failures: int = 3,
         pause: float = 1.0,
-        in_flight: int = 32,
+        in_flight: int = 16,
         on_error: Callable[[BaseException], None] | None = None,
     ) -> None:
         self.client = client
@@ -209,34 +211,41 @@ class Link:
         return self._failures >= self._allowed
 
     async def call(self, command: Callable[[], Awaitable[T]], seconds: float) -> T:
-        """Raises ``StoreAway``."""
-        if self.down:
-            raise StoreAway("it is down")
-        return await self.attempt(command, seconds)
+        """Raises ``StoreAway``. ``seconds`` begin when the command's turn has come."""
+        async with self._places:
+            # Asked only now: those that queued behind the failures need not repeat them.
+            if self.down:
+                raise StoreAway("it is down")
+            return await self.attempt(command, seconds)
 
     async def attempt(self, command: Callable[[], Awaitable[T]], seconds: float) -> T:
-        """As ``call``, even while it is down."""
+        """As ``call``, even while it is down, and without waiting for a turn."""
         if self._closed:
             raise StoreAway("it is closed")
-        ends = asyncio.get_running_loop().time() + seconds
-        task = asyncio.create_task(self._in_place(command, ends))
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + seconds
+        task = asyncio.create_task(_translated(command))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        try:
-            async with asyncio.timeout(seconds):
-                result = await asyncio.shield(task)
-        except StoreRefused:
+        await asyncio.wait({task}, timeout=seconds)
+        if not task.done() and loop.time() > ends + LATE_SECONDS:
+            # This process was stalled, not Redis: the answer may lie in the socket already.
+            await asyncio.wait({task}, timeout=GRACE_SECONDS)
+        if not task.done():
+            self._failed(TimeoutError(f"no answer in {seconds} s"))
+            raise StoreAway("no answer in time")
+        if task.cancelled():
+            raise StoreAway("it was closed")
+        error = task.exception()
+        if error is None:
             self._failures = 0
-            raise
-        except asyncio.CancelledError:
-            if not task.cancelled():
-                raise
-            raise StoreAway("it was closed") from None
-        except (TimeoutError, StoreAway) as error:
-            self._failed(error)
-            raise StoreAway("no answer in time") from error
-        self._failures = 0
-        return result
+            return task.result()
+        if isinstance(error, StoreRefused):
+            self._failures = 0
+            self._tell(error.__cause__ or error)
+        else:
+            self._failed(error.__cause__ or error)
+        raise error
 
     async def aclose(self) -> None:
         """Closes the client too."""
@@ -247,20 +256,6 @@ class Link:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.aclose()
 
-    async def _in_place(self, command: Callable[[], Awaitable[T]], ends: float) -> T:
-        async with self._places:
-            if asyncio.get_running_loop().time() >= ends:
-                raise StoreAway("nobody waits for it any more")
-            try:
-                return await command()
-            except (ClusterDownError, MasterDownError) as error:
-                raise StoreAway(type(error).__name__) from error
-            except ResponseError as error:
-                self._tell(error)
-                raise StoreRefused(type(error).__name__) from error
-            except (RedisError, RedisClusterException, OSError) as error:
-                raise StoreAway(type(error).__name__) from error
-
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
@@ -268,7 +263,7 @@ class Link:
             task.exception()
 
     def _failed(self, error: BaseException) -> None:
-        self._tell(error.__cause__ or error)
+        self._tell(error)
         self._failures += 1
         if self._prober is None and not self._closed:
             self._prober = asyncio.create_task(self._probe())
@@ -299,6 +294,18 @@ class Link:
         await self.attempt(self._ask, GATE_SECONDS)
 
 
+async def _translated(command: Callable[[], Awaitable[T]]) -> T:
+    """The command's answer, or why there is none as a ``StoreAway``."""
+    try:
+        return await command()
+    except (ClusterDownError, MasterDownError) as error:
+        raise StoreAway(type(error).__name__) from error
+    except ResponseError as error:
+        raise StoreRefused(type(error).__name__) from error
+    except (RedisError, RedisClusterException, OSError) as error:
+        raise StoreAway(type(error).__name__) from error
+
+
 class RedisGate:
     """The gate that all replicas share, with a local one that stands in while Redis is away.
 
@@ -318,6 +325,7 @@ class RedisGate:
         account: str = "default",
         lease_seconds: float = 15.0,
         beat_seconds: float = 5.0,
+        deadline_seconds: float = GATE_SECONDS,
         pause_seconds: float = 1.0,
         on_error: Callable[[BaseException], None] | None = None,
         offset: Callable[[], float] | None = None,
@@ -329,6 +337,7 @@ class RedisGate:
         self._local = MemoryGate(clock)
         self._lease_us = round(lease_seconds * 1e6)
         self._beat_seconds = beat_seconds
+        self._deadline = deadline_seconds
         self._offset = offset
         self._live: dict[str, tuple[str, ...]] = {}
         self._heart: asyncio.Task[None] | None = None
@@ -351,7 +360,7 @@ class RedisGate:
         args = (rid, self._offset_us(), self._lease_us, REMEMBER_MS, *_described(mine, demand))
         try:
             reply = await self._link.call(
-                partial(_TAKE.run, self._link.client, keys, *args), GATE_SECONDS
+                partial(_TAKE.run, self._link.client, keys, *args), self._deadline
             )
         except StoreAway as error:
             self._refused = isinstance(error, StoreRefused)
@@ -408,7 +417,7 @@ class RedisGate:
     async def _quietly(self, command: Callable[[], Awaitable[object]]) -> None:
         """Giving back is not worth an error: leases end, and rates refill, by themselves."""
         try:
-            await self._link.call(command, GATE_SECONDS)
+            await self._link.call(command, self._deadline)
         except StoreAway:
             return
 
@@ -479,6 +488,7 @@ class RedisCache:
         *,
         max_entry_bytes: int = 32 * 1024 * 1024,
         piece_bytes: int = PIECE_BYTES,
+        deadline_seconds: float = GATE_SECONDS,
         pause_seconds: float = 1.0,
         on_error: Callable[[BaseException], None] | None = None,
     ) -> None:
@@ -486,6 +496,7 @@ class RedisCache:
         self._clock = clock
         self._max_entry_bytes = max_entry_bytes
         self._piece_bytes = piece_bytes
+        self._deadline = deadline_seconds
 
     @property
     def degraded(self) -> bool:
@@ -493,7 +504,7 @@ class RedisCache:
 
     async def get(self, key: str) -> Cached | None:
         try:
-            header = await self._link.call(partial(self._read, key, "meta"), GATE_SECONDS)
+            header = await self._link.call(partial(self._read, key, "meta"), self._deadline)
             if header is None:
                 return None
             meta, document = decode(header)
@@ -585,7 +596,7 @@ class RedisCache:
     async def _forget(self, name: str) -> None:
         try:
             await self._link.call(
-                partial(self._link.client.execute_command, "UNLINK", name), GATE_SECONDS
+                partial(self._link.client.execute_command, "UNLINK", name), self._deadline
             )
         except StoreAway:
             return

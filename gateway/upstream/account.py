@@ -229,7 +229,8 @@ class AccountReply:
             name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
             known = self._headers.get(name)
             self._headers[name] = value if known is None else f"{known}, {value}"
-        self._encoding = self._headers.pop("content-encoding", "identity").strip().lower()
+        encoding = self._headers.pop("content-encoding", "").strip().lower()
+        self._encoding = encoding or "identity"
         if self._encoding != "identity":
             self._headers.pop("content-length", None)
 

@@ -36,7 +36,7 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     valkey: Valkey = request.getfixturevalue("valkey")
     client = connect(valkey.url, timeout=5.0)
     await client.execute_command("FLUSHALL")
-    gate = RedisGate(client, clock, offset=lambda: clock.monotonic() - 1000)
+    gate = RedisGate(client, clock, deadline_seconds=5.0, offset=lambda: clock.monotonic() - 1000)
     yield Bench(gate, clock.advance)
     # Nothing here may have been answered by the stand-in.
     assert not gate.degraded
@@ -288,7 +288,9 @@ def test_the_redis_gate_is_a_leaky_bucket(
         clock, bucket = StillClock(), LeakyBucket(amount)
         client = connect(valkey.url, timeout=5.0)
         await client.execute_command("FLUSHALL")
-        gate = RedisGate(client, clock, offset=lambda: clock.monotonic() - 1000)
+        gate = RedisGate(
+            client, clock, deadline_seconds=5.0, offset=lambda: clock.monotonic() - 1000
+        )
         for i, (seconds, units) in enumerate(steps):
             clock.advance(seconds)
             bucket.leak(seconds * 1_000_000)

@@ -242,8 +242,8 @@ async def test_a_lost_answer_is_counted_once(valkey: Valkey, admin: Client) -> N
 
 
 async def test_a_dead_worker_loses_its_slots_and_a_live_one_keeps_them(valkey: Valkey) -> None:
-    live = gate_at(valkey.url, lease_seconds=0.4, beat_seconds=0.1)
-    dead = gate_at(valkey.url, lease_seconds=0.4, beat_seconds=3600)
+    live = gate_at(valkey.url, lease_seconds=2.0, beat_seconds=0.1)
+    dead = gate_at(valkey.url, lease_seconds=2.0, beat_seconds=3600)
     assert isinstance(await live.take("live", LIMITS, ONE), Grant)
     assert isinstance(await dead.take("dead-1", LIMITS, ONE), Grant)
     assert isinstance(await dead.take("dead-2", LIMITS, ONE), Grant)
@@ -483,4 +483,18 @@ async def test_a_beat_that_overtakes_a_release_leaves_no_slot_behind(
         await gate.release(f"r{i}", LIMITS)
     # Well before the lease of 15 s ends.
     await eventually(free, seconds=5)
+    await gate.aclose()
+
+
+async def test_a_stall_of_this_process_is_not_taken_for_one_of_redis(valkey: Valkey) -> None:
+    gate = gate_at(valkey.url)
+    assert not await degraded(gate, "warm")
+    for turns in range(8):
+        takes = [asyncio.create_task(gate.take(f"{turns}-{i}", [RATE], ONE)) for i in range(5)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        time.sleep(0.35)  # noqa: ASYNC251
+        for answer in await asyncio.gather(*takes):
+            assert isinstance(answer, Grant)
+            assert not answer.degraded
     await gate.aclose()

@@ -45,7 +45,7 @@ ROOT = Path(__file__).parents[2]
 BUSY_SECONDS = 0.2
 
 
-def claim(rid: str, bound: int = 10, amount: int | None = None) -> Claim:
+def claim(rid: str, bound: int = 10, amount: int | None = None, key: str | None = None) -> Claim:
     accounts = tuple(
         Line(Limit(scope, owner, Unit.MONEY, window, amount), period(window, NOON))
         for scope, owner in ((Scope.KEY, "k1"), (Scope.TEAM, "growth"))
@@ -63,6 +63,7 @@ def claim(rid: str, bound: int = 10, amount: int | None = None) -> Claim:
         accounts,
         NOON,
         NOON + timedelta(seconds=660),
+        idempotency_key=key,
     )
 
 
@@ -412,6 +413,42 @@ async def test_a_sum_that_leaves_64_bits_is_refused_not_rounded(
     assert await store.ledger.balances(claim("a").lines) == [Balance(0, 2**63 - 1)] * 4
     await store.aclose()
     audit(path)
+
+
+async def test_an_operation_that_fails_half_way_leaves_nothing(
+    store: SQLiteStore, path: Path
+) -> None:
+    await store.ledger.reserve(claim("void", key="i"))
+    await store.ledger.settle(Settlement("void", Event.VOID, Outcome.REFUSED, Basis.NONE))
+    with pytest.raises(OverflowError):  # after the key has moved
+        await store.ledger.reserve(claim("a", 2**63, key="i"))
+    await store.ledger.reserve(claim("b"))
+    await store.ledger.reserve(claim("c"))
+    await store.ledger.settle(settled("b", 2**63 - 1))
+    with pytest.raises(sqlite3.IntegrityError):  # after the hold is posted
+        await store.ledger.settle(settled("c", 1))
+    assert await store.ledger.open_holds() == 1
+    await store.aclose()
+    audit(path)
+    with closing(sqlite3.connect(path)) as db:
+        keys = db.execute("SELECT rid FROM hold WHERE idempotency_key = 'i'").fetchall()
+    assert keys == [("void",)]
+
+
+async def test_a_transaction_that_breaks_half_way_leaves_nothing(store: SQLiteStore) -> None:
+    def broken(db: sqlite3.Connection) -> None:
+        db.execute("INSERT INTO balance (account) VALUES ('half')")
+        raise sqlite3.OperationalError("disk I/O error")
+
+    answers = await asyncio.gather(
+        store.ledger.reserve(claim("a")), store._writer.submit(broken), return_exceptions=True
+    )
+    assert isinstance(answers[1], LedgerUnavailable)
+    assert isinstance(await store.ledger.reserve(claim("b")), Held)
+    held = 1 + isinstance(answers[0], Held)
+    assert await store.ledger.balances(claim("a").lines) == [Balance(0, held * 10)] * 4
+    count = "SELECT count(*) FROM balance WHERE account = 'half'"
+    assert await store._writer.submit(lambda db: db.execute(count).fetchone()) == (0,)
 
 
 async def test_a_queue_that_is_full(store: SQLiteStore, path: Path) -> None:

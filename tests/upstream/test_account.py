@@ -44,7 +44,8 @@ class Hidden:
 def account(
     port: int, *, scheme: str = "http", timeouts: Timeouts = QUICK, **options: Any
 ) -> Account:
-    base_url = f"{scheme}://localhost:{port}/v1/"
+    host = "localhost" if scheme == "https" else "127.0.0.1"
+    base_url = f"{scheme}://{host}:{port}/v1/"
     chosen: dict[str, Any] = {"keys": (Hidden(KEY),), "timeouts": timeouts} | options
     return build_account(AccountOptions("openai", base_url, **chosen))
 
@@ -116,7 +117,7 @@ async def test_what_is_sent_and_what_comes_back() -> None:
         assert server.accepted == 1
     assert heads[0] == (
         b"POST /v1/images/generations HTTP/1.1\r\n"
-        b"host: localhost:%d\r\naccept-encoding: identity\r\nopenai-project: p\r\n"
+        b"host: 127.0.0.1:%d\r\naccept-encoding: identity\r\nopenai-project: p\r\n"
         b"content-type: application/json\r\nauthorization: Bearer k1\r\n"
         b"content-length: 2\r\n\r\n" % server.port
     )
@@ -171,7 +172,7 @@ async def test_a_name_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", unknown)
-    assert (await failing(9)).reason == "dns"
+    assert (await failing(9, scheme="https")).reason == "dns"
 
 
 async def test_tls_that_cannot_be_trusted() -> None:
@@ -218,6 +219,7 @@ async def test_every_connection_is_busy() -> None:
         (b"\x15\x03\x01\x00\x02\x02\x16", 502, "protocol"),
         (None, 504, "read_timeout"),
     ],
+    ids=["closed", "interim, closed", "TLS", "silent"],
 )
 async def test_the_outcome_is_unknown(answer: bytes | None, status: int, reason: str) -> None:
     async with raw_server(answering(answer, Peer.gone if answer is None else None)) as server:
@@ -231,7 +233,8 @@ async def test_the_outcome_is_unknown(answer: bytes | None, status: int, reason:
 
 
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
-BOMB = gzip.compress(bytes(50_000_000))
+CUT = gzip.compress(b"cut", mtime=0)[:-9]
+BOMB = gzip.compress(bytes(50_000_000), mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -244,9 +247,21 @@ BOMB = gzip.compress(bytes(50_000_000))
         (HEAD + b"content-encoding: br\r\ncontent-length: 2\r\n\r\nxx", 502, "encoding"),
         (HEAD + b"content-encoding: gzip, gzip\r\n\r\nxx", 502, "encoding"),
         (HEAD + b"content-encoding: gzip\r\n\r\nnot gzip", 502, "encoding"),
-        (HEAD + b"content-encoding: gzip\r\n\r\n" + gzip.compress(b"cut")[:-9], 502, "truncated"),
+        (HEAD + b"content-encoding: gzip\r\n\r\n" + CUT, 502, "truncated"),
         (HEAD + b"content-encoding: gzip\r\n\r\n" + BOMB, 502, "too_large"),
         (None, 504, "body_timeout"),
+    ],
+    ids=[
+        "sized",
+        "chunked",
+        "bad chunk",
+        "announced too large",
+        "brotli",
+        "gzip twice",
+        "not gzip",
+        "gzip cut",
+        "gzip bomb",
+        "late",
     ],
 )
 async def test_an_answer_that_breaks(answer: bytes | None, status: int, reason: str) -> None:
@@ -274,6 +289,7 @@ RAW_DEFLATE = _raw.compress(b"a picture" * 1000) + _raw.flush()
         ("deflate", RAW_DEFLATE),
         ("identity", b"a picture" * 1000),
     ],
+    ids=["gzip", "two members", "zlib", "raw deflate", "identity"],
 )
 @pytest.mark.parametrize("step", [5, 1_000_000])
 async def test_encodings_are_undone(encoding: str, body: bytes, step: int) -> None:

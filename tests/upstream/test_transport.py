@@ -127,6 +127,7 @@ async def test_a_body_until_close(transport: SocketTransport) -> None:
         b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nokHTTP/1.1 200 OK\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok!",
     ],
+    ids=["close", "HTTP/1.0", "a second answer", "garbage behind"],
 )
 async def test_a_connection_that_is_not_kept(transport: SocketTransport, answer: bytes) -> None:
     async with raw_server(scripted(answer, close=False)) as server:
@@ -166,6 +167,23 @@ async def test_a_redirect_is_an_answer(transport: SocketTransport) -> None:
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhel", Reason.TRUNCATED),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n", Reason.TRUNCATED),
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n", Reason.PROTOCOL),
+    ],
+    ids=[
+        "nothing",
+        "part of a header",
+        "interim only",
+        "not HTTP",
+        "upgrade",
+        "two lengths",
+        "length and chunked",
+        "unknown transfer encoding",
+        "long header",
+        "many headers",
+        "many interim answers",
+        "short",
+        "chunk cut",
+        "last chunk missing",
+        "bad chunk",
     ],
 )
 async def test_what_is_not_an_answer(

@@ -1,0 +1,162 @@
+"""What the commands share: the configuration, its mistakes, and the store behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from gateway.app import open_store, price_book
+from gateway.domain.errors import GatewayError
+from gateway.domain.money import format_dollars, parse_dollars
+from gateway.domain.team import Limits
+from gateway.ports import AlreadyExists, NotKnown
+from gateway.pricefile import PriceFileError
+from gateway.settings import ConfigError, Settings, load
+from gateway.stores.sqlite import SQLiteStore, StoreError
+
+T = TypeVar("T")
+
+EXIT_CONFIG = 2
+EXIT_FAILED = 1
+
+config_option = click.option(
+    "--config",
+    "config",
+    type=click.Path(path_type=Path),
+    help="The configuration file. Default: $GATEWAY_CONFIG, then config/gateway.yaml.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def load_settings(config: Path | None) -> Settings:
+    """The settings; every mistake is printed and the command ends with 2."""
+    try:
+        return load(config, os.environ)
+    except ConfigError as error:
+        fail(str(error), EXIT_CONFIG)
+
+
+def check_prices(settings: Settings) -> None:
+    """Ends the command with 2 when the prices cannot be used."""
+    try:
+        price_book(settings)
+    except PriceFileError as error:
+        fail(str(error), EXIT_CONFIG)
+
+
+def warn(settings: Settings) -> None:
+    for warning in settings.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+
+def with_store(settings: Settings, work: Callable[[SQLiteStore], Awaitable[T]]) -> T:
+    """Runs ``work`` on the opened store. What can go wrong becomes one line and exit code 1."""
+
+    async def run() -> T:
+        store = open_store(settings)
+        try:
+            return await work(store)
+        finally:
+            await store.aclose()
+
+    try:
+        return asyncio.run(run())
+    except (StoreError, GatewayError, AlreadyExists, NotKnown) as error:
+        fail(str(error), EXIT_FAILED)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Ends the command: the reason on standard error, the code for scripts."""
+    click.echo(message, err=True)
+    sys.exit(code)
+
+
+def print_json(value: object) -> None:
+    click.echo(json.dumps(value, indent=2))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+
+
+class Dollars(click.ParamType[int]):
+    """An amount like 5.00, kept exactly."""
+
+    name = "dollars"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_dollars(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+def limit_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The limits that a team and a key may have."""
+    count = click.IntRange(min=0)
+    options = (
+        click.option("--requests-per-minute", type=count, help="Requests a minute."),
+        click.option("--images-per-minute", type=count, help="Images a minute; n counts."),
+        click.option("--concurrent-requests", type=count, help="Requests at one time."),
+        click.option("--budget-day", type=Dollars(), help="Dollars a day (UTC); hard."),
+        click.option("--budget-month", type=Dollars(), help="Dollars a month (UTC); hard."),
+        click.option("--max-cost-per-request", type=Dollars(), help="Dollars one call may cost."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def models_of(text: str | None) -> frozenset[str] | None:
+    """A comma-separated list of model names."""
+    if text is None:
+        return None
+    return frozenset(name.strip() for name in text.split(",") if name.strip())
+
+
+def describe_limits(limits: Limits) -> dict[str, object]:
+    """Limits for JSON; dollars as exact decimal text, null where there is no limit."""
+
+    def dollars(amount: int | None) -> str | None:
+        return None if amount is None else format_dollars(amount)
+
+    return {
+        "requests_per_minute": limits.requests_per_minute,
+        "images_per_minute": limits.images_per_minute,
+        "concurrent_requests": limits.concurrent_requests,
+        "budget_day_usd": dollars(limits.budget_day),
+        "budget_month_usd": dollars(limits.budget_month),
+        "max_cost_per_request_usd": dollars(limits.max_cost_per_request),
+    }
+
+
+def say_limits(limits: Limits) -> str:
+    """Limits in a few words."""
+    words = {
+        "requests/min": limits.requests_per_minute,
+        "images/min": limits.images_per_minute,
+        "at once": limits.concurrent_requests,
+    }
+    money = {
+        "a day": limits.budget_day,
+        "a month": limits.budget_month,
+        "a request": limits.max_cost_per_request,
+    }
+    said = [f"{amount} {word}" for word, amount in words.items() if amount is not None]
+    said += [
+        f"${format_dollars(amount)} {word}" for word, amount in money.items() if amount is not None
+    ]
+    return ", ".join(said) or "none"

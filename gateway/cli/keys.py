@@ -1,0 +1,152 @@
+"""`gateway key`: keys of the teams that the directory holds. A secret is shown once."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import click
+
+from gateway.app import declared_keys, read_pepper
+from gateway.cli.common import (
+    EXIT_FAILED,
+    config_option,
+    describe_limits,
+    fail,
+    json_option,
+    limit_options,
+    load_settings,
+    models_of,
+    print_json,
+    print_table,
+    with_store,
+)
+from gateway.clock import SystemClock
+from gateway.domain import keys
+from gateway.domain.team import Key, Limits
+from gateway.settings import Settings
+from gateway.stores.sqlite import SQLiteStore, StoreError
+
+
+@click.group()
+def key() -> None:
+    """Create, list and revoke keys."""
+
+
+@key.command()
+@click.option("--team", "team", required=True, help="The team it belongs to.")
+@click.option("--name", default="", help="A name for people.")
+@click.option("--models", help="Comma-separated names; default: all of the team's.")
+@click.option(
+    "--expires",
+    type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]),
+    help="The instant it stops working (UTC).",
+)
+@limit_options
+@json_option
+@config_option
+def create(
+    team: str,
+    name: str,
+    models: str | None,
+    expires: datetime | None,
+    as_json: bool,
+    config: Path | None,
+    **limits: int | None,
+) -> None:
+    """Create a key and print its secret, this once."""
+    settings = load_settings(config)
+    if team in settings.teams:
+        fail(f"team {team} is declared in {settings.file}; add its key there", EXIT_FAILED)
+    minted = keys.mint()
+    made = Key(
+        id=minted.id,
+        team=team,
+        name=name,
+        models=models_of(models),
+        limits=Limits(**limits),
+        created=SystemClock().now(),
+        expires=None if expires is None else expires.replace(tzinfo=UTC),
+    )
+    pepper = _pepper(settings)
+    digest = keys.digest(pepper, minted.secret)
+    with_store(settings, lambda store: store.directory.create_key(made, digest))
+    if as_json:
+        print_json({**_describe(made), "secret": minted.secret})
+        return
+    click.echo(f"key {minted.id} of team {team}; its secret, shown this once:", err=True)
+    click.echo(minted.secret)
+
+
+@key.command("list")
+@click.option("--team", "team", help="Only this team's.")
+@json_option
+@config_option
+def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
+    """List every key, of the file and of the directory; never a secret."""
+    settings = load_settings(config)
+    declared = [key for _, key in declared_keys(settings, _pepper(settings)).values()]
+    made = with_store(settings, lambda store: store.directory.keys(team))
+    found = [one for one in (*declared, *made) if team is None or one.team == team]
+    found.sort(key=lambda one: (one.team, one.id))
+    if as_json:
+        print_json([_describe(one) for one in found])
+        return
+    rows = [
+        (
+            one.id,
+            one.team,
+            one.name or "-",
+            "file" if one.declared else "directory",
+            _state(one),
+            "never" if one.expires is None else f"{one.expires:%Y-%m-%d %H:%M}",
+        )
+        for one in found
+    ]
+    print_table(("KEY", "TEAM", "NAME", "FROM", "STATE", "EXPIRES"), rows)
+
+
+@key.command()
+@click.argument("key_id", metavar="KEY")
+@config_option
+def revoke(key_id: str, config: Path | None) -> None:
+    """Revoke the key with the id KEY, within five seconds, for good."""
+    settings = load_settings(config)
+
+    async def revoke_it(store: SQLiteStore) -> Key:
+        return await store.directory.revoke_key(key_id, SystemClock().now())
+
+    revoked = with_store(settings, revoke_it)
+    click.echo(f"key {revoked.id} of team {revoked.team} is revoked")
+
+
+def _pepper(settings: Settings) -> bytes:
+    try:
+        settings.storage.database.parent.mkdir(parents=True, exist_ok=True)
+        return read_pepper(settings)
+    except (StoreError, OSError) as error:
+        fail(str(error), EXIT_FAILED)
+
+
+def _state(one: Key) -> str:
+    if one.revoked is not None:
+        return "revoked"
+    if one.disabled:
+        return "disabled"
+    if one.expires is not None and one.expires <= SystemClock().now():
+        return "expired"
+    return "active"
+
+
+def _describe(one: Key) -> dict[str, object]:
+    return {
+        "id": one.id,
+        "team": one.team,
+        "name": one.name,
+        "declared": one.declared,
+        "state": _state(one),
+        "models": None if one.models is None else sorted(one.models),
+        "created": one.created.isoformat() if one.created else None,
+        "expires": one.expires.isoformat() if one.expires else None,
+        "limits": describe_limits(one.limits),
+    }

@@ -1,0 +1,112 @@
+"""`gateway team`: the teams that the directory holds; those of the file are only listed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from gateway.cli.common import (
+    EXIT_FAILED,
+    config_option,
+    describe_limits,
+    fail,
+    json_option,
+    limit_options,
+    load_settings,
+    models_of,
+    print_json,
+    print_table,
+    say_limits,
+    with_store,
+)
+from gateway.domain.team import ANY_MODEL, Limits, Team
+from gateway.settings import is_team_name
+from gateway.stores.sqlite import SQLiteStore
+
+
+@click.group()
+def team() -> None:
+    """Create, list and revoke teams."""
+
+
+@team.command()
+@click.argument("name")
+@click.option("--models", help="Comma-separated names; default: every model.")
+@click.option("--no-cache", is_flag=True, help="Never share results between requests.")
+@limit_options
+@config_option
+def create(
+    name: str, models: str | None, no_cache: bool, config: Path | None, **limits: int | None
+) -> None:
+    """Create the team NAME, with its limits."""
+    settings = load_settings(config)
+    if not is_team_name(name):
+        fail(f"{name!r} is not a team's name: use a-z, 0-9, - and _", EXIT_FAILED)
+    if name in settings.teams:
+        fail(f"team {name} is declared in {settings.file}; change it there", EXIT_FAILED)
+    made = Team(
+        name,
+        models_of(models) or frozenset({ANY_MODEL}),
+        Limits(**limits),
+        cache_enabled=not no_cache,
+    )
+    with_store(settings, lambda store: store.directory.create_team(made))
+    click.echo(f"team {name} created; now: gateway key create --team {name}")
+
+
+@team.command("list")
+@json_option
+@config_option
+def list_teams(as_json: bool, config: Path | None) -> None:
+    """List every team, of the file and of the directory."""
+    settings = load_settings(config)
+    made = with_store(settings, lambda store: store.directory.teams())
+    teams = sorted((*settings.teams.values(), *made), key=lambda one: one.id)
+    if as_json:
+        print_json([_describe(one) for one in teams])
+        return
+    rows = [
+        (
+            one.id,
+            "file" if one.declared else "directory",
+            "disabled" if one.disabled else "active",
+            ",".join(sorted(one.models)),
+            say_limits(one.limits),
+        )
+        for one in teams
+    ]
+    print_table(("TEAM", "FROM", "STATE", "MODELS", "LIMITS"), rows)
+
+
+@team.command()
+@click.argument("name")
+@config_option
+def revoke(name: str, config: Path | None) -> None:
+    """Disable the team NAME and with it all of its keys, within five seconds."""
+    settings = load_settings(config)
+    if name in settings.teams:
+        fail(f"team {name} is declared in {settings.file}; disable it there", EXIT_FAILED)
+
+    async def disable(store: SQLiteStore) -> bool:
+        for one in await store.directory.teams():
+            if one.id == name:
+                await store.directory.update_team(replace(one, disabled=True))
+                return True
+        return False
+
+    if not with_store(settings, disable):
+        fail(f"there is no team {name}", EXIT_FAILED)
+    click.echo(f"team {name} is disabled")
+
+
+def _describe(one: Team) -> dict[str, object]:
+    return {
+        "id": one.id,
+        "declared": one.declared,
+        "disabled": one.disabled,
+        "models": sorted(one.models),
+        "cache": one.cache_enabled,
+        "limits": describe_limits(one.limits),
+    }

@@ -1,0 +1,69 @@
+"""`gateway usage`: what was bought, by whom, and what it cost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from gateway.app import declared_keys, read_pepper
+from gateway.cli.common import (
+    config_option,
+    json_option,
+    load_settings,
+    print_json,
+    print_table,
+    with_store,
+)
+from gateway.domain.ledger import UsageRow
+from gateway.domain.money import format_dollars
+from gateway.reports.usage import usage_report
+from gateway.stores.sqlite import SQLiteStore
+
+DAY = click.DateTime(["%Y-%m-%d"])
+
+
+@click.command()
+@click.option("--since", type=DAY, help="The first day (UTC).")
+@click.option("--until", type=DAY, help="The last day (UTC).")
+@click.option("--team", "team", help="Only this team's.")
+@json_option
+@config_option
+def usage(
+    since: object, until: object, team: str | None, as_json: bool, config: Path | None
+) -> None:
+    """Show requests, images, tokens and dollars by day, team, key and model.
+
+    Dollars are exact. `unresolved` counts calls whose outcome is unknown; they cost their bound.
+    """
+    settings = load_settings(config)
+
+    async def read(store: SQLiteStore) -> tuple[list[UsageRow], dict[str, str]]:
+        rows = await store.ledger.usage(_day(since), _day(until))
+        return rows, {key.id: key.name for key in await store.directory.keys()}
+
+    rows, names = with_store(settings, read)
+    names |= {
+        key.id: key.name for _, key in declared_keys(settings, read_pepper(settings)).values()
+    }
+    rows = [row for row in rows if team is None or row.team == team]
+    if as_json:
+        print_json(usage_report(rows, names))
+        return
+    print_table(
+        ("DAY", "TEAM", "KEY", "MODEL", "REQUESTS", "CACHED", "IMAGES", "COST", "AVOIDED"),
+        [
+            (
+                row.day,
+                row.team,
+                names.get(row.key_id) or row.key_id,
+                row.model,
+                str(row.requests),
+                str(row.cached_requests),
+                str(row.images),
+                f"${format_dollars(row.cost)}",
+                f"${format_dollars(row.avoided)}",
+            )
+            for row in rows
+        ],
+    )
