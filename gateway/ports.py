@@ -137,8 +137,8 @@ class Ledger(Protocol):
 class CachedMeta:
     """What a kept answer says of itself.
 
-    ``image_spans`` are where each picture's base64 lies in the body, quotes excluded; ``cost`` is
-    what the answer cost when it was bought, in nano-dollars.
+    ``streamable``: it has a form as one completed event too. ``cost`` is what the answer cost when
+    it was bought, in nano-dollars.
     """
 
     stored_at: datetime
@@ -147,7 +147,7 @@ class CachedMeta:
     model_served: str
     upstream: str
     size_bytes: int
-    image_spans: tuple[tuple[int, int], ...] = ()
+    streamable: bool = False
     usage: Usage = field(default_factory=Usage)
     size: str = ""
     quality: str = ""

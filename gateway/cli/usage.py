@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -30,7 +31,11 @@ DAY = click.DateTime(["%Y-%m-%d"])
 @json_option
 @config_option
 def usage(
-    since: object, until: object, team: str | None, as_json: bool, config: Path | None
+    since: datetime | None,
+    until: datetime | None,
+    team: str | None,
+    as_json: bool,
+    config: Path | None,
 ) -> None:
     """Show requests, images, tokens and dollars by day, team, key and model.
 
@@ -67,3 +72,7 @@ def usage(
             for row in rows
         ],
     )
+
+
+def _day(value: datetime | None) -> str | None:
+    return None if value is None else f"{value:%Y-%m-%d}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 from gateway.domain.ledger import UsageRow
 from gateway.domain.money import format_dollars
@@ -21,7 +21,7 @@ COUNTS = (
 MONEY = ("cost", "avoided", "unresolved_cost")
 
 
-def usage_report(rows: Iterable[UsageRow], key_names: Mapping[str, str]) -> dict[str, object]:
+def usage_report(rows: Sequence[UsageRow], key_names: Mapping[str, str]) -> dict[str, object]:
     """Rows and their total; dollars are exact decimal text."""
     listed = [
         {
@@ -32,7 +32,7 @@ def usage_report(rows: Iterable[UsageRow], key_names: Mapping[str, str]) -> dict
             "model": row.model,
             **_figures({name: getattr(row, name) for name in (*COUNTS, *MONEY)}),
         }
-        for row in (rows := list(rows))
+        for row in rows
     ]
     totals = {name: sum(getattr(row, name) for row in rows) for name in (*COUNTS, *MONEY)}
     return {"rows": listed, "total": _figures(totals)}

@@ -80,7 +80,7 @@ def meta_of(data: bytes) -> CachedMeta:
         model_served="gpt-image-2.5-flare",
         upstream="openai",
         size_bytes=len(data),
-        image_spans=((10, 20), (30, 40)),
+        streamable=True,
         usage=Usage(1, 2, 1, 0, 5, 6, SvgUsage("gpt-x", 7, 8)),
         size="1024x1024",
         quality="high",
