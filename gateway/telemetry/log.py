@@ -33,6 +33,13 @@ def redact(text: str) -> str:
     return text
 
 
+def _without_colour(
+    _: object, __: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    event.pop("color_message", None)
+    return event
+
+
 def _redact_event(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     for name, value in event.items():
         if isinstance(value, str):
@@ -50,6 +57,7 @@ def configure(level: str, form: str, stream: TextIO | None = None) -> None:
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
+        _without_colour,
         _redact_event,
     ]
     renderer: Any = (
@@ -71,6 +79,7 @@ def configure(level: str, form: str, stream: TextIO | None = None) -> None:
         logger = logging.getLogger(name)
         logger.handlers[:] = []
         logger.propagate = name != "uvicorn.access"
+        logger.setLevel("WARNING")
 
 
 class RequestLog:

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.sandbox.server import SandboxServer
+from tests.running import GatewayUnderTest, Start, TestClock, run_gateway
+
+
+@pytest.fixture
+def clock() -> TestClock:
+    return TestClock()
+
+
+@pytest.fixture
+def sandbox(clock: TestClock) -> Iterator[SandboxServer]:
+    with SandboxServer(clock) as running:
+        yield running
+
+
+@pytest.fixture
+def start(tmp_path: Path, sandbox: SandboxServer, clock: TestClock) -> Start:
+    """Starts a gateway with changes to its configuration, merged by name."""
+
+    def begin(
+        changes: Mapping[str, Any] | None = None,
+    ) -> contextlib.AbstractAsyncContextManager[GatewayUnderTest]:
+        return run_gateway(tmp_path, sandbox, changes, clock)
+
+    return begin
+
+
+@pytest.fixture
+async def gateway(start: Start) -> AsyncIterator[GatewayUnderTest]:
+    """A gateway as it comes: no limits, the cache on."""
+    async with start() as running:
+        yield running
