@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import uvicorn
@@ -65,8 +65,15 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(number)
 
 
-def server(app: ASGIApp, *, drain_seconds: float = 610, signals: bool = False) -> Server:
-    """A server for ``app``, to be run with ``serve([socket])``."""
+def server(
+    app: ASGIApp,
+    *,
+    drain_seconds: float = 610,
+    signals: bool = False,
+    trusted_proxies: Sequence[str] = (),
+) -> Server:
+    """A server for ``app``, to be run with ``serve([socket])``. Only ``trusted_proxies`` (networks)
+    may say who the client is."""
     return Server(
         uvicorn.Config(
             app,
@@ -76,6 +83,8 @@ def server(app: ASGIApp, *, drain_seconds: float = 610, signals: bool = False) -
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=bool(trusted_proxies),
+            forwarded_allow_ips=list(trusted_proxies),
             timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=round(drain_seconds),
         ),

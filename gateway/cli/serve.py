@@ -67,7 +67,12 @@ async def _serve(settings: Settings, host: str, port: int) -> None:
         click.echo(f"gateway: serving on http://{host}:{bound}/v1", err=True)
         # What was built so far lives as long as the process: the collector need not look at it.
         gc.freeze()
-        main = server(gateway.app, drain_seconds=settings.server.drain_seconds, signals=True)
+        main = server(
+            gateway.app,
+            drain_seconds=settings.server.drain_seconds,
+            signals=True,
+            trusted_proxies=[str(network) for network in settings.server.trusted_proxies],
+        )
         await main.serve([listening])
 
 

@@ -149,6 +149,8 @@ class Settlement:
     images: int = 0
     flags: tuple[str, ...] = ()
     """A closed list: ``unpriced``, ``no_usage``, ``invalid_usage``, ``over_bound``, ``soft``."""
+    at: datetime | None = None
+    """When it was settled, for the journal."""
 
 
 @dataclass(frozen=True, slots=True)

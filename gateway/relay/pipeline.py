@@ -350,6 +350,7 @@ class Pipeline:
 
     async def _settle(self, settlement: Settlement) -> Entry | None:
         """Books the ending. None: the ledger is away, and the hold stands until the sweep."""
+        settlement = replace(settlement, at=self._clock.now())
         for pause in (*SETTLE_PAUSES_SECONDS, None):
             try:
                 return await self._ledger.settle(settlement)

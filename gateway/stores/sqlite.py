@@ -186,7 +186,8 @@ class SQLiteLedger:
     async def settle(self, settlement: Settlement) -> Entry:
         if settlement.cost < 0:
             raise ValueError("a cost is never negative")
-        entry = await self._writer.submit(lambda db: _settle(db, settlement, at=None))
+        at = None if settlement.at is None else _micros(settlement.at)
+        entry = await self._writer.submit(lambda db: _settle(db, settlement, at))
         if not entry.applied and contradicts(
             entry.state, settlement.event, entry.cost, settlement.cost
         ):
