@@ -13,7 +13,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import date, timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from gateway.domain.money import NANOS_PER_DOLLAR
 from gateway.domain.price import PriceBook
 from gateway.domain.quota import Scope as Owner
 from gateway.domain.quota import Unit, period
+from gateway.domain.route import Unpriced
 from gateway.domain.team import Key, Team
 from gateway.ports import Cache, Clock, Directory, Gate, Ledger, Telemetry, Upstream
 from gateway.pricefile import load_prices
@@ -66,6 +67,10 @@ PEPPER_FILE = "gateway.pepper"
 RELAYED = {f"/v1{operation.path}": operation for operation in Operation}
 
 
+class CannotServe(Exception):
+    """The configuration can be read but not served: one line for each mistake."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """A gateway that is open: its doors, and what the commands look at."""
@@ -84,14 +89,18 @@ async def open_gateway(
 ) -> AsyncIterator[Gateway]:
     """Opens the stores and starts the sweep; closes all of it in the opposite order.
 
-    Raises ``StoreError`` and ``PriceFileError`` for what cannot be opened.
+    Raises ``StoreError`` and ``PriceFileError`` for what cannot be opened, ``CannotServe`` for a
+    model without a price and for a team or key that both the file and the directory have.
     """
     async with AsyncExitStack() as stack:
         metrics = Metrics(version(DISTRIBUTION))
         prices = price_book(settings)
+        _refuse(settings, unpriced_models(settings, prices, clock.now().date()))
         store = open_store(settings)
         stack.push_async_callback(store.aclose)
         pepper = read_pepper(settings)
+        declared = declared_keys(settings, pepper)
+        _refuse(settings, await _owned_twice(settings, declared, store.directory))
         upstreams: dict[str, Upstream] = {}
         for name, configured in settings.upstreams.items():
             base_url = configured.base_url
@@ -113,7 +122,6 @@ async def open_gateway(
         )
         passing = {name for name, one in settings.upstreams.items() if _passes_urls(one)}
         planner = Planner(settings.catalogue, upstreams, prices, cache, policy, frozenset(passing))
-        declared = declared_keys(settings, pepper)
         keyring = KeyRing(pepper, declared, store.directory, clock)
         spools = settings.storage.blobs / "spool"
         spools.mkdir(parents=True, exist_ok=True)
@@ -218,6 +226,46 @@ def price_book(settings: Settings) -> PriceBook:
     )
 
 
+def unpriced_models(settings: Settings, book: PriceBook, day: date) -> list[str]:
+    """What is configured but has no price: refused, unless the operator allows it."""
+    found = []
+    for model in settings.catalogue.models.values():
+        upstream = settings.upstreams[model.target.upstream]
+        prices = book.of(upstream.name, upstream.prices, day)
+        if prices.find(model.target.model) is None and model.unpriced is Unpriced.REFUSE:
+            found.append(
+                f"models.{model.name}: {model.target.model} has no price at {upstream.name}. Add "
+                "a row under prices.rows, or set unpriced: allow"
+            )
+    return found
+
+
+async def _owned_twice(
+    settings: Settings, declared: Mapping[bytes, tuple[Team, Key]], directory: Directory
+) -> list[str]:
+    """Teams and keys have one owner, the file or the directory: else a limit that one of them
+    changes would not be the limit that holds."""
+    found = [
+        f"teams.{team.id}: a team of this name was made with `gateway team create` too. Give the "
+        "one in this file another name"
+        for team in await directory.teams()
+        if team.id in settings.teams
+    ]
+    for digest, (team, key) in declared.items():
+        made = await directory.find_key(digest)
+        if made is not None:
+            found.append(
+                f"teams.{team.id}.keys: the key {key.name or key.id} was made with `gateway key "
+                f"create` as {made[1].id} of team {made[0].id} too. Remove it from this file"
+            )
+    return found
+
+
+def _refuse(settings: Settings, mistakes: Sequence[str]) -> None:
+    if mistakes:
+        raise CannotServe("\n".join(f"{settings.file}: {mistake}" for mistake in mistakes))
+
+
 def open_store(settings: Settings) -> SQLiteStore:
     """The ledger and the directory. Raises ``StoreError``."""
     return SQLiteStore.open(settings.storage.database, on_conflict=_conflict)
@@ -301,7 +349,11 @@ def _account(configured: UpstreamSettings, base_url: str) -> Account:
 def _gate(settings: Settings, clock: Clock) -> Gate:
     if settings.storage.redis is None:
         return MemoryGate(clock)
-    return RedisGate(connect(settings.storage.redis.reveal()), clock)
+
+    def away(error: BaseException) -> None:
+        log.warning("the shared gate does not answer", extra={"error": str(error)})
+
+    return RedisGate(connect(settings.storage.redis.reveal()), clock, on_error=away)
 
 
 def _cache(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import os
 import signal
 import socket
 from collections.abc import Iterator, Sequence
+from types import FrameType
 from typing import cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.api.relayed import ABORT, HUNG_UP, ASGIApp, Scope
+
+log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
@@ -55,14 +60,18 @@ class Server(uvicorn.Server):
         if not self._signals:
             yield
             return
+        # The loop drops its handlers when it closes: what still drains behind this is drained too.
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self.handle_exit, number, None)
-        try:
-            yield
-        finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn's own waits on at a second SIGTERM, and the calls behind it at any signal."""
+        if self.should_exit:
+            log.warning("told to end twice: running calls are given up, and expire at their bound")
+            os._exit(128 + sig)
+        super().handle_exit(sig, frame)
 
 
 def server(

@@ -117,6 +117,9 @@ class RelayedRoutes:
         """Waits for the end of the flight, which the client may not have, and tells of it."""
         seconds = self._clock.monotonic() - started
         receipt = await answer.receipt()
+        if door.gone == "upstream" and receipt.reason == ClientGone.reason:
+            # The flight saw it in time: nothing was sent.
+            door.gone = "reserved"
         delivery = Delivery(door.status, door.bytes_out, seconds, door.gone)
         for listener in self._telemetry:
             listener.finished(receipt, delivery)

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import errno
 import json
 import os
+import socket
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import click
 
-from gateway.app import open_store, price_book
+from gateway.app import CannotServe, open_store, read_pepper
 from gateway.domain.errors import GatewayError
 from gateway.domain.money import format_dollars, parse_dollars
-from gateway.domain.team import Limits
+from gateway.domain.team import ANY_MODEL, Limits
 from gateway.ports import AlreadyExists, NotKnown
 from gateway.pricefile import PriceFileError
+from gateway.server import listen
 from gateway.settings import ConfigError, Settings, load
 from gateway.stores.sqlite import SQLiteStore, StoreError
 
@@ -43,12 +47,19 @@ def load_settings(config: Path | None) -> Settings:
         fail(str(error), EXIT_CONFIG)
 
 
-def check_prices(settings: Settings) -> None:
-    """Ends the command with 2 when the prices cannot be used."""
+@contextlib.contextmanager
+def failures() -> Iterator[None]:
+    """What can go wrong becomes its reason and an exit code: 2 for what the configuration has to
+    mend, 1 for the rest."""
     try:
-        price_book(settings)
-    except PriceFileError as error:
+        yield
+    except (PriceFileError, CannotServe) as error:
         fail(str(error), EXIT_CONFIG)
+    except (StoreError, GatewayError, AlreadyExists, NotKnown) as error:
+        fail(str(error), EXIT_FAILED)
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        fail(f"{name}{error.strerror or error}", EXIT_FAILED)
 
 
 def warn(settings: Settings) -> None:
@@ -57,7 +68,7 @@ def warn(settings: Settings) -> None:
 
 
 def with_store(settings: Settings, work: Callable[[SQLiteStore], Awaitable[T]]) -> T:
-    """Runs ``work`` on the opened store. What can go wrong becomes one line and exit code 1."""
+    """Runs ``work`` on the opened store; fails as ``failures`` says."""
 
     async def run() -> T:
         store = open_store(settings)
@@ -66,10 +77,34 @@ def with_store(settings: Settings, work: Callable[[SQLiteStore], Awaitable[T]]) 
         finally:
             await store.aclose()
 
-    try:
+    with failures():
         return asyncio.run(run())
-    except (StoreError, GatewayError, AlreadyExists, NotKnown) as error:
-        fail(str(error), EXIT_FAILED)
+
+
+def pepper_of(settings: Settings) -> bytes:
+    """What keys are hashed with; made where there is none yet."""
+    with failures():
+        settings.storage.database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return read_pepper(settings)
+
+
+def open_socket(host: str, port: int, *, next_free: bool = False) -> socket.socket:
+    """A listening socket, or one sentence that says why there is none."""
+    try:
+        return listen(host, port, next_free=next_free)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            where = f"{port} to {port + 100}" if next_free else str(port)
+            why = f"port {where} of {host} is taken; choose another with --port"
+        else:
+            why = f"cannot listen on {host}, port {port}: {error.strerror or error}"
+        fail(why, EXIT_FAILED)
+
+
+def origin_of(listening: socket.socket) -> str:
+    """The address of a server, as a client writes it."""
+    host, port, *_ = listening.getsockname()
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -120,11 +155,17 @@ def limit_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def models_of(text: str | None) -> frozenset[str] | None:
-    """A comma-separated list of model names."""
+def models_of(text: str | None, settings: Settings) -> frozenset[str] | None:
+    """The models of a comma-separated list; one that no entry routes ends the command."""
     if text is None:
         return None
-    return frozenset(name.strip() for name in text.split(",") if name.strip())
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name != ANY_MODEL and settings.catalogue.find(name) is None:
+            near = settings.catalogue.nearest(name)
+            asked = f"; did you mean {near.name}?" if near else ""
+            fail(f"there is no model {name!r} in {settings.file}{asked}", EXIT_FAILED)
+    return frozenset(names)
 
 
 def describe_limits(limits: Limits) -> dict[str, object]:

@@ -6,21 +6,27 @@ import asyncio
 import contextlib
 import importlib.util
 import os
+import shlex
 import sys
 from pathlib import Path
 
 import click
 
 from gateway.app import Gateway, open_gateway, read_pepper
-from gateway.cli.common import EXIT_CONFIG, EXIT_FAILED, fail, load_settings
+from gateway.cli.common import (
+    EXIT_FAILED,
+    fail,
+    failures,
+    load_settings,
+    open_socket,
+    origin_of,
+)
 from gateway.clock import SystemClock
 from gateway.domain import keys
 from gateway.domain.money import parse_dollars
 from gateway.domain.team import Key, Limits, Team
-from gateway.pricefile import PriceFileError
-from gateway.server import listen, server
+from gateway.server import server
 from gateway.settings import Settings
-from gateway.stores.sqlite import StoreError
 from gateway.telemetry.log import configure
 
 TEAM = "demo"
@@ -37,7 +43,9 @@ with open("{PICTURE}", "wb") as file:
 
 CONFIG = """\
 # Written by `gateway demo`, anew at each start. Change a copy: gateway serve --config COPY
-storage: {{database: "sqlite:///gateway.db", blobs: blobs}}
+# Each upstream has books and pictures of its own, so nothing that the sandbox drew is ever an
+# answer of OpenAI.
+storage: {{database: "sqlite:///{name}/gateway.db", blobs: "{name}/blobs"}}
 upstreams:
   {upstream}
 models:
@@ -64,7 +72,13 @@ UPSTREAMS = {
     show_default=True,
     help="Who makes the pictures. The sandbox draws them here, for nothing.",
 )
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8080,
+    show_default=True,
+    help="Where to listen; the next free one is taken when this one is not.",
+)
 @click.option(
     "--home",
     type=click.Path(path_type=Path, file_okay=False),
@@ -75,24 +89,20 @@ UPSTREAMS = {
 def demo(upstream: str, port: int, home: Path) -> None:
     """Start a gateway on this machine, make a key, and show a picture coming back.
 
-    The next free port is taken when PORT is not. A new start makes a new key and revokes the old
-    one. With --upstream openai nothing is bought until you ask for a picture.
+    A new start makes a new key and revokes the old one. With --upstream openai nothing is bought
+    until you ask for a picture.
     """
     if upstream == "openai":
         _check_openai_key(os.environ.get("OPENAI_API_KEY", ""))
     if importlib.util.find_spec("openai") is None and upstream == "sandbox":
         fail("the demo needs the openai package: pip install 'image-gateway[demo]'", EXIT_FAILED)
-    home.mkdir(parents=True, exist_ok=True)
-    config = home / "gateway.yaml"
-    config.write_text(CONFIG.format(upstream=UPSTREAMS[upstream], name=upstream))
-    settings = load_settings(config)
-    configure(settings.log.level.value, settings.log.format.value)
-    try:
+    with failures():
+        home.mkdir(parents=True, exist_ok=True)
+        config = home / "gateway.yaml"
+        config.write_text(CONFIG.format(upstream=UPSTREAMS[upstream], name=upstream))
+        settings = load_settings(config)
+        configure(settings.log.level.value, settings.log.format.value)
         asyncio.run(_run(settings, home, port, free=upstream == "sandbox"))
-    except PriceFileError as error:
-        fail(str(error), EXIT_CONFIG)
-    except (StoreError, OSError) as error:
-        fail(str(error), EXIT_FAILED)
 
 
 def _check_openai_key(secret: str) -> None:
@@ -108,10 +118,10 @@ def _check_openai_key(secret: str) -> None:
 
 async def _run(settings: Settings, home: Path, port: int, *, free: bool) -> None:
     async with contextlib.AsyncExitStack() as stack:
-        listening = stack.enter_context(listen("127.0.0.1", port, next_free=True))
+        listening = stack.enter_context(open_socket("127.0.0.1", port, next_free=True))
         gateway = await stack.enter_async_context(open_gateway(settings, SystemClock()))
         secret = await _new_key(settings, gateway)
-        base_url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        base_url = f"{origin_of(listening)}/v1"
         main = server(gateway.app, drain_seconds=settings.server.drain_seconds, signals=True)
         serving = asyncio.create_task(main.serve([listening]))
         if free:
@@ -119,7 +129,6 @@ async def _run(settings: Settings, home: Path, port: int, *, free: bool) -> None
         else:
             click.echo("Ready. Nothing has been bought: the examples below cost about $0.006.")
         click.echo(_instructions(base_url, secret))
-        sys.stdout.flush()
         await serving
 
 
@@ -145,7 +154,12 @@ async def _show_a_picture(base_url: str, secret: str, home: Path) -> None:
         "-c",
         EXAMPLE,
         cwd=home,
-        env={**os.environ, "OPENAI_BASE_URL": base_url, "OPENAI_API_KEY": secret},
+        env={
+            **os.environ,
+            "OPENAI_BASE_URL": base_url,
+            "OPENAI_API_KEY": secret,
+            "NO_PROXY": "127.0.0.1",
+        },
     )
     if await example.wait():
         fail("the picture did not come back; what went wrong stands above", EXIT_FAILED)
@@ -157,6 +171,7 @@ async def _show_a_picture(base_url: str, secret: str, home: Path) -> None:
 
 
 def _instructions(base_url: str, secret: str) -> str:
+    python = shlex.quote(sys.executable)
     return f"""
 Point any OpenAI SDK at this gateway:
 
@@ -168,12 +183,12 @@ With curl:
 curl -s $OPENAI_BASE_URL/images/generations \\
   -H "Authorization: Bearer $OPENAI_API_KEY" -H "Content-Type: application/json" \\
   -d '{{"model": "{MODEL}", "prompt": "{PROMPT}", "quality": "low"}}' \\
-  | {sys.executable} -c 'import base64, json, sys; open("{PICTURE}", "wb").write(
+  | {python} -c 'import base64, json, sys; open("{PICTURE}", "wb").write(
 base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))'
 
 With Python:
 
-{sys.executable} - <<'EOF'
+{python} - <<'EOF'
 {EXAMPLE}EOF
 
 Metrics: {base_url.removesuffix("/v1")}/metrics

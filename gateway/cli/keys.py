@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gateway.app import declared_keys, read_pepper
+from gateway.app import declared_keys
 from gateway.cli.common import (
     EXIT_FAILED,
     config_option,
@@ -17,6 +17,7 @@ from gateway.cli.common import (
     limit_options,
     load_settings,
     models_of,
+    pepper_of,
     print_json,
     print_table,
     with_store,
@@ -25,7 +26,7 @@ from gateway.clock import SystemClock
 from gateway.domain import keys
 from gateway.domain.team import Key, Limits
 from gateway.settings import Settings
-from gateway.stores.sqlite import SQLiteStore, StoreError
+from gateway.stores.sqlite import SQLiteStore
 
 
 @click.group()
@@ -58,18 +59,21 @@ def create(
     settings = load_settings(config)
     if team in settings.teams:
         fail(f"team {team} is declared in {settings.file}; add its key there", EXIT_FAILED)
+    now = SystemClock().now()
+    until = None if expires is None else expires.replace(tzinfo=UTC)
+    if until is not None and until <= now:
+        fail(f"--expires {until:%Y-%m-%d %H:%M} UTC is over already", EXIT_FAILED)
     minted = keys.mint()
     made = Key(
         id=minted.id,
         team=team,
         name=name,
-        models=models_of(models),
+        models=models_of(models, settings),
         limits=Limits(**limits),
-        created=SystemClock().now(),
-        expires=None if expires is None else expires.replace(tzinfo=UTC),
+        created=now,
+        expires=until,
     )
-    pepper = _pepper(settings)
-    digest = keys.digest(pepper, minted.secret)
+    digest = keys.digest(pepper_of(settings), minted.secret)
     with_store(settings, lambda store: store.directory.create_key(made, digest))
     if as_json:
         print_json({**_describe(made), "secret": minted.secret})
@@ -85,7 +89,7 @@ def create(
 def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
     """List every key, of the file and of the directory; never a secret."""
     settings = load_settings(config)
-    declared = [key for _, key in declared_keys(settings, _pepper(settings)).values()]
+    declared = _declared(settings)
     made = with_store(settings, lambda store: store.directory.keys(team))
     found = [one for one in (*declared, *made) if team is None or one.team == team]
     found.sort(key=lambda one: (one.team, one.id))
@@ -112,6 +116,9 @@ def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
 def revoke(key_id: str, config: Path | None) -> None:
     """Revoke the key with the id KEY, within five seconds, for good."""
     settings = load_settings(config)
+    for one in _declared(settings):
+        if one.id == key_id:
+            fail(f"key {key_id} is declared in {settings.file}; remove it there", EXIT_FAILED)
 
     async def revoke_it(store: SQLiteStore) -> Key:
         return await store.directory.revoke_key(key_id, SystemClock().now())
@@ -120,12 +127,8 @@ def revoke(key_id: str, config: Path | None) -> None:
     click.echo(f"key {revoked.id} of team {revoked.team} is revoked")
 
 
-def _pepper(settings: Settings) -> bytes:
-    try:
-        settings.storage.database.parent.mkdir(parents=True, exist_ok=True)
-        return read_pepper(settings)
-    except (StoreError, OSError) as error:
-        fail(str(error), EXIT_FAILED)
+def _declared(settings: Settings) -> list[Key]:
+    return [key for _, key in declared_keys(settings, pepper_of(settings)).values()]
 
 
 def _state(one: Key) -> str:

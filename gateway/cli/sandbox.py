@@ -6,16 +6,22 @@ import asyncio
 
 import click
 
-from gateway.cli.common import EXIT_FAILED, fail
+from gateway.cli.common import failures, open_socket, origin_of
 from gateway.clock import SystemClock
 from gateway.sandbox.app import create_sandbox
-from gateway.server import listen, server
+from gateway.server import server
 from gateway.telemetry.log import configure
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", type=click.IntRange(0, 65535), default=8090, show_default=True)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Where to listen.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8090,
+    show_default=True,
+    help="0: any that is free.",
+)
 @click.option("--latency", type=click.FloatRange(0, 600), default=0.0, help="Seconds per picture.")
 @click.option("--control", is_flag=True, help="Open /sandbox/rules and /sandbox/journal.")
 def sandbox(host: str, port: int, latency: float, control: bool) -> None:
@@ -24,15 +30,13 @@ def sandbox(host: str, port: int, latency: float, control: bool) -> None:
     It is as strict as OpenAI and costs nothing: point a test suite at it, with any key.
     """
     configure("info", "text")
-    try:
+    with failures():
         asyncio.run(_serve(host, port, latency, control))
-    except OSError as error:
-        fail(str(error), EXIT_FAILED)
 
 
 async def _serve(host: str, port: int, latency: float, control: bool) -> None:
     app = create_sandbox(SystemClock(), latency_seconds=latency, control=control)
-    with listen(host, port) as listening:
-        click.echo(f"export OPENAI_BASE_URL=http://{host}:{listening.getsockname()[1]}/v1")
+    with open_socket(host, port) as listening:
+        click.echo(f"export OPENAI_BASE_URL={origin_of(listening)}/v1")
         click.echo("export OPENAI_API_KEY=sk-sandbox")
         await server(app, drain_seconds=5, signals=True).serve([listening])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import resource
 from pathlib import Path
@@ -12,25 +13,23 @@ import click
 
 from gateway.app import open_gateway
 from gateway.cli.common import (
-    EXIT_CONFIG,
-    EXIT_FAILED,
     config_option,
-    fail,
+    failures,
     load_settings,
+    open_socket,
+    origin_of,
     warn,
 )
 from gateway.clock import SystemClock
-from gateway.pricefile import PriceFileError
-from gateway.server import Server, listen, server
+from gateway.server import Server, server
 from gateway.settings import Settings
-from gateway.stores.sqlite import StoreError
 from gateway.telemetry.log import configure
 
 
 @click.command()
 @config_option
 @click.option("--host", help="Listen here instead of server.host.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Instead of server.port.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Listen here instead of server.port.")
 def serve(config: Path | None, host: str | None, port: int | None) -> None:
     """Serve the gateway until SIGTERM or Ctrl-C.
 
@@ -39,7 +38,7 @@ def serve(config: Path | None, host: str | None, port: int | None) -> None:
     settings = load_settings(config)
     warn(settings)
     configure(settings.log.level.value, settings.log.format.value)
-    try:
+    with failures():
         asyncio.run(
             _serve(
                 settings,
@@ -47,24 +46,20 @@ def serve(config: Path | None, host: str | None, port: int | None) -> None:
                 settings.server.port if port is None else port,
             )
         )
-    except PriceFileError as error:
-        fail(str(error), EXIT_CONFIG)
-    except (StoreError, OSError) as error:
-        fail(str(error), EXIT_FAILED)
 
 
 async def _serve(settings: Settings, host: str, port: int) -> None:
     raise_file_limit()
+    give_memory_back()
     async with contextlib.AsyncExitStack() as stack:
-        listening = stack.enter_context(listen(host, port))
+        listening = stack.enter_context(open_socket(host, port))
         gateway = await stack.enter_async_context(open_gateway(settings, SystemClock()))
         if settings.server.metrics_port is not None:
             monitor = server(gateway.metrics_app, drain_seconds=1)
-            socket = stack.enter_context(listen(host, settings.server.metrics_port))
+            socket = stack.enter_context(open_socket(host, settings.server.metrics_port))
             watching = asyncio.create_task(monitor.serve([socket]))
             stack.push_async_callback(_stop, monitor, watching)
-        bound = listening.getsockname()[1]
-        click.echo(f"gateway: serving on http://{host}:{bound}/v1", err=True)
+        click.echo(f"gateway: serving on {origin_of(listening)}/v1", err=True)
         # What was built so far lives as long as the process: the collector need not look at it.
         gc.freeze()
         main = server(
@@ -86,3 +81,20 @@ def raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+"""Of glibc's malloc.h."""
+
+
+def give_memory_back() -> None:
+    """Keeps a burst of pictures from staying in the process as holes between what still lives.
+
+    glibc keeps an arena for each thread, and the larger a piece it has freed, the larger those it
+    cuts from an arena. 300 answers of 2.7 MB at once: 600 MB at the peak and 540 after, against
+    350 and 150. Other C libraries have no such knobs.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_ARENA_MAX, 1)
+        mallopt(M_MMAP_THRESHOLD, 64 * 1024)

@@ -48,7 +48,7 @@ def create(
         fail(f"team {name} is declared in {settings.file}; change it there", EXIT_FAILED)
     made = Team(
         name,
-        models_of(models) or frozenset({ANY_MODEL}),
+        models_of(models, settings) or frozenset({ANY_MODEL}),
         Limits(**limits),
         cache_enabled=not no_cache,
     )

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import click
 
-from gateway.app import declared_keys, read_pepper
+from gateway.app import declared_keys
 from gateway.cli.common import (
     config_option,
     json_option,
     load_settings,
+    pepper_of,
     print_json,
     print_table,
     with_store,
@@ -41,6 +42,8 @@ def usage(
 
     Dollars are exact. `unresolved` counts calls whose outcome is unknown; they cost their bound.
     """
+    if since is not None and until is not None and until < since:
+        raise click.UsageError("--until is before --since")
     settings = load_settings(config)
 
     async def read(store: SQLiteStore) -> tuple[list[UsageRow], dict[str, str]]:
@@ -48,9 +51,7 @@ def usage(
         return rows, {key.id: key.name for key in await store.directory.keys()}
 
     rows, names = with_store(settings, read)
-    names |= {
-        key.id: key.name for _, key in declared_keys(settings, read_pepper(settings)).values()
-    }
+    names |= {key.id: key.name for _, key in declared_keys(settings, pepper_of(settings)).values()}
     rows = [row for row in rows if team is None or row.team == team]
     if as_json:
         print_json(usage_report(rows, names))

@@ -50,20 +50,20 @@ def charge(rid: str, quote: Quote, ending: Ending) -> Settlement:
     if ending.outcome is Outcome.REFUSED:
         return Settlement(rid, Event.VOID, ending.outcome, Basis.NONE)
     soft = ("soft",) if quote.bound.confidence is Confidence.SOFT else ()
-    if ending.outcome is Outcome.UNKNOWN or ending.answer is None:
-        event = Event.EXPIRE if ending.outcome is Outcome.UNKNOWN else Event.SETTLE
+    if ending.outcome is Outcome.UNKNOWN:
         flags = soft if quote.row else (*soft, "unpriced")
         return Settlement(
-            rid, event, ending.outcome, Basis.ESTIMATED, quote.bound.amount, flags=flags
+            rid, Event.EXPIRE, ending.outcome, Basis.ESTIMATED, quote.bound.amount, flags=flags
         )
-    answer = ending.answer
+    answer = ending.answer or Answer(0)
     measured = quote.row.price.cost(answer, quote.prices) if quote.row else None
     flags = soft
     if quote.row is None:
         flags = (*flags, "unpriced")
     elif ending.invalid_usage:
         flags = (*flags, "invalid_usage")
-    elif answer.usage is None:
+    elif measured is None or answer.usage is None:
+        # Also where a usage says too little for the row: what nobody measured is never unmarked.
         flags = (*flags, "no_usage")
     cost: Money = quote.bound.amount if measured is None else measured
     if measured is not None and answer.usage is not None:

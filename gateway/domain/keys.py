@@ -42,7 +42,7 @@ def is_mistyped(secret: str) -> bool:
     """Whether it looks like a key of ours whose checksum does not fit: only improves a text."""
     head, _, check = secret.rpartition("_")
     return secret.startswith(PREFIX) and not hmac.compare_digest(
-        check.encode(), _checksum(head).encode()
+        check.encode("utf-8", "surrogateescape"), _checksum(head).encode()
     )
 
 

@@ -12,6 +12,7 @@ import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar, cast
 
@@ -103,7 +104,8 @@ class Spool:
     async def _write_to_file(self, chunk: bytes) -> None:
         room = self._room
         if self._file is None:
-            room.take_disk(self._written)
+            # What an earlier try took is still held: only the rest is taken.
+            room.take_disk(self._written - self._on_disk)
             self._on_disk = self._written
             file = _nameless_file(room.folder)
             try:
@@ -179,6 +181,9 @@ class Spool:
             self.close()
 
     async def _read(self, start: int, end: int) -> bytes:
+        if start >= self._written:
+            raise OSError("a spool is shorter than what is asked of it")
+        end = min(end, self._written)
         if self._file is not None:
             count = min(READ_BYTES, end - start)
             chunk = await _in_thread(os.pread, self._file.fileno(), count, start)
@@ -221,11 +226,16 @@ async def _in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
     """Like ``asyncio.to_thread``, but never leaves the thread behind when it is cancelled: the
     descriptor it works on may be closed, and its number given to another file, right after."""
     work = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        await asyncio.wait({work})
-        raise
+    cancelled: asyncio.CancelledError | None = None
+    while not work.done():
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled is None:
+        return work.result()
+    work.exception()  # Looked at, so that nobody reports it as forgotten.
+    raise cancelled
 
 
 def _write_all(descriptor: int, chunks: Sequence[bytes], offset: int) -> None:
@@ -246,20 +256,23 @@ async def edited(spool: Spool, edits: Sequence[Edit]) -> AsyncGenerator[bytes, N
     """A body with its edits spliced in; every other byte is as it came."""
     position = 0
     for edit in sorted(edits, key=lambda edit: edit.span.start):
-        async for chunk in spool.slice(position, edit.span.start):
-            yield chunk
+        async with aclosing(spool.slice(position, edit.span.start)) as chunks:
+            async for chunk in chunks:
+                yield chunk
         if edit.content:
             yield edit.content
         position = edit.span.end
-    async for chunk in spool.slice(position):
-        yield chunk
+    async with aclosing(spool.slice(position)) as chunks:
+        async for chunk in chunks:
+            yield chunk
 
 
 async def spliced(spool: Spool, pieces: Sequence[bytes | Span]) -> AsyncGenerator[bytes, None]:
     """Literal bytes and spans of a spool, one after the other."""
     for piece in pieces:
         if isinstance(piece, Span):
-            async for chunk in spool.slice(piece.start, piece.end):
-                yield chunk
+            async with aclosing(spool.slice(piece.start, piece.end)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
         elif piece:
             yield piece

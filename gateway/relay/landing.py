@@ -85,8 +85,11 @@ async def land_events(
                 refused = meter.see(event)
                 if refused is not None:
                     return _refused(refused, meter)
-                if meter.completed >= wanted:
+                if meter.completed >= wanted or (event.done and meter.completed):
                     return _landed(meter, as_json, chunks)
+                if event.done:
+                    # The SDKs read no further than [DONE]: behind it no error would be seen.
+                    return _ended_early(meter)
                 first()
                 spool.publish(event.start if meter.completed else event.end)
         for event in meter.close():
@@ -97,14 +100,16 @@ async def land_events(
             await spool.write(b"\n\n")
     except (GatewayError, OSError) as error:
         return failed(error)
-    if meter.completed == 0:
-        return failed(
-            UpstreamBroken(
-                f"The upstream {meter.upstream} ended its stream without a picture. It may have "
-                "been paid for, so this is not retried for you."
-            )
+    return _landed(meter, as_json) if meter.completed else _ended_early(meter)
+
+
+def _ended_early(meter: EventMeter) -> Landing:
+    return failed(
+        UpstreamBroken(
+            f"The upstream {meter.upstream} ended its stream without a picture. It may have "
+            "been paid for, so this is not retried for you."
         )
-    return _landed(meter, as_json)
+    )
 
 
 def _landed(meter: EventMeter, as_json: bool, rest: AsyncIterator[bytes] | None = None) -> Landing:

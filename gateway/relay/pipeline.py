@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from gateway.domain.call import Call, Operation
 from gateway.domain.charge import Ending, charge
-from gateway.domain.errors import ClientGone, GatewayError, Internal, LedgerUnavailable
+from gateway.domain.errors import ClientGone, Evidence, GatewayError, Internal, LedgerUnavailable
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Replay, Settlement
 from gateway.domain.quota import Demand, Grant
 from gateway.domain.receipt import Receipt, Timings
@@ -253,6 +253,8 @@ class Pipeline:
                 landing = await self._land(flight, plan, reply, spool, said, marks)
             except GatewayError as error:
                 said, landing = (), failed(error)
+            if landing.error is not None:
+                _name_it(landing.error, flight.rid)
             landed = self._clock.monotonic()
             settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
             entry = await self._settle(settlement)
@@ -444,6 +446,12 @@ async def _pass_the_rest(rest: AsyncIterator[bytes], spool: Spool) -> None:
     except (GatewayError, OSError, TimeoutError):
         # The pictures are delivered and booked: a ragged end takes nothing away.
         return
+
+
+def _name_it(error: GatewayError, rid: str) -> None:
+    """What may have cost money says under which name it is on the books."""
+    if error.evidence is not Evidence.NOT_BILLED:
+        error.message = f"{error.message} Request id: {rid}."
 
 
 def _completed(ending: Ending, call: Call) -> Ending:

@@ -211,8 +211,8 @@ class _Entry:
 class MemoryCache:
     """Answers in memory, least recently used out first. Chunks are kept as they came.
 
-    ``max_bytes`` bounds the sum of all contents, ``max_entry_bytes`` one of them: a larger answer
-    is quietly not kept.
+    ``max_bytes`` bounds the sum of all contents, those still arriving too, ``max_entry_bytes`` one
+    of them: what finds no room is quietly not kept.
     """
 
     def __init__(self, clock: Clock, *, max_bytes: int, max_entry_bytes: int) -> None:
@@ -221,6 +221,7 @@ class MemoryCache:
         self._max_entry_bytes = min(max_entry_bytes, max_bytes)
         self._entries: OrderedDict[str, _Entry] = OrderedDict()
         self._bytes = 0
+        self._taking = 0
 
     @property
     def bytes_held(self) -> int:
@@ -245,21 +246,22 @@ class MemoryCache:
     ) -> None:
         if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes:
             return
-        taken: list[bytes] = []
-        size = 0
-        async for chunk in chunks:
-            size += len(chunk)
-            if size > self._max_entry_bytes:
-                return
-            taken.append(chunk)
-        if size != meta.size_bytes:
+        if self._taking + meta.size_bytes > self._max_bytes:
+            return
+        # Counted before it is taken, so that answers still arriving are within the bound too.
+        self._taking += meta.size_bytes
+        try:
+            self._make_room()
+            taken = await _whole(chunks, meta.size_bytes)
+        finally:
+            self._taking -= meta.size_bytes
+        if taken is None:
             return
         self._drop(key)
         now = self._clock.monotonic()
-        self._entries[key] = _Entry(meta, tuple(taken), size, now + ttl_seconds)
-        self._bytes += size
-        while self._bytes > self._max_bytes:
-            self._drop(next(iter(self._entries)))
+        self._entries[key] = _Entry(meta, taken, meta.size_bytes, now + ttl_seconds)
+        self._bytes += meta.size_bytes
+        self._make_room()
 
     async def delete(self, key: str) -> None:
         self._drop(key)
@@ -271,7 +273,23 @@ class MemoryCache:
         self._entries.clear()
         self._bytes = 0
 
+    def _make_room(self) -> None:
+        while self._entries and self._bytes + self._taking > self._max_bytes:
+            self._drop(next(iter(self._entries)))
+
     def _drop(self, key: str) -> None:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._bytes -= entry.size
+
+
+async def _whole(chunks: AsyncIterator[bytes], size: int) -> tuple[bytes, ...] | None:
+    """The chunks, where they are ``size`` bytes in all."""
+    taken: list[bytes] = []
+    left = size
+    async for chunk in chunks:
+        left -= len(chunk)
+        if left < 0:
+            return None
+        taken.append(chunk)
+    return tuple(taken) if left == 0 else None

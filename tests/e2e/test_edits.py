@@ -150,10 +150,13 @@ async def test_what_the_sdk_sends_arrives_byte_for_byte(
     files: list[FilePart],
 ) -> None:
     (tmp_path / "ca t.png").write_bytes(PICTURE)
+    given = image(tmp_path)
     async with noting_sdk(gateway) as (sdk, sent):
         answer = await sdk.images.edit(
-            model=ALIAS, image=image(tmp_path), prompt=f"Not {ALIAS}: äöü 🎈", quality="low"
+            model=ALIAS, image=given, prompt=f"Not {ALIAS}: äöü 🎈", quality="low"
         )
+    if isinstance(given, io.IOBase):
+        given.close()
     assert answer.data
     assert answer.data[0].b64_json
     record = only(gateway.sandbox.journal)

@@ -1,0 +1,85 @@
+# `make` prints what there is to make. Needs git, make, and Python 3.11 or newer with pip.
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+# Who makes the pictures of `make run`: sandbox (draws them here, for nothing) or openai.
+UPSTREAM ?= sandbox
+PORT ?= 8080
+# The Python that makes .venv; empty: the first of these that is new enough and has pip.
+PYTHON ?=
+# More for pytest: make test ARGS="tests/cli -x"
+ARGS ?=
+
+VENV := .venv
+IN_VENV := $(VENV)/bin/python
+DEMO := $(VENV)/installed-demo
+DEV := $(VENV)/installed-dev
+
+# Leaves the first usable Python in $$python. Asking pip for --python says that pip is there and
+# at least 22.3: with it neither python3-venv nor ensurepip is needed, so Debian's own Python will do.
+FIND_PYTHON = \
+	for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
+		"$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		&& "$$python" -m pip --python "$$python" --version >/dev/null 2>&1 && break; \
+		python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "$(or $(PYTHON),python3) will not do: Python 3.11 or newer with pip 22.3 or newer is needed" >&2; \
+		echo "(Debian: apt install python3 python3-pip; or name another: make PYTHON=/path/to/python3)" >&2; \
+		exit 1; \
+	fi
+
+PIP_INSTALL = "$$python" -m pip --python $(IN_VENV) --disable-pip-version-check --no-input install --quiet
+
+.PHONY: help
+help: ## Print this list.
+	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
+		printf '%-14s%s\n' "$$name" "$$text"; done
+
+.PHONY: run
+run: $(DEMO) ## Start a gateway and show a picture coming back (UPSTREAM=openai: the real one behind it).
+	@$(IN_VENV) -m gateway demo --upstream $(UPSTREAM) --port $(PORT)
+
+.PHONY: test
+test: $(DEV) ## Run every test.
+	@$(IN_VENV) -m pytest -n auto --maxprocesses 4 $(ARGS)
+
+.PHONY: lint
+lint: $(DEV) ## Check style and formatting with ruff.
+	@$(IN_VENV) -m ruff check .
+	@$(IN_VENV) -m ruff format --check .
+
+.PHONY: types
+types: $(DEV) ## Check types with mypy, strictly.
+	@$(IN_VENV) -m mypy
+
+.PHONY: check
+check: lint types test ## What CI runs: lint, types, test.
+
+.PHONY: live
+live: $(DEV) ## Compare the real OpenAI with what we assume; needs OPENAI_API_KEY, spends under $0.02.
+	@LIVE=1 $(IN_VENV) -m pytest -s -m live tests/live
+
+.PHONY: clean
+clean: ## Remove what make and the tests made. .demo stays: it has the books of `make run`.
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find gateway tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(IN_VENV):
+	@$(FIND_PYTHON); \
+	echo "Making $(VENV) with $$("$$python" --version) ..."; \
+	"$$python" -m venv --clear --without-pip $(VENV)
+
+$(DEMO): pyproject.toml $(IN_VENV)
+	@$(FIND_PYTHON); \
+	echo "Installing the gateway into $(VENV), this once ..."; \
+	$(PIP_INSTALL) -e '.[demo]'
+	@touch $@
+
+# The test extra has all that the demo needs, so `make run` need not install again after it.
+$(DEV): pyproject.toml $(IN_VENV)
+	@$(FIND_PYTHON); \
+	echo "Installing the gateway and its tests into $(VENV), this once ..."; \
+	$(PIP_INSTALL) -e '.[test,lint]'
+	@touch $@ $(DEMO)

@@ -1,0 +1,86 @@
+"""`gateway check`: one answer for a script, every mistake for a person."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.cli.conftest import Say
+
+UPSTREAM = "upstreams: {o: {kind: openai, base_url: 'https://one.example/v1', api_keys: [sk-x]}}\n"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "its.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_good_file(say: Say, config: Path) -> None:
+    said = say("check", "--config", config)
+    assert said.exit_code == 0
+    assert said.stdout == f"{config}: ok (2 models, 1 teams)\n"
+    assert said.stderr == ""
+
+
+def test_nothing_is_opened(say: Say, config: Path) -> None:
+    say("check", "--config", config)
+    assert sorted(path.name for path in config.parent.iterdir()) == ["gateway.yaml"]
+
+
+def test_the_file_that_ships_is_found(say: Say) -> None:
+    said = say("check")
+    assert said.exit_code == 0
+    assert "ok (5 models and any other behind '*', 0 teams)" in said.stdout
+    assert "warning: " in said.stderr
+    assert "upstreams.openai: has no key and is off: set OPENAI_API_KEY" in said.stderr
+
+
+def test_every_mistake_is_printed_with_its_place(say: Say, tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        "server: {port: eighty, hots: 127.0.0.1}\n"
+        "upstreams: {o: {kind: openai, base_url: 'ftp://one.example'}}\n"
+        "models: {m: {upstream: p}}\n",
+    )
+    said = say("check", "--config", path)
+    assert said.exit_code == 2
+    assert said.stdout == ""
+    lines = said.stderr.splitlines()
+    assert len(lines) == 4
+    for line, number, where in zip(
+        lines, (1, 1, 2, 3), ("server.port", "server", "upstreams.o", "models.m"), strict=True
+    ):
+        assert line.startswith(f"{path}:{number}:"), line
+        assert where in line
+
+
+def test_no_such_file(say: Say, tmp_path: Path) -> None:
+    said = say("check", "--config", tmp_path / "none.yaml")
+    assert said.exit_code == 2
+    assert "No such file" in said.stderr
+    assert "--config FILE or GATEWAY_CONFIG" in said.stderr
+
+
+def test_a_model_without_a_price_is_refused(say: Say, tmp_path: Path) -> None:
+    path = written(tmp_path, UPSTREAM + "models: {a: {upstream: o, model: b}, c: {upstream: o}}\n")
+    said = say("check", "--config", path)
+    assert said.exit_code == 2
+    assert said.stderr.splitlines() == [
+        f"{path}: models.{model}: {there} has no price at o. Add a row under prices.rows, or set "
+        "unpriced: allow"
+        for model, there in (("a", "b"), ("c", "c"))
+    ]
+
+
+def test_unless_it_is_allowed(say: Say, tmp_path: Path) -> None:
+    path = written(tmp_path, UPSTREAM + "models: {c: {upstream: o, unpriced: allow}}\n")
+    assert say("check", "--config", path).exit_code == 0
+
+
+def test_prices_are_checked_too(say: Say, tmp_path: Path) -> None:
+    (tmp_path / "prices.yaml").write_text("- {model: m}\n")
+    path = written(tmp_path, UPSTREAM + "prices: {file: prices.yaml}\n")
+    said = say("check", "--config", path)
+    assert said.exit_code == 2
+    assert "prices.yaml" in said.stderr
+    assert "Traceback" not in said.stderr

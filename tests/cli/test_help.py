@@ -1,0 +1,90 @@
+"""What `--help` says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+
+import click
+import pytest
+
+from gateway.cli import main
+from tests.cli.conftest import Say
+
+
+def commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The words of every command and group."""
+    yield path
+    if isinstance(command, click.Group):
+        for name, inside in command.commands.items():
+            yield from commands(inside, (*path, name))
+
+
+def command_at(path: tuple[str, ...]) -> click.Command:
+    command: click.Command = main
+    for name in path:
+        assert isinstance(command, click.Group)
+        command = command.commands[name]
+    return command
+
+
+EVERY = sorted(commands(main))
+
+
+def test_these_are_the_commands() -> None:
+    assert {" ".join(path) for path in EVERY} == {
+        "",
+        "check",
+        "demo",
+        "key",
+        "key create",
+        "key list",
+        "key revoke",
+        "sandbox",
+        "serve",
+        "team",
+        "team create",
+        "team list",
+        "team revoke",
+        "usage",
+    }
+
+
+@pytest.mark.parametrize("path", EVERY, ids=" ".join)
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_says_everything(say: Say, path: tuple[str, ...], flag: str) -> None:
+    command = command_at(path)
+    said = say(*path, flag)
+    assert said.exit_code == 0
+    assert command.help
+    assert command.help.splitlines()[0] in " ".join(said.stdout.split())
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.opts[-1] in said.stdout
+            assert parameter.help, f"{path}: {parameter.name} has no help"
+    if isinstance(command, click.Group):
+        assert set(command.commands) <= set(said.stdout.split())
+
+
+@pytest.mark.parametrize("path", [path for path in EVERY if path not in ((), ("demo",))])
+def test_every_command_takes_a_config(path: tuple[str, ...]) -> None:
+    command = command_at(path)
+    if isinstance(command, click.Group) or path == ("sandbox",):
+        return
+    assert "config" in {parameter.name for parameter in command.params}
+
+
+def test_python_m_gateway() -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "gateway", "--version"], capture_output=True, text=True, check=True
+    )
+    assert said.stdout == f"gateway, version {version('image-gateway')}\n"
+    assert said.stderr == ""
+
+
+def test_an_unknown_command_is_a_mistake(say: Say) -> None:
+    said = say("server")
+    assert said.exit_code == 2
+    assert "No such command 'server'" in said.stderr

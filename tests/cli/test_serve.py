@@ -1,0 +1,130 @@
+"""`gateway serve`: how it starts, how it refuses to, and how it ends."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import Say
+from tests.processes import GatewayProcess, run, wait_until
+
+
+def test_it_says_where_it_listens_and_ends_with_0(config: Path) -> None:
+    with GatewayProcess(config) as serving:
+        serving.wait_ready()
+        assert serving.stderr == f"gateway: serving on http://127.0.0.1:{serving.port}/v1\n"
+        serving.terminate()
+        assert serving.wait() == 0
+
+
+def test_host_and_port_of_the_command_go_first(config: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config.write_text(config.read_text().replace("127.0.0.1", "0.0.0.0"))  # noqa: S104
+    with GatewayProcess(config, "--host", "127.0.0.1", "--port", str(port)) as serving:
+        serving.wait_ready()
+        assert serving.base_url == f"http://127.0.0.1:{port}/v1"
+
+
+def test_a_taken_port_is_one_sentence(config: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = run("serve", "--config", str(config), "--port", str(port))
+    assert ended.returncode == 1
+    assert ended.stderr == f"port {port} of 127.0.0.1 is taken; choose another with --port\n"
+
+
+def test_no_such_address(config: Path) -> None:
+    ended = run("serve", "--config", str(config), "--host", "192.0.2.1")
+    assert ended.returncode == 1
+    assert ended.stderr == "cannot listen on 192.0.2.1, port 0: Cannot assign requested address\n"
+
+
+def test_warnings_come_before_the_address(config: Path) -> None:
+    config.write_text(config.read_text() + "  design: {}\n")
+    with GatewayProcess(config) as serving:
+        serving.wait_ready()
+        first, second = serving.stderr.splitlines()
+    assert first.startswith(f"warning: {config}:")
+    assert "teams.design: has no key" in first
+    assert second.startswith("gateway: serving on ")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("port: 0", "port: eighty"), "server.port"),
+        (("  gpt-image-2: {upstream", "  mystery: {upstream"), "mystery has no price at sandbox"),
+    ],
+    ids=["a mistake", "no price"],
+)
+def test_what_check_refuses_is_not_served(
+    say: Say, config: Path, change: tuple[str, str], said: str
+) -> None:
+    config.write_text(config.read_text().replace(*change))
+    checked = say("check", "--config", config)
+    ended = run("serve", "--config", str(config))
+    assert (ended.returncode, ended.stderr) == (2, checked.stderr)
+    assert checked.exit_code == 2
+    assert said in ended.stderr
+    assert not (config.parent / "data").exists()
+
+
+def test_a_team_in_the_file_and_in_the_directory(say: Say, config: Path) -> None:
+    declared = config.read_text()
+    config.write_text(declared.replace("growth:", "design:"))
+    assert say("team", "create", "growth", "--config", config).exit_code == 0
+    config.write_text(declared)
+    ended = run("serve", "--config", str(config))
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        f"{config}: teams.growth: a team of this name was made with `gateway team create` too. "
+        "Give the one in this file another name\n"
+    )
+
+
+def test_a_key_in_the_file_and_in_the_directory(say: Say, config: Path) -> None:
+    assert say("team", "create", "design", "--config", config).exit_code == 0
+    secret = say("key", "create", "--team", "design", "--config", config).stdout.strip()
+    config.write_text(config.read_text().replace("growth-key-0123456789abcdef", secret))
+    ended = run("serve", "--config", str(config))
+    assert ended.returncode == 2
+    assert f"{config}: teams.growth.keys: the key ci was made with" in ended.stderr
+    assert "of team design too. Remove it from this file" in ended.stderr
+    assert secret not in ended.stderr
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a database, but long enough to look like one"])
+def test_a_damaged_database(config: Path, damage: bytes) -> None:
+    database = config.parent / "data" / "gateway.db"
+    database.parent.mkdir()
+    database.write_bytes(damage)
+    ended = run("serve", "--config", str(config))
+    assert ended.returncode == 1
+    assert str(database) in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+    assert database.read_bytes() == damage
+
+
+def test_no_place_for_the_database(config: Path) -> None:
+    (config.parent / "data").write_text("a file where the folder should be")
+    ended = run("serve", "--config", str(config))
+    assert ended.returncode == 1
+    assert len(ended.stderr.splitlines()) == 1
+    assert "data" in ended.stderr
+
+
+def test_metrics_on_a_port_of_their_own(config: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    config.write_text(config.read_text().replace("port: 0", f"port: 0, metrics_port: {port}"))
+    with GatewayProcess(config) as serving:
+        serving.wait_ready()
+        with socket.create_connection(("127.0.0.1", port), timeout=5) as monitor:
+            monitor.sendall(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert monitor.recv(64).startswith(b"HTTP/1.1 200 OK")
+        serving.terminate()
+        wait_until(lambda: not serving.running, "it ends")
+        assert serving.wait() == 0

@@ -1,0 +1,277 @@
+"""Real `gateway serve` processes, to be ended in every way, and the books that they leave behind.
+
+::
+
+    with GatewayProcess(config) as first:
+        first.wait_ready()
+        first.kill()
+    books = Books.read(config.parent / "data" / "gateway.db")
+    books.check()
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+from urllib.error import URLError
+
+START_SECONDS = 30.0
+POLL_SECONDS = 0.02
+ENVIRONMENT: Final = {"PATH": os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
+
+
+def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """A `gateway` command, from its start to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "gateway", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=ENVIRONMENT,
+        check=False,
+    )
+
+
+def wait_until(true: Callable[[], bool], what: str, timeout: float = 30) -> float:
+    """Looks until ``true()``, and returns the seconds it took. Raises ``TimeoutError``."""
+    started = time.monotonic()
+    while not true():
+        if time.monotonic() - started > timeout:
+            raise TimeoutError(f"not within {timeout} s: {what}")
+        time.sleep(POLL_SECONDS)
+    return time.monotonic() - started
+
+
+class GatewayProcess:
+    """One `gateway serve`. The port is the one it says it listens on. Left running when the block
+    ends, it is killed."""
+
+    def __init__(self, config: Path, *arguments: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gateway", "serve", "--config", str(config), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+        )
+        self._said: list[str] = []
+        self._news = threading.Condition()
+        self._ended = False
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    def _listen(self) -> None:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            with self._news:
+                self._said.append(line)
+                self._news.notify_all()
+        with self._news:
+            self._ended = True
+            self._news.notify_all()
+
+    def __enter__(self) -> GatewayProcess:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._process.poll() is None:
+            self.kill()
+        self._listener.join()
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def stderr(self) -> str:
+        with self._news:
+            return "".join(self._said)
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of the log so far."""
+        return [json.loads(line) for line in self.stderr.splitlines() if line.startswith("{")]
+
+    @property
+    def port(self) -> int:
+        for line in self.stderr.splitlines():
+            if line.startswith("gateway: serving on "):
+                return int(line.removesuffix("/v1").rpartition(":")[2])
+        raise LookupError("it does not listen yet")
+
+    @property
+    def base_url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def wait_ready(self) -> GatewayProcess:
+        """Until it says where it listens, and `/readyz` says that it may be used."""
+        with self._news:
+            self._news.wait_for(
+                lambda: self._ended or any("serving on" in line for line in self._said),
+                START_SECONDS,
+            )
+        if not any("serving on" in line for line in self._said):
+            raise AssertionError(f"the gateway did not start:\n{self.stderr}")
+        wait_until(self.is_ready, "the gateway is ready", START_SECONDS)
+        return self
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=5) as said:
+                return bool(said.status == 200)
+        except (URLError, ConnectionError, TimeoutError):
+            return False
+
+    def refuses(self) -> bool:
+        """Whether it no longer takes connections."""
+        try:
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5):
+                return False
+        except OSError:
+            return True
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics, as ``name{labels}`` -> value."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as said:
+            text = said.read().decode()
+        samples = (line.rpartition(" ") for line in text.splitlines() if line[:1] not in ("#", ""))
+        return {name: float(value) for name, _, value in samples}
+
+    def kill(self) -> None:
+        """`kill -9`, and waits until it is gone."""
+        self._process.kill()
+        self._process.wait()
+
+    def terminate(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+
+    def wait(self, timeout: float = 30) -> int:
+        """The exit code, once it has ended; negative for a signal."""
+        return self._process.wait(timeout)
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A reservation, as the database has it."""
+
+    rid: str
+    state: str
+    bound: int
+    cost: int
+    accounts: tuple[str, ...]
+    outcome: str | None
+    idempotency_key: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """A ledger's file, read by somebody who knows nothing of the gateway's code."""
+
+    holds: Mapping[str, Hold]
+    balances: Mapping[str, tuple[int, int]]
+    """Account -> posted, pending."""
+    usage: Mapping[str, int]
+    """Sums over usage_daily."""
+    journal: Sequence[tuple[str, str, int, int]] = field(default_factory=list)
+    """rid, kind, pending, posted."""
+
+    @classmethod
+    def read(cls, database: Path) -> Books:
+        with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=10)) as db:
+            db.execute("BEGIN")  # one snapshot for all
+            holds = {
+                rid: Hold(rid, state, bound, cost, tuple(json.loads(accounts)), outcome, key)
+                for rid, state, bound, cost, accounts, outcome, key in db.execute(
+                    "SELECT rid, state, bound, cost, accounts, outcome, idempotency_key FROM hold"
+                )
+            }
+            balances = {
+                account: (posted, pending)
+                for account, posted, pending in db.execute(
+                    "SELECT account, posted, pending FROM balance"
+                )
+            }
+            names = (
+                "requests",
+                "images",
+                "cached_requests",
+                "cost",
+                "unresolved",
+                "unresolved_cost",
+            )
+            sums = ", ".join(f"coalesce(sum({name}), 0)" for name in names)
+            counted = db.execute(f"SELECT {sums} FROM usage_daily").fetchone()  # noqa: S608
+            journal = db.execute("SELECT rid, kind, pending, posted FROM journal").fetchall()
+        return cls(holds, balances, dict(zip(names, counted, strict=True)), journal)
+
+    def of(self, *states: str) -> list[Hold]:
+        return [hold for hold in self.holds.values() if hold.state in states]
+
+    @property
+    def open(self) -> list[Hold]:
+        return self.of("H")
+
+    @property
+    def pending(self) -> int:
+        return sum(pending for _, pending in self.balances.values())
+
+    @property
+    def spent(self) -> int:
+        """The sum of what is posted for each hold."""
+        return sum(hold.cost for hold in self.holds.values())
+
+    def check(self) -> None:
+        """Every sum that can be taken two ways is the same both ways (I2, I3 of money.md)."""
+        posted = dict.fromkeys(self.balances, 0)
+        pending = dict.fromkeys(self.balances, 0)
+        for hold in self.holds.values():
+            for account in hold.accounts:
+                posted[account] += hold.cost
+                pending[account] += hold.bound if hold.state == "H" else 0
+        assert {name: (posted[name], pending[name]) for name in posted} == dict(self.balances)
+        kinds: dict[str, str] = {}
+        moved: dict[str, tuple[int, int]] = {}
+        for rid, kind, held, spent in self.journal:
+            before = moved.get(rid, (0, 0))
+            moved[rid] = (before[0] + held, before[1] + spent)
+            # Held once, and then on to an end; only an expiry may be corrected.
+            assert kinds.get(rid, "") + kind in ("H", "HP", "HV", "HX", "XP", "XV"), (rid, kind)
+            kinds[rid] = kind
+        assert kinds == {hold.rid: hold.state for hold in self.holds.values()}
+        assert moved == {
+            hold.rid: (hold.bound if hold.state == "H" else 0, hold.cost)
+            for hold in self.holds.values()
+        }
+        expired, closed = self.of("X"), self.of("P", "X")
+        assert all(hold.cost == hold.bound for hold in expired)
+        assert all(hold.cost == 0 for hold in self.of("H", "V"))
+        assert self.usage["cost"] == self.spent == sum(hold.cost for hold in closed)
+        assert self.usage["requests"] == len(closed) + self.usage["cached_requests"]
+        assert self.usage["unresolved"] == len(expired)
+        assert self.usage["unresolved_cost"] == sum(hold.cost for hold in expired)
