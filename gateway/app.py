@@ -62,6 +62,8 @@ log = logging.getLogger(__name__)
 
 DISTRIBUTION = "image-gateway"
 PING_SECONDS = 2.0
+LAST_SECONDS = 5.0
+"""What still runs when the doors are closed has this long; the server drained before."""
 CACHE_TIMEOUT_SECONDS = 2.0
 PEPPER_FILE = "gateway.pepper"
 RELAYED = {f"/v1{operation.path}": operation for operation in Operation}
@@ -127,7 +129,7 @@ async def open_gateway(
         spools.mkdir(parents=True, exist_ok=True)
         room = Room(settings.server.buffer_bytes, settings.server.spool_bytes, spools)
         flights = Flights()
-        stack.push_async_callback(flights.drain)
+        stack.push_async_callback(flights.drain, LAST_SECONDS)
         worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         lease = timedelta(seconds=settings.lease_seconds)
         pipeline = Pipeline(
@@ -411,6 +413,9 @@ async def _sweep_for_ever(ledger: Ledger, clock: Clock, pause_seconds: float) ->
                     )
         except GatewayError as error:
             log.warning("the sweep could not write", extra={"error": str(error)})
+        except Exception:
+            # Whatever it is: a sweep that stops for ever would leave every later hold standing.
+            log.exception("the sweep failed")
         await asyncio.sleep(pause_seconds)
 
 

@@ -1,7 +1,8 @@
-"""The sockets: uvicorn, with three things it does not do.
+"""The sockets: uvicorn, with four things it does not do.
 
-It answers clients that close their sending half, it can drop a connection that takes nothing any
-more, and it ends with exit code 0 when it was told to end.
+It answers clients that close their sending half, it lets a client that is still uploading read why
+it was refused, it can drop a connection that takes nothing any more, and it ends with exit code 0
+when it was told to end.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import cast
+from typing import Any, cast
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -25,23 +26,78 @@ log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
+LINGER_SECONDS = 10.0
+LINGER_BYTES = 256 * 1024 * 1024
+"""How much of a refused upload is read and thrown away, so that the refusal arrives."""
+
+
+class _Lingering:
+    """A transport whose ``close`` waits for a client that is still sending.
+
+    Closing a socket with unread bytes resets it, and the reset overtakes the answer: the client
+    would see a broken connection, and send the same upload again.
+    """
+
+    def __init__(self, transport: asyncio.Transport, linger: Callable[[], bool]) -> None:
+        self._transport = transport
+        self._linger = linger
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def close(self) -> None:
+        if self._transport.is_closing() or not self._linger():
+            self._transport.close()
 
 
 class Connection(HttpToolsProtocol):
     """One client's connection."""
+
+    _real: asyncio.Transport
+    _unwanted_bytes = 0
+    _lingers: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._real = transport
+        super().connection_made(cast(asyncio.Transport, _Lingering(transport, self._linger)))
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         # Requests are parsed one after the other, so this scope is the one that began just now.
         scope = cast(Scope, self.scope)
         scope[HUNG_UP] = asyncio.Event()
-        scope[ABORT] = self.transport.abort
+        scope[ABORT] = self._real.abort
+
+    def _linger(self) -> bool:
+        """Whether the end waits: the answer is complete, the request is not."""
+        cycle = cast(RequestResponseCycle | None, self.cycle)
+        if cycle is None or not cycle.response_complete or not cycle.more_body:
+            return False
+        if self._lingers is None:
+            self._lingers = self.loop.call_later(LINGER_SECONDS, self._real.close)
+            self._real.write_eof()
+            self._real.resume_reading()
+        return True
+
+    def data_received(self, data: bytes) -> None:
+        if self._lingers is None:
+            super().data_received(data)
+            return
+        self._unwanted_bytes += len(data)
+        if self._unwanted_bytes > LINGER_BYTES:
+            self._real.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._lingers is not None:
+            self._lingers.cancel()
+        super().connection_lost(exc)
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """A client that has sent all it wants may still read. It cannot be told from one that has
         left until something is written, so it is noted, and answered."""
         cycle = cast(RequestResponseCycle | None, self.cycle)
         if cycle is None or cycle.response_complete or cycle.more_body:
+            self._real.close()
             return None
         cycle.keep_alive = False
         cast(Scope, cycle.scope)[HUNG_UP].set()

@@ -29,6 +29,8 @@ from types import TracebackType
 from typing import Any, Final
 from urllib.error import URLError
 
+from gateway.sandbox.journal import Record
+
 START_SECONDS = 30.0
 POLL_SECONDS = 0.02
 ENVIRONMENT: Final = {"PATH": os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
@@ -275,3 +277,16 @@ class Books:
         assert self.usage["requests"] == len(closed) + self.usage["cached_requests"]
         assert self.usage["unresolved"] == len(expired)
         assert self.usage["unresolved_cost"] == sum(hold.cost for hold in expired)
+
+
+def bill(record: Record) -> int:
+    """What the upstream charges for a request, in nano-dollars, from its own usage."""
+    usage = record.usage
+    assert isinstance(usage, dict)
+    given, made = usage["input_tokens_details"], usage["output_tokens"]
+    assert isinstance(given, dict)
+    assert isinstance(made, int)
+    text, image = given["text_tokens"], given["image_tokens"]
+    assert isinstance(text, int)
+    assert isinstance(image, int)
+    return 5_000 * text + 8_000 * image + 30_000 * made

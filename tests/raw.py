@@ -80,7 +80,9 @@ class RawClient:
         async with asyncio.timeout(WAIT_SECONDS):
             await self.writer.drain()
 
-    async def head(self, path: str, headers: Sequence[str | bytes] = (), method: str = "POST") -> None:
+    async def head(
+        self, path: str, headers: Sequence[str | bytes] = (), method: str = "POST"
+    ) -> None:
         """A request line and headers; ``host`` and the key are added."""
         lines: list[bytes] = [f"{method} {path} HTTP/1.1".encode(), b"host: gateway"]
         lines += [self.authorization.encode()] * bool(self.authorization)

@@ -16,7 +16,14 @@ from typing import Any, TypeAlias
 
 from gateway.api import auth
 from gateway.domain.call import Operation
-from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
+from gateway.domain.errors import (
+    ClientGone,
+    GatewayError,
+    Internal,
+    InvalidRequest,
+    NotServed,
+    Overloaded,
+)
 from gateway.domain.receipt import Delivery, Receipt
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
@@ -65,23 +72,32 @@ class RelayedRoutes:
         try:
             answer = await self._answer(rid, operation, scope, door, started)
             try:
-                await door.send_head(answer.head)
-                async with aclosing(_chunks(answer.head)) as chunks:
-                    async for chunk in chunks:
-                        await door.send_chunk(chunk)
-                await door.finish()
-            except ClientGone as gone:
-                door.left_at(gone.stage)
-            except Exception:
-                # The status has left, so the only honest end is a broken connection.
-                log.exception("an answer broke off", extra={"request_id": rid})
-                door.left_at("broken")
-                await door.abort()
+                await self._deliver(rid, answer.head, door)
             finally:
                 answer.head.close()
-                await self._close_books(answer, door, started)
+            await self._close_books(answer, door, started)
+        except asyncio.CancelledError:
+            # The server's patience is over; the flight goes on as long as the process does.
+            log.warning("a request was given up at the end", extra={"request_id": rid})
+            await door.give_up(rid)
+            raise
         finally:
             door.stop_watching()
+
+    async def _deliver(self, rid: str, head: Head, door: _Door) -> None:
+        try:
+            await door.send_head(head)
+            async with aclosing(_chunks(head)) as chunks:
+                async for chunk in chunks:
+                    await door.send_chunk(chunk)
+            await door.finish()
+        except ClientGone as gone:
+            door.left_at(gone.stage)
+        except Exception:
+            # The status has left, so the only honest end is a broken connection.
+            log.exception("an answer broke off", extra={"request_id": rid})
+            door.left_at("broken")
+            await door.abort()
 
     async def _answer(
         self, rid: str, operation: Operation, scope: Scope, door: _Door, started: float
@@ -109,8 +125,8 @@ class RelayedRoutes:
         except Exception:
             log.exception("a request crashed", extra={"request_id": rid})
             return _refused(rid, operation, Internal("The gateway failed in a way it should not."))
-        if answer.head.status == ClientGone.status:
-            door.left_at("upload" if not door.body_read else "upstream")
+        if answer.gone:
+            door.left_at(answer.gone)
         return answer
 
     async def _close_books(self, answer: Answer, door: _Door, started: float) -> None:
@@ -177,6 +193,9 @@ class _Door:
             for name, value in head.headers
             if value.isascii() and value.isprintable()
         ]
+        if not self.body_read and all(name != b"connection" for name, _ in headers):
+            # What is still being sent is not wanted: the connection ends with this answer.
+            headers.append((b"connection", b"close"))
         if head.length is not None:
             headers.append((b"content-length", str(head.length).encode("ascii")))
         else:
@@ -186,6 +205,23 @@ class _Door:
     async def send_chunk(self, chunk: bytes) -> None:
         await self._put({"type": "http.response.body", "body": chunk, "more_body": True})
         self.bytes_out += len(chunk)
+
+    async def give_up(self, rid: str) -> None:
+        """The last word where nothing was said yet: an SDK must not buy the same again."""
+        if self.status == 0 and not self.gone:
+            head = answers.error_head(
+                Overloaded(
+                    "The gateway is shutting down and could not wait for this answer. If a picture "
+                    f"was bought it stays on the books. Request id: {rid}.",
+                    code="shutting_down",
+                    should_retry=False,
+                ),
+                rid,
+            )
+            await self.send_head(head)
+            async for chunk in head.body():
+                await self.send_chunk(chunk)
+            await self.finish()
 
     async def abort(self) -> None:
         """Drops the connection: the client sees a reset, never a cut answer that looks whole."""
@@ -226,12 +262,20 @@ def _arrival(
             code="invalid_idempotency_key",
             param="Idempotency-Key",
         )
+    content_type = headers.get("content-type", "")
+    if not content_type.isascii() or not content_type.isprintable():
+        raise InvalidRequest(
+            "The Content-Type has characters that a header may not have.",
+            code="bad_header",
+            param="Content-Type",
+            reason="bad_header",
+        )
     length = headers.get("content-length", "")
     return Arrival(
         rid=rid,
         operation=operation,
         secret=auth.secret(headers),
-        content_type=headers.get("content-type", ""),
+        content_type=content_type,
         content_encoding=headers.get("content-encoding"),
         content_length=int(length) if length.isdecimal() else None,
         wish=cache_wish(headers.get("cache-control", "")),

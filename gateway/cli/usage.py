@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -56,22 +57,22 @@ def usage(
     if as_json:
         print_json(usage_report(rows, names))
         return
-    print_table(
-        ("DAY", "TEAM", "KEY", "MODEL", "REQUESTS", "CACHED", "IMAGES", "COST", "AVOIDED"),
-        [
-            (
-                row.day,
-                row.team,
-                names.get(row.key_id) or row.key_id,
-                row.model,
-                str(row.requests),
-                str(row.cached_requests),
-                str(row.images),
-                f"${format_dollars(row.cost)}",
-                f"${format_dollars(row.avoided)}",
-            )
-            for row in rows
-        ],
+    named = [
+        (row.day, row.team, names.get(row.key_id) or row.key_id, row.model, *_figures([row]))
+        for row in rows
+    ]
+    head = ("DAY", "TEAM", "KEY", "MODEL", "REQUESTS", "CACHED", "IMAGES", "COST", "AVOIDED")
+    print_table((*head, "UNRESOLVED"), [*named, ("total", "", "", "", *_figures(rows))])
+
+
+def _figures(rows: Sequence[UsageRow]) -> tuple[str, ...]:
+    return (
+        str(sum(row.requests for row in rows)),
+        str(sum(row.cached_requests for row in rows)),
+        str(sum(row.images for row in rows)),
+        f"${format_dollars(sum(row.cost for row in rows))}",
+        f"${format_dollars(sum(row.avoided for row in rows))}",
+        str(sum(row.unresolved for row in rows)),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime, timedelta
 
 from gateway.domain.errors import GatewayError, InvalidRequest, QuotaExceeded, RateLimited
@@ -92,7 +93,7 @@ def _rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayEr
             param="n" if limit.unit is Unit.IMAGES else None,
             reason="never_fits",
         )
-    words = f"{wait:.0f} s" if wait >= 1 else "a moment"
+    words = f"{math.ceil(wait)} s" if wait >= 1 else "a moment"
     return RateLimited(
         f"{limited}; try again in {words}.",
         reason={

@@ -41,11 +41,7 @@ class Room:
     def take_disk(self, count: int) -> None:
         """Raises ``Overloaded`` when the quota of the spool folder is used up."""
         if self.disk_used + count > self.disk_bytes:
-            raise Overloaded(
-                "The gateway holds as many pictures as it has room for. Nothing was lost; "
-                "try again in a few seconds.",
-                retry_after_seconds=5,
-            )
+            raise _no_room()
         self.disk_used += count
 
     def give_back(self, memory: int, disk: int) -> None:
@@ -98,7 +94,10 @@ class Spool:
             self._starts.append(self._written)
             self._chunks.append(chunk)
         else:
-            await self._write_to_file(chunk)
+            try:
+                await self._write_to_file(chunk)
+            except OSError as error:
+                raise _no_room() from error
         self._written += len(chunk)
 
     async def _write_to_file(self, chunk: bytes) -> None:
@@ -212,6 +211,14 @@ class Spool:
         self._chunks, self._starts = [], []
         if self._file is not None:
             self._file.close()
+
+
+def _no_room() -> Overloaded:
+    return Overloaded(
+        "The gateway holds as many pictures as it has room for. Nothing was lost; try again in a "
+        "few seconds.",
+        retry_after_seconds=5,
+    )
 
 
 def _nameless_file(folder: Path) -> BinaryIO:

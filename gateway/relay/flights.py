@@ -7,12 +7,15 @@ read to its end, booked, and kept in the cache for whoever asks next.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
 from gateway.domain.errors import ClientGone, GatewayError
 from gateway.domain.receipt import Receipt
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,9 @@ class Flight:
         try:
             either: set[asyncio.Future[Any]] = {self._head, gone}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        except asyncio.CancelledError:
+            self._abandoned = True
+            raise
         finally:
             gone.cancel()
         if self._head.done():
@@ -120,14 +126,32 @@ class Flights:
         task.add_done_callback(self._running.discard)
         return flight
 
-    async def within(self, seconds: float, work: Coroutine[Any, Any, None]) -> None:
-        """Waits for a piece of work, but not longer than ``seconds``; it then goes on alone."""
+    def errand(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Work that nobody waits for, but that belongs to this process until it is done."""
         task = asyncio.get_running_loop().create_task(work)
         self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
-        await asyncio.wait({task}, timeout=seconds)
+        task.add_done_callback(self._done)
+        return task
 
-    async def drain(self) -> None:
-        """Waits until every flight has landed."""
-        while self._running or self._errands:
-            await asyncio.wait({*self._running, *self._errands})
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self._errands.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("an errand failed", exc_info=error)
+
+    async def within(self, seconds: float, work: Coroutine[Any, Any, None]) -> None:
+        """Waits for a piece of work, but not longer than ``seconds``; it then goes on alone."""
+        await asyncio.wait({self.errand(work)}, timeout=seconds)
+
+    async def drain(self, seconds: float) -> None:
+        """Waits until every flight and errand has ended; after ``seconds`` they are given up, and
+        what they held expires at its bound."""
+        tasks: set[asyncio.Task[Any]] = {*self._running, *self._errands}
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds
+        while tasks and loop.time() < until:
+            await asyncio.wait(tasks, timeout=until - loop.time())
+            tasks = {*self._running, *self._errands}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)

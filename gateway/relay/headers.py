@@ -96,20 +96,32 @@ def of_age(stored_at: datetime, now: datetime) -> Headers:
 def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
     """An error as an answer: OpenAI's shape, and whether another try can help."""
     content = error.content
-    headers = [("content-type", JSON), ("x-request-id", rid), *more]
+    headers = {"content-type": JSON, "x-request-id": rid, **dict(more)}
     wait, retry = error.retry_after_seconds, error.should_retry
     if isinstance(error, UpstreamRefused):
-        headers += [(name, value) for name, value in error.headers if _is_clean(value)]
-    if wait is not None:
-        headers.append(("retry-after", str(math.ceil(wait))))
-        headers.append(("retry-after-ms", str(math.ceil(wait * 1000))))
-        if wait > MAX_WAIT_SECONDS:
-            retry = False
+        passed = {name: value for name, value in error.headers if _is_clean(value)}
+        headers |= passed
+        wait = _said_wait(passed)
+    elif wait is not None:
+        headers["retry-after"] = str(math.ceil(wait))
+        headers["retry-after-ms"] = str(math.ceil(wait * 1000))
+    if wait is not None and wait > MAX_WAIT_SECONDS:
+        retry = False
     if retry is not None:
-        headers.append(("x-should-retry", "true" if retry else "false"))
+        headers["x-should-retry"] = "true" if retry else "false"
     if error.close:
-        headers.append(("connection", "close"))
-    return Head(error.status, tuple(headers), len(content), lambda: _once(content))
+        headers["connection"] = "close"
+    return Head(error.status, tuple(headers.items()), len(content), lambda: _once(content))
+
+
+def _said_wait(headers: Mapping[str, str]) -> float | None:
+    """The seconds that an upstream asks to wait for; None where it says none, or a date."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            return float(headers[name]) / unit
+        except (KeyError, ValueError):
+            continue
+    return None
 
 
 async def _once(content: bytes) -> AsyncIterator[bytes]:

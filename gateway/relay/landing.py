@@ -6,7 +6,7 @@ pictures have left by then, the completed one waits in the spool, unpublished.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from gateway.domain.call import Span
@@ -16,8 +16,16 @@ from gateway.domain.ledger import Outcome
 from gateway.ports import Reply
 from gateway.relay import replay
 from gateway.relay.body import Spool
-from gateway.relay.meter import EventMeter, JsonMeter, NoPicture, Reading
+from gateway.relay.meter import (
+    EventMeter,
+    JsonMeter,
+    NoPicture,
+    Reading,
+    is_completed,
+    is_partial,
+)
 from gateway.relay.replay import Splice
+from gateway.relay.skim import Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +33,8 @@ class Landing:
     """How the upstream's part ended. Either ``reading`` is set, or ``error``.
 
     ``json`` and ``events`` are the answer in either form, as splices of the spool; None where it
-    cannot be said in that form. ``streamed``: the spool holds events, to be followed as they are.
+    cannot be said in that form. ``streamed``: the spool holds events, to be followed as they are,
+    up to ``upto``; ``rest`` says how far more of it may be published, as it comes.
     """
 
     ending: Ending
@@ -34,8 +43,8 @@ class Landing:
     json: Splice | None = None
     events: Splice | None = None
     streamed: bool = False
-    rest: AsyncIterator[bytes] | None = None
-    """What may still follow the last picture of a stream: ``[DONE]``, or nothing."""
+    upto: int = 0
+    rest: AsyncGenerator[int, None] | None = None
 
 
 async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: bool) -> Landing:
@@ -46,11 +55,11 @@ async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: 
     try:
         async for chunk in reply.chunks():
             meter.feed(chunk)
-            await spool.write(chunk)
+            await _keep(spool, chunk)
         reading = meter.close()
     except NoPicture as nothing:
         return _no_picture(nothing)
-    except (GatewayError, OSError) as error:
+    except GatewayError as error:
         return failed(error)
     events = replay.completed_event(meter.operation, meter.document())
     if as_stream and events is None:
@@ -68,39 +77,84 @@ async def land_events(
     spool: Spool,
     meter: EventMeter,
     wanted: int,
-    first: Callable[[], None],
+    begin: Callable[[Event], None],
     *,
     as_json: bool,
 ) -> Landing:
-    """Takes a stream in, publishing each event but the completed ones as it comes.
+    """Takes a stream in, publishing each event as it comes, but not its last picture.
 
-    ``first`` is called before each event is published. Raises nothing: a stream that breaks lands
-    with its error. ``as_json``: the client asked for JSON, so the events are collapsed.
+    ``begin`` is called before an event with data is published. A stream that breaks lands with
+    its error. ``as_json``: the client asked for JSON, so the events are collapsed.
     """
     chunks = reply.chunks()
     try:
         async for chunk in chunks:
-            await spool.write(chunk)
-            for event in meter.feed(chunk):
+            await _keep(spool, chunk)
+            events = meter.feed(chunk)
+            for index, event in enumerate(events):
                 refused = meter.see(event)
                 if refused is not None:
                     return _refused(refused, meter)
                 if meter.completed >= wanted or (event.done and meter.completed):
-                    return _landed(meter, as_json, chunks)
+                    rest = _rest(events[index + 1 :], chunks, spool, meter)
+                    return _landed(meter, as_json, event.end, rest)
                 if event.done:
                     # The SDKs read no further than [DONE]: behind it no error would be seen.
                     return _ended_early(meter)
-                first()
-                spool.publish(event.start if meter.completed else event.end)
+                if event.data is not None:
+                    begin(event)
+                # Of several pictures the newest waits: it may be the last.
+                spool.publish(event.start if is_completed(event) else event.end)
         for event in meter.close():
             refused = meter.see(event)
             if refused is not None:
                 return _refused(refused, meter)
             # Python's SDK loses a last event that has no blank line behind it (contract 4.7).
-            await spool.write(b"\n\n")
-    except (GatewayError, OSError) as error:
+            await _keep(spool, b"\n\n")
+    except GatewayError as error:
         return failed(error)
-    return _landed(meter, as_json) if meter.completed else _ended_early(meter)
+    return _landed(meter, as_json, spool.length) if meter.completed else _ended_early(meter)
+
+
+async def _rest(
+    seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: EventMeter
+) -> AsyncGenerator[int, None]:
+    """How far what follows the last picture may be published: whole events without a picture.
+
+    A further picture was not asked for and is not on the bill, so the stream ends before it.
+    """
+    for event in seen:
+        if not _is_harmless(event):
+            return
+        yield event.end
+    async for chunk in chunks:
+        await _keep(spool, chunk)
+        for event in meter.feed(chunk):
+            if not _is_harmless(event):
+                return
+            yield event.end
+            if event.done:
+                return
+
+
+def _is_harmless(event: Event) -> bool:
+    members = event.data.value if event.data else None
+    return not (is_partial(event) or is_completed(event)) and not (
+        isinstance(members, dict) and members.get("error")
+    )
+
+
+async def _keep(spool: Spool, chunk: bytes) -> None:
+    """Raises ``UpstreamBroken`` where there is no room: the picture was bought all the same."""
+    try:
+        await spool.write(chunk)
+    except Overloaded as error:
+        raise UpstreamBroken(
+            "The picture was made, but this gateway had no room to hold it. It may have been paid "
+            "for, so this is not retried for you.",
+            status=503,
+            code="overloaded",
+        ) from error
 
 
 def _ended_early(meter: EventMeter) -> Landing:
@@ -112,7 +166,9 @@ def _ended_early(meter: EventMeter) -> Landing:
     )
 
 
-def _landed(meter: EventMeter, as_json: bool, rest: AsyncIterator[bytes] | None = None) -> Landing:
+def _landed(
+    meter: EventMeter, as_json: bool, upto: int, rest: AsyncGenerator[int, None] | None = None
+) -> Landing:
     reading = meter.read()
     form = None if reading.document is None else replay.answer(reading.document)
     if as_json and form is None:
@@ -123,6 +179,7 @@ def _landed(meter: EventMeter, as_json: bool, rest: AsyncIterator[bytes] | None 
         json=form,
         events=None if form is None else (),
         streamed=True,
+        upto=upto,
         rest=rest,
     )
 
@@ -149,14 +206,7 @@ def _refused(error: GatewayError, meter: EventMeter) -> Landing:
     return failed(error)
 
 
-def failed(error: GatewayError | OSError) -> Landing:
+def failed(error: GatewayError) -> Landing:
     """The landing of a call that ended in an error, by what the error proves."""
-    if isinstance(error, (Overloaded, OSError)):
-        error = UpstreamBroken(
-            "The picture was made, but this gateway had no room to hold it. It may have been paid "
-            "for, so this is not retried for you.",
-            status=503,
-            code="overloaded",
-        )
     refused = error.evidence is Evidence.NOT_BILLED
     return Landing(Ending(Outcome.REFUSED if refused else Outcome.UNKNOWN), error=error)

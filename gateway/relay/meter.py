@@ -14,9 +14,10 @@ from gateway.domain.errors import GatewayError, UpstreamBroken
 from gateway.domain.price import Answer
 from gateway.domain.usage import InvalidUsage, read_usage
 from gateway.relay.failover import error_in_success
-from gateway.relay.skim import BadEvent, BadJson, Event, EventSkimmer, JsonSkimmer, Skimmed
+from gateway.relay.skim import BadEvent, BadJson, Event, EventSkimmer, Hole, JsonSkimmer, Skimmed
 
-KEEP_BYTES = 4096
+KEEP_BYTES = 16 * 1024
+"""Strings up to this are kept: a revised prompt, an error's text; a picture is longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class JsonMeter:
     def __init__(self, operation: Operation, upstream: str) -> None:
         self.operation = operation
         self.upstream = upstream
-        self._skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES)
+        self._skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES, lenient=True)
         self._document: Skimmed | None = None
 
     def feed(self, chunk: bytes) -> None:
@@ -63,7 +64,7 @@ class JsonMeter:
         document = self.document()
         value = document.value
         if isinstance(value, dict) and value.get("error"):
-            raise error_in_success(value["error"], self.upstream)
+            raise error_in_success(_plain(value["error"]), self.upstream)
         members = value if isinstance(value, dict) else {}
         data = members.get("data")
         items = data if isinstance(data, list) else []
@@ -100,10 +101,13 @@ class EventMeter:
     upstream: str
     partials: int = 0
     completed: int = 0
-    _usage: Usage | None = None
+    _usage: Usage = field(default_factory=Usage)
+    _counted: int = 0
     _invalid: bool = False
     _last: Skimmed | None = None
-    _skimmer: EventSkimmer = field(default_factory=lambda: EventSkimmer(keep_bytes=KEEP_BYTES))
+    _skimmer: EventSkimmer = field(
+        default_factory=lambda: EventSkimmer(keep_bytes=KEEP_BYTES, lenient=True)
+    )
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that ``chunk`` completes. Raises ``UpstreamBroken`` on garbage."""
@@ -127,9 +131,9 @@ class EventMeter:
         if not isinstance(members, dict):
             return None
         if members.get("error"):
-            return error_in_success(members["error"], self.upstream)
+            return error_in_success(_plain(members["error"]), self.upstream)
         if event.name == "error" or members.get("type") == "error":
-            flat = {key: members.get(key) for key in ("message", "code", "param")}
+            flat = {key: _plain(members.get(key)) for key in ("message", "code", "param")}
             return error_in_success(flat, self.upstream)
         if is_partial(event):
             self.partials += 1
@@ -138,15 +142,21 @@ class EventMeter:
             usage, invalid = _usage(members, self.operation)
             self._invalid = self._invalid or invalid
             if usage is not None:
-                self._usage = usage if self._usage is None else self._usage + usage
+                self._counted += 1
+                self._usage = self._usage + usage
             self._last = event.data
         return None
 
     def read(self) -> Reading:
-        """What the stream said, once at least one picture is complete."""
+        """What the stream said, once at least one picture is complete.
+
+        The usage of several pictures is their sum. Where one of them does not say, or says what
+        cannot be true, there is no usage: a part must not pass for the whole.
+        """
         members: dict[str, Any] = self._last.value if self._last else {}
+        whole = self._counted == self.completed and not self._invalid
         return Reading(
-            Answer(self.completed, self._usage, _text(members, "size"), _text(members, "quality")),
+            _answer(self.completed, self._usage if whole else None, members),
             self._invalid,
             "b64_json" not in members,
             self._last if self.completed == 1 else None,
@@ -166,7 +176,9 @@ def is_partial(event: Event) -> bool:
 
 def is_completed(event: Event) -> bool:
     """Whether an event carries a whole picture."""
-    return _type(event).endswith(".completed")
+    members = event.data.value if event.data else None
+    whole = isinstance(members, dict) and _has_picture(members)
+    return whole and _type(event).endswith(".completed")
 
 
 def _type(event: Event) -> str:
@@ -181,6 +193,17 @@ def _usage(members: dict[str, Any], operation: Operation) -> tuple[Usage | None,
         return read_usage(members.get("usage"), members.get("svg_usage"), operation), False
     except InvalidUsage:
         return None, True
+
+
+def _plain(value: object) -> object:
+    """A value of an answer without holes: of a long text, its beginning."""
+    if isinstance(value, Hole):
+        return value.head.decode("utf-8", "replace")
+    if isinstance(value, dict):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _has_picture(item: dict[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -30,15 +30,17 @@ from gateway.relay.failover import ERROR_BODY_BYTES, refusal
 from gateway.relay.flights import Client, Flight, Flights, Head
 from gateway.relay.keyring import KeyRing
 from gateway.relay.landing import Landing, failed, land_events, land_json
-from gateway.relay.meter import EventMeter, JsonMeter, error_event
+from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
 from gateway.relay.plan import CachePolicy, CacheWish, Plan, Planner
 from gateway.relay.read import ReadRules, reader_for
+from gateway.relay.skim import Event as SkimmedEvent
 
 log = logging.getLogger(__name__)
 
 MEMORY_BODY_BYTES = 1024 * 1024
 """A request's body over this goes to disk: it may wait there for minutes."""
-SETTLE_PAUSES_SECONDS = (0.1, 0.5, 2.0)
+SETTLE_PAUSES_SECONDS = (0.1, 0.5, 1.0)
+MAX_PAUSE_SECONDS = 30.0
 KEEP_SECONDS = 0.5
 """How long an answer waits for the cache, so that the next identical request finds it there."""
 REST_SECONDS = 5.0
@@ -65,10 +67,12 @@ class Arrival:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What the client gets, and in time the receipt: it waits for the end of the flight, which
-    may be long after the client has left."""
+    may be long after the client has left. ``gone`` is the stage at which it left, or empty: there
+    is nobody to send the head to."""
 
     head: Head
     receipt: Callable[[], Awaitable[Receipt]]
+    gone: str = ""
 
 
 class Pipeline:
@@ -124,10 +128,9 @@ class Pipeline:
         finally:
             body.close()
         try:
-            head = await flight.head()
+            return Answer(await flight.head(), flight.receipt)
         except GatewayError as error:
-            head = headers.error_head(error, arrival.rid)
-        return Answer(head, flight.receipt)
+            return Answer(headers.error_head(error, arrival.rid), flight.receipt, _stage(error))
 
     def _prompt(self, call: Call) -> str | None:
         prompt = call.parameters.get("prompt")
@@ -202,36 +205,52 @@ class Pipeline:
         try:
             grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
             try:
-                held = await self._admission.hold(
-                    flight.rid, plan, arrival.idempotency_key, self._clock.now()
-                )
+                held = await self._hold(flight, arrival, plan)
                 reserved = self._clock.monotonic() - arrival.at
                 so_far = replace(
                     so_far,
                     degraded=grant.degraded,
                     timings=replace(so_far.timings, reserving=reserved - so_far.timings.reading),
                 )
-                if arrival.client.gone.is_set():
-                    nothing = Settlement(flight.rid, Event.VOID, Outcome.REFUSED, Basis.NONE)
-                    await self._settle(nothing)
-                    raise ClientGone("reserved")
                 return await self._buy(flight, plan, body, grant, held, so_far)
             finally:
-                await self._admission.leave(flight.rid, plan)
+                await self._leave(flight, plan)
         except GatewayError as error:
             flight.refuse(error)
             return _failed(so_far, error)
         except Exception:
             log.exception("a flight crashed", extra={"request_id": flight.rid})
-            crash = Internal(
-                "The gateway failed in a way it should not. If something was bought it stays on "
-                f"the books; quote {flight.rid} to the gateway's operator.",
-                should_retry=False,
-            )
+            crash = _crash(flight.rid)
             flight.refuse(crash)
-            return _failed(so_far, crash)
+            return replace(_failed(so_far, crash), cost=so_far.bound, posted=False)
         finally:
             body.close()
+
+    async def _hold(self, flight: Flight, arrival: Arrival, plan: Plan) -> Held:
+        """The reservation, and the last look at the client before anything is sent.
+
+        Raises what ``Admission.hold`` does, and ``ClientGone``; nothing is then held for long.
+        """
+        nothing = Settlement(flight.rid, Event.VOID, Outcome.REFUSED, Basis.NONE)
+        try:
+            held = await self._admission.hold(
+                flight.rid, plan, arrival.idempotency_key, self._clock.now()
+            )
+        except LedgerUnavailable:
+            # It may yet be written, after nobody waits for it: a void behind it takes it back.
+            self._flights.errand(self._settle_later(nothing))
+            raise
+        if arrival.client.gone.is_set():
+            await self._settle(nothing)
+            raise ClientGone("reserved")
+        return held
+
+    async def _leave(self, flight: Flight, plan: Plan) -> None:
+        """Gives the slot back. Whatever goes wrong here changes nothing for the call."""
+        try:
+            await self._admission.leave(flight.rid, plan)
+        except Exception:
+            log.exception("a slot was not given back", extra={"request_id": flight.rid})
 
     async def _buy(
         self, flight: Flight, plan: Plan, body: Spool, grant: Grant, held: Held, so_far: Receipt
@@ -293,6 +312,10 @@ class Pipeline:
             if landing.rest is not None:
                 await _pass_the_rest(landing.rest, spool)
             return receipt
+        except Exception:
+            # A stream that has begun must not end as if it were whole.
+            await _break_off(flight, spool, _crash(flight.rid))
+            raise
         finally:
             spool.finish()
             spool.close()
@@ -302,29 +325,30 @@ class Pipeline:
     async def _open(self, plan: Plan, body: Spool) -> Reply:
         """The upstream's answer, once it is a 200. Raises the error that any other one means."""
         request = self._provider(plan.call, plan.model.target)
-        reply = await plan.upstream.send(
-            Outgoing(
-                "POST",
-                request.path,
-                request.headers,
-                edited(body, request.edits),
-                edited_length(body.length, request.edits),
+        async with aclosing(edited(body, request.edits)) as content:
+            reply = await plan.upstream.send(
+                Outgoing(
+                    "POST",
+                    request.path,
+                    request.headers,
+                    content,
+                    edited_length(body.length, request.edits),
+                )
             )
-        )
         if reply.status == 200:
             return reply
+        text = b""
         try:
-            content = b""
             async for chunk in reply.chunks():
-                content += chunk
-                if len(content) > ERROR_BODY_BYTES:
+                text += chunk
+                if len(text) > ERROR_BODY_BYTES:
                     break
         except GatewayError:
             # The status has been said, and it decides; its text was cut.
-            content = b""
+            text = b""
         finally:
             await reply.aclose()
-        raise refusal(reply.status, reply.headers, content, plan.upstream.name)
+        raise refusal(reply.status, reply.headers, text, plan.upstream.name)
 
     async def _land(
         self,
@@ -342,28 +366,42 @@ class Pipeline:
                 reply, spool, JsonMeter(call.operation, upstream), as_stream=call.stream
             )
 
-        def first() -> None:
-            if call.stream and "first" not in marks:
-                marks["first"] = self._clock.monotonic()
+        def begin(event: SkimmedEvent) -> None:
+            if is_partial(event):
+                marks.setdefault("first", self._clock.monotonic())
+            if call.stream:
                 _begin_stream(flight, spool, (*said, *headers.of_bound(plan.quote)))
 
         meter = EventMeter(call.operation, upstream)
-        return await land_events(reply, spool, meter, call.n, first, as_json=not call.stream)
+        return await land_events(reply, spool, meter, call.n, begin, as_json=not call.stream)
 
     async def _settle(self, settlement: Settlement) -> Entry | None:
-        """Books the ending. None: the ledger is away, and the hold stands until the sweep."""
+        """Books the ending. None: the ledger is away, and it goes on being tried behind the
+        answer; the hold stands until then, or until the sweep."""
         settlement = replace(settlement, at=self._clock.now())
-        for pause in (*SETTLE_PAUSES_SECONDS, None):
+        for pause in SETTLE_PAUSES_SECONDS:
             try:
                 return await self._ledger.settle(settlement)
             except LedgerUnavailable:
-                if pause is not None:
-                    await asyncio.sleep(pause)
+                await asyncio.sleep(pause)
         log.error(
-            "a settlement could not be written; its hold will expire at the bound",
+            "a settlement cannot be written yet; its hold stands",
             extra={"request_id": settlement.rid, "cost_nanousd": settlement.cost},
         )
+        self._flights.errand(self._settle_later(settlement))
         return None
+
+    async def _settle_later(self, settlement: Settlement) -> None:
+        """Tries until the ledger is back. Also right after the sweep: a late truth corrects it."""
+        pause = SETTLE_PAUSES_SECONDS[0]
+        while True:
+            try:
+                await self._ledger.settle(settlement)
+            except LedgerUnavailable:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE_SECONDS)
+            else:
+                return
 
     async def _keep(
         self, plan: Plan, landing: Landing, spool: Spool, settlement: Settlement
@@ -394,6 +432,8 @@ class Pipeline:
             try:
                 async with aclosing(spliced(spool, form)) as chunks:
                     await self._cache.put(plan.fingerprint, meta, chunks, self._policy.ttl_seconds)
+            except Exception:
+                log.exception("an answer was not kept", extra={"key": plan.fingerprint})
             finally:
                 spool.close()
 
@@ -406,7 +446,7 @@ def _hand_over(
     """Lets the client have what is verified and settled, in the form it asked for."""
     if plan.call.stream and landing.streamed:
         _begin_stream(flight, spool, said)
-        spool.publish()
+        spool.publish(landing.upto)
         return
     form = landing.events if plan.call.stream else landing.json
     if form is None:
@@ -431,21 +471,28 @@ async def _break_off(flight: Flight, spool: Spool, error: GatewayError) -> None:
     spool.forget_unpublished()
     try:
         await spool.write(error_event(error))
-    except (GatewayError, OSError):
+    except GatewayError:
         log.warning("no room for an error event", extra={"request_id": flight.rid})
     spool.publish()
 
 
-async def _pass_the_rest(rest: AsyncIterator[bytes], spool: Spool) -> None:
+async def _pass_the_rest(rest: AsyncGenerator[int, None], spool: Spool) -> None:
     """What an upstream still sends behind the last picture: `[DONE]`, mostly, or nothing."""
     try:
-        async with asyncio.timeout(REST_SECONDS):
-            async for chunk in rest:
-                await spool.write(chunk)
-                spool.publish()
-    except (GatewayError, OSError, TimeoutError):
+        async with asyncio.timeout(REST_SECONDS), aclosing(rest):
+            async for upto in rest:
+                spool.publish(upto)
+    except (GatewayError, TimeoutError):
         # The pictures are delivered and booked: a ragged end takes nothing away.
         return
+
+
+def _crash(rid: str) -> Internal:
+    return Internal(
+        "The gateway failed in a way it should not. If something was bought it stays on the "
+        f"books; quote {rid} to the gateway's operator.",
+        should_retry=False,
+    )
 
 
 def _name_it(error: GatewayError, rid: str) -> None:
@@ -501,7 +548,12 @@ def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:
 
 def _refused(receipt: Receipt, error: GatewayError) -> Answer:
     failed_receipt = _failed(receipt, error)
-    return Answer(headers.error_head(error, receipt.rid), lambda: _known(failed_receipt))
+    head = headers.error_head(error, receipt.rid)
+    return Answer(head, lambda: _known(failed_receipt), _stage(error))
+
+
+def _stage(error: GatewayError) -> str:
+    return error.stage if isinstance(error, ClientGone) else ""
 
 
 def _failed(receipt: Receipt, error: GatewayError) -> Receipt:

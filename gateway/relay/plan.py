@@ -16,7 +16,7 @@ from gateway.domain.price import Bound, CannotPrice, Confidence, PriceBook, Pric
 from gateway.domain.quota import Demand, Limit, Unit, period
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Catalogue, Model, Unpriced
-from gateway.domain.team import Caller
+from gateway.domain.team import ANY_MODEL, Caller
 from gateway.ports import Cache, Cached, Upstream
 from gateway.relay.strict import validate_strict
 
@@ -159,8 +159,10 @@ class Planner:
             )
         if not caller.may_use(model.name):
             allowed = self._allowed(caller)
+            names = caller.team.models
+            by_key = " with this key" if ANY_MODEL in names or model.name in names else ""
             raise ModelNotAllowed(
-                f"Team {caller.team.id} may use {allowed}, not {name} with this key. "
+                f"Team {caller.team.id} may use {allowed}, not {name}{by_key}. "
                 "Ask an administrator to add it.",
                 param="model",
             )

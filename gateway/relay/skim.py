@@ -114,6 +114,8 @@ class JsonSkimmer:
     the holes. ``check_controls`` also refuses raw control characters inside holes, at about 0.4 ms
     per megabyte; kept strings are always checked. Lone surrogates are refused in kept strings and
     keys, not in holes. ``origin`` is the stream's offset of the first byte that will be fed.
+    ``lenient`` is for answers that were paid for: keys given twice (the last one counts) and lone
+    surrogates are let through, as the SDKs let them.
 
     After a ``BadJson`` the skimmer is spent.
     """
@@ -136,6 +138,7 @@ class JsonSkimmer:
         "_inside",
         "_keep",
         "_length",
+        "_lenient",
         "_max_depth",
         "_max_kept",
         "_members",
@@ -157,6 +160,7 @@ class JsonSkimmer:
         check_controls: bool = False,
         max_kept: int = 1 << 20,
         origin: int = 0,
+        lenient: bool = False,
     ) -> None:
         if not 1 <= max_depth <= 500:
             # The C parser recurses; 500 stays far from the interpreter's limit.
@@ -167,6 +171,7 @@ class JsonSkimmer:
         self._check_base64 = check_base64
         self._check_controls = check_controls
         self._max_kept = max_kept
+        self._lenient = lenient
         self._position = origin  # stream offset of the next byte to look at
         self._length = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -234,7 +239,7 @@ class JsonSkimmer:
         text = self._text.decode()
         holes = iter(self._holes)
         decoder = json.JSONDecoder(
-            object_pairs_hook=_members,
+            object_pairs_hook=dict if self._lenient else _members,
             parse_float=_float,
             parse_int=_int,
             parse_constant=lambda _: next(holes),
@@ -248,13 +253,13 @@ class JsonSkimmer:
             raise self._bad("invalid_json", text, error.pos, problem) from None
         except _Refused:
             raise self._bad(*_find_refused(text)) from None
-        if _SURROGATE.search(text) is not None:
+        if not self._lenient and _SURROGATE.search(text) is not None:
             for escape in _ESCAPE_OR_PAIR.finditer(text):
                 if escape[1] is not None:
                     problem = "A string holds half of a surrogate pair"
                     raise self._bad("invalid_unicode", text, escape.start(), problem)
         spans: dict[str, Span] = {}
-        if isinstance(value, dict):
+        if isinstance(value, dict) and len(value) == len(self._members):
             for name, (start, end) in zip(value, self._members, strict=True):
                 spans[name] = self._span(start, end)
         return Skimmed(value, spans, self._length)
@@ -548,7 +553,7 @@ class EventSkimmer:
     """Reads a stream of server-sent events in chunks.
 
     Lines may end in LF, CRLF or CR, and chunks may be cut anywhere. Fields other than ``data``
-    and ``event`` are passed over. ``keep_bytes`` is as for ``JsonSkimmer``.
+    and ``event`` are passed over. ``keep_bytes`` and ``lenient`` are as for ``JsonSkimmer``.
     """
 
     __slots__ = (
@@ -562,6 +567,7 @@ class EventSkimmer:
         "_field",
         "_held_cr",
         "_keep",
+        "_lenient",
         "_line",
         "_line_at",
         "_name",
@@ -571,8 +577,9 @@ class EventSkimmer:
         "_waiting",
     )
 
-    def __init__(self, *, keep_bytes: int = 4096) -> None:
+    def __init__(self, *, keep_bytes: int = 4096, lenient: bool = False) -> None:
         self._keep = keep_bytes
+        self._lenient = lenient
         self._position = 0
         self._error: BadEvent | None = None
         self._bare_cr = False  # the last CR stood alone, so lines end in CR
@@ -743,7 +750,9 @@ class EventSkimmer:
 
     def _skim(self, part: bytes) -> None:
         if self._skimmer is None:
-            self._skimmer = JsonSkimmer(keep_bytes=self._keep, origin=self._data_at)
+            self._skimmer = JsonSkimmer(
+                keep_bytes=self._keep, origin=self._data_at, lenient=self._lenient
+            )
         try:
             self._skimmer.feed(part)
         except BadJson as error:

@@ -502,7 +502,17 @@ def _sweep(db: sqlite3.Connection, now: datetime, limit: int) -> list[Entry]:
         " ORDER BY lease_ends, rid LIMIT ?",
         (instant, limit),
     ).fetchall()
-    return [_settle(db, expiry(rid, bound), at=instant) for rid, bound in over]
+    entries = []
+    for rid, bound in over:
+        db.execute("SAVEPOINT expiry")
+        try:
+            entries.append(_settle(db, expiry(rid, bound), at=instant))
+        except (sqlite3.IntegrityError, OverflowError):
+            # One hold that cannot be booked must not keep the others standing.
+            db.execute("ROLLBACK TO expiry")
+            _log.exception("the hold %s cannot be expired", rid)
+        db.execute("RELEASE expiry")
+    return entries
 
 
 def _count(db: sqlite3.Connection, row: tuple[str, str, str, str], counts: Counts) -> None:
@@ -777,7 +787,7 @@ class _Operation(Generic[_T]):
     when its waiter has gone before its turn.
     """
 
-    __slots__ = ("_error", "_result", "droppable", "rid", "waiter", "work")
+    __slots__ = ("_error", "_result", "committed", "droppable", "rid", "waiter", "work")
 
     def __init__(
         self,
@@ -790,6 +800,7 @@ class _Operation(Generic[_T]):
         self.waiter = waiter
         self.droppable = droppable
         self.rid = rid
+        self.committed = False
         self._result: tuple[_T] | None = None
         self._error: Exception | None = None
 
@@ -945,6 +956,9 @@ class _Writer:
             for operation in wanted:
                 operation.run(self._connection)
             self._connection.execute("COMMIT")
+            # From here on nothing that goes wrong may say that it is not in the ledger.
+            for operation in wanted:
+                operation.committed = True
             _deliver(wanted)
             self._checkpoint(self._connection)
 
@@ -967,9 +981,10 @@ class _Writer:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
-        for operation in batch:
+        failed = [operation for operation in batch if not operation.committed]
+        for operation in failed:
             operation.fail(error)
-        _deliver(batch)
+        _deliver(failed)
 
 
 def _deliver(batch: Iterable[_Operation[Any]]) -> None:

@@ -108,7 +108,7 @@ TABLE = (
     Spec("gateway_ledger_unposted_total", Kind.COUNTER, (),
          "Settlements that could not be written; their holds expire at the bound."),
     Spec("gateway_client_gone_total", Kind.COUNTER, ("stage",),
-         "Clients that left: upload, reserved, upstream or response."),
+         "Clients that left, by stage: upload, reserved, upstream, response, stalled or broken."),
     Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
          "Pictures bought whose client had left."),
     Spec("gateway_gate_degraded", Kind.GAUGE, (),
@@ -214,10 +214,8 @@ class Metrics:
         self.add(
             "gateway_requests_rejected_total", endpoint=receipt.operation, reason=receipt.reason
         )
-        if (
-            receipt.code in ("insufficient_quota", "rate_limit_exceeded")
-            and not receipt.upstream_status
-        ):
+        own = receipt.outcome is None  # An upstream may use the same codes for its own limits.
+        if own and receipt.code in ("insufficient_quota", "rate_limit_exceeded"):
             self.add("gateway_quota_rejections_total", team=team, limit=receipt.reason)
         if receipt.outcome is not None:
             self.add(

@@ -22,7 +22,7 @@ def test_it_says_where_it_listens_and_ends_with_0(config: Path) -> None:
 def test_host_and_port_of_the_command_go_first(config: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    config.write_text(config.read_text().replace("127.0.0.1", "0.0.0.0"))  # noqa: S104
+    config.write_text(config.read_text().replace("127.0.0.1", "0.0.0.0"))
     with GatewayProcess(config, "--host", "127.0.0.1", "--port", str(port)) as serving:
         serving.wait_ready()
         assert serving.base_url == f"http://127.0.0.1:{port}/v1"

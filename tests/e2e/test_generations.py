@@ -576,7 +576,8 @@ async def test_an_edge_that_gave_up_may_have_cost_a_picture(
     assert error.code == "upstream_outcome_unknown"
     assert error.message.endswith(
         f"Something between this gateway and the upstream openai gave up ({status}). The picture "
-        "may have been made and paid for, so this is not retried for you."
+        "may have been made and paid for, so this is not retried for you. Request id: "
+        f"{error.request_id}."
     )
     assert error.response.headers["x-should-retry"] == "false"
     assert len(gateway.sandbox.journal) == 1

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from openai import APIStatusError, NotFoundError, PermissionDeniedError
 
 from gateway.sandbox.rules import Rule
-from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start
+from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start, config_of
 
 CI_KEY = "growth-ci-key-0123456789abcdef"
 ASKED: dict[str, Any] = {"prompt": "A lighthouse", "quality": "low", "size": "1024x1024"}
@@ -147,7 +150,8 @@ async def test_a_key_may_be_allowed_less_than_its_team(start: Start) -> None:
 
 async def test_an_omitted_model_is_never_a_default(start: Start) -> None:
     async with start({"teams": {"growth": {"models": [ALIAS]}}}) as gateway, gateway.sdk() as sdk:
-        for absent in ({}, {"model": None}):
+        nothing: tuple[dict[str, Any], ...] = ({}, {"model": None})
+        for absent in nothing:
             with pytest.raises(APIStatusError) as raised:
                 await sdk.images.generate(prompt="A lighthouse", **absent)
             assert raised.value.status_code == 400
@@ -155,8 +159,23 @@ async def test_an_omitted_model_is_never_a_default(start: Start) -> None:
         assert len(gateway.sandbox.journal) == 0
 
 
+@pytest.fixture
+def no_star(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every gateway of the test is configured without the model of all other names."""
+
+    def config(folder: Path, upstream: str, changes: Mapping[str, Any]) -> Path:
+        path = config_of(folder, upstream, changes)
+        document = yaml.safe_load(path.read_text())
+        del document["models"]["*"]
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+    monkeypatch.setattr("tests.running.config_of", config)
+
+
+@pytest.mark.usefixtures("no_star")
 async def test_an_unknown_model_is_answered_with_the_nearest(start: Start) -> None:
-    models = {"dall-e-3": {"upstream": "openai", "model": MODEL}, "*": None}
+    models = {"dall-e-3": {"upstream": "openai", "model": MODEL}}
     async with start({"models": models}) as gateway:
         error = await refusal(gateway, "dall-e-4")
         assert isinstance(error, NotFoundError)
@@ -175,8 +194,9 @@ async def test_an_unknown_model_is_answered_with_the_nearest(start: Start) -> No
         assert len(gateway.sandbox.journal) == 0
 
 
+@pytest.mark.usefixtures("no_star")
 async def test_the_nearest_is_never_what_the_team_may_not_use(start: Start) -> None:
-    changes = {"models": {"*": None}, "teams": {"growth": {"models": ["gpt-image-2"]}}}
+    changes = {"teams": {"growth": {"models": ["gpt-image-2"]}}}
     async with start(changes) as gateway:
         error = await refusal(gateway, "team-arts")
         assert error.message == "Error code: 404 - No model team-arts. GET /v1/models lists yours."

@@ -21,11 +21,11 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.sandbox.journal import Journal, Record
+from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
-from tests.processes import Books, GatewayProcess, run, wait_until
+from tests.processes import Books, GatewayProcess, bill, run, wait_until
 from tests.running import KEY, MODEL, TestClock, config_of
 
 LEASE_SECONDS = 1.0
@@ -60,19 +60,6 @@ def configured(
 
 def database(config: Path) -> Path:
     return config.parent / "data" / "gateway.db"
-
-
-def bill(record: Record) -> int:
-    """What the upstream charges for a request, in nano-dollars, from its own usage."""
-    usage = record.usage
-    assert isinstance(usage, dict)
-    given, made = usage["input_tokens_details"], usage["output_tokens"]
-    assert isinstance(given, dict)
-    assert isinstance(made, int)
-    text, image = given["text_tokens"], given["image_tokens"]
-    assert isinstance(text, int)
-    assert isinstance(image, int)
-    return 5_000 * text + 8_000 * image + 30_000 * made
 
 
 @dataclass

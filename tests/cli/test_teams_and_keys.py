@@ -1,0 +1,220 @@
+"""`gateway team` and `gateway key`: made, listed and revoked while a gateway serves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Say
+from tests.cli.test_demo import status
+from tests.processes import GatewayProcess, wait_until
+
+Ask = Callable[..., Any]
+UNLIMITED = {
+    "requests_per_minute": None,
+    "images_per_minute": None,
+    "concurrent_requests": None,
+    "budget_day_usd": None,
+    "budget_month_usd": None,
+    "max_cost_per_request_usd": None,
+}
+
+
+def test_a_running_gateway_hears_of_it(say: Say, ask: Ask, config: Path) -> None:
+    with GatewayProcess(config) as serving:
+        serving.wait_ready()
+        assert say("team", "create", "design", "--config", config).exit_code == 0
+        made = ask("key", "create", "--team", "design", "--json", "--config", config)
+        assert status(serving.base_url, made["secret"]) == 200
+
+        revoked = say("key", "revoke", made["id"], "--config", config)
+        assert revoked.stdout == f"key {made['id']} of team design is revoked\n"
+        wait_until(lambda: status(serving.base_url, made["secret"]) == 401, "revoked", 5.5)
+
+        second = ask("key", "create", "--team", "design", "--json", "--config", config)
+        assert status(serving.base_url, second["secret"]) == 200
+        assert say("team", "revoke", "design", "--config", config).exit_code == 0
+        wait_until(lambda: status(serving.base_url, second["secret"]) == 401, "disabled", 5.5)
+        assert status(serving.base_url, "growth-key-0123456789abcdef") == 200
+
+
+def test_a_team_with_everything(say: Say, ask: Ask, config: Path) -> None:
+    said = say(
+        "team", "create", "design", "--models", "gpt-image-2, gpt-image-2.5-flare", "--no-cache",
+        "--requests-per-minute", "60", "--images-per-minute", "20", "--concurrent-requests", "3",
+        "--budget-day", "5.00", "--budget-month", "50.000000001", "--max-cost-per-request", "0.25",
+        "--config", config,
+    )  # fmt: skip
+    assert said.exit_code == 0
+    assert said.stdout == "team design created; now: gateway key create --team design\n"
+    growth, design = sorted(
+        ask("team", "list", "--json", "--config", config), key=lambda team: not team["declared"]
+    )
+    assert design == {
+        "id": "design",
+        "declared": False,
+        "disabled": False,
+        "models": ["gpt-image-2", "gpt-image-2.5-flare"],
+        "cache": False,
+        "limits": {
+            "requests_per_minute": 60,
+            "images_per_minute": 20,
+            "concurrent_requests": 3,
+            "budget_day_usd": "5",
+            "budget_month_usd": "50.000000001",
+            "max_cost_per_request_usd": "0.25",
+        },
+    }
+    assert growth == {
+        "id": "growth",
+        "declared": True,
+        "disabled": False,
+        "models": ["*"],
+        "cache": True,
+        "limits": UNLIMITED,
+    }
+
+
+def test_teams_as_a_table(say: Say, config: Path) -> None:
+    say("team", "create", "design", "--budget-day", "5", "--config", config)
+    say("team", "revoke", "design", "--config", config)
+    said = say("team", "list", "--config", config)
+    assert said.stdout.splitlines() == [
+        "TEAM    FROM       STATE     MODELS  LIMITS",
+        "design  directory  disabled  *       $5 a day",
+        "growth  file       active    *       none",
+    ]
+
+
+def test_keys_as_a_table(say: Say, ask: Ask, config: Path) -> None:
+    say("team", "create", "design", "--config", config)
+    made = ask(
+        "key", "create", "--team", "design", "--name", "ci", "--expires", "2199-01-01",
+        "--json", "--config", config,
+    )  # fmt: skip
+    lines = say("key", "list", "--config", config).stdout.splitlines()
+    assert [line.split() for line in lines[:2]] == [
+        ["KEY", "TEAM", "NAME", "FROM", "STATE", "EXPIRES"],
+        [made["id"], "design", "ci", "directory", "active", "2199-01-01", "00:00"],
+    ]
+    assert lines[2].split()[1:] == ["growth", "ci", "file", "active", "never"]
+    only = say("key", "list", "--team", "growth", "--config", config).stdout.splitlines()
+    assert len(only) == 2
+
+
+def test_a_secret_is_shown_once_and_kept_nowhere(say: Say, config: Path) -> None:
+    say("team", "create", "design", "--config", config)
+    said = say("key", "create", "--team", "design", "--config", config)
+    [secret] = said.stdout.splitlines()  # nothing else, so that a script can take it
+    assert re.fullmatch(r"igw_live_[0-9a-z]{10}_\w{32}_\w{6}", secret)
+    assert "shown this once" in said.stderr
+    listed = say("key", "list", "--config", config).stdout
+    listed += say("key", "list", "--json", "--config", config).stdout
+    assert secret not in listed
+    assert "growth-key" not in listed
+    for path in (config.parent / "data").iterdir():
+        assert secret.encode() not in path.read_bytes()
+
+
+def test_a_key_as_json(ask: Ask, say: Say, config: Path) -> None:
+    say("team", "create", "design", "--config", config)
+    made = ask(
+        "key", "create", "--team", "design", "--name", "ci", "--models", "gpt-image-2",
+        "--expires", "2199-01-01T12:30:00Z", "--budget-day", "1", "--json", "--config", config,
+    )  # fmt: skip
+    assert made.pop("secret").startswith("igw_live_" + made["id"])
+    assert datetime.fromisoformat(made.pop("created")).tzinfo is UTC
+    [listed] = ask("key", "list", "--team", "design", "--json", "--config", config)
+    listed.pop("created")
+    assert made == listed
+    assert made == {
+        "id": made["id"],
+        "team": "design",
+        "name": "ci",
+        "declared": False,
+        "state": "active",
+        "models": ["gpt-image-2"],
+        "expires": "2199-01-01T12:30:00+00:00",
+        "limits": {**UNLIMITED, "budget_day_usd": "1"},
+    }
+
+
+def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
+    say("team", "create", "design", "--config", config)
+    made = ask("key", "create", "--team", "design", "--json", "--config", config)
+    for _ in range(2):
+        assert say("key", "revoke", made["id"], "--config", config).exit_code == 0
+    [listed] = ask("key", "list", "--team", "design", "--json", "--config", config)
+    assert listed["state"] == "revoked"
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "reason"),
+    [
+        ("team create growth", 1, "team growth is declared in {config}; change it there"),
+        ("team revoke growth", 1, "team growth is declared in {config}; disable it there"),
+        ("key create --team growth", 1, "team growth is declared in {config}; add its key there"),
+        ("team create design", 1, "there is a team design already"),
+        ("team create Design!", 1, "'Design!' is not a team's name: use a-z, 0-9, - and _"),
+        ("team revoke nobody", 1, "there is no team nobody"),
+        ("key create --team nobody", 1, "there is no team nobody"),
+        ("key revoke nothing", 1, "there is no key nothing"),
+        (
+            "team create other --models gpt-image-2,gpt-image-2.5-flair",
+            1,
+            "there is no model 'gpt-image-2.5-flair' in {config}; "
+            "did you mean gpt-image-2.5-flare?",
+        ),
+        ("key create --team design --models ,", 1, "there is no model '' in {config}"),
+        (
+            "key create --team design --expires 2020-01-01",
+            1,
+            "--expires 2020-01-01 00:00 UTC is over already",
+        ),
+        ("team create other --budget-day -1", 2, "'-1' is not an amount of dollars"),
+        ("team create other --budget-day 0.0000000001", 2, "finer than a nano-dollar"),
+        ("team create other --budget-day much", 2, "'much' is not an amount of dollars"),
+        ("team create other --requests-per-minute -1", 2, "-1 is not in the range"),
+        ("key create", 2, "Missing option '--team'"),
+        ("key create --team design --expires soon", 2, "'soon' does not match the formats"),
+    ],
+)
+def test_refusals(say: Say, config: Path, command: str, code: int, reason: str) -> None:
+    say("team", "create", "design", "--config", config)
+    said = say(*command.split(), "--config", config)
+    assert said.exit_code == code
+    assert said.stdout == ""
+    assert reason.format(config=config) in said.stderr
+    assert "Traceback" not in said.stderr
+    if code == 1:
+        assert said.stderr == reason.format(config=config) + "\n"
+
+
+def test_a_key_of_the_file_is_revoked_in_the_file(ask: Ask, say: Say, config: Path) -> None:
+    [declared] = ask("key", "list", "--json", "--config", config)
+    said = say("key", "revoke", declared["id"], "--config", config)
+    assert said.exit_code == 1
+    assert said.stderr == f"key {declared['id']} is declared in {config}; remove it there\n"
+
+
+def test_a_broken_configuration_is_named_first(say: Say, config: Path) -> None:
+    config.write_text("server: {port: eighty}\n")
+    for command in ("team list", "key list", "usage", "team create a", "key create --team a"):
+        said = say(*command.split(), "--config", config)
+        assert said.exit_code == 2
+        assert f"{config}:1:" in said.stderr
+
+
+def test_a_pepper_that_is_none(say: Say, config: Path) -> None:
+    data = config.parent / "data"
+    data.mkdir()
+    (data / "gateway.pepper").write_text("short")
+    for command in ("key list", "usage", "key create --team a"):
+        said = say(*command.split(), "--config", config)
+        assert said.exit_code == 1
+        assert said.stderr.startswith(f"{data / 'gateway.pepper'} is not a pepper of this gateway")

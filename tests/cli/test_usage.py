@@ -1,0 +1,146 @@
+"""`gateway usage`: what the books say, exactly."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gateway.domain.money import format_dollars
+from gateway.sandbox.server import SandboxServer
+from tests.cli.conftest import Say
+from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, TestClock, run_gateway
+
+Ask = Callable[..., Any]
+PROMPT = "A red circle on a white ground"
+ONE = 8 * 5_000 + 196 * 30_000
+"""Nano-dollars of one low picture of 1024x1024 with this prompt."""
+
+
+async def _buy(folder: Path) -> Path:
+    clock = TestClock()
+    with SandboxServer(clock) as sandbox:
+        teams = {"growth": {"keys": [{"key": KEY, "name": "ci"}]}}
+        async with run_gateway(folder, sandbox, {"teams": teams}, clock) as gateway:
+
+            async def draw(key: str, model: str = MODEL, n: int = 1) -> None:
+                async with gateway.sdk(key) as sdk:
+                    await sdk.images.generate(
+                        model=model, prompt=PROMPT, quality="low", size="1024x1024", n=n
+                    )
+
+            await draw(KEY)
+            await draw(KEY)  # from the cache
+            await draw(OTHER_KEY, ALIAS, n=2)
+            clock.advance(days=1)
+            await draw(OTHER_KEY)
+            return gateway.config
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The configuration of a gateway that has ended: two teams, two days, one cached answer."""
+    return asyncio.run(_buy(tmp_path_factory.mktemp("books")))
+
+
+def rows(report: Any) -> list[tuple[str, str, str, str, int, int, str]]:
+    return [
+        (
+            row["day"],
+            row["team"],
+            row["key_name"],
+            row["model"],
+            row["requests"],
+            row["images"],
+            row["cost_usd"],
+        )
+        for row in report["rows"]
+    ]
+
+
+def test_by_day_team_key_and_model(ask: Ask, books: Path) -> None:
+    report = ask("usage", "--json", "--config", books)
+    one, two = format_dollars(ONE), format_dollars(8 * 5_000 + 2 * 196 * 30_000)
+    assert one == "0.00592"
+    assert sorted(rows(report)) == [
+        ("2026-11-22", "design", "", ALIAS, 1, 2, two),
+        ("2026-11-22", "growth", "ci", MODEL, 2, 2, one),
+        ("2026-11-23", "design", "", MODEL, 1, 1, one),
+    ]
+    [growth] = [row for row in report["rows"] if row["team"] == "growth"]
+    assert len(growth.pop("key_id")) == 10
+    assert growth == {
+        "day": "2026-11-22",
+        "team": "growth",
+        "key_name": "ci",
+        "model": MODEL,
+        "requests": 2,
+        "cached_requests": 1,
+        "images": 2,
+        "tokens": {"text_in": 8, "image_in": 0, "text_out": 0, "image_out": 196},
+        "cost_usd": one,
+        "avoided_usd": one,
+        "unresolved": 0,
+        "unresolved_usd": "0",
+        "flagged": 0,
+    }
+
+
+def test_the_total_is_the_sum(ask: Ask, books: Path) -> None:
+    report = ask("usage", "--json", "--config", books)
+    total = report["total"]
+    for name in ("requests", "cached_requests", "images", "unresolved", "flagged"):
+        assert total[name] == sum(row[name] for row in report["rows"])
+    for name in ("cost_usd", "avoided_usd", "unresolved_usd"):
+        assert Decimal(total[name]) == sum(Decimal(row[name]) for row in report["rows"])
+    assert total["cost_usd"] == "0.02364"
+    assert total["tokens"]["image_out"] == 4 * 196
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (("--since", "2026-11-23"), {("2026-11-23", "design")}),
+        (("--until", "2026-11-22"), {("2026-11-22", "design"), ("2026-11-22", "growth")}),
+        (("--since", "2026-11-23", "--until", "2026-11-23"), {("2026-11-23", "design")}),
+        (("--team", "growth"), {("2026-11-22", "growth")}),
+        (("--team", "growth", "--since", "2026-11-23"), set()),
+        (("--since", "2027-01-01"), set()),
+    ],
+)
+def test_a_part_of_it(
+    ask: Ask, books: Path, options: tuple[str, ...], found: set[tuple[str, str]]
+) -> None:
+    report = ask("usage", "--json", "--config", books, *options)
+    assert {(row["day"], row["team"]) for row in report["rows"]} == found
+    assert report["total"]["requests"] == sum(row["requests"] for row in report["rows"])
+
+
+def test_as_a_table(say: Say, books: Path) -> None:
+    head, *lines, total = say("usage", "--config", books).stdout.splitlines()
+    assert head.split() == [
+        "DAY", "TEAM", "KEY", "MODEL", "REQUESTS", "CACHED", "IMAGES", "COST", "AVOIDED",
+        "UNRESOLVED",
+    ]  # fmt: skip
+    assert ["2026-11-22", "growth", "ci", MODEL, "2", "1", "2", "$0.00592", "$0.00592", "0"] in [
+        line.split() for line in lines
+    ]
+    assert len(lines) == 3
+    assert total.split() == ["total", "4", "1", "5", "$0.02364", "$0.00592", "0"]
+
+
+def test_before_anything_was_bought(ask: Ask, say: Say, config: Path) -> None:
+    report = ask("usage", "--json", "--config", config)
+    assert report["rows"] == []
+    assert report["total"]["cost_usd"] == "0"
+    assert say("usage", "--config", config).stdout.splitlines()[1].split()[:2] == ["total", "0"]
+
+
+def test_days_in_the_wrong_order(say: Say, books: Path) -> None:
+    said = say("usage", "--since", "2026-11-23", "--until", "2026-11-22", "--config", books)
+    assert said.exit_code == 2
+    assert "--until is before --since" in said.stderr

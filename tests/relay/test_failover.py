@@ -1,0 +1,274 @@
+"""Was it billed? Every status and body that an upstream may answer with (money.md 8.1)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.domain.errors import (
+    Evidence,
+    GatewayError,
+    UpstreamAccount,
+    UpstreamBroken,
+    UpstreamFault,
+    UpstreamRefused,
+    UpstreamUnknown,
+)
+from gateway.relay.failover import BILLING_CODES, error_in_success, refusal
+
+N, U, B = Evidence.NOT_BILLED, Evidence.UNKNOWN, Evidence.BILLED
+SECRET = "Incorrect API key provided: sk-proj-*********************************9f2c."
+
+
+def said(**error: Any) -> bytes:
+    return json.dumps({"error": {"message": "m", "type": "t", "param": None, **error}}).encode()
+
+
+PLAIN = said(code="some_code")
+HTML = b"<html><body>502 Bad Gateway</body></html>"
+DETAIL = b'{"detail": [{"loc": ["body", "size"], "msg": "bad"}]}'
+
+
+# status, body -> class, evidence, status for the client, may an SDK retry (None: its own rule)
+TABLE: list[tuple[int, bytes, type[GatewayError], Evidence, int, bool | None, str]] = [
+    # The request was refused: passed on, owes nothing, nobody else is asked.
+    (400, PLAIN, UpstreamRefused, N, 400, None, "upstream_4xx"),
+    (400, said(code="moderation_blocked"), UpstreamRefused, N, 400, None, "moderation"),
+    (400, HTML, UpstreamRefused, N, 400, None, "upstream_4xx"),
+    (404, said(code="model_not_found"), UpstreamRefused, N, 404, None, "upstream_4xx"),
+    (409, PLAIN, UpstreamRefused, N, 409, None, "upstream_4xx"),
+    (413, HTML, UpstreamRefused, N, 413, None, "upstream_4xx"),
+    (422, DETAIL, UpstreamRefused, N, 422, None, "upstream_4xx"),
+    (429, said(code="rate_limit_exceeded"), UpstreamRefused, N, 429, None, "upstream_429"),
+    (429, said(code="slow_down"), UpstreamRefused, N, 429, None, "upstream_429"),
+    (429, b"", UpstreamRefused, N, 429, None, "upstream_429"),
+    # The owner's own account: never shown as the team's fault.
+    (401, said(message=SECRET), UpstreamAccount, N, 503, False, "upstream_auth"),
+    (401, HTML, UpstreamAccount, N, 503, False, "upstream_auth"),
+    (402, PLAIN, UpstreamAccount, N, 503, False, "upstream_auth"),
+    (403, PLAIN, UpstreamAccount, N, 503, False, "upstream_auth"),
+    *(
+        (429, said(code=code), UpstreamAccount, N, 503, False, "upstream_account_exhausted")
+        for code in sorted(BILLING_CODES)
+    ),
+    (
+        *(429, said(type="insufficient_quota", code=None), UpstreamAccount),
+        *(N, 503, False, "upstream_account_exhausted"),
+    ),
+    (
+        *(400, said(code="billing_hard_limit_reached"), UpstreamAccount),
+        *(N, 503, False, "upstream_account_exhausted"),
+    ),
+    # The API itself says that it failed: not billed.
+    (500, said(type="server_error"), UpstreamRefused, N, 500, None, "upstream_5xx"),
+    (500, b'{"error": "it failed"}', UpstreamRefused, N, 500, None, "upstream_5xx"),
+    (503, said(code="overloaded"), UpstreamRefused, N, 503, None, "upstream_5xx"),
+    # Something between: the picture may have been made.
+    (500, HTML, UpstreamUnknown, U, 504, False, "upstream_edge"),
+    (500, b"", UpstreamUnknown, U, 504, False, "upstream_edge"),
+    (500, b'{"detail": "x"}', UpstreamUnknown, U, 504, False, "upstream_edge"),
+    (500, b'{"error": null}', UpstreamUnknown, U, 504, False, "upstream_edge"),
+    (500, b'["error"]', UpstreamUnknown, U, 504, False, "upstream_edge"),
+    (500, b"[" * 100_000, UpstreamUnknown, U, 504, False, "upstream_edge"),
+    (503, HTML, UpstreamUnknown, U, 504, False, "upstream_edge"),
+    *((status, PLAIN, UpstreamUnknown, U, 504, False, "upstream_edge") for status in (502, 504)),
+    *(
+        (status, body, UpstreamUnknown, U, 504, False, "upstream_edge")
+        for status in (408, *range(520, 525), 530 - 1)
+        for body in (PLAIN, HTML)
+    ),
+    # No answer to a POST for a picture.
+    (301, b"", UpstreamFault, N, 502, False, "upstream_redirect"),
+    (307, PLAIN, UpstreamFault, N, 502, False, "upstream_redirect"),
+    (201, PLAIN, UpstreamBroken, B, 502, False, "upstream_bad_response"),
+    (204, b"", UpstreamBroken, B, 502, False, "upstream_bad_response"),
+]
+
+
+@pytest.mark.parametrize(("status", "body", "kind", "evidence", "answered", "retry", "why"), TABLE)
+def test_what_an_answer_proves(
+    status: int,
+    body: bytes,
+    kind: type[GatewayError],
+    evidence: Evidence,
+    answered: int,
+    retry: bool | None,
+    why: str,
+) -> None:
+    error = refusal(status, {}, body, "openai")
+    assert type(error) is kind
+    assert (error.evidence, error.status) == (evidence, answered)
+    assert (error.should_retry, error.reason) == (retry, why)
+    assert json.loads(error.content)["error"]
+    if evidence is not N:
+        assert "may have been" in error.message or "no answer" in error.message
+
+
+@pytest.mark.parametrize("status", [400, 404, 409, 413, 422, 429, 500, 503])
+@pytest.mark.parametrize("spaces", [b"", b"\n "])
+def test_an_apis_own_error_passes_byte_for_byte(status: int, spaces: bytes) -> None:
+    body = spaces + said(code="c", moderation_details={"categories": ["x"]}) + spaces
+    error = refusal(status, {}, body, "openai")
+    assert error.content == body
+    assert error.code == "c"
+
+
+@pytest.mark.parametrize("status", [401, 402, 403])
+@pytest.mark.parametrize("body", [said(message=SECRET, code="invalid_api_key"), SECRET.encode()])
+def test_what_an_upstream_says_of_the_owners_key_never_passes(status: int, body: bytes) -> None:
+    content = refusal(status, {}, body, "openai").content
+    for secret in (b"sk-", b"9f2c", b"Incorrect API key", b"invalid_api_key"):
+        assert secret not in content
+    assert b"operator has to act" in content
+    assert b"nothing was charged" in content
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        {"code": "insufficient_quota"},
+        {"type": "insufficient_quota", "code": "a_new_one"},
+        {"code": "organization_spend_limit_exceeded"},
+    ],
+)
+def test_an_empty_account_is_not_the_teams_empty_budget(error: dict[str, str]) -> None:
+    found = refusal(429, {"retry-after": "1"}, said(**error, message="org-123 is broke"), "openai")
+    assert found.code == "upstream_account_exhausted"
+    assert b"org-123" not in found.content
+    assert b"insufficient_quota" not in found.content
+    assert b"Your team's budget is fine" in found.content
+
+
+def test_only_advice_on_retries_passes_with_a_refusal() -> None:
+    error = refusal(
+        429,
+        {
+            "retry-after": "7",
+            "retry-after-ms": "6500",
+            "x-should-retry": "false",
+            "openai-organization": "org-123",
+            "x-ratelimit-remaining-requests": "0",
+            "set-cookie": "a=b",
+        },
+        said(code="rate_limit_exceeded"),
+        "openai",
+    )
+    assert isinstance(error, UpstreamRefused)
+    assert dict(error.headers) == {
+        "retry-after": "7",
+        "retry-after-ms": "6500",
+        "x-should-retry": "false",
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "The upstream answered 422 without an error body."),
+        (HTML, "The upstream answered 422 without an error body."),
+        (b'{"detail": "bad size"}', "bad size"),
+        (b'{"detail": [1]}', "[1]"),
+        (b'{"detail": "' + b"x" * 5000 + b'"}', "x" * 1000),
+        (b'["detail"]', "The upstream answered 422 without an error body."),
+    ],
+)
+def test_an_error_of_another_form_is_given_ours(body: bytes, message: str) -> None:
+    error = refusal(422, {}, body, "openai")
+    assert json.loads(error.content) == {
+        "error": {"message": message, "type": "upstream_error", "param": None, "code": None}
+    }
+    assert error.code == "http_422"
+
+
+@pytest.mark.parametrize("code", [None, 7, ["x"], {"a": 1}])
+def test_a_code_that_is_no_text_is_named_by_the_status(code: object) -> None:
+    assert refusal(400, {}, said(code=code), "openai").code == "http_400"
+
+
+# An error inside a 200
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "status", "retry", "reason"),
+    [
+        ({"code": "moderation_blocked"}, UpstreamRefused, 400, None, "moderation"),
+        ({"code": "content_policy_violation"}, UpstreamRefused, 400, None, "upstream_200_error"),
+        ({"code": "invalid_value"}, UpstreamRefused, 400, None, "upstream_200_error"),
+        ({"code": "unknown_parameter"}, UpstreamRefused, 400, None, "upstream_200_error"),
+        ({"type": "invalid_request_error"}, UpstreamRefused, 400, None, "upstream_200_error"),
+        (
+            *({"type": "image_generation_user_error"}, UpstreamRefused),
+            *(400, None, "upstream_200_error"),
+        ),
+        ({"code": "rate_limit_exceeded"}, UpstreamRefused, 429, None, "upstream_200_error"),
+        ({"code": "slow_down"}, UpstreamRefused, 429, None, "upstream_200_error"),
+        (
+            *({"code": "insufficient_quota"}, UpstreamAccount),
+            *(503, False, "upstream_account_exhausted"),
+        ),
+        (
+            *({"type": "insufficient_quota"}, UpstreamAccount),
+            *(503, False, "upstream_account_exhausted"),
+        ),
+        ({"code": "InternalError"}, UpstreamRefused, 502, False, "upstream_200_error"),
+        ({}, UpstreamRefused, 502, False, "upstream_200_error"),
+        ("it failed", UpstreamRefused, 502, False, "upstream_200_error"),
+        (["it", "failed"], UpstreamRefused, 502, False, "upstream_200_error"),
+        ({"code": None, "type": 7}, UpstreamRefused, 502, False, "upstream_200_error"),
+    ],
+)
+def test_an_error_in_a_200_gets_the_status_it_should_have_had(
+    error: object, kind: type[GatewayError], status: int, retry: bool | None, reason: str
+) -> None:
+    found = error_in_success(error, "openai")
+    assert type(found) is kind
+    assert (found.status, found.should_retry, found.reason) == (status, retry, reason)
+    assert found.evidence is N
+    shaped = json.loads(found.content)["error"]
+    assert set(shaped) >= {"message", "type", "param", "code"}
+    if isinstance(error, dict) and kind is UpstreamRefused:
+        assert shaped.items() >= error.items()
+
+
+def test_what_an_error_in_a_200_says_is_kept() -> None:
+    error = {"message": "No cats.", "code": "moderation_blocked", "moderation_details": {"a": 1}}
+    assert json.loads(error_in_success(error, "openai").content) == {
+        "error": {"message": "No cats.", "type": "server_error", "param": None}
+        | {"code": "moderation_blocked", "moderation_details": {"a": 1}}
+    }
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=6,
+)
+
+
+@given(
+    status=st.integers(201, 599),
+    body=st.one_of(
+        st.binary(max_size=60),
+        json_values.map(lambda value: json.dumps(value).encode()),
+        json_values.map(lambda value: json.dumps({"error": value}).encode()),
+        json_values.map(lambda value: json.dumps({"detail": value}).encode()),
+    ),
+)
+def test_no_answer_is_too_odd_to_judge(status: int, body: bytes) -> None:
+    error = refusal(status, {}, body, "openai")
+    assert 400 <= error.status < 600
+    assert "error" in json.loads(error.content)
+    # Whatever proves nothing is never retried.
+    if error.evidence is not N:
+        assert error.should_retry is False
+
+
+@given(json_values)
+def test_no_error_in_a_200_is_too_odd_to_judge(error: object) -> None:
+    found = error_in_success(error, "openai")
+    assert found.status in (400, 429, 502, 503)
+    assert "error" in json.loads(found.content)

@@ -1,0 +1,587 @@
+"""From a call to a plan: served by whom, at what price, and out of which cache."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from gateway.domain.call import Call, Encoding, InputImage, Operation, Span
+from gateway.domain.errors import (
+    GatewayError,
+    InvalidRequest,
+    ModelNotAllowed,
+    ModelNotFound,
+    UpstreamAccount,
+)
+from gateway.domain.money import Money
+from gateway.domain.price import (
+    Answer,
+    Bound,
+    CannotPrice,
+    Confidence,
+    PriceBook,
+    PriceList,
+    PriceRow,
+)
+from gateway.domain.quota import Demand, Scope, Unit, Window
+from gateway.domain.receipt import CacheResult
+from gateway.domain.route import Catalogue, Model, Target, Unpriced
+from gateway.domain.team import Caller, Key, Limits, Team
+from gateway.ports import Cached, CachedMeta, Outgoing, Reply
+from gateway.relay.plan import CachePolicy, CacheWish, Plan, Planner, cheaper
+
+NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
+HARD, SOFT = Confidence.HARD, Confidence.SOFT
+CENT = 10_000_000
+
+
+class Account:
+    """An upstream that is never asked for anything here."""
+
+    def __init__(self, name: str, ready: bool = True) -> None:
+        self.name = name
+        self.provider = "openai"
+        self.ready = ready
+
+    async def send(self, outgoing: Outgoing) -> Reply:
+        raise NotImplementedError
+
+    async def aclose(self) -> None:
+        return
+
+
+@dataclass
+class ByQuality:
+    """So many cents a picture; ``refuses`` is what it cannot price."""
+
+    cents: Mapping[str, int]
+    refuses: str = ""
+    confidence: Confidence = HARD
+    asked: list[Call] = field(default_factory=list)
+
+    def bound(self, call: Call, prices: PriceList) -> Bound:
+        self.asked.append(call)
+        if self.refuses in (call.quality, call.size):
+            raise CannotPrice("This has no price.", "quality")
+        each = self.cents.get(f"{call.size} {call.quality}", self.cents.get(call.quality, 100))
+        return Bound(call.n * each * CENT, self.confidence)
+
+    def cost(self, answer: Answer, prices: PriceList) -> Money | None:
+        return None
+
+
+class OneAnswer:
+    """A cache that has an answer to everything, or nothing; it remembers who asked for what."""
+
+    def __init__(self, stored: Cached | None = None) -> None:
+        self.stored = stored
+        self.asked: list[str] = []
+
+    async def get(self, key: str) -> Cached | None:
+        self.asked.append(key)
+        return self.stored
+
+    async def put(
+        self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
+    ) -> None:
+        raise NotImplementedError
+
+    async def delete(self, key: str) -> None:
+        raise NotImplementedError
+
+    async def ping(self) -> None:
+        return
+
+    async def aclose(self) -> None:
+        return
+
+
+def kept(age: float = 60.0, streamable: bool = True) -> Cached:
+    async def chunks() -> AsyncIterator[bytes]:
+        yield b"{}"
+
+    stored_at = NOW - timedelta(seconds=age)
+    return Cached(CachedMeta(stored_at, CENT, 1, "flare", "openai", 2, streamable), chunks)
+
+
+FLARE = Model("flare", Target("openai", "flare"), label="flare")
+ART = Model("team-art", Target("openai", "flare"), label="team-art")
+LOCAL = Model("local", Target("home", "sd"), label="local")
+DEAR = Model("dear", Target("openai", "unheard-of"), Unpriced.ALLOW, label="dear")
+ANY = Model("*", Target("openai", "*"), Unpriced.REFUSE)
+PRICE = ByQuality({"high": 20, "low": 1, "auto": 70})
+
+
+@dataclass
+class Bench:
+    cache: OneAnswer = field(default_factory=OneAnswer)
+    policy: CachePolicy = field(default_factory=CachePolicy)
+    price: ByQuality = field(default_factory=lambda: replace(PRICE, asked=[]))
+    models: tuple[Model, ...] = (FLARE, ART, LOCAL, DEAR)
+    wildcard: Model | None = None
+    ready: bool = True
+    passing_urls: frozenset[str] = frozenset()
+
+    @property
+    def planner(self) -> Planner:
+        rows = [
+            PriceRow("openai", name, date(2026, 1, 1), "list", self.price)
+            for name in ("flare", "sd", "brand-new", "gpt-image-2")
+        ]
+        return Planner(
+            Catalogue({model.name: model for model in self.models}, self.wildcard),
+            {"openai": Account("openai", self.ready), "home": Account("home")},
+            PriceBook(rows),
+            self.cache,
+            self.policy,
+            self.passing_urls,
+        )
+
+    async def plan(self, call: Call, who: Caller | None = None, wish: Any = None) -> Plan:
+        return await self.planner.plan(who or caller(), call, wish or CacheWish(), NOW)
+
+    async def refused(
+        self, kind: type[GatewayError], call: Call, who: Caller | None = None
+    ) -> GatewayError:
+        with pytest.raises(kind) as refused:
+            await self.plan(call, who)
+        assert type(refused.value) is kind
+        return refused.value
+
+
+def caller(
+    limits: Limits | None = None,
+    key_limits: Limits | None = None,
+    *,
+    models: frozenset[str] = frozenset({"*"}),
+    key_models: frozenset[str] | None = None,
+    cache: bool = True,
+) -> Caller:
+    return Caller(
+        Team("growth", models, limits or Limits(), cache),
+        Key("k1", "growth", models=key_models, limits=key_limits or Limits()),
+    )
+
+
+def a_call(model: str = "flare", **more: Any) -> Call:
+    members = {"quality": "high", "size": "1024x1024", "parameters": {"prompt": "cat"}} | more
+    return Call(
+        Operation.GENERATION,
+        Encoding.JSON,
+        "application/json",
+        model,
+        Span(0, 0),
+        3,
+        **members,
+    )
+
+
+LINKED = InputImage("image", "d1", 0, "")
+SENT = InputImage("image", "d1", 7, "image/png", 64, 64)
+
+
+# What a plan says
+
+
+async def test_a_plan() -> None:
+    bench = Bench()
+    limits = Limits(60, 20, 10, budget_day=5, budget_month=50)
+    who = caller(limits, Limits(requests_per_minute=6))
+    plan = await bench.plan(a_call("team-art", n=3), who)
+    assert plan.model is ART
+    assert plan.upstream.name == "openai"
+    assert (plan.quote.bound, plan.quote.price_id) == (
+        Bound(60 * CENT, HARD),
+        "openai/flare@2026-01-01",
+    )
+    assert plan.demand == Demand(requests=1, images=3, slots=1, money=60 * CENT)
+    assert [(limit.scope, limit.unit) for limit in plan.rates] == [
+        (Scope.KEY, Unit.REQUESTS),
+        (Scope.TEAM, Unit.REQUESTS),
+        (Scope.TEAM, Unit.IMAGES),
+        (Scope.TEAM, Unit.SLOTS),
+    ]
+    assert [line.account for line in plan.lines] == [
+        "key:k1|d|2026-11-22",
+        "key:k1|m|2026-11",
+        "team:growth|d|2026-11-22",
+        "team:growth|m|2026-11",
+    ]
+    assert (plan.cache, plan.keep, plan.cached) == (CacheResult.MISS, True, None)
+    assert bench.cache.asked == [plan.fingerprint]
+
+
+async def test_an_alias_asks_for_the_same_picture_as_its_model() -> None:
+    bench = Bench()
+    alias, plain = await bench.plan(a_call("team-art")), await bench.plan(a_call("flare"))
+    elsewhere = await bench.plan(a_call("local"))
+    assert alias.fingerprint == plain.fingerprint != elsewhere.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("scope", "other_key", "other_team"),
+    [("team", True, False), ("key", False, False), ("organization", True, True)],
+)
+async def test_who_shares_an_answer(scope: str, other_key: bool, other_team: bool) -> None:
+    bench = Bench(policy=CachePolicy(scope=scope))
+    mine = await bench.plan(a_call())
+    colleague = await bench.plan(a_call(), Caller(Team("growth"), Key("k2", "growth")))
+    stranger = await bench.plan(a_call(), Caller(Team("design"), Key("k3", "design")))
+    assert (mine.fingerprint == colleague.fingerprint) is other_key
+    assert (mine.fingerprint == stranger.fingerprint) is other_team
+
+
+# The cache
+
+
+@pytest.mark.parametrize(
+    ("policy", "team", "model", "wish", "looked", "cache", "keep"),
+    [
+        (True, True, True, CacheWish(), True, CacheResult.MISS, True),
+        (True, True, True, CacheWish(read=False), False, CacheResult.MISS, True),
+        (True, True, True, CacheWish(write=False), True, CacheResult.MISS, False),
+        (True, True, True, CacheWish(False, False), False, CacheResult.MISS, False),
+        (False, True, True, CacheWish(), False, CacheResult.OFF, False),
+        (True, False, True, CacheWish(), False, CacheResult.OFF, False),
+        (True, True, False, CacheWish(), False, CacheResult.OFF, False),
+        (False, False, False, CacheWish(), False, CacheResult.OFF, False),
+    ],
+)
+async def test_who_may_look_and_who_may_keep(
+    policy: bool,
+    team: bool,
+    model: bool,
+    wish: CacheWish,
+    looked: bool,
+    cache: CacheResult,
+    keep: bool,
+) -> None:
+    bench = Bench(policy=CachePolicy(enabled=policy), models=(replace(FLARE, cache_enabled=model),))
+    plan = await bench.plan(a_call(), caller(cache=team), wish)
+    assert bool(bench.cache.asked) is looked
+    assert (plan.cache, plan.keep) == (cache, keep)
+
+
+@pytest.mark.parametrize(
+    ("age", "ttl", "max_age", "hit"),
+    [
+        (60, 86_400, None, True),
+        (60, 60, None, True),
+        (61, 60, None, False),
+        (60, 86_400, 60, True),
+        (61, 86_400, 60, False),
+        (1, 86_400, 0, False),
+        (61, 60, 600, False),
+    ],
+)
+async def test_how_old_an_answer_may_be(
+    age: float, ttl: float, max_age: int | None, hit: bool
+) -> None:
+    bench = Bench(cache=OneAnswer(kept(age)), policy=CachePolicy(ttl_seconds=ttl))
+    plan = await bench.plan(a_call(), wish=CacheWish(max_age=max_age))
+    assert (plan.cached is not None) is hit
+    assert plan.cache is (CacheResult.HIT if hit else CacheResult.MISS)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("streamable", [False, True])
+async def test_a_stream_is_answered_from_what_has_that_form(stream: bool, streamable: bool) -> None:
+    bench = Bench(cache=OneAnswer(kept(streamable=streamable)))
+    plan = await bench.plan(a_call(stream=stream))
+    assert (plan.cached is not None) is (streamable or not stream)
+
+
+async def test_a_hit_costs_nothing_and_needs_no_money() -> None:
+    bench = Bench(cache=OneAnswer(kept()), ready=False)
+    who = caller(Limits(60, budget_day=1, max_cost_per_request=1))
+    plan = await bench.plan(a_call(), who)
+    assert plan.cache is CacheResult.HIT
+    assert (plan.quote.bound, plan.quote.row, plan.lines, plan.keep) == (
+        Bound(0, HARD),
+        None,
+        (),
+        False,
+    )
+    assert [limit.unit for limit in plan.rates] == [Unit.REQUESTS]
+    assert bench.price.asked == []
+
+
+async def test_permission_is_asked_before_the_cache() -> None:
+    bench = Bench(cache=OneAnswer(kept()))
+    await bench.refused(ModelNotAllowed, a_call(), caller(models=frozenset({"local"})))
+    assert bench.cache.asked == []
+
+
+# Addresses of pictures
+
+
+async def test_an_address_is_refused_unless_its_upstream_may_have_it() -> None:
+    error = await Bench().refused(InvalidRequest, a_call(inputs=(SENT, LINKED)))
+    assert error.message == (
+        "flare does not take addresses of pictures on this gateway. Send the picture itself, as "
+        "a data URL or a file of a multipart form."
+    )
+    assert (error.code, error.param, error.reason) == (
+        "image_url_not_allowed",
+        "image_url",
+        "ssrf_blocked",
+    )
+    elsewhere = Bench(passing_urls=frozenset({"home"}))
+    await elsewhere.refused(InvalidRequest, a_call(inputs=(LINKED,)))
+    await elsewhere.plan(a_call("local", inputs=(LINKED,)))
+
+
+async def test_what_stands_at_an_address_may_change_so_it_is_never_cached() -> None:
+    bench = Bench(cache=OneAnswer(kept()), passing_urls=frozenset({"openai"}))
+    plan = await bench.plan(a_call(inputs=(LINKED,)))
+    assert (plan.cache, plan.keep, plan.cached, bench.cache.asked) == (
+        CacheResult.OFF,
+        False,
+        None,
+        [],
+    )
+    assert (await bench.plan(a_call(inputs=(SENT,)))).cached is not None
+
+
+# Names
+
+
+async def test_a_name_that_nobody_serves() -> None:
+    error = await Bench().refused(ModelNotFound, a_call("flair"))
+    assert error.message == "No model flair. Did you mean flare? GET /v1/models lists yours."
+    assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
+    error = await Bench().refused(ModelNotFound, a_call("teamart"))
+    assert error.message == (
+        "No model teamart. Did you mean team-art (served by flare)? GET /v1/models lists yours."
+    )
+    error = await Bench().refused(ModelNotFound, a_call("zzz"))
+    assert error.message == "No model zzz. GET /v1/models lists yours."
+
+
+async def test_a_hint_names_no_model_that_the_caller_may_not_use() -> None:
+    who = caller(models=frozenset({"local"}))
+    error = await Bench().refused(ModelNotFound, a_call("flair"), who)
+    assert error.message == "No model flair. GET /v1/models lists yours."
+
+
+@pytest.mark.parametrize(
+    ("models", "key_models", "text"),
+    [
+        (
+            *({"team-art"}, None),
+            "Team growth may use team-art, not flare. Ask an administrator to add it.",
+        ),
+        (
+            *({"*"}, {"team-art", "local"}),
+            "Team growth may use local, team-art, not flare with this key. "
+            "Ask an administrator to add it.",
+        ),
+        (
+            *({"gone"}, None),
+            "Team growth may use no model, not flare. Ask an administrator to add it.",
+        ),
+    ],
+)
+async def test_a_model_that_is_not_for_this_caller(
+    models: set[str], key_models: set[str] | None, text: str
+) -> None:
+    who = caller(
+        models=frozenset(models),
+        key_models=None if key_models is None else frozenset(key_models),
+    )
+    error = await Bench().refused(ModelNotAllowed, a_call(), who)
+    assert error.message == text
+    assert (error.status, error.code, error.param) == (403, "model_not_allowed", "model")
+
+
+async def test_a_long_list_of_models_is_cut_short() -> None:
+    many = tuple(Model(f"m{number}", FLARE.target) for number in range(8))
+    who = caller(models=frozenset(model.name for model in many))
+    error = await Bench(models=(FLARE, *many)).refused(ModelNotAllowed, a_call(), who)
+    assert "may use m0, m1, m2, m3, m4 and 3 more, not flare" in error.message
+
+
+async def test_an_alias_is_allowed_by_its_own_name() -> None:
+    bench, who = Bench(), caller(models=frozenset({"team-art"}))
+    assert (await bench.plan(a_call("team-art"), who)).model is ART
+    await bench.refused(ModelNotAllowed, a_call("flare"), who)
+
+
+async def test_the_wildcard() -> None:
+    bench = Bench(wildcard=ANY)
+    plan = await bench.plan(a_call("brand-new"))
+    assert plan.model == Model("brand-new", Target("openai", "brand-new"), label="other")
+    assert plan.quote.price_id == "openai/brand-new@2026-01-01"
+    error = await bench.refused(InvalidRequest, a_call("unheard-of"))
+    assert error.code == "model_not_priced"
+    await bench.refused(ModelNotAllowed, a_call("brand-new"), caller(models=frozenset({"flare"})))
+
+
+def test_the_models_of_a_caller_are_listed_by_name() -> None:
+    planner = Bench(wildcard=ANY).planner
+    assert [model.name for model in planner.models(caller())] == [
+        "dear",
+        "flare",
+        "local",
+        "team-art",
+    ]
+    who = caller(models=frozenset({"local", "flare", "gone"}), key_models=frozenset({"flare"}))
+    assert planner.models(who) == [FLARE]
+
+
+# Prices
+
+
+async def test_an_upstream_without_a_key_is_off() -> None:
+    error = await Bench(ready=False).refused(UpstreamAccount, a_call("team-art"))
+    assert error.message == (
+        "This gateway has no key for its upstream openai yet, so team-art is off. "
+        "The gateway's operator has to configure one."
+    )
+    assert (error.status, error.code, error.reason) == (503, "upstream_off", "upstream_off")
+
+
+@pytest.mark.parametrize(
+    ("rule", "team", "key", "bound"),
+    [
+        (Unpriced.REFUSE, Limits(), Limits(), "unpriced"),
+        (Unpriced.REFUSE, Limits(max_cost_per_request=7), Limits(), "unpriced"),
+        (Unpriced.ALLOW, Limits(), Limits(), 0),
+        (Unpriced.ALLOW, Limits(max_cost_per_request=7), Limits(), 7),
+        (Unpriced.ALLOW, Limits(max_cost_per_request=7), Limits(max_cost_per_request=5), 5),
+        (Unpriced.ALLOW, Limits(budget_day=9), Limits(), "budget"),
+        (Unpriced.ALLOW, Limits(), Limits(budget_month=9), "budget"),
+        (Unpriced.ALLOW, Limits(budget_day=9, max_cost_per_request=7), Limits(), 7),
+        (Unpriced.ALLOW, Limits(budget_day=9), Limits(max_cost_per_request=0), 0),
+    ],
+)
+async def test_a_model_without_a_price(
+    rule: Unpriced, team: Limits, key: Limits, bound: int | str
+) -> None:
+    bench, who = Bench(models=(replace(DEAR, unpriced=rule),)), caller(team, key)
+    if isinstance(bound, int):
+        plan = await bench.plan(a_call("dear"), who)
+        assert plan.quote.bound == Bound(bound, SOFT)
+        assert (plan.quote.row, plan.keep, plan.cache) == (None, False, CacheResult.MISS)
+        assert plan.demand.money == bound
+        return
+    error = await bench.refused(InvalidRequest, a_call("dear"), who)
+    assert (
+        error.message
+        == {
+            "unpriced": "dear has no price on this gateway, so nothing is bought. "
+            "Ask the gateway's operator to add one.",
+            "budget": "dear has no price on this gateway, and team growth has a hard budget. "
+            "Ask the gateway's operator for a price, or for max_cost_per_request.",
+        }[bound]
+    )
+    assert (error.status, error.code, error.param, error.reason) == (
+        *(400, "model_not_priced"),
+        *("model", "unpriced"),
+    )
+
+
+async def test_a_call_without_a_bound() -> None:
+    bench = Bench(price=ByQuality({}, refuses="high"))
+    error = await bench.refused(InvalidRequest, a_call())
+    assert (error.message, error.code, error.param) == (
+        "This has no price.",
+        "model_not_priced",
+        "quality",
+    )
+
+
+@pytest.mark.parametrize(
+    ("team", "key", "refused"),
+    [
+        (None, None, None),
+        (20 * CENT, None, None),
+        (20 * CENT - 1, None, "$0.20"),
+        (None, 5 * CENT, "$0.050"),
+        (30 * CENT, 10 * CENT, "$0.10"),
+        (10 * CENT, 30 * CENT, "$0.10"),
+        (None, 0, "$0.00"),
+    ],
+)
+async def test_the_most_that_a_request_may_cost(
+    team: int | None, key: int | None, refused: str | None
+) -> None:
+    bench = Bench()
+    who = caller(Limits(max_cost_per_request=team), Limits(max_cost_per_request=key))
+    if refused is None:
+        await bench.plan(a_call(), who)
+        return
+    error = await bench.refused(InvalidRequest, a_call(), who)
+    assert error.message == (
+        f"This request could cost up to $0.20, and team growth allows {refused} a request. "
+        "Ask for fewer pictures, a smaller size or a lower quality."
+    )
+    assert (error.status, error.code, error.reason) == (
+        *(400, "max_cost_exceeded"),
+        "max_cost_exceeded",
+    )
+
+
+@pytest.mark.parametrize("day", [Window.DAY, Window.MONTH])
+async def test_accounts_are_of_the_day_and_month_of_the_clock(day: Window) -> None:
+    planner = Bench().planner
+    late = datetime(2026, 11, 30, 23, 59, 59, tzinfo=UTC)
+    for instant, labels in (
+        (late, {Window.DAY: "d|2026-11-30", Window.MONTH: "m|2026-11"}),
+        (late + timedelta(seconds=1), {Window.DAY: "d|2026-12-01", Window.MONTH: "m|2026-12"}),
+    ):
+        plan = await planner.plan(caller(), a_call(), CacheWish(), instant)
+        found = {line.limit.window: line.period.label for line in plan.lines}
+        assert found[day] == labels[day]
+
+
+async def test_what_openai_would_refuse_is_refused_here_where_asked() -> None:
+    strict = Model("gpt-image-2", Target("openai", "gpt-image-2"), strict=True)
+    bench = Bench(models=(strict, FLARE))
+    odd = {"prompt": "cat", "size": "5x5"}
+    await bench.refused(
+        InvalidRequest,
+        a_call("gpt-image-2", size="5x5", parameters=odd),
+    )
+    await bench.plan(a_call("flare", size="5x5", parameters=odd))
+
+
+# A cheaper way
+
+
+@pytest.mark.parametrize(
+    ("size", "quality", "cents", "words", "bound"),
+    [
+        ("1024x1024", "high", {"high": 20, "low": 1}, "quality=low", 1),
+        ("1024x1024", "high", {"high": 20, "low": 10, "medium": 15}, "quality=low", 10),
+        ("1024x1024", "high", {"high": 20, "low": 11, "medium": 10}, "quality=medium", 10),
+        ("1024x1024", "high", {"high": 20, "low": 11, "medium": 15}, None, 0),
+        ("1024x1024", "high", {"high": 20, "low": 0, "medium": 5}, "quality=medium", 5),
+        ("1024x1024", "auto", {"auto": 70, "low": 1}, "quality=low", 1),
+        ("auto", "auto", {"auto auto": 71, "low": 1}, "1024x1024, quality=low", 1),
+        ("auto", "high", {"auto high": 71, "low": 70}, None, 0),
+        ("1024x1024", "low", {"low": 20, "medium": 1}, None, 0),
+        ("auto", "low", {"auto low": 20, "low": 1}, None, 0),
+        ("1024x1024", "medium", {"medium": 20, "low": 1}, "quality=low", 1),
+        ("1024x1024", "medium", {"medium": 20, "low": 19}, None, 0),
+    ],
+)
+async def test_the_first_way_that_saves_by_half(
+    size: str, quality: str, cents: Mapping[str, int], words: str | None, bound: int
+) -> None:
+    plan = await Bench(price=ByQuality(cents)).plan(a_call(size=size, quality=quality))
+    assert cheaper(plan) == (None if words is None else (words, bound * CENT))
+
+
+async def test_a_way_that_has_no_price_is_no_way() -> None:
+    price = ByQuality({"high": 20, "medium": 5}, refuses="low")
+    plan = await Bench(price=price).plan(a_call())
+    assert cheaper(plan) == ("quality=medium", 5 * CENT)
+
+
+async def test_nothing_is_cheaper_than_what_has_no_price() -> None:
+    assert cheaper(await Bench().plan(a_call("dear"))) is None

@@ -1,0 +1,457 @@
+"""Every metric of the table moves, none says too much, and none grows without bound."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.domain.call import Usage
+from gateway.domain.ledger import Balance, Basis, Line, Outcome
+from gateway.domain.quota import Limit, Period, Scope, Unit, Window
+from gateway.domain.receipt import CacheResult, Delivery, Receipt, Timings
+from gateway.telemetry import metrics as module
+from gateway.telemetry.metrics import TABLE, Kind, Metrics
+
+GATEWAY = Path(__file__).parents[2] / "gateway"
+DOLLAR = 10**9
+
+BOUGHT = Receipt(
+    rid="req_1",
+    operation="generation",
+    status=200,
+    team="growth",
+    key_id="k1",
+    model="team-art",
+    model_label="team-art",
+    model_served="flare",
+    upstream="openai",
+    upstream_rid="req_up",
+    upstream_status=200,
+    cache=CacheResult.MISS,
+    outcome=Outcome.DELIVERED,
+    basis=Basis.USAGE,
+    cost=2 * DOLLAR,
+    bound=3 * DOLLAR,
+    images_asked=2,
+    images=2,
+    usage=Usage(10, 20, 3, 4, 5, 60),
+    timings=Timings(0.5, 0.002, 1.0, 2.0, 4.0, 0.003),
+)
+SENT = Delivery(200, 1000, 5.0)
+HIT = replace(
+    BOUGHT,
+    cache=CacheResult.HIT,
+    outcome=Outcome.REPLAYED,
+    basis=Basis.NONE,
+    cost=0,
+    bound=0,
+    avoided=2 * DOLLAR,
+    usage=Usage(),
+    timings=Timings(0.5),
+)
+FAILED = replace(BOUGHT, images=0, cost=0, basis=Basis.NONE, usage=Usage(), timings=Timings())
+UPSTREAM_429 = replace(
+    FAILED,
+    status=429,
+    outcome=Outcome.REFUSED,
+    upstream_status=0,
+    reason="upstream_429",
+    code="rate_limit_exceeded",
+)
+UNKNOWN = replace(
+    FAILED, status=504, outcome=Outcome.UNKNOWN, reason="upstream_edge", basis=Basis.ESTIMATED,
+    cost=3 * DOLLAR,
+)  # fmt: skip
+QUOTA = replace(
+    FAILED, status=429, outcome=None, reason="insufficient_quota", code="insufficient_quota"
+)
+RATE = replace(
+    FAILED, status=429, outcome=None, reason="images_per_minute", code="rate_limit_exceeded"
+)
+DOOR = Receipt("req_1", "edit", 401, reason="auth_failed", code="invalid_api_key")
+DOUBTS = replace(
+    BOUGHT,
+    basis=Basis.ESTIMATED,
+    flags=("soft", "no_usage", "invalid_usage", "unpriced", "over_bound"),
+    cost=4 * DOLLAR,
+    posted=False,
+)
+DAY = Period(Window.DAY, "d|2026-11-22", datetime(2026, 11, 23, tzinfo=UTC))
+
+
+def told(*receipts: Receipt, delivery: Delivery = SENT) -> Metrics:
+    metrics = Metrics("1.2.3")
+    for receipt in receipts:
+        metrics.finished(receipt, delivery)
+    return metrics
+
+
+def samples(metrics: Metrics) -> dict[str, float]:
+    """Every sample as ``name{label="value"}`` -> value; of a histogram, its sum and count."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.exposition().decode()):
+        for sample in family.samples:
+            if sample.name.endswith("_bucket"):
+                continue
+            labels = ",".join(f'{name}="{value}"' for name, value in sorted(sample.labels.items()))
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def moved(metrics: Metrics) -> dict[str, float]:
+    still = samples(Metrics("1.2.3"))
+    return {name: value for name, value in samples(metrics).items() if still.get(name) != value}
+
+
+def budget(metrics: Metrics, team: str = "growth") -> None:
+    limit = Limit(Scope.TEAM, team, Unit.MONEY, Window.DAY, 5 * DOLLAR)
+    metrics.budgets([(Line(limit, DAY), Balance(2 * DOLLAR, DOLLAR // 2))])
+
+
+# The table
+
+
+def test_names_follow_one_convention() -> None:
+    names = [spec.name for spec in TABLE]
+    assert len(names) == len(set(names))
+    for spec in TABLE:
+        assert re.fullmatch("gateway_[a-z_]+", spec.name)
+        assert spec.name.endswith("_total") == (spec.kind is Kind.COUNTER), spec.name
+        assert spec.help.endswith(".")
+        if spec.kind is Kind.HISTOGRAM:
+            assert spec.name.endswith("_seconds")
+            assert list(spec.buckets) == sorted(set(spec.buckets))
+            assert "team" not in spec.labels
+
+
+def test_labels_come_from_closed_sets() -> None:
+    allowed = {"team", "model", "endpoint", "upstream", "status", "cache", "reason", "limit"}
+    allowed |= {"direction", "modality", "scope", "owner", "window", "where", "result", "stage"}
+    allowed |= {"operation", "name", "version"}
+    assert {label for spec in TABLE for label in spec.labels} <= allowed
+
+
+# These are set where the whole gateway is put together, not by a receipt.
+COMPOSED = {
+    "gateway_inflight_requests",
+    "gateway_inflight_bytes",
+    "gateway_cache_errors_total",
+    "gateway_gate_degraded",
+    "gateway_ledger_open_holds",
+    "gateway_ledger_unresolved_usd",
+}
+
+
+def test_no_metric_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_TEAMS", 1)
+    metrics = told(BOUGHT, HIT, UPSTREAM_429, UNKNOWN, QUOTA, RATE, DOOR, DOUBTS)
+    metrics.finished(replace(BOUGHT, team="design"), replace(SENT, gone="response"))
+    budget(metrics)
+    metrics.dependencies({"ledger": True})
+    found = {re.sub(r"(_sum|_count)?(\{.*)?$", "", name) for name in moved(metrics)}
+    dead = {spec.name for spec in TABLE} - found - {"gateway_build_info"} - COMPOSED
+    assert dead == set()
+    source = (GATEWAY / "app.py").read_text()
+    assert {name for name in COMPOSED if f'"{name}"' not in source} == set()
+    assert samples(metrics)['gateway_build_info{version="1.2.3"}'] == 1
+
+
+# What each kind of request moves
+
+
+ART = 'endpoint="generation",model="team-art"'
+TEAM_ART = f'{ART},team="growth"'
+
+
+def test_a_picture_that_was_bought() -> None:
+    assert moved(told(BOUGHT)) == {
+        f'gateway_requests_total{{cache="miss",{ART},status="2xx",team="growth"}}': 1,
+        'gateway_response_bytes_total{endpoint="generation"}': 1000,
+        'gateway_cache_total{result="miss"}': 1,
+        f"gateway_request_duration_seconds_count{{{ART}}}": 1,
+        f"gateway_request_duration_seconds_sum{{{ART}}}": 5.0,
+        f"gateway_team_request_seconds_total{{{TEAM_ART}}}": 5.0,
+        'gateway_overhead_seconds_count{endpoint="generation"}': 1,
+        'gateway_overhead_seconds_sum{endpoint="generation"}': 0.5,
+        f'gateway_images_total{{cache="miss",{TEAM_ART}}}': 2,
+        "gateway_reserve_seconds_count": 1,
+        "gateway_reserve_seconds_sum": 0.002,
+        "gateway_settle_seconds_count": 1,
+        "gateway_settle_seconds_sum": 0.003,
+        f'gateway_upstream_duration_seconds_count{{{ART},upstream="openai"}}': 1,
+        f'gateway_upstream_duration_seconds_sum{{{ART},upstream="openai"}}': 4.0,
+        f"gateway_first_image_seconds_count{{{ART}}}": 1,
+        f"gateway_first_image_seconds_sum{{{ART}}}": 2.0,
+        f"gateway_spend_usd_total{{{TEAM_ART}}}": 2.0,
+        **{
+            f'gateway_tokens_total{{direction="{direction}",modality="{modality}",'
+            'model="team-art",team="growth"}': count
+            for direction, modality, count in (
+                ("in", "text", 7),
+                ("in", "image", 16),
+                ("in", "cached_text", 3),
+                ("in", "cached_image", 4),
+                ("out", "text", 5),
+                ("out", "image", 60),
+            )
+        },
+    }
+
+
+def test_a_picture_from_the_cache() -> None:
+    assert moved(told(HIT)) == {
+        f'gateway_requests_total{{cache="hit",{ART},status="2xx",team="growth"}}': 1,
+        'gateway_response_bytes_total{endpoint="generation"}': 1000,
+        'gateway_cache_total{result="hit"}': 1,
+        f"gateway_request_duration_seconds_count{{{ART}}}": 1,
+        f"gateway_request_duration_seconds_sum{{{ART}}}": 5.0,
+        f"gateway_team_request_seconds_total{{{TEAM_ART}}}": 5.0,
+        'gateway_overhead_seconds_count{endpoint="generation"}': 1,
+        'gateway_overhead_seconds_sum{endpoint="generation"}': 4.5,
+        f'gateway_images_total{{cache="hit",{TEAM_ART}}}': 2,
+        f"gateway_spend_avoided_usd_total{{{TEAM_ART}}}": 2.0,
+    }
+
+
+def test_a_stranger_at_the_door_has_no_labels_of_its_own() -> None:
+    assert moved(told(DOOR, delivery=Delivery(401, 150, 0.001))) == {
+        'gateway_requests_total{cache="off",endpoint="edit",model="none",status="4xx",team="none"}'
+        "": 1,
+        'gateway_response_bytes_total{endpoint="edit"}': 150,
+        'gateway_requests_rejected_total{endpoint="edit",reason="auth_failed"}': 1,
+    }
+
+
+@pytest.mark.parametrize("receipt", [QUOTA, RATE])
+def test_a_refusal_by_the_teams_own_limits(receipt: Receipt) -> None:
+    found = moved(told(receipt))
+    assert found[f'gateway_quota_rejections_total{{limit="{receipt.reason}",team="growth"}}'] == 1
+    where = f'endpoint="generation",reason="{receipt.reason}"'
+    assert found[f"gateway_requests_rejected_total{{{where}}}"] == 1
+    assert not any("upstream" in name or "spend" in name for name in found)
+
+
+@pytest.mark.parametrize("receipt", [UPSTREAM_429, replace(UPSTREAM_429, upstream_status=429)])
+def test_an_upstream_that_is_busy_is_not_the_teams_limit(receipt: Receipt) -> None:
+    found = moved(told(receipt))
+    assert found['gateway_upstream_errors_total{reason="upstream_429",upstream="openai"}'] == 1
+    assert not any("quota_rejections" in name for name in found)
+
+
+def test_an_unknown_outcome_is_an_estimated_expense() -> None:
+    found = moved(told(UNKNOWN))
+    assert found[f"gateway_spend_usd_total{{{TEAM_ART}}}"] == 3.0
+    assert found['gateway_spend_estimated_usd_total{model="team-art"}'] == 3.0
+    assert found['gateway_upstream_errors_total{reason="upstream_edge",upstream="openai"}'] == 1
+    assert not any("images" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"),
+    [
+        ("no_usage", "gateway_usage_missing_total"),
+        ("invalid_usage", "gateway_usage_invalid_total"),
+        ("unpriced", "gateway_unpriced_requests_total"),
+        ("over_bound", "gateway_ledger_underestimate_total"),
+        ("soft", None),
+    ],
+)
+def test_doubts_are_counted_by_model(flag: str, name: str | None) -> None:
+    new = moved(told(replace(BOUGHT, flags=(flag,), cost=4 * DOLLAR))).items()
+    old = moved(told(replace(BOUGHT, cost=4 * DOLLAR))).items()
+    wanted = {f'{name}{{model="team-art"}}': 1.0} if name else {}
+    if flag == "over_bound":
+        wanted['gateway_ledger_underestimate_nanousd_total{model="team-art"}'] = float(DOLLAR)
+    assert dict(new - old) == wanted
+
+
+def test_what_is_not_on_the_books_yet() -> None:
+    assert moved(told(replace(BOUGHT, posted=False)))["gateway_ledger_unposted_total"] == 1
+
+
+@pytest.mark.parametrize(
+    ("outcome", "orphans"),
+    [(Outcome.DELIVERED, 1), (Outcome.UNKNOWN, None), (None, None)],
+)
+def test_a_client_that_left(outcome: Outcome | None, orphans: int | None) -> None:
+    found = moved(told(replace(BOUGHT, outcome=outcome), delivery=replace(SENT, gone="upstream")))
+    assert found['gateway_client_gone_total{stage="upstream"}'] == 1
+    assert found.get("gateway_orphaned_results_total") == orphans
+
+
+def test_the_reference_names_every_stage_at_which_a_client_can_leave() -> None:
+    source = "".join(
+        (GATEWAY / name).read_text()
+        for name in ("api/relayed.py", "relay/pipeline.py", "relay/flights.py")
+    )
+    stages = set(re.findall(r'(?:left_at|ClientGone)\("(\w+)"', source))
+    reference = next(spec.help for spec in TABLE if spec.name == "gateway_client_gone_total")
+    assert stages
+    assert {stage for stage in stages if not re.search(rf"\b{stage}\b", reference)} == set()
+
+
+def test_time_never_runs_backwards() -> None:
+    # The body may have arrived while the upstream was already at work.
+    slow = replace(BOUGHT, timings=Timings(reading=3.0, upstream=4.0, reserving=-1e-9))
+    found = moved(told(slow))
+    assert found['gateway_overhead_seconds_sum{endpoint="generation"}'] == 0
+    assert found["gateway_reserve_seconds_count"] == 1
+
+
+# Gauges
+
+
+def test_budgets() -> None:
+    metrics = Metrics("1.2.3")
+    budget(metrics)
+    where = 'owner="growth",scope="team",window="day"'
+    assert moved(metrics) == {
+        f"gateway_budget_limit_usd{{{where}}}": 5.0,
+        f"gateway_budget_spent_usd{{{where}}}": 2.0,
+        f"gateway_budget_reserved_usd{{{where}}}": 0.5,
+        f"gateway_budget_reset_timestamp_seconds{{{where}}}": DAY.ends.timestamp(),
+    }
+
+
+def test_dependencies() -> None:
+    metrics = Metrics("1.2.3")
+    metrics.dependencies({"ledger": True, "redis": False})
+    assert moved(metrics) == {
+        'gateway_dependency_up{name="ledger"}': 1,
+        'gateway_dependency_up{name="redis"}': 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        ("add", "gateway_gate_degraded"),
+        ("set", "gateway_orphaned_results_total"),
+        ("observe", "gateway_orphaned_results_total"),
+        ("add", "gateway_settle_seconds"),
+    ],
+)
+def test_a_metric_is_moved_as_what_it_is(method: str, name: str) -> None:
+    with pytest.raises(TypeError, match=name):
+        getattr(Metrics("1.2.3"), method)(name, 1)
+
+
+def test_two_gateways_in_one_process_do_not_meet() -> None:
+    first, second = told(BOUGHT), Metrics("1.2.3")
+    assert moved(first)
+    assert not moved(second)
+
+
+# Bounds
+
+
+def test_teams_beyond_the_cap_are_counted_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_TEAMS", 2)
+    metrics = told(*(replace(BOUGHT, team=team) for team in ("a", "b", "c", "d", "a", "c")))
+    found = samples(metrics)
+    assert {
+        team: found[f'gateway_spend_usd_total{{{ART},team="{team}"}}']
+        for team in ("a", "b", "other")
+    } == {"a": 4.0, "b": 2.0, "other": 6.0}
+    assert found["gateway_metrics_label_overflow_total"] == 3
+    assert not any('team="c"' in name for name in found)
+
+
+text = st.text(min_size=1, max_size=12)
+LABELS = ["", "flare", "team-art", "other"]
+REASONS = ["", "auth_failed", "insufficient_quota", "images_per_minute", "upstream_429"]
+STAGES = ["", "upload", "response"]
+receipts = st.builds(
+    Receipt,
+    rid=text,
+    operation=st.sampled_from(["generation", "edit"]),
+    status=st.sampled_from([200, 400, 429, 500, 504]),
+    team=text | st.just(""),
+    key_id=text,
+    model=text,
+    model_label=st.sampled_from(LABELS),
+    model_served=text,
+    upstream=st.sampled_from(["openai", "comet"]),
+    upstream_rid=text,
+    upstream_status=st.integers(0, 999),
+    stream=st.booleans(),
+    cache=st.sampled_from(CacheResult),
+    outcome=st.none() | st.sampled_from(Outcome),
+    basis=st.sampled_from(Basis),
+    cost=st.integers(5, 9),
+    bound=st.integers(0, 5),
+    avoided=st.integers(0, 9),
+    images=st.integers(0, 10),
+    usage=st.builds(Usage, st.integers(5, 9), st.integers(5, 9), st.integers(0, 5)),
+    flags=st.lists(st.sampled_from(["soft", "no_usage", "over_bound"]), unique=True).map(tuple),
+    reason=st.sampled_from(REASONS),
+    code=st.sampled_from(["", "insufficient_quota", "rate_limit_exceeded"]) | text,
+    price_id=text,
+    prompt=text,
+)
+deliveries = st.builds(
+    Delivery,
+    st.sampled_from([0, 200, 500]),
+    st.integers(0, 9),
+    st.floats(0, 9),
+    st.sampled_from(STAGES),
+)
+DOMAINS = {
+    "team": 3 + 2,
+    "owner": 3 + 2,
+    "model": len(LABELS),
+    "endpoint": 2,
+    "upstream": 2,
+    "status": 3,
+    "cache": len(CacheResult),
+    "result": len(CacheResult),
+    "reason": len(REASONS),
+    "limit": len(REASONS),
+    "direction": 2,
+    "modality": 4,
+    "stage": len(STAGES),
+}
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(receipts, deliveries), max_size=25))
+def test_whatever_is_asked_the_series_are_bounded(
+    requests: list[tuple[Receipt, Delivery]],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MAX_TEAMS", 3)
+        metrics = Metrics("1.2.3")
+        for receipt, delivery in requests:
+            metrics.finished(receipt, delivery)
+            budget(metrics, receipt.team)
+    for spec in TABLE:
+        series = {
+            tuple(sorted(sample.labels.items()))
+            for family in metrics.registry.collect()
+            for sample in family.samples
+            if sample.name.startswith(spec.name) and not sample.name.endswith("_bucket")
+        }
+        most = math.prod(DOMAINS.get(label, 1) for label in spec.labels)
+        assert len(series) <= most, spec.name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("rid", "key_id", "model", "model_served", "upstream_rid", "code"),
+        *("price_id", "prompt"),
+    ],
+)
+def test_nothing_that_a_client_chose_becomes_a_label(name: str) -> None:
+    members: dict[str, Any] = {name: "marker-7f3a"}
+    for receipt in (BOUGHT, HIT, UPSTREAM_429, UNKNOWN, QUOTA, RATE, DOOR, DOUBTS):
+        assert b"marker-7f3a" not in told(replace(receipt, **members)).exposition()
