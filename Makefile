@@ -19,9 +19,9 @@ DEV := $(VENV)/installed-dev
 # Leaves the first usable Python in $$python. Asking pip for --python says that pip is there and
 # at least 22.3: with it neither python3-venv nor ensurepip is needed, so Debian's own Python will do.
 FIND_PYTHON = \
-	for python in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
-		"$$python" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
-		&& "$$python" -m pip --python "$$python" --version >/dev/null 2>&1 && break; \
+	for name in $(or $(PYTHON),python3.13 python3.12 python3.11 python3); do \
+		python=$$("$$name" -c 'import sys, venv; print(sys.executable * (sys.version_info >= (3, 11)))' 2>/dev/null) \
+		&& [ -n "$$python" ] && "$$python" -m pip --python "$$python" --version >/dev/null 2>&1 && break; \
 		python=; \
 	done; \
 	if [ -z "$$python" ]; then \
@@ -43,7 +43,7 @@ run: $(DEMO) ## Start a gateway and show a picture coming back (UPSTREAM=openai:
 
 .PHONY: test
 test: $(DEV) ## Run every test.
-	@$(IN_VENV) -m pytest -n auto --maxprocesses 4 $(ARGS)
+	@$(IN_VENV) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## Check style and formatting with ruff.

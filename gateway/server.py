@@ -1,8 +1,8 @@
-"""The sockets: uvicorn, with four things it does not do.
+"""The sockets: uvicorn, with five things it does not do.
 
 It answers clients that close their sending half, it lets a client that is still uploading read why
-it was refused, it can drop a connection that takes nothing any more, and it ends with exit code 0
-when it was told to end.
+it was refused, it refuses what is no HTTP in the shape of every other error, it can drop a
+connection that takes nothing any more, and it ends with exit code 0 when it was told to end.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from gateway.api.errors import no_http
 from gateway.api.relayed import ABORT, HUNG_UP, ASGIApp, Scope
 
 log = logging.getLogger(__name__)
@@ -91,6 +92,11 @@ class Connection(HttpToolsProtocol):
         if self._lingers is not None:
             self._lingers.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """For bytes that no parser takes. uvicorn's own says it in plain text."""
+        self.transport.write(no_http())
+        self.transport.close()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """A client that has sent all it wants may still read. It cannot be told from one that has

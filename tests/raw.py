@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-WAIT_SECONDS = 30
+WAIT_SECONDS = 60
 READ_BYTES = 256 * 1024
 
 

@@ -63,7 +63,7 @@ def test_every_command_of_the_readme_exists() -> None:
 
 def test_every_make_target_of_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
-    assert set(re.findall(r"`?make ([a-z]+)", README)) <= targets
+    assert set(re.findall(r"(?:`|\$ )make ([a-z]+)", README)) <= targets
 
 
 def test_the_smallest_useful_file_loads(tmp_path: Path) -> None:

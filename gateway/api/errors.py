@@ -7,7 +7,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from gateway.api.relayed import new_request_id
-from gateway.domain.errors import GatewayError, Internal, NotServed
+from gateway.domain.errors import GatewayError, Internal, InvalidRequest, NotServed
 from gateway.relay.headers import error_head
 
 
@@ -44,3 +44,14 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 async def _crash(request: Request, error: Exception) -> Response:
     return await _answer(Internal("The gateway failed in a way it should not."), request)
+
+
+def no_http() -> bytes:
+    """The whole answer to bytes that are no request."""
+    error = InvalidRequest(
+        "The bytes that came are not a valid HTTP/1.1 request.", code="bad_framing", close=True
+    )
+    head = error_head(error, new_request_id())
+    lines = [f"{name}: {value}" for name, value in head.headers]
+    lines = [f"HTTP/1.1 {head.status} Bad Request", *lines, f"content-length: {head.length}"]
+    return "\r\n".join([*lines, "", ""]).encode("ascii") + error.content

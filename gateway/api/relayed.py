@@ -11,7 +11,7 @@ import logging
 import re
 import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any, TypeAlias
 
 from gateway.api import auth
@@ -79,7 +79,8 @@ class RelayedRoutes:
         except asyncio.CancelledError:
             # The server's patience is over; the flight goes on as long as the process does.
             log.warning("a request was given up at the end", extra={"request_id": rid})
-            await door.give_up(rid)
+            with suppress(ClientGone):
+                await door.give_up(rid)
             raise
         finally:
             door.stop_watching()
@@ -230,6 +231,8 @@ class _Door:
             await asyncio.sleep(0)
 
     async def finish(self) -> None:
+        if self._hung_up is not None and self._hung_up.is_set():
+            self.left_at("response")
         await self._put({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _put(self, message: Message) -> None:
@@ -247,8 +250,14 @@ class _Door:
 
 
 async def _chunks(head: Head) -> AsyncGenerator[bytes, None]:
-    async for chunk in head.body():
-        yield chunk
+    """The body; its source ends with it, wherever the client has left it."""
+    body = head.body()
+    try:
+        async for chunk in body:
+            yield chunk
+    finally:
+        if isinstance(body, AsyncGenerator):
+            await body.aclose()
 
 
 def _arrival(

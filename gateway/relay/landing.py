@@ -127,6 +127,8 @@ async def _rest(
         if not _is_harmless(event):
             return
         yield event.end
+        if event.done:
+            return
     async for chunk in chunks:
         await _keep(spool, chunk)
         for event in meter.feed(chunk):
@@ -139,9 +141,9 @@ async def _rest(
 
 def _is_harmless(event: Event) -> bool:
     members = event.data.value if event.data else None
-    return not (is_partial(event) or is_completed(event)) and not (
-        isinstance(members, dict) and members.get("error")
-    )
+    said = members if isinstance(members, dict) else {}
+    error = said.get("error") or said.get("type") == "error" or event.name == "error"
+    return not (error or is_partial(event) or is_completed(event))
 
 
 async def _keep(spool: Spool, chunk: bytes) -> None:

@@ -119,6 +119,7 @@ class EventMeter:
     def close(self) -> list[Event]:
         """An event that the end of the body completes. Raises ``UpstreamBroken`` when the stream
         was cut in the middle of one."""
+        self.feed(b"")  # Raises what was wrong behind the last good event.
         try:
             last = self._skimmer.close()
         except BadEvent as error:

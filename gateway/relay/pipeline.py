@@ -18,7 +18,14 @@ from dataclasses import dataclass, replace
 
 from gateway.domain.call import Call, Operation
 from gateway.domain.charge import Ending, charge
-from gateway.domain.errors import ClientGone, Evidence, GatewayError, Internal, LedgerUnavailable
+from gateway.domain.errors import (
+    ClientGone,
+    Evidence,
+    GatewayError,
+    Internal,
+    LedgerUnavailable,
+    Overloaded,
+)
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Replay, Settlement
 from gateway.domain.quota import Demand, Grant
 from gateway.domain.receipt import Receipt, Timings
@@ -326,15 +333,23 @@ class Pipeline:
         """The upstream's answer, once it is a 200. Raises the error that any other one means."""
         request = self._provider(plan.call, plan.model.target)
         async with aclosing(edited(body, request.edits)) as content:
-            reply = await plan.upstream.send(
-                Outgoing(
-                    "POST",
-                    request.path,
-                    request.headers,
-                    content,
-                    edited_length(body.length, request.edits),
+            try:
+                reply = await plan.upstream.send(
+                    Outgoing(
+                        "POST",
+                        request.path,
+                        request.headers,
+                        content,
+                        edited_length(body.length, request.edits),
+                    )
                 )
-            )
+            except OSError as error:
+                # The body could not be read back, and not a byte of it has left.
+                raise Overloaded(
+                    "The gateway could not read the request back from its disk. Nothing was "
+                    "bought; try again in a few seconds.",
+                    retry_after_seconds=5,
+                ) from error
         if reply.status == 200:
             return reply
         text = b""

@@ -23,11 +23,14 @@ class TieredCache:
         *,
         copy_max_bytes: int = 8 * 1024 * 1024,
         copy_seconds: float = 300.0,
+        puts_at_once: int = 16,
     ) -> None:
+        """Further puts wait: each that runs holds pieces of its answer in memory."""
         self._front = front
         self._back = back
         self._copy_max_bytes = copy_max_bytes
         self._copy_seconds = copy_seconds
+        self._puts = asyncio.Semaphore(puts_at_once)
 
     async def get(self, key: str) -> Cached | None:
         near = await self._front.get(key)
@@ -47,6 +50,12 @@ class TieredCache:
         return await self._front.get(key) or far
 
     async def put(
+        self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
+    ) -> None:
+        async with self._puts:
+            await self._put_both(key, meta, chunks, ttl_seconds)
+
+    async def _put_both(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
     ) -> None:
         branches = (_Branch(), _Branch())

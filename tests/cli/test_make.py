@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    # Not those of a `make test` around this test.
-    environment = {"PATH": os.environ["PATH"]}
+def make(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    # Without what a `make test` around this test says to its own children.
+    environment = {"PATH": os.environ["PATH"], **environment}
     return subprocess.run(
         ["make", *arguments],
         cwd=folder,
@@ -49,6 +50,20 @@ def test_no_usable_python_is_said_plainly(clone: Path) -> None:
     assert said.returncode == 2
     assert "/nowhere/python3 will not do: Python 3.11 or newer with pip" in said.stderr
     assert not (clone / ".venv").exists()
+
+
+def test_a_python_is_found_by_its_name(clone: Path) -> None:
+    """Its name on the PATH will do, where pip wants the path of the program."""
+    folder, name = os.path.split(os.path.realpath(sys.executable))
+    path = f"{folder}:{os.environ['PATH']}"
+    if subprocess.run([f"{folder}/{name}", "-m", "pip", "--version"], check=False).returncode:
+        pytest.skip(f"{folder}/{name} has no pip")
+    said = make(clone, ".venv/bin/python", f"PYTHON={name}", PATH=path)
+    assert said.stderr == ""
+    version = ".".join(str(part) for part in sys.version_info[:3])
+    assert said.stdout == f"Making .venv with Python {version} ...\n"
+    assert (clone / ".venv" / "bin" / "python").exists()
+    assert not list((clone / ".venv").glob("lib/*/site-packages/pip"))
 
 
 def test_an_installed_environment_is_used_as_it_is(clone: Path) -> None:

@@ -40,8 +40,7 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from the source archive, as an installer that finds no wheel does."""
     folder = tmp_path_factory.mktemp("source")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
+    subprocess.run(["tar", "-xzf", archive, "-C", folder], check=True, timeout=60)
     [source] = folder.iterdir()
     return build(source, "wheel", tmp_path_factory.mktemp("wheel"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from openai.types import ImageGenCompletedEvent
 from gateway.domain.ledger import UsageRow
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
+from gateway.sandbox.watch import Gate
 from tests.running import (
     ALIAS,
     KEY,
@@ -107,6 +109,22 @@ async def test_the_second_identical_request_costs_nothing(gateway: GatewayUnderT
     assert metrics[f"gateway_spend_usd_total{where}"] == 0.005895
 
 
+async def test_two_live_requests_are_two_pictures(start: Start, sandbox: SandboxServer) -> None:
+    """The AI SDK asks for n=2 as two identical calls at once: they are never joined."""
+    gate = Gate()
+    sandbox.rules.clear()
+    sandbox.rules.add(Rule(payload_bytes=400, wait_for=gate))
+    async with start() as gateway:
+        ask = Asker(gateway)
+        running = [asyncio.create_task(ask.raw()) for _ in range(2)]
+        await gate.arrived(2)
+        gate.set()
+        first, second = await asyncio.gather(*running)
+        assert first.content != second.content
+        assert ask.bought == 2
+        assert (await ask.raw()).content in (first.content, second.content)
+
+
 async def test_a_hit_needs_no_budget(start: Start) -> None:
     async with start({"teams": {"growth": {"budget": {"day": 0.0060}}}}) as gateway:
         ask = Asker(gateway)
@@ -138,31 +156,29 @@ async def test_the_way_a_request_is_written_makes_no_difference(
     assert ask.bought == 1
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"prompt": "A lighthouse "},
-        {"prompt": "a lighthouse"},
-        {"size": "1536x1024"},
-        {"quality": "medium"},
-        {"n": 2},
-        {"model": "gpt-image-2.5-sunburst"},
-        {"background": "opaque"},
-        {"user": "somebody"},
-        {"output_format": "webp"},
-    ],
-    ids=str,
-)
-async def test_another_request_is_another_picture(
-    gateway: GatewayUnderTest, change: dict[str, Any]
-) -> None:
+OTHERS: list[dict[str, Any]] = [
+    {"prompt": "A lighthouse "},
+    {"prompt": "a lighthouse"},
+    {"size": "1536x1024"},
+    {"quality": "medium"},
+    {"n": 2},
+    {"model": "gpt-image-2.5-sunburst"},
+    {"background": "opaque"},
+    {"user": "somebody"},
+    {"output_format": "webp"},
+]
+
+
+async def test_another_request_is_another_picture(gateway: GatewayUnderTest) -> None:
     ask = Asker(gateway)
     gateway.sandbox.rules.add(Rule(payload_bytes=400))
     assert await ask() == "miss"
-    assert await ask(**change) == "miss"
+    for change in OTHERS:
+        assert await ask(**change) == "miss", change
     assert await ask() == "hit"
-    assert await ask(**change) == "hit"
-    assert ask.bought == 2
+    for change in OTHERS:
+        assert await ask(**change) == "hit", change
+    assert ask.bought == 1 + len(OTHERS)
 
 
 def scoped(scope: str) -> dict[str, Any]:
@@ -289,6 +305,19 @@ async def test_a_streamed_picture_answers_for_json(gateway: GatewayUnderTest) ->
     # What it was bought for, its two partial pictures in.
     assert whole.usage.output_tokens == 396
     assert gateway.told.last.avoided == COST + 2 * 3_000_000
+
+
+async def test_json_that_answered_a_stream_is_kept(
+    gateway: GatewayUnderTest, sandbox: SandboxServer
+) -> None:
+    sandbox.rules.clear()
+    sandbox.rules.add(Rule(payload_bytes=400, json_for_stream=True))
+    async with gateway.sdk() as sdk:
+        event = await completed(sdk)
+        again = await completed(sdk)
+    assert again == event
+    assert (await Asker(gateway).raw()).headers["x-cache"] == "hit"
+    assert len(sandbox.journal) == 1
 
 
 async def test_several_pictures_have_no_form_as_a_stream(gateway: GatewayUnderTest) -> None:

@@ -21,8 +21,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from openai import APIError, APIStatusError, AsyncOpenAI, InternalServerError
+from openai import (
+    APIError,
+    APIStatusError,
+    AsyncOpenAI,
+    DefaultAsyncHttpxClient,
+    InternalServerError,
+)
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
@@ -174,6 +181,14 @@ def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def connections(port: int) -> int:
+    """How many connections the gateway has not closed, whatever their clients did."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ours = f"{port:04X}"
+    established, close_wait = "01", "08"
+    return sum(line[1].endswith(ours) and line[3] in (established, close_wait) for line in lines)
+
+
 async def soon(true: Callable[[], bool], what: str) -> None:
     """Looks until ``true()``: for what nobody tells of, a closed file or a task that is over."""
     try:
@@ -188,24 +203,41 @@ def books_of(gateway: GatewayUnderTest) -> Books:
     return Books.read(gateway.config.parent / "data" / "gateway.db")
 
 
+def plain(gateway: GatewayUnderTest) -> httpx.AsyncClient:
+    """Without a list of authorities, which takes longer to read than most of these stories."""
+    return gateway.http(verify=False)
+
+
+def sdk_of(gateway: GatewayUnderTest, max_retries: int = 2) -> AsyncOpenAI:
+    http = DefaultAsyncHttpxClient(verify=False)
+    return gateway.sdk(max_retries=max_retries, http_client=http)
+
+
+async def metrics_of(gateway: GatewayUnderTest) -> dict[str, float]:
+    async with plain(gateway) as http:
+        text = (await http.get(f"{gateway.origin}/metrics")).text
+    samples = (line.rpartition(" ") for line in text.splitlines() if line[:1] not in ("#", ""))
+    return {name: float(value) for name, _, value in samples}
+
+
 @contextlib.asynccontextmanager
 async def nothing_left(gateway: GatewayUnderTest) -> AsyncIterator[None]:
     """Whatever happens inside: no hold, no task, no file, no byte of it is left behind."""
-    async with gateway.http() as http:  # so that whatever is made at the first call is made
+    async with plain(gateway) as http:  # so that whatever is made at the first call is made
         await http.post("/images/generations", content=b"{", headers={"connection": "close"})
         ours = {"model": MODEL, "prompt": "warm", "quality": "low", "size": "1024x1024"}
         warm = await http.post("/images/generations", json=ours)
         assert warm.status_code == 200, warm.text
-    await gateway.metrics()
+    await metrics_of(gateway)
     tasks = asyncio.all_tasks()
-    await asyncio.sleep(0.05)  # for the sockets of the warming up to be closed
+    await soon(lambda: connections(gateway.port) == 0, "the warming up has left")
     files = open_files()
     yield
-    metrics = await gateway.metrics()
     await soon(lambda: gateway.gateway.flights.count == 0, "every flight has landed")
     await soon(lambda: asyncio.all_tasks() <= tasks, f"{asyncio.all_tasks() - tasks} are over")
+    await soon(lambda: connections(gateway.port) == 0, "every connection is closed")
     await soon(lambda: open_files() <= files, f"{open_files()} files are {files} again")
-    metrics = await gateway.metrics()
+    metrics = await metrics_of(gateway)
     assert metrics['gateway_inflight_bytes{where="memory"}'] == 0
     assert metrics['gateway_inflight_bytes{where="disk"}'] == 0
     assert metrics["gateway_inflight_requests"] == 0
@@ -251,7 +283,7 @@ async def test_a_client_that_leaves_while_it_sends_buys_nothing(start: Start, ki
             told = await gateway.told.until(WARM + 2 * len(places))
         assert {delivery.gone for _, delivery in told[WARM:]} == {"upload"}
         assert {receipt.outcome for receipt, _ in told[WARM:]} == {None}
-        assert gone(await gateway.metrics(), "upload") == 2 * len(places)
+        assert gone(await metrics_of(gateway), "upload") == 2 * len(places)
         assert len(gateway.sandbox.journal) == 1
         assert len(books_of(gateway).holds) == 1
 
@@ -282,7 +314,7 @@ async def test_a_client_that_leaves_before_the_call_is_sent_gets_its_money_back(
         assert len(gateway.sandbox.journal) == 1, "only the warming up was sent"
         books = books_of(gateway)
         assert [hold.rid for hold in books.of("V")] == [receipt.rid]
-        assert gone(await gateway.metrics(), "reserved") == 1
+        assert gone(await metrics_of(gateway), "reserved") == 1
 
 
 @pytest.mark.parametrize("how", HOWS)
@@ -320,10 +352,9 @@ async def test_a_client_that_leaves_while_the_picture_is_made_pays_for_it_and_ma
             receipt, delivery = await last_of(gateway, WARM + 2)
             assert (receipt.cache, receipt.cost, delivery.gone) == (CacheResult.HIT, 0, "")
         assert len(gateway.sandbox.journal.billed) == 2, "one for the warming up, one for this"
-        books = books_of(gateway)
-        assert books.spent == sum(bill(record) for record in gateway.sandbox.journal.billed)
-        assert books.usage["cached_requests"] == 1
-        metrics = await gateway.metrics()
+        assert books_of(gateway).spent == sum(map(bill, gateway.sandbox.journal.billed))
+        await soon(lambda: books_of(gateway).usage["cached_requests"] == 1, "the hit is counted")
+        metrics = await metrics_of(gateway)
         assert gone(metrics, "upstream") == 1
         assert metrics["gateway_orphaned_results_total"] == 1
 
@@ -340,14 +371,14 @@ async def test_a_client_that_leaves_within_a_large_answer_gives_all_room_back(
             client = await connect(gateway.port, receive_buffer=16_384)
             await send(client, request("json", "large"))
             await read(client, 10_000)
-            held = await gateway.metrics()
+            held = await metrics_of(gateway)
             assert held['gateway_inflight_bytes{where="disk"}'] > 20_000_000
             assert held['gateway_inflight_bytes{where="memory"}'] < 4 * 1024 * 1024
             leave(client, how)  # with a reset in both cases: there is much it has not read
             receipt, delivery = await last_of(gateway, WARM + 1)
             assert (receipt.outcome, delivery.gone) == (Outcome.DELIVERED, "response")
             assert 10_000 < delivery.bytes_out < 20_000_000
-            async with gateway.http() as http:
+            async with plain(gateway) as http:
                 body = request("json", "large").partition(b"\r\n\r\n")[2]
                 again = await http.post(
                     "/images/generations",
@@ -358,7 +389,7 @@ async def test_a_client_that_leaves_within_a_large_answer_gives_all_room_back(
             assert len(again.content) > 20_000_000
         [_, record] = gateway.sandbox.journal.billed
         assert receipt.cost == bill(record)
-        metrics = await gateway.metrics()
+        metrics = await metrics_of(gateway)
         assert gone(metrics, "response") == 1
         assert metrics["gateway_orphaned_results_total"] == 1
 
@@ -404,7 +435,7 @@ async def test_a_client_that_leaves_within_a_stream_does_not_stop_it(
             await gateway.told.until(WARM + 2)
         assert server.accepted == 2
         assert books_of(gateway).spent == 2 * upstream.COST
-        metrics = await gateway.metrics()
+        metrics = await metrics_of(gateway)
         assert gone(metrics, "response") == 1
         assert metrics["gateway_orphaned_results_total"] == 1
 
@@ -428,7 +459,7 @@ async def test_a_client_that_takes_nothing_is_dropped(
             assert 0 < len(body) < int(length[1]), "what is cut never looks whole"
         [_, record] = running.sandbox.journal.billed
         assert receipt.cost == bill(record)
-        metrics = await running.metrics()
+        metrics = await metrics_of(running)
         assert gone(metrics, "stalled") == 1
         assert metrics["gateway_orphaned_results_total"] == 1
 
@@ -456,7 +487,7 @@ async def test_a_client_that_closes_only_its_sending_half_is_answered(
             assert head.startswith(b"HTTP/1.1 200")
             length = re.search(rb"content-length: (\d+)", head)
             assert len(body) == int(length[1]) if length else body.endswith(b"0\r\n\r\n")
-            assert body.count(b"A" * 100_000) == (2 if kind == "stream" else 1)
+            assert body.count(b"A") > (390_000 if kind == "stream" else 190_000)
             receipt, _ = await last_of(gateway, WARM + 1)
             assert receipt.outcome is Outcome.DELIVERED
         assert books_of(gateway).spent == sum(map(bill, gateway.sandbox.journal.billed))
@@ -500,7 +531,7 @@ def _breaks() -> list[Break]:
             upstream.never_reads,
             502,
             UNKNOWN,
-            kind="edit",
+            kind="large",
             timeouts={"write_seconds": 0.3},
         ),
         Break(
@@ -589,8 +620,9 @@ async def ask(sdk: AsyncOpenAI, kind: str) -> tuple[int, object]:
     }
     partials = 0
     try:
-        if kind == "edit":
-            return 0, await sdk.images.edit(image=("a.png", noise(), "image/png"), **asked)
+        if kind in ("edit", "large"):
+            picture = noise() + bytes(12_000_000 if kind == "large" else 0)
+            return 0, await sdk.images.edit(image=("a.png", picture, "image/png"), **asked)
         if kind == "json":
             return 0, await sdk.images.generate(**asked)
         last: object = None
@@ -610,7 +642,7 @@ async def test_an_upstream_that_breaks_off_is_booked_and_never_asked_twice(
         raw_server(upstream.first(case.script), receive_buffer=65_536) as server,
         start(upstream.at(server, **case.timeouts)) as gateway,
     ):
-        async with gateway.sdk(max_retries=2) as sdk:
+        async with sdk_of(gateway) as sdk:
             partials, error = await ask(sdk, case.kind)
         receipt, _ = await last_of(gateway, 1)
         assert isinstance(error, APIError), error
@@ -638,14 +670,14 @@ async def test_an_upstream_that_breaks_off_is_booked_and_never_asked_twice(
         assert books.usage["images"] == 0
 
         # What was cut is not kept: the next one is bought, and it is whole.
-        async with gateway.sdk() as sdk:
+        async with sdk_of(gateway) as sdk:
             partials, answer = await ask(sdk, case.kind)
         assert not isinstance(answer, APIError), answer
         assert partials == (case.kind == "stream")
         assert server.accepted == 2
         receipt, _ = await last_of(gateway, 2)
         assert receipt.cost == upstream.COST
-        metrics = await gateway.metrics()
+        metrics = await metrics_of(gateway)
         assert metrics['gateway_inflight_bytes{where="memory"}'] == 0
         assert metrics['gateway_inflight_bytes{where="disk"}'] == 0
 
@@ -656,7 +688,7 @@ async def test_an_upstream_that_cannot_be_reached_costs_nothing(start: Start) ->
     changes = {**BUDGETS, "upstreams": {"openai": {"base_url": f"http://127.0.0.1:{port}/v1"}}}
     async with start(changes) as gateway:
         for count, kind in enumerate(KINDS, start=1):
-            async with gateway.sdk() as sdk:
+            async with sdk_of(gateway, max_retries=0) as sdk:
                 partials, error = await ask(sdk, kind)
             assert type(error) is InternalServerError
             assert (partials, error.status_code, error.code) == (0, 503, "upstream_unavailable")
@@ -671,28 +703,34 @@ async def test_an_upstream_that_cannot_be_reached_costs_nothing(start: Start) ->
         assert await gateway.usage() == []
 
 
+UNFRAMED = upstream.stream_head(chunked=False)
+FRAMED = upstream.stream_head()
+RAGGED = {
+    "no length": UNFRAMED + PARTIAL + COMPLETED,
+    "no last chunk": FRAMED + upstream.chunk(PARTIAL) + upstream.chunk(COMPLETED),
+    "a ragged rest": FRAMED + upstream.chunk(PARTIAL + COMPLETED + b"data: [DO"),
+}
+BARE = {  # such an event is only whole when the stream ends in order
+    "no blank line": UNFRAMED + PARTIAL + COMPLETED.rstrip(b"\n"),
+    "half a blank line": UNFRAMED + PARTIAL + COMPLETED[:-1],
+}
+
+
 @pytest.mark.parametrize(
-    "sent",
+    ("sent", "reset"),
     [
-        upstream.stream_head(chunked=False) + PARTIAL + COMPLETED.rstrip(b"\n"),
-        upstream.stream_head(chunked=False) + PARTIAL + COMPLETED[:-1],
-        upstream.stream_head(chunked=False) + PARTIAL + COMPLETED,
-        upstream.stream_head() + upstream.chunk(PARTIAL) + upstream.chunk(COMPLETED),
-        upstream.stream_head() + upstream.chunk(PARTIAL + COMPLETED + b"data: [DO"),
+        *(pytest.param(sent, False, id=f"{name}, fin") for name, sent in (RAGGED | BARE).items()),
+        *(pytest.param(sent, True, id=f"{name}, reset") for name, sent in RAGGED.items()),
     ],
-    ids=["no-blank-line", "half-a-blank-line", "no-length", "no-last-chunk", "ragged-rest"],
 )
-@pytest.mark.parametrize("reset", [False, True], ids=HOWS)
 async def test_a_ragged_end_behind_the_picture_takes_nothing_away(
     start: Start, sent: bytes, reset: bool
 ) -> None:
-    if reset and sent.endswith((b"}", b"}\n")):
-        pytest.skip("without its blank line, an event is only whole when the stream ends in order")
     async with (
         raw_server(upstream.cut(sent, reset=reset)) as server,
         start(upstream.at(server)) as gateway,
     ):
-        async with gateway.sdk(max_retries=2) as sdk:
+        async with sdk_of(gateway) as sdk:
             partials, last = await ask(sdk, "stream")
         assert isinstance(last, ImageGenCompletedEvent), last
         assert partials == 1
@@ -738,10 +776,10 @@ async def test_a_stream_that_stays_open_behind_its_picture_is_closed(
 
 @contextlib.contextmanager
 def impatient(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A store that waits 0.2 s for a stranger's lock, in place of 2 s."""
+    """A store that waits 0.1 s for a stranger's lock, in place of 2 s."""
 
     def open_store(settings: Settings) -> SQLiteStore:
-        return SQLiteStore.open(settings.storage.database, busy_seconds=0.2)
+        return SQLiteStore.open(settings.storage.database, busy_seconds=0.1)
 
     with monkeypatch.context() as patch:
         patch.setattr(gateway.app, "open_store", open_store)
@@ -764,49 +802,60 @@ async def test_nothing_is_bought_while_the_ledger_is_locked(
     with impatient(monkeypatch):
         async with start(BUDGETS) as running:
             running.sandbox.rules.add(SMALL)
-            async with nothing_left(running):
-                with locked(running):
-                    for count, kind in enumerate(KINDS, start=1):
-                        async with running.sdk() as sdk:
-                            partials, error = await ask(sdk, kind)
-                        assert type(error) is InternalServerError
-                        assert (error.status_code, error.code) == (503, "ledger_unavailable")
-                        assert int(error.response.headers["retry-after"]) > 0
-                        assert error.response.headers.get("x-should-retry") != "false"
-                        assert partials == 0
-                        await last_of(running, WARM + count)
-            assert len(running.sandbox.journal) == 1, "only the warming up"
-            assert len(books_of(running).holds) == 1
-            async with running.sdk() as sdk:  # and when it is free again, all is well
+            with locked(running):
+                for count, kind in enumerate(KINDS, start=1):
+                    async with sdk_of(running, max_retries=0) as sdk:
+                        partials, error = await ask(sdk, kind)
+                    assert type(error) is InternalServerError
+                    assert (error.status_code, error.code) == (503, "ledger_unavailable")
+                    assert int(error.response.headers["retry-after"]) > 0
+                    assert error.response.headers.get("x-should-retry") != "false"
+                    assert partials == 0
+                    receipt, _ = await last_of(running, count)
+                    assert (receipt.cost, receipt.outcome) == (0, None)
+            assert running.gateway.flights.count == 0
+            assert len(running.sandbox.journal) == 0
+            assert len(books_of(running).holds) == 0
+            async with sdk_of(running) as sdk:  # and when it is free again, all is well
                 assert not isinstance((await ask(sdk, "json"))[1], APIError)
+            metrics = await metrics_of(running)
+            assert metrics['gateway_inflight_bytes{where="memory"}'] == 0
+            assert metrics['gateway_inflight_bytes{where="disk"}'] == 0
+            assert len(books_of(running).of("P")) == 1
+            books_of(running).check()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_picture_is_delivered_even_if_it_cannot_be_booked(
-    start: Start, monkeypatch: pytest.MonkeyPatch, kind: str
+@pytest.mark.parametrize("late", [False, True], ids=["within-the-lease", "after-the-lease"])
+async def test_a_picture_is_delivered_even_if_it_cannot_be_booked_yet(
+    start: Start, monkeypatch: pytest.MonkeyPatch, kind: str, late: bool
 ) -> None:
+    """The hold stands meanwhile; what is known is booked when the lock is gone, also where the
+    sweep was there before."""
     gate = Gate()
     ledger = {"lease_seconds": 660, "sweep_seconds": 0.05}
     with impatient(monkeypatch):
         async with start({**BUDGETS, "ledger": ledger}) as running:
             running.sandbox.rules.add(Rule(wait_for=gate, payload_bytes=400))
-            async with running.sdk() as sdk:
+            async with sdk_of(running, max_retries=0) as sdk:
                 call = asyncio.ensure_future(ask(sdk, kind))
                 async with asyncio.timeout(30):
                     await gate.arrived()
                 with locked(running):
                     gate.set()
                     _, answer = await call
-            assert not isinstance(answer, APIError), answer
-            receipt, _ = await last_of(running, 1)
+                    assert not isinstance(answer, APIError), answer
+                    receipt, _ = await last_of(running, 1)
+                    [hold] = books_of(running).open
+                    assert hold.rid == receipt.rid
+                    if late:
+                        running.clock.advance(seconds=661)
             assert (receipt.outcome, receipt.posted) == (Outcome.DELIVERED, False)
-            [hold] = books_of(running).open
-            assert hold.rid == receipt.rid
-            assert (await running.metrics())["gateway_ledger_unposted_total"] == 1
-            running.clock.advance(seconds=661)
-            await soon(lambda: books_of(running).open == [], "the hold expired")
+            assert (await metrics_of(running))["gateway_ledger_unposted_total"] == 1
+            await soon(lambda: len(books_of(running).of("P")) == 1, "the call is booked")
             books = books_of(running)
             books.check()
-            [hold] = books.of("X")
+            [hold] = books.holds.values()
             [record] = running.sandbox.journal.billed
-            assert hold.cost == hold.bound >= bill(record)
+            assert hold.cost == receipt.cost == bill(record)
+            assert await running.gateway.ledger.unresolved() == 0

@@ -21,6 +21,7 @@ from PIL import Image
 
 from gateway.domain.ledger import UsageRow
 from gateway.sandbox.rules import Rule
+from gateway.sandbox.server import SandboxServer
 from tests.running import ALIAS, MODEL, GatewayUnderTest, Start
 
 ASKED: dict[str, Any] = {
@@ -239,29 +240,26 @@ async def test_with_limits_the_headers_are_the_teams_own(start: Start) -> None:
     assert not [name for name in said if "tokens" in name or "input-images" in name]
 
 
-@pytest.mark.parametrize(
-    ("changes", "dollars"),
-    [
-        ({"quality": "medium"}, "0.013185"),
-        ({"quality": "high"}, "0.052695"),
-        ({"quality": "xhigh"}, "0.093675"),
-        ({"quality": "max"}, "0.210735"),
-        ({"size": "3840x2160", "quality": "max"}, "0.400275"),
-        ({"model": "gpt-image-2", "quality": "medium"}, "0.052695"),
-        ({"model": "gpt-image-1.5", "quality": "medium"}, "0.033807"),
-        ({"model": "gpt-image-1-mini", "size": "1024x1536"}, "0.00327"),
-        ({"n": 3}, "0.017655"),
-    ],
-    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
-)
-async def test_the_cost_is_exact(
-    gateway: GatewayUnderTest, changes: dict[str, Any], dollars: str
-) -> None:
+COSTS: list[tuple[dict[str, Any], str]] = [
+    ({"quality": "medium"}, "0.013185"),
+    ({"quality": "high"}, "0.052695"),
+    ({"quality": "xhigh"}, "0.093675"),
+    ({"quality": "max"}, "0.210735"),
+    ({"size": "3840x2160", "quality": "max"}, "0.400275"),
+    ({"model": "gpt-image-2", "quality": "medium"}, "0.052695"),
+    ({"model": "gpt-image-1.5", "quality": "medium"}, "0.033807"),
+    ({"model": "gpt-image-1-mini", "size": "1024x1536"}, "0.00327"),
+    ({"n": 3}, "0.017655"),
+]
+
+
+async def test_the_cost_is_exact(gateway: GatewayUnderTest) -> None:
     quick(gateway)
     async with gateway.sdk() as sdk:
-        answer = await sdk.images.with_raw_response.generate(**{**ASKED, **changes})
-    assert answer.headers["x-cost-usd"] == dollars
-    assert answer.headers["x-cost-basis"] == "usage"
+        for changes, dollars in COSTS:
+            answer = await sdk.images.with_raw_response.generate(**{**ASKED, **changes})
+            assert answer.headers["x-cost-usd"] == dollars, changes
+            assert answer.headers["x-cost-basis"] == "usage"
 
 
 async def test_an_answer_arrives_byte_for_byte(gateway: GatewayUnderTest) -> None:
@@ -488,30 +486,28 @@ async def test_a_refusal_by_the_provider_is_passed_on_unchanged(
     assert (await booked(gateway)).requests == 0
 
 
-@pytest.mark.parametrize("status", [400, 404, 409, 413, 422])
-async def test_the_providers_status_is_the_clients(gateway: GatewayUnderTest, status: int) -> None:
-    quick(gateway, status=status)
-    error = await failing(gateway.sdk())
-    assert error.status_code == status
-    assert error.message.endswith("The sandbox was told to refuse.")
+async def test_the_providers_status_is_the_clients(gateway: GatewayUnderTest) -> None:
+    for status in (400, 404, 409, 413, 422):
+        quick(gateway, status=status, times=1)
+        error = await failing(gateway.sdk())
+        assert error.status_code == status
+        assert error.message.endswith("The sandbox was told to refuse.")
     assert (await booked(gateway)).requests == 0
 
 
-@pytest.mark.parametrize("status", [401, 402, 403])
-async def test_a_refused_account_is_the_owners_fault(
-    gateway: GatewayUnderTest, status: int
-) -> None:
-    quick(gateway, status=status)
-    error = await failing(gateway.sdk(max_retries=2))
-    assert isinstance(error, InternalServerError)
-    assert error.status_code == 503
-    assert error.code == "upstream_account_refused"
-    assert error.message.endswith(
-        f"The upstream openai refused this gateway's own account ({status}). Your key and request "
-        "are fine, and nothing was charged. The gateway's operator has to act."
-    )
-    assert error.response.headers["x-should-retry"] == "false"
-    assert len(gateway.sandbox.journal) == 1
+async def test_a_refused_account_is_the_owners_fault(gateway: GatewayUnderTest) -> None:
+    for number, status in enumerate((401, 402, 403), start=1):
+        quick(gateway, status=status, times=1)
+        error = await failing(gateway.sdk(max_retries=2))
+        assert isinstance(error, InternalServerError)
+        assert error.status_code == 503
+        assert error.code == "upstream_account_refused"
+        assert error.message.endswith(
+            f"The upstream openai refused this gateway's own account ({status}). Your key and "
+            "request are fine, and nothing was charged. The gateway's operator has to act."
+        )
+        assert error.response.headers["x-should-retry"] == "false"
+        assert len(gateway.sandbox.journal) == number
     assert (await booked(gateway)).requests == 0
 
 
@@ -536,54 +532,47 @@ async def test_the_providers_rate_limit_says_how_long(gateway: GatewayUnderTest)
     assert not [name for name in error.response.headers if name.startswith("x-ratelimit")]
 
 
-@pytest.mark.parametrize(
-    "code", ["insufficient_quota", "credit_balance_exhausted", "project_spend_limit_exceeded"]
-)
-async def test_an_empty_account_never_looks_like_the_teams(
-    gateway: GatewayUnderTest, code: str
-) -> None:
-    body = {"error": {"message": "You exceeded your quota", "type": "insufficient_quota"}}
-    body["error"]["code"] = code
-    quick(gateway, status=429, body=body)
-    error = await failing(gateway.sdk(max_retries=2))
-    assert error.status_code == 503
-    assert error.code == "upstream_account_exhausted"
-    assert "Your team's budget is fine, and nothing was charged." in error.message
-    assert error.response.headers["x-should-retry"] == "false"
-    assert len(gateway.sandbox.journal) == 1
+async def test_an_empty_account_never_looks_like_the_teams(gateway: GatewayUnderTest) -> None:
+    codes = ("insufficient_quota", "credit_balance_exhausted", "project_spend_limit_exceeded")
+    for number, code in enumerate(codes, start=1):
+        body = {"message": "You exceeded your quota", "type": "insufficient_quota", "code": code}
+        quick(gateway, status=429, body={"error": body}, times=1)
+        error = await failing(gateway.sdk(max_retries=2))
+        assert error.status_code == 503
+        assert error.code == "upstream_account_exhausted"
+        assert "Your team's budget is fine, and nothing was charged." in error.message
+        assert error.response.headers["x-should-retry"] == "false"
+        assert len(gateway.sandbox.journal) == number
     assert (await booked(gateway)).requests == 0
 
 
-@pytest.mark.parametrize("status", [500, 503])
-async def test_the_providers_own_failure_may_be_retried(
-    gateway: GatewayUnderTest, status: int
-) -> None:
-    quick(gateway, status=status)
-    error = await failing(gateway.sdk())
-    assert error.status_code == status
-    assert error.type == "server_error"
-    assert "x-should-retry" not in error.response.headers
+async def test_the_providers_own_failure_may_be_retried(gateway: GatewayUnderTest) -> None:
+    for status in (500, 503):
+        quick(gateway, status=status, times=1)
+        error = await failing(gateway.sdk())
+        assert error.status_code == status
+        assert error.type == "server_error"
+        assert "x-should-retry" not in error.response.headers
     assert (await booked(gateway)).requests == 0
 
 
-@pytest.mark.parametrize("status", [502, 504, 520, 524])
-async def test_an_edge_that_gave_up_may_have_cost_a_picture(
-    gateway: GatewayUnderTest, status: int
-) -> None:
-    quick(gateway, status=status)
-    error = await failing(gateway.sdk(max_retries=2))
-    assert error.status_code == 504
-    assert error.code == "upstream_outcome_unknown"
-    assert error.message.endswith(
-        f"Something between this gateway and the upstream openai gave up ({status}). The picture "
-        "may have been made and paid for, so this is not retried for you. Request id: "
-        f"{error.request_id}."
-    )
-    assert error.response.headers["x-should-retry"] == "false"
-    assert len(gateway.sandbox.journal) == 1
+async def test_an_edge_that_gave_up_may_have_cost_a_picture(gateway: GatewayUnderTest) -> None:
+    for number, status in enumerate((502, 504, 520, 524), start=1):
+        quick(gateway, status=status, times=1)
+        error = await failing(gateway.sdk(max_retries=2))
+        assert error.status_code == 504
+        assert error.code == "upstream_outcome_unknown"
+        assert error.message.endswith(
+            f"Something between this gateway and the upstream openai gave up ({status}). The "
+            "picture may have been made and paid for, so this is not retried for you. Request id: "
+            f"{error.request_id}."
+        )
+        assert error.response.headers["x-should-retry"] == "false"
+        assert len(gateway.sandbox.journal) == number
     row = await booked(gateway)
-    assert (row.requests, row.cost, row.unresolved, row.unresolved_cost) == (1, BOUND, 1, BOUND)
-    assert await gateway.gateway.ledger.unresolved() == BOUND
+    assert (row.requests, row.cost, row.images) == (4, 4 * BOUND, 0)
+    assert (row.unresolved, row.unresolved_cost) == (4, 4 * BOUND)
+    assert await gateway.gateway.ledger.unresolved() == 4 * BOUND
 
 
 async def test_an_answer_that_never_begins_may_have_cost_a_picture(
@@ -605,6 +594,45 @@ async def test_an_upstream_that_is_late_may_have_made_the_picture(start: Start) 
         assert (error.status_code, error.code) == (504, "upstream_outcome_unknown")
         assert len(gateway.sandbox.journal) == 1
         assert (await booked(gateway)).unresolved_cost == BOUND
+
+
+async def test_an_error_in_another_shape_gets_the_one_that_sdks_read(
+    gateway: GatewayUnderTest,
+) -> None:
+    bodies: list[tuple[int, object, str]] = [
+        (422, {"detail": [{"loc": ["body", "size"], "msg": "too large"}]}, "too large"),
+        (400, {"detail": "size is wrong"}, "size is wrong"),
+        (404, b"<html>not here</html>", "The upstream answered 404 without an error body."),
+    ]
+    for status, body, words in bodies:
+        quick(gateway, status=status, body=body, times=1)
+        error = await failing(gateway.sdk())
+        assert error.status_code == status
+        assert words in error.message
+        assert error.response.headers["content-type"] == "application/json"
+    assert (await booked(gateway)).requests == 0
+
+
+async def test_a_success_other_than_200_is_no_answer(gateway: GatewayUnderTest) -> None:
+    quick(gateway, status=201, body={"id": "task-1", "status": "queued"})
+    error = await failing(gateway.sdk(max_retries=2))
+    assert (error.status_code, error.code) == (502, "upstream_bad_response")
+    assert error.response.headers["x-should-retry"] == "false"
+    assert len(gateway.sandbox.journal) == 1
+    assert (await booked(gateway)).unresolved_cost == BOUND
+
+
+async def test_a_name_in_another_script_is_a_model_too(
+    start: Start, sandbox: SandboxServer
+) -> None:
+    star = {"*": {"upstream": "openai", "unpriced": "allow"}}
+    async with start({"models": star}) as gateway:
+        sandbox.rules.add(Rule(status=200, body=json.loads(an_answer())))
+        async with gateway.sdk() as sdk:
+            answer = await sdk.images.generate(**{**ASKED, "model": "模型-é"})
+        assert answer.data
+        assert sandbox.journal[0].fields["model"] == "模型-é"
+        assert (await booked(gateway)).model == "模型-é"
 
 
 async def test_a_redirect_is_not_followed(gateway: GatewayUnderTest) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+from openai import AsyncOpenAI, InternalServerError
 
 from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Rule
@@ -231,7 +232,7 @@ async def test_a_storm_with_kills_at_random_moments(
     tmp_path: Path, sandbox: SandboxServer, record_property: Any
 ) -> None:
     """Two processes under load; one of them is killed, again and again, and another one starts."""
-    kills, clients, seed = 10, 6, 20261122
+    kills, clients, seed = 10, 4, 20261122
     dice = random.Random(seed)
     config = configured(tmp_path, sandbox)
     sandbox.rules.add(PAYLOAD)
@@ -263,7 +264,7 @@ async def test_a_storm_with_kills_at_random_moments(
                 fresh = GatewayProcess(config)
                 everyone.append(fresh)
                 await asyncio.to_thread(fresh.wait_ready)
-                await asyncio.sleep(dice.uniform(0, 0.3))
+                await asyncio.sleep(dice.uniform(0, 0.2))
                 victim = dice.randrange(len(running))
                 dead, running[victim] = running[victim], fresh
                 dead.kill()
@@ -274,6 +275,7 @@ async def test_a_storm_with_kills_at_random_moments(
         )
         books = Books.read(database(config))
         check_against(books, sandbox, answered)
+        assert list((tmp_path / "data" / "blobs" / "spool").iterdir()) == []
         for process in running:
             process.terminate()
         assert [process.wait() for process in running] == [0, 0]
@@ -380,6 +382,40 @@ async def test_a_second_sigterm_does_not_wait(tmp_path: Path, sandbox: SandboxSe
     books = Books.read(database(config))
     check_against(books, sandbox, answered)
     assert len(books.of("X")) == 5
+
+
+async def test_a_drain_that_takes_too_long_ends_and_no_client_buys_again(
+    tmp_path: Path, sandbox: SandboxServer
+) -> None:
+    """After drain_seconds the calls are given up: a clear error, and later their bound."""
+    config = configured(tmp_path, sandbox, server={"host": "127.0.0.1", "drain_seconds": 0.5})
+    gate = Gate()
+    sandbox.rules.add(Rule(wait_for=gate, payload_bytes=400))
+    with GatewayProcess(config) as process:
+        process.wait_ready()
+        async with AsyncOpenAI(base_url=process.base_url, api_key=KEY, max_retries=2) as sdk:
+            call = asyncio.ensure_future(
+                sdk.images.generate(
+                    model=MODEL, prompt="held", extra_headers={"idempotency-key": "held"}
+                )
+            )
+            async with asyncio.timeout(30):
+                await gate.arrived()
+            process.terminate()
+            with pytest.raises(InternalServerError) as raised:
+                await call
+        assert raised.value.status_code == 503
+        assert raised.value.response.headers["x-should-retry"] == "false"
+        assert raised.value.response.headers["x-request-id"] in raised.value.message
+        assert await asyncio.to_thread(process.wait) == 0
+    gate.set()
+    with GatewayProcess(config) as process:
+        process.wait_ready()
+        wait_until(lambda: all_ended(config), "every hold ended", LEASE_SECONDS + 10)
+    books = Books.read(database(config))
+    check_against(books, sandbox, Answered())
+    [hold] = books.of("X")
+    assert hold.rid == raised.value.response.headers["x-request-id"]
 
 
 BROKEN_FILES = {

@@ -311,8 +311,8 @@ async def test_health(gateway: GatewayUnderTest) -> None:
 
 async def test_without_its_database_no_traffic_should_come(start: Start, tmp_path: Path) -> None:
     async with start() as gateway, httpx.AsyncClient(base_url=gateway.origin) as http:
-        for file in (tmp_path / "data").glob("gateway.db*"):
-            file.unlink()
+        database = tmp_path / "data" / "gateway.db"
+        away = database.rename(tmp_path / "elsewhere.db")
         ready = await http.get("/readyz")
         assert ready.status_code == 503
         assert ready.json() == {
@@ -326,3 +326,9 @@ async def test_without_its_database_no_traffic_should_come(start: Start, tmp_pat
         assert len(gateway.sandbox.journal) == 0
         metrics = await gateway.metrics()
         assert metrics['gateway_dependency_up{name="ledger"}'] == 0
+        away.rename(database)
+        assert (await http.get("/readyz")).status_code == 200
+        async with gateway.sdk() as sdk:
+            await sdk.images.generate(**ASKED)
+        [row] = await gateway.usage()
+        assert (row.requests, row.cost) == (1, 5_895_000)

@@ -259,6 +259,17 @@ async def test_a_stream_for_json_becomes_one_answer(gateway: GatewayUnderTest) -
     assert answer.headers["x-cost-usd"] == "0.005895"
 
 
+async def test_a_stream_of_two_pictures_is_no_answer_in_json(gateway: GatewayUnderTest) -> None:
+    """It has no agreed form; what was bought is booked."""
+    streams(gateway, COMPLETED_EVENT * 2)
+    async with gateway.sdk(max_retries=2) as sdk:
+        with pytest.raises(APIStatusError) as raised:
+            await sdk.images.generate(**ASKED, n=2)
+    assert (raised.value.status_code, raised.value.code) == (502, "upstream_bad_response")
+    assert len(gateway.sandbox.journal) == 1
+    assert (await booked(gateway)).cost == 2 * COST
+
+
 EARLY: dict[str, tuple[dict[str, Any], int, str]] = {
     "bad request": ({"status": 400}, 400, ""),
     "overloaded": ({"status": 503}, 503, "overloaded"),

@@ -215,7 +215,9 @@ def test_what_looks_like_a_secret_or_a_picture_is_struck_out(text: str, kept: st
 @pytest.mark.parametrize("where", ["message", "extra", "exception"])
 @pytest.mark.parametrize("stream", ["json", "console"], indirect=True)
 @pytest.mark.parametrize(
-    "secret", [SECRET, keys.mint().secret, "Bearer growth-key-0123", "iVBORw0K" * 40]
+    "secret",
+    [SECRET, keys.mint().secret, "Bearer growth-key-0123", "iVBORw0K" * 40],
+    ids=["provider's", "ours", "bearer", "picture"],  # the same in every worker
 )
 def test_secrets_are_struck_out_wherever_they_are(
     stream: io.StringIO, where: str, secret: str
