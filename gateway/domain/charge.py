@@ -62,8 +62,8 @@ def charge(rid: str, quote: Quote, ending: Ending) -> Settlement:
         flags = (*flags, "unpriced")
     elif ending.invalid_usage:
         flags = (*flags, "invalid_usage")
-    elif measured is None or answer.usage is None:
-        # Also where a usage says too little for the row: what nobody measured is never unmarked.
+    elif measured is None:
+        # Also where a usage says too little for the row; a price per picture needs none.
         flags = (*flags, "no_usage")
     cost: Money = quote.bound.amount if measured is None else measured
     if measured is not None and answer.usage is not None:

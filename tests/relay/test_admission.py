@@ -367,6 +367,12 @@ async def test_what_can_never_fit(
             "to $0.21. Resets 2026-12-01 00:00 UTC.",
         ),
         (
+            # What running requests hold may yet be spent.
+            *(key_line(DOLLAR), Balance(80 * CENT, 20 * CENT)),
+            "Key ci of team growth has spent $0.80 of its $1.00 today and holds $0.20 for running "
+            "requests; this request could cost up to $0.21. Resets 2026-11-23 00:00 UTC.",
+        ),
+        (
             *(team_line(50 * DOLLAR, DECEMBER), Balance(51 * DOLLAR)),
             "Team growth has spent $51.00 of its $50.00 for December; this request could cost up "
             "to $0.21. Resets 2027-01-01 00:00 UTC.",
