@@ -153,6 +153,8 @@ class Departures:
             while self.seen[how] <= count:
                 self._news.clear()
                 await self._news.wait()
+        for _ in range(5):  # turns of the loop, for those whom the connection tells in turn
+            await asyncio.sleep(0)
 
 
 @pytest.fixture

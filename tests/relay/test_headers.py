@@ -248,6 +248,27 @@ def test_whether_to_try_again(error: GatewayError, told: dict[str, str]) -> None
     assert said(error) == told
 
 
+@pytest.mark.parametrize(
+    ("theirs", "retry"),
+    [
+        ({"retry-after": "60"}, None),
+        ({"retry-after": "61"}, "false"),
+        ({"retry-after-ms": "60000", "retry-after": "61"}, None),
+        ({"retry-after-ms": "60001"}, "false"),
+        ({"retry-after-ms": "soon", "retry-after": "61"}, "false"),
+        ({"retry-after": "61", "x-should-retry": "true"}, "false"),
+        ({"retry-after": "Sun, 22 Nov 2026 13:00:00 GMT"}, None),
+        ({"retry-after": "nan"}, None),
+        ({"retry-after": "inf"}, "false"),
+        ({"x-should-retry": "false"}, "false"),
+    ],
+)
+def test_an_upstreams_long_wait_is_no_invitation(theirs: dict[str, str], retry: str | None) -> None:
+    found = said(UpstreamRefused(429, b"{}", code="c", headers=tuple(theirs.items())))
+    assert found.get("x-should-retry") == retry
+    assert found.items() >= {(name, value) for name, value in theirs.items() if "after" in name}
+
+
 async def test_an_error_is_sent_as_it_is() -> None:
     error = UpstreamRefused(400, b' {"error": {"code": "moderation_blocked"}} ', code="c")
     head = headers.error_head(error, "req_1", (("allow", "POST"),))
