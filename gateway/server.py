@@ -80,6 +80,14 @@ class Connection(HttpToolsProtocol):
             self._real.resume_reading()
         return True
 
+    def timeout_keep_alive_handler(self) -> None:
+        """An idle connection is closed; one that does not even take the end of its last answer is
+        dropped, since closing would wait for it."""
+        if self._real.get_write_buffer_size():
+            self._real.abort()
+        else:
+            super().timeout_keep_alive_handler()
+
     def data_received(self, data: bytes) -> None:
         if self._lingers is None:
             super().data_received(data)

@@ -225,7 +225,7 @@ class _Door:
             await self.finish()
 
     async def abort(self) -> None:
-        """Drops the connection: the client sees a reset, never a cut answer that looks whole."""
+        """Drops the connection: the answer ends short of its length, so that it looks broken."""
         if self._abort is not None:
             self._abort()
             await asyncio.sleep(0)

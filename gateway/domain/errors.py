@@ -47,7 +47,8 @@ class Evidence(StrEnum):
 class GatewayError(Exception):
     """An error with an answer. ``str(error)`` is the message the client reads: no secrets in it.
 
-    ``reason`` is the label of the metric and of the log line, from a closed list.
+    ``reason`` is the label of the metric and of the log line, from a closed list; ``upstream_rid``
+    is the provider's name for the request, where it gave one.
     """
 
     status: int = 500
@@ -75,6 +76,7 @@ class GatewayError(Exception):
         self.param = param
         self.retry_after_seconds = retry_after_seconds
         self.close = close
+        self.upstream_rid = ""
         if code is not None:
             self.code = code
         if status is not None:

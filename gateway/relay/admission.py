@@ -84,13 +84,18 @@ def _rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayEr
     noun = NOUNS[limit.unit] + ("" if amount == 1 else "s")
     per = " at a time" if limit.unit is Unit.SLOTS else " a minute"
     limited = f"{_whose(limit, caller)} is limited to {amount} {noun}{per}"
-    if wait is None:
-        advice = "Ask for fewer pictures at once" if limit.unit is Unit.IMAGES else "It never fits"
+    if wait is None and amount == 0:
         return InvalidRequest(
-            f"{limited}, and this request asks for {demand.of(limit.unit)}. {advice}, or ask an "
-            "administrator to raise the limit.",
+            f"{limited}. Ask an administrator to raise the limit.",
             code="limit_exceeded",
-            param="n" if limit.unit is Unit.IMAGES else None,
+            reason="never_fits",
+        )
+    if wait is None:
+        return InvalidRequest(
+            f"{limited}, and this request asks for {demand.of(limit.unit)}. Ask for fewer pictures "
+            "at once, or ask an administrator to raise the limit.",
+            code="limit_exceeded",
+            param="n",
             reason="never_fits",
         )
     words = f"{math.ceil(wait)} s" if wait >= 1 else "a moment"

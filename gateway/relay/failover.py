@@ -80,7 +80,8 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes, upstream: str)
         reason = "upstream_429" if status == 429 else "upstream_4xx"
         return _passed_on(status, headers, body, error, reason)
     return UpstreamBroken(
-        f"The upstream {upstream} answered {status}, which is no answer to this call.",
+        f"The upstream {upstream} answered {status}, which is no answer to this call. It may have "
+        "been paid for, so this is not retried for you.",
     )
 
 

@@ -98,6 +98,8 @@ def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
     content = error.content
     headers = {"content-type": JSON, "x-request-id": rid, **dict(more)}
     wait, retry = error.retry_after_seconds, error.should_retry
+    if error.upstream_rid and _is_clean(error.upstream_rid):
+        headers["x-upstream-request-id"] = error.upstream_rid
     if isinstance(error, UpstreamRefused):
         passed = {name: value for name, value in error.headers if _is_clean(value)}
         headers |= passed

@@ -266,8 +266,9 @@ class Pipeline:
         spool = Spool(self._room)
         reply: Reply | None = None
         started = self._clock.monotonic()
-        marks: dict[str, float] = {}
+        marks = {"started": started}
         try:
+            said: headers.Headers = ()
             try:
                 reply = await self._open(plan, body)
                 marks["opened"] = self._clock.monotonic()
@@ -278,34 +279,22 @@ class Pipeline:
                 )
                 landing = await self._land(flight, plan, reply, spool, said, marks)
             except GatewayError as error:
-                said, landing = (), failed(error)
+                landing = failed(error)
             if landing.error is not None:
-                _name_it(landing.error, flight.rid)
+                _name_it(landing.error, flight.rid, _upstream_rid(reply))
             landed = self._clock.monotonic()
             settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
             entry = await self._settle(settlement)
             settled = self._clock.monotonic()
             await self._keep(plan, landing, spool, settlement)
-            receipt = replace(
-                so_far,
-                status=200 if landing.error is None else landing.error.status,
-                upstream_status=reply.status if reply else 0,
-                upstream_rid=reply.headers.get("x-request-id", "")[:128] if reply else "",
-                outcome=settlement.outcome,
-                basis=settlement.basis,
-                cost=entry.cost if entry else settlement.cost,
-                usage=settlement.usage,
-                images=settlement.images,
-                flags=settlement.flags,
-                posted=entry is not None,
-                timings=replace(
-                    so_far.timings,
-                    upstream_first_byte=marks.get("opened", landed) - started,
-                    first_image=marks["first"] - started if "first" in marks else 0.0,
-                    upstream=landed - started,
-                    settling=settled - landed,
-                ),
+            timings = replace(
+                so_far.timings,
+                upstream_first_byte=marks.get("opened", landed) - started,
+                first_image=_first_image(plan, landing, marks, landed) - started,
+                upstream=landed - started,
+                settling=settled - landed,
             )
+            receipt = _with_purchase(so_far, reply, settlement, entry, timings)
             if landing.error is not None:
                 await _break_off(flight, spool, landing.error)
                 return _failed(receipt, landing.error)
@@ -330,11 +319,11 @@ class Pipeline:
                 await reply.aclose()
 
     async def _open(self, plan: Plan, body: Spool) -> Reply:
-        """The upstream's answer, once it is a 200. Raises the error that any other one means."""
+        """The upstream's answer, whatever its status. Raises where none came."""
         request = self._provider(plan.call, plan.model.target)
         async with aclosing(edited(body, request.edits)) as content:
             try:
-                reply = await plan.upstream.send(
+                return await plan.upstream.send(
                     Outgoing(
                         "POST",
                         request.path,
@@ -350,20 +339,6 @@ class Pipeline:
                     "bought; try again in a few seconds.",
                     retry_after_seconds=5,
                 ) from error
-        if reply.status == 200:
-            return reply
-        text = b""
-        try:
-            async for chunk in reply.chunks():
-                text += chunk
-                if len(text) > ERROR_BODY_BYTES:
-                    break
-        except GatewayError:
-            # The status has been said, and it decides; its text was cut.
-            text = b""
-        finally:
-            await reply.aclose()
-        raise refusal(reply.status, reply.headers, text, plan.upstream.name)
 
     async def _land(
         self,
@@ -376,6 +351,8 @@ class Pipeline:
     ) -> Landing:
         """Takes the answer in, whatever its form; only a stream for a stream leaves early."""
         call, upstream = plan.call, plan.upstream.name
+        if reply.status != 200:
+            return failed(await _refusal(reply, upstream))
         if not _is_stream(reply):
             return await land_json(
                 reply, spool, JsonMeter(call.operation, upstream), as_stream=call.stream
@@ -510,8 +487,34 @@ def _crash(rid: str) -> Internal:
     )
 
 
-def _name_it(error: GatewayError, rid: str) -> None:
-    """What may have cost money says under which name it is on the books."""
+async def _refusal(reply: Reply, upstream: str) -> GatewayError:
+    """The error that any answer but a 200 amounts to."""
+    text = b""
+    try:
+        async for chunk in reply.chunks():
+            text += chunk
+            if len(text) > ERROR_BODY_BYTES:
+                break
+    except GatewayError:
+        # The status has been said, and it decides; its text was cut.
+        text = b""
+    return refusal(reply.status, reply.headers, text, upstream)
+
+
+def _first_image(plan: Plan, landing: Landing, marks: dict[str, float], landed: float) -> float:
+    """When the first picture of a stream was there, partial or whole; else when it began."""
+    whole = plan.call.stream and landing.reading is not None
+    return marks.get("first", landed if whole else marks["started"])
+
+
+def _upstream_rid(reply: Reply | None) -> str:
+    return reply.headers.get("x-request-id", "")[:128] if reply else ""
+
+
+def _name_it(error: GatewayError, rid: str, upstream_rid: str) -> None:
+    """An error says under which names it can be looked up: at the provider, and, where it may
+    have cost money, on the books."""
+    error.upstream_rid = upstream_rid
     if error.evidence is not Evidence.NOT_BILLED:
         error.message = f"{error.message} Request id: {rid}."
 
@@ -558,6 +561,29 @@ def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:
         cache=plan.cache,
         bound=plan.quote.bound.amount,
         price_id=plan.quote.price_id,
+    )
+
+
+def _with_purchase(
+    receipt: Receipt,
+    reply: Reply | None,
+    settlement: Settlement,
+    entry: Entry | None,
+    timings: Timings,
+) -> Receipt:
+    return replace(
+        receipt,
+        status=200,
+        upstream_status=reply.status if reply else 0,
+        upstream_rid=_upstream_rid(reply),
+        outcome=settlement.outcome,
+        basis=settlement.basis,
+        cost=entry.cost if entry else settlement.cost,
+        usage=settlement.usage,
+        images=settlement.images,
+        flags=settlement.flags,
+        posted=entry is not None,
+        timings=timings,
     )
 
 

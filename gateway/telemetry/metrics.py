@@ -268,7 +268,7 @@ class Metrics:
             if flag in flags:
                 self.add(flags[flag], model=model)
         if "over_bound" in receipt.flags:
-            over = receipt.cost - receipt.bound
+            over = max(0, receipt.cost - receipt.bound)
             self.add("gateway_ledger_underestimate_nanousd_total", over, model=model)
         if not receipt.posted:
             self.add("gateway_ledger_unposted_total")
@@ -277,9 +277,13 @@ class Metrics:
         """Sets the gauges of the accounts that have a limit."""
         for line, balance in standing:
             limit = line.limit
+            owner = self.team(limit.owner)
+            if owner == OTHER:
+                # A gauge of several teams would be the last one's.
+                continue
             where = {
                 "scope": limit.scope.value,
-                "owner": self.team(limit.owner),
+                "owner": owner,
                 "window": limit.window.value,
             }
             self.set("gateway_budget_limit_usd", _dollars(limit.amount or 0), **where)

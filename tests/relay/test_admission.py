@@ -315,14 +315,14 @@ async def test_a_key_without_a_name_goes_by_its_id() -> None:
         ),
         (
             *(Unit.REQUESTS, 0, 1),
-            "Team growth is limited to 0 requests a minute, and this request asks for 1. It never "
-            "fits, or ask an administrator to raise the limit.",
+            "Team growth is limited to 0 requests a minute. "
+            "Ask an administrator to raise the limit.",
             None,
         ),
         (
             *(Unit.SLOTS, 0, 1),
-            "Team growth is limited to 0 requests at a time, and this request asks for 1. It "
-            "never fits, or ask an administrator to raise the limit.",
+            "Team growth is limited to 0 requests at a time. "
+            "Ask an administrator to raise the limit.",
             None,
         ),
     ],

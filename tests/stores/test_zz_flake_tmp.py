@@ -1,0 +1,501 @@
+"""A Redis that dies, freezes, fills up, forgets, or loses its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+
+import pytest
+
+from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
+from gateway.ports import CachedMeta
+from gateway.stores.redis import Client, RedisCache, RedisGate, StoreAway, connect
+from gateway.stores.tiered import TieredCache
+from tests.clock import StillClock
+from tests.valkey import LossyWire, Valkey, eventually, pieces, run_valkey
+
+MIB = 1024 * 1024
+ONE = Demand(requests=1, images=1, slots=1)
+SLOTS = Limit(Scope.TEAM, "t", Unit.SLOTS, Window.NOW, 3)
+RATE = Limit(Scope.TEAM, "t", Unit.REQUESTS, Window.MINUTE, 1000)
+LIMITS = [RATE, SLOTS]
+CC = "gw:{default}:cc:team:t"
+RPM = "gw:{default}:rl:team:t:rpm"
+
+
+@pytest.fixture
+def valkey() -> Iterator[Valkey]:
+    with run_valkey() as server:
+        yield server
+
+
+@pytest.fixture
+async def admin(valkey: Valkey) -> AsyncIterator[Client]:
+    client = connect(valkey.url, timeout=5.0)
+    yield client
+    await client.aclose()
+
+
+def gate_at(url: str, **options: float) -> RedisGate:
+    return RedisGate(connect(url), StillClock(), **{"pause_seconds": 0.1, **options})  # type: ignore[arg-type]
+
+
+def cache_at(url: str) -> RedisCache:
+    return RedisCache(connect(url, timeout=2.0), StillClock(), pause_seconds=0.1)
+
+
+def meta_of(data: bytes) -> CachedMeta:
+    return CachedMeta(datetime(2026, 11, 22, tzinfo=UTC), 1, 1, "m", "u", len(data))
+
+
+async def degraded(gate: RedisGate, rid: str) -> bool:
+    answer = await gate.take(rid, LIMITS, ONE)
+    await gate.release(rid, LIMITS)
+    assert isinstance(answer, Grant)
+    return answer.degraded
+
+
+async def healthy(gate: RedisGate) -> bool:
+    return not await degraded(gate, os.urandom(8).hex())
+
+
+async def test_a_redis_that_was_never_there_is_found_when_it_comes(valkey: Valkey) -> None:
+    valkey.kill()
+    gate = gate_at(valkey.url)
+    for i in range(10):
+        assert await degraded(gate, str(i))
+    assert gate.degraded
+    with pytest.raises(StoreAway):
+        await gate.ping()
+    valkey.restart()
+    # Nobody calls: the probe finds it.
+    await eventually(lambda: not gate.degraded)
+    await gate.ping()
+    assert not await degraded(gate, "back")
+    await gate.aclose()
+
+
+async def test_killed_in_the_middle_the_local_gate_stands_in(valkey: Valkey) -> None:
+    gate = gate_at(valkey.url)
+    assert not await degraded(gate, "warm")
+    before = await gate.take("before", LIMITS, ONE)
+    assert isinstance(before, Grant)
+    assert not before.degraded
+    valkey.kill()
+    answers = [await gate.take(f"r{i}", LIMITS, ONE) for i in range(5)]
+    # The same limits, counted here from nothing; what Redis gave is not known here.
+    assert [type(answer) for answer in answers] == [Grant] * 3 + [Refusal] * 2
+    assert all(answer.degraded for answer in answers if isinstance(answer, Grant))
+    await gate.release("before", LIMITS)
+    await gate.release("r0", LIMITS)
+    assert isinstance(await gate.take("r6", LIMITS, ONE), Grant)
+    valkey.restart()
+    await eventually(lambda: not gate.degraded)
+    # Taken locally, it stays local, and is given back locally.
+    again = await gate.take("r6", LIMITS, ONE)
+    assert isinstance(again, Grant)
+    assert again.degraded
+    for rid in ("r1", "r2", "r6"):
+        await gate.undo(rid, LIMITS, ONE)
+    grants = [await gate.take(f"s{i}", LIMITS, ONE) for i in range(4)]
+    assert [type(answer) for answer in grants] == [Grant] * 3 + [Refusal]
+    await gate.aclose()
+
+
+async def test_frozen_it_costs_a_few_short_waits_then_nothing(valkey: Valkey) -> None:
+    gate = gate_at(valkey.url)
+    assert not await degraded(gate, "warm")
+    valkey.freeze()
+    waits = []
+    for i in range(40):
+        began = time.monotonic()
+        answer = await gate.take(f"r{i}", [RATE], ONE)
+        waits.append(time.monotonic() - began)
+        assert isinstance(answer, Grant)
+        assert answer.degraded
+    slow = [wait for wait in waits if wait > 0.1]
+    print("frozen gate, waits in ms:", [round(wait * 1000) for wait in waits[:6]])
+    assert len(slow) <= 5
+    # The budget is 0.32 s; a busy machine gets some more.
+    assert statistics.median(slow) < 0.45
+    assert statistics.median(waits[-30:]) < 0.01
+    valkey.thaw()
+    began = time.monotonic()
+    await eventually(lambda: not gate.degraded)
+    print("recovery in ms:", round((time.monotonic() - began) * 1000))
+    assert not await degraded(gate, "back")
+    await gate.aclose()
+
+
+async def test_many_at_once_before_a_frozen_redis_wait_together(valkey: Valkey) -> None:
+    gate = gate_at(valkey.url)
+    assert not await degraded(gate, "warm")
+    valkey.freeze()
+    began = time.monotonic()
+    answers = await asyncio.gather(*(gate.take(f"r{i}", [RATE], ONE) for i in range(200)))
+    assert time.monotonic() - began < 1.0
+    assert all(isinstance(answer, Grant) and answer.degraded for answer in answers)
+    valkey.thaw()
+    await eventually(lambda: not gate.degraded)
+    # No connection was lost for good.
+    answers = await asyncio.gather(*(gate.take(f"s{i}", [RATE], ONE) for i in range(200)))
+    assert all(isinstance(answer, Grant) and not answer.degraded for answer in answers)
+    await gate.aclose()
+
+
+async def test_callers_that_leave_lose_no_connection(valkey: Valkey) -> None:
+    gate = gate_at(valkey.url)
+    for i in range(300):
+        take = asyncio.create_task(gate.take(f"r{i}", [RATE], ONE))
+        for _ in range(i % 30):
+            await asyncio.sleep(0)
+        take.cancel()
+        await asyncio.gather(take, return_exceptions=True)
+    answers = await asyncio.gather(*(gate.take(f"s{i}", [RATE], ONE) for i in range(100)))
+    assert all(isinstance(answer, Grant) and not answer.degraded for answer in answers)
+    await gate.aclose()
+
+
+async def test_flushed_it_starts_again_and_running_calls_come_back(
+    valkey: Valkey, admin: Client
+) -> None:
+    gate = gate_at(valkey.url, beat_seconds=0.05)
+    assert isinstance(await gate.take("running", LIMITS, ONE), Grant)
+    await admin.execute_command("FLUSHALL")
+
+    async def back() -> bool:
+        return bool(await admin.execute_command("ZSCORE", CC, "running"))
+
+    await eventually(back)
+    await gate.release("running", LIMITS)
+    assert await admin.execute_command("ZCARD", CC) == 0
+    await gate.aclose()
+
+
+async def test_forgotten_scripts_are_sent_again(valkey: Valkey, admin: Client) -> None:
+    gate = gate_at(valkey.url)
+    for i in range(3):
+        assert not await degraded(gate, str(i))
+        await admin.execute_command("SCRIPT", "FLUSH")
+    await gate.undo("0", LIMITS, ONE)
+    await eventually(lambda: not gate.degraded)
+    await gate.aclose()
+
+
+async def test_full_the_local_gate_admits_and_redis_still_releases(
+    valkey: Valkey, admin: Client
+) -> None:
+    gate = gate_at(valkey.url)
+    assert isinstance(await gate.take("before", LIMITS, ONE), Grant)
+    await admin.execute_command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    await admin.execute_command("CONFIG", "SET", "maxmemory", "1")
+    answer = await gate.take("full", LIMITS, ONE)
+    assert isinstance(answer, Grant)
+    assert answer.degraded
+    await eventually(lambda: gate.degraded)
+    await gate.release("before", LIMITS)
+    assert await admin.execute_command("ZCARD", CC) == 0
+    await admin.execute_command("CONFIG", "SET", "maxmemory", "0")
+    assert not await degraded(gate, "room again")
+    await eventually(lambda: not gate.degraded)
+    await gate.aclose()
+
+
+async def test_a_replica_that_only_reads_is_stood_in_for(valkey: Valkey, admin: Client) -> None:
+    gate = gate_at(valkey.url)
+    assert not await degraded(gate, "warm")
+    await admin.execute_command("REPLICAOF", "127.0.0.1", "1")
+    assert await degraded(gate, "demoted")
+    await admin.execute_command("REPLICAOF", "NO", "ONE")
+    assert not await degraded(gate, "promoted")
+    await gate.aclose()
+
+
+async def test_a_lost_answer_is_counted_once(valkey: Valkey, admin: Client) -> None:
+    async with LossyWire(valkey.port) as wire:
+        gate = gate_at(wire.url)
+        plenty = [RATE, Limit(Scope.TEAM, "t", Unit.SLOTS, Window.NOW, 1000)]
+        assert isinstance(await gate.take("r0", plenty, ONE), Grant)
+        for i in range(1, 31):
+            if i % 3 == 0:
+                wire.lose(1)
+            answer = await gate.take(f"r{i}", plenty, ONE)
+            assert isinstance(answer, Grant)
+            assert not answer.degraded
+            # One or two come back meanwhile, at 1000 a minute.
+            requests, running = (standing.remaining for standing in answer.standings)
+            assert 1000 - (i + 1) <= requests <= 1000 - (i + 1) + 20
+            assert running == 1000 - (i + 1)
+        assert wire.lost == 10
+        wire.lose(1)
+        await gate.undo("r30", plenty, ONE)
+        assert wire.lost == 11
+        assert await admin.execute_command("ZCARD", CC) == 30
+        again = await gate.take("again", plenty, ONE)
+        assert isinstance(again, Grant)
+        assert again.standings[1].remaining == 1000 - 31
+        await gate.aclose()
+
+
+async def test_a_dead_worker_loses_its_slots_and_a_live_one_keeps_them(valkey: Valkey) -> None:
+    live = gate_at(valkey.url, lease_seconds=2.0, beat_seconds=0.1)
+    dead = gate_at(valkey.url, lease_seconds=2.0, beat_seconds=3600)
+    assert isinstance(await live.take("live", LIMITS, ONE), Grant)
+    assert isinstance(await dead.take("dead-1", LIMITS, ONE), Grant)
+    assert isinstance(await dead.take("dead-2", LIMITS, ONE), Grant)
+    assert isinstance(await live.take("one more", LIMITS, ONE), Refusal)
+
+    async def free() -> bool:
+        answer = await live.take("look", LIMITS, ONE)
+        await live.release("look", LIMITS)
+        print(round(time.monotonic(), 2), answer, live.degraded)
+        return isinstance(answer, Grant) and answer.standings[1].remaining == 1
+
+    await eventually(free)
+    await live.aclose()
+    await dead.aclose()
+
+
+async def test_a_slot_released_while_redis_was_away_is_not_renewed(
+    valkey: Valkey, admin: Client
+) -> None:
+    gate = gate_at(valkey.url, lease_seconds=0.5, beat_seconds=0.1)
+    assert isinstance(await gate.take("a", LIMITS, ONE), Grant)
+    valkey.freeze()
+    await gate.release("a", LIMITS)
+    valkey.thaw()
+
+    async def gone() -> bool:
+        answer = await gate.take("look", LIMITS, ONE)
+        await gate.release("look", LIMITS)
+        held: int = await admin.execute_command("ZCARD", CC)
+        return isinstance(answer, Grant) and not answer.degraded and held == 0
+
+    await eventually(gone)
+    await gate.aclose()
+
+
+async def test_every_key_has_an_end(valkey: Valkey, admin: Client) -> None:
+    gate = gate_at(valkey.url)
+    cache = cache_at(valkey.url)
+    images = Limit(Scope.KEY, "k", Unit.IMAGES, Window.MINUTE, 7)
+    for i in range(3):
+        await gate.take(str(i), [*LIMITS, images], ONE)
+    await gate.undo("2", [*LIMITS, images], ONE)
+    await cache.put("a" * 64, meta_of(b"x" * 3000), pieces(b"x" * 3000), 60)
+    keys = await admin.execute_command("KEYS", "*")
+    assert {CC.encode(), RPM.encode()} < set(keys)
+    for key in keys:
+        assert 0 < await admin.execute_command("PTTL", key) <= 61_000, key
+    await gate.aclose()
+    await cache.aclose()
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+async def test_a_dead_cache_costs_a_few_misses_then_nothing(valkey: Valkey, fault: str) -> None:
+    cache = cache_at(valkey.url)
+    data = os.urandom(3 * MIB)
+    await cache.put("a" * 64, meta_of(data), pieces(data, MIB), 60)
+    assert await cache.get("a" * 64) is not None
+    getattr(valkey, fault)()
+    waits = []
+    for _ in range(30):
+        began = time.monotonic()
+        assert await cache.get("a" * 64) is None
+        waits.append(time.monotonic() - began)
+    slow = [wait for wait in waits if wait > 0.1]
+    assert len(slow) <= 5
+    assert statistics.median(waits[-20:]) < 0.01
+    await cache.put("b" * 64, meta_of(data), pieces(data, MIB), 60)
+    await cache.delete("a" * 64)
+    with pytest.raises(StoreAway):
+        await cache.ping()
+    valkey.restart() if fault == "kill" else valkey.thaw()
+
+    async def works() -> bool:
+        await cache.put("c" * 64, meta_of(data), pieces(data, MIB), 60)
+        return await cache.get("c" * 64) is not None
+
+    await eventually(works)
+    await cache.aclose()
+
+
+async def test_a_cache_that_is_lost_in_the_middle_of_a_put_or_get(valkey: Valkey) -> None:
+    data = os.urandom(4 * MIB)
+    for kind in ("put", "get"):
+        async with LossyWire(valkey.port) as wire:
+            cache = cache_at(wire.url)
+            if kind == "get":
+                await cache.put("a" * 64, meta_of(data), pieces(data, MIB), 60)
+                wire.lose(10**9)
+                assert await cache.get("a" * 64) is None
+            else:
+
+                async def losing(wire: LossyWire = wire) -> AsyncIterator[bytes]:
+                    yield data[: 2 * MIB]
+                    wire.lose(10**9)
+                    yield data[2 * MIB :]
+
+                await cache.put("a" * 64, meta_of(data), losing(), 60)
+                wire.lose(0)
+                await cache.ping()
+                assert await cache.get("a" * 64) is None
+            await cache.aclose()
+
+
+async def test_a_full_cache_still_answers(valkey: Valkey, admin: Client) -> None:
+    cache = cache_at(valkey.url)
+    await cache.put("a" * 64, meta_of(b"kept"), pieces(b"kept"), 60)
+    await admin.execute_command("CONFIG", "SET", "maxmemory", "1")
+    for _ in range(5):
+        await cache.put("b" * 64, meta_of(b"lost"), pieces(b"lost"), 60)
+    assert await cache.get("b" * 64) is None
+    assert await cache.get("a" * 64) is not None
+    await cache.delete("a" * 64)
+    assert await cache.get("a" * 64) is None
+    await cache.aclose()
+
+
+async def test_a_damaged_or_strange_entry_is_a_miss(valkey: Valkey, admin: Client) -> None:
+    cache = cache_at(valkey.url)
+    data = os.urandom(3 * MIB)
+    name = "gwc:{" + "a" * 64 + "}"
+    await cache.put("a" * 64, meta_of(data), pieces(data, MIB), 60)
+    fields = await admin.execute_command("HKEYS", name)
+    assert len(fields) == 4
+    meta = await admin.execute_command("HGET", name, "meta")
+    for value in (b"", b"{}", b'{"v":1}', meta.replace(b'"put":', b'"pot":')):
+        await admin.execute_command("HSET", name, "meta", value)
+        assert await cache.get("a" * 64) is None
+    await admin.execute_command("HSET", name, "meta", meta)
+    assert await cache.get("a" * 64) is not None
+    await admin.execute_command("HSET", name, max(fields), b"cut")
+    # The meta sorts above the pieces: this took it away, and the next takes a piece.
+    assert await cache.get("a" * 64) is None
+    await admin.execute_command("HSET", name, "meta", meta)
+    await admin.execute_command("HDEL", name, min(fields))
+    assert await cache.get("a" * 64) is None
+    await admin.execute_command("DEL", name)
+    await admin.execute_command("SET", name, "not a hash")
+    assert await cache.get("a" * 64) is None
+    await cache.put("a" * 64, meta_of(data), pieces(data, MIB), 60)
+    assert await cache.get("a" * 64) is not None
+    await cache.aclose()
+
+
+async def test_answers_that_are_too_large_are_not_kept(valkey: Valkey, admin: Client) -> None:
+    cache = RedisCache(connect(valkey.url), StillClock(), max_entry_bytes=1000)
+    await cache.put("a" * 64, meta_of(b"x" * 1001), pieces(b"x" * 1001), 60)
+    lying = meta_of(b"x" * 10)
+    await cache.put("b" * 64, lying, pieces(b"x" * 1001), 60)
+    assert await admin.execute_command("DBSIZE") == 0
+    await cache.aclose()
+
+
+async def test_a_dead_tier_is_only_missed(valkey: Valkey, tmp_path: object) -> None:
+    near, far = cache_at(valkey.url), cache_at("redis://127.0.0.1:1/0")
+    data = os.urandom(2 * MIB)
+    for front, back in ((near, far), (far, near)):
+        tiers = TieredCache(front, back, copy_max_bytes=MIB)
+        await tiers.put("a" * 64, meta_of(data), pieces(data, 100_000), 60)
+        cached = await tiers.get("a" * 64)
+        assert cached is not None
+        assert b"".join([chunk async for chunk in cached.chunks()]) == data
+        await tiers.delete("a" * 64)
+        assert await tiers.get("a" * 64) is None
+    await near.aclose()
+    await far.aclose()
+
+
+async def test_errors_are_told_and_a_closed_store_is_away(valkey: Valkey) -> None:
+    told: list[BaseException] = []
+    gate = RedisGate(connect("redis://127.0.0.1:1/0"), StillClock(), on_error=told.append)
+    assert await degraded(gate, "a")
+    assert told
+    await gate.aclose()
+    assert await degraded(gate, "b")
+    await gate.aclose()
+
+
+async def test_a_cluster_serves_both() -> None:
+    with run_valkey("--cluster-enabled", "yes") as server:
+        node = connect(server.url, timeout=5.0)
+        await node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+
+        async def formed() -> bool:
+            return b"cluster_state:ok" in await node.execute_command("CLUSTER", "INFO")
+
+        await eventually(formed)
+        await node.aclose()
+        url = server.url.replace("redis://", "redis+cluster://").removesuffix("/0")
+        gate = RedisGate(connect(url), StillClock(), pause_seconds=0.1)
+        await eventually(lambda: healthy(gate))
+        answers = await asyncio.gather(*(gate.take(f"r{i}", LIMITS, ONE) for i in range(50)))
+        assert sum(isinstance(answer, Grant) for answer in answers) == 3
+        await gate.ping()
+        cache = RedisCache(connect(url, timeout=2.0), StillClock())
+        data = os.urandom(2 * MIB + 5)
+        await cache.put("a" * 64, meta_of(data), pieces(data, 300_000), 60)
+        cached = await cache.get("a" * 64)
+        assert cached is not None
+        assert b"".join([chunk async for chunk in cached.chunks()]) == data
+        await cache.aclose()
+        server.kill()
+        assert await degraded(gate, "dead")
+        await gate.aclose()
+
+
+async def test_a_sentinel_names_the_master(valkey: Valkey, tmp_path: object) -> None:
+    config = f"{tmp_path}/sentinel.conf"
+    with open(config, "w", encoding="utf-8") as file:  # noqa: ASYNC230
+        file.write(f"sentinel monitor pictures 127.0.0.1 {valkey.port} 1\n")
+    with run_valkey(config, "--sentinel") as sentinel:
+        url = f"redis+sentinel://127.0.0.1:{sentinel.port}/pictures/0"
+        gate = RedisGate(connect(url), StillClock(), pause_seconds=0.1)
+        await eventually(lambda: healthy(gate))
+        await gate.ping()
+        await gate.aclose()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://x", "redis+sentinel://h:1", "redis+sentinel:///name", "redis+sentinel://h/n/x"]
+)
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(ValueError):
+        connect(url)
+
+
+async def test_a_beat_that_overtakes_a_release_leaves_no_slot_behind(
+    valkey: Valkey, admin: Client
+) -> None:
+    gate = gate_at(valkey.url, beat_seconds=0.001)
+
+    async def free() -> bool:
+        held: int = await admin.execute_command("ZCARD", CC)
+        return held == 0
+
+    for i in range(50):
+        assert isinstance(await gate.take(f"r{i}", LIMITS, ONE), Grant)
+        await asyncio.sleep(0.0005 * (i % 5))
+        await gate.release(f"r{i}", LIMITS)
+    # Well before the lease of 15 s ends.
+    await eventually(free, seconds=5)
+    await gate.aclose()
+
+
+async def test_a_stall_of_this_process_is_not_taken_for_one_of_redis(valkey: Valkey) -> None:
+    gate = gate_at(valkey.url)
+    assert not await degraded(gate, "warm")
+    for turns in range(8):
+        takes = [asyncio.create_task(gate.take(f"{turns}-{i}", [RATE], ONE)) for i in range(5)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        time.sleep(0.35)  # noqa: ASYNC251
+        for answer in await asyncio.gather(*takes):
+            assert isinstance(answer, Grant)
+            assert not answer.degraded
+    await gate.aclose()
