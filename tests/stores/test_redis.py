@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import statistics
 import time
@@ -249,9 +250,13 @@ async def test_a_dead_worker_loses_its_slots_and_a_live_one_keeps_them(valkey: V
     assert isinstance(await dead.take("dead-2", LIMITS, ONE), Grant)
     assert isinstance(await live.take("one more", LIMITS, ONE), Refusal)
 
+    looks = itertools.count()
+
     async def free() -> bool:
-        answer = await live.take("look", LIMITS, ONE)
-        await live.release("look", LIMITS)
+        # Another call each time: one that got in between the two ends would be let in again.
+        look = f"look-{next(looks)}"
+        answer = await live.take(look, LIMITS, ONE)
+        await live.release(look, LIMITS)
         return isinstance(answer, Grant) and answer.standings[1].remaining == 1
 
     await eventually(free)

@@ -120,6 +120,7 @@ def test_the_line_of_a_request(stream: io.StringIO) -> None:
         "read_seconds": 0.5,
         "reserve_seconds": 0.002,
         "upstream_seconds": 4.0,
+        "upstream_first_byte_seconds": 1.0,
         "first_image_seconds": 2.0,
         "settle_seconds": 0.003,
         "degraded": False,
