@@ -609,7 +609,7 @@ async def _as_stream(operation: Operation, cached: Cached) -> AsyncIterator[byte
     form = replay.completed_event(operation, meter.document())
     if form is None:
         raise RuntimeError("only what has the form of a stream is kept as streamable")
-    async for piece in replay.apieces(form, cached.chunks()):
+    async for piece in replay.pieces(form, cached.chunks()):
         yield piece
 
 

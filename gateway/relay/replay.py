@@ -7,7 +7,7 @@ source, and the spans are streamed through. Only the small members are written a
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Mapping
 from typing import Any, TypeAlias
 
 from gateway.domain.call import Operation, Span
@@ -89,48 +89,20 @@ def answer(event: Skimmed) -> Splice | None:
     )
 
 
-def image_spans(answer: Skimmed) -> tuple[tuple[int, int], ...]:
-    """Where each picture's base64 lies in a JSON answer, quotes excluded, in order.
-
-    Empty unless every entry of ``data`` is a picture long enough to be a hole.
-    """
-    document = answer.value
-    entries = document.get("data") if isinstance(document, dict) else None
-    spans = []
-    for entry in entries if isinstance(entries, list) else ():
-        picture = entry.get("b64_json") if isinstance(entry, dict) else None
-        if not isinstance(picture, Hole):
-            return ()
-        spans.append((picture.start, picture.end))
-    return tuple(spans)
-
-
 def length(splice: Splice) -> int:
     """The size in bytes of what a splice makes: its Content-Length."""
     return sum(part.end - part.start if isinstance(part, Span) else len(part) for part in splice)
 
 
-def pieces(splice: Splice, source: Iterable[bytes], *, origin: int = 0) -> Iterator[bytes]:
-    """The bytes that a splice makes, reading the source once and no further than needed.
-
-    ``origin`` is the offset of the source's first byte in the stream that the spans count.
-    Raises ``SourceTooShort``, and ``ValueError`` for spans that do not ascend.
-    """
-    cutter = _Cutter(splice, origin)
-    yield from cutter.feed(b"")
-    if cutter.finished():
-        return
-    for chunk in source:
-        yield from cutter.feed(chunk)
-        if cutter.finished():
-            return
-    raise SourceTooShort("The source ends before the splice does.")
-
-
-async def apieces(
+async def pieces(
     splice: Splice, source: AsyncIterable[bytes], *, origin: int = 0
 ) -> AsyncIterator[bytes]:
-    """As ``pieces``, from an asynchronous source. Closing the source is the caller's business."""
+    """The bytes that a splice makes, reading the source once and no further than needed.
+
+    ``origin`` is the offset of the source's first byte in the stream that the spans count. Closing
+    the source is the caller's business. Raises ``SourceTooShort``, and ``ValueError`` for spans
+    that do not ascend.
+    """
     cutter = _Cutter(splice, origin)
     for piece in cutter.feed(b""):
         yield piece
