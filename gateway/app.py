@@ -42,6 +42,7 @@ from gateway.relay.flights import Flights
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
+from gateway.relay.purchase import Purchases
 from gateway.relay.read import ReadRules
 from gateway.sandbox.server import serve_sandbox
 from gateway.settings import ImageUrls, Kind, Settings, shipped
@@ -136,10 +137,16 @@ async def open_gateway(
             keyring=keyring,
             planner=planner,
             admission=Admission(gate, store.ledger, lease, worker),
+            purchases=Purchases(
+                ledger=store.ledger,
+                cache=cache,
+                policy=policy,
+                provider=openai.request,
+                room=room,
+                flights=flights,
+                clock=clock,
+            ),
             ledger=store.ledger,
-            cache=cache,
-            policy=policy,
-            provider=openai.request,
             rules=_rules(settings, bool(passing)),
             room=room,
             flights=flights,

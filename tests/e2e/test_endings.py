@@ -35,7 +35,7 @@ from PIL import Image
 
 import gateway.api.relayed
 import gateway.app
-import gateway.relay.pipeline
+import gateway.relay.purchase
 from gateway.domain.ledger import Claim, Outcome
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
 from gateway.sandbox.rules import Rule
@@ -746,7 +746,7 @@ async def test_a_stream_that_stays_open_behind_its_picture_is_closed(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The completed event comes at once, also to a client that reads to the end."""
-    monkeypatch.setattr(gateway.relay.pipeline, "REST_SECONDS", 0.3)
+    monkeypatch.setattr(gateway.relay.purchase, "REST_SECONDS", 0.3)
     rest_began = asyncio.Event()
     whole = upstream.stream_head() + upstream.chunk(PARTIAL) + upstream.chunk(COMPLETED)
 
@@ -785,7 +785,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     with monkeypatch.context() as patch:
         patch.setattr(gateway.app, "open_store", open_store)
-        patch.setattr(gateway.relay.pipeline, "SETTLE_PAUSES_SECONDS", (0.01, 0.01))
+        patch.setattr(gateway.relay.purchase, "SETTLE_PAUSES_SECONDS", (0.01, 0.01))
         yield
 
 

@@ -1,0 +1,383 @@
+"""The purchase: what is bought here is always booked.
+
+Opens, lands, settles, keeps and hands over, in this order, inside a flight that no client can
+cancel. The settlement is durable before the last byte of an answer may leave.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+
+from gateway.domain.call import Call
+from gateway.domain.charge import Ending, charge
+from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable, Overloaded
+from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
+from gateway.domain.quota import Grant
+from gateway.domain.receipt import Receipt, Timings
+from gateway.ports import Cache, CachedMeta, Clock, Ledger, Outgoing, Provider, Reply
+from gateway.relay import headers, replay
+from gateway.relay.body import Room, Spool, edited, edited_length, spliced
+from gateway.relay.failover import ERROR_BODY_BYTES, refusal
+from gateway.relay.flights import Flight, Flights, Head
+from gateway.relay.landing import Landing, failed, land_events, land_json
+from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
+from gateway.relay.plan import CachePolicy, Plan
+from gateway.relay.skim import Event as SkimmedEvent
+
+log = logging.getLogger(__name__)
+
+SETTLE_PAUSES_SECONDS = (0.1, 0.5, 1.0)
+MAX_PAUSE_SECONDS = 30.0
+KEEP_SECONDS = 0.5
+"""How long an answer waits for the cache, so that the next identical request finds it there."""
+REST_SECONDS = 5.0
+"""How long a stream may stay open behind its last picture."""
+
+
+class Purchases:
+    """Buys from upstreams, for one pipeline."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        cache: Cache,
+        policy: CachePolicy,
+        provider: Provider,
+        room: Room,
+        flights: Flights,
+        clock: Clock,
+    ) -> None:
+        self._ledger = ledger
+        self._cache = cache
+        self._policy = policy
+        self._provider = provider
+        self._room = room
+        self._flights = flights
+        self._clock = clock
+
+    async def buy(
+        self, flight: Flight, plan: Plan, body: Spool, grant: Grant, held: Held, so_far: Receipt
+    ) -> Receipt:
+        """What is held becomes a picture, and a receipt. Whatever the upstream does is settled;
+        raises only for a fault of our own."""
+        spool = Spool(self._room)
+        reply: Reply | None = None
+        started = self._clock.monotonic()
+        marks = {"started": started}
+        try:
+            said: headers.Headers = ()
+            try:
+                reply = await self._open(plan, body)
+                marks["opened"] = self._clock.monotonic()
+                said = (
+                    *headers.of_call(flight.rid, plan, plan.call.stream),
+                    *headers.of_upstream(reply.headers),
+                    *headers.of_rates(grant.standings),
+                )
+                landing = await self._land(flight, plan, reply, spool, said, marks)
+            except GatewayError as error:
+                landing = failed(error)
+            if landing.error is not None:
+                _name_it(landing.error, flight.rid, _upstream_rid(reply))
+            landed = self._clock.monotonic()
+            settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
+            entry = await self._settle(settlement)
+            settled = self._clock.monotonic()
+            await self._keep(plan, landing, spool, settlement)
+            timings = replace(
+                so_far.timings,
+                upstream_first_byte=marks.get("opened", landed) - started,
+                first_image=_first_image(plan, landing, marks, landed) - started,
+                upstream=landed - started,
+                settling=settled - landed,
+            )
+            receipt = _with_purchase(so_far, reply, settlement, entry, timings)
+            if landing.error is not None:
+                await _break_off(flight, spool, landing.error)
+                return failed_receipt(receipt, landing.error)
+            balances = entry.balances if entry else held.balances
+            said = (
+                *said,
+                *headers.of_cost(receipt.cost, receipt.basis),
+                *headers.of_budget(plan.lines, balances),
+            )
+            _hand_over(flight, plan, landing, spool, said)
+            if landing.rest is not None:
+                await _pass_the_rest(landing.rest, spool)
+            return receipt
+        except Exception:
+            # A stream that has begun must not end as if it were whole.
+            await _break_off(flight, spool, crash(flight.rid))
+            raise
+        finally:
+            spool.finish()
+            spool.close()
+            if reply is not None:
+                await reply.aclose()
+
+    async def give_back(self, rid: str) -> None:
+        """Voids a hold for which nothing was sent."""
+        await self._settle(_nothing(rid))
+
+    def give_back_later(self, rid: str) -> None:
+        """Voids a hold that may yet be written, after nobody waits for it."""
+        self._flights.errand(self._settle_later(_nothing(rid)))
+
+    async def _open(self, plan: Plan, body: Spool) -> Reply:
+        """The upstream's answer, whatever its status. Raises where none came."""
+        request = self._provider(plan.call, plan.model.target)
+        async with aclosing(edited(body, request.edits)) as content:
+            try:
+                return await plan.upstream.send(
+                    Outgoing(
+                        "POST",
+                        request.path,
+                        request.headers,
+                        content,
+                        edited_length(body.length, request.edits),
+                    )
+                )
+            except OSError as error:
+                # The body could not be read back, and not a byte of it has left.
+                raise Overloaded(
+                    "The gateway could not read the request back from its disk. Nothing was "
+                    "bought; try again in a few seconds.",
+                    retry_after_seconds=5,
+                ) from error
+
+    async def _land(
+        self,
+        flight: Flight,
+        plan: Plan,
+        reply: Reply,
+        spool: Spool,
+        said: headers.Headers,
+        marks: dict[str, float],
+    ) -> Landing:
+        """Takes the answer in, whatever its form; only a stream for a stream leaves early."""
+        call, upstream = plan.call, plan.upstream.name
+        if reply.status != 200:
+            return failed(await _refusal(reply, upstream))
+        if not _is_stream(reply):
+            return await land_json(
+                reply, spool, JsonMeter(call.operation, upstream), as_stream=call.stream
+            )
+
+        def begin(event: SkimmedEvent) -> None:
+            if is_partial(event):
+                marks.setdefault("first", self._clock.monotonic())
+            if call.stream:
+                _begin_stream(flight, spool, (*said, *headers.of_bound(plan.quote)))
+
+        meter = EventMeter(call.operation, upstream)
+        return await land_events(reply, spool, meter, call.n, begin, as_json=not call.stream)
+
+    async def _settle(self, settlement: Settlement) -> Entry | None:
+        """Books the ending. None: the ledger is away, and it goes on being tried behind the
+        answer; the hold stands until then, or until the sweep."""
+        settlement = replace(settlement, at=self._clock.now())
+        for pause in SETTLE_PAUSES_SECONDS:
+            try:
+                return await self._ledger.settle(settlement)
+            except LedgerUnavailable:
+                await asyncio.sleep(pause)
+        log.error(
+            "a settlement cannot be written yet; its hold stands",
+            extra={"request_id": settlement.rid, "cost_nanousd": settlement.cost},
+        )
+        self._flights.errand(self._settle_later(settlement))
+        return None
+
+    async def _settle_later(self, settlement: Settlement) -> None:
+        """Tries until the ledger is back. Also right after the sweep: a late truth corrects it."""
+        pause = SETTLE_PAUSES_SECONDS[0]
+        while True:
+            try:
+                await self._ledger.settle(settlement)
+            except LedgerUnavailable:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE_SECONDS)
+            else:
+                return
+
+    async def _keep(
+        self, plan: Plan, landing: Landing, spool: Spool, settlement: Settlement
+    ) -> None:
+        """Puts a whole, priced answer into the cache, in its JSON form."""
+        reading, form = landing.reading, landing.json
+        if reading is None or form is None or not plan.keep or reading.hosted:
+            return
+        size = replay.length(form)
+        if settlement.images != plan.call.n or size > self._policy.max_entry_bytes:
+            return
+        meta = CachedMeta(
+            stored_at=self._clock.now(),
+            cost=settlement.cost,
+            images=settlement.images,
+            model_served=plan.model.target.model,
+            upstream=plan.upstream.name,
+            size_bytes=size,
+            streamable=landing.events is not None,
+            usage=settlement.usage,
+            size=reading.answer.size,
+            quality=reading.answer.quality,
+            price_id=plan.quote.price_id,
+        )
+        spool.share()
+
+        async def put() -> None:
+            try:
+                async with aclosing(spliced(spool, form)) as chunks:
+                    await self._cache.put(plan.fingerprint, meta, chunks, self._policy.ttl_seconds)
+            except Exception:
+                log.exception("an answer was not kept", extra={"key": plan.fingerprint})
+            finally:
+                spool.close()
+
+        await self._flights.within(KEEP_SECONDS, put())
+
+
+def _nothing(rid: str) -> Settlement:
+    return Settlement(rid, Event.VOID, Outcome.REFUSED, Basis.NONE)
+
+
+def _hand_over(
+    flight: Flight, plan: Plan, landing: Landing, spool: Spool, said: headers.Headers
+) -> None:
+    """Lets the client have what is verified and settled, in the form it asked for."""
+    if plan.call.stream and landing.streamed:
+        _begin_stream(flight, spool, said)
+        spool.publish(landing.upto)
+        return
+    form = landing.events if plan.call.stream else landing.json
+    if form is None:
+        raise RuntimeError("an answer lands in the form that was asked for, or with an error")
+    spool.share()
+    length = None if plan.call.stream else replay.length(form)
+    flight.answer(Head(200, said, length, lambda: spliced(spool, form), spool.close))
+
+
+def _begin_stream(flight: Flight, spool: Spool, said: headers.Headers) -> None:
+    """Lets the client follow the spool. Harmless when it does already."""
+    if not flight.answered:
+        spool.share()
+        flight.answer(Head(200, said, None, spool.follow, spool.close))
+
+
+async def _break_off(flight: Flight, spool: Spool, error: GatewayError) -> None:
+    """Ends an answer with an error: as a status while that is possible, else as an event."""
+    if not flight.answered:
+        flight.refuse(error)
+        return
+    spool.forget_unpublished()
+    try:
+        await spool.write(error_event(error))
+    except GatewayError:
+        log.warning("no room for an error event", extra={"request_id": flight.rid})
+    spool.publish()
+
+
+async def _pass_the_rest(rest: AsyncGenerator[int, None], spool: Spool) -> None:
+    """What an upstream still sends behind the last picture: `[DONE]`, mostly, or nothing."""
+    try:
+        async with asyncio.timeout(REST_SECONDS), aclosing(rest):
+            async for upto in rest:
+                spool.publish(upto)
+    except (GatewayError, TimeoutError):
+        # The pictures are delivered and booked: a ragged end takes nothing away.
+        return
+
+
+def crash(rid: str) -> Internal:
+    """What a client is told when the fault is ours and its money may be gone."""
+    return Internal(
+        "The gateway failed in a way it should not. If something was bought it stays on the "
+        f"books; quote {rid} to the gateway's operator.",
+        should_retry=False,
+    )
+
+
+async def _refusal(reply: Reply, upstream: str) -> GatewayError:
+    """The error that any answer but a 200 amounts to."""
+    text = b""
+    try:
+        async for chunk in reply.chunks():
+            text += chunk
+            if len(text) > ERROR_BODY_BYTES:
+                break
+    except GatewayError:
+        # The status has been said, and it decides; its text was cut.
+        text = b""
+    return refusal(reply.status, reply.headers, text, upstream)
+
+
+def _first_image(plan: Plan, landing: Landing, marks: dict[str, float], landed: float) -> float:
+    """When the first picture of a stream was there, partial or whole; else when it began."""
+    whole = plan.call.stream and landing.reading is not None
+    return marks.get("first", landed if whole else marks["started"])
+
+
+def _upstream_rid(reply: Reply | None) -> str:
+    return reply.headers.get("x-request-id", "")[:128] if reply else ""
+
+
+def _name_it(error: GatewayError, rid: str, upstream_rid: str) -> None:
+    """An error says under which names it can be looked up: at the provider, and, where it may
+    have cost money, on the books."""
+    error.upstream_rid = upstream_rid
+    if error.evidence is not Evidence.NOT_BILLED:
+        error.message = f"{error.message} Request id: {rid}."
+
+
+def _completed(ending: Ending, call: Call) -> Ending:
+    """What the answer does not say of itself, as it was asked for."""
+    if ending.answer is None:
+        return ending
+    asked = ending.answer
+    return replace(
+        ending,
+        answer=replace(
+            asked,
+            size=asked.size or call.size,
+            quality=asked.quality or call.quality,
+            output_format=asked.output_format or call.output_format,
+            input_images=len(call.inputs),
+        ),
+    )
+
+
+def _is_stream(reply: Reply) -> bool:
+    return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")
+
+
+def _with_purchase(
+    receipt: Receipt,
+    reply: Reply | None,
+    settlement: Settlement,
+    entry: Entry | None,
+    timings: Timings,
+) -> Receipt:
+    return replace(
+        receipt,
+        status=200,
+        upstream_status=reply.status if reply else 0,
+        upstream_rid=_upstream_rid(reply),
+        outcome=settlement.outcome,
+        basis=settlement.basis,
+        cost=entry.cost if entry else settlement.cost,
+        usage=settlement.usage,
+        images=settlement.images,
+        flags=settlement.flags,
+        posted=entry is not None,
+        timings=timings,
+    )
+
+
+def failed_receipt(receipt: Receipt, error: GatewayError) -> Receipt:
+    """A receipt, ended by an error."""
+    return replace(receipt, status=error.status, reason=error.reason, code=error.code)
