@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SETTLE_PAUSES_SECONDS = (0.1, 0.5, 1.0)
 MAX_PAUSE_SECONDS = 30.0
+MAX_ERRANDS = 1000
 KEEP_SECONDS = 0.5
 """How long an answer waits for the cache, so that the next identical request finds it there."""
 REST_SECONDS = 5.0
@@ -125,8 +126,13 @@ class Purchases:
         await self._settle(_nothing(rid))
 
     def give_back_later(self, rid: str) -> None:
-        """Voids a hold that may yet be written, after nobody waits for it."""
-        self._flights.errand(self._settle_later(_nothing(rid)))
+        """Voids a hold that may yet be written, after nobody waits for it.
+
+        Of a ledger that is away for long only so many are remembered: a hold that was written after
+        all then expires, and costs its bound until somebody corrects it.
+        """
+        if self._flights.errands < MAX_ERRANDS:
+            self._flights.errand(self._settle_later(_nothing(rid)))
 
     async def _open(self, plan: Plan, body: Spool) -> Reply:
         """The upstream's answer, whatever its status. Raises where none came."""
