@@ -11,7 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
 from importlib.metadata import version
@@ -297,23 +297,32 @@ def read_pepper(settings: Settings) -> bytes:
         return configured.reveal().encode()
     path = settings.storage.database.parent / PEPPER_FILE
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
+        if not path.exists():
+            _make_pepper(path)
         pepper = path.read_bytes().strip()
-        if len(pepper) < 32:
-            raise StoreError(
-                f"{path} is not a pepper of this gateway; restore it from a backup, or no key "
-                "will be known"
-            ) from None
-        return pepper
     except OSError as error:
-        raise StoreError(f"{path} cannot be made: {error}") from error
-    with os.fdopen(descriptor, "wb") as file:
-        pepper = secrets.token_hex(32).encode()
-        file.write(pepper)
-        file.flush()
-        os.fsync(file.fileno())
+        raise StoreError(f"{path} cannot be made or read: {error}") from error
+    if len(pepper) < 32:
+        raise StoreError(
+            f"{path} is not a pepper of this gateway; restore it from a backup, or no key will be "
+            "known"
+        )
     return pepper
+
+
+def _make_pepper(path: Path) -> None:
+    """Makes the file whole or not at all; of two processes that start at once, one wins."""
+    made = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(secrets.token_hex(32).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        with suppress(FileExistsError):
+            os.link(made, path)
+    finally:
+        made.unlink()
 
 
 def declared_keys(settings: Settings, pepper: bytes) -> Mapping[bytes, tuple[Team, Key]]:

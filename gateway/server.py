@@ -88,6 +88,12 @@ class Connection(HttpToolsProtocol):
         else:
             super().timeout_keep_alive_handler()
 
+    def shutdown(self) -> None:
+        if self._lingers is None:
+            super().shutdown()
+        else:
+            self._real.close()
+
     def data_received(self, data: bytes) -> None:
         if self._lingers is None:
             super().data_received(data)

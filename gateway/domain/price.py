@@ -173,6 +173,6 @@ class PriceBook:
                 self._lists.clear()
             valid = [row for row in self._rows if row.valid_from <= day]
             general = {row.model: row for row in valid if row.provider == provider and not row.own}
-            own = {row.model: row for row in valid if row.provider == upstream}
+            own = {row.model: row for row in valid if row.provider == upstream and row.own}
             self._lists[wanted] = PriceList(general | own)
         return self._lists[wanted]

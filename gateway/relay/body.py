@@ -20,10 +20,14 @@ from gateway.domain.call import Edit, Span
 from gateway.domain.errors import Overloaded
 
 READ_BYTES = 256 * 1024
+TINY_BYTES = 512
 
 
 class Room:
-    """The bytes that all spools of a process may hold: in memory, and beyond that on disk."""
+    """The bytes that all spools of a process may hold: in memory, and beyond that on disk.
+
+    Requests may have half of the disk: an answer that was paid for always finds room.
+    """
 
     def __init__(self, memory_bytes: int, disk_bytes: int, folder: Path) -> None:
         self.memory_bytes = memory_bytes
@@ -38,9 +42,9 @@ class Room:
         self.memory_used += count
         return True
 
-    def take_disk(self, count: int) -> None:
-        """Raises ``Overloaded`` when the quota of the spool folder is used up."""
-        if self.disk_used + count > self.disk_bytes:
+    def take_disk(self, count: int, most: int) -> None:
+        """Raises ``Overloaded`` when more than ``most`` bytes of the spool folder would be used."""
+        if self.disk_used + count > most:
             raise _no_room()
         self.disk_used += count
 
@@ -56,9 +60,12 @@ class Spool:
     process is used up, everything moves to a nameless file, so that a killed process leaves none.
     """
 
-    def __init__(self, room: Room, memory_limit: int | None = None) -> None:
+    def __init__(
+        self, room: Room, memory_limit: int | None = None, *, for_request: bool = False
+    ) -> None:
         self._room = room
         self._limit = room.memory_bytes if memory_limit is None else memory_limit
+        self._most_disk = room.disk_bytes // 2 if for_request else room.disk_bytes
         self._chunks: list[bytes] = []
         self._starts: list[int] = []
         self._file: BinaryIO | None = None
@@ -91,8 +98,12 @@ class Spool:
         fits = self._written + len(chunk) <= self._limit
         if self._file is None and fits and self._room.take_memory(len(chunk)):
             self._in_memory += len(chunk)
-            self._starts.append(self._written)
-            self._chunks.append(chunk)
+            if self._chunks and max(len(self._chunks[-1]), len(chunk)) < TINY_BYTES:
+                # A chunk costs 48 bytes by itself: crumbs would take more room than is counted.
+                self._chunks[-1] += chunk
+            else:
+                self._starts.append(self._written)
+                self._chunks.append(chunk)
         else:
             try:
                 await self._write_to_file(chunk)
@@ -104,7 +115,7 @@ class Spool:
         room = self._room
         if self._file is None:
             # What an earlier try took is still held: only the rest is taken.
-            room.take_disk(self._written - self._on_disk)
+            room.take_disk(self._written - self._on_disk, self._most_disk)
             self._on_disk = self._written
             file = _nameless_file(room.folder)
             try:
@@ -116,7 +127,7 @@ class Spool:
             self._chunks, self._starts = [], []
             room.give_back(self._in_memory, 0)
             self._in_memory = 0
-        room.take_disk(len(chunk))
+        room.take_disk(len(chunk), self._most_disk)
         self._on_disk += len(chunk)
         await _in_thread(_write_all, self._file.fileno(), [chunk], self._written)
 

@@ -8,6 +8,7 @@ account) never looks like the team's, and what may have been bought is never ret
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ BILLING_CODES = frozenset(
 EDGE_STATUSES = frozenset({408, 499, 502, 504, *range(520, 531)})
 """A proxy in front of the provider gave up waiting: the provider may have gone on."""
 
+_ACCOUNT = re.compile(rb"\b(org|proj)[-_][A-Za-z0-9]{6,}")
+"""The owner's account, which rate limit texts name (contract 4.5)."""
 RETRY_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
 
 
@@ -121,6 +124,8 @@ def _passed_on(
     if error is None:
         body = _as_body({"message": _plain_message(status, body), "type": "upstream_error"})
         error = {}
+    if error.get("code") != "moderation_blocked":
+        body = _ACCOUNT.sub(rb"\1-***", body)
     kept = tuple((name, headers[name]) for name in RETRY_HEADERS if name in headers)
     code = error.get("code")
     if code == "moderation_blocked":

@@ -116,10 +116,6 @@ class Flights:
     def count(self) -> int:
         return len(self._running)
 
-    @property
-    def errands(self) -> int:
-        return len(self._errands)
-
     def launch(
         self, rid: str, client: Client, run: Callable[[Flight], Coroutine[Any, Any, Receipt]]
     ) -> Flight:

@@ -182,7 +182,7 @@ def _landed(
         events=None if form is None else (),
         streamed=True,
         upto=upto,
-        rest=rest,
+        rest=None if as_json else rest,
     )
 
 

@@ -63,8 +63,6 @@ class JsonMeter:
         object in a success stands for (not billed)."""
         document = self.document()
         value = document.value
-        if isinstance(value, dict) and value.get("error"):
-            raise error_in_success(_plain(value["error"]), self.upstream)
         members = value if isinstance(value, dict) else {}
         data = members.get("data")
         items = data if isinstance(data, list) else []
@@ -76,6 +74,10 @@ class JsonMeter:
             any("b64_json" not in item or not item["b64_json"] for item in pictures),
             document,
         )
+        if members.get("error") and pictures:
+            raise NoPicture(f"The upstream {self.upstream} answered with an error too.", reading)
+        if members.get("error"):
+            raise error_in_success(_plain(members["error"]), self.upstream)
         if not pictures:
             raise NoPicture(f"The upstream {self.upstream} answered without a picture.", reading)
         return reading

@@ -337,6 +337,9 @@ def _parse_parameters(header: str) -> tuple[str, dict[str, str]]:
             continue
         if name.lower() in parameters:
             raise ValueError("parameter given twice")
+        if "*" in name and name.lower() != "filename*":
+            # RFC 2231 continuations and charsets: other readers let them win over the plain one.
+            raise ValueError("parameter with a star")
         parameters[name.lower()] = bare if quoted is None else _ESCAPED.sub(r"\1", quoted)
     return value.strip(" \t").lower(), parameters
 

@@ -96,7 +96,7 @@ class Pipeline:
         """The whole story. Whatever can go wrong with a request is an answer too; ``ClientGone``
         is one that nobody will read."""
         so_far = Receipt(arrival.rid, arrival.operation.value, 0)
-        body = Spool(self._room, MEMORY_BODY_BYTES)
+        body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         try:
             caller = await self._keyring.identify(arrival.secret)
             so_far = replace(so_far, team=caller.team.id, key_id=caller.key.id)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gateway.domain.call import Call
 from gateway.domain.charge import Ending, charge
@@ -32,11 +32,32 @@ log = logging.getLogger(__name__)
 
 SETTLE_PAUSES_SECONDS = (0.1, 0.5, 1.0)
 MAX_PAUSE_SECONDS = 30.0
-MAX_ERRANDS = 1000
+MAX_VOIDS = 1000
 KEEP_SECONDS = 0.5
 """How long an answer waits for the cache, so that the next identical request finds it there."""
 REST_SECONDS = 5.0
 """How long a stream may stay open behind its last picture."""
+
+
+@dataclass(slots=True)
+class Marks:
+    """When a purchase reached its stages, in the clock's seconds; 0 where it did not."""
+
+    started: float
+    opened: float = 0.0
+    first: float = 0.0
+    landed: float = 0.0
+    settled: float = 0.0
+
+    def timings(self, so_far: Receipt) -> Timings:
+        """The stages as durations, beside those before the purchase."""
+        return replace(
+            so_far.timings,
+            upstream_first_byte=(self.opened or self.landed) - self.started,
+            first_image=(self.first or self.started) - self.started,
+            upstream=self.landed - self.started,
+            settling=self.settled - self.landed,
+        )
 
 
 class Purchases:
@@ -60,21 +81,19 @@ class Purchases:
         self._room = room
         self._flights = flights
         self._clock = clock
+        self._voids = 0
 
     async def buy(
         self, flight: Flight, plan: Plan, body: Spool, grant: Grant, held: Held, so_far: Receipt
     ) -> Receipt:
-        """What is held becomes a picture, and a receipt. Whatever the upstream does is settled;
-        raises only for a fault of our own."""
+        """What is held becomes a picture, and a receipt. Whatever the upstream does is settled."""
         spool = Spool(self._room)
+        marks = Marks(self._clock.monotonic())
         reply: Reply | None = None
-        started = self._clock.monotonic()
-        marks = {"started": started}
         try:
-            said: headers.Headers = ()
             try:
                 reply = await self._open(plan, body)
-                marks["opened"] = self._clock.monotonic()
+                marks.opened = self._clock.monotonic()
                 said = (
                     *headers.of_call(flight.rid, plan, plan.call.stream),
                     *headers.of_upstream(reply.headers),
@@ -82,39 +101,34 @@ class Purchases:
                 )
                 landing = await self._land(flight, plan, reply, spool, said, marks)
             except GatewayError as error:
-                landing = failed(error)
+                said, landing = (), failed(error)
+            except Exception:
+                # Ours, and perhaps after the upstream was asked: it is booked as unknown at once.
+                log.exception("a purchase crashed", extra={"request_id": flight.rid})
+                fault = crash(flight.rid)
+                said, landing = (), Landing(Ending(Outcome.UNKNOWN), error=fault)
+            marks.landed = self._clock.monotonic()
             if landing.error is not None:
                 _name_it(landing.error, flight.rid, _upstream_rid(reply))
-            landed = self._clock.monotonic()
+            elif plan.call.stream:
+                marks.first = marks.first or marks.landed
             settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
             entry = await self._settle(settlement)
-            settled = self._clock.monotonic()
-            await self._keep(plan, landing, spool, settlement)
-            timings = replace(
-                so_far.timings,
-                upstream_first_byte=marks.get("opened", landed) - started,
-                first_image=_first_image(plan, landing, marks, landed) - started,
-                upstream=landed - started,
-                settling=settled - landed,
-            )
-            receipt = _with_purchase(so_far, reply, settlement, entry, timings)
+            marks.settled = self._clock.monotonic()
+            receipt = _with_purchase(so_far, reply, settlement, entry, marks.timings(so_far))
             if landing.error is not None:
                 await _break_off(flight, spool, landing.error)
                 return failed_receipt(receipt, landing.error)
-            balances = entry.balances if entry else held.balances
+            await self._keep(plan, landing, spool, settlement)
             said = (
                 *said,
                 *headers.of_cost(receipt.cost, receipt.basis),
-                *headers.of_budget(plan.lines, balances),
+                *headers.of_budget(plan.lines, entry.balances if entry else held.balances),
             )
             _hand_over(flight, plan, landing, spool, said)
             if landing.rest is not None:
                 await _pass_the_rest(landing.rest, spool)
             return receipt
-        except Exception:
-            # A stream that has begun must not end as if it were whole.
-            await _break_off(flight, spool, crash(flight.rid))
-            raise
         finally:
             spool.finish()
             spool.close()
@@ -131,8 +145,13 @@ class Purchases:
         Of a ledger that is away for long only so many are remembered: a hold that was written after
         all then expires, and costs its bound until somebody corrects it.
         """
-        if self._flights.errands < MAX_ERRANDS:
-            self._flights.errand(self._settle_later(_nothing(rid)))
+        if self._voids < MAX_VOIDS:
+            self._voids += 1
+            task = self._flights.errand(self._settle_later(_nothing(rid)))
+            task.add_done_callback(self._void_done)
+
+    def _void_done(self, _: object) -> None:
+        self._voids -= 1
 
     async def _open(self, plan: Plan, body: Spool) -> Reply:
         """The upstream's answer, whatever its status. Raises where none came."""
@@ -163,7 +182,7 @@ class Purchases:
         reply: Reply,
         spool: Spool,
         said: headers.Headers,
-        marks: dict[str, float],
+        marks: Marks,
     ) -> Landing:
         """Takes the answer in, whatever its form; only a stream for a stream leaves early."""
         call, upstream = plan.call, plan.upstream.name
@@ -176,7 +195,7 @@ class Purchases:
 
         def begin(event: SkimmedEvent) -> None:
             if is_partial(event):
-                marks.setdefault("first", self._clock.monotonic())
+                marks.first = marks.first or self._clock.monotonic()
             if call.stream:
                 _begin_stream(flight, spool, (*said, *headers.of_bound(plan.quote)))
 
@@ -202,14 +221,22 @@ class Purchases:
     async def _settle_later(self, settlement: Settlement) -> None:
         """Tries until the ledger is back. Also right after the sweep: a late truth corrects it."""
         pause = SETTLE_PAUSES_SECONDS[0]
-        while True:
-            try:
-                await self._ledger.settle(settlement)
-            except LedgerUnavailable:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, MAX_PAUSE_SECONDS)
-            else:
-                return
+        try:
+            while True:
+                try:
+                    await self._ledger.settle(settlement)
+                except LedgerUnavailable:
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, MAX_PAUSE_SECONDS)
+                else:
+                    return
+        except asyncio.CancelledError:
+            if settlement.event is not Event.VOID:
+                log.error(
+                    "a settlement was never written; its hold expires at the bound",
+                    extra={"request_id": settlement.rid, "cost_nanousd": settlement.cost},
+                )
+            raise
 
     async def _keep(
         self, plan: Plan, landing: Landing, spool: Spool, settlement: Settlement
@@ -320,12 +347,6 @@ async def _refusal(reply: Reply, upstream: str) -> GatewayError:
         # The status has been said, and it decides; its text was cut.
         text = b""
     return refusal(reply.status, reply.headers, text, upstream)
-
-
-def _first_image(plan: Plan, landing: Landing, marks: dict[str, float], landed: float) -> float:
-    """When the first picture of a stream was there, partial or whole; else when it began."""
-    whole = plan.call.stream and landing.reading is not None
-    return marks.get("first", landed if whole else marks["started"])
 
 
 def _upstream_rid(reply: Reply | None) -> str:

@@ -10,7 +10,7 @@ in quotes, no text field disguised as a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -32,6 +32,8 @@ KNOWN = frozenset(
     }
 )
 """Fields of contract 1.2 and 2.1, without the pictures."""
+READ_HERE = KNOWN | PICTURE_ROLES | {"images"}
+STILL_FORMATS = frozenset({"png", "jpeg", "webp", "svg"})
 
 MAX_PROMPT_CHARS = 32_000
 MAX_MODEL_CHARS = 256
@@ -124,14 +126,13 @@ def reader_for(
     if content_length is not None and content_length > limit:
         raise _too_large(operation, limit)
     if media == JSON_TYPE:
-        return _JsonReader(operation, content_type, rules)
+        return _JsonReader(operation, rules)
     return _FormReader(operation, content_type, rules)
 
 
 class _JsonReader:
-    def __init__(self, operation: Operation, content_type: str, rules: ReadRules) -> None:
+    def __init__(self, operation: Operation, rules: ReadRules) -> None:
         self._operation = operation
-        self._content_type = content_type
         self._rules = rules
         self._limit = rules.body_limit(operation)
         self._length = 0
@@ -180,7 +181,8 @@ class _JsonReader:
         return _call(
             operation=self._operation,
             encoding=Encoding.JSON,
-            content_type=self._content_type,
+            # Not as it was declared: a charset could make another reader see other names.
+            content_type=JSON_TYPE,
             model_span=Span(quoted.start + 1, quoted.end - 1),
             fields=parameters,
             inputs=inputs,
@@ -412,6 +414,7 @@ def _call(
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given = {name: value for name, value in fields.items() if value is not None}
+    _check_spelling(fields.keys() | unknown)
     model = _model(given)
     prompt = _prompt(given)
     numbers = {name: _number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
@@ -450,10 +453,28 @@ def _call(
         stream=stream,
         partial_images=numbers["partial_images"] or 0,
         output_format=output_format,
-        frame_count=(frames or DEFAULT_FRAMES) if output_format == "gif" else 1,
+        frame_count=1 if output_format in STILL_FORMATS else (frames or DEFAULT_FRAMES),
         unknown=frozenset(unknown & given.keys() | unknown - fields.keys()),
         body_bytes=body_bytes,
     )
+
+
+def _check_spelling(fields: Iterable[str]) -> None:
+    """Refuses a name that differs from a known one in case alone.
+
+    Servers written in Go match names whatever their case, and let the last one win: what was
+    priced and allowed here would not be what is served there.
+    """
+    for name in fields:
+        meant = name.casefold()
+        if name != meant and meant in READ_HERE:
+            raise InvalidRequest(
+                f"Unknown parameter: '{name[:64]}'. Parameters are written in lower case: "
+                f"'{meant}'.",
+                code="unknown_parameter",
+                param=name[:64],
+                reason="invalid_param",
+            )
 
 
 def _model(given: Mapping[str, object]) -> str:

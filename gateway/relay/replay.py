@@ -188,9 +188,15 @@ def _members(values: Mapping[str, Any], order: tuple[str, ...]) -> list[bytes] |
     last = ["usage"] if "usage" in values else []
     try:
         return [_json(name) + b":" + _json(values[name]) for name in (*known, *others, *last)]
-    except TypeError:
+    except (TypeError, ValueError):
+        # A hole, or a number that JSON does not have.
         return None
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    """Half a surrogate pair stays the escape that it came as."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()

@@ -110,12 +110,13 @@ class JsonSkimmer:
     """Reads one JSON document in chunks.
 
     Strings of more than ``keep_bytes`` raw bytes become holes. Brackets may nest ``max_depth``
-    deep. ``max_kept`` bounds, in bytes, what is kept in memory: the reduced text and the heads of
-    the holes. ``check_controls`` also refuses raw control characters inside holes, at about 0.4 ms
-    per megabyte; kept strings are always checked. Lone surrogates are refused in kept strings and
-    keys, not in holes. ``origin`` is the stream's offset of the first byte that will be fed.
-    ``lenient`` is for answers that were paid for: keys given twice (the last one counts), lone
-    surrogates and numbers beyond a float are let through, as the SDKs let them.
+    deep, and there may be some ``max_values`` values. ``max_kept`` bounds, in bytes, what is kept
+    in memory: the reduced text and the heads of the holes. ``check_controls`` also refuses raw
+    control characters inside holes, at about 0.4 ms per megabyte; kept strings are always checked.
+    Lone surrogates are refused in kept strings and keys, not in holes. ``origin`` is the stream's
+    offset of the first byte that will be fed. ``lenient`` is for answers that were paid for: keys
+    given twice (the last one counts), lone surrogates and numbers beyond a float are let through,
+    as the SDKs let them.
 
     After a ``BadJson`` the skimmer is spent.
     """
@@ -141,6 +142,7 @@ class JsonSkimmer:
         "_lenient",
         "_max_depth",
         "_max_kept",
+        "_max_values",
         "_members",
         "_position",
         "_size",
@@ -148,6 +150,7 @@ class JsonSkimmer:
         "_string_at",
         "_text",
         "_value_at",
+        "_values",
     )
 
     def __init__(
@@ -159,6 +162,7 @@ class JsonSkimmer:
         check_base64: bool = False,
         check_controls: bool = False,
         max_kept: int = 1 << 20,
+        max_values: int = 10_000,
         origin: int = 0,
         lenient: bool = False,
     ) -> None:
@@ -171,6 +175,8 @@ class JsonSkimmer:
         self._check_base64 = check_base64
         self._check_controls = check_controls
         self._max_kept = max_kept
+        self._max_values = max_values
+        self._values = 0
         self._lenient = lenient
         self._position = origin  # stream offset of the next byte to look at
         self._length = 0
@@ -295,10 +301,13 @@ class JsonSkimmer:
                     break
                 if byte in _OPENING:
                     depth += 1
+                    self._count_value(at)
                     if depth > self._max_depth:
                         problem = f"The JSON nests more than {self._max_depth} deep"
                         raise BadJson("json_too_deep", self._position + at, problem)
                 elif byte in _CLOSING or byte == _COMMA:
+                    if byte == _COMMA:
+                        self._count_value(at)
                     if depth == 1 and self._value_at >= 0:
                         self._members.append((self._value_at, len(text) + at - run))
                         self._value_at = -1
@@ -315,6 +324,13 @@ class JsonSkimmer:
                     raise BadJson("invalid_json", self._position + at, problem)
         text += chunk[run:]
         self._depth = depth
+
+    def _count_value(self, at: int) -> None:
+        """Parsing costs by the value, on the event loop: a request has dozens, not thousands."""
+        self._values += 1
+        if self._values > self._max_values:
+            problem = f"The JSON has more than {self._max_values} values"
+            raise BadJson("json_too_large", self._position + at, problem)
 
     def _find_end(self, chunk: bytes, start: int) -> int:
         """The index of the quote that ends the string, or of where the chunk's part of it ends.

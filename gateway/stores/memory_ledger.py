@@ -1,4 +1,4 @@
-"""The ledger and the directory in this process's memory: for tests and ``gateway demo``.
+"""The ledger and the directory in this process's memory: for tests.
 
 Nothing survives the process, so nothing here is durable; in all else they keep the promises of
 their ports. Every method gives way to other tasks once before it touches anything, because a

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import importlib.resources
 import secrets
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -304,6 +305,9 @@ async def _translated(command: Callable[[], Awaitable[T]]) -> T:
         raise StoreRefused(type(error).__name__) from error
     except (RedisError, RedisClusterException, OSError) as error:
         raise StoreAway(type(error).__name__) from error
+    except Exception as error:
+        # Whatever the client trips over is its trouble, not the caller's: it is asked again later.
+        raise StoreAway(type(error).__name__) from error
 
 
 class RedisGate:
@@ -470,6 +474,10 @@ def _batches(pairs: Sequence[T], size: int) -> Iterator[Sequence[T]]:
         yield batch
 
 
+MAX_HELD_BYTES = 1024 * 1024 * 1024
+"""Of answers that slow clients are still reading, each a copy; beyond it, misses."""
+
+
 class RedisCache:
     """Answers in one hash each: ``meta``, and pieces of up to 1 MiB named ``<generation>:<i>``.
 
@@ -497,6 +505,7 @@ class RedisCache:
         self._max_entry_bytes = max_entry_bytes
         self._piece_bytes = piece_bytes
         self._deadline = deadline_seconds
+        self._held = 0
 
     @property
     def degraded(self) -> bool:
@@ -508,6 +517,8 @@ class RedisCache:
             if header is None:
                 return None
             meta, document = decode(header)
+            if self._held + meta.size_bytes > MAX_HELD_BYTES:
+                return None
             # One deadline over all pieces: a slow Redis must lose against asking again.
             pieces = await self._link.call(
                 partial(self._pieces, key, str(document["put"]), int(document["pieces"])),
@@ -518,7 +529,13 @@ class RedisCache:
         left = float(document["expires"]) - self._clock.now().timestamp()
         if pieces is None or sum(map(len, pieces)) != meta.size_bytes or left <= 0:
             return None
-        return Kept(meta, _Pieces(pieces).iterate, left)
+        answer = _Pieces(pieces)
+        self._held += meta.size_bytes
+        weakref.finalize(answer, self._let_go, meta.size_bytes)
+        return Kept(meta, answer.iterate, left)
+
+    def _let_go(self, size_bytes: int) -> None:
+        self._held -= size_bytes
 
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
@@ -602,7 +619,7 @@ class RedisCache:
             return
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Pieces:
     pieces: tuple[bytes, ...]
 

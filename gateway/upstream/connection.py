@@ -233,6 +233,9 @@ class SocketExchange:
         else:
             self._write(head)
             await self._write_all(first, write_seconds)
+            if self._is_answered:
+                # Perhaps not all of it has left: this connection must not be used again.
+                return
         if rest is not None:
             async for chunk in rest:
                 left -= len(chunk)

@@ -456,6 +456,9 @@ def test_the_row_of_the_day_applies_and_an_upstreams_own_goes_first() -> None:
     book = PriceBook([new, old, namesake])
     assert book.of("openai", "openai", TODAY).find("a") is namesake
     assert book.of("eu", "openai", TODAY).find("a") is new
+    # Nor has it its namesake's prices, when it is another provider's.
+    assert book.of("openai", "comet", TODAY).find("a") is namesake
+    assert PriceBook([new]).of("openai", "comet", TODAY).find("a") is None
     assert {row.id for row in (new, namesake)} == {
         "openai/a@2026-06-01",
         "own:openai/a@2026-02-01",

@@ -77,7 +77,7 @@ async def test_any_slice_is_a_slice(room: Room, limit: int, start: int, end: int
 
 
 async def test_a_whole_chunk_is_passed_on_and_not_copied(room: Room) -> None:
-    chunk = b"a picture"
+    chunk = b"a picture" * 100
     spool = await full(room, MEMORY, b"x", chunk)
     async with aclosing(spool.slice(1)) as chunks:
         assert await anext(chunks) is chunk
@@ -533,3 +533,25 @@ async def test_a_write_that_fails_while_it_is_cancelled_is_no_news(
         await writing
     spool.close()
     assert heard == []
+
+
+async def test_requests_leave_half_of_the_disk_to_answers(tmp_path: Path) -> None:
+    room = Room(0, 1000, tmp_path)
+    request, answer = Spool(room, 0, for_request=True), Spool(room)
+    await request.write(b"r" * 400)
+    with pytest.raises(Overloaded):
+        await request.write(b"r" * 200)
+    await answer.write(b"a" * 600)
+    request.close()
+    answer.close()
+    assert room.disk_used == 0
+
+
+async def test_crumbs_do_not_take_more_room_than_is_counted(room: Room) -> None:
+    spool = Spool(room)
+    for number in range(2000):
+        await spool.write(bytes([number % 251]))
+    chunks = [chunk async for chunk in spool.slice()]
+    assert b"".join(chunks) == bytes(number % 251 for number in range(2000))
+    assert len(chunks) < 10
+    spool.close()

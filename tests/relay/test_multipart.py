@@ -167,6 +167,7 @@ def test_names_are_read(headers: bytes, name: str, filename: str | None) -> None
         (part(DISPOSITION + b'name="a', b"x") + END, "invalid_multipart"),
         (part(DISPOSITION + b'name="a"; name="b"', b"x") + END, "invalid_multipart"),
         (part(DISPOSITION + b"name=\"a\"; name*=utf-8''n", b"x") + END, "invalid_multipart"),
+        (part(DISPOSITION + b'name="a"; name*0="n"', b"x") + END, "invalid_multipart"),
         (part(DISPOSITION + b'name="\xff"', b"x") + END, "invalid_multipart"),
         (part(DISPOSITION + b'name="a";\r\n filename="b"', b"x") + END, "invalid_multipart"),
         (part(DISPOSITION + b'name="a"\r\nno colon', b"x") + END, "invalid_multipart"),
@@ -230,6 +231,7 @@ def test_the_boundary(content_type: str, boundary: bytes) -> None:
 @pytest.mark.parametrize(
     "parameter",
     ["", "; boundary=", '; boundary=""', "; boundary=ü", "; boundary=a; boundary=b",
+     "; boundary=a; boundary*=utf-8''b", "; boundary=a; boundary*0=b",
      '; boundary="a\r\nb"', '; boundary="a "', "; boundary=" + "x" * 201, "; =", '; boundary="a'],
 )  # fmt: skip
 def test_no_usable_boundary(parameter: str) -> None:

@@ -701,3 +701,20 @@ def test_any_document_is_a_call_or_a_refusal(fields: dict[str, Any], operation: 
         call = read(operation, json.dumps(fields).encode())
         assert 1 <= call.n <= 10
         assert call.model == fields["model"]
+
+
+@pytest.mark.parametrize("name", ["N", "MODEL", "Prompt", "\u017fize", "Stream", "IMAGES"])
+def test_a_name_that_differs_in_case_alone_is_refused(name: str) -> None:
+    """Servers that match names in any case would serve another request than was priced."""
+    with pytest.raises(InvalidRequest) as refused:
+        read(GENERATION, generation(**{name: 10}))
+    assert (refused.value.code, refused.value.param) == ("unknown_parameter", name)
+    with pytest.raises(InvalidRequest) as refused:
+        read(EDIT, form(*BASE, IMAGE, (name, "10")), FORM)
+    assert refused.value.code == "unknown_parameter"
+
+
+def test_a_charset_is_not_passed_on() -> None:
+    assert read(GENERATION, generation(), "application/json; charset=utf-7").content_type == (
+        "application/json"
+    )

@@ -298,3 +298,19 @@ def test_no_more_is_read_than_needed_and_whole_chunks_are_not_copied() -> None:
     whole = b"x" * 1000
     (piece,) = cut((Span(0, 1000),), [whole])
     assert piece is whole
+
+
+def test_half_a_surrogate_pair_and_a_number_beyond_a_float() -> None:
+    """Both are let through in an answer that was paid for; only the number has no other form."""
+
+    def lenient(text: bytes) -> Skimmed:
+        skimmer = JsonSkimmer(keep_bytes=100, lenient=True)
+        skimmer.feed(text)
+        return skimmer.close()
+
+    picture = PICTURE.encode()
+    cut_prompt = b'{"data":[{"b64_json":"' + picture + b'","revised_prompt":"half \\ud83d"}]}'
+    stream = made(completed_event(Operation.GENERATION, lenient(cut_prompt)), cut_prompt)
+    assert b'"revised_prompt":"half \\ud83d"' in stream
+    beyond = b'{"created":1e999,"data":[{"b64_json":"' + picture + b'"}]}'
+    assert completed_event(Operation.GENERATION, lenient(beyond)) is None

@@ -445,8 +445,8 @@ def test_many_tokens_and_escapes_are_linear() -> None:
         return [document[at : at + 65_536] for at in range(0, len(document), 65_536)]
 
     few, many = tokens(2_000), tokens(16_000)
-    once = min(timed(lambda: skim(few, max_kept=1 << 30)) for _ in range(5))
-    eight = min(timed(lambda: skim(many, max_kept=1 << 30)) for _ in range(3))
+    once = min(timed(lambda: skim(few, max_kept=1 << 30, max_values=1 << 30)) for _ in range(5))
+    eight = min(timed(lambda: skim(many, max_kept=1 << 30, max_values=1 << 30)) for _ in range(3))
     assert eight < once * 24
 
 
@@ -692,3 +692,17 @@ def test_many_lines_are_linear(line_end: bytes) -> None:
 
     few = min(timed(lines(5_000)) for _ in range(5))
     assert min(timed(lines(40_000)) for _ in range(3)) < few * 24
+
+
+@pytest.mark.parametrize("text", [b"[" + b"1," * 20_000 + b"1]", b"[" + b"[]," * 20_000 + b"1]"])
+def test_thousands_of_values_are_refused_as_they_come(text: bytes) -> None:
+    with pytest.raises(BadJson) as refused:
+        skim([text[:50_000]])
+    assert refused.value.code == "json_too_large"
+
+
+def test_what_was_paid_for_is_read_leniently() -> None:
+    text = b'{"size":"a","size":"b","prompt":"half \\ud83d","created":1e999}'
+    skimmer = JsonSkimmer(lenient=True)
+    skimmer.feed(text)
+    assert skimmer.close().value == {"size": "b", "prompt": "half \ud83d", "created": math.inf}

@@ -696,6 +696,36 @@ async def test_an_early_answer_stops_the_upload(transport: SocketTransport) -> N
         assert slots(transport) == (0, 0)
 
 
+async def test_a_connection_with_half_a_request_is_never_used_again(
+    transport: SocketTransport,
+) -> None:
+    """An answer that comes while the first piece is still being written: what is left of it would
+    be the beginning of the next team's request."""
+    answered = asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        if peer.number == 1:
+            await peer.send(b"HTTP/1.1 429 Slow Down\r\ncontent-length: 5\r\n\r\n")
+            await answered.wait()
+            await peer.send(b"later")
+            await peer.gone()
+        else:
+            await peer.reply(b"hello")
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x" * (8 * MB)
+
+    async with raw_server(script, receive_buffer=65536) as server:
+        request = replace(post(server.port, length=8 * MB), body=body())
+        exchange = await transport.exchange(request)
+        assert exchange.status == 429
+        answered.set()
+        assert await read_all(exchange) == b"later"
+        assert await ask(transport, post(server.port)) == (200, b"hello")
+        assert server.accepted == 2
+
+
 async def test_an_upload_waits_for_the_upstream(transport: SocketTransport) -> None:
     made = 0
     full, go_on = asyncio.Event(), asyncio.Event()
