@@ -20,6 +20,7 @@ from openai import (
 from PIL import Image
 
 from gateway.domain.ledger import UsageRow
+from gateway.relay import purchase
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from tests.running import ALIAS, MODEL, GatewayUnderTest, Start
@@ -333,6 +334,9 @@ PITFALLS = {
         {"cut_after_bytes": 700}, BOUND, unresolved=1, says="buy it twice"
     ),
     "an error inside": Pitfall({"error_in_200": True}, code="server_error", says="Sorry about"),
+    "an error beside a picture": Pitfall(
+        {"extra_fields": {"error": {"message": "and yet"}}}, COST, says="an error too"
+    ),
     "an error that is a text": Pitfall(
         {"status": 200, "body": {"error": "out of paint"}}, code="http_502", says="out of paint"
     ),
@@ -375,6 +379,33 @@ async def test_a_success_that_is_none_is_a_clean_error(
     error = await failing(gateway.sdk())
     assert error.status_code == pitfall.status
     assert len(gateway.sandbox.journal) == 2
+
+
+@pytest.mark.parametrize("oddity", ["half \ud83d", 1e30])
+async def test_a_harmless_oddity_costs_no_picture(
+    gateway: GatewayUnderTest, oddity: object
+) -> None:
+    quick(gateway, extra_fields={"note": oddity})
+    async with gateway.sdk() as sdk:
+        answer = await sdk.images.generate(**ASKED)
+    assert answer.data
+    assert (await booked(gateway)).images == 1
+
+
+async def test_a_fault_of_our_own_is_booked_at_once(
+    gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(purchase, "land_json", broken)
+    error = await failing(gateway.sdk(max_retries=2))
+    [(receipt, _)] = await gateway.told.until(1)
+    assert (error.status_code, error.code) == (500, "internal_error")
+    assert receipt.rid in error.message
+    assert len(gateway.sandbox.journal) == 1
+    row = await booked(gateway)
+    assert (row.cost, row.unresolved, row.images) == (BOUND, 1, 0)
 
 
 @dataclass(frozen=True)

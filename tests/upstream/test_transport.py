@@ -16,11 +16,12 @@ import httpx
 import pytest
 import trustme
 
-from gateway.upstream.connection import encode_head
+from gateway.upstream.connection import SocketExchange, encode_head
 from gateway.upstream.transport import SocketTransport
-from gateway.upstream.wire import Lost, NotSent, Origin, Reason, Timeouts, WireRequest
+from gateway.upstream.wire import Exchange, Lost, NotSent, Origin, Reason, Timeouts, WireRequest
 from tests.upstream.calls import QUICK, ask, pieces, post, read_all, until
 from tests.upstream.raw_server import Peer, hello, raw_server
+from tests.valkey import eventually
 
 MB = 1024 * 1024
 _T = TypeVar("_T")
@@ -705,13 +706,21 @@ async def test_a_connection_with_half_a_request_is_never_used_again(
 
     async def script(peer: Peer) -> None:
         await peer.head()
-        if peer.number == 1:
-            await peer.send(b"HTTP/1.1 429 Slow Down\r\ncontent-length: 5\r\n\r\n")
-            await answered.wait()
-            await peer.send(b"later")
-            await peer.gone()
-        else:
+        if peer.number > 1:
             await peer.reply(b"hello")
+            return
+        await peer.send(b"HTTP/1.1 429 Slow Down\r\ncontent-length: 5\r\n\r\n")
+        await answered.wait()
+        reading = asyncio.create_task(peer.reader.read())
+        # Only where nothing waits to be written could the connection look free.
+        await eventually(lambda: written(exchange))
+        await peer.send(b"later")
+        await reading
+
+    def written(exchange: Exchange) -> bool:
+        assert isinstance(exchange, SocketExchange)
+        connection = exchange._connection
+        return connection is None or connection.transport.get_write_buffer_size() == 0
 
     async def body() -> AsyncIterator[bytes]:
         yield b"x" * (8 * MB)
