@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import secrets
 import socket
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -35,7 +37,7 @@ from gateway.domain.quota import Unit, period
 from gateway.domain.route import Unpriced
 from gateway.domain.team import Key, Team
 from gateway.ports import Cache, Clock, Directory, Gate, Ledger, Telemetry, Upstream
-from gateway.pricefile import load_prices
+from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.admission import Admission
 from gateway.relay.body import Room
 from gateway.relay.flights import Flights
@@ -49,8 +51,11 @@ from gateway.settings import ImageUrls, Kind, Settings, shipped
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.stores.blobs import DiskCache
 from gateway.stores.memory import MemoryCache, MemoryGate
-from gateway.stores.redis import RedisCache, RedisGate, StoreAway, connect
-from gateway.stores.sqlite import SQLiteStore, StoreError
+from gateway.stores.redis_cache import RedisCache
+from gateway.stores.redis_gate import RedisGate
+from gateway.stores.redis_link import StoreAway, connect
+from gateway.stores.sqlite import SQLiteStore
+from gateway.stores.sqlite_file import StoreError
 from gateway.stores.tiered import TieredCache
 from gateway.telemetry.log import RequestLog
 from gateway.telemetry.metrics import Metrics
@@ -127,7 +132,7 @@ async def open_gateway(
         planner = Planner(settings.catalogue, upstreams, prices, cache, policy, frozenset(passing))
         keyring = KeyRing(pepper, declared, store.directory, clock)
         spools = settings.storage.blobs / "spool"
-        spools.mkdir(parents=True, exist_ok=True)
+        _make_folder(spools, settings.storage.blobs)
         room = Room(settings.server.buffer_bytes, settings.server.spool_bytes, spools)
         flights = Flights()
         stack.push_async_callback(flights.drain, LAST_SECONDS)
@@ -219,6 +224,7 @@ def _plain_app() -> FastAPI:
         docs_url=None,
         redoc_url=None,
         openapi_url=None,
+        redirect_slashes=False,
     )
     api_errors.install(app)
     return app
@@ -227,12 +233,24 @@ def _plain_app() -> FastAPI:
 def price_book(settings: Settings) -> PriceBook:
     """The prices that apply. Raises ``PriceFileError``."""
     own = [plain(row) for row in settings.prices.rows]
-    return PriceBook(
-        load_prices(
-            settings.prices.file or shipped("prices.yaml"),
-            [row for row in own if isinstance(row, dict)],
+    try:
+        return PriceBook(
+            load_prices(
+                settings.prices.file or shipped("prices.yaml"),
+                [row for row in own if isinstance(row, dict)],
+            )
         )
-    )
+    except PriceFileError as error:
+        raise PriceFileError([_placed(mistake, settings) for mistake in error.mistakes]) from None
+
+
+def _placed(mistake: str, settings: Settings) -> str:
+    """A mistake in one of the operator's rows, with the line that the row begins at."""
+    row = re.match(r"prices\.rows\[(\d+)\]", mistake)
+    if row is None:
+        return mistake
+    place = settings.prices.rows[int(row[1])].place
+    return f"{settings.file}:{place.line}:{place.column}: {mistake}"
 
 
 def unpriced_models(settings: Settings, book: PriceBook, day: date) -> list[str]:
@@ -308,6 +326,18 @@ def read_pepper(settings: Settings) -> bytes:
             "known"
         )
     return pepper
+
+
+def _make_folder(folder: Path, configured: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise StoreError(
+            f"storage.blobs {configured} cannot be written ({error.strerror or error}): make it "
+            "writable for this user, or name another folder"
+        ) from error
 
 
 def _make_pepper(path: Path) -> None:

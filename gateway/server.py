@@ -80,6 +80,9 @@ class Connection(HttpToolsProtocol):
             self._real.resume_reading()
         return True
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """An upgrade is not made; anybody may ask for one, so it is not worth a line."""
+
     def timeout_keep_alive_handler(self) -> None:
         """An idle connection is closed; one that does not even take the end of its last answer is
         dropped, since closing would wait for it."""
@@ -147,6 +150,12 @@ class Server(uvicorn.Server):
         if self.should_exit:
             log.warning("told to end twice: running calls are given up, and expire at their bound")
             os._exit(128 + sig)
+        if connections := len(self.server_state.tasks):
+            log.warning(
+                "stopping: running requests may finish; a second signal gives them up, and what "
+                "they bought is booked at its bound",
+                extra={"running": connections, "seconds": self.config.timeout_graceful_shutdown},
+            )
         super().handle_exit(sig, frame)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from fastapi import APIRouter
 from fastapi.responses import JSONResponse, Response
 
+PROBES = ("GET", "HEAD")
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -23,11 +24,11 @@ class Readiness:
 def health_routes(look: Callable[[], Awaitable[Readiness]]) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/healthz")
+    @routes.api_route("/healthz", methods=[*PROBES])
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @routes.get("/readyz")
+    @routes.api_route("/readyz", methods=[*PROBES])
     async def readyz() -> JSONResponse:
         state = await look()
         words = "degraded" if state.degraded else "ready"
@@ -43,7 +44,7 @@ def health_routes(look: Callable[[], Awaitable[Readiness]]) -> APIRouter:
 def metrics_routes(exposition: Callable[[], Awaitable[bytes]]) -> APIRouter:
     routes = APIRouter()
 
-    @routes.get("/metrics")
+    @routes.api_route("/metrics", methods=[*PROBES])
     async def metrics() -> Response:
         return Response(await exposition(), media_type=CONTENT_TYPE)
 

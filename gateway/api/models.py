@@ -29,6 +29,7 @@ def router(keyring: KeyRing, planner: Planner, clock: Clock) -> APIRouter:
         }
 
     @routes.get("/v1/models")
+    @routes.get("/v1/models/")
     async def list_models(request: Request) -> dict[str, object]:
         caller = await keyring.identify(auth.secret(request.headers))
         data = [describe(model) for model in planner.models(caller)]
@@ -38,7 +39,10 @@ def router(keyring: KeyRing, planner: Planner, clock: Clock) -> APIRouter:
     async def one_model(name: str, request: Request) -> dict[str, object]:
         caller = await keyring.identify(auth.secret(request.headers))
         try:
-            return describe(planner.route(caller, name))
+            model = planner.route(caller, name)
+            if not planner.is_priced(model, clock.now()):
+                raise ModelNotFound(f"No model {name}. GET /v1/models lists yours.", param="model")
+            return describe(model)
         except ModelNotFound:
             raise
         except TeamFault:

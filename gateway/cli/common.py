@@ -22,8 +22,9 @@ from gateway.domain.team import ANY_MODEL, Limits
 from gateway.ports import AlreadyExists, NotKnown
 from gateway.pricefile import PriceFileError
 from gateway.server import listen
-from gateway.settings import ConfigError, Settings, load
-from gateway.stores.sqlite import SQLiteStore, StoreError
+from gateway.settings import ConfigError, Settings, default_config_path, load, shipped
+from gateway.stores.sqlite import SQLiteStore
+from gateway.stores.sqlite_file import StoreError
 
 T = TypeVar("T")
 
@@ -39,8 +40,21 @@ config_option = click.option(
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
-def load_settings(config: Path | None) -> Settings:
-    """The settings; every mistake is printed and the command ends with 2."""
+def load_settings(config: Path | None, *, of_ones_own: bool = False) -> Settings:
+    """The settings; every mistake is printed and the command ends with 2.
+
+    ``of_ones_own``: not the file that ships, whose books nobody would look into.
+    """
+    if (
+        of_ones_own
+        and config is None
+        and default_config_path(os.environ) == shipped("gateway.yaml")
+    ):
+        fail(
+            "no configuration is named: use --config FILE, or set GATEWAY_CONFIG, to that of your "
+            "gateway",
+            EXIT_CONFIG,
+        )
     try:
         return load(config, os.environ)
     except ConfigError as error:

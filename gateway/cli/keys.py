@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def create(
     **limits: int | None,
 ) -> None:
     """Create a key and print its secret, this once."""
-    settings = load_settings(config)
+    settings = load_settings(config, of_ones_own=True)
     if team in settings.teams:
         fail(f"team {team} is declared in {settings.file}; add its key there", EXIT_FAILED)
     now = SystemClock().now()
@@ -88,10 +89,16 @@ def create(
 @config_option
 def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
     """List every key, of the file and of the directory; never a secret."""
-    settings = load_settings(config)
+    settings = load_settings(config, of_ones_own=True)
     declared = _declared(settings)
-    made = with_store(settings, lambda store: store.directory.keys(team))
+
+    async def read(store: SQLiteStore) -> tuple[list[Key], set[str]]:
+        teams = (*settings.teams.values(), *await store.directory.teams())
+        return await store.directory.keys(team), {one.id for one in teams if one.disabled}
+
+    made, disabled = with_store(settings, read)
     found = [one for one in (*declared, *made) if team is None or one.team == team]
+    found = [replace(one, disabled=one.disabled or one.team in disabled) for one in found]
     found.sort(key=lambda one: (one.team, one.id))
     if as_json:
         print_json([_describe(one) for one in found])
@@ -115,7 +122,7 @@ def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
 @config_option
 def revoke(key_id: str, config: Path | None) -> None:
     """Revoke the key with the id KEY, within five seconds, for good."""
-    settings = load_settings(config)
+    settings = load_settings(config, of_ones_own=True)
     for one in _declared(settings):
         if one.id == key_id:
             fail(f"key {key_id} is declared in {settings.file}; remove it there", EXIT_FAILED)

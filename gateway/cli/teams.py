@@ -41,7 +41,7 @@ def create(
     name: str, models: str | None, no_cache: bool, config: Path | None, **limits: int | None
 ) -> None:
     """Create the team NAME, with its limits."""
-    settings = load_settings(config)
+    settings = load_settings(config, of_ones_own=True)
     if not is_team_name(name):
         fail(f"{name!r} is not a team's name: use a-z, 0-9, - and _", EXIT_FAILED)
     if name in settings.teams:
@@ -53,7 +53,8 @@ def create(
         cache_enabled=not no_cache,
     )
     with_store(settings, lambda store: store.directory.create_team(made))
-    click.echo(f"team {name} created; now: gateway key create --team {name}")
+    click.echo(f"team {name} created in {settings.storage.database}")
+    click.echo(f"now: gateway key create --team {name}")
 
 
 @team.command("list")
@@ -61,7 +62,7 @@ def create(
 @config_option
 def list_teams(as_json: bool, config: Path | None) -> None:
     """List every team, of the file and of the directory."""
-    settings = load_settings(config)
+    settings = load_settings(config, of_ones_own=True)
     made = with_store(settings, lambda store: store.directory.teams())
     teams = sorted((*settings.teams.values(), *made), key=lambda one: one.id)
     if as_json:
@@ -85,7 +86,7 @@ def list_teams(as_json: bool, config: Path | None) -> None:
 @config_option
 def revoke(name: str, config: Path | None) -> None:
     """Disable the team NAME and with it all of its keys, within five seconds."""
-    settings = load_settings(config)
+    settings = load_settings(config, of_ones_own=True)
     if name in settings.teams:
         fail(f"team {name} is declared in {settings.file}; disable it there", EXIT_FAILED)
 

@@ -45,7 +45,7 @@ def usage(
     """
     if since is not None and until is not None and until < since:
         raise click.UsageError("--until is before --since")
-    settings = load_settings(config)
+    settings = load_settings(config, of_ones_own=True)
 
     async def read(store: SQLiteStore) -> tuple[list[UsageRow], dict[str, str]]:
         rows = await store.ledger.usage(_day(since), _day(until))

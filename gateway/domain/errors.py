@@ -48,7 +48,8 @@ class GatewayError(Exception):
     """An error with an answer. ``str(error)`` is the message the client reads: no secrets in it.
 
     ``reason`` is the label of the metric and of the log line, from a closed list; ``upstream_rid``
-    is the provider's name for the request, where it gave one.
+    is the provider's name for the request, where it gave one, and ``cost_headers`` say what was booked
+    all the same.
     """
 
     status: int = 500
@@ -77,6 +78,7 @@ class GatewayError(Exception):
         self.retry_after_seconds = retry_after_seconds
         self.close = close
         self.upstream_rid = ""
+        self.cost_headers: tuple[tuple[str, str], ...] = ()
         if code is not None:
             self.code = code
         if status is not None:

@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from gateway.domain.errors import GatewayError, InvalidRequest, QuotaExceeded, RateLimited
 from gateway.domain.ledger import Claim, Claimed, Denied, Held, State
-from gateway.domain.money import say_dollars
+from gateway.domain.money import Money, say_dollars
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
 from gateway.domain.team import Caller
 from gateway.ports import Gate, Ledger
@@ -116,15 +116,27 @@ def _quota_exceeded(denied: Denied, plan: Plan) -> QuotaExceeded:
     day = line.limit.window is Window.DAY
     span = "today" if day else f"for {ends - timedelta(days=1):%B}"
     held = f" and holds {say_dollars(balance.pending)} for running requests" * bool(balance.pending)
+    if bound > amount:
+        period = "day" if day else "month"
+        return QuotaExceeded(
+            f"This request could cost up to {say_dollars(bound)}, more than the whole budget of "
+            f"{say_dollars(amount)} a {period}: waiting does not help."
+            + _cheaper(plan, amount - balance.used)
+        )
     text = (
         f"{_whose(line.limit, plan.caller)} has spent {say_dollars(balance.posted)} of its "
         f"{say_dollars(amount)} {span}{held}; this request could cost up to {say_dollars(bound)}. "
         f"Resets {ends:%Y-%m-%d %H:%M} UTC."
     )
+    return QuotaExceeded(text + _cheaper(plan, amount - balance.used))
+
+
+def _cheaper(plan: Plan, left: Money) -> str:
+    """A way to ask for the same call within what is left, as a sentence."""
     less = cheaper(plan)
-    if less is not None and balance.used + less[1] <= amount:
-        text += f" Cheaper now: {less[0]} (at most {say_dollars(less[1])})."
-    return QuotaExceeded(text)
+    if less is None or less[1] > left:
+        return ""
+    return f" Cheaper now: {less[0]} (at most {say_dollars(less[1])})."
 
 
 def _key_in_use(claimed: Claimed) -> InvalidRequest:

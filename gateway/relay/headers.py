@@ -96,7 +96,7 @@ def of_age(stored_at: datetime, now: datetime) -> Headers:
 def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
     """An error as an answer: OpenAI's shape, and whether another try can help."""
     content = error.content
-    headers = {"content-type": JSON, "x-request-id": rid, **dict(more)}
+    headers = {"content-type": JSON, "x-request-id": rid, **dict(error.cost_headers), **dict(more)}
     wait, retry = error.retry_after_seconds, error.should_retry
     if error.upstream_rid and _is_clean(error.upstream_rid):
         headers["x-upstream-request-id"] = error.upstream_rid

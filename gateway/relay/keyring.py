@@ -54,7 +54,9 @@ class KeyRing:
         whose = f"The key {key.id} of team {team.id}"
         if key.revoked is not None:
             raise InvalidKey(f"{whose} was revoked. Ask the owner of your team for another.")
-        if key.disabled or team.disabled:
+        if team.disabled:
+            raise InvalidKey(f"Team {team.id} is disabled. Ask the gateway's operator.")
+        if key.disabled:
             raise InvalidKey(f"{whose} is disabled. Ask the owner of your team.")
         if key.expires is not None and key.expires <= self._clock.now():
             raise InvalidKey(

@@ -180,6 +180,11 @@ class Planner:
         upstream = self._upstreams[model.target.upstream]
         return self._prices.of(upstream.name, upstream.provider, now.date())
 
+    def is_priced(self, model: Model, now: datetime) -> bool:
+        """Whether a call to it would be priced, or served without a price."""
+        priced = self.prices(model, now).find(model.target.model) is not None
+        return priced or model.unpriced is Unpriced.ALLOW
+
     def _allowed(self, caller: Caller) -> str:
         names = [model.name for model in self.models(caller)]
         if not names:
@@ -220,7 +225,12 @@ class Planner:
         try:
             bound = row.price.bound(call, prices)
         except CannotPrice as error:
-            raise InvalidRequest(str(error), code="model_not_priced", param=error.param) from error
+            raise InvalidRequest(
+                f"{error} That is for the gateway's operator to do.",
+                code="model_not_priced",
+                param=error.param,
+                reason="unpriced",
+            ) from error
         if most is not None and bound.amount > most:
             raise InvalidRequest(
                 f"This request could cost up to {say_dollars(bound.amount)}, and team "
@@ -233,8 +243,13 @@ class Planner:
 
     def _unpriced_bound(self, caller: Caller, model: Model, most: Money | None) -> Bound:
         if model.unpriced is Unpriced.REFUSE:
+            near = self._catalogue.nearest(model.name) if model.label else None
+            meant = near is not None and caller.may_use(near.name)
+            hint = (
+                f" Did you mean {near.name}? GET /v1/models lists yours." if near and meant else ""
+            )
             raise InvalidRequest(
-                f"{model.name} has no price on this gateway, so nothing is bought. "
+                f"{model.name} has no price on this gateway, so nothing is bought.{hint} "
                 "Ask the gateway's operator to add one.",
                 code="model_not_priced",
                 param="model",

@@ -117,6 +117,8 @@ class Purchases:
             marks.settled = self._clock.monotonic()
             receipt = _with_purchase(so_far, reply, settlement, entry, marks.timings(so_far))
             if landing.error is not None:
+                if settlement.event is not Event.VOID:
+                    landing.error.cost_headers = headers.of_cost(receipt.cost, receipt.basis)
                 await _break_off(flight, spool, landing.error)
                 return failed_receipt(receipt, landing.error)
             await self._keep(plan, landing, spool, settlement)

@@ -115,9 +115,8 @@ def reader_for(
     takes_forms = operation is Operation.EDIT
     if media != JSON_TYPE and not (takes_forms and media == FORM_TYPE):
         wanted = f"{FORM_TYPE} or {JSON_TYPE}" if takes_forms else JSON_TYPE
-        raise UnsupportedMedia(
-            f"{operation.path} takes {wanted}, not {media[:80] or 'a body without Content-Type'!r}."
-        )
+        given = f"not {media[:80]!r}" if media else "and this request has no Content-Type"
+        raise UnsupportedMedia(f"{operation.path} takes {wanted}, {given}.")
     if content_encoding and content_encoding.strip().lower() != "identity":
         raise UnsupportedMedia(
             f"Content-Encoding {content_encoding[:80]!r} is not taken: send the body uncompressed."
@@ -395,10 +394,14 @@ def _put(fields: dict[str, Json], name: str, value: Json) -> None:
         if not isinstance(items, list):
             raise _duplicate(name)
         items.append(value)
-    elif last in place:
+    elif last not in place:
+        place[last] = value
+    elif name in KNOWN or len(path) > 1:
         raise _duplicate(name)
     else:
-        place[last] = value
+        # Nobody here knows what it means twice: it is passed on, and all of it is the call's.
+        before = place[last]
+        place[last] = [*before, value] if isinstance(before, list) else [before, value]
 
 
 def _call(

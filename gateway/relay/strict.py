@@ -6,18 +6,17 @@ a model of no known family is held to nothing but what holds for all of them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from gateway.domain.call import Call, Encoding, InputImage, Json, Operation
 from gateway.domain.errors import InvalidRequest
+from gateway.domain.price import parse_size
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _ANSWER = ("low", "medium", "high", "auto")
 _ANSWER_MORE = ("low", "medium", "high", "xhigh", "max", "auto")
 _FIXED_SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))
-_SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 _STEP, _MAX_RATIO, _MAX_EDGE = 16, 3, 3840
 _MIN_PIXELS, _MAX_PIXELS = 655_360, 8_294_400
 _MAX_MASK_BYTES = 4 << 20
@@ -86,7 +85,7 @@ def _check_choices(call: Call) -> None:
 
 
 def _check_size(call: Call) -> None:
-    if call.size != "auto" and not _SIZE.fullmatch(call.size):
+    if call.size != "auto" and not parse_size(call.size):
         raise _refusal(
             f"Invalid size {call.size[:32]!r}: write 'auto' or WIDTHxHEIGHT like 1024x1024.",
             "size",
@@ -215,10 +214,10 @@ def _check_family(call: Call, model: str, family: _Family) -> None:
     _choose("input_fidelity", fidelity, family.fidelities)
     if not family.markup and any(picture.role == "markup" for picture in call.inputs):
         raise _refusal(f"{model} takes no 'markup'.", "markup", "unknown_parameter")
-    match = _SIZE.fullmatch(call.size)
-    if match is None:
+    pixels = parse_size(call.size)
+    if pixels is None:
         return
-    width, height = int(match[1]), int(match[2])
+    width, height = pixels
     if family.sizes:
         nearest = min(
             family.sizes,

@@ -7,6 +7,7 @@ delivered ``UpstreamBroken`` (money.md 8.1). No text names the upstream's addres
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -40,6 +41,8 @@ from gateway.upstream.wire import (
     Wire,
     WireRequest,
 )
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5.0
 SANDBOX_KEY = "sk-sandbox"
@@ -181,6 +184,14 @@ class Account:
         return self._keys[next(self._turns) % len(self._keys)].reveal()
 
     def _not_sent(self, error: NotSent) -> GatewayError:
+        log.warning(
+            "an upstream was not reached",
+            extra={
+                "upstream": self._name,
+                "reason": error.reason.value,
+                "error": str(error.__cause__ or error),
+            },
+        )
         if error.reason is Reason.POOL:
             return Overloaded(
                 f"Every connection to the upstream {self._name} is busy. Nothing was bought; "
@@ -191,7 +202,7 @@ class Account:
         if error.reason is Reason.TLS:
             return UpstreamUnavailable(
                 f"The upstream {self._name} cannot be trusted: its TLS handshake failed. Nothing "
-                "was bought. Ask the owner of this gateway.",
+                "was bought. Ask the gateway's operator.",
                 status=502,
                 code="upstream_tls",
                 reason=error.reason,

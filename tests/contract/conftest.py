@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from gateway.stores.redis import Client, connect
+from gateway.stores.redis_link import Client, connect
 from tests.valkey import Valkey, run_valkey
 
 

@@ -18,7 +18,8 @@ from gateway.ports import Cache, Cached, CachedMeta
 from gateway.stores.blobs import DiskCache
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.memory import MemoryCache
-from gateway.stores.redis import Client, RedisCache, connect
+from gateway.stores.redis_cache import RedisCache
+from gateway.stores.redis_link import Client, connect
 from gateway.stores.tiered import TieredCache
 from tests.clock import StillClock
 from tests.valkey import Valkey, eventually, pieces

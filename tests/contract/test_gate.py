@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
 from gateway.ports import Gate
 from gateway.stores.memory import MemoryGate, interval_us
-from gateway.stores.redis import RedisGate, connect
+from gateway.stores.redis_gate import RedisGate
+from gateway.stores.redis_link import connect
 from tests.clock import StillClock
 from tests.valkey import Valkey
 

@@ -14,7 +14,9 @@ import pytest
 
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
 from gateway.ports import CachedMeta
-from gateway.stores.redis import Client, RedisCache, RedisGate, StoreAway, connect
+from gateway.stores.redis_cache import RedisCache
+from gateway.stores.redis_gate import RedisGate
+from gateway.stores.redis_link import Client, StoreAway, connect
 from gateway.stores.tiered import TieredCache
 from tests.clock import StillClock
 from tests.valkey import LossyWire, Valkey, eventually, pieces, run_valkey

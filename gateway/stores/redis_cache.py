@@ -1,0 +1,182 @@
+"""A cache that all replicas share, in Redis 7+ or Valkey.
+
+It never raises for a Redis that is away: it misses.
+"""
+
+from __future__ import annotations
+
+import secrets
+import weakref
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from gateway.ports import Cached, CachedMeta, Clock
+from gateway.stores.cachemeta import decode, encode
+from gateway.stores.kept import Kept
+from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Script, StoreAway
+
+DATA_SECONDS = 2.0
+"""What one piece of an answer, or all pieces of one that is read, may take."""
+PIECE_BYTES = 1024 * 1024
+STAGING_MS = 60_000
+MAX_HELD_BYTES = 1024 * 1024 * 1024
+"""Of answers that slow clients are still reading, each a copy; beyond it, misses."""
+
+_PIECE = Script.load("cache_piece.lua")
+_KEEP = Script.load("cache_keep.lua")
+
+
+class RedisCache:
+    """Answers in one hash each: ``meta``, and pieces of up to 1 MiB named ``<generation>:<i>``.
+
+    A put goes to a staging key and is renamed at the end, so that a part is never seen; pieces
+    carry their put's generation, so that a get that straddles two puts misses and never mixes
+    them. A get fetches everything before it answers, because a failure in the middle would cut
+    an answer whose headers have left: ``max_entry_bytes`` bounds that memory.
+
+    Owns ``client`` and closes it; give it a patient one: ``connect(url, timeout=2.0)``.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        clock: Clock,
+        *,
+        max_entry_bytes: int = 32 * 1024 * 1024,
+        piece_bytes: int = PIECE_BYTES,
+        deadline_seconds: float = GATE_SECONDS,
+        pause_seconds: float = 1.0,
+        on_error: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._link = Link(client, probe="gwc:probe", pause=pause_seconds, on_error=on_error)
+        self._clock = clock
+        self._max_entry_bytes = max_entry_bytes
+        self._piece_bytes = piece_bytes
+        self._deadline = deadline_seconds
+        self._held = 0
+
+    @property
+    def degraded(self) -> bool:
+        return self._link.failing
+
+    async def get(self, key: str) -> Cached | None:
+        try:
+            header = await self._link.call(partial(self._read, key, "meta"), self._deadline)
+            if header is None:
+                return None
+            meta, document = decode(header)
+            if self._held + meta.size_bytes > MAX_HELD_BYTES:
+                return None
+            # One deadline over all pieces: a slow Redis must lose against asking again.
+            pieces = await self._link.call(
+                partial(self._pieces, key, str(document["put"]), int(document["pieces"])),
+                DATA_SECONDS,
+            )
+        except (StoreAway, ValueError, KeyError, TypeError):
+            return None
+        left = float(document["expires"]) - self._clock.now().timestamp()
+        if pieces is None or sum(map(len, pieces)) != meta.size_bytes or left <= 0:
+            return None
+        answer = _Pieces(pieces)
+        self._held += meta.size_bytes
+        weakref.finalize(answer, self._let_go, meta.size_bytes)
+        return Kept(meta, answer.iterate, left)
+
+    def _let_go(self, size_bytes: int) -> None:
+        self._held -= size_bytes
+
+    async def put(
+        self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
+    ) -> None:
+        if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes or self._link.down:
+            return
+        generation = secrets.token_hex(8)
+        staging = f"{_name(key)}:{generation}"
+        try:
+            pieces, size = await self._stage(staging, generation, chunks)
+            if size == meta.size_bytes:
+                expires = self._clock.now().timestamp() + ttl_seconds
+                header = encode(meta, {"put": generation, "pieces": pieces, "expires": expires})
+                await self._run(_KEEP, (staging, _name(key)), header, round(ttl_seconds * 1000))
+                return
+        except StoreAway:
+            # Whatever was staged ends by its own time to live.
+            return
+        except BaseException:
+            await self._forget(staging)
+            raise
+        await self._forget(staging)
+
+    async def delete(self, key: str) -> None:
+        await self._forget(_name(key))
+
+    async def ping(self) -> None:
+        """Raises ``StoreAway``."""
+        await self._link.ping()
+
+    async def aclose(self) -> None:
+        await self._link.aclose()
+
+    async def _read(self, key: str, field: str) -> bytes | None:
+        found: bytes | None = await self._link.client.execute_command("HGET", _name(key), field)
+        return found
+
+    async def _pieces(self, key: str, generation: str, count: int) -> tuple[bytes, ...] | None:
+        found: list[bytes] = []
+        for i in range(count):
+            piece = await self._read(key, f"{generation}:{i}")
+            if piece is None:
+                return None
+            found.append(piece)
+        return tuple(found)
+
+    async def _stage(
+        self, staging: str, generation: str, chunks: AsyncIterator[bytes]
+    ) -> tuple[int, int]:
+        """How many pieces were stored, and how many bytes came (-1: more than are kept)."""
+        buffer = bytearray()
+        pieces = size = 0
+        async for chunk in chunks:
+            size += len(chunk)
+            if size > self._max_entry_bytes:
+                return pieces, -1
+            buffer += chunk
+            while len(buffer) >= self._piece_bytes:
+                await self._store(staging, f"{generation}:{pieces}", buffer)
+                pieces += 1
+        if buffer:
+            await self._store(staging, f"{generation}:{pieces}", buffer)
+            pieces += 1
+        return pieces, size
+
+    async def _store(self, staging: str, field: str, buffer: bytearray) -> None:
+        """Moves one piece from the front of ``buffer`` to Redis."""
+        piece = bytes(memoryview(buffer)[: self._piece_bytes])
+        del buffer[: self._piece_bytes]
+        await self._run(_PIECE, (staging,), field, piece, STAGING_MS)
+
+    async def _run(self, script: Script, keys: Sequence[str], *args: object) -> None:
+        await self._link.call(partial(script.run, self._link.client, keys, *args), DATA_SECONDS)
+
+    async def _forget(self, name: str) -> None:
+        try:
+            await self._link.call(
+                partial(self._link.client.execute_command, "UNLINK", name), self._deadline
+            )
+        except StoreAway:
+            return
+
+
+@dataclass(frozen=True, slots=True, weakref_slot=True)
+class _Pieces:
+    pieces: tuple[bytes, ...]
+
+    async def iterate(self) -> AsyncIterator[bytes]:
+        for piece in self.pieces:
+            yield piece
+
+
+def _name(key: str) -> str:
+    # The hash tag keeps an entry and its staging key on one node of a cluster.
+    return f"gwc:{{{key}}}"
