@@ -54,7 +54,7 @@ from gateway.stores.memory import MemoryCache, MemoryGate
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import StoreAway, connect
-from gateway.stores.sqlite import SQLiteStore
+from gateway.stores.sqlite import SQLiteStore, keys_in
 from gateway.stores.sqlite_file import StoreError
 from gateway.stores.tiered import TieredCache
 from gateway.telemetry.log import RequestLog
@@ -316,6 +316,12 @@ def read_pepper(settings: Settings) -> bytes:
     path = settings.storage.database.parent / PEPPER_FILE
     try:
         if not path.exists():
+            known = keys_in(settings.storage.database)
+            if known:
+                raise StoreError(
+                    f"{path} is missing, and {known} keys in {settings.storage.database} were made "
+                    "with it. Restore it from a backup, or set storage.pepper to what it held"
+                )
             _make_pepper(path)
         pepper = path.read_bytes().strip()
     except OSError as error:

@@ -48,8 +48,8 @@ class GatewayError(Exception):
     """An error with an answer. ``str(error)`` is the message the client reads: no secrets in it.
 
     ``reason`` is the label of the metric and of the log line, from a closed list; ``upstream_rid``
-    is the provider's name for the request, where it gave one, and ``cost_headers`` say what was booked
-    all the same.
+    is the provider's name for the request, where it gave one, and ``cost_headers`` say what was
+    booked all the same.
     """
 
     status: int = 500

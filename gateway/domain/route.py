@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from enum import StrEnum
 
 WILDCARD = "*"
+OTHER = "other"
+"""The label of every model that no entry names."""
 
 
 class Unpriced(StrEnum):
@@ -58,7 +60,7 @@ class Catalogue:
             unpriced=rule.unpriced,
             strict=rule.strict,
             cache_enabled=rule.cache_enabled,
-            label="other",
+            label=OTHER,
         )
 
     def nearest(self, name: str) -> Model | None:

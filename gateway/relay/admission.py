@@ -119,8 +119,8 @@ def _quota_exceeded(denied: Denied, plan: Plan) -> QuotaExceeded:
     if bound > amount:
         period = "day" if day else "month"
         return QuotaExceeded(
-            f"This request could cost up to {say_dollars(bound)}, more than the whole budget of "
-            f"{say_dollars(amount)} a {period}: waiting does not help."
+            f"{_whose(line.limit, plan.caller)} may spend {say_dollars(amount)} a {period} in all; "
+            f"this request could cost up to {say_dollars(bound)}, so waiting does not help."
             + _cheaper(plan, amount - balance.used)
         )
     text = (

@@ -15,7 +15,7 @@ from gateway.domain.money import Money, say_dollars
 from gateway.domain.price import Bound, CannotPrice, Confidence, PriceBook, PriceList
 from gateway.domain.quota import Demand, Limit, Unit, period
 from gateway.domain.receipt import CacheResult
-from gateway.domain.route import Catalogue, Model, Unpriced
+from gateway.domain.route import OTHER, Catalogue, Model, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
 from gateway.ports import Cache, Cached, Upstream
 from gateway.relay.strict import validate_strict
@@ -243,11 +243,10 @@ class Planner:
 
     def _unpriced_bound(self, caller: Caller, model: Model, most: Money | None) -> Bound:
         if model.unpriced is Unpriced.REFUSE:
-            near = self._catalogue.nearest(model.name) if model.label else None
-            meant = near is not None and caller.may_use(near.name)
-            hint = (
-                f" Did you mean {near.name}? GET /v1/models lists yours." if near and meant else ""
-            )
+            near = self._catalogue.nearest(model.name) if model.label == OTHER else None
+            hint = ""
+            if near is not None and caller.may_use(near.name):
+                hint = f" Did you mean {near.name}? GET /v1/models lists yours."
             raise InvalidRequest(
                 f"{model.name} has no price on this gateway, so nothing is bought.{hint} "
                 "Ask the gateway's operator to add one.",

@@ -11,6 +11,7 @@ import json
 import logging
 import sqlite3
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -45,7 +46,14 @@ from gateway.domain.transition import (
     usage_day,
 )
 from gateway.ports import AlreadyExists, NotKnown
-from gateway.stores.sqlite_file import BUSY_SECONDS, Reader, Writer, one_number, open_database
+from gateway.stores.sqlite_file import (
+    BUSY_SECONDS,
+    Reader,
+    StoreError,
+    Writer,
+    one_number,
+    open_database,
+)
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -517,3 +525,17 @@ def _micros(instant: datetime) -> int:
 
 def _instant(micros: int | None) -> datetime | None:
     return None if micros is None else EPOCH + micros * MICROSECOND
+
+
+def keys_in(path: Path) -> int:
+    """How many keys the directory in a database file has; 0 where there is no such file yet.
+
+    Raises ``StoreError``.
+    """
+    if not path.exists():
+        return 0
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            return one_number(db, "SELECT count(*) FROM key")
+    except sqlite3.Error as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error

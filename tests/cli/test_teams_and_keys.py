@@ -51,7 +51,10 @@ def test_a_team_with_everything(say: Say, ask: Ask, config: Path) -> None:
         "--config", config,
     )  # fmt: skip
     assert said.exit_code == 0
-    assert said.stdout == "team design created; now: gateway key create --team design\n"
+    assert said.stdout.splitlines() == [
+        f"team design created in {config.parent / 'data' / 'gateway.db'}",
+        "now: gateway key create --team design",
+    ]
     growth, design = sorted(
         ask("team", "list", "--json", "--config", config), key=lambda team: not team["declared"]
     )
@@ -208,6 +211,22 @@ def test_a_broken_configuration_is_named_first(say: Say, config: Path) -> None:
         said = say(*command.split(), "--config", config)
         assert said.exit_code == 2
         assert f"{config}:1:" in said.stderr
+
+
+def test_a_pepper_that_is_lost(say: Say, config: Path) -> None:
+    """A new one would make every key unknown, without a word."""
+    named = ("--config", str(config))
+    assert say("team", "create", "design", *named).exit_code == 0
+    assert say("key", "create", "--team", "design", *named).exit_code == 0
+    pepper = config.parent / "data" / "gateway.pepper"
+    kept = pepper.read_bytes()
+    pepper.unlink()
+    for command in (("key", "create", "--team", "design"), ("serve",)):
+        said = say(*command, *named)
+        assert said.exit_code == 1
+        assert said.stderr.startswith(f"{pepper} is missing, and 1 keys in ")
+    pepper.write_bytes(kept)
+    assert say("key", "list", *named).exit_code == 0
 
 
 def test_a_pepper_that_is_none(say: Say, config: Path) -> None:

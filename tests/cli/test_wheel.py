@@ -116,9 +116,14 @@ def test_the_commands_work_far_from_the_repository(installed: Path, tmp_path: Pa
     assert checked.returncode == 0, checked.stderr
     assert checked.stdout.startswith(f"{installed.parent}/lib/")
     assert "gateway/_config/gateway.yaml: ok" in checked.stdout
+    # The books of the file that ships are nobody's: a key made there would work nowhere.
     listed = gateway(installed, tmp_path, "team", "list")
+    assert listed.returncode == 2
+    assert "no configuration is named: use --config FILE" in listed.stderr
+    own = tmp_path / "gateway.yaml"
+    own.write_text("server: {port: 0}\n")
+    listed = gateway(installed, tmp_path, "team", "list", "--config", str(own))
     assert listed.returncode == 0, listed.stderr
-    # Its state is kept where it was started, not among the installed packages.
     assert (tmp_path / "data" / "gateway.db").exists()
 
 

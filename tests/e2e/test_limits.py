@@ -159,10 +159,13 @@ async def test_declared_keys_expire_and_are_switched_off(start: Start, clock: Te
             f"The key {row.key_id} of team growth expired on 2026-11-24 00:00 UTC. Ask the owner "
             "of your team for another."
         )
-        for key, team in (("growth-old-key-0123456789abcdef", "growth"), (OTHER_KEY, "design")):
+        for key, text in (
+            ("growth-old-key-0123456789abcdef", "of team growth is disabled. Ask the owner of"),
+            (OTHER_KEY, "Team design is disabled. Ask the gateway's operator."),
+        ):
             error = await refused(gateway, key)
             assert (error.status_code, error.code) == (401, "invalid_api_key")
-            assert said(error).endswith(f"of team {team} is disabled. Ask the owner of your team.")
+            assert text in said(error)
         await ask(gateway, KEY)
 
 

@@ -379,8 +379,8 @@ async def test_what_can_never_fit(
         ),
         (
             *(team_line(0), Balance()),
-            "Team growth has spent $0.00 of its $0.00 for November; this request could cost up "
-            "to $0.21. Resets 2026-12-01 00:00 UTC.",
+            "Team growth may spend $0.00 a month in all; this request could cost up to $0.21, so "
+            "waiting does not help.",
         ),
     ],
 )

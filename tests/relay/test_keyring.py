@@ -157,7 +157,7 @@ async def test_a_mistyped_key(bench: Bench) -> None:
         ),
         (
             *(replace(GROWTH, disabled=True), KEY),
-            "The key abc123def4 of team growth is disabled. Ask the owner of your team.",
+            "Team growth is disabled. Ask the gateway's operator.",
         ),
         (
             *(GROWTH, replace(KEY, expires=NOW)),

@@ -489,7 +489,7 @@ async def test_a_call_without_a_bound() -> None:
     bench = Bench(price=ByQuality({}, refuses="high"))
     error = await bench.refused(InvalidRequest, a_call())
     assert (error.message, error.code, error.param) == (
-        "This has no price.",
+        "This has no price. That is for the gateway's operator to do.",
         "model_not_priced",
         "quality",
     )
