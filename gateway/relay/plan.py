@@ -180,11 +180,6 @@ class Planner:
         upstream = self._upstreams[model.target.upstream]
         return self._prices.of(upstream.name, upstream.provider, now.date())
 
-    def is_priced(self, model: Model, now: datetime) -> bool:
-        """Whether a call to it would be priced, or served without a price."""
-        priced = self.prices(model, now).find(model.target.model) is not None
-        return priced or model.unpriced is Unpriced.ALLOW
-
     def _allowed(self, caller: Caller) -> str:
         names = [model.name for model in self.models(caller)]
         if not names:

@@ -195,8 +195,8 @@ async def test_what_cost_more_than_its_bound_is_booked_and_counts(
 async def test_a_budget_of_nothing_buys_nothing(start: Start) -> None:
     async with start(budget(month=0)) as gateway:
         assert said(await refused(gateway)) == (
-            "Team growth has spent $0.00 of its $0.00 for November; this request could cost up to "
-            "$0.006. Resets 2026-12-01 00:00 UTC."
+            "Team growth may spend $0.00 a month in all; this request could cost up to $0.006, so "
+            "waiting does not help."
         )
         assert len(gateway.sandbox.journal) == 0
 
