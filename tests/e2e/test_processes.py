@@ -490,5 +490,5 @@ def test_a_start_is_refused_in_one_line(tmp_path: Path, sandbox: SandboxServer) 
         assert "restore it from a backup" in said.result()
         assert path.read_bytes() == damaged[name], "nothing is made anew"
     assert f"{tmp_path}/folder/file/gateway.db cannot be opened" in no_folder.result()
-    assert no_blobs.result().startswith(f"{tmp_path}/blobs/file/spool")
+    assert no_blobs.result().startswith(f"storage.blobs {tmp_path}/blobs/file cannot be written")
     assert f"port {port} of 127.0.0.1 is taken" in no_port.result()
