@@ -59,6 +59,12 @@ async def _serve(settings: Settings, host: str, port: int) -> None:
             socket = stack.enter_context(open_socket(host, settings.server.metrics_port))
             watching = asyncio.create_task(monitor.serve([socket]))
             stack.push_async_callback(_stop, monitor, watching)
+        if not settings.declared_keys and not await gateway.directory.keys():
+            click.echo(
+                "warning: nobody has a key yet: declare a team in the configuration, or make one "
+                "with gateway team create and gateway key create",
+                err=True,
+            )
         click.echo(f"gateway: serving on {origin_of(listening)}/v1", err=True)
         # What was built so far lives as long as the process: the collector need not look at it.
         gc.freeze()
