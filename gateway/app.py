@@ -418,6 +418,7 @@ def _cache(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
         metrics.add("gateway_cache_errors_total", operation="store")
 
     front = MemoryCache(clock, max_bytes=cache.memory_bytes, max_entry_bytes=cache.max_entry_bytes)
+    metrics.watch("gateway_cache_bytes", lambda: front.bytes_held, where="memory")
     url = cache.redis or settings.storage.redis
     if url is not None:
         client = connect(url.reveal(), timeout=CACHE_TIMEOUT_SECONDS)
@@ -426,7 +427,9 @@ def _cache(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
         )
     else:
         folder = settings.storage.blobs / "cache"
-        back = DiskCache(folder, clock, max_bytes=cache.max_bytes, on_error=failed)
+        disk = DiskCache(folder, clock, max_bytes=cache.max_bytes, on_error=failed)
+        metrics.watch("gateway_cache_bytes", lambda: disk.bytes_held, where="disk")
+        back = disk
     return TieredCache(front, back)
 
 

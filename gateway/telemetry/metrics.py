@@ -6,7 +6,7 @@ of counters, not of histograms, and beyond ``MAX_TEAMS`` they share the label ``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -86,6 +86,8 @@ TABLE = (
          "Bytes of bodies and answers held now, in memory and in spool files."),
     Spec("gateway_cache_total", Kind.COUNTER, ("result",),
          "Looks into the cache: hit, miss, or off."),
+    Spec("gateway_cache_bytes", Kind.GAUGE, ("where",),
+         "Bytes of answers kept by this process: in memory, and on disk where it is the cache."),
     Spec("gateway_cache_errors_total", Kind.COUNTER, ("operation",),
          "Operations of the cache that failed; each was a miss."),
     Spec("gateway_response_bytes_total", Kind.COUNTER, ("endpoint",),
@@ -151,6 +153,13 @@ class Metrics:
         if not isinstance(metric, Gauge):
             raise TypeError(f"{name} is not a gauge")
         (metric.labels(**labels) if labels else metric).set(value)
+
+    def watch(self, name: str, look: Callable[[], float], /, **labels: str) -> None:
+        """A gauge that is looked up whenever it is read."""
+        metric = self._metrics[name]
+        if not isinstance(metric, Gauge):
+            raise TypeError(f"{name} is not a gauge")
+        (metric.labels(**labels) if labels else metric).set_function(look)
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
         """Adds to a histogram."""

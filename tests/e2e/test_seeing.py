@@ -176,6 +176,10 @@ async def test_what_is_under_way_is_seen(start: Start, sandbox: SandboxServer) -
         seen = await gateway.metrics()
         assert seen["gateway_inflight_requests"] == 0
         assert seen['gateway_inflight_bytes{where="memory"}'] == 0
+        assert seen['gateway_cache_bytes{where="memory"}'] > 0
+        assert (
+            seen['gateway_cache_bytes{where="disk"}'] > seen['gateway_cache_bytes{where="memory"}']
+        )
 
 
 async def test_the_metrics_are_prometheus_text(gateway: GatewayUnderTest) -> None:

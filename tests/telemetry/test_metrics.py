@@ -145,6 +145,7 @@ COMPOSED = {
     "gateway_inflight_requests",
     "gateway_inflight_bytes",
     "gateway_cache_errors_total",
+    "gateway_cache_bytes",
     "gateway_gate_degraded",
     "gateway_ledger_open_holds",
     "gateway_ledger_unresolved_usd",
