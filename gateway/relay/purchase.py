@@ -112,16 +112,13 @@ class Purchases:
                 _name_it(landing.error, flight.rid, _upstream_rid(reply))
             elif plan.call.stream:
                 marks.first = marks.first or marks.landed
-            settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
-            entry = await self._settle(settlement)
-            marks.settled = self._clock.monotonic()
+            settlement, entry = await self._book(flight, plan, landing, spool, marks)
             receipt = _with_purchase(so_far, reply, settlement, entry, marks.timings(so_far))
             if landing.error is not None:
                 if settlement.event is not Event.VOID:
                     landing.error.cost_headers = headers.of_cost(receipt.cost, receipt.basis)
                 await _break_off(flight, spool, landing.error)
                 return failed_receipt(receipt, landing.error)
-            await self._keep(plan, landing, spool, settlement)
             said = (
                 *said,
                 *headers.of_cost(receipt.cost, receipt.basis),
@@ -203,6 +200,21 @@ class Purchases:
 
         meter = EventMeter(call.operation, upstream)
         return await land_events(reply, spool, meter, call.n, begin, as_json=not call.stream)
+
+    async def _book(
+        self, flight: Flight, plan: Plan, landing: Landing, spool: Spool, marks: Marks
+    ) -> tuple[Settlement, Entry | None]:
+        """Settles and keeps. A fault of our own in between ends a stream that has begun with an
+        error: it must not look whole."""
+        try:
+            settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
+            entry = await self._settle(settlement)
+            marks.settled = self._clock.monotonic()
+            await self._keep(plan, landing, spool, settlement)
+        except Exception:
+            await _break_off(flight, spool, crash(flight.rid))
+            raise
+        return settlement, entry
 
     async def _settle(self, settlement: Settlement) -> Entry | None:
         """Books the ending. None: the ledger is away, and it goes on being tried behind the

@@ -17,6 +17,7 @@ from openai.types import (
 
 from gateway.domain.ledger import UsageRow
 from gateway.domain.receipt import Receipt
+from gateway.relay import purchase
 from gateway.sandbox.rules import Rule
 from tests.running import MODEL, GatewayUnderTest, Start
 from tests.upstream.raw_server import Peer, raw_server
@@ -462,3 +463,26 @@ async def test_a_stream_that_comes_byte_by_byte_is_the_same_stream(start: Start)
         answer = await http.post("/images/generations", json={**ASKED, "stream": True})
         assert answer.content == body
         assert (await booked(gateway)).cost == COST
+
+
+async def test_a_fault_of_our_own_does_not_end_a_stream_as_if_it_were_whole(
+    gateway: GatewayUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(purchase, "charge", broken)
+    seen: list[str] = []
+    async with gateway.sdk() as sdk:
+        stream = await sdk.images.generate(
+            model=MODEL, prompt="p", quality="low", stream=True, partial_images=1
+        )
+
+        async def watch() -> None:
+            async for event in stream:
+                seen.append(event.type)
+
+        with pytest.raises(APIError) as raised:
+            await watch()
+    assert seen == ["image_generation.partial_image"]
+    assert raised.value.code == "internal_error"
