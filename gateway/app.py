@@ -36,7 +36,7 @@ from gateway.domain.quota import Scope as Owner
 from gateway.domain.quota import Unit, period
 from gateway.domain.route import Unpriced
 from gateway.domain.team import Key, Team
-from gateway.ports import Cache, Clock, Directory, Gate, Ledger, Telemetry, Upstream
+from gateway.ports import Cache, Clock, Directory, Gate, Ledger, StoreError, Telemetry, Upstream
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.admission import Admission
 from gateway.relay.body import Room
@@ -55,7 +55,6 @@ from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import StoreAway, connect
 from gateway.stores.sqlite import SQLiteStore, keys_in
-from gateway.stores.sqlite_file import StoreError
 from gateway.stores.tiered import TieredCache
 from gateway.telemetry.log import RequestLog
 from gateway.telemetry.metrics import Metrics
@@ -295,6 +294,8 @@ def _refuse(settings: Settings, mistakes: Sequence[str]) -> None:
 
 def open_store(settings: Settings) -> SQLiteStore:
     """The ledger and the directory. Raises ``StoreError``."""
+    if not isinstance(settings.storage.database, Path):
+        raise StoreError("PostgreSQL does not exist in this version")
     return SQLiteStore.open(settings.storage.database, on_conflict=_conflict)
 
 
@@ -313,13 +314,16 @@ def read_pepper(settings: Settings) -> bytes:
     configured = settings.storage.pepper
     if configured:
         return configured.reveal().encode()
-    path = settings.storage.database.parent / PEPPER_FILE
+    database = settings.storage.database
+    if not isinstance(database, Path):
+        raise StoreError("storage.pepper must be set where the database is shared")
+    path = database.parent / PEPPER_FILE
     try:
         if not path.exists():
-            known = keys_in(settings.storage.database)
+            known = keys_in(database)
             if known:
                 raise StoreError(
-                    f"{path} is missing, and {known} keys in {settings.storage.database} were made "
+                    f"{path} is missing, and {known} keys in {database} were made "
                     "with it. Restore it from a backup, or set storage.pepper to what it held"
                 )
             _make_pepper(path)

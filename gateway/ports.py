@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
+from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.call import Call, Edit, Usage
 from gateway.domain.ledger import (
     Balance,
@@ -67,6 +68,14 @@ class Directory(Protocol):
     async def revoke_key(self, key_id: str, at: datetime) -> Key:
         """Revoking twice keeps the first date. Raises ``NotKnown``."""
 
+    async def rehash_key(self, old: bytes, new: bytes) -> None:
+        """A key's digest under another pepper. Harmless where nothing has ``old`` any more."""
+
+    async def declared_id(self, digests: Sequence[bytes], proposed: str) -> str:
+        """The id of a key that the file declares: the one it got when one of its ``digests``
+        (newest pepper first) was first seen, else ``proposed``, remembered from now on for all
+        of them. So the books of a key outlive a change of the pepper."""
+
     async def ping(self) -> None: ...
 
 
@@ -115,8 +124,15 @@ class Ledger(Protocol):
     async def replay(self, replay: Replay) -> None:
         """Counts a cached answer. Not awaited by the client's answer, not durable before it."""
 
-    async def sweep(self, now: datetime, limit: int = 100) -> list[Entry]:
-        """Expires the holds whose lease ended before ``now``, oldest first."""
+    async def sweep(
+        self, now: datetime, limit: int = 100, silent_before: datetime | None = None
+    ) -> list[Entry]:
+        """Expires the holds whose lease ended before ``now``, oldest first.
+
+        With ``silent_before``, also those of workers that have beaten (``Upkeep.beat``), but not
+        since then: they are dead, and what they bought is charged at its bound. Several replicas
+        may sweep at once; each hold is expired by one.
+        """
 
     async def balances(self, lines: Sequence[Line]) -> list[Balance]: ...
 
@@ -129,6 +145,103 @@ class Ledger(Protocol):
         """What is posted only because its outcome is unknown, in nano-dollars."""
 
     async def ping(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+class Books(Protocol):
+    """The ledger as a person reads and mends it. Same store, same transactions, same errors."""
+
+    async def find(self, rid: str) -> Hold | None:
+        """A reservation by its id; None where there is none, or it was forgotten."""
+
+    async def journal(self, rid: str) -> list[JournalLine]:
+        """What happened to a reservation, oldest first."""
+
+    async def unresolved(self, limit: int = 100, after: str = "") -> list[Hold]:
+        """Holds that ask for a look: expired ones, and posted ones with a flag that says their cost
+        may be wrong (``transition.DOUBTFUL``). By rid, those behind ``after``."""
+
+    async def correct(self, correction: Correction) -> Entry:
+        """Posts what a call did cost, by ``transition.corrected``. Idempotent by the correction's
+        id; ``applied`` is False for a hold that still runs. Raises ``NotKnown``, ``ValueError``
+        for a negative cost."""
+
+    async def adjust(self, adjustment: Adjustment) -> bool:
+        """Moves a team's balances and its day's usage. False where its id was applied before."""
+
+    async def audit(self) -> list[Discrepancy]:
+        """Adds everything up a second way (I2 of money.md); empty where the books are right.
+
+        Every account: posted is the sum of its holds' costs, adjustments and forgotten holds;
+        pending is the sum of its open bounds. All days of usage cost what all holds, adjustments
+        and forgotten holds cost.
+        """
+
+
+class Upkeep(Protocol):
+    """What keeps the books in order while nobody looks. Same store as ``Ledger``."""
+
+    async def beat(self, worker: str, now: datetime) -> None:
+        """This worker lives. Silent workers without open holds are forgotten after a day."""
+
+    async def forget(self, before: datetime, limit: int = 1000) -> int:
+        """Deletes posted and voided holds reserved before then, and their journal lines, rolled up
+        per account so that ``Books.audit`` still adds up; returns how many. Balances and daily
+        usage stay for ever; expired holds stay until somebody resolves them."""
+
+    async def claim_notice(
+        self, account: str, mark: str, now: datetime, lease_seconds: float
+    ) -> bool:
+        """Whether this caller is the one to say that ``account`` has passed ``mark``: True once,
+        and again after the lease where ``notice_sent`` did not follow."""
+
+    async def notice_sent(self, account: str, mark: str, now: datetime) -> None: ...
+
+    async def factors(self) -> dict[tuple[str, str], int]:
+        """(upstream, model served there) -> by how much its bounds are raised, in millionths."""
+
+    async def raise_factor(self, upstream: str, model: str, millionths: int) -> int:
+        """Raises a factor, never lowers it; returns what it is now."""
+
+    async def reset_factor(self, upstream: str, model: str) -> bool:
+        """Forgets a factor. False where there is none."""
+
+
+class Store(Protocol):
+    """One database, open: its views."""
+
+    @property
+    def ledger(self) -> Ledger: ...
+
+    @property
+    def books(self) -> Books: ...
+
+    @property
+    def upkeep(self) -> Upkeep: ...
+
+    @property
+    def directory(self) -> Directory: ...
+
+    async def aclose(self) -> None:
+        """Commits what is queued and closes it. Repeating it is harmless."""
+
+
+class StoreError(Exception):
+    """A database cannot be used, and a person has to look. The message says what to do."""
+
+
+class Safe(Protocol):
+    """Settlements that the ledger could not take, on disk until it does (money.md 6a)."""
+
+    async def keep(self, settlement: Settlement) -> None:
+        """Durable when it returns. Raises ``OSError``."""
+
+    async def settled(self, rid: str) -> None:
+        """The ledger has it."""
+
+    async def left_behind(self) -> list[Settlement]:
+        """What processes that are gone have left; theirs are taken over."""
 
     async def aclose(self) -> None: ...
 

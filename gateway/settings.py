@@ -12,6 +12,7 @@ The names of the fields are the names in the file; ``config/gateway.yaml`` expla
 
 from __future__ import annotations
 
+import base64
 import hmac
 import os
 import re
@@ -33,9 +34,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NoReturn
 from urllib.parse import SplitResult, urlsplit
+from zoneinfo import available_timezones
 
 from gateway.domain.money import Money
-from gateway.domain.route import WILDCARD, Catalogue, Model, Target, Unpriced
+from gateway.domain.route import WILDCARD, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Key, Limits, Team
 from gateway.reading import (
     Located,
@@ -154,9 +156,32 @@ class ImageUrls(StrEnum):
     PASSTHROUGH = "passthrough"
 
 
+class UnknownParameters(StrEnum):
+    """What to do with a parameter that OpenAI's contract does not list."""
+
+    FORWARD = "forward"
+    REFUSE = "refuse"
+
+
+class Auto(StrEnum):
+    """What a size or a quality that is left to the provider is held at: its dearest choice, or
+    what the operator pins it to."""
+
+    BOUND = "bound"
+    PIN = "pin"
+
+
 class Validate(StrEnum):
     RELAXED = "relaxed"
     STRICT = "strict"
+
+
+class WithoutRedis(StrEnum):
+    """What holds while ``storage.redis`` does not answer: this process's share of the limits, or
+    nothing gets in."""
+
+    LOCAL = "local"
+    DENY = "deny"
 
 
 class CacheScope(StrEnum):
@@ -206,16 +231,19 @@ def _blobs(node: Node, spot: Spot) -> Path:
     return _path(node, spot)
 
 
-def _database(node: Node, spot: Spot) -> Path:
+def _database(node: Node, spot: Spot) -> Path | Secret:
+    """The path of an SQLite file, or the url of a PostgreSQL database, which has a password."""
     url = scalar(node).text
-    scheme = url.partition(":")[0].partition("+")[0].lower()
-    if scheme in ("postgresql", "postgres"):
-        raise Wrong("PostgreSQL does not exist in this version: write sqlite:///data/gateway.db")
+    if url.partition(":")[0].lower() in ("postgresql", "postgres"):
+        if not _split(url).path.strip("/"):
+            raise Wrong("must name a database: postgresql://user:password@host:5432/gateway")
+        return Secret(url)
     name = url.removeprefix("sqlite:///")
     if name == url or name in ("", ":memory:") or "?" in name or name.endswith("/"):
         raise Wrong(
             "must be sqlite:/// and the path of a file: sqlite:///data/gateway.db from the folder "
-            "of this file, sqlite:////var/lib/gateway.db from the root"
+            "of this file, sqlite:////var/lib/gateway.db from the root; or "
+            "postgresql://user:password@host:5432/gateway"
         )
     return _local(name, spot)
 
@@ -235,16 +263,68 @@ def _split(url: str) -> SplitResult:
 def _redis(node: Node, spot: Spot) -> Secret:
     url = scalar(node).text
     scheme = url.partition(":")[0].lower()
-    if scheme in ("redis+cluster", "rediss+cluster", "redis+sentinel", "rediss+sentinel"):
+    if scheme == "redis+sentinel":
+        return _sentinel(url)
+    if scheme not in ("redis", "rediss", "redis+cluster"):
         raise Wrong(
-            f"Redis {scheme.partition('+')[2].capitalize()} does not exist in this version: "
-            "give one server as redis:// or rediss://"
+            "must be a url that starts with redis://, rediss://, redis+cluster:// or "
+            "redis+sentinel://"
         )
-    if scheme not in ("redis", "rediss"):
-        raise Wrong("must be a url that starts with redis:// or rediss://")
+    if scheme == "redis+cluster" and _split(url).path not in ("", "/", "/0"):
+        raise Wrong("must not name a database: a cluster has only the first")
     if re.fullmatch(r"/?[0-9]{0,4}", _split(url).path, re.ASCII) is None:
         raise Wrong("must end in the number of a database, if anything: redis://host:6379/0")
     return Secret(url)
+
+
+def _sentinel(url: str) -> Secret:
+    hosts, slash, name = url.partition("://")[2].rpartition("@")[2].partition("/")
+    if not slash or re.fullmatch(r"[^/]+(/[0-9]{1,4})?", name, re.ASCII) is None:
+        raise Wrong(
+            "must name its sentinels and the service that they watch: "
+            "redis+sentinel://host:26379,host:26379/mymaster"
+        )
+    for host in hosts.split(","):
+        _split(f"redis://{host}")
+    return Secret(url)
+
+
+def _time_zone(node: Node, spot: Spot) -> str:
+    name = scalar(node).text
+    if name not in available_timezones():
+        raise Wrong(
+            f"must be a time zone's name, like Europe/Berlin{but_is(scalar(node))}"
+            f"{suggestion(name, sorted(available_timezones()))}"
+        )
+    return name
+
+
+def _webhook(node: Node, spot: Spot) -> Secret:
+    """Where news is sent; many such urls hold a token, so it is a secret."""
+    url = scalar(node).text
+    if not url.lower().startswith(("http://", "https://")):
+        raise Wrong("must be a url that starts with https:// (or http:// on a private network)")
+    parts = _split(url)
+    if parts.scheme.lower() == "http":
+        address = _address(parts.hostname or "")
+        near = not address.is_global if address else _is_private_name(parts.hostname or "")
+        if not near:
+            raise Wrong("must be https:// on a public network")
+    return Secret(url)
+
+
+def _webhook_secret(node: Node, spot: Spot) -> Secret:
+    """What webhooks are signed with: ``whsec_`` and base64, as Standard Webhooks writes it."""
+    text = scalar(node).text
+    try:
+        raw = base64.b64decode(text.removeprefix("whsec_"), validate=True)
+    except ValueError:
+        raw = b""
+    if not text.startswith("whsec_") or not 24 <= len(raw) <= 64:
+        raise Wrong(
+            'must be "whsec_" and 24 to 64 bytes in base64: echo whsec_$(openssl rand -base64 32)'
+        )
+    return Secret(text)
 
 
 def _proxy(node: Node, spot: Spot) -> Secret:
@@ -311,6 +391,11 @@ def _api_key(node: Node, spot: Spot) -> Secret:
     if value.text and _VISIBLE.fullmatch(value.text) is None:
         raise Wrong("must be a key without spaces or line breaks: was it copied whole?")
     return Secret(value.text)
+
+
+def _provider_admin_key(node: Node, spot: Spot) -> Secret:
+    """A provider's admin key, which may only read what was spent; empty where its variable is."""
+    return _api_key(node, spot)
 
 
 def _admin_key(node: Node, spot: Spot) -> Secret:
@@ -428,6 +513,8 @@ class Server:
     host: str = setting(_HOST, "0.0.0.0")
     port: int = setting(_PORT, 8080)
     metrics_port: int | None = setting(optional(_PORT), None)
+    workers: int = setting(whole(1, 256), 1)
+    replicas: int = setting(whole(1, 10_000), 1)
     buffer_bytes: int = setting(size, 128 * MIB)
     spool_bytes: int = setting(size, 10 * 1024 * MIB)
     drain_seconds: float = setting(seconds(0), 610.0)
@@ -441,20 +528,27 @@ class Server:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Storage:
-    """Where state lives. ``database`` is the SQLite file; paths are absolute once loaded."""
+    """Where state lives. ``database`` is the SQLite file, or the url of a PostgreSQL database;
+    paths are absolute once loaded. ``pepper`` is what keys are hashed with, ``old_peppers`` what
+    some of them still may be."""
 
-    database: Path = setting(_database, Path("data/gateway.db"))
+    database: Path | Secret = setting(_database, Path("data/gateway.db"))
     redis: Secret | None = setting(optional(_redis), None)
+    without_redis: WithoutRedis = setting(choice(WithoutRedis), WithoutRedis.LOCAL)
     blobs: Path = setting(_blobs, Path("data/blobs"))
     pepper: Secret | None = setting(optional(_pepper), None)
+    old_peppers: tuple[Secret, ...] = group(listing(_pepper), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerTimes:
-    """``Settings.lease_seconds`` has the lease that holds where none is set here."""
+class LedgerSettings:
+    """``Settings.lease_seconds`` has the lease that holds where none is set here. ``spool`` is
+    where settlements wait while the ledger is away; ``keep`` None is for ever."""
 
     lease_seconds: float | None = setting(optional(seconds()), None)
     sweep_seconds: float = setting(seconds(), 15.0)
+    spool: Path = setting(_path, Path("data/settlements"))
+    keep: timedelta | None = setting(optional(duration), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -486,6 +580,7 @@ class Upstream:
     prices: str = setting(text(r"[a-z0-9][a-z0-9_.-]{0,62}", "a provider's name"), "openai")
     allow_http: bool = setting(boolean, False)
     image_urls: ImageUrls = setting(choice(ImageUrls), ImageUrls.REFUSE)
+    admin_key: Secret | None = setting(optional(_provider_admin_key), None)
 
     @property
     def ready(self) -> bool:
@@ -622,6 +717,17 @@ class Admin:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Notify:
+    """Who hears of budgets and drifts. ``budget_percent`` of a budget is when it is warned of;
+    a reconciliation that is off by more than ``drift_percent`` is told."""
+
+    webhook: Secret | None = setting(optional(_webhook), None)
+    secret: Secret | None = setting(optional(_webhook_secret), None)
+    budget_percent: int = setting(whole(1, 100), 80)
+    drift_percent: float = setting(seconds(0), 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Relay:
     log_prompts: bool = setting(boolean, False)
 
@@ -637,15 +743,6 @@ _model_name = text(_MODEL_NAME, "a model's name")
 _model_or_any = text(rf"{_MODEL_NAME}|\*", 'a model\'s name or "*"')
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ModelEntry:
-    upstream: Located[str] = setting(located(text(r".+", "the name of an upstream")))
-    model: Located[str] | None = setting(optional(located(_model_name)), None)
-    unpriced: Unpriced = setting(choice(Unpriced), Unpriced.REFUSE)
-    validate: Validate = setting(choice(Validate), Validate.RELAXED)
-    cache: bool = setting(boolean, True)
-
-
 def _stated(reader: Reader[T]) -> Reader[T]:
     """Refuses nothing at all: an empty ``budget:`` must not silently be no budget."""
 
@@ -658,9 +755,35 @@ def _stated(reader: Reader[T]) -> Reader[T]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _PinEntry:
+    """What ``auto`` is rewritten to with ``auto: pin``."""
+
+    size: str = setting(
+        text(r"[1-9][0-9]{1,4}x[1-9][0-9]{1,4}", "a size, like 1024x1024"), "1024x1024"
+    )
+    quality: str = setting(text(r"[a-z]{1,16}", "a quality, like medium"), "medium")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModelEntry:
+    upstream: Located[str] = setting(located(text(r".+", "the name of an upstream")))
+    model: Located[str] | None = setting(optional(located(_model_name)), None)
+    unpriced: Unpriced = setting(choice(Unpriced), Unpriced.REFUSE)
+    validate: Validate = setting(choice(Validate), Validate.RELAXED)
+    unknown_parameters: UnknownParameters = setting(
+        choice(UnknownParameters), UnknownParameters.FORWARD
+    )
+    auto: Auto = setting(choice(Auto), Auto.BOUND)
+    pin: _PinEntry = group(_stated(record(_PinEntry)), _PinEntry())
+    cache: bool = setting(boolean, True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _BudgetEntry:
     day: Money | None = setting(dollars, None)
+    week: Money | None = setting(dollars, None)
     month: Money | None = setting(dollars, None)
+    total: Money | None = setting(dollars, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -690,6 +813,7 @@ class _KeyEntry:
     models: tuple[Located[str], ...] | None = group(_models, None)
     limits: _LimitsEntry = group(_limits, _LimitsEntry())
     budget: _BudgetEntry = group(_budget, _BudgetEntry())
+    soft_budget: _BudgetEntry = group(_budget, _BudgetEntry())
     expires: datetime | None = setting(instant, None)
     disabled: bool = setting(boolean, False)
 
@@ -706,6 +830,8 @@ class _TeamEntry:
     models: tuple[Located[str], ...] | None = group(_models, None)
     limits: _LimitsEntry = group(_limits, _LimitsEntry())
     budget: _BudgetEntry = group(_budget, _BudgetEntry())
+    soft_budget: _BudgetEntry = group(_budget, _BudgetEntry())
+    time_zone: str = setting(_time_zone, "UTC")
     cache: _TeamCacheEntry = group(_stated(record(_TeamCacheEntry)), _TeamCacheEntry())
     disabled: bool = setting(boolean, False)
 
@@ -743,7 +869,7 @@ class _Document:
 
     server: Server = group(record(Server), Server())
     storage: Storage = group(record(Storage), Storage())
-    ledger: LedgerTimes = group(record(LedgerTimes), LedgerTimes())
+    ledger: LedgerSettings = group(record(LedgerSettings), LedgerSettings())
     upstreams: dict[str, Upstream] | None = group(mapping(_upstream, _upstream_objection), None)
     models: dict[str, _ModelEntry] | None = group(
         mapping(record(_ModelEntry), _model_objection), None
@@ -752,6 +878,7 @@ class _Document:
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
+    notify: Notify = group(record(Notify), Notify())
     relay: Relay = group(record(Relay), Relay())
     log: Log = group(record(Log), Log())
 
@@ -760,10 +887,11 @@ _OVERRIDABLE = MappingProxyType(
     {
         "server": names_of(Server),
         "storage": names_of(Storage),
-        "ledger": names_of(LedgerTimes),
+        "ledger": names_of(LedgerSettings),
         "prices": names_of(Prices),
         "cache": names_of(CacheSettings),
         "admin": names_of(Admin),
+        "notify": names_of(Notify),
         "relay": names_of(Relay),
         "log": names_of(Log),
     }
@@ -804,13 +932,14 @@ class Settings:
     file: Path
     server: Server
     storage: Storage
-    ledger: LedgerTimes
+    ledger: LedgerSettings
     upstreams: Mapping[str, Upstream]
     catalogue: Catalogue
     prices: Prices
     cache: CacheSettings
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
+    notify: Notify
     relay: Relay
     log: Log
     warnings: tuple[Mistake, ...] = ()
@@ -941,10 +1070,10 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         server=document.server,
         storage=replace(
             document.storage,
-            database=folder / document.storage.database,
+            database=_from(folder, document.storage.database),
             blobs=folder / document.storage.blobs,
         ),
-        ledger=document.ledger,
+        ledger=replace(document.ledger, spool=folder / document.ledger.spool),
         upstreams=MappingProxyType(upstreams),
         catalogue=_catalogue(document.models or {}, _names(root, "upstreams")),
         prices=document.prices,
@@ -956,9 +1085,14 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
             for key in entry.keys
             if key.key.value is not None
         ),
+        notify=document.notify,
         relay=document.relay,
         log=document.log,
     )
+
+
+def _from(folder: Path, database: Path | Secret) -> Path | Secret:
+    return folder / database if isinstance(database, Path) else database
 
 
 def _check_sections(
@@ -970,6 +1104,7 @@ def _check_sections(
             _place(root, "server", "metrics_port"),
             "is the same as server.port: remove it to serve /metrics there",
         )
+    _check_storage(document, root, spot)
     longest = _longest_call(upstreams)
     if ledger.lease_seconds is not None and ledger.lease_seconds <= longest:
         spot.at("ledger").at("lease_seconds").warn(
@@ -986,6 +1121,36 @@ def _check_sections(
     if not document.models:
         spot.at("models").warn(
             _place(root, "models"), 'no model is routed: every request is refused; add "*"'
+        )
+
+
+def _check_storage(document: _Document, root: Node, spot: Spot) -> None:
+    """Which stores several processes, and several machines, can share."""
+    server, storage = document.server, document.storage
+    if isinstance(storage.database, Secret):
+        if not storage.pepper:
+            spot.at("storage").at("pepper").wrong(
+                _place(root, "storage", "database"),
+                "must be set where the database is shared, or each replica would hash keys its "
+                'own way: "${file:/run/secrets/pepper}", made with openssl rand -hex 32',
+            )
+    elif server.replicas > 1:
+        spot.at("server").at("replicas").wrong(
+            _place(root, "server", "replicas"),
+            "must be 1 with SQLite, which serves one machine: for several, set storage.database "
+            "to postgresql://",
+        )
+    if server.replicas > 1 and storage.redis is None:
+        spot.at("server").at("replicas").warn(
+            _place(root, "server", "replicas"),
+            "is over 1 without storage.redis: each replica then keeps its share of the limits, "
+            "whatever the others do",
+        )
+    if storage.old_peppers and not storage.pepper and isinstance(storage.database, Secret):
+        return
+    if storage.pepper and storage.pepper in storage.old_peppers:
+        spot.at("storage").at("old_peppers").wrong(
+            _place(root, "storage", "old_peppers"), "holds the pepper that is in use"
         )
 
 
@@ -1016,6 +1181,8 @@ def _catalogue(entries: Mapping[str, _ModelEntry], upstreams: frozenset[str]) ->
             strict=entry.validate is Validate.STRICT,
             cache_enabled=entry.cache,
             label="other" if name == WILDCARD else name,
+            refuse_unknown=entry.unknown_parameters is UnknownParameters.REFUSE,
+            pin=Pin(entry.pin.size, entry.pin.quality) if entry.auto is Auto.PIN else None,
         )
     wildcard = models.pop(WILDCARD, None)
     return Catalogue(MappingProxyType(models), wildcard)
@@ -1067,10 +1234,11 @@ def _team(name: str, entry: _TeamEntry) -> Team:
     return Team(
         id=name,
         models=_model_names(entry.models) if entry.models is not None else frozenset({ANY_MODEL}),
-        limits=_bounds(entry.limits, entry.budget),
+        limits=_bounds(entry.limits, entry.budget, entry.soft_budget),
         cache_enabled=entry.cache.enabled,
         disabled=entry.disabled,
         declared=True,
+        time_zone=entry.time_zone,
     )
 
 
@@ -1080,7 +1248,7 @@ def _declared(team: str, entry: _KeyEntry, secret: Secret) -> DeclaredKey:
         team=team,
         name=entry.name,
         models=_model_names(entry.models) if entry.models is not None else None,
-        limits=_bounds(entry.limits, entry.budget),
+        limits=_bounds(entry.limits, entry.budget, entry.soft_budget),
         expires=entry.expires,
         disabled=entry.disabled,
     )
@@ -1090,13 +1258,19 @@ def _model_names(models: tuple[Located[str], ...]) -> frozenset[str]:
     return frozenset(model.value for model in models)
 
 
-def _bounds(limits: _LimitsEntry, budget: _BudgetEntry) -> Limits:
+def _bounds(limits: _LimitsEntry, budget: _BudgetEntry, soft: _BudgetEntry) -> Limits:
     return Limits(
         requests_per_minute=limits.requests_per_minute,
         images_per_minute=limits.images_per_minute,
         concurrent_requests=limits.concurrent_requests,
         budget_day=budget.day,
+        budget_week=budget.week,
         budget_month=budget.month,
+        budget_total=budget.total,
+        soft_budget_day=soft.day,
+        soft_budget_week=soft.week,
+        soft_budget_month=soft.month,
+        soft_budget_total=soft.total,
         max_cost_per_request=limits.max_cost_per_request,
     )
 

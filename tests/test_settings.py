@@ -127,12 +127,14 @@ MISTAKES = [
     ('server: {host: "${HO ST}"}', '1:16: server.host: holds a "${" that is no reference'),
     ('storage: {pepper: "${file:/no/such}"}', "storage.pepper: the file /no/such does not exist"),
     # storage
-    ("storage: {database: postgresql://h/d}", "storage.database: PostgreSQL does not exist in th"),
+    ("storage: {database: postgresql://h/d}", "storage.pepper: must be set where the database is"),
+    ("storage: {database: postgresql://h}", "storage.database: must name a database"),
+    ("server: {replicas: 2}", "server.replicas: must be 1 with SQLite"),
     ("storage: {database: data/gateway.db}", "storage.database: must be sqlite:/// and the path"),
     ('storage: {database: "sqlite:///:memory:"}', "storage.database: must be sqlite:/// and the p"),
-    ("storage: {redis: redis+cluster://h}", "storage.redis: Redis Cluster does not exist in this"),
-    ("storage: {redis: redis+sentinel://h}", "storage.redis: Redis Sentinel does not exist in"),
-    ("storage: {redis: h:6379}", "storage.redis: must be a url that starts with redis:// or redi"),
+    ("storage: {redis: redis+cluster://h/3}", "storage.redis: must not name a database"),
+    ("storage: {redis: redis+sentinel://h}", "storage.redis: must name its sentinels and the s"),
+    ("storage: {redis: h:6379}", "storage.redis: must be a url that starts with redis://, redis"),
     ("storage: {redis: redis://h/a}", "storage.redis: must end in the number of a database"),
     ("storage: {redis: 'redis://:pw@'}", "storage.redis: must be a url in ASCII with a host"),
     ("storage: {blobs: s3://b}", "storage.blobs: blobs in S3 do not exist in this version"),
@@ -342,7 +344,7 @@ admin:     {keys: ["${GATEWAY_ADMIN_KEY:-}"]}
     assert team.declared
     assert not team.cache_enabled
     assert team.models == {"gpt-image-2.5-flare", "team-art"}
-    assert team.limits == Limits(60, 20, 10, 5 * 10**9, 50 * 10**9, None)
+    assert team.limits == Limits(60, 20, 10, budget_day=5 * 10**9, budget_month=50 * 10**9)
     first, ci = made.declared_keys
     assert (first.secret, first.models, first.expires) == (Secret(KEY), None, None)
     assert (ci.name, ci.models, ci.limits.budget_day) == ("ci", frozenset({"team-art"}), 10**9)
@@ -365,7 +367,7 @@ def test_the_shipped_file_loads_with_nothing_set(monkeypatch: pytest.MonkeyPatch
 def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     text = DEFAULT.read_text()
     shown, bare = read(tmp_path, text), read(tmp_path, "")
-    for section in ("server", "storage", "ledger", "prices", "cache", "relay", "log"):
+    for section in ("server", "storage", "ledger", "prices", "cache", "notify", "relay", "log"):
         assert getattr(shown, section) == getattr(bare, section)
         for each in dataclasses.fields(getattr(bare, section)):
             assert re.search(rf"^  {each.name}: ", text, re.MULTILINE), each.name

@@ -19,12 +19,11 @@ from gateway.app import CannotServe, open_store, read_pepper
 from gateway.domain.errors import GatewayError
 from gateway.domain.money import format_dollars, parse_dollars
 from gateway.domain.team import ANY_MODEL, Limits
-from gateway.ports import AlreadyExists, NotKnown
+from gateway.ports import AlreadyExists, NotKnown, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.server import listen
 from gateway.settings import ConfigError, Settings, default_config_path, load, shipped
 from gateway.stores.sqlite import SQLiteStore
-from gateway.stores.sqlite_file import StoreError
 
 T = TypeVar("T")
 
@@ -98,7 +97,8 @@ def with_store(settings: Settings, work: Callable[[SQLiteStore], Awaitable[T]]) 
 def pepper_of(settings: Settings) -> bytes:
     """What keys are hashed with; made where there is none yet."""
     with failures():
-        settings.storage.database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if isinstance(settings.storage.database, Path):
+            settings.storage.database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         return read_pepper(settings)
 
 

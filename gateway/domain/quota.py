@@ -22,7 +22,15 @@ class Window(StrEnum):
     NOW = "now"
     MINUTE = "minute"
     DAY = "day"
+    WEEK = "week"
+    """From Monday to Sunday (ISO 8601)."""
     MONTH = "month"
+    TOTAL = "total"
+    """Without end: what was ever spent."""
+
+
+MONEY_WINDOWS = (Window.DAY, Window.WEEK, Window.MONTH, Window.TOTAL)
+"""Every account of money that an owner has, whether limited or not."""
 
 
 class Scope(StrEnum):
@@ -32,13 +40,17 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """At most ``amount`` of ``unit`` in ``window`` for one owner; None is counted, not limited."""
+    """At most ``amount`` of ``unit`` in ``window`` for one owner; None is counted, not limited.
+
+    ``soft`` is an amount of money that may be passed: it only makes somebody hear of it.
+    """
 
     scope: Scope
     owner: str
     unit: Unit
     window: Window
     amount: int | None
+    soft: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,27 +98,34 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Period:
-    """One window of money: a label that is part of the account's name, and its end (UTC).
+    """One window of money: a label that is part of the account's name, and its end (UTC), None
+    where it has none.
 
     Nothing is ever reset: a new period is a new label (money.md 6b).
     """
 
     window: Window
     label: str
-    ends: datetime
+    ends: datetime | None
 
 
 def period(window: Window, instant: datetime, zone: tzinfo = UTC) -> Period:
-    """The day or month that ``instant`` (aware) falls in, as people in ``zone`` count it.
+    """The window of money that ``instant`` (aware) falls in, as people in ``zone`` count it.
 
-    Labels are ``d|2026-11-22`` and ``m|2026-11``.
+    Labels are ``d|2026-11-22``, ``w|2026-W47``, ``m|2026-11`` and ``t|all``.
     """
     local = instant.astimezone(zone).date()
     if window is Window.DAY:
         return Period(window, f"d|{local.isoformat()}", _midnight(local + timedelta(days=1), zone))
+    if window is Window.WEEK:
+        year, week, weekday = local.isocalendar()
+        monday = local + timedelta(days=8 - weekday)
+        return Period(window, f"w|{year}-W{week:02}", _midnight(monday, zone))
     if window is Window.MONTH:
         following = date(local.year + local.month // 12, local.month % 12 + 1, 1)
         return Period(window, f"m|{local:%Y-%m}", _midnight(following, zone))
+    if window is Window.TOTAL:
+        return Period(window, "t|all", None)
     raise ValueError(f"{window} is not a window of money")
 
 

@@ -28,6 +28,14 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """What a size and a quality that the client left open are rewritten to."""
+
+    size: str
+    quality: str
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """A name that clients may ask for, and where it is served."""
 
@@ -39,6 +47,10 @@ class Model:
     cache_enabled: bool = True
     label: str = ""
     """For metrics: the configured name, or ``other`` behind the wildcard."""
+    refuse_unknown: bool = False
+    """Refuse parameters that the contract does not list, rather than hold the worst case."""
+    pin: Pin | None = None
+    """None: what is left open is held at the dearest choice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +73,8 @@ class Catalogue:
             strict=rule.strict,
             cache_enabled=rule.cache_enabled,
             label=OTHER,
+            refuse_unknown=rule.refuse_unknown,
+            pin=rule.pin,
         )
 
     def nearest(self, name: str) -> Model | None:

@@ -2,52 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 
 from gateway.domain.money import Money
-from gateway.domain.quota import Limit, Scope, Unit, Window
+from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, Window
 
 ANY_MODEL = "*"
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Rates, concurrency and dollars; None is no limit. Dollars are nano-dollars and hard."""
+    """Rates, concurrency and dollars; None is no limit. Dollars are nano-dollars.
+
+    A ``budget`` is hard: what might pass it is refused. A ``soft_budget`` may be passed; somebody
+    hears of it.
+    """
 
     requests_per_minute: int | None = None
     images_per_minute: int | None = None
     concurrent_requests: int | None = None
     budget_day: Money | None = None
+    budget_week: Money | None = None
     budget_month: Money | None = None
+    budget_total: Money | None = None
+    soft_budget_day: Money | None = None
+    soft_budget_week: Money | None = None
+    soft_budget_month: Money | None = None
+    soft_budget_total: Money | None = None
     max_cost_per_request: Money | None = None
 
+    @property
+    def budgets(self) -> Mapping[Window, Money | None]:
+        """The hard ones, of every window of money."""
+        amounts = (self.budget_day, self.budget_week, self.budget_month, self.budget_total)
+        return dict(zip(MONEY_WINDOWS, amounts, strict=True))
+
+    @property
+    def soft_budgets(self) -> Mapping[Window, Money | None]:
+        """Those that only warn, of every window of money."""
+        amounts = (
+            self.soft_budget_day,
+            self.soft_budget_week,
+            self.soft_budget_month,
+            self.soft_budget_total,
+        )
+        return dict(zip(MONEY_WINDOWS, amounts, strict=True))
+
     def of(self, scope: Scope, owner: str) -> tuple[Limit, ...]:
-        """These limits as bounded accounts of ``owner``. Money always has its two accounts, also
-        without a limit, so that a budget set tomorrow knows what was spent today."""
+        """These limits as bounded accounts of ``owner``. Money always has all of its accounts,
+        also without a limit, so that a budget set tomorrow knows what was spent today."""
         rates = (
             (Unit.REQUESTS, Window.MINUTE, self.requests_per_minute),
             (Unit.IMAGES, Window.MINUTE, self.images_per_minute),
             (Unit.SLOTS, Window.NOW, self.concurrent_requests),
         )
-        money = (
-            (Unit.MONEY, Window.DAY, self.budget_day),
-            (Unit.MONEY, Window.MONTH, self.budget_month),
-        )
+        soft = self.soft_budgets
         return tuple(
             Limit(scope, owner, unit, window, amount)
             for unit, window, amount in rates
             if amount is not None
-        ) + tuple(Limit(scope, owner, unit, window, amount) for unit, window, amount in money)
+        ) + tuple(
+            Limit(scope, owner, Unit.MONEY, window, amount, soft[window])
+            for window, amount in self.budgets.items()
+        )
 
     @property
     def has_budget(self) -> bool:
-        return self.budget_day is not None or self.budget_month is not None
+        """Whether any budget is hard."""
+        return any(amount is not None for amount in self.budgets.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """A group that shares keys, limits and a cache. ``id`` is its name: ``growth``."""
+    """A group that shares keys, limits and a cache. ``id`` is its name: ``growth``.
+
+    ``time_zone`` is the IANA name of the zone that its days, weeks and months begin in, and those
+    of its keys.
+    """
 
     id: str
     models: frozenset[str] = frozenset({ANY_MODEL})
@@ -56,6 +89,7 @@ class Team:
     disabled: bool = False
     declared: bool = False
     """Owned by the configuration file; commands may not change it."""
+    time_zone: str = "UTC"
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, TypeAlias
 
+from gateway.domain.books import Correction
 from gateway.domain.ledger import Basis, Entry, Event, Outcome, Replay, Settlement, State
 from gateway.domain.money import Money
 
@@ -55,6 +56,17 @@ def transition(state: State, event: Event, bound: Money, cost: Money, new_cost: 
             return Move(State.VOIDED, 0, posted=-cost)
         case _:
             return Move(state, cost, applied=False)
+
+
+def corrected(state: State, cost: Money, new_cost: Money, doubtful: bool) -> Move:
+    """Moves a closed hold, with ``cost`` posted, to what a person says that it cost.
+
+    ``doubtful``: it has flags, which the correction clears. A hold that still runs is not touched:
+    it will end by itself. What is so already stays as it is.
+    """
+    if state is State.HELD or (state is State.POSTED and cost == new_cost and not doubtful):
+        return Move(state, cost, applied=False)
+    return Move(State.POSTED, new_cost, posted=new_cost - cost)
 
 
 def contradicts(state: State, event: Event, cost: Money, new_cost: Money) -> bool:
@@ -131,6 +143,20 @@ def correction(
     """
     now = counted(move.state, move.cost, settlement, settlement.flags)
     return now.minus(counted(before, cost, settlement, flags))
+
+
+def correction_counts(
+    before: State, cost: Money, flags: Collection[str], correction: Correction
+) -> Counts:
+    """What the daily roll-up must gain for a correction of a hold that had ``cost`` and
+    ``flags``."""
+    flagged = -int(not DOUBTFUL.isdisjoint(flags))
+    gained = Counts(cost=correction.cost - cost, flagged=flagged)
+    if before is State.EXPIRED:
+        return gained.plus(Counts(images=correction.images, unresolved=-1, unresolved_cost=-cost))
+    if before is State.VOIDED:
+        return gained.plus(Counts(requests=1, images=correction.images))
+    return gained
 
 
 def counted_replay(replay: Replay) -> Counts:

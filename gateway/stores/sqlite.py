@@ -45,11 +45,10 @@ from gateway.domain.transition import (
     transition,
     usage_day,
 )
-from gateway.ports import AlreadyExists, NotKnown
+from gateway.ports import AlreadyExists, NotKnown, StoreError
 from gateway.stores.sqlite_file import (
     BUSY_SECONDS,
     Reader,
-    StoreError,
     Writer,
     one_number,
     open_database,

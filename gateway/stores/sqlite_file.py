@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from gateway.domain.errors import LedgerUnavailable
+from gateway.ports import StoreError
 
 BATCH = 128
 QUEUE = 10_000
@@ -51,10 +52,6 @@ NETWORK_FILESYSTEMS = frozenset(
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-
-
-class StoreError(Exception):
-    """The database cannot be used, and a person has to look. The message says what to do."""
 
 
 def unavailable() -> LedgerUnavailable:

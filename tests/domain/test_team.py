@@ -56,14 +56,30 @@ def test_limits_are_accounts_of_their_owner() -> None:
         Limit(Scope.TEAM, "growth", Unit.IMAGES, Window.MINUTE, 20),
         Limit(Scope.TEAM, "growth", Unit.SLOTS, Window.NOW, 10),
         Limit(Scope.TEAM, "growth", Unit.MONEY, Window.DAY, 5),
+        Limit(Scope.TEAM, "growth", Unit.MONEY, Window.WEEK, None),
         Limit(Scope.TEAM, "growth", Unit.MONEY, Window.MONTH, 50),
+        Limit(Scope.TEAM, "growth", Unit.MONEY, Window.TOTAL, None),
     )
+
+
+def test_a_soft_budget_is_a_mark_on_the_same_account() -> None:
+    soft = Limits(budget_month=50, soft_budget_month=40, soft_budget_total=900)
+    assert soft.of(Scope.KEY, "k1") == (
+        Limit(Scope.KEY, "k1", Unit.MONEY, Window.DAY, None),
+        Limit(Scope.KEY, "k1", Unit.MONEY, Window.WEEK, None),
+        Limit(Scope.KEY, "k1", Unit.MONEY, Window.MONTH, 50, 40),
+        Limit(Scope.KEY, "k1", Unit.MONEY, Window.TOTAL, None, 900),
+    )
+    assert soft.has_budget
+    assert not Limits(soft_budget_total=900).has_budget
 
 
 def test_money_is_counted_without_a_limit_and_rates_are_not() -> None:
     assert Limits().of(Scope.KEY, "k1") == (
         Limit(Scope.KEY, "k1", Unit.MONEY, Window.DAY, None),
+        Limit(Scope.KEY, "k1", Unit.MONEY, Window.WEEK, None),
         Limit(Scope.KEY, "k1", Unit.MONEY, Window.MONTH, None),
+        Limit(Scope.KEY, "k1", Unit.MONEY, Window.TOTAL, None),
     )
 
 
@@ -79,10 +95,9 @@ def test_a_call_draws_on_the_keys_accounts_and_then_on_the_teams() -> None:
     assert [(limit.scope, limit.owner, limit.unit, limit.amount) for limit in asking.limits] == [
         (Scope.KEY, "k1", Unit.IMAGES, 5),
         (Scope.KEY, "k1", Unit.MONEY, 1),
-        (Scope.KEY, "k1", Unit.MONEY, None),
+        *[(Scope.KEY, "k1", Unit.MONEY, None)] * 3,
         (Scope.TEAM, "growth", Unit.REQUESTS, 60),
-        (Scope.TEAM, "growth", Unit.MONEY, None),
-        (Scope.TEAM, "growth", Unit.MONEY, None),
+        *[(Scope.TEAM, "growth", Unit.MONEY, None)] * 4,
     ]
 
 

@@ -207,9 +207,13 @@ async def test_a_plan() -> None:
     ]
     assert [line.account for line in plan.lines] == [
         "key:k1|d|2026-11-22",
+        "key:k1|w|2026-W47",
         "key:k1|m|2026-11",
+        "key:k1|t|all",
         "team:growth|d|2026-11-22",
+        "team:growth|w|2026-W47",
         "team:growth|m|2026-11",
+        "team:growth|t|all",
     ]
     assert (plan.cache, plan.keep, plan.cached) == (CacheResult.MISS, True, None)
     assert bench.cache.asked == [plan.fingerprint]

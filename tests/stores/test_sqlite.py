@@ -38,8 +38,9 @@ from gateway.domain.ledger import (
 )
 from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.domain.team import Key, Team
+from gateway.ports import StoreError
 from gateway.stores.sqlite import SQLiteStore
-from gateway.stores.sqlite_file import StoreError, filesystem_of
+from gateway.stores.sqlite_file import filesystem_of
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 ROOT = Path(__file__).parents[2]
