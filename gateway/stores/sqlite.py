@@ -12,11 +12,9 @@ import logging
 import sqlite3
 from collections.abc import Iterable, Sequence
 from contextlib import closing
-from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
-from gateway.domain.call import Usage
 from gateway.domain.ledger import (
     Balance,
     Claim,
@@ -32,7 +30,7 @@ from gateway.domain.ledger import (
     UsageRow,
 )
 from gateway.domain.money import Money
-from gateway.domain.team import Key, Limits, Team
+from gateway.domain.team import Key, Team
 from gateway.domain.transition import (
     KEY_LIFETIME,
     Counts,
@@ -46,6 +44,15 @@ from gateway.domain.transition import (
     usage_day,
 )
 from gateway.ports import AlreadyExists, NotKnown, StoreError
+from gateway.stores.rows import (
+    claim_row,
+    detail_of,
+    key_of,
+    key_row,
+    micros,
+    team_of,
+    team_row,
+)
 from gateway.stores.sqlite_file import (
     BUSY_SECONDS,
     Reader,
@@ -53,9 +60,6 @@ from gateway.stores.sqlite_file import (
     one_number,
     open_database,
 )
-
-EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-MICROSECOND = timedelta(microseconds=1)
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +121,7 @@ class SQLiteLedger:
     async def settle(self, settlement: Settlement) -> Entry:
         if settlement.cost < 0:
             raise ValueError("a cost is never negative")
-        at = None if settlement.at is None else _micros(settlement.at)
+        at = None if settlement.at is None else micros(settlement.at)
         entry = await self._writer.submit(lambda db: _settle(db, settlement, at))
         if not entry.applied and contradicts(
             entry.state, settlement.event, entry.cost, settlement.cost
@@ -178,15 +182,15 @@ class SQLiteDirectory:
             found = db.execute(_KEY + " WHERE digest = ?", (digest,)).fetchone()
             if found is None:
                 return None
-            key = _key(found)
+            key = key_of(found)
             team = db.execute(_TEAM + " WHERE id = ?", (key.team,)).fetchone()
-            return _team(team), key
+            return team_of(team), key
 
         return await self._reader.run(read)
 
     async def teams(self) -> list[Team]:
         rows = await self._reader.run(lambda db: db.execute(_TEAM + " ORDER BY id").fetchall())
-        return [_team(row) for row in rows]
+        return [team_of(row) for row in rows]
 
     async def keys(self, team: str | None = None) -> list[Key]:
         rows = await self._reader.run(
@@ -194,16 +198,16 @@ class SQLiteDirectory:
                 _KEY + " WHERE :team IS NULL OR team = :team ORDER BY team, id", {"team": team}
             ).fetchall()
         )
-        return [_key(row) for row in rows]
+        return [key_of(row) for row in rows]
 
     async def create_team(self, team: Team) -> None:
         def write(db: sqlite3.Connection) -> None:
             if _exists(db, "SELECT 1 FROM team WHERE id = ?", team.id):
                 raise AlreadyExists(f"there is a team {team.id} already")
             db.execute(
-                "INSERT INTO team (models, limits, cache_enabled, disabled, id)"
-                " VALUES (?, ?, ?, ?, ?)",
-                _team_row(team),
+                "INSERT INTO team (models, limits, cache_enabled, disabled, time_zone, id)"
+                " VALUES (?, ?, ?, ?, ?, ?)",
+                team_row(team),
             )
 
         await self._writer.submit(write)
@@ -211,9 +215,9 @@ class SQLiteDirectory:
     async def update_team(self, team: Team) -> None:
         def write(db: sqlite3.Connection) -> None:
             changed = db.execute(
-                "UPDATE team SET models = ?, limits = ?, cache_enabled = ?, disabled = ?"
-                " WHERE id = ?",
-                _team_row(team),
+                "UPDATE team SET models = ?, limits = ?, cache_enabled = ?, disabled = ?,"
+                " time_zone = ? WHERE id = ?",
+                team_row(team),
             )
             if changed.rowcount == 0:
                 raise NotKnown(f"there is no team {team.id}")
@@ -231,18 +235,7 @@ class SQLiteDirectory:
             db.execute(
                 "INSERT INTO key (id, digest, team, name, models, limits, created, expires,"
                 " disabled, revoked) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                (
-                    key.id,
-                    digest,
-                    key.team,
-                    key.name,
-                    None if key.models is None else json.dumps(sorted(key.models)),
-                    json.dumps(asdict(key.limits)),
-                    None if key.created is None else _micros(key.created),
-                    None if key.expires is None else _micros(key.expires),
-                    key.disabled,
-                    None if key.revoked is None else _micros(key.revoked),
-                ),
+                key_row(key, digest),
             )
 
         await self._writer.submit(write)
@@ -251,12 +244,12 @@ class SQLiteDirectory:
         def write(db: sqlite3.Connection) -> Key:
             db.execute(
                 "UPDATE key SET revoked = ? WHERE id = ? AND revoked IS NULL",
-                (_micros(at), key_id),
+                (micros(at), key_id),
             )
             found = db.execute(_KEY + " WHERE id = ?", (key_id,)).fetchone()
             if found is None:
                 raise NotKnown(f"there is no key {key_id}")
-            return _key(found)
+            return key_of(found)
 
         return await self._writer.submit(write)
 
@@ -300,7 +293,7 @@ VALUES (?, 'H', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 
 _JOURNAL = "INSERT INTO journal (at, rid, kind, pending, posted, detail) VALUES (?, ?, ?, ?, ?, ?)"
 
-_TEAM = "SELECT id, models, limits, cache_enabled, disabled FROM team"
+_TEAM = "SELECT id, models, limits, cache_enabled, disabled, time_zone FROM team"
 
 _KEY = "SELECT id, team, name, models, limits, created, expires, disabled, revoked FROM key"
 
@@ -328,27 +321,10 @@ def _reserve(db: sqlite3.Connection, claim: Claim) -> Held | Denied | Claimed:
         " ON CONFLICT DO UPDATE SET pending = pending + excluded.pending",
         (claim.bound, accounts),
     )
-    at = _micros(claim.at)
+    at = micros(claim.at)
     db.execute(
         _INSERT_HOLD,
-        (
-            claim.rid,
-            claim.bound,
-            accounts,
-            claim.team,
-            claim.key_id,
-            claim.model,
-            claim.operation.value,
-            claim.upstream,
-            claim.images,
-            claim.price_id,
-            claim.fingerprint,
-            claim.idempotency_key,
-            claim.worker,
-            at,
-            usage_day(claim.at),
-            _micros(claim.lease_ends),
-        ),
+        claim_row(claim, accounts, micros(claim.lease_ends)),
     )
     db.execute(_JOURNAL, (at, claim.rid, State.HELD.value, claim.bound, 0, "{}"))
     return Held(
@@ -376,7 +352,7 @@ def _holder_of_key(db: sqlite3.Connection, claim: Claim) -> Claimed | str | None
         return None
     rid, state, fingerprint, at = str(found[0]), State(found[1]), found[2], found[3]
     same = fingerprint == claim.fingerprint
-    if at < _micros(claim.at - KEY_LIFETIME) or (state is State.VOIDED and same):
+    if at < micros(claim.at - KEY_LIFETIME) or (state is State.VOIDED and same):
         return rid
     return Claimed(rid, state, same)
 
@@ -417,18 +393,18 @@ def _settle(db: sqlite3.Connection, settlement: Settlement, at: int | None) -> E
         _count(db, row, correction(state, cost, json.loads(flags), move, settlement))
         db.execute(
             _JOURNAL,
-            (at, rid, move.state.value, move.pending, move.posted, _detail(settlement)),
+            (at, rid, move.state.value, move.pending, move.posted, detail_of(settlement)),
         )
     after = _balances(db, json.loads(accounts))
     return Entry(rid, move.state, bound, move.cost, move.applied, tuple(after.values()))
 
 
 def _sweep(db: sqlite3.Connection, now: datetime, limit: int) -> list[Entry]:
-    instant = _micros(now)
+    instant = micros(now)
     db.execute(
         "UPDATE hold SET idempotency_key = NULL WHERE rid IN (SELECT rid FROM hold"
         " WHERE idempotency_key IS NOT NULL AND at < ? ORDER BY at LIMIT 1000)",
-        (_micros(now - KEY_LIFETIME),),
+        (micros(now - KEY_LIFETIME),),
     )
     over = db.execute(
         "SELECT rid, bound FROM hold WHERE state = 'H' AND lease_ends < ?"
@@ -466,64 +442,8 @@ def _balances(db: sqlite3.Connection, accounts: Iterable[str]) -> dict[str, Bala
     return balances
 
 
-def _detail(settlement: Settlement) -> str:
-    """What the journal keeps of a settlement beside its amounts."""
-    detail: dict[str, object] = {
-        "outcome": settlement.outcome.value,
-        "basis": settlement.basis.value,
-        "images": settlement.images,
-    }
-    if settlement.usage != Usage():
-        detail["usage"] = asdict(settlement.usage)
-    if settlement.flags:
-        detail["flags"] = settlement.flags
-    return json.dumps(detail)
-
-
 def _exists(db: sqlite3.Connection, sql: str, value: str | bytes) -> bool:
     return db.execute(sql, (value,)).fetchone() is not None
-
-
-def _team_row(team: Team) -> tuple[str, str, bool, bool, str]:
-    models = json.dumps(sorted(team.models))
-    return models, json.dumps(asdict(team.limits)), team.cache_enabled, team.disabled, team.id
-
-
-def _team(row: tuple[str, str, str, int, int]) -> Team:
-    team_id, models, limits, cache_enabled, disabled = row
-    return Team(
-        team_id,
-        frozenset(json.loads(models)),
-        Limits(**json.loads(limits)),
-        cache_enabled=bool(cache_enabled),
-        disabled=bool(disabled),
-    )
-
-
-def _key(
-    row: tuple[str, str, str, str | None, str, int | None, int | None, int, int | None],
-) -> Key:
-    key_id, team, name, models, limits, created, expires, disabled, revoked = row
-    return Key(
-        key_id,
-        team,
-        name,
-        None if models is None else frozenset(json.loads(models)),
-        Limits(**json.loads(limits)),
-        created=_instant(created),
-        expires=_instant(expires),
-        disabled=bool(disabled),
-        revoked=_instant(revoked),
-    )
-
-
-def _micros(instant: datetime) -> int:
-    """Microseconds since 1970 of an aware datetime, in whole numbers."""
-    return (instant - EPOCH) // MICROSECOND
-
-
-def _instant(micros: int | None) -> datetime | None:
-    return None if micros is None else EPOCH + micros * MICROSECOND
 
 
 def keys_in(path: Path) -> int:

@@ -1,0 +1,192 @@
+"""The rows of both databases: their columns are the same, so their readers and writers are too.
+
+Times are microseconds since 1970, lists and objects are JSON text, switches are 0 and 1; a backup
+of one database can be read into the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from gateway.domain.books import Hold, JournalLine
+from gateway.domain.call import Usage
+from gateway.domain.ledger import Basis, Claim, Outcome, Settlement, State
+from gateway.domain.team import Key, Limits, Team
+from gateway.domain.transition import usage_day
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+MICROSECOND = timedelta(microseconds=1)
+
+# What each reader expects, in its order; a statement names them itself.
+HOLD_COLUMNS = (
+    "rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images, price_id,"
+    " worker, at, lease_ends, idempotency_key, outcome, basis, flags"
+)
+"""In the order that ``hold_of`` reads them."""
+
+JOURNAL_COLUMNS = "seq, at, rid, kind, pending, posted, detail"
+"""In the order that ``journal_line_of`` reads them."""
+
+USAGE_COLUMNS = (
+    "day, team, key_id, model, requests, images, cached_requests, text_in, image_in, text_out,"
+    " image_out, cost, avoided, unresolved, unresolved_cost, flagged"
+)
+"""In the order of ``UsageRow``'s fields."""
+
+TEAM_COLUMNS = "id, models, limits, cache_enabled, disabled, time_zone"
+KEY_COLUMNS = "id, team, name, models, limits, created, expires, disabled, revoked"
+
+_LIMITS = frozenset(field.name for field in fields(Limits))
+
+
+def micros(instant: datetime) -> int:
+    """Microseconds since 1970 of an aware datetime, in whole numbers."""
+    return (instant - EPOCH) // MICROSECOND
+
+
+def instant(micros: int) -> datetime:
+    return EPOCH + micros * MICROSECOND
+
+
+def detail_of(settlement: Settlement) -> str:
+    """What the journal keeps of a settlement beside its amounts."""
+    detail: dict[str, object] = {
+        "outcome": settlement.outcome.value,
+        "basis": settlement.basis.value,
+        "images": settlement.images,
+    }
+    if settlement.usage != Usage():
+        detail["usage"] = asdict(settlement.usage)
+    if settlement.flags:
+        detail["flags"] = settlement.flags
+    return json.dumps(detail)
+
+
+def accounts_of(claim: Claim) -> list[str]:
+    """The accounts of a claim, each once, in the order of its lines."""
+    return list(dict.fromkeys(line.account for line in claim.lines))
+
+
+def claim_row(claim: Claim, accounts: str, lease_ends: int) -> tuple[object, ...]:
+    """A new hold: rid, bound, accounts, team, key_id, model, operation, upstream, images,
+    price_id, fingerprint, idempotency_key, worker, at, day, lease_ends."""
+    return (
+        claim.rid,
+        claim.bound,
+        accounts,
+        claim.team,
+        claim.key_id,
+        claim.model,
+        claim.operation.value,
+        claim.upstream,
+        claim.images,
+        claim.price_id,
+        claim.fingerprint,
+        claim.idempotency_key,
+        claim.worker,
+        micros(claim.at),
+        usage_day(claim.at),
+        lease_ends,
+    )
+
+
+def hold_of(row: Sequence[Any]) -> Hold:
+    """``row`` has ``HOLD_COLUMNS``."""
+    (
+        rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images,
+        price_id, worker, at, lease_ends, idempotency_key, outcome, basis, flags,
+    ) = row  # fmt: skip
+    return Hold(
+        rid=rid,
+        state=State(state),
+        bound=bound,
+        cost=cost,
+        accounts=tuple(json.loads(accounts)),
+        team=team,
+        key_id=key_id,
+        model=model,
+        operation=operation,
+        upstream=upstream,
+        images=images,
+        price_id=price_id,
+        worker=worker,
+        at=instant(at),
+        lease_ends=instant(lease_ends),
+        idempotency_key=idempotency_key,
+        outcome=None if outcome is None else Outcome(outcome),
+        basis=None if basis is None else Basis(basis),
+        flags=tuple(json.loads(flags)),
+    )
+
+
+def journal_line_of(row: Sequence[Any]) -> JournalLine:
+    """``row`` has ``JOURNAL_COLUMNS``."""
+    seq, at, rid, kind, pending, posted, detail = row
+    when = None if at is None else instant(at)
+    return JournalLine(seq, when, rid, kind, pending, posted, json.loads(detail))
+
+
+def team_row(team: Team) -> tuple[object, ...]:
+    """``TEAM_COLUMNS`` but the id, and then the id."""
+    return (
+        json.dumps(sorted(team.models)),
+        json.dumps(asdict(team.limits)),
+        int(team.cache_enabled),
+        int(team.disabled),
+        team.time_zone,
+        team.id,
+    )
+
+
+def team_of(row: Sequence[Any]) -> Team:
+    """``row`` has ``TEAM_COLUMNS``."""
+    team_id, models, limits, cache_enabled, disabled, time_zone = row
+    return Team(
+        team_id,
+        frozenset(json.loads(models)),
+        _limits(limits),
+        cache_enabled=bool(cache_enabled),
+        disabled=bool(disabled),
+        time_zone=time_zone,
+    )
+
+
+def key_row(key: Key, digest: bytes) -> tuple[object, ...]:
+    """id, digest, team, name, models, limits, created, expires, disabled, revoked."""
+    return (
+        key.id,
+        digest,
+        key.team,
+        key.name,
+        None if key.models is None else json.dumps(sorted(key.models)),
+        json.dumps(asdict(key.limits)),
+        *(None if at is None else micros(at) for at in (key.created, key.expires)),
+        int(key.disabled),
+        None if key.revoked is None else micros(key.revoked),
+    )
+
+
+def key_of(row: Sequence[Any]) -> Key:
+    """``row`` has ``KEY_COLUMNS``."""
+    key_id, team, name, models, limits, created, expires, disabled, revoked = row
+    return Key(
+        key_id,
+        team,
+        name,
+        None if models is None else frozenset(json.loads(models)),
+        _limits(limits),
+        created=None if created is None else instant(created),
+        expires=None if expires is None else instant(expires),
+        disabled=bool(disabled),
+        revoked=None if revoked is None else instant(revoked),
+    )
+
+
+def _limits(text: str) -> Limits:
+    """A newer release may have written limits that this one does not know: they do not hold here,
+    and are kept where they are."""
+    return Limits(**{name: value for name, value in json.loads(text).items() if name in _LIMITS})
