@@ -233,7 +233,7 @@ class Pipeline:
             flight.said = (*flight.said, *headers.of_rates(back))
             try:
                 held = await self._hold(flight, arrival, plan)
-                flight.said = known
+                flight.said = (*known, *headers.of_rates(grant.standings))
                 reserved = self._clock.monotonic() - arrival.at
                 so_far = replace(
                     so_far,
