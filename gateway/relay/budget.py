@@ -79,13 +79,18 @@ class BudgetView:
             self._reading[accounts] = task
             task.add_done_callback(lambda _: self._reading.pop(accounts))
         await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
+        if not task.done():
+            self._give_up()
 
     async def _ask(self, lines: Sequence[Line]) -> None:
         try:
             self.learn(lines, await self._ledger.balances(lines))
         except GatewayError as error:
-            self._away_until = self._clock.monotonic() + KNOWN_SECONDS
+            self._give_up()
             log.warning("a budget cannot be read for a header", extra={"error": str(error)})
         except Exception:
-            self._away_until = self._clock.monotonic() + KNOWN_SECONDS
+            self._give_up()
             log.exception("a budget cannot be read for a header")
+
+    def _give_up(self) -> None:
+        self._away_until = self._clock.monotonic() + KNOWN_SECONDS
