@@ -23,7 +23,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.ledger import Balance, Basis, Denied, Line, Outcome
 from gateway.domain.money import Money, format_dollars
-from gateway.domain.price import OPEN, CannotPrice, parse_size
+from gateway.domain.price import OLD_QUALITIES, OPEN, CannotPrice, parse_size
 from gateway.domain.quota import Demand, Limit, Refusal, Unit
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
 from gateway.domain.route import Model
@@ -35,11 +35,12 @@ from gateway.relay.flights import Head
 from gateway.relay.plan import CacheWish, Plan, Planner, lines_of
 from gateway.relay.read import FORM_TYPE, Reader, ReadRules, reader_for
 
-REFUSALS = frozenset({"unpriced", "max_cost_exceeded"})
-"""Reasons of an ``InvalidRequest`` that are about money or rules, not about the body: what an
+REFUSALS = frozenset({"model_not_priced", "max_cost_exceeded"})
+"""Codes of an ``InvalidRequest`` that are about money or rules, not about the body: what an
 estimate tells of, and does not fail with."""
 MISSING = "missing_required_parameter"
 QUALITIES = ("high", "medium", "low")
+ABOVE = ("max", "xhigh")
 SMALL = "1024x1024"
 CHEAPER_PERCENT = 75
 """An alternative costs at most so much of what was asked, and of the one before it."""
@@ -153,9 +154,9 @@ class Estimates:
         except UpstreamAccount as error:
             return model, None, error
         except InvalidRequest as error:
-            if error.reason not in REFUSALS:
+            if error.code not in REFUSALS:
                 raise
-            if error.reason != "max_cost_exceeded":
+            if error.code != "max_cost_exceeded":
                 return model, None, error
             # What it would cost is then the very thing to be told.
             lifted = _without_most(caller)
@@ -208,8 +209,10 @@ def alternatives(call: Call, quote: Quote) -> list[tuple[Mapping[str, str], Call
     one before; at most three, the cheapest last."""
     if quote.row is None:
         return []
-    below = QUALITIES[QUALITIES.index(call.quality) + 1 :] if call.quality in QUALITIES else ()
-    qualities = QUALITIES if call.quality in OPEN else below
+    asked = OLD_QUALITIES.get(call.quality, call.quality)
+    qualities = QUALITIES if asked in OPEN or asked in ABOVE else ()
+    if asked in QUALITIES:
+        qualities = QUALITIES[QUALITIES.index(asked) + 1 :]
     found = []
     for size, quality in product(("", SMALL) if _is_larger(call.size) else ("",), ("", *qualities)):
         change = {name: said for name, said in (("size", size), ("quality", quality)) if said}
