@@ -133,11 +133,7 @@ class Planner:
             quote=quote,
             demand=Demand(images=call.n, money=quote.bound.amount),
             rates=rates,
-            lines=tuple(
-                Line(limit, period(limit.window, now))
-                for limit in caller.limits
-                if limit.unit is Unit.MONEY
-            ),
+            lines=lines_of(caller, now),
             fingerprint=mark,
             cache=CacheResult.MISS if enabled else CacheResult.OFF,
             keep=keep and quote.row is not None,
@@ -258,6 +254,15 @@ class Planner:
                 reason="unpriced",
             )
         return Bound(most or 0, Confidence.SOFT)
+
+
+def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:
+    """Every account of money that the caller draws on now, the key's before the team's."""
+    return tuple(
+        Line(limit, period(limit.window, now))
+        for limit in caller.limits
+        if limit.unit is Unit.MONEY
+    )
 
 
 def cheaper(plan: Plan) -> tuple[str, Money] | None:

@@ -298,8 +298,9 @@ class Metrics:
             self.set("gateway_budget_limit_usd", _dollars(limit.amount or 0), **where)
             self.set("gateway_budget_spent_usd", _dollars(balance.posted), **where)
             self.set("gateway_budget_reserved_usd", _dollars(balance.pending), **where)
-            ends = line.period.ends.timestamp()
-            self.set("gateway_budget_reset_timestamp_seconds", ends, **where)
+            if line.period.ends is not None:
+                ends = line.period.ends.timestamp()
+                self.set("gateway_budget_reset_timestamp_seconds", ends, **where)
 
     def dependencies(self, up: Mapping[str, bool]) -> None:
         for name, is_up in up.items():

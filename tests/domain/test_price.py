@@ -463,3 +463,49 @@ def test_the_row_of_the_day_applies_and_an_upstreams_own_goes_first() -> None:
         "openai/a@2026-06-01",
         "own:openai/a@2026-02-01",
     }
+
+
+# What is likely.
+
+
+@pytest.mark.parametrize("size", LADDER_25)
+@pytest.mark.parametrize("rung", range(5))
+def test_what_is_said_in_full_likely_costs_what_the_formula_says(size: str, rung: int) -> None:
+    price = price_of("gpt-image-2.5-flare")
+    call = a_call(size=size, quality=QUALITIES_25[rung], n=2, prompt_bytes=9, partial_images=1)
+    text = 3 * price.text_in
+    assert price.likely(call, LIST) == 2 * (LADDER_25[size][rung] + 100) * 30_000 + text
+    assert (price.likely(call, LIST) or 0) <= price.bound(call, LIST).amount
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *(a_call(size="auto"), a_call(quality="auto"), a_call(size=""), a_call(quality="finest")),
+        *(a_call(size="16x16"), a_call(size="9999x9999"), a_call(unknown=frozenset({"x"}))),
+        *(a_call(output_format="gif", frame_count=9), a_call(output_format="tiff")),
+    ],
+    ids=str,
+)
+def test_what_is_not_said_is_not_guessed(call: Call) -> None:
+    assert price_of(call.model).likely(call, LIST) is None
+
+
+def test_input_pictures_are_likely_what_is_held_for_them() -> None:
+    price = price_of("gpt-image-2.5-flare")
+    apart = price.bound(a_call(inputs=(PICTURE,)), LIST).amount - price.bound(a_call(), LIST).amount
+    assert price.likely(a_call(inputs=(PICTURE,)), LIST) == apart + 1756 * 30_000
+
+
+def test_what_is_not_confirmed_is_likely_without_its_margin() -> None:
+    call = a_call("gpt-image-2.6-flare")
+    likely = price_of(call.model).likely(call, LIST)
+    assert likely == 1756 * price_of(call.model).image_out  # type: ignore[operator]
+    assert price_of(call.model).bound(call, LIST).amount > likely
+
+
+def test_a_price_per_picture_is_what_it_likely_costs() -> None:
+    price = ImagePrice(BySize({"1024x1024": {"low": 5, "high": 7}}), input_image=1)
+    assert price.likely(a_call(n=3, inputs=(PICTURE,)), NOTHING) == 3 * 7 + 1
+    for call in (a_call(size="auto"), a_call(quality="auto"), a_call(size="1x1")):
+        assert price.likely(call, NOTHING) is None

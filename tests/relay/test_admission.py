@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime, timedelta
+from zoneinfo import ZoneInfo
 
 import pytest
 
@@ -32,21 +33,38 @@ from gateway.domain.ledger import (
 )
 from gateway.domain.money import Money
 from gateway.domain.price import Answer, Bound, Confidence, PriceList, PriceRow
-from gateway.domain.quota import Demand, Grant, Limit, Period, Refusal, Scope, Unit, Window
+from gateway.domain.quota import (
+    Demand,
+    Grant,
+    Limit,
+    Period,
+    Refusal,
+    Scope,
+    Unit,
+    Window,
+    period,
+)
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Limits, Team
 from gateway.ports import Outgoing, Reply
 from gateway.relay.admission import Admission
+from gateway.relay.budget import BudgetView
 from gateway.relay.plan import Plan
+from tests.clock import StillClock
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DAY = Period(Window.DAY, "d|2026-11-22", datetime(2026, 11, 23, tzinfo=UTC))
+WEEK = Period(Window.WEEK, "w|2026-W47", datetime(2026, 11, 23, tzinfo=UTC))
 MONTH = Period(Window.MONTH, "m|2026-11", datetime(2026, 12, 1, tzinfo=UTC))
+TOTAL = Period(Window.TOTAL, "t|all", None)
+LAST_NOON = datetime(2026, 11, 30, 12, tzinfo=UTC)
+HERE, THERE = ZoneInfo("Pacific/Kiritimati"), ZoneInfo("Pacific/Niue")
 DECEMBER = Period(Window.MONTH, "m|2026-12", datetime(2027, 1, 1, tzinfo=UTC))
 CENT = 10_000_000
 DOLLAR = 100 * CENT
 LEASE = timedelta(seconds=660)
+STILL = StillClock(NOW)
 
 
 @dataclass
@@ -108,7 +126,7 @@ class Stores:
 
     async def admit(self, plan: Plan, idempotency_key: str | None = None) -> Held:
         """As the relay does: the gate, then the ledger."""
-        admission = Admission(self, self, LEASE, "pod/1")
+        admission = Admission(self, self, LEASE, "pod/1", BudgetView(self, STILL))
         await admission.pass_gate("req_1", plan, plan.demand)
         return await admission.hold("req_1", plan, idempotency_key, NOW)
 
@@ -136,6 +154,9 @@ class ByQuality:
 
     def bound(self, call: Call, prices: PriceList) -> Bound:
         return Bound(call.n * self.nanousd[call.quality], Confidence.HARD)
+
+    def likely(self, call: Call, prices: PriceList) -> Money | None:
+        return None
 
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         return None
@@ -214,14 +235,16 @@ async def test_what_the_gate_gave_is_given_back_when_the_ledger_refuses(
 
 async def test_a_degraded_grant_says_so() -> None:
     stores = Stores(gate=Grant(degraded=True))
-    admission = Admission(stores, stores, LEASE, "pod/1")
+    admission = Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL))
     plan = a_plan()
     assert (await admission.pass_gate("req_1", plan, plan.demand)).degraded
 
 
 async def test_a_slot_is_given_back() -> None:
     stores = Stores()
-    await Admission(stores, stores, LEASE, "pod/1").leave("req_1", a_plan())
+    await Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL)).leave(
+        "req_1", a_plan()
+    )
     assert stores.done == ["release req_1"]
 
 
@@ -298,6 +321,10 @@ async def test_too_fast(
     assert error.message == text
     assert (error.status, error.type, error.code) == (429, "requests", "rate_limit_exceeded")
     assert (error.reason, error.retry_after_seconds) == (reason, wait)
+    names = {} if unit is Unit.SLOTS else {"limit": amount, "remaining": 0, "reset": f"{wait:.3f}s"}
+    assert error.headers == tuple(
+        (f"x-ratelimit-{name}-{unit.value}", str(value)) for name, value in names.items()
+    )
 
 
 async def test_a_key_without_a_name_goes_by_its_id() -> None:
@@ -380,6 +407,39 @@ async def test_what_can_never_fit(
             "to $0.21. Resets 2027-01-01 00:00 UTC.",
         ),
         (
+            *(team_line(5 * DOLLAR, WEEK), Balance(490 * CENT)),
+            "Team growth has spent $4.90 of its $5.00 this week; this request could cost up to "
+            "$0.21. Resets 2026-11-23 00:00 UTC. Cheaper now: quality=low (at most $0.006).",
+        ),
+        (
+            *(team_line(5 * DOLLAR, TOTAL), Balance(490 * CENT)),
+            "Team growth has spent $4.90 of its $5.00 in all; this request could cost up to $0.21. "
+            "It is not renewed: ask an administrator to raise it. "
+            "Cheaper now: quality=low (at most $0.006).",
+        ),
+        (
+            *(team_line(20 * CENT, WEEK), Balance(20 * CENT)),
+            "Team growth may spend $0.20 a week in all; this request could cost up to $0.21, so "
+            "waiting does not help.",
+        ),
+        (
+            *(key_line(20 * CENT, TOTAL), Balance(20 * CENT)),
+            "Key ci of team growth may spend $0.20 in all; this request could cost up to $0.21, so "
+            "waiting does not help.",
+        ),
+        (
+            # December is there already, by the label; in UTC its predecessor still runs.
+            *(team_line(50 * DOLLAR, period(Window.MONTH, LAST_NOON, HERE)), Balance(50 * DOLLAR)),
+            "Team growth has spent $50.00 of its $50.00 for December; this request could cost up "
+            "to $0.21. Resets 2026-12-31 10:00 UTC.",
+        ),
+        (
+            # And here November goes on into December.
+            *(team_line(50 * DOLLAR, period(Window.MONTH, LAST_NOON, THERE)), Balance(50 * DOLLAR)),
+            "Team growth has spent $50.00 of its $50.00 for November; this request could cost up "
+            "to $0.21. Resets 2026-12-01 11:00 UTC.",
+        ),
+        (
             *(team_line(0), Balance()),
             "Team growth may spend $0.00 a month in all; this request could cost up to $0.21, so "
             "waiting does not help.",
@@ -395,6 +455,16 @@ async def test_no_room_in_a_budget(line: Line, balance: Balance, text: str) -> N
         "insufficient_quota",
     )
     assert (error.should_retry, error.retry_after_seconds) == (False, None)
+
+
+async def test_what_the_ledger_said_of_a_budget_need_not_be_asked_again() -> None:
+    line = team_line(DOLLAR)
+    stores = Stores(ledger=Denied(line, Balance(90 * CENT)))
+    view = BudgetView(stores, STILL)
+    with pytest.raises(QuotaExceeded):
+        await Admission(stores, stores, LEASE, "pod/1", view).hold("r", a_plan(), None, NOW)
+    # ``Stores`` cannot be asked for balances.
+    assert await view.balances([line]) == ([line], [Balance(90 * CENT)])
 
 
 async def test_without_a_price_nothing_cheaper_is_known() -> None:

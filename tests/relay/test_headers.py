@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
@@ -32,6 +32,7 @@ from gateway.relay.plan import Plan
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DAY = Period(Window.DAY, "d|2026-11-22", datetime(2026, 11, 23, tzinfo=UTC))
+TOTAL = Period(Window.TOTAL, "t|all", None)
 MONTH = Period(Window.MONTH, "m|2026-11", datetime(2026, 12, 1, tzinfo=UTC))
 QUOTE = Quote(Bound(52_680_000, Confidence.HARD), PriceList({}), None)
 
@@ -156,6 +157,62 @@ def test_the_tightest_budget_is_told(
 
 
 NAMES = ("x-budget-remaining-usd", "x-budget-reset")
+
+
+@pytest.mark.parametrize(
+    ("day", "total", "said"),
+    [
+        (2, 1, (("x-budget-remaining-usd", "0.000000001"),)),
+        (1, 2, (("x-budget-remaining-usd", "0.000000001"), (NAMES[1], "2026-11-23T00:00:00Z"))),
+        (1, 1, (("x-budget-remaining-usd", "0.000000001"), (NAMES[1], "2026-11-23T00:00:00Z"))),
+        (None, 0, (("x-budget-remaining-usd", "0"),)),
+    ],
+)
+def test_what_is_never_renewed_has_no_reset(
+    day: int | None, total: int, said: headers.Headers
+) -> None:
+    lines = [line(total, TOTAL), line(day, DAY)]
+    assert headers.of_budget(lines, [Balance(), Balance()]) == said
+
+
+def test_an_instant_is_said_in_utc() -> None:
+    there = timezone(timedelta(hours=14))
+    assert headers.say_instant(datetime(2026, 12, 1, tzinfo=there)) == "2026-11-30T10:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("amount", "left", "reset", "taken", "then"),
+    [
+        (60, 59, 1.0, 1, (60, 0.0)),
+        (60, 30, 30.0, 10, (40, 20.0)),
+        (20, 0, 60.0, 20, (20, 0.0)),
+        # As much as was taken is never more than all.
+        (20, 20, 0.5, 3, (20, 0.0)),
+        (0, 0, 0.0, 0, (0, 0.0)),
+    ],
+)
+def test_what_was_given_back_is_there_again(
+    amount: int, left: int, reset: float, taken: int, then: tuple[int, float]
+) -> None:
+    limit = Limit(Scope.TEAM, "t", Unit.IMAGES, Window.MINUTE, amount)
+    demand = Demand(images=taken)
+    [found] = headers.given_back([Standing(limit, left, reset)], demand)
+    assert found == Standing(limit, *then)
+
+
+def test_an_error_says_what_is_known_and_what_it_knows_better() -> None:
+    known = (("x-cache", "miss"), ("content-type", "text/event-stream"), ("x-left", "7"))
+    error = RateLimited("Slowly.", retry_after_seconds=1)
+    error.headers = (("x-left", "0"), ("x-dirty", "a\nb"))
+    found = dict(headers.error_head(error, "req_1", known).headers)
+    assert found == {
+        "x-cache": "miss",
+        "x-left": "0",
+        "content-type": "application/json",
+        "x-request-id": "req_1",
+        "retry-after": "1",
+        "retry-after-ms": "1000",
+    }
 
 
 def test_the_tightest_rate_of_each_unit_is_told() -> None:
