@@ -161,7 +161,8 @@ def offsets_of(zone: str) -> Offsets:
 def begins_of(offsets: Offsets, window: Window) -> tuple[list[datetime], list[str]]:
     """When each period begins, and its label: by adding up the hours of the offsets, without a
     question to ``zoneinfo``."""
-    begins, labels = [], []
+    begins: list[datetime] = []
+    labels: list[str] = []
     for (start, offset), end in zip(offsets, [one for one, _ in offsets[1:]] + [LAST], strict=True):
         instant = start
         while instant < end:
