@@ -72,10 +72,14 @@ class Webhooks:
             ("webhook-timestamp", seconds),
         ]
         if self._key is not None:
-            signed = f"{message_id}.{seconds}.".encode() + body
-            mac = hmac.new(self._key, signed, hashlib.sha256).digest()
-            headers.append(("webhook-signature", f"v1,{base64.b64encode(mac).decode()}"))
+            headers.append(("webhook-signature", signature(self._key, message_id, seconds, body)))
         return headers
+
+
+def signature(key: bytes, message_id: str, seconds: str, body: bytes) -> str:
+    """The value of ``webhook-signature``; ``seconds`` is the time of the try since 1970."""
+    mac = hmac.digest(key, f"{message_id}.{seconds}.".encode() + body, hashlib.sha256)
+    return f"v1,{base64.b64encode(mac).decode()}"
 
 
 def body_of(message: Message) -> bytes:

@@ -181,11 +181,11 @@ class TimeZone(click.ParamType[str]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         known = available_timezones()
-        if value in known:
-            return str(value)
-        near = get_close_matches(str(value), known, n=1)
-        asked = f"; did you mean {near[0]}?" if near else ""
-        self.fail(f"{value!r} is not a time zone's name, like Europe/Berlin{asked}", param, ctx)
+        if value not in known:
+            near = get_close_matches(str(value), known, n=1)
+            asked = f"; did you mean {near[0]}?" if near else ""
+            self.fail(f"{value!r} is not a time zone's name, like Europe/Berlin{asked}", param, ctx)
+        return str(value)
 
 
 def limit_options(*, removable: bool = False) -> Callable[[Command], Command]:
@@ -244,8 +244,10 @@ def describe_limits(limits: Limits) -> dict[str, object]:
         "requests_per_minute": limits.requests_per_minute,
         "images_per_minute": limits.images_per_minute,
         "concurrent_requests": limits.concurrent_requests,
-        **{f"budget_{one}_usd": dollars(amount) for one, amount in limits.budgets.items()},
-        **{f"soft_budget_{one}_usd": dollars(amount) for one, amount in limits.soft_budgets.items()},
+        **{f"budget_{one}_usd": dollars(of) for one, of in limits.budgets.items()},
+        **{
+            f"soft_budget_{one}_usd": dollars(amount) for one, amount in limits.soft_budgets.items()
+        },
         "max_cost_per_request_usd": dollars(limits.max_cost_per_request),
     }
 

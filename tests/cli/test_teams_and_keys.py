@@ -120,7 +120,7 @@ def test_a_team_is_changed_in_what_is_named_alone(say: Say, ask: Ask, config: Pa
         assert said.stdout.startswith("team design is changed; its limits: ")
         teams = ask("team", "list", "--json", "--config", config)
         [team] = [one for one in teams if one["id"] == "design"]
-        return {**team.pop("limits"), **team}
+        return {**dict(team.pop("limits")), **team}
 
     say(
         "team", "create", "design", "--models", "gpt-image-2", "--budget-week", "5",
