@@ -36,7 +36,7 @@ from gateway.domain.price import PriceBook
 from gateway.domain.quota import Scope as Owner
 from gateway.domain.route import Unpriced
 from gateway.domain.team import Key, Team
-from gateway.notify import Webhooks
+from gateway.notify import PAUSES_SECONDS, Webhooks
 from gateway.ports import (
     Cache,
     Clock,
@@ -110,11 +110,9 @@ async def open_gateway(
     settings: Settings,
     clock: Clock,
     telemetry: Sequence[Telemetry] = (),
-    *,
-    watch_seconds: float = WATCH_SECONDS,
 ) -> AsyncIterator[Gateway]:
-    """Opens the stores, starts the sweep and the watch over the budgets (each ``watch_seconds``);
-    closes all of it in the opposite order.
+    """Opens the stores, starts the sweep and the watch over the budgets; closes all of it in the
+    opposite order.
 
     Raises ``StoreError`` and ``PriceFileError`` for what cannot be opened, ``CannotServe`` for a
     model without a price and for a team or key that both the file and the directory have.
@@ -199,7 +197,7 @@ async def open_gateway(
                 "gateway_budget_notices_total", team=metrics.team(team), mark=mark
             ),
         )
-        watching = asyncio.create_task(budgets.run(watch_seconds))
+        watching = asyncio.create_task(budgets.run(WATCH_SECONDS))
         stack.push_async_callback(_cancel, watching)
 
         async def look() -> Readiness:
@@ -492,6 +490,7 @@ def _notifier(settings: Settings, clock: Clock, metrics: Metrics) -> Notifier | 
         notify.secret.reveal() if notify.secret else None,
         clock,
         counted=lambda outcome: metrics.add("gateway_webhook_total", outcome=outcome),
+        pauses_seconds=PAUSES_SECONDS,
     )
 
 
