@@ -27,7 +27,7 @@ from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
 from gateway.api.relayed import ASGIApp, Receive, RelayedRoutes, Scope, Send
 from gateway.domain import keys
-from gateway.domain.call import Operation
+from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import GatewayError
 from gateway.domain.ledger import Entry, Settlement
 from gateway.domain.money import NANOS_PER_DOLLAR
@@ -51,6 +51,8 @@ from gateway.ports import (
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.admission import Admission
 from gateway.relay.body import Room
+from gateway.relay.budget import BudgetView
+from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.flights import Flights
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
@@ -85,7 +87,7 @@ LAST_SECONDS = 5.0
 CACHE_TIMEOUT_SECONDS = 2.0
 WATCH_SECONDS = 15.0
 PEPPER_FILE = "gateway.pepper"
-RELAYED = {f"/v1{operation.path}": operation for operation in Operation}
+RELAYED = {f"/v1{endpoint.path}": endpoint for endpoint in (*Operation, *Inquiry)}
 
 
 class CannotServe(Exception):
@@ -155,10 +157,12 @@ async def open_gateway(
         stack.push_async_callback(flights.drain, LAST_SECONDS)
         worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         lease = timedelta(seconds=settings.lease_seconds)
+        budgets = BudgetView(store.ledger, clock)
+        observed = Observed()
         pipeline = Pipeline(
             keyring=keyring,
             planner=planner,
-            admission=Admission(gate, store.ledger, lease, worker),
+            admission=Admission(gate, store.ledger, lease, worker, budgets),
             purchases=Purchases(
                 ledger=store.ledger,
                 cache=cache,
@@ -167,7 +171,10 @@ async def open_gateway(
                 room=room,
                 flights=flights,
                 clock=clock,
+                budgets=budgets,
             ),
+            estimates=Estimates(planner, store.ledger, observed, clock),
+            budgets=budgets,
             ledger=store.ledger,
             rules=_rules(settings, bool(passing)),
             room=room,
@@ -221,7 +228,7 @@ async def open_gateway(
             await _look_at_money(store.ledger, store.directory, settings.teams, clock, metrics)
             return metrics.exposition()
 
-        listeners: tuple[Telemetry, ...] = (RequestLog(), metrics, *telemetry)
+        listeners: tuple[Telemetry, ...] = (RequestLog(), metrics, observed, *telemetry)
         rest = _plain_app()
         rest.include_router(health_routes(look))
         rest.include_router(model_routes(keyring, planner, clock))
