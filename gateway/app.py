@@ -104,7 +104,7 @@ class Gateway:
     directory: Directory
     flights: Flights
     metrics: Metrics
-    budgets: BudgetWatch
+    budget_watch: BudgetWatch
 
 
 @asynccontextmanager
@@ -190,7 +190,7 @@ async def open_gateway(
         notifier = _notifier(settings, clock, metrics)
         if notifier is not None:
             stack.push_async_callback(notifier.aclose)
-        budgets = BudgetWatch(
+        budget_watch = BudgetWatch(
             ledger=store.ledger,
             upkeep=store.upkeep,
             directory=store.directory,
@@ -204,7 +204,7 @@ async def open_gateway(
                 "gateway_budget_notices_total", team=metrics.team(team), mark=mark
             ),
         )
-        watching = asyncio.create_task(budgets.run(WATCH_SECONDS))
+        watching = asyncio.create_task(budget_watch.run(WATCH_SECONDS))
         stack.push_async_callback(_cancel, watching)
 
         async def look() -> Readiness:
@@ -228,7 +228,13 @@ async def open_gateway(
             await _look_at_money(store.ledger, store.directory, settings.teams, clock, metrics)
             return metrics.exposition()
 
-        listeners: tuple[Telemetry, ...] = (RequestLog(), metrics, observed, *telemetry)
+        listeners: tuple[Telemetry, ...] = (
+            RequestLog(),
+            metrics,
+            observed,
+            budget_watch,
+            *telemetry,
+        )
         rest = _plain_app()
         rest.include_router(health_routes(look))
         rest.include_router(model_routes(keyring, planner, clock))
@@ -243,7 +249,7 @@ async def open_gateway(
             store.directory,
             flights,
             metrics,
-            budgets,
+            budget_watch,
         )
 
 

@@ -52,9 +52,9 @@ async def buy(sdk: AsyncOpenAI, times: int = 1) -> None:
         await sdk.images.generate(**ASKED)
 
 
-async def refused(sdk: AsyncOpenAI) -> str:
+async def refused(sdk: AsyncOpenAI, **changes: Any) -> str:
     with pytest.raises(RateLimitError) as raised:
-        await sdk.images.generate(**ASKED)
+        await sdk.images.generate(**{**ASKED, **changes})
     assert raised.value.code == "insufficient_quota"
     assert raised.value.response.headers["x-should-retry"] == "false"
     return raised.value.message
@@ -202,7 +202,7 @@ async def test_a_soft_budget_is_passed_and_told_once_by_two_gateways(
 ) -> None:
     changes = growth(box, soft_budget={"day": 0.0119}, time_zone="Europe/Berlin")
     async with start(changes) as one, start(changes) as two:
-        watches = [one.gateway.budgets, two.gateway.budgets] * 3
+        watches = [one.gateway.budget_watch, two.gateway.budget_watch] * 3
         async with one.sdk() as sdk, two.sdk() as other:
             await buy(sdk)
             await asyncio.gather(*(watch.look() for watch in watches))
@@ -260,22 +260,40 @@ async def test_a_new_period_and_a_raised_budget_warn_anew(
 ) -> None:
     async with start(growth(box, budget={"day": 0.0073})) as gateway, gateway.sdk() as sdk:
         await buy(sdk)
-        await gateway.gateway.budgets.look()
+        await gateway.gateway.budget_watch.look()
         clock.advance(days=1)
-        await gateway.gateway.budgets.look()  # what was passed yesterday is over
+        await gateway.gateway.budget_watch.look()  # what was passed yesterday is over
         assert len(box.posts) == 1
         await buy(sdk)
-        await gateway.gateway.budgets.look()
+        await gateway.gateway.budget_watch.look()
         assert len(box.posts) == 2
     async with start(growth(box, budget={"day": 0.0131})) as gateway, gateway.sdk() as sdk:
-        await gateway.gateway.budgets.look()
+        await gateway.gateway.budget_watch.look()
         assert len(box.posts) == 2
         await buy(sdk)
-        await gateway.gateway.budgets.look()
+        await gateway.gateway.budget_watch.look()
     assert [post.json["type"] for post in box.posts] == ["budget.warning"] * 3
     told = [(post.json["data"]["period"], post.json["data"]["limit_usd"]) for post in box.posts]
     assert told == [("2026-11-22", "0.0073"), ("2026-11-23", "0.0073"), ("2026-11-23", "0.0131")]
     assert len({post.headers["webhook-id"] for post in box.posts}) == 3
+
+
+async def test_a_hard_budget_is_used_up_when_it_refuses(start: Start, box: Inbox) -> None:
+    """It is hardly ever spent to the last cent."""
+    async with start(growth(box, budget={"day": 0.0119})) as gateway, gateway.sdk() as sdk:
+        await buy(sdk)
+        await refused(sdk, quality="high")  # too dear, but half is left
+        await gateway.gateway.budget_watch.look()
+        assert box.posts == []
+        await buy(sdk)
+        await gateway.gateway.budget_watch.look()
+        await box.until(1)
+        for count in (4, 5):
+            await refused(sdk)
+            await gateway.told.until(count)
+            await gateway.gateway.budget_watch.look()
+        assert [post.json["type"] for post in box.posts] == ["budget.warning", "budget.reached"]
+        assert box.posts[1].json["data"]["spent_usd"] == "0.01179"
 
 
 async def test_teams_and_keys_that_commands_made_are_watched_too(start: Start, box: Inbox) -> None:
@@ -290,7 +308,7 @@ async def test_teams_and_keys_that_commands_made_are_watched_too(start: Start, b
             await directory.create_key(key, keys.digest(pepper, f"{secret}{name}"))
         async with gateway.sdk(f"{secret}spends") as sdk:
             await buy(sdk)
-        await gateway.gateway.budgets.look()
+        await gateway.gateway.budget_watch.look()
         found = {(post.json["type"], post.json["data"].get("key")) for post in box.posts}
         assert found == {
             ("budget.warning", "key-spends"),
@@ -310,19 +328,19 @@ async def test_a_receiver_that_was_away_hears_of_it_later(
         changes = growth(box, soft_budget={"day": COST / 1e9})
         async with start(changes) as gateway, gateway.sdk() as sdk:
             await buy(sdk)
-            await gateway.gateway.budgets.look()
+            await gateway.gateway.budget_watch.look()
             assert len(box.posts) == 2  # both tries of the first message
             failed = 'gateway_webhook_total{outcome="failed"}'
             assert (await gateway.metrics())[failed] == 1
             # Another gateway tells what the first has not claimed; what it has, after its lease.
-            async with start(changes) as other:
+            async with start(changes):
                 await box.until(3)
             clock.advance(seconds=89)
-            await gateway.gateway.budgets.look()
+            await gateway.gateway.budget_watch.look()
             assert len(box.posts) == 3
             clock.advance(seconds=1)
-            await gateway.gateway.budgets.look()
-            await gateway.gateway.budgets.look()
+            await gateway.gateway.budget_watch.look()
+            await gateway.gateway.budget_watch.look()
             assert len(box.posts) == 4
             counted = await gateway.metrics()
         first, again, second, late = box.posts
@@ -339,7 +357,7 @@ async def test_what_is_passed_already_is_told_at_the_start(start: Start, box: In
     async with start(growth(box, budget={"total": 0.007})):
         await box.until(1)
     async with start(growth(box, budget={"total": 0.007})) as gateway:
-        await gateway.gateway.budgets.look()
+        await gateway.gateway.budget_watch.look()
     [post] = box.posts
     assert post.json["data"]["window"] == "total"
     assert post.json["data"]["period"] == "all"
@@ -351,7 +369,7 @@ async def test_without_a_webhook_the_log_says_it(
 ) -> None:
     async with start(growth(soft_budget={"month": 0.007})) as gateway, gateway.sdk() as sdk:
         await buy(sdk)
-        watching = asyncio.create_task(gateway.gateway.budgets.run(0.01))
+        watching = asyncio.create_task(gateway.gateway.budget_watch.run(0.01))
         await eventually(lambda: "a soft budget is nearly passed" in caplog.text)
         watching.cancel()
         await asyncio.wait([watching])
