@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, RateLimitError
 
-from gateway.app import read_pepper
+from gateway.app import open_store, read_pepper
 from gateway.domain import keys
+from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import Balance, Line
 from gateway.domain.quota import Limit, Period, Scope, Unit, Window
 from gateway.domain.team import Key, Limits, Team
+from gateway.reports.budgets import LEASE_SECONDS
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
@@ -276,6 +278,59 @@ async def test_a_new_period_and_a_raised_budget_warn_anew(
     told = [(post.json["data"]["period"], post.json["data"]["limit_usd"]) for post in box.posts]
     assert told == [("2026-11-22", "0.0073"), ("2026-11-23", "0.0073"), ("2026-11-23", "0.0131")]
     assert len({post.headers["webhook-id"] for post in box.posts}) == 3
+
+
+async def test_a_period_that_ends_meanwhile_is_not_told(
+    start: Start, clock: TestClock, box: Inbox
+) -> None:
+    """Two marks are passed at once; midnight comes while the first is sent."""
+    box.on_post = lambda: clock.advance(hours=12)
+    soft = {"day": COST / 1e9, "month": 0.007}
+    async with start(growth(box, soft_budget=soft)) as gateway, gateway.sdk() as sdk:
+        await buy(sdk)
+        await gateway.gateway.budget_watch.look()
+        await gateway.gateway.budget_watch.look()
+        told = [(post.json["data"]["window"], post.json["data"]["percent"]) for post in box.posts]
+    assert told == [("day", 80), ("month", 80)]
+
+
+async def test_who_died_while_telling_is_followed_by_another(
+    start: Start, clock: TestClock, box: Inbox
+) -> None:
+    async with start(growth(box, soft_budget={"day": 0.007})) as gateway, gateway.sdk() as sdk:
+        await buy(sdk)
+        store = open_store(load(gateway.config, {}))
+        account, now = "team:growth|d|2026-11-22", clock.now()
+        for mark in ("soft_budget:80/0.007", "soft_budget:80/0.007 webhook"):
+            assert await store.upkeep.claim_notice(account, mark, now, LEASE_SECONDS)
+        await store.aclose()
+        watch = gateway.gateway.budget_watch
+        await watch.look()
+        assert box.posts == []
+        clock.advance(seconds=LEASE_SECONDS)
+        await watch.look()
+        await watch.look()
+        assert len(box.posts) == 1
+
+
+async def test_the_watch_outlives_what_goes_wrong(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with start() as gateway:
+        watch, looks = gateway.gateway.budget_watch, 0
+
+        async def look() -> None:
+            nonlocal looks
+            looks += 1
+            raise LedgerUnavailable("Busy.") if looks == 1 else ZeroDivisionError
+
+        monkeypatch.setattr(watch, "look", look)
+        watching = asyncio.create_task(watch.run(0.001))
+        await eventually(lambda: looks > 3)
+        watching.cancel()
+        await asyncio.wait([watching])
+    assert "the budgets could not be looked at" in caplog.text
+    assert "the watch over the budgets failed" in caplog.text
 
 
 async def test_a_hard_budget_is_used_up_when_it_refuses(start: Start, box: Inbox) -> None:
