@@ -12,8 +12,9 @@ from gateway.domain.errors import InvalidRequest, ModelNotAllowed, ModelNotFound
 from gateway.domain.fingerprint import fingerprint
 from gateway.domain.ledger import Line
 from gateway.domain.money import Money, say_dollars
+from gateway.domain.notices import money_lines
 from gateway.domain.price import Bound, CannotPrice, Confidence, PriceBook, PriceList
-from gateway.domain.quota import Demand, Limit, Unit, period
+from gateway.domain.quota import Demand, Limit, Unit
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
@@ -258,11 +259,7 @@ class Planner:
 
 def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:
     """Every account of money that the caller draws on now, the key's before the team's."""
-    return tuple(
-        Line(limit, period(limit.window, now))
-        for limit in caller.limits
-        if limit.unit is Unit.MONEY
-    )
+    return money_lines(caller.limits, now, caller.team.zone)
 
 
 def cheaper(plan: Plan) -> tuple[str, Money] | None:
