@@ -28,7 +28,7 @@ from gateway.stores.postgres_schema import upgrade
 
 START_SECONDS = 30.0
 USER = "gateway"
-PASSWORD = "p4ssw0rd-nobody-may-see"  # noqa: S105
+PASSWORD = "p4ssw0rd-nobody-may-see"
 TEMPLATE = "gateway_template"
 
 

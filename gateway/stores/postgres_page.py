@@ -77,7 +77,9 @@ _HOLD = (
     " outcome, basis, flags"
 )
 
-_LOCK_HOLDS = f"SELECT {_HOLD} FROM hold WHERE rid = ANY(%s::text[]) ORDER BY rid FOR UPDATE"
+_LOCK_HOLDS = f"""
+SELECT {_HOLD} FROM hold WHERE rid = ANY(%s::text[]) ORDER BY rid FOR UPDATE
+"""  # noqa: S608
 
 _LOCK_HOLDS_AND_KEYS = f"""
 SELECT {_HOLD} FROM hold
@@ -311,10 +313,20 @@ class Page:
             self._apply(hold, move, counts, ())
             at = micros(correction.at)
             self._note(at, hold.rid, CORRECTED, move.pending, move.posted, detail)
-            accounts = json.dumps(hold.accounts)
             self._adjustments.append(
-                (correction.id, at, hold.rid, hold.team, hold.key_id, hold.model, hold.day)
-                + (accounts, move.posted, correction.reason, correction.actor)
+                (
+                    correction.id,
+                    at,
+                    hold.rid,
+                    hold.team,
+                    hold.key_id,
+                    hold.model,
+                    hold.day,
+                    json.dumps(hold.accounts),
+                    move.posted,
+                    correction.reason,
+                    correction.actor,
+                )
             )
         return self._entry(hold, move.applied)
 
@@ -404,7 +416,9 @@ class Page:
     def _move(self, accounts: tuple[str, ...], pending: Money, posted: Money) -> None:
         before = self.balances(accounts)
         after = [Balance(one.posted + posted, one.pending + pending) for one in before]
-        if any(not -MOST <= amount <= MOST for one in after for amount in (one.posted, one.pending)):
+        if any(
+            not -MOST <= amount <= MOST for one in after for amount in (one.posted, one.pending)
+        ):
             raise OverflowError("an amount does not fit into 64 bits")
         self._balances.update(zip(accounts, after, strict=True))
         if pending or posted:
@@ -442,4 +456,3 @@ class Learnt:
         for (accounts,) in self._found.fetchall() if self._found is not None else ():
             named.update(json.loads(accounts))
         return named
-

@@ -7,13 +7,11 @@ release. What is refused is to *start* a release on a schema that it does not kn
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib import resources
-
 import psycopg
 
 from gateway.ports import StoreError
 from gateway.stores.postgres_link import Link, connect_at_start, place, said_of
+from gateway.stores.schema import Versions, migrations
 
 _LOCK = 0x67747779
 """``gtwy``: whose turn it is to change the schema."""
@@ -27,37 +25,11 @@ CREATE TABLE IF NOT EXISTS schema_version (
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Versions:
-    """The schema that a database has, 0 where it has none, and the one that this program knows."""
-
-    database: int
-    program: int
-
-    @property
-    def upgrade_needed(self) -> bool:
-        return self.database < self.program
-
-    @property
-    def too_new(self) -> bool:
-        return self.database > self.program
-
-
-def migrations() -> list[str]:
-    """The text of each numbered file, in order."""
-    folder = resources.files("gateway.stores").joinpath("migrations", "postgres")
-    files = sorted(
-        (file for file in folder.iterdir() if file.name.endswith(".sql")),
-        key=lambda file: file.name,
-    )
-    return [file.read_text(encoding="utf-8") for file in files]
-
-
 def versions(url: str) -> Versions:
     """Raises ``StoreError`` where the database cannot be reached."""
     link = connect_at_start(url, read_only=True)
     with link:
-        return Versions(_version(link), len(migrations()))
+        return Versions(_version(link), len(migrations("postgres")))
 
 
 def upgrade(url: str) -> Versions:
@@ -66,7 +38,7 @@ def upgrade(url: str) -> Versions:
     Harmless where nothing is missing, and where somebody else does the same. Raises
     ``StoreError``; every file that was applied before stays.
     """
-    files = migrations()
+    files = migrations("postgres")
     link = connect_at_start(url, patient=True)
     with link:
         try:
@@ -86,7 +58,7 @@ def upgrade(url: str) -> Versions:
 
 def refuse_other(link: Link, url: str) -> None:
     """Raises ``StoreError`` unless the schema is the one that this program knows."""
-    found = Versions(_version(link), len(migrations()))
+    found = Versions(_version(link), len(migrations("postgres")))
     refuse_newer(found, url)
     if found.upgrade_needed:
         raise StoreError(

@@ -237,9 +237,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
         self._thread.start()
 
-    async def decide(
-        self, needs: Needs, decide: Decision[_T], *, droppable: bool = False
-    ) -> _T:
+    async def decide(self, needs: Needs, decide: Decision[_T], *, droppable: bool = False) -> _T:
         """Decides in the next transaction; returns the result once that is durable.
 
         Raises what ``decide`` raises, and ``LedgerUnavailable`` when the commit failed or is not
@@ -418,9 +416,7 @@ def _book(batch: list[_Operation[Any]], transaction: Transaction) -> list[_Opera
     if not wanted:
         return wanted
     link = transaction.link
-    learnt = transaction.begin(
-        lambda: Page.learn(link, [operation.needs for operation in wanted])
-    )
+    learnt = transaction.begin(lambda: Page.learn(link, [operation.needs for operation in wanted]))
     page = Page.lock(link, learnt)
     for operation in wanted:
         operation.run(page, transaction)
