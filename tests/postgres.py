@@ -169,12 +169,17 @@ def run_postgres(*, durable: bool = False) -> Iterator[Postgres]:
 
 
 class CuttingWire:
-    """A TCP proxy in front of a server. ``cut_commits(n)``: of the next ``n`` transactions that
-    the server has committed the answer is lost, with its connection."""
+    """A TCP proxy in front of a server.
+
+    ``cut_commits(n)``: of the next ``n`` transactions that the server has committed the answer is
+    lost, with its connection. ``swallow_commits(n)``: the next ``n`` COMMITs (of connections that
+    have not prepared theirs) do not reach the server, which does not hear of the cut either.
+    """
 
     def __init__(self, port: int) -> None:
         self._target = port
         self._to_cut = 0
+        self._to_swallow = 0
         self.cut = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -186,6 +191,9 @@ class CuttingWire:
 
     def cut_commits(self, answers: int) -> None:
         self._to_cut = answers
+
+    def swallow_commits(self, requests: int) -> None:
+        self._to_swallow = requests
 
     async def __aenter__(self) -> CuttingWire:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -205,8 +213,34 @@ class CuttingWire:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target)
-        requests = asyncio.create_task(_pump(reader, up_writer))
+        answers = asyncio.create_task(self._answers(up_reader, writer))
         try:
+            async for data in _pieces(reader):
+                if self._to_swallow > 0 and b"COMMIT\x00" in data:
+                    self._to_swallow -= 1
+                    self.cut += 1
+                    answers.cancel()
+                    await asyncio.gather(answers, return_exceptions=True)
+                    writer.close()
+                    # The server keeps this connection until it is told to end it.
+                    await up_reader.read()
+                    break
+                up_writer.write(data)
+                await up_writer.drain()
+        except (ConnectionError, asyncio.CancelledError):
+            return
+        finally:
+            # Before anything is awaited: it may be cancelled here too.
+            answers.cancel()
+            for end in (writer, up_writer):
+                end.close()
+            await asyncio.gather(answers, return_exceptions=True)
+            for end in (writer, up_writer):
+                with contextlib.suppress(ConnectionError):
+                    await end.wait_closed()
+
+    async def _answers(self, up_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
             async for data in _pieces(up_reader):
                 # A CommandComplete message: its tag ends in a zero byte.
                 if self._to_cut > 0 and b"COMMIT\x00" in data:
@@ -215,27 +249,12 @@ class CuttingWire:
                     break
                 writer.write(data)
                 await writer.drain()
-        except (ConnectionError, asyncio.CancelledError):
-            return
-        finally:
-            requests.cancel()
-            await asyncio.gather(requests, return_exceptions=True)
-            for end in (writer, up_writer):
-                end.close()
-                with contextlib.suppress(ConnectionError):
-                    await end.wait_closed()
+        writer.close()
 
 
 async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     while data := await reader.read(65536):
         yield data
-
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        async for data in _pieces(reader):
-            writer.write(data)
-            await writer.drain()
 
 
 def _as_nobody(folder: Path) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ FATE_LOOKS = 20
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
-_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
 _IDENTITY = """
 SELECT pg_current_xact_id()::text, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
 """
@@ -202,7 +202,8 @@ class _Operation(Generic[_T]):
 
     def run(self, page: Page, transaction: Transaction) -> None:
         self.result = self.error = None
-        if self.decide is None or (self.waiter is None and transaction.again):
+        unwanted = self.abandoned or (self.waiter is None and transaction.again)
+        if self.decide is None or unwanted:
             return
         try:
             self.result = (self.decide(page, transaction),)
@@ -392,14 +393,15 @@ class Writer:
     def _broken(self, error: BaseException) -> None:
         """Leaves no half transaction behind, and no connection that is of no use."""
         _log.warning("a transaction of the ledger failed: %s", said_of(error, self._url))
-        link = self._link
-        if link is None:
+        if self._link is None:
             return
-        if is_of_no_use(link, error):
+        if isinstance(error, (psycopg.Error, _Lost)):
+            # After an error in a pipeline, psycopg believes in prepared statements that the server
+            # has skipped.
             self._drop()
             return
         try:
-            link.execute("ROLLBACK")
+            self._link.execute("ROLLBACK")
         except psycopg.Error:
             self._drop()
 
