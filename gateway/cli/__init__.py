@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from gateway.cli.check import check
+from gateway.cli.db import db
 from gateway.cli.demo import demo
 from gateway.cli.keys import key
 from gateway.cli.sandbox import sandbox
@@ -19,5 +20,5 @@ def main() -> None:
     """A gateway for images that speaks OpenAI: team keys, exact money, cached results."""
 
 
-for _command in (serve, check, demo, sandbox, team, key, usage):
+for _command in (serve, check, demo, sandbox, team, key, usage, db):
     main.add_command(_command)

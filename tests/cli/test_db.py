@@ -1,0 +1,124 @@
+"""`gateway db`: what a database has, what this program needs, and the way from one to the other."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import psycopg
+import pytest
+import yaml
+
+from gateway.stores.schema import migrations
+from tests.cli.conftest import Say
+from tests.postgres import PASSWORD, Postgres, run_postgres
+
+NEWEST = len(migrations("postgres"))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Postgres]:
+    with run_postgres() as running:
+        yield running
+
+
+def on(url: str, config: Path) -> Path:
+    """The configuration, with this database."""
+    document = yaml.safe_load(config.read_text())
+    document["storage"] |= {"database": url, "pepper": "pepper-0123456789abcdef-0123456789"}
+    config.write_text(yaml.safe_dump(document))
+    return config
+
+
+def test_an_empty_database_is_upgraded_once(say: Say, config: Path, server: Postgres) -> None:
+    url = server.empty_database()
+    on(url, config)
+    place = f"PostgreSQL database {url.rpartition('/')[2]} at 127.0.0.1:{server.port}"
+    before = say("db", "status", "--config", config)
+    assert before.exit_code == 1
+    assert before.stdout == (
+        f"{place}: schema 0; this program needs {NEWEST}\nrun: gateway db upgrade\n"
+    )
+    refused = say("serve", "--config", config)
+    assert refused.exit_code == 1
+    assert "run `gateway db upgrade`" in refused.stderr
+
+    upgraded = say("db", "upgrade", "--config", config)
+    assert upgraded.exit_code == 0
+    assert upgraded.stdout == f"{place}: schema 0 is now {NEWEST}\n"
+    again = say("db", "upgrade", "--config", config)
+    assert again.stdout == f"{place}: schema {NEWEST} is up to date\n"
+    after = say("db", "status", "--json", "--config", config)
+    assert after.exit_code == 0
+    assert json.loads(after.stdout) == {
+        "database": place,
+        "schema": NEWEST,
+        "program": NEWEST,
+        "upgrade_needed": False,
+        "too_new": False,
+    }
+    made = say("team", "create", "design", "--config", config)
+    assert made.exit_code == 0, made.output
+    assert made.stdout.splitlines()[0] == f"team design created in {place}"
+    key = say("key", "create", "--team", "design", "--config", config)
+    assert key.exit_code == 0, key.output
+    assert "design" in say("key", "list", "--config", config).stdout
+
+
+def test_a_database_of_a_newer_release_is_left_alone(
+    say: Say, config: Path, server: Postgres
+) -> None:
+    url = server.fresh_database()
+    on(url, config)
+    with psycopg.connect(url) as database:
+        database.execute("INSERT INTO schema_version SELECT max(version) + 1 FROM schema_version")
+    status = say("db", "status", "--config", config)
+    assert status.exit_code == 1
+    assert "a newer release has upgraded it" in status.stdout
+    for command in (("db", "upgrade"), ("serve",), ("team", "list")):
+        said = say(*command, "--config", config)
+        assert said.exit_code == 1
+        assert f"has schema {NEWEST + 1}, this program knows {NEWEST}" in said.stderr
+
+
+@pytest.mark.parametrize("command", [("db", "status"), ("db", "upgrade"), ("serve",)])
+def test_a_server_that_is_not_there(
+    say: Say, config: Path, server: Postgres, command: tuple[str, ...]
+) -> None:
+    on(server.url("gateway", port=1), config)
+    said = say(*command, "--config", config)
+    assert said.exit_code == 1
+    assert "PostgreSQL database gateway at 127.0.0.1:1 cannot be used" in said.stderr
+    assert "Connection refused" in said.stderr
+    assert PASSWORD not in said.output
+
+
+def test_a_url_that_cannot_be_read(say: Say, config: Path, server: Postgres) -> None:
+    on(server.url("gateway", sslmod="verify-full"), config)
+    said = say("db", "status", "--config", config)
+    assert said.exit_code == 1
+    assert "a parameter has an unknown name" in said.stderr
+    assert PASSWORD not in said.output
+
+
+def test_sqlite_brings_itself_up_to_date(say: Say, config: Path) -> None:
+    path = config.parent / "data" / "gateway.db"
+    newest = len(migrations("sqlite"))
+    before = say("db", "status", "--config", config)
+    assert before.exit_code == 0
+    assert before.stdout.splitlines() == [
+        f"{path}: schema 0; this program needs {newest}",
+        "it is brought up to date when a gateway starts",
+    ]
+    assert not path.exists()
+    assert say("db", "upgrade", "--config", config).stdout == f"{path}: schema 0 is now {newest}\n"
+    assert say("db", "status", "--config", config).stdout.splitlines()[1] == "nothing to do"
+    with closing(sqlite3.connect(path)) as database:
+        database.execute(f"PRAGMA user_version = {newest + 1}")
+    for command in ("status", "upgrade"):
+        said = say("db", command, "--config", config)
+        assert said.exit_code == 1
+        assert "newer release" in said.output

@@ -1,0 +1,533 @@
+"""PostgreSQL at its worst, over real sockets: killed, frozen, cut at COMMIT, out of date."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from urllib.parse import quote
+
+import psycopg
+import pytest
+
+from gateway.domain.books import Adjustment, Correction
+from gateway.domain.call import Operation
+from gateway.domain.errors import LedgerUnavailable
+from gateway.domain.ledger import (
+    Balance,
+    Denied,
+    Held,
+    Replay,
+    State,
+)
+from gateway.domain.team import Team
+from gateway.ports import StoreError
+from gateway.stores.postgres import PostgresStore
+from gateway.stores.postgres_schema import upgrade, versions
+from gateway.stores.schema import Versions, migrations
+from tests.contract.stores import LEASE, NOON, claim, lines, settled
+from tests.postgres import PASSWORD, USER, CuttingWire, Postgres, run_postgres
+from tests.valkey import eventually
+
+NEWEST = len(migrations("postgres"))
+ACCOUNTS = tuple(line.account for line in lines())
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Postgres]:
+    """Never mistreated for longer than a test."""
+    with run_postgres() as running:
+        yield running
+
+
+@asynccontextmanager
+async def opened(url: str, *, caller_time: bool = True) -> AsyncIterator[PostgresStore]:
+    """A store, and afterwards books that add up."""
+    # In a thread: a wire in front of the server runs in this loop.
+    store = await asyncio.to_thread(PostgresStore.open, url, caller_time=caller_time)
+    try:
+        yield store
+        assert await store.books.audit() == []
+    finally:
+        await store.aclose()
+
+
+def rows(url: str, sql: str) -> list[tuple[object, ...]]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        return connection.execute(sql.encode()).fetchall()
+
+
+def command(url: str, sql: str) -> None:
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute(sql.encode())
+
+
+async def reservable(store: PostgresStore, rid: str) -> None:
+    """Until the store takes reservations again."""
+
+    async def taken() -> bool:
+        try:
+            return isinstance(await store.ledger.reserve(claim(rid, 0)), Held)
+        except LedgerUnavailable:
+            return False
+
+    await eventually(taken, 20)
+
+
+# The server dies, freezes, ends connections, turns read-only
+
+
+async def test_what_was_acknowledged_survives_a_kill_of_the_server() -> None:
+    with run_postgres(durable=True) as server:
+        async with opened(server.fresh_database()) as store:
+            budget = lines(team_day=600)
+            acknowledged: set[str] = set()
+
+            async def pair(number: int) -> None:
+                for step in range(20):
+                    rid = f"r{number}-{step}"
+                    held = await store.ledger.reserve(claim(rid, 10, limits=budget))
+                    assert isinstance(held, Held | Denied)
+                    if isinstance(held, Held):
+                        acknowledged.add(rid)
+
+            calls = [asyncio.create_task(pair(number)) for number in range(50)]
+            await eventually(lambda: len(acknowledged) >= 5)
+            await asyncio.to_thread(server.kill)
+            failed = await asyncio.gather(*calls, return_exceptions=True)
+            assert any(isinstance(one, LedgerUnavailable) for one in failed)
+            assert all(one is None or isinstance(one, LedgerUnavailable) for one in failed)
+            with pytest.raises(LedgerUnavailable):
+                await store.ledger.reserve(claim("away"))
+            with pytest.raises(LedgerUnavailable):
+                await store.ledger.balances(budget)
+
+            await asyncio.to_thread(server.restart)
+            await reservable(store, "back")
+            kept = [await store.books.find(rid) for rid in acknowledged]
+            assert None not in kept
+            assert await store.books.audit() == []
+            # Repeats of all of them take nothing twice, and the budget holds to the end.
+            await asyncio.gather(
+                *(
+                    store.ledger.reserve(claim(f"r{number}-{step}", 10, limits=budget))
+                    for number in range(50)
+                    for step in range(20)
+                )
+            )
+            assert await store.ledger.balances(budget) == [Balance(0, 600)] * 4
+
+
+async def test_a_frozen_server_is_noticed_and_recovered_from(server: Postgres) -> None:
+    async with opened(server.fresh_database()) as store:
+        await store.ledger.reserve(claim("before"))
+        server.freeze()
+        try:
+            started = time.monotonic()
+            answers = await asyncio.gather(
+                *(store.ledger.reserve(claim(f"r{number}")) for number in range(20)),
+                store.ledger.settle(settled("before", 3)),
+                store.ledger.balances(lines()),
+                store.directory.find_key(b"x"),
+                return_exceptions=True,
+            )
+            assert {type(answer) for answer in answers} == {LedgerUnavailable}
+            assert time.monotonic() - started < 4
+        finally:
+            server.thaw()
+        await reservable(store, "after")
+        await store.ledger.settle(settled("before", 3))
+        held = await store.ledger.open_holds()
+        # What nobody waited for any more may stand; it is one hold each at most.
+        assert 1 <= held <= 21
+        assert (await store.ledger.balances(lines()))[0] == Balance(3, 10 * (held - 1))
+
+
+async def test_connections_that_the_server_ends_are_replaced(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with opened(url) as store:
+        for number in range(3):
+            ended = rows(
+                url,
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'image-gateway' AND datname = current_database()",
+            )
+            assert len(ended) == 2
+            assert isinstance(await store.ledger.reserve(claim(f"r{number}")), Held)
+            assert await store.ledger.open_holds() == number + 1
+            await store.ledger.ping()
+
+
+async def test_a_database_that_turns_read_only_is_unavailable_until_it_is_not(
+    server: Postgres,
+) -> None:
+    """As hosted ones do when their disk is full. What is read goes on."""
+    url = server.fresh_database()
+    name = url.rpartition("/")[2]
+    async with opened(url) as store:
+        server.execute(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+        server.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            f" WHERE application_name = 'image-gateway' AND datname = '{name}'"
+        )
+        with pytest.raises(LedgerUnavailable):
+            await store.ledger.reserve(claim("a"))
+        assert await store.ledger.open_holds() == 0
+        server.execute(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        assert isinstance(await store.ledger.reserve(claim("a")), Held)
+
+
+async def test_a_row_that_somebody_holds_delays_only_until_it_is_given_back(
+    server: Postgres,
+) -> None:
+    url = server.fresh_database()
+    async with opened(url) as store:
+        await store.ledger.reserve(claim("a"))
+        with psycopg.connect(url) as other:
+            other.execute("SELECT * FROM balance FOR UPDATE")
+            waiting = asyncio.create_task(store.ledger.reserve(claim("b")))
+            # Beyond one lock_timeout: the second attempt gets it.
+            done, _ = await asyncio.wait({waiting}, timeout=1.3)
+            assert not done
+            other.rollback()
+            assert isinstance(await waiting, Held)
+            other.execute("SELECT * FROM balance FOR UPDATE")
+            started = time.monotonic()
+            with pytest.raises(LedgerUnavailable):
+                await store.ledger.reserve(claim("c"))
+            assert 2.5 < time.monotonic() - started < 4
+        await reservable(store, "d")
+        assert await store.books.find("c") is None
+
+
+# The answer to COMMIT is lost
+
+
+async def test_a_commit_whose_answer_is_lost_happens_once(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with CuttingWire(server.port) as wire:
+        through = server.url(url.rpartition("/")[2], wire.port)
+        async with opened(through) as store:
+            wire.cut_commits(1)
+            assert await store.ledger.reserve(claim("a")) == Held("a", (Balance(0, 10),) * 4)
+            wire.cut_commits(1)
+            entry = await store.ledger.settle(settled("a", 7))
+            assert (entry.applied, entry.cost) == (True, 7)
+            wire.cut_commits(1)
+            await store.ledger.replay(
+                Replay("hit", "growth", "k1", "flare", Operation.EDIT, 1, 6, NOON)
+            )
+            await eventually(lambda: wire.cut == 3)
+            wire.cut_commits(1)
+            drift = Adjustment("d", "growth", "flare", "2026-11-22", 5, ACCOUNTS, "r", "ann", NOON)
+            assert await store.books.adjust(drift)
+            wire.cut_commits(1)
+            await store.directory.create_team(Team("design"))
+            wire.cut_commits(1)
+            assert await store.upkeep.claim_notice("a", "budget:80", NOON, 60)
+            assert wire.cut == 6
+
+            assert await store.ledger.balances(lines()) == [Balance(12, 0)] * 4
+            first, second = await store.ledger.usage()
+            assert (first.cost, second.requests, second.cached_requests) == (5, 2, 1)
+            assert second.avoided == 6
+
+
+async def test_a_commit_that_never_arrived_is_sent_again(server: Postgres) -> None:
+    """The server still has the transaction, with all its locks: it is ended first."""
+    url = server.fresh_database()
+    async with CuttingWire(server.port) as wire:
+        through = server.url(url.rpartition("/")[2], wire.port)
+        async with opened(through) as store:
+            wire.swallow_commits(1)
+            answers = await asyncio.gather(
+                store.ledger.replay(
+                    Replay("hit", "growth", "k1", "flare", Operation.EDIT, 1, 6, NOON)
+                ),
+                *(store.ledger.reserve(claim(f"r{number}")) for number in range(5)),
+            )
+            assert wire.cut == 1
+            assert all(isinstance(one, Held) and not one.duplicate for one in answers[1:])
+            assert await store.ledger.balances(lines()) == [Balance(0, 50)] * 4
+            (row,) = await store.ledger.usage()
+            assert (row.requests, row.avoided) == (1, 6)
+
+
+async def test_many_lost_answers_under_load(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with CuttingWire(server.port) as wire:
+        through = server.url(url.rpartition("/")[2], wire.port)
+        async with opened(through) as store:
+
+            async def pair(number: int) -> None:
+                await store.ledger.reserve(claim(f"r{number}", 10))
+                await store.ledger.replay(
+                    Replay(f"h{number}", "growth", "k1", "flare", Operation.EDIT, 1, 6, NOON)
+                )
+                await store.ledger.settle(settled(f"r{number}", 7))
+
+            for cuts in range(10):
+                wire.cut_commits(1)
+                await asyncio.gather(*(pair(20 * cuts + number) for number in range(20)))
+            assert wire.cut == 10
+            assert await store.ledger.sweep(NOON) == []
+            assert await store.ledger.balances(lines()) == [Balance(1400, 0)] * 4
+            (row,) = await store.ledger.usage()
+            assert (row.requests, row.cached_requests, row.cost) == (400, 200, 1400)
+
+
+# Two replicas on one database
+
+
+async def test_two_replicas_never_pass_a_budget_nor_wait_for_each_other(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with opened(url) as first, opened(url) as second:
+        # Accounts in opposite orders, a row that nobody has used before, room for 60 of 100.
+        budget = lines(team_day=600)
+
+        async def call(store: PostgresStore, number: int) -> bool:
+            order = budget if number % 2 else budget[::-1]
+            answer = await store.ledger.reserve(claim(f"r{number}", 10, limits=order))
+            return isinstance(answer, Held)
+
+        stores = (first, second)
+        taken = await asyncio.gather(
+            *(call(stores[number // 2 % 2], number) for number in range(100))
+        )
+        assert sum(taken) == 60
+        ends = [
+            stores[turn].ledger.settle(settled(f"r{number}", 6))
+            for number, held in enumerate(taken)
+            if held
+            for turn in (0, 1)
+        ]
+        entries = await asyncio.gather(*ends)
+        assert sum(entry.applied for entry in entries) == 60
+        assert await second.ledger.balances(budget) == [Balance(360, 0)] * 4
+        found = rows(
+            url, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        )
+        assert found == [(0,)]
+
+
+async def test_one_key_or_one_rid_at_two_replicas_is_one_call(server: Postgres) -> None:
+    """Even where their accounts differ, so that no lock makes one wait for the other."""
+    url = server.fresh_database()
+    async with opened(url) as first, opened(url) as second:
+        tomorrow = NOON + timedelta(days=40)
+        for number in range(20):
+            here = claim(f"a{number}", key=f"i{number}")
+            there = replace(claim(f"b{number}", key=f"i{number}", at=tomorrow), at=NOON)
+            answers = await asyncio.gather(first.ledger.reserve(here), second.ledger.reserve(there))
+            assert sorted(type(one).__name__ for one in answers) == ["Claimed", "Held"]
+            same = [claim(f"c{number}"), claim(f"c{number}", at=tomorrow)]
+            held = await asyncio.gather(
+                first.ledger.reserve(same[0]), second.ledger.reserve(same[1])
+            )
+            assert sorted(isinstance(one, Held) and one.duplicate for one in held) == [False, True]
+
+
+async def test_replicas_that_sweep_at_once_expire_each_hold_once(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with opened(url) as first, opened(url) as second, opened(url) as third:
+        await asyncio.gather(*(first.ledger.reserve(claim(f"r{number}")) for number in range(60)))
+        late = NOON + 2 * LEASE
+        swept = await asyncio.gather(
+            *(store.ledger.sweep(late, limit=15) for store in (first, second, third))
+        )
+        assert all(len(entries) <= 15 for entries in swept)
+        expired = [entry.rid for entries in swept for entry in entries]
+        while entries := await second.ledger.sweep(late):
+            expired += [entry.rid for entry in entries]
+        assert sorted(expired) == sorted(f"r{number}" for number in range(60))
+        assert await first.ledger.unresolved() == 600
+
+
+async def test_a_correction_at_two_replicas_is_applied_once(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with opened(url) as first, opened(url) as second:
+        await first.ledger.reserve(claim("r"))
+        await first.ledger.sweep(NOON + 2 * LEASE)
+        truth = Correction("c", "r", 4, "the invoice", "ann", NOON)
+        drift = Adjustment("d", "growth", "flare", "2026-11-22", 5, ACCOUNTS, "r", "ann", NOON)
+        entries = await asyncio.gather(*(store.books.correct(truth) for store in (first, second)))
+        assert sorted(entry.applied for entry in entries) == [False, True]
+        applied = await asyncio.gather(*(store.books.adjust(drift) for store in (first, second)))
+        assert sorted(applied) == [False, True]
+        assert await first.ledger.balances(lines()) == [Balance(9, 0)] * 4
+
+
+async def test_replicas_agree_about_the_id_of_a_declared_key(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with opened(url) as first, opened(url) as second:
+        named = await asyncio.gather(
+            *(
+                store.directory.declared_id([b"new", b"old"], f"k{number}")
+                for number, store in enumerate((first, second))
+            )
+        )
+        assert len(set(named)) == 1
+
+
+# One bad call among many
+
+
+async def test_a_bad_call_does_not_sink_the_batch(server: Postgres) -> None:
+    async with opened(server.fresh_database()) as store:
+        bad = {3: claim("r3", 2**63), 5: claim("r5\0"), 7: claim("r7", 2**63, limits=())}
+        answers = await asyncio.gather(
+            *(store.ledger.reserve(bad.get(number, claim(f"r{number}"))) for number in range(20)),
+            return_exceptions=True,
+        )
+        failed = {
+            number: type(answer)
+            for number, answer in enumerate(answers)
+            if not isinstance(answer, Held)
+        }
+        assert failed.keys() == bad.keys()
+        assert failed[3] is OverflowError
+        assert issubclass(failed[5], psycopg.DataError)
+        assert issubclass(failed[7], psycopg.DataError)
+        assert await store.ledger.balances(lines()) == [Balance(0, 170)] * 4
+
+
+async def test_the_journal_is_append_only(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with opened(url) as store:
+        await store.ledger.reserve(claim("r"))
+        for sql in ("UPDATE journal SET pending = 0", "DELETE FROM journal", "TRUNCATE journal"):
+            with pytest.raises(psycopg.Error, match="append-only"):
+                command(url, sql)
+        assert [line.kind for line in await store.books.journal("r")] == ["H"]
+
+
+# Whose clock
+
+
+async def test_leases_and_beats_are_judged_by_the_servers_clock(server: Postgres) -> None:
+    """This process believes that it is 2020, or 2040: nobody's lease is over for that."""
+    async with opened(server.fresh_database(), caller_time=False) as store:
+        past, future = datetime(2020, 1, 1, tzinfo=UTC), datetime(2040, 1, 1, tzinfo=UTC)
+        await store.ledger.reserve(claim("r", at=past))
+        await store.upkeep.beat("w1", past)
+        assert store.clock_skew_seconds < -150e6
+        await store.upkeep.beat("w1", future)
+        assert store.clock_skew_seconds > 400e6
+        await store.upkeep.beat("w1", datetime.now(UTC))
+        assert abs(store.clock_skew_seconds) < 1.5
+        assert await store.ledger.sweep(future) == []
+        assert await store.ledger.sweep(future, silent_before=future - timedelta(minutes=1)) == []
+        hold = await store.books.find("r")
+        assert hold is not None
+        assert abs(hold.lease_ends - datetime.now(UTC) - LEASE) < timedelta(seconds=10)
+        # A worker that was silent for longer than nothing is dead.
+        swept = await store.ledger.sweep(past, silent_before=past)
+        assert [entry.state for entry in swept] == [State.EXPIRED]
+
+
+# The schema
+
+
+def test_a_database_without_the_schema_is_refused(server: Postgres) -> None:
+    with pytest.raises(StoreError, match=r"has schema 0, .* run `gateway db upgrade`"):
+        PostgresStore.open(server.empty_database())
+
+
+def test_a_newer_schema_is_refused_at_start_but_those_that_run_go_on(server: Postgres) -> None:
+    url = server.fresh_database()
+
+    async def story() -> None:
+        async with opened(url) as running:
+            command(url, "INSERT INTO schema_version SELECT max(version) + 1 FROM schema_version")
+            with pytest.raises(StoreError, match=f"schema {NEWEST + 1}, this program knows"):
+                PostgresStore.open(url)
+            with pytest.raises(StoreError, match="newer release"):
+                upgrade(url)
+            assert isinstance(await running.ledger.reserve(claim("r")), Held)
+
+    asyncio.run(story())
+
+
+def test_upgrades_that_run_at_once_apply_everything_once(server: Postgres) -> None:
+    url = server.empty_database()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(upgrade, [url] * 4))
+    assert sorted(one.database for one in found) == [0] + 3 * [NEWEST]
+    assert versions(url) == Versions(NEWEST, NEWEST)
+    assert rows(url, "SELECT version FROM schema_version") == [
+        (number,) for number in range(1, NEWEST + 1)
+    ]
+
+
+# What is said, and what is never said
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda url: url.replace(PASSWORD, "wr0ng-" + PASSWORD), "password authentication failed"),
+        (lambda url: url.replace("/fresh_", "/no_such_"), "does not exist"),
+        (lambda url: url + "?sslmode=verify-full&sslrootcert=system", "SSL"),
+        (lambda url: url + "?no_such_parameter=1", "unknown name"),
+        (lambda url: url.replace(PASSWORD, PASSWORD + "%zz"), "percent-encoded"),
+        (lambda url: url.replace(PASSWORD, PASSWORD + "@"), "cannot be used"),
+    ],
+    ids=["password", "database", "tls", "parameter", "encoding", "unquoted"],
+)
+def test_a_store_that_cannot_be_opened_says_why_but_never_the_password(
+    server: Postgres, change: object, said: str
+) -> None:
+    assert callable(change)
+    url = change(server.fresh_database())
+    with pytest.raises(StoreError) as refused:
+        PostgresStore.open(url)
+    error: BaseException | None = refused.value
+    assert said in str(error)
+    assert "\n" not in str(error)
+    while error is not None:
+        assert PASSWORD not in str(error) + repr(error)
+        assert error.__suppress_context__ or error.__context__ is None
+        error = error.__cause__
+
+
+async def test_a_server_that_is_gone_is_said_without_the_password(
+    server: Postgres, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = server.fresh_database()
+    async with CuttingWire(server.port) as wire:
+        through = server.url(url.rpartition("/")[2], wire.port)
+        store = await asyncio.to_thread(PostgresStore.open, through)
+    with caplog.at_level(logging.DEBUG), pytest.raises(LedgerUnavailable):
+        await store.ledger.reserve(claim("r"))
+    with pytest.raises(LedgerUnavailable):
+        await store.ledger.ping()
+    await store.aclose()
+    assert "a transaction of the ledger failed" in caplog.text
+    assert PASSWORD not in caplog.text
+
+
+def test_a_password_may_have_any_character(server: Postgres) -> None:
+    password = "p@ss/w:rd?#%&= é"
+    server.execute("CREATE ROLE odd LOGIN SUPERUSER PASSWORD 'p@ss/w:rd?#%&= é'")
+    url = server.fresh_database().replace(f"{USER}:{PASSWORD}", f"odd:{quote(password, safe='')}")
+    assert versions(url) == Versions(NEWEST, NEWEST)
+
+
+async def test_what_is_queued_is_committed_before_it_closes(server: Postgres) -> None:
+    url = server.fresh_database()
+    store = PostgresStore.open(url)
+    calls = [asyncio.create_task(store.ledger.reserve(claim(f"r{one}"))) for one in range(300)]
+    await asyncio.sleep(0)
+    await store.aclose()
+    assert all(isinstance(one, Held) for one in await asyncio.gather(*calls))
+    with pytest.raises(LedgerUnavailable):
+        await store.ledger.reserve(claim("late"))
+    with pytest.raises(LedgerUnavailable):
+        await store.ledger.open_holds()
+    await store.aclose()
+    assert rows(url, "SELECT count(*) FROM hold") == [(300,)]
