@@ -20,14 +20,16 @@ NODE_TIMEOUT_MS = 500
 
 def say(port: int, *words: object) -> Any:
     """One command on a connection of its own: bytes, a list of them, or a number."""
-    with socket.create_connection(("127.0.0.1", port), timeout=5) as connection:
-        with connection.makefile("rwb") as wire:
-            wire.write(b"*%d\r\n" % len(words))
-            for word in words:
-                data = str(word).encode()
-                wire.write(b"$%d\r\n%s\r\n" % (len(data), data))
-            wire.flush()
-            return _answer(wire)
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=5) as connection,
+        connection.makefile("rwb") as wire,
+    ):
+        wire.write(b"*%d\r\n" % len(words))
+        for word in words:
+            data = str(word).encode()
+            wire.write(b"$%d\r\n%s\r\n" % (len(data), data))
+        wire.flush()
+        return _answer(wire)
 
 
 def _answer(wire: Any) -> Any:
@@ -176,7 +178,7 @@ class Sentinelled:
 
     def _sees_all(self, sentinel: Valkey) -> bool:
         said = say(sentinel.port, "SENTINEL", "MASTER", self.NAME)
-        told = dict(zip(said[::2], said[1::2], strict=True))
+        told: dict[bytes, bytes] = dict(zip(said[::2], said[1::2], strict=True))
         return (
             told[b"flags"] == b"master"
             and told[b"num-slaves"] == b"2"

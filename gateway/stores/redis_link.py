@@ -78,8 +78,12 @@ def connect(url: str, *, max_connections: int = 32, timeout: float = 0.25) -> Cl
     scheme = urlsplit(url).scheme
     if scheme == "redis+cluster":
         plain = "redis" + url[len(scheme) :]
-        cluster: Client = RedisCluster.from_url(plain, max_connections=max_connections, **options)
-        return cluster
+        # No steps: on a few MOVED it would close every connection, also those that are in use.
+        return _Clustered(
+            RedisCluster.from_url(
+                plain, max_connections=max_connections, reinitialize_steps=0, **options
+            )
+        )
     if scheme == "redis+sentinel":
         return _by_sentinel(url, max_connections=max_connections, **options)
     pool = BlockingConnectionPool.from_url(
@@ -111,6 +115,29 @@ def _by_sentinel(url: str, **options: Any) -> Client:
 def _host_port(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     return (host, int(port)) if colon else (text, 26379)
+
+
+class _Clustered:
+    """A cluster's client that knows the cluster before its first command: redis-py sends what is
+    asked meanwhile to any node."""
+
+    def __init__(self, cluster: RedisCluster) -> None:
+        self._cluster = cluster
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        await self._cluster.initialize()
+        return await self._cluster.execute_command(*args, **options)
+
+    async def aclose(self) -> None:
+        await self._cluster.aclose()
+
+    def node(self, key: str) -> str:
+        """Who has ``key``; empty where nobody is known to."""
+        try:
+            node = self._cluster.get_node_from_key(key)
+        except (RedisError, RedisClusterException):
+            return ""
+        return str(node.name) if node is not None else ""
 
 
 class _Sentinelled:
@@ -239,7 +266,7 @@ class Server:
 
     def breaker(self, client: Client, key: str) -> Breaker:
         """That of the node which has ``key`` now: after a failover, another one."""
-        node = _node(client, key)
+        node = client.node(key) if isinstance(client, _Clustered) else ""
         if node not in self._breakers:
             self._breakers[node] = Breaker(self._failures, self._back)
         return self._breakers[node]
@@ -257,17 +284,6 @@ def same_server(url: str, other: str) -> bool:
     """Whether two urls name the same hosts, whatever their users and databases."""
     one, two = (urlsplit(each).netloc.rpartition("@")[2].lower() for each in (url, other))
     return one == two
-
-
-def _node(client: Client, key: str) -> str:
-    if not isinstance(client, RedisCluster):
-        return ""
-    try:
-        node = client.get_node_from_key(key)
-    except (RedisError, RedisClusterException):
-        # Not connected yet, or the slot is nobody's at the moment.
-        return ""
-    return str(node.name) if node is not None else ""
 
 
 class Link:
@@ -489,7 +505,7 @@ async def eviction_policy(client: Client) -> str | None:
 
     From INFO, because a managed Redis forbids CONFIG. None where it does not say.
     """
-    options = {"target_nodes": "primaries"} if isinstance(client, RedisCluster) else {}
+    options = {"target_nodes": "primaries"} if isinstance(client, _Clustered) else {}
     said = await client.execute_command("INFO", "memory", **options)
     while isinstance(said, dict) and said and "maxmemory_policy" not in said:
         said = next(iter(said.values()))
