@@ -46,8 +46,11 @@ T = TypeVar("T")
 
 GATE_SECONDS = 0.3
 """What a call may wait for Redis, whichever of the stores asks it."""
-LATE_SECONDS = 0.02
-GRACE_SECONDS = 0.1
+SOCKET_SECONDS = 0.35
+"""A little longer, so that a cluster's client does not look for its nodes again (tens of
+milliseconds of computing) while somebody still waits."""
+LATE_SECONDS = 0.05
+GRACE_SECONDS = 0.05
 
 
 class Client(Protocol):
@@ -58,7 +61,7 @@ class Client(Protocol):
     async def aclose(self) -> None: ...
 
 
-def connect(url: str, *, max_connections: int = 32, timeout: float = 0.25) -> Client:
+def connect(url: str, *, max_connections: int = 32, timeout: float = SOCKET_SECONDS) -> Client:
     """A client with bounded patience; nothing is connected before the first command.
 
     ``url`` is ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or
