@@ -62,14 +62,15 @@ from gateway.relay.purchase import Purchases
 from gateway.relay.read import ReadRules
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
-from gateway.settings import ImageUrls, Kind, Settings, shipped
+from gateway.settings import ImageUrls, Kind, Settings, WithoutRedis, shipped
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.stores.blobs import DiskCache
 from gateway.stores.memory import MemoryCache, MemoryGate
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.redis_cache import RedisCache
-from gateway.stores.redis_gate import RedisGate
-from gateway.stores.redis_link import StoreAway, connect
+from gateway.stores.redis_gate import GateListener, RedisGate
+from gateway.stores.redis_link import Reason, StoreAway, connect, same_server
+from gateway.stores.redis_link import Server as RedisServer
 from gateway.stores.sqlite import SQLiteStore, keys_in
 from gateway.stores.tiered import TieredCache
 from gateway.telemetry.log import RequestLog
@@ -86,8 +87,8 @@ DISTRIBUTION = "image-gateway"
 PING_SECONDS = 2.0
 LAST_SECONDS = 5.0
 """What still runs when the doors are closed has this long; the server drained before."""
-CACHE_TIMEOUT_SECONDS = 2.0
 WATCH_SECONDS = 15.0
+CACHE_TIMEOUT_SECONDS = 1.0
 PEPPER_FILE = "gateway.pepper"
 RELAYED = {f"/v1{endpoint.path}": endpoint for endpoint in (*Operation, *Inquiry)}
 
@@ -138,9 +139,10 @@ async def open_gateway(
             upstream = _account(configured, base_url)
             stack.push_async_callback(upstream.aclose)
             upstreams[name] = upstream
-        gate = _gate(settings, clock)
+        redis = RedisServer()
+        gate = _gate(settings, clock, metrics, redis)
         stack.push_async_callback(gate.aclose)
-        cache = _cache(settings, clock, metrics)
+        cache, shared_cache = _cache(settings, clock, metrics, redis)
         stack.push_async_callback(cache.aclose)
 
         policy = CachePolicy(
@@ -214,12 +216,17 @@ async def open_gateway(
                 "ledger": await _answers(store.ledger.ping),
                 "directory": await _answers(store.directory.ping),
             }
-            degraded = isinstance(gate, RedisGate) and gate.degraded
+            degraded: dict[str, str] = {}
             if isinstance(gate, RedisGate):
                 stores["redis"] = await _answers(gate.ping)
-                degraded = degraded or not stores["redis"]
-            metrics.dependencies(stores)
+                if gate.trouble is not None:
+                    degraded["redis"] = f"{gate.trouble}: {_without_redis(settings)}"
             metrics.set("gateway_gate_degraded", 1 if degraded else 0)
+            if shared_cache is not None:
+                stores["cache"] = await _answers(shared_cache.ping)
+                if not stores["cache"]:
+                    degraded["cache"] = "answers are kept by this process alone"
+            metrics.dependencies(stores)
             return Readiness(stores["ledger"] and stores["directory"], degraded, stores)
 
         async def exposition() -> bytes:
@@ -459,37 +466,92 @@ def _account(configured: UpstreamSettings, base_url: str) -> Account:
     )
 
 
-def _gate(settings: Settings, clock: Clock) -> Gate:
-    if settings.storage.redis is None:
-        return MemoryGate(clock)
+class _GateNews(GateListener):
+    """What the shared gate says of itself, as metrics and as lines of the log."""
 
-    def away(error: BaseException) -> None:
-        log.warning("the shared gate does not answer", extra={"error": str(error)})
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._said: Reason | None = None
 
-    return RedisGate(connect(settings.storage.redis.reveal()), clock, on_error=away)
+    def waited(self, seconds: float) -> None:
+        self._metrics.observe("gateway_gate_seconds", seconds)
+
+    def failed(self, reason: Reason, error: BaseException) -> None:
+        self._metrics.add("gateway_gate_errors_total", reason=reason.value)
+        if self._said is not reason:
+            self._said = reason
+            said = {"reason": reason.value, "error": str(error)}
+            log.warning("the shared gate does not answer", extra=said)
+
+    def back(self) -> None:
+        if self._said is not None:
+            self._said = None
+            log.warning("the shared gate answers again")
+
+    def restarted(self) -> None:
+        self._metrics.add("gateway_gate_restarts_total")
+        log.warning("the shared gate has forgotten what it counted: limits begin anew")
+
+    def evicts(self, policy: str) -> None:
+        log.warning(
+            "storage.redis may drop rate limits when it is full; set maxmemory-policy to "
+            "noeviction, or give the cache a Redis of its own",
+            extra={"maxmemory_policy": policy},
+        )
 
 
-def _cache(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
-    """In-process in front of Redis where it is configured, else of the disk."""
-    cache = settings.cache
+def _gate(settings: Settings, clock: Clock, metrics: Metrics, server: RedisServer) -> Gate:
+    replicas, url = settings.server.replicas, settings.storage.redis
+    if url is None:
+        return MemoryGate(clock, processes=replicas)
+    gate = RedisGate(
+        connect(url.reveal()),
+        clock,
+        server=server,
+        processes=replicas * settings.server.workers,
+        deny=settings.storage.without_redis is WithoutRedis.DENY,
+        listener=_GateNews(metrics),
+    )
+    gate.greet()
+    return gate
 
-    def failed(_: BaseException) -> None:
+
+def _without_redis(settings: Settings) -> str:
+    """What holds while the shared gate is away."""
+    if settings.storage.without_redis is WithoutRedis.DENY:
+        return "requests with a limit are refused"
+    processes = settings.server.replicas * settings.server.workers
+    part = f"1/{processes} of each" if processes > 1 else "all of each"
+    return f"limits are kept by this process, {part}"
+
+
+def _cache(
+    settings: Settings, clock: Clock, metrics: Metrics, server: RedisServer
+) -> tuple[Cache, Cache | None]:
+    """In-process in front of Redis where it is configured, else of the disk; and the one in a
+    Redis of its own, where there is one. ``server`` is that of the gate."""
+    cache, state = settings.cache, settings.storage.redis
+
+    def failed(*_: object) -> None:
         metrics.add("gateway_cache_errors_total", operation="store")
 
     front = MemoryCache(clock, max_bytes=cache.memory_bytes, max_entry_bytes=cache.max_entry_bytes)
     metrics.watch("gateway_cache_bytes", lambda: front.bytes_held, where="memory")
-    url = cache.redis or settings.storage.redis
-    if url is not None:
-        client = connect(url.reveal(), timeout=CACHE_TIMEOUT_SECONDS)
-        back: Cache = RedisCache(
-            client, clock, max_entry_bytes=cache.max_entry_bytes, on_error=failed
-        )
-    else:
+    url = cache.redis or state
+    if url is None:
         folder = settings.storage.blobs / "cache"
         disk = DiskCache(folder, clock, max_bytes=cache.max_bytes, on_error=failed)
         metrics.watch("gateway_cache_bytes", lambda: disk.bytes_held, where="disk")
-        back = disk
-    return TieredCache(front, back)
+        return TieredCache(front, disk), None
+    same = state is not None and same_server(url.reveal(), state.reveal())
+    back = RedisCache(
+        connect(url.reveal(), timeout=CACHE_TIMEOUT_SECONDS),
+        clock,
+        max_entry_bytes=cache.max_entry_bytes,
+        server=server if same else None,
+        on_error=failed,
+    )
+    return TieredCache(front, back), None if same else back
 
 
 def _notifier(settings: Settings, clock: Clock, metrics: Metrics) -> Notifier | None:

@@ -94,8 +94,9 @@ class Gate(Protocol):
         """Takes the demand against every limit, or nothing. Money limits are not looked at.
 
         Requests and images a minute are GCRA with a burst of one minute's amount; slots are held
-        until ``release``. The same rid again takes nothing twice. Never raises for a store that is
-        away: a local gate stands in and the grant says ``degraded``.
+        until ``release``. The same rid again takes nothing twice. For a store that is away a local
+        gate stands in with this process's share of each limit, and the grant says ``degraded``;
+        where the owner chose to deny instead, it raises ``GateUnavailable``.
         """
 
     async def release(self, rid: str, limits: Sequence[Limit]) -> None:

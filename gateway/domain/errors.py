@@ -26,6 +26,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   └── UpstreamBroken     502/504  a 200 was seen, then it broke (class B)
     └── GatewayFault           our own stores or limits
         ├── LedgerUnavailable  503
+        ├── GateUnavailable    503  nothing was bought; a retry helps once the gate is back
         ├── Overloaded         503
         └── Internal           500
 """
@@ -258,6 +259,14 @@ class GatewayFault(GatewayError):
 class LedgerUnavailable(GatewayFault):
     code = "ledger_unavailable"
     reason = "ledger_unavailable"
+
+
+class GateUnavailable(GatewayFault):
+    """Limits cannot be looked at, and the owner wants nothing let in without (``deny``)."""
+
+    code = "gate_unavailable"
+    reason = "gate_unavailable"
+    should_retry = True
 
 
 class Overloaded(GatewayFault):

@@ -19,6 +19,9 @@ SLOT_WAIT_SECONDS = 1.0
 REMEMBER_US = 60_000_000
 """How long a call's id is known, so that taking it again takes nothing."""
 
+SHARE_WAIT_SECONDS = 5.0
+"""What is asked for more pictures at once than this process may let in by itself is told."""
+
 _Account = tuple[Scope, str, Unit]
 
 
@@ -47,9 +50,15 @@ def checked(demand: Demand) -> Demand:
     return demand
 
 
-def standing(limit: Limit, level: int) -> Standing:
-    """``level`` is the slots in use, or the microseconds by which a rate's TAT is ahead of now."""
-    amount = limit.amount or 0
+def share(amount: int, processes: int) -> int:
+    """What one of so many processes may let in by itself: all of them never more than ``amount``,
+    except that each lets in one where there are more processes than that."""
+    return max(1, amount // processes) if amount else 0
+
+
+def standing(limit: Limit, level: int, amount: int) -> Standing:
+    """``level`` is the slots in use, or the microseconds by which a rate's TAT is ahead of now;
+    ``amount`` what this gate lets in of the limit."""
     if limit.unit is Unit.SLOTS:
         return Standing(limit, max(0, amount - level), SLOT_WAIT_SECONDS if level else 0.0)
     if amount == 0:
@@ -70,11 +79,14 @@ class _Taken:
 class MemoryGate:
     """The gate of one process. Slots need no lease here: they end with the process.
 
+    It lets in its ``share`` of each limit where ``processes`` of them count apart. A demand over
+    the share, but not over the limit, has to wait until one gate counts for all again.
     Memory is bounded by the calls of the last minute and by the owners seen in it.
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, *, processes: int = 1) -> None:
         self._clock = clock
+        self._processes = processes
         self._tats: dict[_Account, int] = {}
         self._holders: dict[_Account, set[str]] = {}
         self._taken: OrderedDict[str, _Taken] = OrderedDict()
@@ -130,15 +142,20 @@ class MemoryGate:
     def _now_us(self) -> int:
         return round(self._clock.monotonic() * 1e6)
 
+    def _amount(self, limit: Limit) -> int:
+        return share(limit.amount or 0, self._processes)
+
     def _tat(self, limit: Limit, now: int) -> int:
         return max(self._tats.get(_account(limit), now), now)
 
     def _wait_us(self, limit: Limit, demand: int, now: int) -> float:
-        amount = limit.amount or 0
+        amount = self._amount(limit)
         if demand == 0:
             return 0.0
-        if demand > amount:
+        if demand > (limit.amount or 0):
             return float("inf")
+        if demand > amount:
+            return SHARE_WAIT_SECONDS * 1e6
         if limit.unit is Unit.SLOTS:
             held = len(self._holders.get(_account(limit), ()))
             return SLOT_WAIT_SECONDS * 1e6 if held + demand > amount else 0.0
@@ -156,15 +173,16 @@ class MemoryGate:
                 self._holders.setdefault(account, set()).add(rid)
                 taken.slots.append(account)
             else:
-                cost = wanted * interval_us(limit.amount or 0)
+                cost = wanted * interval_us(self._amount(limit))
                 self._tats[account] = self._tat(limit, now) + cost
                 taken.rates.append((account, cost))
         self._taken[rid] = taken
 
     def _standing(self, limit: Limit, now: int) -> Standing:
         if limit.unit is Unit.SLOTS:
-            return standing(limit, len(self._holders.get(_account(limit), ())))
-        return standing(limit, self._tat(limit, now) - now)
+            held = len(self._holders.get(_account(limit), ()))
+            return standing(limit, held, self._amount(limit))
+        return standing(limit, self._tat(limit, now) - now, self._amount(limit))
 
     def _free(self, rid: str, taken: _Taken) -> None:
         for account in taken.slots:

@@ -5,6 +5,7 @@ It never raises for a Redis that is away: it misses.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,11 +15,13 @@ from functools import partial
 from gateway.ports import Cached, CachedMeta, Clock
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.kept import Kept
-from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Script, StoreAway
+from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Reason, Script, Server, StoreAway
 
 DATA_SECONDS = 2.0
-"""What one piece of an answer, or all pieces of one that is read, may take."""
-PIECE_BYTES = 1024 * 1024
+"""What all pieces of an answer that is read may take; each has the deadline of a look-up."""
+PIECE_BYTES = 256 * 1024
+"""Small enough for its deadline on a slow line, with all that are under way at once."""
+PROBE = "gwc:probe"
 STAGING_MS = 60_000
 MAX_HELD_BYTES = 1024 * 1024 * 1024
 """Of answers that slow clients are still reading, each a copy; beyond it, misses."""
@@ -28,14 +31,16 @@ _KEEP = Script.load("cache_keep.lua")
 
 
 class RedisCache:
-    """Answers in one hash each: ``meta``, and pieces of up to 1 MiB named ``<generation>:<i>``.
+    """Answers in one hash each: ``meta``, and pieces of up to 256 KiB named ``<generation>:<i>``.
 
     A put goes to a staging key and is renamed at the end, so that a part is never seen; pieces
     carry their put's generation, so that a get that straddles two puts misses and never mixes
     them. A get fetches everything before it answers, because a failure in the middle would cut
     an answer whose headers have left: ``max_entry_bytes`` bounds that memory.
 
-    Owns ``client`` and closes it; give it a patient one: ``connect(url, timeout=2.0)``.
+    Each entry has a hash tag of its own: a cluster spreads them over its nodes, and one script
+    moves a whole entry. ``server`` is shared with whoever else uses the same Redis. Owns
+    ``client`` and closes it.
     """
 
     def __init__(
@@ -46,10 +51,10 @@ class RedisCache:
         max_entry_bytes: int = 32 * 1024 * 1024,
         piece_bytes: int = PIECE_BYTES,
         deadline_seconds: float = GATE_SECONDS,
-        pause_seconds: float = 1.0,
-        on_error: Callable[[BaseException], None] | None = None,
+        server: Server | None = None,
+        on_error: Callable[[Reason, BaseException], None] | None = None,
     ) -> None:
-        self._link = Link(client, probe="gwc:probe", pause=pause_seconds, on_error=on_error)
+        self._link = Link(client, server or Server(), on_error=on_error)
         self._clock = clock
         self._max_entry_bytes = max_entry_bytes
         self._piece_bytes = piece_bytes
@@ -58,22 +63,20 @@ class RedisCache:
 
     @property
     def degraded(self) -> bool:
-        return self._link.failing
+        return self._link.breaker(PROBE).failing
 
     async def get(self, key: str) -> Cached | None:
         try:
-            header = await self._link.call(partial(self._read, key, "meta"), self._deadline)
+            header = await self._read(key, "meta")
             if header is None:
                 return None
             meta, document = decode(header)
             if self._held + meta.size_bytes > MAX_HELD_BYTES:
                 return None
             # One deadline over all pieces: a slow Redis must lose against asking again.
-            pieces = await self._link.call(
-                partial(self._pieces, key, str(document["put"]), int(document["pieces"])),
-                DATA_SECONDS,
-            )
-        except (StoreAway, ValueError, KeyError, TypeError):
+            async with asyncio.timeout(DATA_SECONDS):
+                pieces = await self._pieces(key, str(document["put"]), int(document["pieces"]))
+        except (StoreAway, ValueError, KeyError, TypeError, TimeoutError):
             return None
         left = float(document["expires"]) - self._clock.now().timestamp()
         if pieces is None or sum(map(len, pieces)) != meta.size_bytes or left <= 0:
@@ -89,7 +92,9 @@ class RedisCache:
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
     ) -> None:
-        if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes or self._link.down:
+        if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes:
+            return
+        if self._link.breaker(_name(key)).open:
             return
         generation = secrets.token_hex(8)
         staging = f"{_name(key)}:{generation}"
@@ -113,13 +118,16 @@ class RedisCache:
 
     async def ping(self) -> None:
         """Raises ``StoreAway``."""
-        await self._link.ping()
+        await self._link.ping(PROBE)
 
     async def aclose(self) -> None:
         await self._link.aclose()
 
     async def _read(self, key: str, field: str) -> bytes | None:
-        found: bytes | None = await self._link.client.execute_command("HGET", _name(key), field)
+        name = _name(key)
+        found: bytes | None = await self._link.call(
+            name, partial(self._link.client.execute_command, "HGET", name, field), self._deadline
+        )
         return found
 
     async def _pieces(self, key: str, generation: str, count: int) -> tuple[bytes, ...] | None:
@@ -157,12 +165,14 @@ class RedisCache:
         await self._run(_PIECE, (staging,), field, piece, STAGING_MS)
 
     async def _run(self, script: Script, keys: Sequence[str], *args: object) -> None:
-        await self._link.call(partial(script.run, self._link.client, keys, *args), DATA_SECONDS)
+        await self._link.call(
+            keys[0], partial(script.run, self._link.client, keys, *args), self._deadline
+        )
 
     async def _forget(self, name: str) -> None:
         try:
             await self._link.call(
-                partial(self._link.client.execute_command, "UNLINK", name), self._deadline
+                name, partial(self._link.client.execute_command, "UNLINK", name), self._deadline
             )
         except StoreAway:
             return

@@ -1,25 +1,44 @@
 """A gate that all replicas share, in Redis 7+ or Valkey.
 
-It never raises for a Redis that is away: it answers from this process.
+While Redis is away it answers from this process, or lets nothing in, as the owner chose.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from typing import TypeVar
 
+from gateway.domain.errors import GateUnavailable
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Unit
 from gateway.ports import Clock
 from gateway.stores.memory import MemoryGate, checked, gated, standing
-from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Script, StoreAway, StoreRefused
+from gateway.stores.redis_link import (
+    GATE_SECONDS,
+    Client,
+    Link,
+    Reason,
+    Script,
+    Server,
+    StoreAway,
+    StoreRefused,
+    eviction_policy,
+)
 
 T = TypeVar("T")
 
 REMEMBER_MS = 60_000
 """How long a call's marker lives: longer than any retry of a lost reply."""
+
+RETRY_SECONDS = 5.0
+"""What a call is told that is denied because Redis is away."""
+MAX_OWED = 10_000
+"""Calls that are still to be given back; leases end the rest."""
+
+_Command = Callable[[], Awaitable[object]]
 
 _TAKE = Script.load("gate.lua")
 _UNDO = Script.load("gate_undo.lua")
@@ -27,15 +46,38 @@ _RELEASE = Script.load("gate_release.lua")
 _BEAT = Script.load("gate_beat.lua")
 
 
+class GateListener:
+    """Hears of what happens to a gate; this one lets it pass."""
+
+    def waited(self, seconds: float) -> None:
+        """A take has been answered, by Redis or without it."""
+
+    def failed(self, reason: Reason, error: BaseException) -> None:
+        """A command got no answer, or was refused."""
+
+    def back(self) -> None:
+        """Redis counts again."""
+
+    def restarted(self) -> None:
+        """Redis has forgotten what it counted: limits begin anew."""
+
+    def evicts(self, policy: str) -> None:
+        """Redis may drop what it counts when it is full."""
+
+
 class RedisGate:
-    """The gate that all replicas share, with a local one that stands in while Redis is away.
+    """The gate that all replicas share, and what holds while Redis is away.
 
     Time is Redis's own. A slot is leased for ``lease_seconds`` and renewed by one task every
-    ``beat_seconds``, so those of a killed process come free by themselves. A call that was let in
-    by the stand-in stays there; what it holds is not known to Redis.
+    ``beat_seconds``, so those of a killed process come free by themselves, and those that Redis
+    forgot come back. ``processes`` count apart while Redis is away: a stand-in lets in this one's
+    share of each limit, or nothing is let in where ``deny`` is set. A call that the stand-in let
+    in stays there; what it holds is not known to Redis. A call is counted in one place: where
+    nobody knows whether Redis took it, it is given back there as soon as Redis answers.
 
-    ``account`` is the hash tag of every key: one cluster slot, one script. ``offset`` (seconds
-    added to Redis's clock) is for tests. Owns ``client`` and closes it.
+    ``account`` is the hash tag of every key: one cluster slot, one script. ``server`` is shared
+    with whoever else uses the same Redis. ``offset`` (seconds added to Redis's clock) is for
+    tests. Owns ``client`` and closes it.
     """
 
     def __init__(
@@ -43,31 +85,51 @@ class RedisGate:
         client: Client,
         clock: Clock,
         *,
+        server: Server | None = None,
+        processes: int = 1,
+        deny: bool = False,
         account: str = "default",
         lease_seconds: float = 15.0,
         beat_seconds: float = 5.0,
         deadline_seconds: float = GATE_SECONDS,
-        pause_seconds: float = 1.0,
-        on_error: Callable[[BaseException], None] | None = None,
+        listener: GateListener | None = None,
         offset: Callable[[], float] | None = None,
     ) -> None:
         self._prefix = f"gw:{{{account}}}:"
-        self._link = Link(
-            client, probe=self._prefix + "probe", pause=pause_seconds, on_error=on_error
-        )
-        self._local = MemoryGate(clock)
+        self._probe_key = self._prefix + "probe"
+        self._server = server or Server()
+        self._listener = listener or GateListener()
+        self._link = Link(client, self._server, on_error=self._listener.failed)
+        self._server.listen(self._back)
+        self._clock = clock
+        self._local = MemoryGate(clock, processes=processes)
+        self._deny = deny
         self._lease_us = round(lease_seconds * 1e6)
         self._beat_seconds = beat_seconds
         self._deadline = deadline_seconds
         self._offset = offset
         self._live: dict[str, tuple[str, ...]] = {}
+        self._owed: dict[str, _Command] = {}
+        self._wake = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
-        self._refused = False
+        self._errands: set[asyncio.Task[None]] = set()
+        self._refused: Reason | None = None
+        self._since: int | None = None
+        self._met = False
 
     @property
     def degraded(self) -> bool:
         """The local gate answers now, or would."""
-        return self._link.failing or self._refused
+        return self.trouble is not None
+
+    @property
+    def trouble(self) -> Reason | None:
+        """Why Redis does not count now."""
+        return self._refused or self._link.breaker(self._probe_key).reason
+
+    def greet(self) -> None:
+        """Looks for Redis before the first call does, without waiting for it."""
+        self._soon(self._greet())
 
     async def take(self, rid: str, limits: Sequence[Limit], demand: Demand) -> Grant | Refusal:
         """A caller that is cancelled meanwhile leaves at most one slot behind, for one lease."""
@@ -77,25 +139,11 @@ class RedisGate:
             return Grant()
         if rid in self._local:
             return await self._stand_in(rid, mine, demand)
-        keys = [self._marker(rid), *(self._key(limit) for limit in mine)]
-        args = (rid, self._offset_us(), self._lease_us, REMEMBER_MS, *_described(mine, demand))
+        began = self._clock.monotonic()
         try:
-            reply = await self._link.call(
-                partial(_TAKE.run, self._link.client, keys, *args), self._deadline
-            )
-        except StoreAway as error:
-            self._refused = isinstance(error, StoreRefused)
-            return await self._stand_in(rid, mine, demand)
-        self._refused = False
-        if reply[0] == 0:
-            return Refusal(mine[reply[1] - 1], None if reply[2] < 0 else reply[2] / 1e6)
-        slots = self._slots(mine)
-        if slots and demand.slots:
-            self._live[rid] = slots
-            if self._heart is None:
-                self._heart = asyncio.create_task(self._beats())
-        levels = zip(mine, reply[1:], strict=True)
-        return Grant(tuple(standing(limit, level) for limit, level in levels))
+            return await self._take(rid, mine, demand)
+        finally:
+            self._listener.waited(self._clock.monotonic() - began)
 
     async def release(self, rid: str, limits: Sequence[Limit]) -> None:
         self._live.pop(rid, None)
@@ -104,9 +152,7 @@ class RedisGate:
             return
         slots = self._slots(gated(limits))
         if slots:
-            await self._quietly(
-                partial(_RELEASE.run, self._link.client, slots, *[rid] * len(slots))
-            )
+            await self._give_back(rid, self._released(slots, [rid] * len(slots)))
 
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         self._live.pop(rid, None)
@@ -115,52 +161,172 @@ class RedisGate:
             return
         mine = gated(limits)
         if mine:
-            keys = [self._marker(rid), *(self._key(limit) for limit in mine)]
-            args = (rid, self._offset_us(), *_described(mine, demand))
-            await self._quietly(partial(_UNDO.run, self._link.client, keys, *args))
+            await self._give_back(rid, self._undone(rid, mine, demand))
 
     async def ping(self) -> None:
         """Raises ``StoreAway``."""
-        await self._link.ping()
+        await self._link.ping(self._probe_key)
+        self._meet()
 
     async def aclose(self) -> None:
         """What is still held here comes free when its lease ends."""
-        if self._heart is not None:
-            self._heart.cancel()
-            await asyncio.gather(self._heart, return_exceptions=True)
+        tasks = [*self._errands, *([self._heart] if self._heart is not None else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         self._live.clear()
+        self._owed.clear()
         await self._link.aclose()
 
+    async def _take(self, rid: str, mine: Sequence[Limit], demand: Demand) -> Grant | Refusal:
+        keys = [self._marker(rid), self._prefix + "since", *(self._key(limit) for limit in mine)]
+        args = (rid, self._offset_us(), self._lease_us, REMEMBER_MS, *_described(mine, demand))
+        try:
+            reply = await self._call(partial(_TAKE.run, self._link.client, keys, *args))
+        except StoreAway as error:
+            if isinstance(error, StoreRefused):
+                self._refuse(error.reason)
+            if error.asked:
+                self._owe(rid, self._undone(rid, mine, demand))
+            return await self._stand_in(rid, mine, demand)
+        self._served()
+        self._look_at(reply[1])
+        if reply[0] == 0:
+            return Refusal(mine[reply[2] - 1], None if reply[3] < 0 else reply[3] / 1e6)
+        slots = self._slots(mine)
+        if slots and demand.slots:
+            self._live[rid] = slots
+            self._keep_beating()
+        levels = zip(mine, reply[2:], strict=True)
+        return Grant(tuple(standing(limit, level, limit.amount or 0) for limit, level in levels))
+
     async def _stand_in(self, rid: str, limits: Sequence[Limit], demand: Demand) -> Grant | Refusal:
+        if self._deny:
+            raise GateUnavailable(
+                "The gateway cannot look at its limits just now, and lets nothing in without. "
+                "Nothing was bought; try again in a few seconds.",
+                retry_after_seconds=RETRY_SECONDS,
+            )
         answer = await self._local.take(rid, limits, demand)
         return answer if isinstance(answer, Refusal) else Grant(answer.standings, degraded=True)
 
-    async def _quietly(self, command: Callable[[], Awaitable[object]]) -> None:
-        """Giving back is not worth an error: leases end, and rates refill, by themselves."""
+    async def _call(self, command: Callable[[], Awaitable[T]]) -> T:
+        return await self._link.call(self._probe_key, command, self._deadline)
+
+    def _refuse(self, reason: Reason) -> None:
+        """It answers, but counts nothing: that is looked at by each call, and by a task."""
+        if self._refused is None:
+            self._soon(self._ask_again())
+        self._refused = reason
+
+    def _served(self) -> None:
+        self._meet()
+        if self._refused is not None:
+            self._refused = None
+            self._back()
+
+    async def _ask_again(self) -> None:
+        while self._refused is not None:
+            await asyncio.sleep(self._server.pause)
+            probe = ("SET", self._probe_key, "1", "PX", REMEMBER_MS)
+            try:
+                await self._call(partial(self._link.client.execute_command, *probe))
+            except StoreAway:
+                continue
+            self._served()
+
+    def _back(self) -> None:
+        """Redis answers again: it hears at once of what ended, and of what still runs."""
+        if self._owed or self._live:
+            self._keep_beating()
+        self._wake.set()
+        if not self.degraded:
+            self._listener.back()
+
+    def _look_at(self, since: int) -> None:
+        if self._since is not None and since != self._since:
+            self._wake.set()
+            self._listener.restarted()
+        self._since = since
+
+    def _meet(self) -> None:
+        if not self._met:
+            self._met = True
+            self._soon(self._look_at_policy())
+
+    async def _greet(self) -> None:
+        with suppress(StoreAway):
+            await self.ping()
+
+    async def _look_at_policy(self) -> None:
         try:
-            await self._link.call(command, self._deadline)
+            policy = await self._call(partial(eviction_policy, self._link.client))
         except StoreAway:
             return
+        if policy not in (None, "noeviction"):
+            self._listener.evicts(policy)
+
+    def _released(self, slots: Sequence[str], rids: Sequence[str]) -> _Command:
+        return partial(_RELEASE.run, self._link.client, slots, *rids)
+
+    def _undone(self, rid: str, limits: Sequence[Limit], demand: Demand) -> _Command:
+        keys = [self._marker(rid), *(self._key(limit) for limit in limits)]
+        args = (rid, self._offset_us(), *_described(limits, demand))
+        return partial(_UNDO.run, self._link.client, keys, *args)
+
+    async def _give_back(self, rid: str, command: _Command) -> None:
+        """Not worth an error: it is done when Redis is back, or the lease ends by itself."""
+        if not await self._done(command):
+            self._owe(rid, command)
+
+    def _owe(self, rid: str, command: _Command) -> None:
+        if len(self._owed) < MAX_OWED:
+            self._owed[rid] = command
+            self._keep_beating()
+
+    async def _done(self, command: _Command) -> bool:
+        try:
+            await self._call(command)
+        except StoreAway:
+            return False
+        return True
+
+    def _soon(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
+    def _keep_beating(self) -> None:
+        if self._heart is None:
+            self._heart = asyncio.create_task(self._beats())
 
     async def _beats(self) -> None:
         while True:
-            await asyncio.sleep(self._beat_seconds)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._beat_seconds):
+                    await self._wake.wait()
+            self._wake.clear()
+            await self._pay()
             pairs = [(key, rid) for rid, keys in self._live.items() for key in keys]
             for batch in _batches(pairs, 500):
                 await self._beat(batch)
+
+    async def _pay(self) -> None:
+        for rid in list(self._owed):
+            command = self._owed.pop(rid)
+            if not await self._done(command):
+                self._owed.setdefault(rid, command)
+                return
 
     async def _beat(self, pairs: Sequence[tuple[str, str]]) -> None:
         # While Redis is down this returns at once: the lease outlasts two missed beats.
         keys, rids = [key for key, _ in pairs], [rid for _, rid in pairs]
         args = (self._offset_us(), self._lease_us, *rids)
-        await self._quietly(partial(_BEAT.run, self._link.client, keys, *args))
+        await self._done(partial(_BEAT.run, self._link.client, keys, *args))
         # Released while the beat was under way: Redis may have seen the beat last.
         late = [(key, rid) for key, rid in pairs if rid not in self._live]
         if late:
-            args = tuple(rid for _, rid in late)
-            await self._quietly(
-                partial(_RELEASE.run, self._link.client, [key for key, _ in late], *args)
-            )
+            await self._done(self._released([key for key, _ in late], [rid for _, rid in late]))
 
     def _marker(self, rid: str) -> str:
         return f"{self._prefix}rid:{rid}"

@@ -11,6 +11,8 @@ import hashlib
 import importlib.resources
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -18,13 +20,20 @@ from redis.asyncio import BlockingConnectionPool, Redis, RedisCluster, Sentinel
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    BusyLoadingError,
+    ClusterCrossSlotError,
     ClusterDownError,
+    ClusterError,
     MasterDownError,
     NoScriptError,
+    OutOfMemoryError,
     ReadOnlyError,
     RedisClusterException,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import (
     ConnectionError as RedisConnectionError,
@@ -36,9 +45,12 @@ from redis.exceptions import (
 T = TypeVar("T")
 
 GATE_SECONDS = 0.3
-"""What a call may wait for the gate, and a look-up for the cache."""
-LATE_SECONDS = 0.02
-GRACE_SECONDS = 0.1
+"""What a call may wait for Redis, whichever of the stores asks it."""
+SOCKET_SECONDS = 0.35
+"""A little longer, so that a cluster's client does not look for its nodes again (tens of
+milliseconds of computing) while somebody still waits."""
+LATE_SECONDS = 0.05
+GRACE_SECONDS = 0.05
 
 
 class Client(Protocol):
@@ -49,7 +61,7 @@ class Client(Protocol):
     async def aclose(self) -> None: ...
 
 
-def connect(url: str, *, max_connections: int = 32, timeout: float = 0.25) -> Client:
+def connect(url: str, *, max_connections: int = 32, timeout: float = SOCKET_SECONDS) -> Client:
     """A client with bounded patience; nothing is connected before the first command.
 
     ``url`` is ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or
@@ -69,8 +81,12 @@ def connect(url: str, *, max_connections: int = 32, timeout: float = 0.25) -> Cl
     scheme = urlsplit(url).scheme
     if scheme == "redis+cluster":
         plain = "redis" + url[len(scheme) :]
-        cluster: Client = RedisCluster.from_url(plain, max_connections=max_connections, **options)
-        return cluster
+        # No steps: on a few MOVED it would close every connection, also those that are in use.
+        return _Clustered(
+            RedisCluster.from_url(
+                plain, max_connections=max_connections, reinitialize_steps=0, **options
+            )
+        )
     if scheme == "redis+sentinel":
         return _by_sentinel(url, max_connections=max_connections, **options)
     pool = BlockingConnectionPool.from_url(
@@ -102,6 +118,29 @@ def _by_sentinel(url: str, **options: Any) -> Client:
 def _host_port(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     return (host, int(port)) if colon else (text, 26379)
+
+
+class _Clustered:
+    """A cluster's client that knows the cluster before its first command: redis-py sends what is
+    asked meanwhile to any node."""
+
+    def __init__(self, cluster: RedisCluster) -> None:
+        self._cluster = cluster
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        await self._cluster.initialize()
+        return await self._cluster.execute_command(*args, **options)
+
+    async def aclose(self) -> None:
+        await self._cluster.aclose()
+
+    def node(self, key: str) -> str:
+        """Who has ``key``; empty where nobody is known to."""
+        try:
+            node = self._cluster.get_node_from_key(key)
+        except (RedisError, RedisClusterException):
+            return ""
+        return str(node.name) if node is not None else ""
 
 
 class _Sentinelled:
@@ -139,19 +178,119 @@ class Script:
             return await client.execute_command("EVAL", self.text, len(keys), *keys, *args)
 
 
+class Reason(StrEnum):
+    """Why there is no answer: a label of a metric."""
+
+    TIMEOUT = "timeout"
+    CONNECTION = "connection"
+    OOM = "oom"
+    READONLY = "readonly"
+    LOADING = "loading"
+    CLUSTER = "cluster"
+    REFUSED = "refused"
+
+
 class StoreAway(Exception):
-    """Redis gave no answer in time, or could not be reached, or was not asked: it is down."""
+    """Redis gave no answer in time, or could not be reached, or was not asked: it is down.
+
+    ``asked``: the command may have been carried out all the same, or may yet be.
+    """
+
+    def __init__(self, words: str, reason: Reason, *, asked: bool = False) -> None:
+        super().__init__(words)
+        self.reason = reason
+        self.asked = asked
 
 
 class StoreRefused(StoreAway):
     """Redis answered, but will not serve this: out of memory, read only, no permission."""
 
 
+class Breaker:
+    """Whether one server is asked at all.
+
+    A time-out or a refused connection opens it at once, ``failures`` other failures in a row do
+    so too. Whoever waits for that server is then woken; nobody asks it until a probe has found
+    that it is back.
+    """
+
+    def __init__(self, failures: int, on_back: Callable[[], None]) -> None:
+        self._allowed = failures
+        self._on_back = on_back
+        self._failures = 0
+        self._opened: asyncio.Future[None] | None = None
+        self.reason: Reason | None = None
+        """Why the last command got no answer; None where it did."""
+        self.probed = False
+        """A task looks for it now."""
+
+    @property
+    def failing(self) -> bool:
+        """The last command got no answer."""
+        return self._failures > 0
+
+    @property
+    def open(self) -> bool:
+        return self._failures >= self._allowed
+
+    @property
+    def opened(self) -> asyncio.Future[None]:
+        """Done as soon as it opens."""
+        if self._opened is None:
+            self._opened = asyncio.get_running_loop().create_future()
+        return self._opened
+
+    def failed(self, reason: Reason, *, at_once: bool) -> None:
+        self.reason = reason
+        self._failures += self._allowed if at_once else 1
+        if self.open and self._opened is not None:
+            self._opened.set_result(None)
+            self._opened = None
+
+    def answered(self) -> None:
+        if self._failures:
+            self._failures = 0
+            self.reason = None
+            self._on_back()
+
+
+class Server:
+    """What is known of one server, or of each node of a cluster, by all who use it.
+
+    A store that waits for a frozen server spares every other one the same wait. ``pause`` is the
+    seconds between two probes.
+    """
+
+    def __init__(self, *, failures: int = 3, pause: float = 1.0) -> None:
+        self.pause = pause
+        self._failures = failures
+        self._breakers: dict[str, Breaker] = {}
+        self._listeners: list[Callable[[], None]] = []
+
+    def breaker(self, client: Client, key: str) -> Breaker:
+        """That of the node which has ``key`` now: after a failover, another one."""
+        node = client.node(key) if isinstance(client, _Clustered) else ""
+        if node not in self._breakers:
+            self._breakers[node] = Breaker(self._failures, self._back)
+        return self._breakers[node]
+
+    def listen(self, on_back: Callable[[], None]) -> None:
+        """``on_back`` is called whenever the server, or a node of it, answers again."""
+        self._listeners.append(on_back)
+
+    def _back(self) -> None:
+        for on_back in self._listeners:
+            on_back()
+
+
+def same_server(url: str, other: str) -> bool:
+    """Whether two urls name the same hosts, whatever their users and databases."""
+    one, two = (urlsplit(each).netloc.rpartition("@")[2].lower() for each in (url, other))
+    return one == two
+
+
 class Link:
     """Commands to one Redis, each under a deadline, and none while it is known to be down.
-
-    Three failures in a row and it is down: from then on a call fails at once, and a probe every
-    ``pause`` seconds, not a caller, finds out when it is back.
 
     A command is never cancelled, only no longer waited for: redis-py loses a pool's connection
     for good when a cancellation meets its release. The socket's own time-out ends it.
@@ -160,78 +299,103 @@ class Link:
     def __init__(
         self,
         client: Client,
+        server: Server,
         *,
-        probe: str,
-        failures: int = 3,
-        pause: float = 1.0,
         in_flight: int = 16,
-        on_error: Callable[[BaseException], None] | None = None,
+        on_error: Callable[[Reason, BaseException], None] | None = None,
     ) -> None:
         self.client = client
-        self._probe_key = probe
-        self._allowed = failures
-        self._pause = pause
+        self._server = server
         self._on_error = on_error
-        self._failures = 0
         self._places = asyncio.Semaphore(in_flight)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._prober: asyncio.Task[None] | None = None
+        self._probers: set[asyncio.Task[None]] = set()
         self._closed = False
 
-    @property
-    def failing(self) -> bool:
-        """The last command got no answer."""
-        return self._failures > 0
+    def breaker(self, key: str) -> Breaker:
+        return self._server.breaker(self.client, key)
 
-    @property
-    def down(self) -> bool:
-        return self._failures >= self._allowed
+    async def call(self, key: str, command: Callable[[], Awaitable[T]], seconds: float) -> T:
+        """The answer to a command on ``key``, within ``seconds``, the wait for its turn included.
 
-    async def call(self, command: Callable[[], Awaitable[T]], seconds: float) -> T:
-        """Raises ``StoreAway``. ``seconds`` begin when the command's turn has come."""
-        async with self._places:
-            # Asked only now: those that queued behind the failures need not repeat them.
-            if self.down:
-                raise StoreAway("it is down")
-            return await self.attempt(command, seconds)
-
-    async def attempt(self, command: Callable[[], Awaitable[T]], seconds: float) -> T:
-        """As ``call``, even while it is down, and without waiting for a turn."""
-        if self._closed:
-            raise StoreAway("it is closed")
+        Raises ``StoreAway``.
+        """
+        breaker = self.breaker(key)
+        if breaker.open:
+            raise _open(breaker)
         loop = asyncio.get_running_loop()
         ends = loop.time() + seconds
+        if not await self._turn(ends):
+            # Too many at once, or Redis is slow: nothing is said of it by those it did not see.
+            raise StoreAway("no turn in time", Reason.TIMEOUT)
+        try:
+            # Asked again: those that queued behind a failure need not repeat it.
+            if breaker.open:
+                raise _open(breaker)
+            left = max(LATE_SECONDS, ends - loop.time())
+            return await self.attempt(key, command, left, fair=left >= seconds / 2)
+        finally:
+            self._places.release()
+
+    async def attempt(
+        self,
+        key: str,
+        command: Callable[[], Awaitable[T]],
+        seconds: float,
+        *,
+        fair: bool = True,
+    ) -> T:
+        """As ``call``, even while it is down, and without waiting for a turn.
+
+        Not ``fair``: the time was mostly spent in the queue, so that its end proves nothing.
+        """
+        if self._closed:
+            raise StoreAway("it is closed", Reason.CONNECTION)
+        breaker = self.breaker(key)
         task = asyncio.create_task(_translated(command))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
-        await asyncio.wait({task}, timeout=seconds)
-        if not task.done() and loop.time() > ends + LATE_SECONDS:
-            # This process was stalled, not Redis: the answer may lie in the socket already.
-            await asyncio.wait({task}, timeout=GRACE_SECONDS)
-        if not task.done():
-            self._failed(TimeoutError(f"no answer in {seconds} s"))
-            raise StoreAway("no answer in time")
+        opened = None if breaker.open else breaker.opened
+        if not await _patiently(task, opened, seconds):
+            if opened is not None and opened.done():
+                raise StoreAway("it is down", breaker.reason or Reason.TIMEOUT, asked=True)
+            if fair:
+                late = TimeoutError(f"no answer in {seconds:.2f} s")
+                self._failed(key, breaker, Reason.TIMEOUT, late)
+            raise StoreAway("no answer in time", Reason.TIMEOUT, asked=True)
         if task.cancelled():
-            raise StoreAway("it was closed")
+            raise StoreAway("it was closed", Reason.CONNECTION, asked=True)
         error = task.exception()
         if error is None:
-            self._failures = 0
+            breaker.answered()
             return task.result()
         if isinstance(error, StoreRefused):
-            self._failures = 0
-            self._tell(error.__cause__ or error)
-        else:
-            self._failed(error.__cause__ or error)
+            breaker.answered()
+            self._tell(error.reason, error.__cause__ or error)
+        elif isinstance(error, StoreAway):
+            self._failed(key, breaker, error.reason, error.__cause__ or error)
         raise error
 
     async def aclose(self) -> None:
         """Closes the client too."""
         self._closed = True
-        tasks = [*self._tasks, *([self._prober] if self._prober else [])]
+        tasks = [*self._tasks, *self._probers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.aclose()
+
+    async def _turn(self, ends: float) -> bool:
+        for grace in (0.0, GRACE_SECONDS):
+            try:
+                async with asyncio.timeout_at(ends + grace):
+                    await self._places.acquire()
+            except TimeoutError:
+                if asyncio.get_running_loop().time() < ends + LATE_SECONDS:
+                    return False
+            else:
+                return True
+        return False
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -239,48 +403,114 @@ class Link:
             # Looked at, so that an error nobody waited for is not reported as forgotten.
             task.exception()
 
-    def _failed(self, error: BaseException) -> None:
-        self._tell(error)
-        self._failures += 1
-        if self._prober is None and not self._closed:
-            self._prober = asyncio.create_task(self._probe())
+    def _failed(self, key: str, breaker: Breaker, reason: Reason, error: BaseException) -> None:
+        self._tell(reason, error)
+        breaker.failed(reason, at_once=reason is Reason.TIMEOUT or _is_refused(error))
+        if not breaker.probed and not self._closed:
+            breaker.probed = True
+            prober = asyncio.create_task(self._probe(key, breaker))
+            self._probers.add(prober)
+            prober.add_done_callback(self._probers.discard)
 
-    def _tell(self, error: BaseException) -> None:
+    def _tell(self, reason: Reason, error: BaseException) -> None:
         if self._on_error is not None:
-            self._on_error(error)
+            self._on_error(reason, error)
 
-    async def _probe(self) -> None:
+    async def _probe(self, key: str, breaker: Breaker) -> None:
+        """Asks for the key that got no answer, for ever: in a cluster, of whichever node has it."""
         try:
-            while self.failing:
-                await asyncio.sleep(self._pause)
+            while breaker.failing:
+                await asyncio.sleep(self._server.pause)
                 try:
-                    await self.attempt(self._ask, GATE_SECONDS)
+                    await self.ping(key)
                 except StoreRefused:
-                    return
+                    break
                 except StoreAway:
                     continue
+                # A cluster may have given the key to another node: then that one has answered,
+                # and this one is asked again by whoever needs it.
+                breaker.answered()
         finally:
-            self._prober = None
+            breaker.probed = False
 
-    async def _ask(self) -> Any:
-        # With a key, so that a cluster's client asks the node that our own keys live on.
-        return await self.client.execute_command("EXISTS", self._probe_key)
-
-    async def ping(self) -> None:
+    async def ping(self, key: str) -> None:
         """Raises ``StoreAway``; also brings a Redis that is back into use at once."""
-        await self.attempt(self._ask, GATE_SECONDS)
+        await self.attempt(key, partial(self.client.execute_command, "EXISTS", key), GATE_SECONDS)
+
+
+def _open(breaker: Breaker) -> StoreAway:
+    return StoreAway("it is down", breaker.reason or Reason.CONNECTION)
+
+
+async def _patiently(
+    task: asyncio.Task[Any], opened: asyncio.Future[None] | None, seconds: float
+) -> bool:
+    """Whether ``task`` ended before ``opened`` was done, and in time."""
+    loop = asyncio.get_running_loop()
+    ends = loop.time() + seconds
+    awaited = {task} if opened is None else {task, opened}
+    await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+    if any(each.done() for each in awaited):
+        return task.done()
+    if loop.time() > ends + LATE_SECONDS:
+        # This process was stalled, not Redis: the answer may lie in the socket already.
+        await asyncio.wait(awaited, timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+    return task.done()
 
 
 async def _translated(command: Callable[[], Awaitable[T]]) -> T:
     """The command's answer, or why there is none as a ``StoreAway``."""
     try:
         return await command()
-    except (ClusterDownError, MasterDownError) as error:
-        raise StoreAway(type(error).__name__) from error
-    except ResponseError as error:
-        raise StoreRefused(type(error).__name__) from error
-    except (RedisError, RedisClusterException, OSError) as error:
-        raise StoreAway(type(error).__name__) from error
     except Exception as error:
         # Whatever the client trips over is its trouble, not the caller's: it is asked again later.
-        raise StoreAway(type(error).__name__) from error
+        reason, name = _reason(error), type(error).__name__
+        if isinstance(error, ResponseError) and not isinstance(error, _NOT_SERVING):
+            raise StoreRefused(name, reason) from error
+        raise StoreAway(name, reason, asked=not _is_refused(error)) from error
+
+
+_NOT_SERVING = (ClusterDownError, MasterDownError)
+_REASONS: tuple[tuple[type[Exception], Reason], ...] = (
+    (OutOfMemoryError, Reason.OOM),
+    (ReadOnlyError, Reason.READONLY),
+    (BusyLoadingError, Reason.LOADING),
+    (ClusterError, Reason.CLUSTER),
+    (ClusterDownError, Reason.CLUSTER),
+    (MasterDownError, Reason.CLUSTER),
+    (AskError, Reason.CLUSTER),
+    (TryAgainError, Reason.CLUSTER),
+    (ClusterCrossSlotError, Reason.CLUSTER),
+    (RedisClusterException, Reason.CLUSTER),
+    (ResponseError, Reason.REFUSED),
+    (AuthenticationError, Reason.REFUSED),
+    (RedisTimeoutError, Reason.TIMEOUT),
+    (TimeoutError, Reason.TIMEOUT),
+)
+
+
+def _reason(error: BaseException) -> Reason:
+    return next((reason for kind, reason in _REASONS if isinstance(error, kind)), Reason.CONNECTION)
+
+
+def _is_refused(error: BaseException) -> bool:
+    """Nobody listens there: another try would find nobody either."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ConnectionRefusedError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+async def eviction_policy(client: Client) -> str | None:
+    """What the server, or the first of a cluster's masters, drops when it is full.
+
+    From INFO, because a managed Redis forbids CONFIG. None where it does not say.
+    """
+    options = {"target_nodes": "primaries"} if isinstance(client, _Clustered) else {}
+    said = await client.execute_command("INFO", "memory", **options)
+    while isinstance(said, dict) and said and "maxmemory_policy" not in said:
+        said = next(iter(said.values()))
+    policy = said.get("maxmemory_policy") if isinstance(said, dict) else None
+    return str(policy) if policy else None

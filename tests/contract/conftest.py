@@ -11,6 +11,7 @@ from gateway.domain.ledger import Entry, Settlement
 from gateway.ports import Books, Directory, Ledger, Store, Upkeep
 from gateway.stores.redis_link import Client, connect
 from tests.contract.stores import BACKENDS
+from tests.redis_servers import Cluster, Sentinelled, run_cluster, run_sentinels
 from tests.valkey import Valkey, run_valkey
 
 
@@ -19,6 +20,20 @@ def valkey() -> Iterator[Valkey]:
     """One server for all suites, never mistreated. Each test empties it."""
     with run_valkey() as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Three masters and their replicas, never mistreated."""
+    with run_cluster() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def sentinels() -> Iterator[Sentinelled]:
+    """A master under sentinels, never mistreated."""
+    with run_sentinels() as running:
+        yield running
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_link import Client, connect
 from gateway.stores.tiered import TieredCache
 from tests.clock import StillClock
+from tests.redis_servers import Cluster
 from tests.valkey import Valkey, eventually, pieces
 
 MIB = 1024 * 1024
@@ -35,33 +36,35 @@ class Bench:
     advance: Callable[[float], Awaitable[None]]
 
 
-@pytest.fixture(params=["memory", "disk", "redis", "memory+disk", "memory+redis"])
+@pytest.fixture(params=["memory", "disk", "redis", "cluster", "memory+disk", "memory+redis"])
 async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Bench]:
     clock = StillClock()
-    admin: Client | None = None
+    admins: list[Client] = []
 
     async def advance(seconds: float) -> None:
         clock.advance(seconds)
-        if admin is not None:
+        for admin in admins:
             await _hurry(admin, seconds)
 
     def make(kind: str) -> Cache:
-        nonlocal admin
         if kind == "memory":
             return MemoryCache(clock, max_bytes=64 * MIB, max_entry_bytes=16 * MIB)
         if kind == "disk":
             return DiskCache(tmp_path / "blobs", clock, max_bytes=64 * MIB)
-        valkey: Valkey = request.getfixturevalue("valkey")
-        admin = connect(valkey.url, timeout=5.0)
-        return RedisCache(connect(valkey.url, timeout=5.0), clock, deadline_seconds=5.0)
+        server: Valkey | Cluster = request.getfixturevalue(
+            "cluster" if kind == "cluster" else "valkey"
+        )
+        nodes = server.masters if isinstance(server, Cluster) else [server]
+        admins.extend(connect(node.url, timeout=5.0) for node in nodes)
+        return RedisCache(connect(server.url, timeout=5.0), clock, deadline_seconds=5.0)
 
     tiers = [make(kind) for kind in request.param.split("+")]
-    if admin is not None:
+    for admin in admins:
         await admin.execute_command("FLUSHALL")
     cache = tiers[0] if len(tiers) == 1 else TieredCache(tiers[0], tiers[1])
     yield Bench(cache, advance)
     await cache.aclose()
-    if admin is not None:
+    for admin in admins:
         await admin.aclose()
 
 

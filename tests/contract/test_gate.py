@@ -17,6 +17,7 @@ from gateway.stores.memory import MemoryGate, interval_us
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import connect
 from tests.clock import StillClock
+from tests.redis_servers import Cluster, Sentinelled
 from tests.valkey import Valkey
 
 ONE = Demand(requests=1, images=1, slots=1)
@@ -28,15 +29,20 @@ class Bench:
     advance: Callable[[float], None]
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(params=["memory", "redis", "cluster", "sentinels"])
 async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
     clock = StillClock()
     if request.param == "memory":
         yield Bench(MemoryGate(clock), clock.advance)
         return
-    valkey: Valkey = request.getfixturevalue("valkey")
-    client = connect(valkey.url, timeout=5.0)
-    await client.execute_command("FLUSHALL")
+    server: Valkey | Cluster | Sentinelled = request.getfixturevalue(
+        "valkey" if request.param == "redis" else request.param
+    )
+    if isinstance(server, Cluster):
+        server.empty()
+    client = connect(server.url, timeout=5.0)
+    if not isinstance(server, Cluster):
+        await client.execute_command("FLUSHALL")
     gate = RedisGate(client, clock, deadline_seconds=5.0, offset=lambda: clock.monotonic() - 1000)
     yield Bench(gate, clock.advance)
     # Nothing here may have been answered by the stand-in.
@@ -319,3 +325,29 @@ async def test_the_memory_gate_forgets_what_is_idle() -> None:
     assert "r0" in gate
     clock.advance(3600)
     assert not isinstance(await gate.take("x", [slots(1, owner="o0")], ONE), Grant)
+
+
+@pytest.mark.parametrize(("amount", "each"), [(20, 5), (7, 1), (4, 1), (3, 1), (1, 1), (0, 0)])
+async def test_processes_that_count_apart_share_a_limit(amount: int, each: int) -> None:
+    """Together never more than the limit, unless there are more processes than that: then one."""
+    gates = [MemoryGate(StillClock(), processes=4) for _ in range(4)]
+    for limit in (rate(amount), rate(amount, Unit.IMAGES), slots(amount)):
+        for gate in gates:
+            answers = [await gate.take(f"{limit.unit}-{i}", [limit], ONE) for i in range(25)]
+            assert sum(isinstance(answer, Grant) for answer in answers) == each
+        assert 4 * each <= max(amount, 4)
+
+
+async def test_a_share_refills_at_its_own_pace_and_names_the_whole_limit() -> None:
+    clock = StillClock()
+    gate, limit = MemoryGate(clock, processes=4), rate(24, Unit.IMAGES)
+    grant = granted(await gate.take("a", [limit], Demand(images=6)))
+    assert [(each.limit, each.remaining) for each in grant.standings] == [(limit, 0)]
+    no = refused(await gate.take("b", [limit], ONE))
+    assert (no.limit, no.wait_seconds) == (limit, 10.0)
+    clock.advance(10)
+    granted(await gate.take("b", [limit], ONE))
+    # Within the limit, but not within a share of it: it fits once somebody counts for all.
+    clock.advance(60)
+    assert refused(await gate.take("c", [limit], Demand(images=7))).wait_seconds == 5.0
+    assert refused(await gate.take("d", [limit], Demand(images=25))).wait_seconds is None

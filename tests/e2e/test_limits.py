@@ -395,6 +395,7 @@ async def test_gateways_share_limits_through_redis_and_go_on_without_it(
                 assert (await http.get("/readyz")).json() == {
                     "status": "ready",
                     "stores": {"ledger": "up", "directory": "up", "redis": "up"},
+                    "degraded": {},
                 }
                 valkey.kill()
                 # Each process keeps the limit by itself, and says so.

@@ -309,7 +309,11 @@ async def test_health(gateway: GatewayUnderTest) -> None:
         alive, ready = await http.get("/healthz"), await http.get("/readyz")
     assert (alive.status_code, alive.json()) == (200, {"status": "ok"})
     assert ready.status_code == 200
-    assert ready.json() == {"status": "ready", "stores": {"ledger": "up", "directory": "up"}}
+    assert ready.json() == {
+        "status": "ready",
+        "stores": {"ledger": "up", "directory": "up"},
+        "degraded": {},
+    }
     assert ready.headers["x-request-id"].startswith("req_")
 
 
@@ -322,6 +326,7 @@ async def test_without_its_database_no_traffic_should_come(start: Start, tmp_pat
         assert ready.json() == {
             "status": "not ready",
             "stores": {"ledger": "down", "directory": "down"},
+            "degraded": {},
         }
         assert (await http.get("/healthz")).status_code == 200
         # Nothing is bought that could not be booked.

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import itertools
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
+from gateway.domain.errors import GateUnavailable
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
 from gateway.ports import CachedMeta
 from gateway.stores.redis_cache import RedisCache
-from gateway.stores.redis_gate import RedisGate
-from gateway.stores.redis_link import Client, StoreAway, connect
+from gateway.stores.redis_gate import GateListener, RedisGate
+from gateway.stores.redis_link import Client, Reason, Server, StoreAway, connect
 from gateway.stores.tiered import TieredCache
 from tests.clock import StillClock
 from tests.valkey import LossyWire, Valkey, eventually, pieces, run_valkey
@@ -26,7 +32,9 @@ ONE = Demand(requests=1, images=1, slots=1)
 SLOTS = Limit(Scope.TEAM, "t", Unit.SLOTS, Window.NOW, 3)
 RATE = Limit(Scope.TEAM, "t", Unit.REQUESTS, Window.MINUTE, 1000)
 LIMITS = [RATE, SLOTS]
+LIMITS_OF_MANY = [RATE, Limit(Scope.TEAM, "t", Unit.SLOTS, Window.NOW, 1000)]
 CC = "gw:{default}:cc:team:t"
+SINCE = "gw:{default}:since"
 RPM = "gw:{default}:rl:team:t:rpm"
 
 
@@ -43,16 +51,39 @@ async def admin(valkey: Valkey) -> AsyncIterator[Client]:
     await client.aclose()
 
 
-def gate_at(url: str, **options: float) -> RedisGate:
-    return RedisGate(connect(url), StillClock(), **{"pause_seconds": 0.1, **options})  # type: ignore[arg-type]
+def gate_at(url: str, **options: Any) -> RedisGate:
+    return RedisGate(connect(url), StillClock(), **{"server": Server(pause=0.1), **options})
 
 
-def cache_at(url: str) -> RedisCache:
-    return RedisCache(connect(url, timeout=2.0), StillClock(), pause_seconds=0.1)
+def cache_at(url: str, server: Server | None = None) -> RedisCache:
+    server = server or Server(pause=0.1)
+    return RedisCache(connect(url, timeout=1.0), StillClock(), server=server)
 
 
 def meta_of(data: bytes) -> CachedMeta:
     return CachedMeta(datetime(2026, 11, 22, tzinfo=UTC), 1, 1, "m", "u", len(data))
+
+
+@dataclass
+class News(GateListener):
+    """Everything that a gate said of itself."""
+
+    reasons: list[Reason] = field(default_factory=list)
+    restarts: int = 0
+    backs: int = 0
+    policies: list[str] = field(default_factory=list)
+
+    def failed(self, reason: Reason, error: BaseException) -> None:
+        self.reasons.append(reason)
+
+    def back(self) -> None:
+        self.backs += 1
+
+    def restarted(self) -> None:
+        self.restarts += 1
+
+    def evicts(self, policy: str) -> None:
+        self.policies.append(policy)
 
 
 async def degraded(gate: RedisGate, rid: str) -> bool:
@@ -109,29 +140,72 @@ async def test_killed_in_the_middle_the_local_gate_stands_in(valkey: Valkey) -> 
     await gate.aclose()
 
 
-async def test_frozen_it_costs_a_few_short_waits_then_nothing(valkey: Valkey) -> None:
-    gate = gate_at(valkey.url)
-    assert not await degraded(gate, "warm")
-    valkey.freeze()
-    waits = []
-    for i in range(40):
+@pytest.mark.parametrize("at_once", [1, 50])
+async def test_frozen_it_costs_one_short_wait_in_all(valkey: Valkey, at_once: int) -> None:
+    """Row 65 of reliability.md: gate and cache on one server, 200 requests while it is frozen."""
+    server = Server()
+    gate = RedisGate(connect(valkey.url), StillClock(), server=server)
+    cache = cache_at(valkey.url, server)
+    data = os.urandom(MIB)
+    waits: list[float] = []
+
+    async def request(i: int) -> None:
+        """Every step of a request that asks Redis, one after another."""
         began = time.monotonic()
-        answer = await gate.take(f"r{i}", [RATE], ONE)
-        waits.append(time.monotonic() - began)
+        key = hashlib.sha256(str(i).encode()).hexdigest()
+        await cache.get(key)
+        answer = await gate.take(f"r{i}", LIMITS_OF_MANY, ONE)
         assert isinstance(answer, Grant)
-        assert answer.degraded
-    slow = [wait for wait in waits if wait > 0.1]
-    print("frozen gate, waits in ms:", [round(wait * 1000) for wait in waits[:6]])
-    assert len(slow) <= 5
+        await cache.put(key, meta_of(data), pieces(data, 100_000), 60)
+        await gate.release(f"r{i}", LIMITS_OF_MANY)
+        waits.append(time.monotonic() - began)
+
+    for i in range(20):
+        await request(-1 - i)
+    print("\nrequests in ms, healthy:", round(statistics.median(waits) * 1000, 1))
+    waits.clear()
+    valkey.freeze()
+    frozen = time.monotonic()
+    for start in range(0, 200, at_once):
+        await asyncio.gather(*(request(start + i) for i in range(at_once)))
+        # Spread over the freeze, so that probes come and go meanwhile.
+        await asyncio.sleep(4.0 * at_once / 200)
+    slow = sorted(wait for wait in waits if wait > 0.1)
+    p99 = sorted(waits)[197]
+    print(f"frozen {time.monotonic() - frozen:.1f} s: {len(slow)} of 200 waited, the longest")
+    print(f"{max(waits) * 1000:.0f} ms; p99 {p99 * 1000:.1f} ms")
     # The budget is 0.32 s; a busy machine gets some more.
-    assert statistics.median(slow) < 0.45
-    assert statistics.median(waits[-30:]) < 0.01
+    assert 0.2 < max(waits) < 0.45
+    assert len(slow) == at_once
+    assert gate.degraded
     valkey.thaw()
-    began = time.monotonic()
     await eventually(lambda: not gate.degraded)
-    print("recovery in ms:", round((time.monotonic() - began) * 1000))
     assert not await degraded(gate, "back")
     await gate.aclose()
+    await cache.aclose()
+
+
+async def test_frozen_in_the_middle_of_an_answer_it_costs_no_more(valkey: Valkey) -> None:
+    server = Server()
+    gate = RedisGate(connect(valkey.url), StillClock(), server=server)
+    cache = cache_at(valkey.url, server)
+    data = os.urandom(2 * MIB)
+
+    async def freezing() -> AsyncIterator[bytes]:
+        yield data[:MIB]
+        valkey.freeze()
+        yield data[MIB:]
+
+    assert not await degraded(gate, "warm")
+    began = time.monotonic()
+    await cache.put("a" * 64, meta_of(data), freezing(), 60)
+    assert await cache.get("a" * 64) is None
+    assert isinstance(await gate.take("r", LIMITS, ONE), Grant)
+    await gate.release("r", LIMITS)
+    assert time.monotonic() - began < 0.45
+    valkey.thaw()
+    await gate.aclose()
+    await cache.aclose()
 
 
 async def test_many_at_once_before_a_frozen_redis_wait_together(valkey: Valkey) -> None:
@@ -166,16 +240,28 @@ async def test_callers_that_leave_lose_no_connection(valkey: Valkey) -> None:
 async def test_flushed_it_starts_again_and_running_calls_come_back(
     valkey: Valkey, admin: Client
 ) -> None:
-    gate = gate_at(valkey.url, beat_seconds=0.05)
+    news = News()
+    gate = gate_at(valkey.url, listener=news)
     assert isinstance(await gate.take("running", LIMITS, ONE), Grant)
+    assert isinstance(await gate.take("ended", LIMITS, ONE), Grant)
+    await gate.release("ended", LIMITS)
+    assert news.restarts == 0
     await admin.execute_command("FLUSHALL")
+    grant = await gate.take("next", LIMITS, ONE)
+    assert isinstance(grant, Grant)
+    assert [standing.remaining for standing in grant.standings] == [999, 2]
+    assert news.restarts == 1
 
     async def back() -> bool:
         return bool(await admin.execute_command("ZSCORE", CC, "running"))
 
+    # At once, not with the next beat.
     await eventually(back)
     await gate.release("running", LIMITS)
+    await gate.release("next", LIMITS)
     assert await admin.execute_command("ZCARD", CC) == 0
+    assert not await degraded(gate, "more")
+    assert news.restarts == 1
     await gate.aclose()
 
 
@@ -192,19 +278,46 @@ async def test_forgotten_scripts_are_sent_again(valkey: Valkey, admin: Client) -
 async def test_full_the_local_gate_admits_and_redis_still_releases(
     valkey: Valkey, admin: Client
 ) -> None:
-    gate = gate_at(valkey.url)
+    news = News()
+    gate = gate_at(valkey.url, listener=news, beat_seconds=0.05, lease_seconds=2.0)
     assert isinstance(await gate.take("before", LIMITS, ONE), Grant)
-    await admin.execute_command("CONFIG", "SET", "maxmemory-policy", "noeviction")
-    await admin.execute_command("CONFIG", "SET", "maxmemory", "1")
+    assert isinstance(await gate.take("running", LIMITS, ONE), Grant)
+    await fill(admin)
     answer = await gate.take("full", LIMITS, ONE)
     assert isinstance(answer, Grant)
     assert answer.degraded
-    await eventually(lambda: gate.degraded)
+    assert gate.trouble is Reason.OOM
+    await gate.ping()
     await gate.release("before", LIMITS)
+    assert await admin.execute_command("ZRANGE", CC, 0, -1) == [b"running"]
+    await gate.undo("running", LIMITS, ONE)
     assert await admin.execute_command("ZCARD", CC) == 0
+    assert set(news.reasons) == {Reason.OOM}
     await admin.execute_command("CONFIG", "SET", "maxmemory", "0")
-    assert not await degraded(gate, "room again")
+    # Nobody calls: it is found out.
     await eventually(lambda: not gate.degraded)
+    assert news.backs == 1
+    assert not await degraded(gate, "room again")
+    await gate.aclose()
+
+
+async def fill(admin: Client) -> None:
+    """Beyond its maxmemory of a megabyte, of which it may drop nothing."""
+    await admin.execute_command("SET", "ballast", b"x" * 2 * MIB)
+    await admin.execute_command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    await admin.execute_command("CONFIG", "SET", "maxmemory", "1mb")
+
+
+async def test_full_it_renews_what_runs(valkey: Valkey, admin: Client) -> None:
+    gate = gate_at(valkey.url, beat_seconds=0.05)
+    assert isinstance(await gate.take("running", LIMITS, ONE), Grant)
+    await fill(admin)
+    await admin.execute_command("ZREM", CC, "running")
+
+    async def renewed() -> bool:
+        return bool(await admin.execute_command("ZSCORE", CC, "running"))
+
+    await eventually(renewed)
     await gate.aclose()
 
 
@@ -213,9 +326,162 @@ async def test_a_replica_that_only_reads_is_stood_in_for(valkey: Valkey, admin: 
     assert not await degraded(gate, "warm")
     await admin.execute_command("REPLICAOF", "127.0.0.1", "1")
     assert await degraded(gate, "demoted")
+    assert gate.trouble in (Reason.READONLY, Reason.CLUSTER)
     await admin.execute_command("REPLICAOF", "NO", "ONE")
+    await eventually(lambda: not gate.degraded)
     assert not await degraded(gate, "promoted")
     await gate.aclose()
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("LOADING Redis is loading the dataset in memory", Reason.LOADING),
+        ("MASTERDOWN Link with MASTER is down", Reason.CLUSTER),
+        ("CLUSTERDOWN Hash slot not served", Reason.CLUSTER),
+        ("MOVED 5718 127.0.0.1:1", Reason.CLUSTER),
+        ("CROSSSLOT Keys in request don't hash to the same slot", Reason.CLUSTER),
+        ("READONLY You can't write against a read only replica.", Reason.READONLY),
+        ("OOM command not allowed when used memory > 'maxmemory'.", Reason.OOM),
+        ("NOPERM this user has no permissions", Reason.REFUSED),
+        ("NOAUTH Authentication required.", Reason.REFUSED),
+        ("BUSY Redis is busy running a script.", Reason.REFUSED),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else None,
+)
+async def test_whatever_redis_says_no_with_is_named_and_stood_in_for(
+    line: str, reason: Reason
+) -> None:
+    asked = 0
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        with contextlib.suppress(ConnectionError):
+            while await reader.read(65536):
+                asked += 1
+                writer.write(f"-{line}\r\n".encode())
+                await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        news = News()
+        url = f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+        gate = gate_at(url, server=Server(pause=60), listener=news)
+        answer = await gate.take("a", LIMITS, ONE)
+        assert isinstance(answer, Grant)
+        assert answer.degraded
+        assert asked <= 2
+        assert news.reasons == [reason]
+        assert gate.trouble is reason
+        await gate.aclose()
+
+
+async def test_denied_nothing_gets_in_and_nothing_is_left_behind(
+    valkey: Valkey, admin: Client
+) -> None:
+    gate = gate_at(valkey.url, deny=True)
+    assert isinstance(await gate.take("before", LIMITS, ONE), Grant)
+    valkey.freeze()
+    for i in range(3):
+        with pytest.raises(GateUnavailable) as raised:
+            await gate.take(f"r{i}", LIMITS, ONE)
+        error = raised.value
+        assert (error.status, error.should_retry, error.retry_after_seconds) == (503, True, 5.0)
+    # What has no limit needs no gate.
+    assert await gate.take("free", [], ONE) == Grant()
+    await gate.release("before", LIMITS)
+    valkey.thaw()
+    await eventually(lambda: not gate.degraded)
+
+    async def clean() -> bool:
+        # The slot of the call that ended meanwhile, and what the first refused call had sent.
+        return int(await admin.execute_command("ZCARD", CC)) == 0
+
+    await eventually(clean)
+    markers = await admin.execute_command("KEYS", "gw:{default}:rid:*")
+    assert markers == [b"gw:{default}:rid:before"]
+    assert isinstance(await gate.take("after", LIMITS, ONE), Grant)
+    await gate.aclose()
+
+
+async def test_of_two_processes_each_stands_in_with_its_half(valkey: Valkey) -> None:
+    gates = [gate_at(valkey.url, processes=2) for _ in range(2)]
+    ten = [Limit(Scope.TEAM, "t", Unit.IMAGES, Window.MINUTE, 10)]
+    valkey.kill()
+    for gate in gates:
+        answers = [await gate.take(f"r{i}", ten, ONE) for i in range(20)]
+        assert sum(isinstance(answer, Grant) for answer in answers) == 5
+        await gate.aclose()
+
+
+async def test_a_redis_that_may_drop_limits_is_told_of_once(valkey: Valkey, admin: Client) -> None:
+    for policy, told in (("allkeys-lru", ["allkeys-lru"]), ("noeviction", [])):
+        await admin.execute_command("CONFIG", "SET", "maxmemory-policy", policy)
+        news = News()
+        gate = gate_at(valkey.url, listener=news)
+        for i in range(3):
+            assert not await degraded(gate, f"{policy}-{i}")
+        if told:
+            await eventually(lambda news=news: bool(news.policies))
+        else:
+            await gate.ping()
+        assert news.policies == told
+        await gate.aclose()
+
+
+async def test_30_of_100_answers_lost_nothing_is_counted_twice(
+    valkey: Valkey, admin: Client
+) -> None:
+    """T6 of reliability.md: 2,000 calls, and the rate's own arithmetic afterwards."""
+    images = Limit(Scope.TEAM, "t", Unit.IMAGES, Window.MINUTE, 10_000)
+    slots = Limit(Scope.TEAM, "t", Unit.SLOTS, Window.NOW, 8)
+    limits, each_us = [images, slots], 6000
+    key = "gw:{default}:rl:team:t:ipm"
+    async with LossyWire(valkey.port) as wire:
+        gate = gate_at(wire.url, server=Server(pause=0.02), beat_seconds=0.1)
+        # So far ahead that it never falls behind the clock, which would round the sum.
+        grant = await gate.take("ahead", [images], Demand(images=9_000))
+        assert isinstance(grant, Grant)
+        before = int(await admin.execute_command("GET", key))
+        # The rate has to let all of them in: its minute is only a tenth used up.
+        await admin.execute_command("SET", key, before - 6_000 * 5_000)
+        before -= 6_000 * 5_000
+        wire.lose_some(0.3)
+        counted, held, most = 0, 0, 0
+        todo = iter(range(2000))
+        kinds: Counter[str] = Counter()
+
+        async def worker() -> None:
+            nonlocal counted, held, most
+            for i in todo:
+                await eventually(lambda: not gate.degraded)
+                # Every other one without a slot, which only its marker tells from a new call.
+                mine = limits[: 1 + i % 2]
+                while isinstance(answer := await gate.take(f"r{i}", mine, ONE), Refusal):
+                    kinds["refused"] += 1
+                    await asyncio.sleep(0.005)
+                kinds["degraded" if answer.degraded else "counted"] += 1
+                if not answer.degraded:
+                    counted, held = counted + 1, held + i % 2
+                    most = max(most, held)
+                await asyncio.sleep(0)
+                held -= 0 if answer.degraded else i % 2
+                await gate.release(f"r{i}", mine)
+
+        await asyncio.gather(*(worker() for _ in range(12)))
+        wire.lose_some(0)
+        print(f"\n{wire.lost} answers lost: {dict(kinds)}, at most {most} at once")
+        assert wire.lost > 1000
+        assert kinds["counted"] > 1500
+        assert most <= 8
+
+        async def exact() -> bool:
+            in_use = await admin.execute_command("ZCARD", "gw:{default}:cc:team:t")
+            ahead = int(await admin.execute_command("GET", key)) - before
+            return in_use == 0 and ahead == counted * each_us
+
+        await eventually(exact)
+        await gate.aclose()
 
 
 async def test_a_lost_answer_is_counted_once(valkey: Valkey, admin: Client) -> None:
@@ -276,10 +542,8 @@ async def test_a_slot_released_while_redis_was_away_is_not_renewed(
     valkey.thaw()
 
     async def gone() -> bool:
-        answer = await gate.take("look", LIMITS, ONE)
-        await gate.release("look", LIMITS)
         held: int = await admin.execute_command("ZCARD", CC)
-        return isinstance(answer, Grant) and not answer.degraded and held == 0
+        return await healthy(gate) and held == 0
 
     await eventually(gone)
     await gate.aclose()
@@ -294,8 +558,9 @@ async def test_every_key_has_an_end(valkey: Valkey, admin: Client) -> None:
     await gate.undo("2", [*LIMITS, images], ONE)
     await cache.put("a" * 64, meta_of(b"x" * 3000), pieces(b"x" * 3000), 60)
     keys = await admin.execute_command("KEYS", "*")
-    assert {CC.encode(), RPM.encode()} < set(keys)
-    for key in keys:
+    assert {CC.encode(), RPM.encode(), SINCE.encode()} < set(keys)
+    # This one tells that nothing was forgotten.
+    for key in set(keys) - {SINCE.encode()}:
         assert 0 < await admin.execute_command("PTTL", key) <= 61_000, key
     await gate.aclose()
     await cache.aclose()
@@ -372,7 +637,7 @@ async def test_a_damaged_or_strange_entry_is_a_miss(valkey: Valkey, admin: Clien
     name = "gwc:{" + "a" * 64 + "}"
     await cache.put("a" * 64, meta_of(data), pieces(data, MIB), 60)
     fields = await admin.execute_command("HKEYS", name)
-    assert len(fields) == 4
+    assert len(fields) == 13
     meta = await admin.execute_command("HGET", name, "meta")
     for value in (b"", b"{}", b'{"v":1}', meta.replace(b'"put":', b'"pot":')):
         await admin.execute_command("HSET", name, "meta", value)
@@ -418,10 +683,10 @@ async def test_a_dead_tier_is_only_missed(valkey: Valkey, tmp_path: object) -> N
 
 
 async def test_errors_are_told_and_a_closed_store_is_away(valkey: Valkey) -> None:
-    told: list[BaseException] = []
-    gate = RedisGate(connect("redis://127.0.0.1:1/0"), StillClock(), on_error=told.append)
+    news = News()
+    gate = gate_at("redis://127.0.0.1:1/0", listener=news)
     assert await degraded(gate, "a")
-    assert told
+    assert news.reasons == [Reason.CONNECTION]
     await gate.aclose()
     assert await degraded(gate, "b")
     await gate.aclose()
@@ -438,12 +703,12 @@ async def test_a_cluster_serves_both() -> None:
         await eventually(formed)
         await node.aclose()
         url = server.url.replace("redis://", "redis+cluster://").removesuffix("/0")
-        gate = RedisGate(connect(url), StillClock(), pause_seconds=0.1)
+        gate = gate_at(url)
         await eventually(lambda: healthy(gate))
         answers = await asyncio.gather(*(gate.take(f"r{i}", LIMITS, ONE) for i in range(50)))
         assert sum(isinstance(answer, Grant) for answer in answers) == 3
         await gate.ping()
-        cache = RedisCache(connect(url, timeout=2.0), StillClock())
+        cache = cache_at(url)
         data = os.urandom(2 * MIB + 5)
         await cache.put("a" * 64, meta_of(data), pieces(data, 300_000), 60)
         cached = await cache.get("a" * 64)
@@ -461,7 +726,7 @@ async def test_a_sentinel_names_the_master(valkey: Valkey, tmp_path: object) -> 
         file.write(f"sentinel monitor pictures 127.0.0.1 {valkey.port} 1\n")
     with run_valkey(config, "--sentinel") as sentinel:
         url = f"redis+sentinel://127.0.0.1:{sentinel.port}/pictures/0"
-        gate = RedisGate(connect(url), StillClock(), pause_seconds=0.1)
+        gate = gate_at(url)
         await eventually(lambda: healthy(gate))
         await gate.ping()
         await gate.aclose()

@@ -150,6 +150,9 @@ COMPOSED = {
     "gateway_cache_errors_total",
     "gateway_cache_bytes",
     "gateway_gate_degraded",
+    "gateway_gate_seconds",
+    "gateway_gate_errors_total",
+    "gateway_gate_restarts_total",
     "gateway_ledger_open_holds",
     "gateway_ledger_unresolved_usd",
 }

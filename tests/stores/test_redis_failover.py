@@ -1,0 +1,156 @@
+"""A cluster and a master under sentinels that lose the server which counts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import pytest
+
+from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
+from gateway.ports import CachedMeta
+from gateway.stores.redis_cache import RedisCache
+from gateway.stores.redis_gate import RedisGate
+from gateway.stores.redis_link import Server, connect
+from tests.clock import StillClock
+from tests.redis_servers import Cluster, Sentinelled, run_cluster, run_sentinels, say
+from tests.valkey import Valkey, eventually, pieces
+
+ONE = Demand(requests=1, images=1, slots=1)
+PLENTY = Limit(Scope.TEAM, "t", Unit.REQUESTS, Window.MINUTE, 1_000_000)
+PROBE = "gw:{default}:probe"
+WAIT_SECONDS = 0.45
+"""What a call may wait at most: 0.32 s, and some for a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with run_cluster() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def sentinels() -> Iterator[Sentinelled]:
+    with run_sentinels() as running:
+        yield running
+
+
+def gate_at(url: str) -> RedisGate:
+    return RedisGate(connect(url), StillClock())
+
+
+async def ask_until_whole(
+    gate: RedisGate, seconds: float = 20.0
+) -> tuple[list[float], Counter[bool]]:
+    """Calls, 20 at a time, until the shared gate has answered all of the last: the waits of each,
+    and how many were degraded and not."""
+    waits: list[float] = []
+    kinds: Counter[bool] = Counter()
+    ends = time.monotonic() + seconds
+
+    async def ask() -> bool:
+        began = time.monotonic()
+        answer = await gate.take(os.urandom(8).hex(), [PLENTY], ONE)
+        waits.append(time.monotonic() - began)
+        assert isinstance(answer, Grant)
+        kinds[answer.degraded] += 1
+        return answer.degraded
+
+    while any(await asyncio.gather(*(ask() for _ in range(20)))) or not kinds[True]:
+        assert time.monotonic() < ends, f"not whole again: {kinds}"
+        await asyncio.sleep(0.02)
+    return waits, kinds
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+async def test_a_cluster_loses_the_master_that_counts(cluster: Cluster, fault: str) -> None:
+    gate = gate_at(cluster.url)
+    # Connecting to a cluster may take longer than a call may wait.
+    await eventually(lambda: met(gate))
+    few = Limit(Scope.TEAM, f"few-{fault}", Unit.IMAGES, Window.MINUTE, 20)
+    answers = await asyncio.gather(*(gate.take(f"{fault}-{i}", [few], ONE) for i in range(200)))
+    assert Counter(type(answer) for answer in answers) == {Grant: 20, Refusal: 180}
+
+    lost = cluster.master_of(PROBE)
+    with lose(lost, fault):
+        waits, kinds = await ask_until_whole(gate)
+    print(f"\ncluster, {fault}: {kinds[True]} calls degraded, longest {max(waits) * 1000:.0f} ms")
+    assert max(waits) < WAIT_SECONDS
+    assert not gate.degraded
+    await gate.aclose()
+    cluster.settle()
+    assert cluster.master_of(PROBE).port != lost.port
+
+
+async def met(gate: RedisGate) -> bool:
+    answer = await gate.take(os.urandom(8).hex(), [PLENTY], ONE)
+    return isinstance(answer, Grant) and not answer.degraded
+
+
+@contextlib.contextmanager
+def lose(server: Valkey, fault: str) -> Iterator[None]:
+    getattr(server, fault)()
+    try:
+        yield
+    finally:
+        server.thaw() if fault == "freeze" else server.restart()
+
+
+@pytest.mark.parametrize("fault", ["kill", "freeze"])
+async def test_sentinels_choose_another_master(sentinels: Sentinelled, fault: str) -> None:
+    gate = gate_at(sentinels.url)
+    await eventually(lambda: met(gate))
+    lost = sentinels.master
+    with lose(lost, fault):
+        waits, kinds = await ask_until_whole(gate)
+    print(f"\nsentinel, {fault}: {kinds[True]} calls degraded, longest {max(waits) * 1000:.0f} ms")
+    assert max(waits) < WAIT_SECONDS
+    assert not gate.degraded
+    await gate.aclose()
+    sentinels.settle()
+    assert sentinels.master.port != lost.port
+
+
+async def test_a_cache_is_spread_over_a_cluster_and_misses_what_is_away(cluster: Cluster) -> None:
+    cluster.empty()
+    cache = RedisCache(connect(cluster.url, timeout=1.0), StillClock(), server=Server())
+    data = os.urandom(1_000_000)
+    meta = CachedMeta(datetime(2026, 11, 22, tzinfo=UTC), 1, 1, "m", "u", len(data))
+    keys = [hashlib.sha256(bytes([i])).hexdigest() for i in range(24)]
+
+    async def kept() -> bool:
+        await cache.put(keys[0], meta, pieces(data, 100_000), 600)
+        return await cache.get(keys[0]) is not None
+
+    await eventually(kept)
+    for key in keys:
+        await cache.put(key, meta, pieces(data, 100_000), 600)
+    held = [say(node.port, "DBSIZE") for node in cluster.masters]
+    assert sum(held) == 24
+    assert all(count >= 2 for count in held)
+
+    with lose(lost := cluster.masters[1], "kill"):
+        waits, found = [], 0
+        for key in keys:
+            began = time.monotonic()
+            found += await cache.get(key) is not None
+            waits.append(time.monotonic() - began)
+        print(f"\ncache on a cluster: {found} of 24 found, longest {max(waits) * 1000:.0f} ms")
+        assert max(waits) < WAIT_SECONDS
+        assert found < 24
+
+        async def nearly_all_found() -> bool:
+            # The replica follows without being waited for.
+            got = [await cache.get(key) is not None for key in keys]
+            return sum(got) >= 20
+
+        await eventually(nearly_all_found, 20)
+    await cache.aclose()
+    cluster.settle()
+    assert lost not in cluster.masters
