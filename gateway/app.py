@@ -54,6 +54,7 @@ from gateway.stores.memory import MemoryCache, MemoryGate
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import StoreAway, connect
+from gateway.stores.safe import SettlementSafe
 from gateway.stores.sqlite import SQLiteStore, keys_in
 from gateway.stores.tiered import TieredCache
 from gateway.telemetry.log import RequestLog
@@ -133,23 +134,27 @@ async def open_gateway(
         spools = settings.storage.blobs / "spool"
         _make_folder(spools, settings.storage.blobs)
         room = Room(settings.server.buffer_bytes, settings.server.spool_bytes, spools)
+        worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
+        safe = SettlementSafe.open(settings.ledger.spool, worker)
+        stack.push_async_callback(safe.aclose)
         flights = Flights()
         stack.push_async_callback(flights.drain, LAST_SECONDS)
-        worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         lease = timedelta(seconds=settings.lease_seconds)
+        purchases = Purchases(
+            ledger=store.ledger,
+            safe=safe,
+            cache=cache,
+            policy=policy,
+            provider=openai.request,
+            room=room,
+            flights=flights,
+            clock=clock,
+        )
         pipeline = Pipeline(
             keyring=keyring,
             planner=planner,
             admission=Admission(gate, store.ledger, lease, worker),
-            purchases=Purchases(
-                ledger=store.ledger,
-                cache=cache,
-                policy=policy,
-                provider=openai.request,
-                room=room,
-                flights=flights,
-                clock=clock,
-            ),
+            purchases=purchases,
             ledger=store.ledger,
             rules=_rules(settings, bool(passing)),
             room=room,
