@@ -36,6 +36,7 @@ from gateway.domain.quota import Scope as Owner
 from gateway.domain.quota import Unit, period
 from gateway.domain.route import Unpriced
 from gateway.domain.team import Key, Team
+from gateway.housekeeping import Housekeeping, Pace
 from gateway.ports import Cache, Clock, Directory, Gate, Ledger, StoreError, Telemetry, Upstream
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.admission import Admission
@@ -68,6 +69,7 @@ log = logging.getLogger(__name__)
 
 DISTRIBUTION = "image-gateway"
 PING_SECONDS = 2.0
+LOOK_SECONDS = 1.0
 LAST_SECONDS = 5.0
 """What still runs when the doors are closed has this long; the server drained before."""
 CACHE_TIMEOUT_SECONDS = 2.0
@@ -95,7 +97,7 @@ class Gateway:
 async def open_gateway(
     settings: Settings, clock: Clock, telemetry: Sequence[Telemetry] = ()
 ) -> AsyncIterator[Gateway]:
-    """Opens the stores and starts the sweep; closes all of it in the opposite order.
+    """Opens the stores and starts the housekeeping; closes all of it in the opposite order.
 
     Raises ``StoreError`` and ``PriceFileError`` for what cannot be opened, ``CannotServe`` for a
     model without a price and for a team or key that both the file and the directory have.
@@ -162,10 +164,23 @@ async def open_gateway(
             clock=clock,
             log_prompts=settings.relay.log_prompts,
         )
-        sweeper = asyncio.create_task(
-            _sweep_for_ever(store.ledger, clock, settings.ledger.sweep_seconds)
+        housekeeping = Housekeeping(
+            ledger=store.ledger,
+            upkeep=store.upkeep,
+            recover=purchases.recover,
+            report=lambda seconds: metrics.set("gateway_ledger_oldest_hold_seconds", seconds),
+            clock=clock,
+            worker=worker,
+            keep=settings.ledger.keep,
+            pace=Pace(sweep=settings.ledger.sweep_seconds),
         )
-        stack.push_async_callback(_cancel, sweeper)
+        stack.push_async_callback(_cancel, asyncio.create_task(housekeeping.run()))
+        metrics.watch("gateway_inflight_requests", lambda: flights.count)
+        metrics.watch("gateway_settlements_waiting", lambda: purchases.waiting)
+        metrics.watch("gateway_inflight_bytes", lambda: room.memory_used, where="memory")
+        metrics.watch("gateway_inflight_bytes", lambda: room.disk_used, where="disk")
+        if metrics.shared:
+            stack.push_async_callback(_cancel, asyncio.create_task(_look_for_ever(metrics)))
 
         async def look() -> Readiness:
             stores = {
@@ -182,9 +197,6 @@ async def open_gateway(
 
         async def exposition() -> bytes:
             await look()
-            metrics.set("gateway_inflight_requests", flights.count)
-            metrics.set("gateway_inflight_bytes", room.memory_used, where="memory")
-            metrics.set("gateway_inflight_bytes", room.disk_used, where="disk")
             await _look_at_money(store.ledger, store.directory, settings.teams, clock, metrics)
             return metrics.exposition()
 
@@ -465,22 +477,11 @@ async def _answers(ping: Callable[[], Awaitable[None]]) -> bool:
     return True
 
 
-async def _sweep_for_ever(ledger: Ledger, clock: Clock, pause_seconds: float) -> None:
-    """Expires lapsed holds at the start, and then for ever."""
+async def _look_for_ever(metrics: Metrics) -> None:
+    """What this worker has of its own, written down for the one that is asked."""
     while True:
-        try:
-            while expired := await ledger.sweep(clock.now()):
-                for entry in expired:
-                    log.warning(
-                        "a hold expired; its outcome is unknown and it is posted at its bound",
-                        extra={"request_id": entry.rid, "bound_nanousd": entry.bound},
-                    )
-        except GatewayError as error:
-            log.warning("the sweep could not write", extra={"error": str(error)})
-        except Exception:
-            # Whatever it is: a sweep that stops for ever would leave every later hold standing.
-            log.exception("the sweep failed")
-        await asyncio.sleep(pause_seconds)
+        metrics.look()
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -190,6 +190,9 @@ class Upkeep(Protocol):
         per account so that ``Books.audit`` still adds up; returns how many. Balances and daily
         usage stay for ever; expired holds stay until somebody resolves them."""
 
+    async def oldest_hold(self) -> Hold | None:
+        """The open hold whose lease ends first; None where none is open."""
+
     async def claim_notice(
         self, account: str, mark: str, now: datetime, lease_seconds: float
     ) -> bool:

@@ -28,13 +28,15 @@ ROOMS = {
     "relay": {"ports", "domain"},
     "api": {"relay", "ports", "domain"},
     "server": {"api"},
+    "housekeeping": {"ports", "domain"},
+    "supervisor": {"ports"},
     "app": {
-        "api", "clock", "domain", "ports", "pricefile", "relay", "reports", "sandbox",
-        "settings", "stores", "telemetry", "upstream", "yamlfile",
+        "api", "clock", "domain", "housekeeping", "ports", "pricefile", "relay", "reports",
+        "sandbox", "settings", "stores", "telemetry", "upstream", "yamlfile",
     },
     "cli": {
         "app", "clock", "domain", "ports", "pricefile", "reports", "sandbox", "server",
-        "settings", "stores", "telemetry",
+        "settings", "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -149,6 +149,8 @@ COMPOSED = {
     "gateway_gate_degraded",
     "gateway_ledger_open_holds",
     "gateway_ledger_unresolved_usd",
+    "gateway_ledger_oldest_hold_seconds",
+    "gateway_settlements_waiting",
 }
 
 
