@@ -165,8 +165,7 @@ async def open_gateway(
             log_prompts=settings.relay.log_prompts,
         )
         housekeeping = Housekeeping(
-            ledger=store.ledger,
-            upkeep=store.upkeep,
+            store=store,
             recover=purchases.recover,
             report=lambda seconds: metrics.set("gateway_ledger_oldest_hold_seconds", seconds),
             clock=clock,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from gateway.domain.errors import GatewayError
-from gateway.ports import Clock, Ledger, Upkeep
+from gateway.ports import Clock, Store
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,7 @@ class Housekeeping:
     def __init__(
         self,
         *,
-        ledger: Ledger,
-        upkeep: Upkeep,
+        store: Store,
         recover: Callable[[], Awaitable[None]],
         report: Callable[[float], None],
         clock: Clock,
@@ -58,8 +57,7 @@ class Housekeeping:
         keep: timedelta | None = None,
         pace: Pace | None = None,
     ) -> None:
-        self._ledger = ledger
-        self._upkeep = upkeep
+        self._store = store
         self._recover = recover
         self._report = report
         self._clock = clock
@@ -80,7 +78,7 @@ class Housekeeping:
         """Says that this process lives. Raises ``LedgerUnavailable``."""
         now, at = self._clock.now(), self._clock.monotonic()
         try:
-            await self._upkeep.beat(self._worker, now)
+            await self._store.upkeep.beat(self._worker, now)
         except BaseException:
             self._beats = None
             raise
@@ -91,7 +89,7 @@ class Housekeeping:
         """Expires what nobody will settle: first what is known is posted, so that a hold whose
         settlement waits on this disk need not be corrected. Raises ``LedgerUnavailable``."""
         await self._recover()
-        while expired := await self._ledger.sweep(
+        while expired := await self._store.ledger.sweep(
             self._clock.now(), silent_before=self._silent_before()
         ):
             for entry in expired:
@@ -107,13 +105,13 @@ class Housekeeping:
             return
         before = self._clock.now() - self._keep
         total = 0
-        while forgotten := await self._upkeep.forget(before, FORGET_BATCH):
+        while forgotten := await self._store.upkeep.forget(before, FORGET_BATCH):
             total += forgotten
         if total:
             log.info("closed holds were rolled up and deleted", extra={"holds": total})
 
     async def _look_at_the_oldest(self) -> None:
-        oldest = await self._upkeep.oldest_hold()
+        oldest = await self._store.books.oldest_hold()
         now = self._clock.now()
         self._report(0.0 if oldest is None else (now - oldest.at).total_seconds())
         if oldest is None:

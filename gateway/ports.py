@@ -162,6 +162,9 @@ class Books(Protocol):
         """Holds that ask for a look: expired ones, and posted ones with a flag that says their cost
         may be wrong (``transition.DOUBTFUL``). By rid, those behind ``after``."""
 
+    async def oldest_hold(self) -> Hold | None:
+        """The open hold whose lease ends first; None where none is open."""
+
     async def correct(self, correction: Correction) -> Entry:
         """Posts what a call did cost, by ``transition.corrected``. Idempotent by the correction's
         id; ``applied`` is False for a hold that still runs. Raises ``NotKnown``, ``ValueError``
@@ -189,9 +192,6 @@ class Upkeep(Protocol):
         """Deletes posted and voided holds reserved before then, and their journal lines, rolled up
         per account so that ``Books.audit`` still adds up; returns how many. Balances and daily
         usage stay for ever; expired holds stay until somebody resolves them."""
-
-    async def oldest_hold(self) -> Hold | None:
-        """The open hold whose lease ends first; None where none is open."""
 
     async def claim_notice(
         self, account: str, mark: str, now: datetime, lease_seconds: float
