@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import Claim, State
+from gateway.domain.transition import ignore_conflict
 from gateway.housekeeping import Housekeeping, Pace
+from gateway.ports import Store
 from gateway.stores.memory_ledger import MemoryStore
 from tests.clock import StillClock
-from tests.contract.stores import claim, settled
+from tests.contract.stores import BACKENDS, claim, settled
 from tests.valkey import eventually
 
 PACE = Pace()
-
-
-class Away:
-    """Stands before a part of a store, which can be away."""
-
-    def __init__(self, part: object) -> None:
-        self._part = part
-        self.away = False
-
-    def __getattr__(self, name: str) -> object:
-        if self.away:
-            raise LedgerUnavailable("The ledger is away.")
-        return getattr(self._part, name)
 
 
 @dataclass
@@ -38,7 +29,7 @@ class House:
     """One store, one clock, and as many processes as the test wants."""
 
     clock: StillClock = field(default_factory=StillClock)
-    store: MemoryStore = field(default_factory=MemoryStore)
+    store: Store = field(default_factory=MemoryStore)
     told: list[float] = field(default_factory=list)
     recovered: int = 0
 
@@ -80,7 +71,28 @@ def house() -> House:
     return House()
 
 
-async def test_the_holds_of_a_dead_worker_end_before_their_lease(house: House) -> None:
+@pytest.fixture(params=BACKENDS)
+async def any_house(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[House]:
+    """With each store there is."""
+    store = BACKENDS[request.param](tmp_path, ignore_conflict)
+    yield House(store=store)
+    await store.aclose()
+
+
+async def no_beat(process: Housekeeping, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One beat comes when the database is away."""
+
+    async def refuse(*_: object) -> None:
+        raise LedgerUnavailable("The ledger is away.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(house.store.upkeep, "beat", refuse)
+        with pytest.raises(LedgerUnavailable):
+            await process.beat()
+
+
+async def test_the_holds_of_a_dead_worker_end_before_their_lease(any_house: House) -> None:
+    house = any_house
     living, dying = house.process("living"), house.process("dying")
     await house.beat(40, living, dying)
     await house.reserve("its", "dying")
@@ -120,17 +132,15 @@ async def test_who_has_just_begun_calls_nobody_dead(house: House) -> None:
 
 
 @pytest.mark.parametrize("how", ["away", "frozen"])
-async def test_behind_an_outage_nobody_is_dead(house: House, how: str) -> None:
+async def test_behind_an_outage_nobody_is_dead(
+    house: House, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both were silent while the database was away, or while the machine stood still."""
     one, other = house.process("one"), house.process("other")
     await house.beat(60, one, other)
     await house.reserve("its", "other")
     if how == "away":
-        upkeep, house.store.upkeep = house.store.upkeep, Away(house.store.upkeep)  # type: ignore[assignment]
-        house.store.upkeep.away = True  # type: ignore[attr-defined]
-        with pytest.raises(LedgerUnavailable):
-            await one.beat()
-        house.store.upkeep = upkeep
+        await no_beat(one, house, monkeypatch)
     house.clock.advance(60)
     await one.sweep()
     await one.beat()
@@ -141,15 +151,13 @@ async def test_behind_an_outage_nobody_is_dead(house: House, how: str) -> None:
     assert await house.state("its") is State.HELD
 
 
-async def test_a_failed_beat_breaks_the_series_even_when_it_is_short(house: House) -> None:
+async def test_a_failed_beat_breaks_the_series_even_when_it_is_short(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one, other = house.process("one"), house.process("other")
     await house.beat(60, one, other)
     await house.reserve("its", "other")
-    house.store.upkeep, upkeep = Away(house.store.upkeep), house.store.upkeep  # type: ignore[assignment]
-    house.store.upkeep.away = True  # type: ignore[attr-defined]
-    with pytest.raises(LedgerUnavailable):
-        await one.beat()
-    house.store.upkeep = upkeep
+    await no_beat(one, house, monkeypatch)
     await house.beat(30, one)
     await one.sweep()
     assert await house.state("its") is State.HELD
@@ -196,7 +204,8 @@ async def test_the_sweep_goes_on_until_nothing_is_left(house: House) -> None:
     assert await house.store.ledger.open_holds() == 0
 
 
-async def test_closed_holds_are_forgotten_when_they_are_old(house: House) -> None:
+async def test_closed_holds_are_forgotten_when_they_are_old(any_house: House) -> None:
+    house = any_house
     for rid in ("old", "new"):
         await house.reserve(rid, "w")
         await house.store.ledger.settle(settled(rid, 1))
@@ -234,24 +243,23 @@ async def test_a_hold_that_no_sweep_ends_is_an_alarm(
 
 
 async def test_no_chore_stops_for_ever_and_none_waits_for_another(
-    house: House, caplog: pytest.LogCaptureFixture
+    house: House, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.WARNING)
     counts = {"beat": 0, "sweep": 0}
 
-    class Upkeep:
-        async def beat(self, *_: object) -> None:
-            counts["beat"] += 1
-            if counts["beat"] == 1:
-                raise LedgerUnavailable("The ledger is away.")
-            if counts["beat"] == 2:
-                raise ZeroDivisionError
+    async def beat(*_: object) -> None:
+        counts["beat"] += 1
+        if counts["beat"] == 1:
+            raise LedgerUnavailable("The ledger is away.")
+        if counts["beat"] == 2:
+            raise ZeroDivisionError
 
     async def stuck() -> None:
         counts["sweep"] += 1
         await asyncio.Event().wait()
 
-    house.store.upkeep = Upkeep()  # type: ignore[assignment]
+    monkeypatch.setattr(house.store.upkeep, "beat", beat)
     chores = Housekeeping(
         store=house.store,
         recover=stuck,
