@@ -36,6 +36,7 @@ from gateway.domain.price import PriceBook
 from gateway.domain.quota import Scope as Owner
 from gateway.domain.route import Unpriced
 from gateway.domain.team import Key, Team
+from gateway.housekeeping import Housekeeping, Pace
 from gateway.notify import PAUSES_SECONDS, Webhooks
 from gateway.ports import (
     Cache,
@@ -71,6 +72,7 @@ from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import GateListener, RedisGate
 from gateway.stores.redis_link import Reason, StoreAway, connect, same_server
 from gateway.stores.redis_link import Server as RedisServer
+from gateway.stores.safe import SettlementSafe
 from gateway.stores.sqlite import SQLiteStore, keys_in
 from gateway.stores.tiered import TieredCache
 from gateway.telemetry.log import RequestLog
@@ -85,6 +87,7 @@ log = logging.getLogger(__name__)
 
 DISTRIBUTION = "image-gateway"
 PING_SECONDS = 2.0
+LOOK_SECONDS = 1.0
 LAST_SECONDS = 5.0
 """What still runs when the doors are closed has this long; the server drained before."""
 WATCH_SECONDS = 15.0
@@ -116,8 +119,8 @@ async def open_gateway(
     clock: Clock,
     telemetry: Sequence[Telemetry] = (),
 ) -> AsyncIterator[Gateway]:
-    """Opens the stores, starts the sweep and the watch over the budgets; closes all of it in the
-    opposite order.
+    """Opens the stores, starts the housekeeping and the watch over the budgets; closes all of it
+    in the opposite order.
 
     Raises ``StoreError`` and ``PriceFileError`` for what cannot be opened, ``CannotServe`` for a
     model without a price and for a team or key that both the file and the directory have.
@@ -157,26 +160,30 @@ async def open_gateway(
         spools = settings.storage.blobs / "spool"
         _make_folder(spools, settings.storage.blobs)
         room = Room(settings.server.buffer_bytes, settings.server.spool_bytes, spools)
+        worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
+        safe = SettlementSafe.open(settings.ledger.spool, worker)
+        stack.push_async_callback(safe.aclose)
         flights = Flights()
         stack.push_async_callback(flights.drain, LAST_SECONDS)
-        worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         lease = timedelta(seconds=settings.lease_seconds)
         budgets = BudgetView(store.ledger, clock)
         observed = Observed()
+        purchases = Purchases(
+            ledger=store.ledger,
+            safe=safe,
+            cache=cache,
+            policy=policy,
+            provider=openai.request,
+            room=room,
+            flights=flights,
+            clock=clock,
+            budgets=budgets,
+        )
         pipeline = Pipeline(
             keyring=keyring,
             planner=planner,
             admission=Admission(gate, store.ledger, lease, worker, budgets),
-            purchases=Purchases(
-                ledger=store.ledger,
-                cache=cache,
-                policy=policy,
-                provider=openai.request,
-                room=room,
-                flights=flights,
-                clock=clock,
-                budgets=budgets,
-            ),
+            purchases=purchases,
             estimates=Estimates(planner, store.ledger, observed, clock),
             budgets=budgets,
             ledger=store.ledger,
@@ -186,10 +193,22 @@ async def open_gateway(
             clock=clock,
             log_prompts=settings.relay.log_prompts,
         )
-        sweeper = asyncio.create_task(
-            _sweep_for_ever(store.ledger, clock, settings.ledger.sweep_seconds)
+        housekeeping = Housekeeping(
+            store=store,
+            recover=purchases.recover,
+            report=lambda seconds: metrics.set("gateway_ledger_oldest_hold_seconds", seconds),
+            clock=clock,
+            worker=worker,
+            keep=settings.ledger.keep,
+            pace=Pace(sweep=settings.ledger.sweep_seconds),
         )
-        stack.push_async_callback(_cancel, sweeper)
+        stack.push_async_callback(_cancel, asyncio.create_task(housekeeping.run()))
+        metrics.watch("gateway_inflight_requests", lambda: flights.count)
+        metrics.watch("gateway_settlements_waiting", lambda: purchases.waiting)
+        metrics.watch("gateway_inflight_bytes", lambda: room.memory_used, where="memory")
+        metrics.watch("gateway_inflight_bytes", lambda: room.disk_used, where="disk")
+        if metrics.shared:
+            stack.push_async_callback(_cancel, asyncio.create_task(_look_for_ever(metrics)))
 
         notifier = _notifier(settings, clock, metrics)
         if notifier is not None:
@@ -231,9 +250,6 @@ async def open_gateway(
 
         async def exposition() -> bytes:
             await look()
-            metrics.set("gateway_inflight_requests", flights.count)
-            metrics.set("gateway_inflight_bytes", room.memory_used, where="memory")
-            metrics.set("gateway_inflight_bytes", room.disk_used, where="disk")
             await _look_at_money(store.ledger, store.directory, settings.teams, clock, metrics)
             return metrics.exposition()
 
@@ -595,22 +611,11 @@ async def _answers(ping: Callable[[], Awaitable[None]]) -> bool:
     return True
 
 
-async def _sweep_for_ever(ledger: Ledger, clock: Clock, pause_seconds: float) -> None:
-    """Expires lapsed holds at the start, and then for ever."""
+async def _look_for_ever(metrics: Metrics) -> None:
+    """What this worker has of its own, written down for the one that is asked."""
     while True:
-        try:
-            while expired := await ledger.sweep(clock.now()):
-                for entry in expired:
-                    log.warning(
-                        "a hold expired; its outcome is unknown and it is posted at its bound",
-                        extra={"request_id": entry.rid, "bound_nanousd": entry.bound},
-                    )
-        except GatewayError as error:
-            log.warning("the sweep could not write", extra={"error": str(error)})
-        except Exception:
-            # Whatever it is: a sweep that stops for ever would leave every later hold standing.
-            log.exception("the sweep failed")
-        await asyncio.sleep(pause_seconds)
+        metrics.look()
+        await asyncio.sleep(LOOK_SECONDS)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

@@ -163,6 +163,9 @@ class Books(Protocol):
         """Holds that ask for a look: expired ones, and posted ones with a flag that says their cost
         may be wrong (``transition.DOUBTFUL``). By rid, those behind ``after``."""
 
+    async def oldest_hold(self) -> Hold | None:
+        """The open hold whose lease ends first; None where none is open."""
+
     async def correct(self, correction: Correction) -> Entry:
         """Posts what a call did cost, by ``transition.corrected``. Idempotent by the correction's
         id; ``applied`` is False for a hold that still runs. Raises ``NotKnown``, ``ValueError``

@@ -29,13 +29,15 @@ ROOMS = {
     "relay": {"ports", "domain"},
     "api": {"relay", "ports", "domain"},
     "server": {"api"},
+    "housekeeping": {"ports", "domain"},
+    "supervisor": {"ports"},
     "app": {
-        "api", "clock", "domain", "notify", "ports", "pricefile", "relay", "reports", "sandbox",
-        "settings", "stores", "telemetry", "upstream", "yamlfile",
+        "api", "clock", "domain", "housekeeping", "notify", "ports", "pricefile", "relay", "reports",
+        "sandbox", "settings", "stores", "telemetry", "upstream", "yamlfile",
     },
     "cli": {
         "app", "clock", "domain", "ports", "pricefile", "reports", "sandbox", "server",
-        "settings", "stores", "telemetry",
+        "settings", "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip

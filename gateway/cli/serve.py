@@ -7,6 +7,10 @@ import contextlib
 import ctypes
 import gc
 import resource
+import signal
+import socket
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -23,6 +27,7 @@ from gateway.cli.common import (
 from gateway.clock import SystemClock
 from gateway.server import Server, server
 from gateway.settings import Settings
+from gateway.supervisor import Inheritance, Supervisor
 from gateway.telemetry.log import configure
 
 
@@ -30,42 +35,114 @@ from gateway.telemetry.log import configure
 @config_option
 @click.option("--host", help="Listen here instead of server.host.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Listen here instead of server.port.")
-def serve(config: Path | None, host: str | None, port: int | None) -> None:
+@click.option(
+    "--workers", type=click.IntRange(1, 256), help="So many processes instead of server.workers."
+)
+@click.option("--inherited", hidden=True, help="What the supervisor gives to a worker.")
+def serve(
+    config: Path | None,
+    host: str | None,
+    port: int | None,
+    workers: int | None,
+    inherited: str | None,
+) -> None:
     """Serve the gateway until SIGTERM or Ctrl-C.
 
     The first signal lets running requests finish (server.drain_seconds), a second one does not.
     """
     settings = load_settings(config)
-    warn(settings)
+    if inherited is None:
+        warn(settings)
     configure(settings.log.level.value, settings.log.format.value)
+    settings = _with_workers(settings, workers, quiet=inherited is not None)
+    host = settings.server.host if host is None else host
+    port = settings.server.port if port is None else port
     with failures():
-        asyncio.run(
-            _serve(
-                settings,
-                settings.server.host if host is None else host,
-                settings.server.port if port is None else port,
+        if inherited is not None:
+            asyncio.run(_work(settings, Inheritance.parse(inherited)))
+        elif settings.server.workers > 1:
+            sys.exit(asyncio.run(_supervise(settings, host, port)))
+        else:
+            asyncio.run(_serve_alone(settings, host, port))
+
+
+def _with_workers(settings: Settings, asked: int | None, *, quiet: bool) -> Settings:
+    """The settings with as many workers as there will be."""
+    workers = settings.server.workers if asked is None else asked
+    if workers > 1 and settings.storage.redis is None:
+        if not quiet:
+            click.echo(
+                f"gateway: server.workers is {workers}, but limits are shared only through "
+                "storage.redis: running 1",
+                err=True,
             )
-        )
+        workers = 1
+    return replace(settings, server=replace(settings.server, workers=workers))
 
 
-async def _serve(settings: Settings, host: str, port: int) -> None:
+async def _supervise(settings: Settings, host: str, port: int) -> int:
     raise_file_limit()
+    with contextlib.ExitStack() as stack:
+        sockets = _listen(stack, settings, host, port)
+        origin = origin_of(sockets[0])
+        supervisor = Supervisor(
+            # As this process was started, whatever that was.
+            [sys.executable, *sys.orig_argv[1:], "--inherited"],
+            settings.server.workers,
+            sockets,
+            SystemClock(),
+            lambda: _say_origin(origin),
+        )
+        return await supervisor.run()
+
+
+async def _work(settings: Settings, inheritance: Inheritance) -> None:
+    """One of several workers."""
+    listening, *monitoring = inheritance.sockets
+    await _serve(settings, listening, monitoring, inheritance)
+
+
+async def _serve_alone(settings: Settings, host: str, port: int) -> None:
+    raise_file_limit()
+    with contextlib.ExitStack() as stack:
+        listening, *monitoring = _listen(stack, settings, host, port)
+        await _serve(settings, listening, monitoring)
+
+
+def _listen(
+    stack: contextlib.ExitStack, settings: Settings, host: str, port: int
+) -> list[socket.socket]:
+    """The socket of the doors and, where it is another one, that of the metrics."""
+    sockets = [stack.enter_context(open_socket(host, port))]
+    if settings.server.metrics_port is not None:
+        sockets.append(stack.enter_context(open_socket(host, settings.server.metrics_port)))
+    return sockets
+
+
+def _say_origin(origin: str) -> None:
+    click.echo(f"gateway: serving on {origin}/v1", err=True)
+
+
+async def _serve(
+    settings: Settings,
+    listening: socket.socket,
+    monitoring: list[socket.socket],
+    inheritance: Inheritance | None = None,
+) -> None:
     give_memory_back()
     async with contextlib.AsyncExitStack() as stack:
-        listening = stack.enter_context(open_socket(host, port))
         gateway = await stack.enter_async_context(open_gateway(settings, SystemClock()))
-        if settings.server.metrics_port is not None:
+        if monitoring:
             monitor = server(gateway.metrics_app, drain_seconds=1)
-            socket = stack.enter_context(open_socket(host, settings.server.metrics_port))
-            watching = asyncio.create_task(monitor.serve([socket]))
+            watching = asyncio.create_task(monitor.serve(monitoring))
             stack.push_async_callback(_stop, monitor, watching)
-        if not settings.declared_keys and not await gateway.directory.keys():
+        first = inheritance is None or inheritance.number == 0
+        if first and not settings.declared_keys and not await gateway.directory.keys():
             click.echo(
                 "warning: nobody has a key yet: declare a team in the configuration, or make one "
                 "with gateway team create and gateway key create",
                 err=True,
             )
-        click.echo(f"gateway: serving on {origin_of(listening)}/v1", err=True)
         # What was built so far lives as long as the process: the collector need not look at it.
         gc.freeze()
         main = server(
@@ -74,6 +151,10 @@ async def _serve(settings: Settings, host: str, port: int) -> None:
             signals=True,
             trusted_proxies=[str(network) for network in settings.server.trusted_proxies],
         )
+        if inheritance is None:
+            _say_origin(origin_of(listening))
+        else:
+            inheritance.serve(lambda: main.handle_exit(signal.SIGTERM, None))
         await main.serve([listening])
 
 

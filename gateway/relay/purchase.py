@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -18,7 +19,17 @@ from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavai
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
 from gateway.domain.quota import Grant
 from gateway.domain.receipt import Receipt, Timings
-from gateway.ports import Cache, CachedMeta, Clock, Ledger, Outgoing, Provider, Reply
+from gateway.ports import (
+    Cache,
+    CachedMeta,
+    Clock,
+    Ledger,
+    NotKnown,
+    Outgoing,
+    Provider,
+    Reply,
+    Safe,
+)
 from gateway.relay import headers, replay
 from gateway.relay.body import Room, Spool, edited, edited_length, spliced
 from gateway.relay.budget import BudgetView
@@ -33,6 +44,8 @@ log = logging.getLogger(__name__)
 
 SETTLE_PAUSES_SECONDS = (0.1, 0.5, 1.0)
 MAX_PAUSE_SECONDS = 30.0
+SAFE_SECONDS = 5.0
+"""How long an answer waits for a disk that takes its settlement while the ledger is away."""
 MAX_VOIDS = 1000
 KEEP_SECONDS = 0.5
 """How long an answer waits for the cache, so that the next identical request finds it there."""
@@ -68,6 +81,7 @@ class Purchases:
         self,
         *,
         ledger: Ledger,
+        safe: Safe,
         cache: Cache,
         policy: CachePolicy,
         provider: Provider,
@@ -77,6 +91,7 @@ class Purchases:
         budgets: BudgetView,
     ) -> None:
         self._ledger = ledger
+        self._safe = safe
         self._cache = cache
         self._policy = policy
         self._provider = provider
@@ -85,6 +100,12 @@ class Purchases:
         self._clock = clock
         self._budgets = budgets
         self._voids = 0
+        self._waiting = 0
+
+    @property
+    def waiting(self) -> int:
+        """Settlements that the ledger has not taken yet."""
+        return self._waiting
 
     async def buy(
         self, flight: Flight, plan: Plan, body: Spool, grant: Grant, held: Held, so_far: Receipt
@@ -226,41 +247,78 @@ class Purchases:
             raise
         return settlement, entry
 
+    async def recover(self) -> None:
+        """Goes on with the settlements of processes that are gone."""
+        for settlement in await self._safe.left_behind():
+            log.warning(
+                "a settlement that another process left behind is posted now",
+                extra={"request_id": settlement.rid, "cost_nanousd": settlement.cost},
+            )
+            self._flights.errand(self._settle_later(settlement, kept=True))
+
     async def _settle(self, settlement: Settlement) -> Entry | None:
-        """Books the ending. None: the ledger is away, and it goes on being tried behind the
-        answer; the hold stands until then, or until the sweep."""
+        """Books the ending. None: the ledger is away, so the ending is kept on disk and goes on
+        being tried behind the answer; the hold stands until then, or until the sweep."""
         settlement = replace(settlement, at=self._clock.now())
         for pause in SETTLE_PAUSES_SECONDS:
             try:
                 return await self._ledger.settle(settlement)
             except LedgerUnavailable:
                 await asyncio.sleep(pause)
-        log.error(
-            "a settlement cannot be written yet; its hold stands",
-            extra={"request_id": settlement.rid, "cost_nanousd": settlement.cost},
-        )
-        self._flights.errand(self._settle_later(settlement))
+        kept = await self._put_away(settlement)
+        self._flights.errand(self._settle_later(settlement, kept=kept))
         return None
 
-    async def _settle_later(self, settlement: Settlement) -> None:
+    async def _put_away(self, settlement: Settlement) -> bool:
+        """Whether a settlement outlives this process. An answer that is paid for is handed over
+        even where it does not."""
+        said = {"request_id": settlement.rid, "cost_nanousd": settlement.cost}
+        try:
+            async with asyncio.timeout(SAFE_SECONDS):
+                await self._safe.keep(settlement)
+        except OSError as error:
+            log.error(
+                "a settlement can be written nowhere yet and is in memory alone; its hold stands",
+                extra={**said, "error": str(error) or "the disk does not answer"},
+            )
+            return False
+        log.error(
+            "a settlement cannot be written yet; it is kept on disk, and its hold stands",
+            extra=said,
+        )
+        return True
+
+    async def _settle_later(self, settlement: Settlement, *, kept: bool = False) -> None:
         """Tries until the ledger is back. Also right after the sweep: a late truth corrects it."""
+        said = {"request_id": settlement.rid, "cost_nanousd": settlement.cost}
         pause = SETTLE_PAUSES_SECONDS[0]
+        self._waiting += 1
         try:
             while True:
                 try:
                     await self._ledger.settle(settlement)
                 except LedgerUnavailable:
-                    await asyncio.sleep(pause)
+                    await asyncio.sleep(random.uniform(pause / 2, pause))
                     pause = min(2 * pause, MAX_PAUSE_SECONDS)
                 else:
-                    return
+                    break
+        except NotKnown:
+            # It goes on being counted as waiting, and stays on disk: a person has to look.
+            log.error(
+                "the ledger has no reservation for a settlement: is it an older copy of itself?",
+                extra=said,
+            )
+            return
         except asyncio.CancelledError:
-            if settlement.event is not Event.VOID:
+            if kept:
+                log.warning("a settlement stays on disk; the next start posts it", extra=said)
+            elif settlement.event is not Event.VOID:
                 log.error(
-                    "a settlement was never written; its hold expires at the bound",
-                    extra={"request_id": settlement.rid, "cost_nanousd": settlement.cost},
+                    "a settlement was never written; its hold expires at the bound", extra=said
                 )
             raise
+        self._waiting -= 1
+        await self._safe.settled(settlement.rid)
 
     async def _keep(
         self, plan: Plan, landing: Landing, spool: Spool, settlement: Settlement

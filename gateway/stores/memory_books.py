@@ -51,6 +51,12 @@ class MemoryBooks:
         ]
         return asking[:limit]
 
+    async def oldest_hold(self) -> Hold | None:
+        await asyncio.sleep(0)
+        held = [hold for hold in self._rows.holds.values() if hold.state is State.HELD]
+        oldest = min(held, key=lambda hold: hold.claim.lease_ends, default=None)
+        return None if oldest is None else self._hold(oldest)
+
     async def correct(self, correction: Correction) -> Entry:
         if correction.cost < 0:
             raise ValueError("a cost is never negative")

@@ -58,6 +58,10 @@ class SQLiteBooks:
         rows = await self._reader.run(lambda db: db.execute(_UNRESOLVED, asked).fetchall())
         return [hold_of(row) for row in rows]
 
+    async def oldest_hold(self) -> Hold | None:
+        row = await self._reader.run(lambda db: db.execute(_OLDEST).fetchone())
+        return None if row is None else hold_of(row)
+
     async def correct(self, correction: Correction) -> Entry:
         if correction.cost < 0:
             raise ValueError("a cost is never negative")
@@ -71,6 +75,11 @@ class SQLiteBooks:
 
 
 _HOLD = f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = ?"  # noqa: S608 - names of columns
+
+# The condition is that of the index hold_open.
+_OLDEST = f"""
+SELECT {HOLD_COLUMNS} FROM hold WHERE state = 'H' ORDER BY lease_ends LIMIT 1
+"""  # noqa: S608 - names of columns
 
 _JOURNAL = f"SELECT {JOURNAL_COLUMNS} FROM journal WHERE rid = ? ORDER BY seq"  # noqa: S608
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal, TypeAlias
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from gateway.domain.ledger import Balance, Line, Outcome
 from gateway.domain.money import NANOS_PER_DOLLAR, Money
@@ -29,15 +31,23 @@ class Kind(Enum):
     HISTOGRAM = Histogram
 
 
+Mode: TypeAlias = Literal["livesum", "livemostrecent"]
+
+
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One metric, as the reference lists it."""
+    """One metric, as the reference lists it.
+
+    ``mode`` says what a gauge of several workers is: the sum over those that live, for what each
+    has of its own, or what one of them saw last, for what they share.
+    """
 
     name: str
     kind: Kind
     labels: tuple[str, ...]
     help: str
     buckets: tuple[float, ...] = SECONDS
+    mode: Mode = "livemostrecent"
 
 
 TABLE = (
@@ -87,13 +97,15 @@ TABLE = (
          "Budgets of a team or its keys seen to be used up to a mark, hard or soft, in percent."),
     Spec("gateway_webhook_total", Kind.COUNTER, ("outcome",),
          "Messages to the webhook: delivered, or failed after all tries; those are told again."),
-    Spec("gateway_inflight_requests", Kind.GAUGE, (), "Calls that are with an upstream now."),
+    Spec("gateway_inflight_requests", Kind.GAUGE, (), "Calls that are with an upstream now.",
+         mode="livesum"),
     Spec("gateway_inflight_bytes", Kind.GAUGE, ("where",),
-         "Bytes of bodies and answers held now, in memory and in spool files."),
+         "Bytes of bodies and answers held now, in memory and in spool files.", mode="livesum"),
     Spec("gateway_cache_total", Kind.COUNTER, ("result",),
          "Looks into the cache: hit, miss, or off."),
     Spec("gateway_cache_bytes", Kind.GAUGE, ("where",),
-         "Bytes of answers kept by this process: in memory, and on disk where it is the cache."),
+         "Bytes of answers kept by this process: in memory, and on disk where it is the cache.",
+         mode="livesum"),
     Spec("gateway_cache_errors_total", Kind.COUNTER, ("operation",),
          "Operations of the cache that failed; each was a miss."),
     Spec("gateway_response_bytes_total", Kind.COUNTER, ("endpoint",),
@@ -114,7 +126,12 @@ TABLE = (
          "Dollars posted at the bound because the outcome is unknown."),
     Spec("gateway_ledger_open_holds", Kind.GAUGE, (), "Reservations that have not ended."),
     Spec("gateway_ledger_unposted_total", Kind.COUNTER, (),
-         "Settlements that could not be written; their holds expire at the bound."),
+         "Answers that went out before the ledger had taken their settlement."),
+    Spec("gateway_settlements_waiting", Kind.GAUGE, (),
+         "Settlements that the ledger has not taken yet; they are tried for ever.",
+         mode="livesum"),
+    Spec("gateway_ledger_oldest_hold_seconds", Kind.GAUGE, (),
+         "Age of the open hold whose lease ends first; 0 where none is open."),
     Spec("gateway_client_gone_total", Kind.COUNTER, ("stage",),
          "Clients that left, by stage: upload, reserved, upstream, response, stalled or broken."),
     Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
@@ -141,19 +158,33 @@ BUDGET_GAUGES = tuple(
 
 
 class Metrics:
-    """The metrics of one process, in a registry of their own."""
+    """The metrics of one process, in a registry of their own.
+
+    Where the supervisor runs several workers, their values are in files that all of them read
+    (prometheus_client's multiprocess mode), and any of them tells those of all.
+    """
 
     def __init__(self, version: str, registry: CollectorRegistry | None = None) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry or CollectorRegistry()
+        self.shared = bool(values.ValueClass._multiprocess)
+        self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         self._metrics: dict[str, Counter | Gauge | Histogram] = {}
         for spec in TABLE:
             if spec.kind is Kind.HISTOGRAM:
                 made: Counter | Gauge | Histogram = Histogram(
                     spec.name, spec.help, spec.labels, registry=self.registry, buckets=spec.buckets
                 )
+            elif spec.kind is Kind.GAUGE:
+                made = Gauge(
+                    spec.name,
+                    spec.help,
+                    spec.labels,
+                    registry=self.registry,
+                    multiprocess_mode=spec.mode,
+                )
             else:
-                made = spec.kind.value(spec.name, spec.help, spec.labels, registry=self.registry)
+                made = Counter(spec.name, spec.help, spec.labels, registry=self.registry)
             self._metrics[spec.name] = made
         self._teams: set[str] = set()
         self.set("gateway_build_info", 1, version=version)
@@ -173,11 +204,20 @@ class Metrics:
         (metric.labels(**labels) if labels else metric).set(value)
 
     def watch(self, name: str, look: Callable[[], float], /, **labels: str) -> None:
-        """A gauge that is looked up whenever it is read."""
+        """A gauge that is looked up whenever it is read; of several workers, by ``look``."""
         metric = self._metrics[name]
         if not isinstance(metric, Gauge):
             raise TypeError(f"{name} is not a gauge")
-        (metric.labels(**labels) if labels else metric).set_function(look)
+        gauge = metric.labels(**labels) if labels else metric
+        if self.shared:
+            self._watched.append((gauge, look))
+        else:
+            gauge.set_function(look)
+
+    def look(self) -> None:
+        """Writes down what is watched, for whichever worker is asked next."""
+        for gauge, look in self._watched:
+            gauge.set(look())
 
     def observe(self, name: str, seconds: float, /, **labels: str) -> None:
         """Adds to a histogram."""
@@ -331,7 +371,12 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The Prometheus text format."""
-        return prometheus_client.generate_latest(self.registry)
+        if not self.shared:
+            return prometheus_client.generate_latest(self.registry)
+        self.look()
+        everyone = CollectorRegistry()
+        MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]
+        return prometheus_client.generate_latest(everyone)
 
 
 def _dollars(nanousd: Money) -> float:

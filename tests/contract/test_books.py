@@ -494,3 +494,14 @@ async def test_an_audit_while_money_moves_sees_one_instant(store: Store) -> None
         looks += 1
     await spending
     assert looks > 1
+
+
+async def test_the_oldest_hold_is_the_one_whose_lease_ends_first(store: Store) -> None:
+    assert await store.books.oldest_hold() is None
+    for hours, rid in enumerate(("closed", "oldest", "younger")):
+        await store.ledger.reserve(claim(rid, at=NOON + timedelta(hours=hours)))
+    await store.ledger.settle(settled("closed", 1))
+    oldest = await store.books.oldest_hold()
+    assert oldest is not None
+    assert oldest == await store.books.find("oldest")
+    assert oldest.lease_ends == NOON + timedelta(hours=1) + LEASE

@@ -155,6 +155,8 @@ COMPOSED = {
     "gateway_gate_restarts_total",
     "gateway_ledger_open_holds",
     "gateway_ledger_unresolved_usd",
+    "gateway_ledger_oldest_hold_seconds",
+    "gateway_settlements_waiting",
 }
 
 
