@@ -63,6 +63,9 @@ class ByQuality:
     confidence: Confidence = HARD
     asked: list[Call] = field(default_factory=list)
 
+    def knows(self, size: str, quality: str) -> bool:
+        return True
+
     def bound(self, call: Call, prices: PriceList) -> Bound:
         self.asked.append(call)
         if self.refuses in (call.quality, call.size):
