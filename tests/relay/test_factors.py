@@ -15,6 +15,7 @@ from gateway.domain.route import Catalogue, Model, Target
 from gateway.relay import factors as module
 from gateway.relay.factors import MAX_FACTOR, Factors
 from gateway.relay.flights import Flights
+from tests.valkey import eventually
 
 ONE = 1_000_000
 FLARE = ("openai", "flare")
@@ -189,8 +190,7 @@ async def test_a_factor_raised_while_it_is_written_is_written_again() -> None:
     bench = Bench(Shelf(slow=asyncio.Event()))
     factors = bench.factors()
     factors.observe(*FLARE, 1000, 1500)
-    while not bench.shelf.writes:
-        await asyncio.sleep(0)
+    await eventually(lambda: bench.shelf.writes == 1)
     factors.observe(*FLARE, 1000, 1600)
     assert bench.shelf.slow is not None
     bench.shelf.slow.set()
@@ -234,10 +234,8 @@ async def test_it_stays_fresh_whatever_happens(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(factors, "refresh", watched)
     running = asyncio.create_task(factors.stay_fresh())
-    while reads < 3:
-        await asyncio.sleep(0)
+    await eventually(lambda: reads >= 3)
     bench.shelf.kept[FLARE], bench.shelf.away = 1_500_000, False
-    while factors.of(*FLARE) == ONE:
-        await asyncio.sleep(0)
+    await eventually(lambda: factors.of(*FLARE) == 1_500_000)
     running.cancel()
     await asyncio.wait({running})
