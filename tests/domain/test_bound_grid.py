@@ -37,7 +37,6 @@ class Family:
     of nano-dollars a token; ``pictures`` are dollars a picture times 10,000."""
 
     text_in: int = 0
-    image_in: Fraction = Fraction(0)
     image_out: int = 0
     axes: dict[str, int] = field(default_factory=dict)
     table: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -85,21 +84,21 @@ TWO = {"low": 16, "medium": 48, "high": 96}
 TWO_FIVE = {"low": 16, "medium": 24, "high": 48, "xhigh": 64, "max": 96}
 # Not confirmed: what one relay saw, in 2.5's axes (contract 5.3).
 TWO_SIX = {"low": 48, "medium": 48, "high": 48, "xhigh": 64, "max": 96}
-RATES_2 = {"text_in": 5, "image_in": Fraction(8), "image_out": 30}
+GENERATION_2 = Family(5, 30)
 FAMILIES = {
-    "gpt-image-2.6-sunburst": Family(**RATES_2, axes=TWO_SIX, soft=True),
-    "gpt-image-2.6-flare": Family(**RATES_2, axes=TWO_SIX, soft=True),
-    "gpt-image-2.5-sunburst": Family(**RATES_2, axes=TWO_FIVE),
-    "gpt-image-2.5-flare": Family(**RATES_2, axes=TWO_FIVE),
-    "gpt-image-2.5-sunburst-2026-09-08": Family(**RATES_2, axes=TWO_FIVE),
-    "gpt-image-2.5-flare-2026-09-08": Family(**RATES_2, axes=TWO_FIVE),
-    "gpt-image-2": Family(**RATES_2, axes=TWO),
-    "gpt-image-2-2026-04-21": Family(**RATES_2, axes=TWO),
-    "gpt-image-1.5": Family(5, Fraction(8), 32, table=TABLE_1X, soft=True),
-    "gpt-image-1.5-2025-12-16": Family(5, Fraction(8), 32, table=TABLE_1X, soft=True),
-    "chatgpt-image-latest": Family(5, Fraction(8), 32, table=TABLE_1X, soft=True),
-    "gpt-image-1-mini": Family(2, Fraction(5, 2), 8, table=TABLE_1X, soft=True),
-    "gpt-image-1": Family(5, Fraction(10), 40, table=TABLE_1X),
+    "gpt-image-2.6-sunburst": replace(GENERATION_2, axes=TWO_SIX, soft=True),
+    "gpt-image-2.6-flare": replace(GENERATION_2, axes=TWO_SIX, soft=True),
+    "gpt-image-2.5-sunburst": replace(GENERATION_2, axes=TWO_FIVE),
+    "gpt-image-2.5-flare": replace(GENERATION_2, axes=TWO_FIVE),
+    "gpt-image-2.5-sunburst-2026-09-08": replace(GENERATION_2, axes=TWO_FIVE),
+    "gpt-image-2.5-flare-2026-09-08": replace(GENERATION_2, axes=TWO_FIVE),
+    "gpt-image-2": replace(GENERATION_2, axes=TWO),
+    "gpt-image-2-2026-04-21": replace(GENERATION_2, axes=TWO),
+    "gpt-image-1.5": Family(5, 32, table=TABLE_1X, soft=True),
+    "gpt-image-1.5-2025-12-16": Family(5, 32, table=TABLE_1X, soft=True),
+    "chatgpt-image-latest": Family(5, 32, table=TABLE_1X, soft=True),
+    "gpt-image-1-mini": Family(2, 8, table=TABLE_1X, soft=True),
+    "gpt-image-1": Family(5, 40, table=TABLE_1X),
     "dall-e-3": Family(
         pictures={
             "1024x1024": {"standard": 400, "hd": 800},
