@@ -154,9 +154,10 @@ class TokenPrice:
     max_output_tokens: int | None = None
 
     def bound(self, call: Call, prices: PriceList) -> Bound:
-        """The most ``call`` can cost. SOFT with input pictures, GIF, SVG, ``complexity`` (that
-        planning is free, only third parties say), and whatever is not known of the model or in
-        the call. Raises ``CannotPrice``."""
+        """The most ``call`` can cost. SOFT with input pictures, GIF, SVG, ``svg`` for another
+        format (the upstream's to refuse), ``complexity`` (that planning is free, only third
+        parties say), and whatever is not known of the model or in the call. Raises
+        ``CannotPrice``."""
         if self.output is None or self.image_out is None:
             raise CannotPrice(
                 f"The price of {call.model} says nothing of pictures: "
@@ -171,11 +172,11 @@ class TokenPrice:
         drawn = call.n * call.frame_count * (tokens + PARTIAL_IMAGE_TOKENS * call.partial_images)
         amount = drawn * self.image_out + _prompt_tokens(call) * self.text_in + self._inputs(call)
         amount = -(-amount * self.margin_percent // 100)
-        written = call.output_format == "svg" or "svg" in call.parameters
-        if written:
+        if call.output_format == "svg":
             amount += call.n * _author_bound(call, prices)
-        guessed = bool(call.inputs) or call.output_format == "gif" or written
-        soft = self.soft or guessed or not sure or "complexity" in call.parameters
+        guessed = bool(call.inputs) or call.output_format in {"gif", "svg"}
+        doubtful = not call.parameters.keys().isdisjoint(("svg", "complexity"))
+        soft = self.soft or guessed or doubtful or not sure
         return Bound(amount, Confidence.SOFT if soft else Confidence.HARD)
 
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:

@@ -318,9 +318,9 @@ def test_an_svg_adds_the_most_its_author_can_write() -> None:
     call = a_call(output_format="svg", prompt_bytes=10, parameters={"svg": {"model": "gpt-6"}})
     expected = 1756 * 30_000 + 42 * 5_000 + 100_000 * 8_000 + 42 * 1_000
     assert bound_of(call, WITH_AUTHOR) == Bound(expected, Confidence.SOFT)
-    # Also where the format is not SVG: it is the upstream's to refuse, or to let the author write.
-    unasked = a_call(prompt_bytes=10, parameters={"svg": {"model": "gpt-6"}})
-    assert bound_of(unasked, WITH_AUTHOR) == Bound(expected, Confidence.SOFT)
+    # For a format that no author writes, it is the upstream's to refuse.
+    picture = a_call(prompt_bytes=10, parameters={"svg": {"model": "gpt-7"}})
+    assert bound_of(picture, WITH_AUTHOR) == Bound(1756 * 30_000 + 42 * 5_000, Confidence.SOFT)
 
 
 @pytest.mark.parametrize(
