@@ -167,7 +167,7 @@ FACTOR = f'gateway_bound_factor{{model="{MODEL}",upstream="openai"}}'
 
 
 async def balance(gateway: GatewayUnderTest) -> Balance:
-    limit = Limit(Scope.TEAM, "growth", Unit.MONEY, Window.DAY)
+    limit = Limit(Scope.TEAM, "growth", Unit.MONEY, Window.DAY, 10**12)
     line = Line(limit, period(Window.DAY, gateway.clock.now()))
     [found] = await gateway.gateway.ledger.balances([line])
     return found
@@ -181,9 +181,11 @@ async def held_next(gateway: GatewayUnderTest, model: str = MODEL) -> int:
     async with gateway.http() as http:
         asking = http.post("/images/generations", json={**EXPLICIT, "model": model}, headers=FRESH)
         answer = asyncio.ensure_future(asking)
-        await gate.arrived()
-        held = (await balance(gateway)).pending
-        gate.set()
+        try:
+            await gate.arrived()
+            held = (await balance(gateway)).pending
+        finally:
+            gate.set()
         assert (await answer).status_code == 200
     await gateway.told.until(before + 1)
     assert gateway.told.last.bound == held
