@@ -33,6 +33,7 @@ from gateway.ports import (
 from gateway.relay import headers, replay
 from gateway.relay.body import Room, Spool, edited, edited_length, spliced
 from gateway.relay.budget import BudgetView
+from gateway.relay.factors import Factors
 from gateway.relay.failover import ERROR_BODY_BYTES, refusal
 from gateway.relay.flights import Flight, Flights, Head
 from gateway.relay.landing import Landing, failed, land_events, land_json
@@ -89,7 +90,9 @@ class Purchases:
         flights: Flights,
         clock: Clock,
         budgets: BudgetView,
+        factors: Factors,
     ) -> None:
+        self._factors = factors
         self._ledger = ledger
         self._safe = safe
         self._cache = cache
@@ -241,6 +244,7 @@ class Purchases:
             settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
             entry = await self._settle(settlement)
             marks.settled = self._clock.monotonic()
+            self._compare(plan, settlement)
             await self._keep(plan, landing, spool, settlement)
         except Exception:
             await _break_off(flight, spool, crash(flight.rid))
@@ -255,6 +259,12 @@ class Purchases:
                 extra={"request_id": settlement.rid, "cost_nanousd": settlement.cost},
             )
             self._flights.errand(self._settle_later(settlement, kept=True))
+
+    def _compare(self, plan: Plan, settlement: Settlement) -> None:
+        """Sets what was measured against the bound, for the bounds to come."""
+        if settlement.basis is Basis.USAGE:
+            served = plan.model.target.model
+            self._factors.observe(plan.upstream.name, served, plan.quote.base, settlement.cost)
 
     async def _settle(self, settlement: Settlement) -> Entry | None:
         """Books the ending. None: the ledger is away, so the ending is kept on disk and goes on

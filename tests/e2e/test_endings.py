@@ -781,6 +781,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A store that waits 0.1 s for a stranger's lock, in place of 2 s."""
 
     def open_store(settings: Settings) -> SQLiteStore:
+        assert isinstance(settings.storage.database, Path)
         return SQLiteStore.open(settings.storage.database, busy_seconds=0.1)
 
     with monkeypatch.context() as patch:
