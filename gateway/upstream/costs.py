@@ -73,17 +73,19 @@ async def read_costs(
                     _take(_object(bucket, "data[]", upstream), start, end, found, upstream)
                 cursor = page.get("next_page")
                 if not page.get("has_more"):
-                    return found
+                    break
                 if not isinstance(cursor, str) or not cursor or cursor in seen:
                     _unreadable(upstream, "it says has_more without a next_page of its own")
                 seen.add(cursor)
                 asked["page"] = cursor
+            else:
+                _unreadable(upstream, f"it has more than {MAX_PAGES} pages")
     except TimeoutError:
         raise CostsUnreadable(
             f"upstream {upstream.name}: its costs were not read within {DEADLINE_SECONDS:.0f} s; "
             "try again later"
         ) from None
-    _unreadable(upstream, f"it has more than {MAX_PAGES} pages")
+    return found
 
 
 async def _page(

@@ -40,7 +40,8 @@ def costs(admin: OpenAI, **asked: Any) -> dict[str | None, Decimal]:
     for bucket in page.data:
         for result in bucket.results:
             assert result.object == "organization.costs.result"
-            assert result.amount is not None and result.amount.currency == "usd"
+            assert result.amount is not None
+            assert result.amount.currency == "usd"
             value = Decimal(str(result.amount.value))
             found[result.line_item] = found.get(result.line_item, Decimal()) + value
     return found

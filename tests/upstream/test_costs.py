@@ -132,7 +132,7 @@ async def test_what_does_not_pass(sandbox: SandboxServer) -> None:
 async def test_an_upstream_without_the_endpoint(sandbox: SandboxServer) -> None:
     sandbox.rules.add(Rule(path=PATH, status=404, body={"detail": "Not Found"}))
     async with account(sandbox) as upstream:
-        with pytest.raises(CostsUnreadable, match="answered HTTP 404 .*--csv FILE"):
+        with pytest.raises(CostsUnreadable, match=r"answered HTTP 404 .*--csv FILE"):
             await read_costs(upstream, DAY, DAY)
 
 
