@@ -29,14 +29,25 @@ from gateway.api.relayed import ASGIApp, Receive, RelayedRoutes, Scope, Send
 from gateway.domain import keys
 from gateway.domain.call import Operation
 from gateway.domain.errors import GatewayError
-from gateway.domain.ledger import Entry, Line, Settlement
+from gateway.domain.ledger import Entry, Settlement
 from gateway.domain.money import NANOS_PER_DOLLAR
+from gateway.domain.notices import money_lines
 from gateway.domain.price import PriceBook
 from gateway.domain.quota import Scope as Owner
-from gateway.domain.quota import Unit, period
 from gateway.domain.route import Unpriced
 from gateway.domain.team import Key, Team
-from gateway.ports import Cache, Clock, Directory, Gate, Ledger, StoreError, Telemetry, Upstream
+from gateway.notify import Webhooks
+from gateway.ports import (
+    Cache,
+    Clock,
+    Directory,
+    Gate,
+    Ledger,
+    Notifier,
+    StoreError,
+    Telemetry,
+    Upstream,
+)
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.admission import Admission
 from gateway.relay.body import Room
@@ -46,6 +57,7 @@ from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
 from gateway.relay.read import ReadRules
+from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
 from gateway.settings import ImageUrls, Kind, Settings, shipped
 from gateway.settings import Upstream as UpstreamSettings
@@ -60,6 +72,7 @@ from gateway.telemetry.log import RequestLog
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream import openai
 from gateway.upstream.account import Account, AccountOptions, build_account
+from gateway.upstream.postbox import WebPostbox
 from gateway.upstream.wire import Timeouts
 from gateway.yamlfile import plain
 
@@ -70,6 +83,7 @@ PING_SECONDS = 2.0
 LAST_SECONDS = 5.0
 """What still runs when the doors are closed has this long; the server drained before."""
 CACHE_TIMEOUT_SECONDS = 2.0
+WATCH_SECONDS = 15.0
 PEPPER_FILE = "gateway.pepper"
 RELAYED = {f"/v1{operation.path}": operation for operation in Operation}
 
@@ -88,13 +102,19 @@ class Gateway:
     directory: Directory
     flights: Flights
     metrics: Metrics
+    budgets: BudgetWatch
 
 
 @asynccontextmanager
 async def open_gateway(
-    settings: Settings, clock: Clock, telemetry: Sequence[Telemetry] = ()
+    settings: Settings,
+    clock: Clock,
+    telemetry: Sequence[Telemetry] = (),
+    *,
+    watch_seconds: float = WATCH_SECONDS,
 ) -> AsyncIterator[Gateway]:
-    """Opens the stores and starts the sweep; closes all of it in the opposite order.
+    """Opens the stores, starts the sweep and the watch over the budgets (each ``watch_seconds``);
+    closes all of it in the opposite order.
 
     Raises ``StoreError`` and ``PriceFileError`` for what cannot be opened, ``CannotServe`` for a
     model without a price and for a team or key that both the file and the directory have.
@@ -162,6 +182,26 @@ async def open_gateway(
         )
         stack.push_async_callback(_cancel, sweeper)
 
+        notifier = _notifier(settings, clock, metrics)
+        if notifier is not None:
+            stack.push_async_callback(notifier.aclose)
+        budgets = BudgetWatch(
+            ledger=store.ledger,
+            upkeep=store.upkeep,
+            directory=store.directory,
+            teams=settings.teams,
+            keys=declared.values(),
+            clock=clock,
+            warn_percent=settings.notify.budget_percent,
+            notifier=notifier,
+            message_id=lambda name: f"msg_{keys.digest(pepper, f'message {name}').hex()[:32]}",
+            counted=lambda team, mark: metrics.add(
+                "gateway_budget_notices_total", team=metrics.team(team), mark=mark
+            ),
+        )
+        watching = asyncio.create_task(budgets.run(watch_seconds))
+        stack.push_async_callback(_cancel, watching)
+
         async def look() -> Readiness:
             stores = {
                 "ledger": await _answers(store.ledger.ping),
@@ -198,6 +238,7 @@ async def open_gateway(
             store.directory,
             flights,
             metrics,
+            budgets,
         )
 
 
@@ -437,6 +478,23 @@ def _cache(settings: Settings, clock: Clock, metrics: Metrics) -> Cache:
     return TieredCache(front, back)
 
 
+def _notifier(settings: Settings, clock: Clock, metrics: Metrics) -> Notifier | None:
+    """Who hears of budgets; nobody where no webhook is configured. Raises ``CannotServe``."""
+    notify = settings.notify
+    if notify.webhook is None:
+        return None
+    try:
+        postbox = WebPostbox(notify.webhook.reveal())
+    except ValueError as error:
+        raise CannotServe(f"{settings.file}: notify.webhook: {error}") from None
+    return Webhooks(
+        postbox,
+        notify.secret.reveal() if notify.secret else None,
+        clock,
+        counted=lambda outcome: metrics.add("gateway_webhook_total", outcome=outcome),
+    )
+
+
 def _rules(settings: Settings, image_urls: bool) -> ReadRules:
     server = settings.server
     return ReadRules(
@@ -494,10 +552,9 @@ async def _look_at_money(
     try:
         teams = [*declared.values(), *await directory.teams()]
         lines = [
-            Line(limit, period(limit.window, clock.now()))
+            line
             for team in teams
-            for limit in team.limits.of(Owner.TEAM, team.id)
-            if limit.unit is Unit.MONEY and limit.amount is not None
+            for line in money_lines(team.limits.of(Owner.TEAM, team.id), clock.now(), team.zone)
         ]
         metrics.budgets(zip(lines, await ledger.balances(lines), strict=True))
         metrics.set("gateway_ledger_open_holds", await ledger.open_holds())

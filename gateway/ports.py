@@ -366,3 +366,37 @@ class Telemetry(Protocol):
     """Who hears of each request's end. Called once a request, when its money is settled too."""
 
     def finished(self, receipt: Receipt, delivery: Delivery) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """News for the operator's own systems, as JSON. ``id`` is the same however often it is sent,
+    and another for other news; ``type`` is like ``budget.warning``, ``at`` when it was seen."""
+
+    id: str
+    type: str
+    at: datetime
+    data: Mapping[str, object]
+
+
+class Notifier(Protocol):
+    """Who brings messages to where somebody hears of them."""
+
+    async def tell(self, message: Message) -> bool:
+        """Whether it was delivered; tried for a minute or so. Never raises for a receiver that is
+        away: whoever has the message tells it again later, under the same id."""
+
+    async def aclose(self) -> None: ...
+
+
+class Postbox(Protocol):
+    """One address on the web that bodies are posted to."""
+
+    async def post(self, headers: Sequence[tuple[str, str]], body: bytes) -> int:
+        """The answer's status; redirects are not followed. Raises ``NotDelivered``."""
+
+    async def aclose(self) -> None: ...
+
+
+class NotDelivered(Exception):
+    """No answer came, and why; without the address, which may hold a token."""

@@ -1118,6 +1118,12 @@ def _check_sections(
             "is the same Redis as storage.redis: pictures may push out the rate limits; "
             "give the cache a Redis of its own",
         )
+    if document.notify.webhook is not None and document.notify.secret is None:
+        spot.at("notify").at("secret").warn(
+            _place(root, "notify", "webhook"),
+            "is not set: whoever knows the webhook's address can forge messages to it; echo "
+            "whsec_$(openssl rand -base64 32)",
+        )
     if not document.models:
         spot.at("models").warn(
             _place(root, "models"), 'no model is routed: every request is refused; add "*"'

@@ -20,6 +20,7 @@ ROOMS = {
     "reading": {"yamlfile", "domain"},
     "settings": {"reading", "yamlfile", "domain"},
     "pricefile": {"domain"},
+    "notify": {"ports", "domain"},
     "upstream": {"ports", "domain"},
     "stores": {"ports", "domain"},
     "telemetry": {"ports", "domain"},
@@ -29,7 +30,7 @@ ROOMS = {
     "api": {"relay", "ports", "domain"},
     "server": {"api"},
     "app": {
-        "api", "clock", "domain", "ports", "pricefile", "relay", "reports", "sandbox",
+        "api", "clock", "domain", "notify", "ports", "pricefile", "relay", "reports", "sandbox",
         "settings", "stores", "telemetry", "upstream", "yamlfile",
     },
     "cli": {
@@ -134,7 +135,7 @@ def test_the_domain_needs_nothing_but_the_standard_library(path: Path) -> None:
 STANDARD_LIBRARY = {
     "__future__", "collections", "contextlib", "dataclasses", "datetime", "decimal", "difflib",
     "enum", "fractions", "functools", "hashlib", "hmac", "json", "math", "re", "secrets", "types",
-    "typing", "zlib",
+    "typing", "zlib", "zoneinfo",
 }  # fmt: skip
 
 

@@ -10,14 +10,17 @@ import os
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeAlias, TypeVar
+from zoneinfo import available_timezones
 
 import click
 
 from gateway.app import CannotServe, open_store, read_pepper
 from gateway.domain.errors import GatewayError
 from gateway.domain.money import format_dollars, parse_dollars
+from gateway.domain.quota import MONEY_WINDOWS
 from gateway.domain.team import ANY_MODEL, Limits
 from gateway.ports import AlreadyExists, NotKnown, StoreError
 from gateway.pricefile import PriceFileError
@@ -26,6 +29,7 @@ from gateway.settings import ConfigError, Settings, default_config_path, load, s
 from gateway.stores.sqlite import SQLiteStore
 
 T = TypeVar("T")
+Command: TypeAlias = Callable[..., None]
 
 EXIT_CONFIG = 2
 EXIT_FAILED = 1
@@ -139,6 +143,10 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         click.echo("  ".join(cells).rstrip())
 
 
+NONE = "none"
+"""What an option says that takes a limit away."""
+
+
 class Dollars(click.ParamType[int]):
     """An amount like 5.00, kept exactly."""
 
@@ -153,20 +161,64 @@ class Dollars(click.ParamType[int]):
             self.fail(str(error), param, ctx)
 
 
-def limit_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The limits that a team and a key may have."""
-    count = click.IntRange(min=0)
+class OrNone(click.ParamType[int | str]):
+    """A value of another kind, or the word ``none``."""
+
+    def __init__(self, kind: click.ParamType[int]) -> None:
+        self.name = f"{kind.name}|{NONE}"
+        self._kind = kind
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        return NONE if value == NONE else self._kind.convert(value, param, ctx)
+
+
+class TimeZone(click.ParamType[str]):
+    """The IANA name of a zone."""
+
+    name = "zone"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        known = available_timezones()
+        if value not in known:
+            near = get_close_matches(str(value), known, n=1)
+            asked = f"; did you mean {near[0]}?" if near else ""
+            self.fail(f"{value!r} is not a time zone's name, like Europe/Berlin{asked}", param, ctx)
+        return str(value)
+
+
+def limit_options(*, removable: bool = False) -> Callable[[Command], Command]:
+    """The limits that a team and a key may have. ``removable``: ``none`` takes one away."""
+
+    def kind(of: click.ParamType[int]) -> click.ParamType[Any]:
+        return OrNone(of) if removable else of
+
+    count, dollars = kind(click.IntRange(min=0)), kind(Dollars())
+    spans = {"day": "a day", "week": "a week", "month": "a month", "total": "in all, for ever"}
     options = (
         click.option("--requests-per-minute", type=count, help="Requests a minute."),
         click.option("--images-per-minute", type=count, help="Images a minute; n counts."),
         click.option("--concurrent-requests", type=count, help="Requests at one time."),
-        click.option("--budget-day", type=Dollars(), help="Dollars a day (UTC); hard."),
-        click.option("--budget-month", type=Dollars(), help="Dollars a month (UTC); hard."),
-        click.option("--max-cost-per-request", type=Dollars(), help="Dollars one call may cost."),
+        *(
+            click.option(f"--budget-{window}", type=dollars, help=f"Dollars {span}; hard.")
+            for window, span in spans.items()
+        ),
+        *(
+            click.option(
+                f"--soft-budget-{window}", type=dollars, help=f"Dollars {span}; only warns."
+            )
+            for window, span in spans.items()
+        ),
+        click.option("--max-cost-per-request", type=dollars, help="Dollars one call may cost."),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def models_of(text: str | None, settings: Settings) -> frozenset[str] | None:
@@ -192,8 +244,10 @@ def describe_limits(limits: Limits) -> dict[str, object]:
         "requests_per_minute": limits.requests_per_minute,
         "images_per_minute": limits.images_per_minute,
         "concurrent_requests": limits.concurrent_requests,
-        "budget_day_usd": dollars(limits.budget_day),
-        "budget_month_usd": dollars(limits.budget_month),
+        **{f"budget_{one}_usd": dollars(of) for one, of in limits.budgets.items()},
+        **{
+            f"soft_budget_{one}_usd": dollars(amount) for one, amount in limits.soft_budgets.items()
+        },
         "max_cost_per_request_usd": dollars(limits.max_cost_per_request),
     }
 
@@ -205,9 +259,10 @@ def say_limits(limits: Limits) -> str:
         "images/min": limits.images_per_minute,
         "at once": limits.concurrent_requests,
     }
+    spans = dict(zip(MONEY_WINDOWS, ("a day", "a week", "a month", "in all"), strict=True))
     money = {
-        "a day": limits.budget_day,
-        "a month": limits.budget_month,
+        **{spans[window]: amount for window, amount in limits.budgets.items()},
+        **{f"{spans[window]} (soft)": amount for window, amount in limits.soft_budgets.items()},
         "a request": limits.max_cost_per_request,
     }
     said = [f"{amount} {word}" for word, amount in words.items() if amount is not None]

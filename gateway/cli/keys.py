@@ -44,7 +44,7 @@ def key() -> None:
     type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]),
     help="The instant it stops working (UTC).",
 )
-@limit_options
+@limit_options()
 @json_option
 @config_option
 def create(

@@ -9,6 +9,8 @@ import click
 
 from gateway.cli.common import (
     EXIT_FAILED,
+    NONE,
+    TimeZone,
     config_option,
     describe_limits,
     fail,
@@ -28,17 +30,29 @@ from gateway.stores.sqlite import SQLiteStore
 
 @click.group()
 def team() -> None:
-    """Create, list and revoke teams."""
+    """Create, change, list and revoke teams."""
 
 
 @team.command()
 @click.argument("name")
 @click.option("--models", help="Comma-separated names; default: every model.")
 @click.option("--no-cache", is_flag=True, help="Never share results between requests.")
-@limit_options
+@click.option(
+    "--time-zone",
+    type=TimeZone(),
+    default="UTC",
+    show_default=True,
+    help="Where its days, weeks and months begin.",
+)
+@limit_options()
 @config_option
 def create(
-    name: str, models: str | None, no_cache: bool, config: Path | None, **limits: int | None
+    name: str,
+    models: str | None,
+    no_cache: bool,
+    time_zone: str,
+    config: Path | None,
+    **limits: int | None,
 ) -> None:
     """Create the team NAME, with its limits."""
     settings = load_settings(config, of_ones_own=True)
@@ -51,10 +65,62 @@ def create(
         models_of(models, settings) or frozenset({ANY_MODEL}),
         Limits(**limits),
         cache_enabled=not no_cache,
+        time_zone=time_zone,
     )
     with_store(settings, lambda store: store.directory.create_team(made))
     click.echo(f"team {name} created in {settings.storage.database}")
     click.echo(f"now: gateway key create --team {name}")
+
+
+@team.command()
+@click.argument("name")
+@click.option("--models", help="Comma-separated names; none: every model.")
+@click.option("--cache/--no-cache", default=None, help="Share results between requests, or never.")
+@click.option("--time-zone", type=TimeZone(), help="Where its days, weeks and months begin.")
+@limit_options(removable=True)
+@config_option
+def update(
+    name: str,
+    models: str | None,
+    cache: bool | None,
+    time_zone: str | None,
+    config: Path | None,
+    **limits: int | str | None,
+) -> None:
+    """Change the team NAME: what is named here, and nothing else; none takes a limit away.
+
+    A running gateway obeys within five seconds. What was spent counts against new limits.
+    """
+    settings = load_settings(config, of_ones_own=True)
+    if name in settings.teams:
+        fail(f"team {name} is declared in {settings.file}; change it there", EXIT_FAILED)
+    allowed = frozenset({ANY_MODEL}) if models == NONE else models_of(models, settings)
+    changed = {
+        limit: value if isinstance(value, int) else None
+        for limit, value in limits.items()
+        if value is not None
+    }
+    if not changed and all(one is None for one in (allowed, cache, time_zone)):
+        fail("nothing to change is named; see gateway team update --help", EXIT_FAILED)
+
+    async def change(store: SQLiteStore) -> Team | None:
+        for one in await store.directory.teams():
+            if one.id == name:
+                after = replace(
+                    one,
+                    models=one.models if allowed is None else allowed,
+                    limits=replace(one.limits, **changed),
+                    cache_enabled=one.cache_enabled if cache is None else cache,
+                    time_zone=time_zone or one.time_zone,
+                )
+                await store.directory.update_team(after)
+                return after
+        return None
+
+    after = with_store(settings, change)
+    if after is None:
+        fail(f"there is no team {name}", EXIT_FAILED)
+    click.echo(f"team {name} is changed; its limits: {say_limits(after.limits)}")
 
 
 @team.command("list")
@@ -74,11 +140,12 @@ def list_teams(as_json: bool, config: Path | None) -> None:
             "file" if one.declared else "directory",
             "disabled" if one.disabled else "active",
             ",".join(sorted(one.models)),
+            one.time_zone,
             say_limits(one.limits),
         )
         for one in teams
     ]
-    print_table(("TEAM", "FROM", "STATE", "MODELS", "LIMITS"), rows)
+    print_table(("TEAM", "FROM", "STATE", "MODELS", "ZONE", "LIMITS"), rows)
 
 
 @team.command()
@@ -109,5 +176,6 @@ def _describe(one: Team) -> dict[str, object]:
         "disabled": one.disabled,
         "models": sorted(one.models),
         "cache": one.cache_enabled,
+        "time_zone": one.time_zone,
         "limits": describe_limits(one.limits),
     }

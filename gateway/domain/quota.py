@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from enum import StrEnum
+from functools import lru_cache
+from zoneinfo import ZoneInfo
 
 from gateway.domain.money import Money
 
@@ -130,4 +132,16 @@ def period(window: Window, instant: datetime, zone: tzinfo = UTC) -> Period:
 
 
 def _midnight(day: date, zone: tzinfo) -> datetime:
+    """When ``day`` begins. Where there is no midnight, the clocks skip it and the day begins at the
+    skip; where there are two, with the first (PEP 495, fold 0)."""
     return datetime.combine(day, time(), tzinfo=zone).astimezone(UTC)
+
+
+@lru_cache(maxsize=1024)
+def zone_of(name: str) -> tzinfo:
+    """The zone with this IANA name. Whoever sets a name checks it; one that this machine's zones do
+    not have all the same (a restored database, an older release) counts as UTC."""
+    try:
+        return ZoneInfo(name)
+    except (LookupError, ValueError, OSError):
+        return UTC

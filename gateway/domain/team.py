@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, tzinfo
 
 from gateway.domain.money import Money
-from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, Window
+from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, Window, zone_of
 
 ANY_MODEL = "*"
 
@@ -90,6 +90,10 @@ class Team:
     declared: bool = False
     """Owned by the configuration file; commands may not change it."""
     time_zone: str = "UTC"
+
+    @property
+    def zone(self) -> tzinfo:
+        return zone_of(self.time_zone)
 
 
 @dataclass(frozen=True, slots=True)

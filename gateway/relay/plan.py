@@ -134,7 +134,7 @@ class Planner:
             demand=Demand(images=call.n, money=quote.bound.amount),
             rates=rates,
             lines=tuple(
-                Line(limit, period(limit.window, now))
+                Line(limit, period(limit.window, now, caller.team.zone))
                 for limit in caller.limits
                 if limit.unit is Unit.MONEY
             ),

@@ -75,12 +75,18 @@ TABLE = (
          "Dollars booked without a usage from the upstream."),
     Spec("gateway_budget_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
          "The hard budget of a team."),
+    Spec("gateway_budget_soft_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
+         "The soft budget of a team."),
     Spec("gateway_budget_spent_usd", Kind.GAUGE, ("scope", "owner", "window"),
          "What is posted against a team's account in the running period."),
     Spec("gateway_budget_reserved_usd", Kind.GAUGE, ("scope", "owner", "window"),
          "What running calls hold of a team's account in the running period."),
     Spec("gateway_budget_reset_timestamp_seconds", Kind.GAUGE, ("scope", "owner", "window"),
          "When the running period ends, as a Unix time."),
+    Spec("gateway_budget_notices_total", Kind.COUNTER, ("team", "mark"),
+         "Budgets of a team or its keys seen to be used up to a mark, hard or soft, in percent."),
+    Spec("gateway_webhook_total", Kind.COUNTER, ("outcome",),
+         "Messages to the webhook: delivered, or failed after all tries; those are told again."),
     Spec("gateway_inflight_requests", Kind.GAUGE, (), "Calls that are with an upstream now."),
     Spec("gateway_inflight_bytes", Kind.GAUGE, ("where",),
          "Bytes of bodies and answers held now, in memory and in spool files."),
@@ -120,6 +126,12 @@ TABLE = (
          "Times a team was counted as `other` because there are too many teams for labels."),
     Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1."),
 )  # fmt: skip
+
+BUDGET_GAUGES = tuple(
+    spec.name
+    for spec in TABLE
+    if spec.kind is Kind.GAUGE and spec.name.startswith("gateway_budget_")
+)
 
 
 class Metrics:
@@ -283,9 +295,12 @@ class Metrics:
             self.add("gateway_ledger_unposted_total")
 
     def budgets(self, standing: Iterable[tuple[Line, Balance]]) -> None:
-        """Sets the gauges of the accounts that have a limit."""
+        """Sets the gauges of the teams' accounts; those that it is not given are forgotten, and so
+        is a limit that was taken away."""
+        for name in BUDGET_GAUGES:
+            self._metrics[name].clear()
         for line, balance in standing:
-            limit = line.limit
+            limit, ends = line.limit, line.period.ends
             owner = self.team(limit.owner)
             if owner == OTHER:
                 # A gauge of several teams would be the last one's.
@@ -295,11 +310,14 @@ class Metrics:
                 "owner": owner,
                 "window": limit.window.value,
             }
-            self.set("gateway_budget_limit_usd", _dollars(limit.amount or 0), **where)
+            if limit.amount is not None:
+                self.set("gateway_budget_limit_usd", _dollars(limit.amount), **where)
+            if limit.soft is not None:
+                self.set("gateway_budget_soft_limit_usd", _dollars(limit.soft), **where)
             self.set("gateway_budget_spent_usd", _dollars(balance.posted), **where)
             self.set("gateway_budget_reserved_usd", _dollars(balance.pending), **where)
-            ends = line.period.ends.timestamp()
-            self.set("gateway_budget_reset_timestamp_seconds", ends, **where)
+            if ends is not None:
+                self.set("gateway_budget_reset_timestamp_seconds", ends.timestamp(), **where)
 
     def dependencies(self, up: Mapping[str, bool]) -> None:
         for name, is_up in up.items():

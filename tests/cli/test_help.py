@@ -48,6 +48,7 @@ def test_these_are_the_commands() -> None:
         "team create",
         "team list",
         "team revoke",
+        "team update",
         "usage",
     }
 

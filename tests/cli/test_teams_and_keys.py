@@ -20,7 +20,13 @@ UNLIMITED = {
     "images_per_minute": None,
     "concurrent_requests": None,
     "budget_day_usd": None,
+    "budget_week_usd": None,
     "budget_month_usd": None,
+    "budget_total_usd": None,
+    "soft_budget_day_usd": None,
+    "soft_budget_week_usd": None,
+    "soft_budget_month_usd": None,
+    "soft_budget_total_usd": None,
     "max_cost_per_request_usd": None,
 }
 
@@ -48,7 +54,9 @@ def test_a_team_with_everything(say: Say, ask: Ask, config: Path) -> None:
         "team", "create", "design", "--models", "gpt-image-2, gpt-image-2.5-flare", "--no-cache",
         "--requests-per-minute", "60", "--images-per-minute", "20", "--concurrent-requests", "3",
         "--budget-day", "5.00", "--budget-month", "50.000000001", "--max-cost-per-request", "0.25",
-        "--config", config,
+        "--budget-week", "20", "--budget-total", "900", "--soft-budget-day", "4",
+        "--soft-budget-week", "15", "--soft-budget-month", "40", "--soft-budget-total", "800",
+        "--time-zone", "Europe/Berlin", "--config", config,
     )  # fmt: skip
     assert said.exit_code == 0
     assert said.stdout.splitlines() == [
@@ -64,12 +72,19 @@ def test_a_team_with_everything(say: Say, ask: Ask, config: Path) -> None:
         "disabled": False,
         "models": ["gpt-image-2", "gpt-image-2.5-flare"],
         "cache": False,
+        "time_zone": "Europe/Berlin",
         "limits": {
             "requests_per_minute": 60,
             "images_per_minute": 20,
             "concurrent_requests": 3,
             "budget_day_usd": "5",
+            "budget_week_usd": "20",
             "budget_month_usd": "50.000000001",
+            "budget_total_usd": "900",
+            "soft_budget_day_usd": "4",
+            "soft_budget_week_usd": "15",
+            "soft_budget_month_usd": "40",
+            "soft_budget_total_usd": "800",
             "max_cost_per_request_usd": "0.25",
         },
     }
@@ -79,19 +94,59 @@ def test_a_team_with_everything(say: Say, ask: Ask, config: Path) -> None:
         "disabled": False,
         "models": ["*"],
         "cache": True,
+        "time_zone": "UTC",
         "limits": UNLIMITED,
     }
 
 
 def test_teams_as_a_table(say: Say, config: Path) -> None:
-    say("team", "create", "design", "--budget-day", "5", "--config", config)
+    say(
+        "team", "create", "design", "--budget-day", "5", "--soft-budget-total", "900",
+        "--time-zone", "Asia/Tokyo", "--config", config,
+    )  # fmt: skip
     say("team", "revoke", "design", "--config", config)
     said = say("team", "list", "--config", config)
     assert said.stdout.splitlines() == [
-        "TEAM    FROM       STATE     MODELS  LIMITS",
-        "design  directory  disabled  *       $5 a day",
-        "growth  file       active    *       none",
+        "TEAM    FROM       STATE     MODELS  ZONE        LIMITS",
+        "design  directory  disabled  *       Asia/Tokyo  $5 a day, $900 in all (soft)",
+        "growth  file       active    *       UTC         none",
     ]
+
+
+def test_a_team_is_changed_in_what_is_named_alone(say: Say, ask: Ask, config: Path) -> None:
+    def change(*options: str) -> dict[str, Any]:
+        said = say("team", "update", "design", *options, "--config", config)
+        assert (said.exit_code, said.stderr) == (0, "")
+        assert said.stdout.startswith("team design is changed; its limits: ")
+        teams = ask("team", "list", "--json", "--config", config)
+        [team] = [one for one in teams if one["id"] == "design"]
+        return {**dict(team.pop("limits")), **team}
+
+    say(
+        "team", "create", "design", "--models", "gpt-image-2", "--budget-week", "5",
+        "--requests-per-minute", "60", "--config", config,
+    )  # fmt: skip
+    made = change("--time-zone", "Pacific/Kiritimati")
+    assert (made["time_zone"], made["models"]) == ("Pacific/Kiritimati", ["gpt-image-2"])
+    assert (made["budget_week_usd"], made["requests_per_minute"]) == ("5", 60)
+    steps = {
+        ("--budget-week", "7.50", "--soft-budget-month", "20"): {
+            "budget_week_usd": "7.5",
+            "soft_budget_month_usd": "20",
+        },
+        ("--budget-week", "none", "--requests-per-minute", "none"): {
+            "budget_week_usd": None,
+            "requests_per_minute": None,
+        },
+        ("--budget-day", "0"): {"budget_day_usd": "0"},
+        ("--no-cache",): {"cache": False},
+        ("--cache", "--models", "none"): {"cache": True, "models": ["*"]},
+    }
+    before = made
+    for options, changes in steps.items():
+        after = change(*options)
+        assert after == {**before, **changes}
+        before = after
 
 
 def test_keys_as_a_table(say: Say, ask: Ask, config: Path) -> None:
@@ -165,6 +220,21 @@ def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
         ("team create design", 1, "there is a team design already"),
         ("team create Design!", 1, "'Design!' is not a team's name: use a-z, 0-9, - and _"),
         ("team revoke nobody", 1, "there is no team nobody"),
+        ("team update nobody --cache", 1, "there is no team nobody"),
+        ("team update growth --cache", 1, "team growth is declared in {config}; change it there"),
+        (
+            "team update design",
+            1,
+            "nothing to change is named; see gateway team update --help",
+        ),
+        ("team update design --budget-day never", 2, "'never' is not an amount of dollars"),
+        ("team update design --images-per-minute -1", 2, "-1 is not in the range"),
+        (
+            "team create other --time-zone Europe/Berlinn",
+            2,
+            "'Europe/Berlinn' is not a time zone's name, like Europe/Berlin; did you mean "
+            "Europe/Berlin?",
+        ),
         ("key create --team nobody", 1, "there is no team nobody"),
         ("key revoke nothing", 1, "there is no key nothing"),
         (

@@ -113,7 +113,7 @@ def moved(metrics: Metrics) -> dict[str, float]:
 
 
 def budget(metrics: Metrics, team: str = "growth") -> None:
-    limit = Limit(Scope.TEAM, team, Unit.MONEY, Window.DAY, 5 * DOLLAR)
+    limit = Limit(Scope.TEAM, team, Unit.MONEY, Window.DAY, 5 * DOLLAR, 4 * DOLLAR)
     metrics.budgets([(Line(limit, DAY), Balance(2 * DOLLAR, DOLLAR // 2))])
 
 
@@ -136,12 +136,14 @@ def test_names_follow_one_convention() -> None:
 def test_labels_come_from_closed_sets() -> None:
     allowed = {"team", "model", "endpoint", "upstream", "status", "cache", "reason", "limit"}
     allowed |= {"direction", "modality", "scope", "owner", "window", "where", "result", "stage"}
-    allowed |= {"operation", "name", "version"}
+    allowed |= {"operation", "name", "version", "mark", "outcome"}
     assert {label for spec in TABLE for label in spec.labels} <= allowed
 
 
 # These are set where the whole gateway is put together, not by a receipt.
 COMPOSED = {
+    "gateway_budget_notices_total",
+    "gateway_webhook_total",
     "gateway_inflight_requests",
     "gateway_inflight_bytes",
     "gateway_cache_errors_total",
@@ -317,9 +319,22 @@ def test_budgets() -> None:
     where = 'owner="growth",scope="team",window="day"'
     assert moved(metrics) == {
         f"gateway_budget_limit_usd{{{where}}}": 5.0,
+        f"gateway_budget_soft_limit_usd{{{where}}}": 4.0,
         f"gateway_budget_spent_usd{{{where}}}": 2.0,
         f"gateway_budget_reserved_usd{{{where}}}": 0.5,
         f"gateway_budget_reset_timestamp_seconds{{{where}}}": DAY.ends.timestamp(),
+    }
+
+
+def test_a_limit_that_was_taken_away_is_gone() -> None:
+    metrics = Metrics("1.2.3")
+    budget(metrics)
+    total = Limit(Scope.TEAM, "growth", Unit.MONEY, Window.TOTAL, None)
+    metrics.budgets([(Line(total, Period(Window.TOTAL, "t|all", None)), Balance(DOLLAR, 0))])
+    where = 'owner="growth",scope="team",window="total"'
+    assert moved(metrics) == {
+        f"gateway_budget_spent_usd{{{where}}}": 1.0,
+        f"gateway_budget_reserved_usd{{{where}}}": 0.0,
     }
 
 

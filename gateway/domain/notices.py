@@ -1,0 +1,68 @@
+"""What somebody should hear of: budgets that are nearly, or wholly, used up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime, tzinfo
+from enum import StrEnum
+
+from gateway.domain.ledger import Balance, Line
+from gateway.domain.money import Money, format_dollars
+from gateway.domain.quota import Limit, Unit, period
+
+
+class Kind(StrEnum):
+    """Which of an account's two amounts a mark is on."""
+
+    HARD = "budget"
+    SOFT = "soft_budget"
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """``percent`` of an amount of money, in nano-dollars."""
+
+    kind: Kind
+    percent: int
+    amount: Money
+
+    @property
+    def name(self) -> str:
+        """``budget:80``: the label of the metric."""
+        return f"{self.kind}:{self.percent}"
+
+    @property
+    def claim(self) -> str:
+        """What is told once for an account: ``budget:80/50.5``. A budget that was raised is another
+        one, and warns anew."""
+        return f"{self.name}/{format_dollars(self.amount)}"
+
+    @property
+    def event(self) -> str:
+        """The type of its message."""
+        return f"{self.kind}.{'reached' if self.percent == 100 else 'warning'}"
+
+
+def marks(limit: Limit, balance: Balance, warn_percent: int) -> tuple[Mark, ...]:
+    """The marks that an account has passed, by what is posted: the warning, then the whole, of the
+    hard amount and then of the soft one.
+
+    What running calls hold does not count: most of it is given back. Nothing spent passes nothing.
+    """
+    found = []
+    for kind, amount in ((Kind.HARD, limit.amount), (Kind.SOFT, limit.soft)):
+        if amount is not None and balance.posted > 0:
+            found += [
+                Mark(kind, percent, amount)
+                for percent in sorted({warn_percent, 100})
+                if balance.posted * 100 >= amount * percent
+            ]
+    return tuple(found)
+
+
+def money_lines(limits: Iterable[Limit], now: datetime, zone: tzinfo) -> tuple[Line, ...]:
+    """The accounts of money among ``limits``, in the periods that run at ``now`` in ``zone``."""
+    return tuple(
+        Line(limit, period(limit.window, now, zone)) for limit in limits if limit.unit is Unit.MONEY
+    )
