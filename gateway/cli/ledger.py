@@ -6,10 +6,9 @@ import getpass
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from datetime import UTC, date, datetime, time
+from datetime import UTC, date, datetime, time, tzinfo
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import click
 
@@ -263,7 +262,9 @@ def factors(reset: str | None, as_json: bool, config: Path | None) -> None:
     if reset is not None:
         upstream, slash, model = reset.partition("/")
         if not (upstream and slash and model):
-            raise click.UsageError("--reset takes UPSTREAM/MODEL, as `gateway ledger factors` lists")
+            raise click.UsageError(
+                "--reset takes UPSTREAM/MODEL, as `gateway ledger factors` lists"
+            )
         if not with_store(settings, lambda store: store.upkeep.reset_factor(upstream, model)):
             fail(f"the bounds of {reset} are not raised", EXIT_FAILED)
         click.echo(f"the bounds of {reset} are as the prices say again")
@@ -290,28 +291,26 @@ def os_user() -> str:
         return f"uid {os.getuid()}"
 
 
-def team_accounts(team: str, day: date, time_zone: str) -> tuple[str, ...]:
+def team_accounts(team: str, day: date, zone: tzinfo) -> tuple[str, ...]:
     """The balances of a team that a day belongs to, as people in its zone count days: its day,
     week, month and total."""
-    noon = datetime.combine(day, time(12), ZoneInfo(time_zone))
+    noon = datetime.combine(day, time(12), zone)
     return tuple(
-        Line(
-            Limit(Scope.TEAM, team, Unit.MONEY, window, None), period(window, noon, noon.tzinfo or UTC)
-        ).account
+        Line(Limit(Scope.TEAM, team, Unit.MONEY, window, None), period(window, noon, zone)).account
         for window in MONEY_WINDOWS
     )
 
 
-async def zone_of(store: Store, settings: Settings, team: str, day: str) -> str:
+async def zone_of(store: Store, settings: Settings, team: str, day: str) -> tzinfo:
     """The zone of a team of the file or the directory. One that is gone, but has books of that
     day, counts in UTC. Raises ``NotKnown``."""
     if team in settings.teams:
-        return settings.teams[team].time_zone
+        return settings.teams[team].zone
     for known in await store.directory.teams():
         if known.id == team:
-            return known.time_zone
+            return known.zone
     if any(row.team == team for row in await store.ledger.usage(day, day)):
-        return "UTC"
+        return UTC
     raise NotKnown(f"there is no team {team}")
 
 
@@ -401,8 +400,8 @@ def _adjust_day(
             f"{what}: ${format_dollars(before)} -> ${format_dollars(after)}, as {adjustment_id}"
         )
     else:
-        click.echo(f"nothing to do: {adjustment_id} was applied before ({what}: "
-                   f"${format_dollars(after)})")  # fmt: skip
+        now_is = format_dollars(after)
+        click.echo(f"nothing to do: {adjustment_id} was applied before ({what}: ${now_is})")
 
 
 def _facts(hold: Hold) -> list[tuple[str, str]]:

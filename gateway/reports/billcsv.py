@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 
 from gateway.domain.bill import BilledItem, round_dollars
+from gateway.ports import BillUnreadable
 
 DAY_COLUMNS = ("start_time", "start_time_iso", "date", "day")
 ITEM_COLUMNS = ("line_item", "model")
@@ -26,16 +27,12 @@ AMOUNT_COLUMNS = ("amount_value", "cost", "cost_usd", "amount")
 CURRENCY_COLUMNS = ("amount_currency", "currency")
 
 
-class UnreadableBill(Exception):
-    """The file is no bill; the message names the line or the column."""
-
-
 def read_bill(text: str, day: date) -> list[BilledItem]:
     """The line items of one UTC day. Rows of other days are passed over, and so are rows without
     an amount: exports have one for each day on which nothing was billed.
 
-    Raises ``UnreadableBill``, also where no row is of this day: a bill that is not known is not a
-    bill of nothing.
+    Raises ``BillUnreadable`` that names the line or the column; also where no row is of this day:
+    a bill that is not known is not a bill of nothing.
     """
     reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff"), newline=""), strict=True)
     try:
@@ -55,21 +52,21 @@ def read_bill(text: str, day: date) -> list[BilledItem]:
                 continue
             currency = _cell(row, currency_column) if currency_column else ""
             if currency.lower() not in ("", "usd"):
-                raise UnreadableBill(
+                raise BillUnreadable(
                     f"line {reader.line_num}: the amount is in {currency!r}, and the books are in "
                     "dollars"
                 )
             try:
                 nanousd = round_dollars(amount.removeprefix("$"))
             except ValueError as error:
-                raise UnreadableBill(f"line {reader.line_num}: {error}") from None
+                raise BillUnreadable(f"line {reader.line_num}: {error}") from None
             items.append(BilledItem(_cell(row, item_column), nanousd))
     except csv.Error as error:
         # Unlike DictReader's own count, this one has the line that cannot be read.
-        raise UnreadableBill(f"line {reader.reader.line_num}: {error}") from None
+        raise BillUnreadable(f"line {reader.reader.line_num}: {error}") from None
     if day not in seen:
         has = f"it has {min(seen)} to {max(seen)}" if seen else "it has no rows at all"
-        raise UnreadableBill(f"it has no row of {day} ({has}; days are UTC)")
+        raise BillUnreadable(f"it has no row of {day} ({has}; days are UTC)")
     return items
 
 
@@ -77,7 +74,7 @@ def _column(head: Sequence[str], known: Sequence[str], what: str) -> str:
     for name in known:
         if name in head:
             return name
-    raise UnreadableBill(
+    raise BillUnreadable(
         f"it has no column for {what}: one of {', '.join(known)} is needed, and it has "
         f"{', '.join(head) or 'none'}"
     )
@@ -97,5 +94,5 @@ def _day(text: str, line: int) -> date:
             return date.fromisoformat(text)
         instant = datetime.fromisoformat(text)
     except (ValueError, OverflowError, OSError):
-        raise UnreadableBill(f"line {line}: {text!r} is neither a date nor Unix seconds") from None
+        raise BillUnreadable(f"line {line}: {text!r} is neither a date nor Unix seconds") from None
     return instant.date() if instant.tzinfo is None else instant.astimezone(UTC).date()

@@ -16,7 +16,7 @@ from urllib.parse import urlencode
 
 from gateway.domain.bill import BilledItem, round_dollars
 from gateway.domain.errors import GatewayError
-from gateway.ports import Outgoing, Upstream
+from gateway.ports import BillUnreadable, Outgoing, Upstream
 
 ATTEMPTS = 4
 WAITS_SECONDS = (1.0, 2.0, 4.0)
@@ -28,10 +28,6 @@ BUCKETS_A_PAGE = 31
 """A month. The API allows 180 and gives 7 to who does not ask."""
 PAST = frozenset({408, 425, 429})
 """Statuses below 500 that pass by themselves."""
-
-
-class CostsUnreadable(Exception):
-    """The bill could not be read; the message says why and what to do."""
 
 
 class _Passing(Exception):
@@ -53,7 +49,7 @@ async def read_costs(
     """The line items of each UTC day from ``first`` to ``last``, both included.
 
     ``upstream`` sends the admin key. A day that the answer does not have is not in the result: it
-    is not known, which is not nothing. Raises ``CostsUnreadable``.
+    is not known, which is not nothing. Raises ``BillUnreadable``.
     """
     start, end = _midnight(first), _midnight(last + timedelta(days=1))
     asked = {
@@ -81,7 +77,7 @@ async def read_costs(
             else:
                 _unreadable(upstream, f"it has more than {MAX_PAGES} pages")
     except TimeoutError:
-        raise CostsUnreadable(
+        raise BillUnreadable(
             f"upstream {upstream.name}: its costs were not read within {DEADLINE_SECONDS:.0f} s; "
             "try again later"
         ) from None
@@ -104,14 +100,14 @@ async def _page(
             if attempt < ATTEMPTS - 1:
                 wait = WAITS_SECONDS[attempt] if error.wait_seconds is None else error.wait_seconds
                 await pause(min(wait, LONGEST_WAIT_SECONDS))
-    raise CostsUnreadable(
+    raise BillUnreadable(
         f"upstream {upstream.name}: its costs cannot be read ({why}, {ATTEMPTS} times); try again "
         "later, or give its export with --csv FILE"
     )
 
 
 async def _once(upstream: Upstream, outgoing: Outgoing) -> Mapping[str, object]:
-    """One answer. Raises ``_Passing`` or ``CostsUnreadable``."""
+    """One answer. Raises ``_Passing`` or ``BillUnreadable``."""
     try:
         reply = await upstream.send(outgoing)
         body = bytearray()
@@ -131,11 +127,11 @@ async def _once(upstream: Upstream, outgoing: Outgoing) -> Mapping[str, object]:
     if reply.status in PAST or reply.status >= 500:
         raise _Passing(f"HTTP {reply.status}", _retry_after(reply.headers.get("retry-after")))
     if reply.status in (401, 403):
-        raise CostsUnreadable(
+        raise BillUnreadable(
             f"upstreams.{upstream.name}.admin_key may not read costs: HTTP {reply.status}{said}. "
             "It has to be an admin key of the organization (sk-admin-...), not one of a project"
         )
-    raise CostsUnreadable(
+    raise BillUnreadable(
         f"upstream {upstream.name} answered HTTP {reply.status}{said} to "
         "GET /organization/costs; if it has no such endpoint, give its export with --csv FILE"
     )
@@ -219,6 +215,6 @@ def _no_number(text: str) -> NoReturn:
 
 
 def _unreadable(upstream: Upstream, why: str) -> NoReturn:
-    raise CostsUnreadable(
+    raise BillUnreadable(
         f"upstream {upstream.name}: its answer to GET /organization/costs cannot be read: {why}"
     )

@@ -7,7 +7,8 @@ from datetime import date
 import pytest
 
 from gateway.domain.bill import BilledItem
-from gateway.reports.billcsv import UnreadableBill, read_bill
+from gateway.ports import BillUnreadable
+from gateway.reports.billcsv import read_bill
 
 DAY = date(2026, 11, 20)
 EXPORT = """\
@@ -66,5 +67,5 @@ def test_other_forms(text: str) -> None:
     ],
 )
 def test_what_is_no_bill(text: str, why: str) -> None:
-    with pytest.raises(UnreadableBill, match=why):
+    with pytest.raises(BillUnreadable, match=why):
         read_bill(text, DAY)

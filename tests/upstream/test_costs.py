@@ -12,10 +12,11 @@ import httpx
 import pytest
 
 from gateway.domain.bill import BilledItem
+from gateway.ports import BillUnreadable
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.upstream.account import Account, AccountOptions, build_account
-from gateway.upstream.costs import ATTEMPTS, CostsUnreadable, read_costs
+from gateway.upstream.costs import ATTEMPTS, read_costs
 from tests.clock import StillClock
 from tests.upstream.calls import QUICK
 from tests.upstream.test_account import Hidden
@@ -99,7 +100,7 @@ async def test_pages_are_followed(sandbox: SandboxServer, clock: StillClock) -> 
 @pytest.mark.parametrize("key", ["sk-proj-1", "sk-upstream"])
 async def test_a_key_that_may_not(sandbox: SandboxServer, key: str) -> None:
     async with account(sandbox, key) as upstream:
-        with pytest.raises(CostsUnreadable) as refused:
+        with pytest.raises(BillUnreadable) as refused:
             await read_costs(upstream, DAY, DAY)
     assert str(refused.value).startswith(
         "upstreams.openai.admin_key may not read costs: HTTP 401 (You have insufficient"
@@ -123,7 +124,7 @@ async def test_what_does_not_pass(sandbox: SandboxServer) -> None:
     sandbox.rules.add(Rule(path=PATH, status=503))
     pauses = Pauses()
     async with account(sandbox) as upstream:
-        with pytest.raises(CostsUnreadable, match=r"HTTP 503, 4 times.*--csv"):
+        with pytest.raises(BillUnreadable, match=r"HTTP 503, 4 times.*--csv"):
             await read_costs(upstream, DAY, DAY, pause=pauses)
     assert len(pauses.seconds) == ATTEMPTS - 1
     assert sandbox.journal.received == ATTEMPTS
@@ -132,7 +133,7 @@ async def test_what_does_not_pass(sandbox: SandboxServer) -> None:
 async def test_an_upstream_without_the_endpoint(sandbox: SandboxServer) -> None:
     sandbox.rules.add(Rule(path=PATH, status=404, body={"detail": "Not Found"}))
     async with account(sandbox) as upstream:
-        with pytest.raises(CostsUnreadable, match=r"answered HTTP 404 .*--csv FILE"):
+        with pytest.raises(BillUnreadable, match=r"answered HTTP 404 .*--csv FILE"):
             await read_costs(upstream, DAY, DAY)
 
 
@@ -199,5 +200,5 @@ async def test_what_has_no_name_keeps_its_money(sandbox: SandboxServer) -> None:
     ],
 )
 async def test_an_answer_that_makes_no_sense(sandbox: SandboxServer, body: Any, why: str) -> None:
-    with pytest.raises(CostsUnreadable, match=why):
+    with pytest.raises(BillUnreadable, match=why):
         await said(sandbox, body)
