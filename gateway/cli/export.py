@@ -31,7 +31,14 @@ def export() -> None:
 @export.command()
 @click.option("--from", "first", type=DAY, help="The first day (UTC). Default: of this month.")
 @click.option("--to", "last", type=DAY, help="The last day (UTC), included. Default: today.")
-@click.option("--format", "form", type=click.Choice(["csv", "json"]), default="csv")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["csv", "json"]),
+    default="csv",
+    show_default=True,
+    help="JSON has the same columns; dollars are text in both.",
+)
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Default: printed.")
 @click.option(
     "--billing-account",

@@ -116,12 +116,17 @@ def focus_rows(
     key_names: Mapping[str, str],
     provider_of: Callable[[str], Provider | None],
 ) -> list[dict[str, Value]]:
-    """A row of the export for each row of the books, its columns in their order.
+    """A row of the export for each row of the books, its columns in their order. Where calls were
+    voided and nothing is left of a row, there is nothing to charge for.
 
     ``account`` names the billing account. Dollars are exact decimal text, counts are integers,
     None is null.
     """
-    return [_row(row, account, key_names, provider_of(row.model)) for row in rows]
+    return [
+        _row(row, account, key_names, provider_of(row.model))
+        for row in rows
+        if row.requests or row.cost
+    ]
 
 
 def as_csv(rows: Sequence[Mapping[str, Value]]) -> str:
