@@ -56,7 +56,13 @@ SHOWN_SUSPECTS = 20
 
 @click.command()
 @click.option("--day", type=click.DateTime(["%Y-%m-%d"]), help="The day (UTC). Default: yesterday.")
-@click.option("--upstream", help="Whose bill. Default: the only one that can be asked.")
+@click.option(
+    "--upstream",
+    "asked_for",
+    multiple=True,
+    help="Whose bill; again for each that is on the same bill. Default: the only one with an "
+    "admin_key.",
+)
 @click.option(
     "--csv",
     "csv_file",
@@ -73,7 +79,7 @@ SHOWN_SUSPECTS = 20
 @config_option
 def reconcile(
     day: datetime | None,
-    upstream: str | None,
+    asked_for: tuple[str, ...],
     csv_file: Path | None,
     out: Path | None,
     apply_it: bool,
@@ -97,11 +103,11 @@ def reconcile(
     of_day = day.date() if day is not None else today - timedelta(days=1)
     if of_day >= today:
         click.echo(f"warning: {of_day} is not over in UTC; both sides may still grow", err=True)
-    name = _upstream(settings, upstream, asked=csv_file is None)
-    billed = _bill(settings, name, of_day, csv_file)
-    rows, suspects = with_store(settings, lambda store: _books(store, name, of_day.isoformat()))
+    names = _upstreams(settings, asked_for, asked=csv_file is None)
+    billed = _bill(settings, names, of_day, csv_file)
+    rows, suspects = with_store(settings, lambda store: _books(store, names, of_day.isoformat()))
     found = compare(
-        name,
+        names,
         of_day.isoformat(),
         billed,
         rows,
@@ -109,7 +115,7 @@ def reconcile(
         [
             model.target.model
             for model in settings.catalogue.models.values()
-            if model.target.upstream == name
+            if model.target.upstream in names
         ],
     )
     percent = Decimal(str(settings.notify.drift_percent))
@@ -128,28 +134,32 @@ def reconcile(
         raise SystemExit(EXIT_DRIFT)
 
 
-def _upstream(settings: Settings, asked_for: str | None, *, asked: bool) -> str:
-    """Whose bill it is. ``asked``: it will be asked, so it needs an admin key."""
-    if asked_for is not None:
-        if asked_for not in settings.upstreams:
+def _upstreams(settings: Settings, asked_for: tuple[str, ...], *, asked: bool) -> tuple[str, ...]:
+    """Whose bill it is. ``asked``: one of them is asked, so it needs an admin key."""
+    for name in asked_for:
+        if name not in settings.upstreams:
             known = ", ".join(settings.upstreams)
-            fail(f"there is no upstream {asked_for} in {settings.file}: {known}", EXIT_FAILED)
-        return asked_for
+            fail(f"there is no upstream {name} in {settings.file}, but {known}", EXIT_FAILED)
+    if asked_for:
+        return tuple(dict.fromkeys(asked_for))
     able = [one.name for one in settings.upstreams.values() if one.admin_key or not asked]
-    if len(able) == 1:
-        return able[0]
-    if able or len(settings.upstreams) != 1:
+    if not able and len(settings.upstreams) == 1:
+        able = list(settings.upstreams)
+    if len(able) != 1:
         which = ", ".join(able) or "none has an admin_key"
         fail(f"say which upstream's bill with --upstream NAME ({which})", EXIT_FAILED)
-    return next(iter(settings.upstreams))
+    return tuple(able)
 
 
-def _bill(settings: Settings, name: str, day: date, csv_file: Path | None) -> list[BilledItem]:
+def _bill(
+    settings: Settings, names: Sequence[str], day: date, csv_file: Path | None
+) -> list[BilledItem]:
     with failures():
         try:
-            if csv_file is None:
-                return asyncio.run(read_bill(settings, name, day))
-            return read_csv(csv_file.read_text("utf-8"), day)
+            if csv_file is not None:
+                return read_csv(csv_file.read_text("utf-8"), day)
+            with_key = (name for name in names if settings.upstreams[name].admin_key)
+            return asyncio.run(read_bill(settings, next(with_key, names[0]), day))
         except BillUnreadable as error:
             fail(str(error) if csv_file is None else f"{csv_file}: {error}", EXIT_FAILED)
         except UnicodeDecodeError:
@@ -161,14 +171,16 @@ def _target(settings: Settings, model: str) -> Target | None:
     return None if found is None else found.target
 
 
-async def _books(store: Store, upstream: str, day: str) -> tuple[list[UsageRow], list[Hold]]:
-    """The usage of a day, and its calls at this upstream whose cost may be wrong."""
+async def _books(
+    store: Store, upstreams: Sequence[str], day: str
+) -> tuple[list[UsageRow], list[Hold]]:
+    """The usage of a day, and its calls at these upstreams whose cost may be wrong."""
     suspects: list[Hold] = []
     after = ""
     while page := await store.books.unresolved(after=after):
         after = page[-1].rid
         suspects += [
-            hold for hold in page if hold.upstream == upstream and usage_day(hold.at) == day
+            hold for hold in page if hold.upstream in upstreams and usage_day(hold.at) == day
         ]
     return await store.ledger.usage(day, day), suspects
 

@@ -120,25 +120,28 @@ def model_of(line_item: str, models: Iterable[str]) -> str | None:
 
 
 def reconcile(
-    upstream: str,
+    upstreams: Sequence[str],
     day: str,
     billed: Iterable[BilledItem],
     rows: Sequence[UsageRow],
     served: Callable[[str], Target | None],
     configured: Iterable[str] = (),
 ) -> Reconciliation:
-    """Compares. ``rows`` are the day's usage of every team, ``served`` says where a configured
-    name is served, ``configured`` are the models that this upstream may serve, as it calls them.
+    """Compares. ``upstreams`` are all that are on this bill: a provider's bill is of an
+    organization, which may have several keys. ``rows`` are the day's usage of every team,
+    ``served`` says where a configured name is served, ``configured`` are the models that these
+    upstreams may serve, as the provider calls them.
 
     Several configured names may be one model of the provider; their costs are added up.
     """
+    upstream = "+".join(upstreams)
     mine: dict[str, list[UsageRow]] = {}
     unrouted: dict[str, Money] = {}
     for row in rows:
         target = served(row.model)
         if target is None:
             unrouted[row.model] = unrouted.get(row.model, 0) + row.cost
-        elif target.upstream == upstream:
+        elif target.upstream in upstreams:
             mine.setdefault(target.model, []).append(row)
     models = {*configured, *mine}
     bill: dict[str, Money] = {}

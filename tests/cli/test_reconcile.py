@@ -199,6 +199,28 @@ def test_what_nobody_asked_for(say: Say, books: Path, tmp_path: Path) -> None:
     assert "gpt-image-2: no team asked for it that day" in said.stdout
 
 
+def test_two_upstreams_on_one_bill(say: Say, books: Path) -> None:
+    """The alias goes by another key of the same organization: only together they are the bill."""
+    document = yaml.safe_load(books.read_text())
+    upstream = document["upstreams"]["openai"]
+    document["upstreams"]["second"] = {**upstream, "admin_key": None}
+    document["models"][ALIAS]["upstream"] = "second"
+    books.write_text(yaml.safe_dump(document))
+    assert report(say, books, code=3)["total"]["percent"] == "+50.00"
+    both = report(say, books, "--upstream", "second", "--upstream", "openai")
+    assert both["total"]["difference_usd"] == "0"
+    assert both["upstream"] == "second+openai"
+
+
+def test_which_bill_has_to_be_said(say: Say, books: Path) -> None:
+    document = yaml.safe_load(books.read_text())
+    document["upstreams"]["second"] = document["upstreams"]["openai"]
+    books.write_text(yaml.safe_dump(document))
+    said = say("reconcile", "--day", DAY, "--config", books)
+    assert said.exit_code == 1
+    assert "--upstream NAME (openai, second)" in said.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "code", "why"),
     [

@@ -90,7 +90,7 @@ def test_a_binary_float_is_refused() -> None:
 
 def test_names_of_one_model_are_one_line() -> None:
     rows = [row("growth", FLARE, 60), row("growth", "team-art", 30), row("design", "team-art", 10)]
-    found = reconcile("openai", DAY, items(gpt_image_2=7), rows, served, ["gpt-image-2"])
+    found = reconcile(["openai"], DAY, items(gpt_image_2=7), rows, served, ["gpt-image-2"])
     assert found.models == (Drift("gpt-image-2", 7, 0), Drift(FLARE, 0, 100))
     assert found.total == Drift("total", 7, 100)
     assert found.nobodys == ("gpt-image-2",)
@@ -102,7 +102,7 @@ def test_the_line_items_of_a_model_are_added_up() -> None:
         BilledItem(f"{FLARE}, image output", 90),
         BilledItem(f"{FLARE}-2026-09-08, image output", 7),
     ]
-    found = reconcile("openai", DAY, bill, [row("growth", FLARE, 100)], served)
+    found = reconcile(["openai"], DAY, bill, [row("growth", FLARE, 100)], served)
     assert found.models == (Drift(FLARE, 100, 100),)
     assert not found.proposals
     assert found.drifts(Decimal(0)) == []
@@ -115,13 +115,23 @@ def test_what_belongs_to_no_model_is_listed_and_compared_with_nothing() -> None:
         BilledItem("gpt-6-astra, input_tokens", 500),
     ]
     rows = [row("growth", FLARE, 10), row("growth", "mountains", 77), row("growth", "gone", 9)]
-    found = reconcile("openai", DAY, [*bill, BilledItem(FLARE, 10)], rows, served)
+    found = reconcile(["openai"], DAY, [*bill, BilledItem(FLARE, 10)], rows, served)
     assert found.other == (
         BilledItem("(no line item)", 5),
         BilledItem("gpt-6-astra, input_tokens", 1_500),
     )
     assert found.unrouted == (("gone", 9),)
     assert found.total == Drift("total", 10, 10)
+
+
+def test_several_upstreams_on_one_bill() -> None:
+    rows = [row("growth", FLARE, 10), row("growth", "mountains", 77)]
+    bill = [BilledItem(FLARE, 10), BilledItem("mountain-1, image output", 80)]
+    found = reconcile(["openai", "other"], DAY, bill, rows, served)
+    assert found.upstream == "openai+other"
+    assert found.models == (Drift(FLARE, 10, 10), Drift("mountain-1", 80, 77))
+    [proposal] = found.proposals
+    assert (proposal.model, proposal.amount) == ("mountains", 3)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +156,7 @@ def test_when_it_is_told(billed: int, booked: int, beyond: bool) -> None:
 def test_one_model_may_hide_behind_another_in_the_day_s_sum() -> None:
     rows = [row("growth", FLARE, 100), row("growth", "gpt-image-2", 100)]
     bill = [BilledItem(FLARE, 150), BilledItem("gpt-image-2", 50)]
-    found = reconcile("openai", DAY, bill, rows, served)
+    found = reconcile(["openai"], DAY, bill, rows, served)
     assert [drift.model for drift in found.drifts(ONE)] == ["gpt-image-2", FLARE]
     assert not found.total.difference
 
@@ -174,7 +184,7 @@ def test_a_difference_is_split_by_what_each_was_booked() -> None:
         row("art", FLARE, 100),
         row("growth", FLARE, -50, "", requests=0),
     ]
-    found = reconcile("openai", DAY, [BilledItem(FLARE, 1_049)], rows, served)
+    found = reconcile(["openai"], DAY, [BilledItem(FLARE, 1_049)], rows, served)
     shares = {(each.team, each.model): each.amount for each in found.proposals}
     assert shares == {
         ("growth", FLARE): 57,
@@ -186,14 +196,14 @@ def test_a_difference_is_split_by_what_each_was_booked() -> None:
 
 def test_without_a_price_it_is_split_by_requests() -> None:
     rows = [row("growth", FLARE, 0, requests=3), row("design", FLARE, 0)]
-    found = reconcile("openai", DAY, [BilledItem(FLARE, 8)], rows, served)
+    found = reconcile(["openai"], DAY, [BilledItem(FLARE, 8)], rows, served)
     assert {each.team: each.amount for each in found.proposals} == {"growth": 6, "design": 2}
 
 
 def test_the_same_bill_and_books_have_the_same_ids_and_others_have_others() -> None:
     def ids(billed: int, booked: int, day: str = DAY) -> set[str]:
         rows = [row("growth", FLARE, booked), row("design", FLARE, booked)]
-        found = reconcile("openai", day, [BilledItem(FLARE, billed)], rows, served)
+        found = reconcile(["openai"], day, [BilledItem(FLARE, billed)], rows, served)
         assert len({each.id for each in found.proposals}) == 2
         return {each.id for each in found.proposals}
 
@@ -203,7 +213,7 @@ def test_the_same_bill_and_books_have_the_same_ids_and_others_have_others() -> N
 
 
 def test_the_command_says_it_all() -> None:
-    found = reconcile("openai", DAY, [BilledItem(FLARE, 40)], [row("growth", FLARE, 100)], served)
+    found = reconcile(["openai"], DAY, [BilledItem(FLARE, 40)], [row("growth", FLARE, 100)], served)
     [proposal] = found.proposals
     words = shlex.split(proposal.command)
     assert words[:3] == ["gateway", "ledger", "adjust"]
@@ -239,7 +249,7 @@ def test_parts_add_up_and_are_off_by_less_than_one(
 
 def test_as_a_file() -> None:
     bill = [BilledItem(FLARE, 102), BilledItem("gpt-6-astra, input_tokens", 5)]
-    found = reconcile("openai", DAY, bill, [row("growth", FLARE, 100)], served)
+    found = reconcile(["openai"], DAY, bill, [row("growth", FLARE, 100)], served)
     lines = list(csv.DictReader(io.StringIO(as_csv(found))))
     assert [line["model"] for line in lines] == [
         FLARE,
