@@ -46,6 +46,7 @@ from gateway.ports import (
     Gate,
     Ledger,
     Notifier,
+    Store,
     StoreError,
     Telemetry,
     Upstream,
@@ -65,6 +66,7 @@ from gateway.settings import ImageUrls, Kind, Settings, shipped
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.stores.blobs import DiskCache
 from gateway.stores.memory import MemoryCache, MemoryGate
+from gateway.stores.postgres import PostgresStore
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import StoreAway, connect
@@ -340,11 +342,12 @@ def _refuse(settings: Settings, mistakes: Sequence[str]) -> None:
         raise CannotServe("\n".join(f"{settings.file}: {mistake}" for mistake in mistakes))
 
 
-def open_store(settings: Settings) -> SQLiteStore:
-    """The ledger and the directory. Raises ``StoreError``."""
-    if not isinstance(settings.storage.database, Path):
-        raise StoreError("PostgreSQL does not exist in this version")
-    return SQLiteStore.open(settings.storage.database, on_conflict=_conflict)
+def open_store(settings: Settings) -> Store:
+    """The database. Raises ``StoreError``."""
+    database = settings.storage.database
+    if isinstance(database, Path):
+        return SQLiteStore.open(database, on_conflict=_conflict)
+    return PostgresStore.open(database.reveal(), on_conflict=_conflict)
 
 
 def _conflict(entry: Entry, settlement: Settlement) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from gateway.cli.check import check
+from gateway.cli.db import db
 from gateway.cli.demo import demo
 from gateway.cli.export import export
 from gateway.cli.keys import key
@@ -22,5 +23,5 @@ def main() -> None:
     """A gateway for images that speaks OpenAI: team keys, exact money, cached results."""
 
 
-for _command in (serve, check, demo, sandbox, team, key, usage, ledger, reconcile, export):
+for _command in (serve, check, demo, sandbox, team, key, usage, ledger, reconcile, export, db):
     main.add_command(_command)

@@ -22,11 +22,11 @@ from gateway.domain.errors import GatewayError
 from gateway.domain.money import format_dollars, parse_dollars
 from gateway.domain.quota import MONEY_WINDOWS
 from gateway.domain.team import ANY_MODEL, Limits
-from gateway.ports import AlreadyExists, NotKnown, StoreError
+from gateway.ports import AlreadyExists, NotKnown, Store, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.server import listen
 from gateway.settings import ConfigError, Settings, default_config_path, load, shipped
-from gateway.stores.sqlite import SQLiteStore
+from gateway.stores.postgres_link import place
 
 T = TypeVar("T")
 Command: TypeAlias = Callable[..., None]
@@ -84,7 +84,7 @@ def warn(settings: Settings) -> None:
         click.echo(f"warning: {warning}", err=True)
 
 
-def with_store(settings: Settings, work: Callable[[SQLiteStore], Awaitable[T]]) -> T:
+def with_store(settings: Settings, work: Callable[[Store], Awaitable[T]]) -> T:
     """Runs ``work`` on the opened store; fails as ``failures`` says."""
 
     async def run() -> T:
@@ -96,6 +96,15 @@ def with_store(settings: Settings, work: Callable[[SQLiteStore], Awaitable[T]]) 
 
     with failures():
         return asyncio.run(run())
+
+
+def place_of(settings: Settings) -> str:
+    """The database, for people: a path, or a server without its password."""
+    database = settings.storage.database
+    if isinstance(database, Path):
+        return str(database)
+    with failures():
+        return place(database.reveal())
 
 
 def pepper_of(settings: Settings) -> bytes:

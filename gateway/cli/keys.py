@@ -26,8 +26,8 @@ from gateway.cli.common import (
 from gateway.clock import SystemClock
 from gateway.domain import keys
 from gateway.domain.team import Key, Limits
+from gateway.ports import Store
 from gateway.settings import Settings
-from gateway.stores.sqlite import SQLiteStore
 
 
 @click.group()
@@ -92,7 +92,7 @@ def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
     settings = load_settings(config, of_ones_own=True)
     declared = _declared(settings)
 
-    async def read(store: SQLiteStore) -> tuple[list[Key], set[str]]:
+    async def read(store: Store) -> tuple[list[Key], set[str]]:
         teams = (*settings.teams.values(), *await store.directory.teams())
         return await store.directory.keys(team), {one.id for one in teams if one.disabled}
 
@@ -127,7 +127,7 @@ def revoke(key_id: str, config: Path | None) -> None:
         if one.id == key_id:
             fail(f"key {key_id} is declared in {settings.file}; remove it there", EXIT_FAILED)
 
-    async def revoke_it(store: SQLiteStore) -> Key:
+    async def revoke_it(store: Store) -> Key:
         return await store.directory.revoke_key(key_id, SystemClock().now())
 
     revoked = with_store(settings, revoke_it)

@@ -18,14 +18,15 @@ from gateway.cli.common import (
     limit_options,
     load_settings,
     models_of,
+    place_of,
     print_json,
     print_table,
     say_limits,
     with_store,
 )
 from gateway.domain.team import ANY_MODEL, Limits, Team
+from gateway.ports import Store
 from gateway.settings import is_team_name
-from gateway.stores.sqlite import SQLiteStore
 
 
 @click.group()
@@ -68,7 +69,7 @@ def create(
         time_zone=time_zone,
     )
     with_store(settings, lambda store: store.directory.create_team(made))
-    click.echo(f"team {name} created in {settings.storage.database}")
+    click.echo(f"team {name} created in {place_of(settings)}")
     click.echo(f"now: gateway key create --team {name}")
 
 
@@ -157,7 +158,7 @@ def revoke(name: str, config: Path | None) -> None:
     if name in settings.teams:
         fail(f"team {name} is declared in {settings.file}; disable it there", EXIT_FAILED)
 
-    async def disable(store: SQLiteStore) -> bool:
+    async def disable(store: Store) -> bool:
         for one in await store.directory.teams():
             if one.id == name:
                 await store.directory.update_team(replace(one, disabled=True))

@@ -20,8 +20,8 @@ from gateway.cli.common import (
 )
 from gateway.domain.ledger import UsageRow
 from gateway.domain.money import format_dollars
+from gateway.ports import Store
 from gateway.reports.usage import usage_report
-from gateway.stores.sqlite import SQLiteStore
 
 DAY = click.DateTime(["%Y-%m-%d"])
 
@@ -47,7 +47,7 @@ def usage(
         raise click.UsageError("--until is before --since")
     settings = load_settings(config, of_ones_own=True)
 
-    async def read(store: SQLiteStore) -> tuple[list[UsageRow], dict[str, str]]:
+    async def read(store: Store) -> tuple[list[UsageRow], dict[str, str]]:
         rows = await store.ledger.usage(_day(since), _day(until))
         return rows, {key.id: key.name for key in await store.directory.keys()}
 

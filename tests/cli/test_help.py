@@ -37,6 +37,9 @@ def test_these_are_the_commands() -> None:
     assert {" ".join(path) for path in EVERY} == {
         "",
         "check",
+        "db",
+        "db status",
+        "db upgrade",
         "demo",
         "export",
         "export focus",

@@ -4,11 +4,16 @@ against, and what the suites say to them. A new store joins with one factory in 
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import sqlite3
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
+
+import psycopg
 
 from gateway.domain.call import Operation, Usage
 from gateway.domain.ledger import Basis, Claim, Event, Line, Outcome, Settlement, State
@@ -16,7 +21,9 @@ from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.domain.transition import OnConflict
 from gateway.ports import Ledger, Store
 from gateway.stores.memory_ledger import MemoryStore
+from gateway.stores.postgres import PostgresStore
 from gateway.stores.sqlite import SQLiteStore
+from tests.postgres import Postgres, run_postgres
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 LEASE = timedelta(seconds=660)
@@ -31,7 +38,25 @@ def sqlite(folder: Path, on_conflict: OnConflict) -> Store:
     return SQLiteStore.open(folder / "gateway.db", on_conflict=on_conflict)
 
 
-BACKENDS: dict[str, Callable[[Path, OnConflict], Store]] = {"memory": memory, "sqlite": sqlite}
+@cache
+def server() -> Postgres:
+    """One server for all suites of this process, never mistreated."""
+    running = contextlib.ExitStack()
+    atexit.register(running.close)
+    return running.enter_context(run_postgres())
+
+
+def postgres(folder: Path, on_conflict: OnConflict) -> Store:
+    url = server().fresh_database()
+    (folder / "url").write_text(url)
+    return PostgresStore.open(url, on_conflict=on_conflict, caller_time=True)
+
+
+BACKENDS: dict[str, Callable[[Path, OnConflict], Store]] = {
+    "memory": memory,
+    "sqlite": sqlite,
+    "postgres": postgres,
+}
 """A factory for each store, given a folder of its own."""
 
 
@@ -41,7 +66,16 @@ def spoil_sqlite(folder: Path, sql: str) -> None:
         db.execute(sql)
 
 
-SPOILERS: dict[str, Callable[[Path, str], None]] = {"sqlite": spoil_sqlite}
+def spoil_postgres(folder: Path, sql: str) -> None:
+    with psycopg.connect((folder / "url").read_text(), autocommit=True) as db:
+        db.execute("DROP TRIGGER IF EXISTS journal_is_never_changed ON journal")
+        db.execute(sql.encode())
+
+
+SPOILERS: dict[str, Callable[[Path, str], None]] = {
+    "sqlite": spoil_sqlite,
+    "postgres": spoil_postgres,
+}
 """How a statement that damages the books is run behind the back of a store that has SQL."""
 
 

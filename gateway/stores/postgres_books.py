@@ -1,0 +1,143 @@
+"""The books on PostgreSQL: look-ups, corrections, adjustments, and the audit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
+from gateway.domain.ledger import Entry
+from gateway.domain.transition import DOUBTFUL
+from gateway.stores.postgres_link import Link
+from gateway.stores.postgres_page import Needs, Page
+from gateway.stores.postgres_writer import Reader, Transaction, Writer, with_page
+from gateway.stores.rows import HOLD_COLUMNS, JOURNAL_COLUMNS, hold_of, journal_line_of
+
+_HOLD = f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = %s"  # noqa: S608 - names of columns
+
+_JOURNAL = f"SELECT {JOURNAL_COLUMNS} FROM journal WHERE rid = %s ORDER BY seq"  # noqa: S608
+
+# The first condition is that of the index hold_doubtful.
+_UNRESOLVED = f"""
+SELECT {HOLD_COLUMNS}
+  FROM hold
+ WHERE (state = 'X' OR flags <> '[]') AND rid > %(after)s
+   AND (state = 'X' OR state = 'P' AND EXISTS (
+        SELECT 1 FROM json_array_elements_text(flags::json) AS flag
+         WHERE flag = ANY(%(doubtful)s::text[])))
+ ORDER BY rid LIMIT %(limit)s
+"""  # noqa: S608 - names of columns
+
+_APPLIED = "SELECT count(*) FROM adjustment WHERE id = %s"
+
+# Holds with the same accounts are added up before their accounts are taken apart: there are few
+# such lists, one for each key and day.
+_AUDIT_BALANCES = """
+WITH held (accounts, posted, pending) AS (
+    SELECT accounts, sum(cost), sum(CASE state WHEN 'H' THEN bound ELSE 0 END)
+      FROM hold GROUP BY accounts
+     UNION ALL
+    SELECT accounts, amount, 0 FROM adjustment WHERE rid IS NULL
+), parts (account, posted, pending, kept_posted, kept_pending) AS (
+    SELECT one COLLATE "C", held.posted, held.pending, 0, 0
+      FROM held, json_array_elements_text(held.accounts::json) AS one
+     UNION ALL
+    SELECT account, posted, 0, 0, 0 FROM rolled_up WHERE account <> ''
+     UNION ALL
+    SELECT account, 0, 0, posted, pending FROM balance
+)
+SELECT account, sum(kept_posted), sum(posted), sum(kept_pending), sum(pending)
+  FROM parts
+ GROUP BY account
+HAVING sum(kept_posted) <> sum(posted) OR sum(kept_pending) <> sum(pending)
+ ORDER BY account
+"""
+
+_AUDIT_USAGE = """
+SELECT (SELECT coalesce(sum(cost), 0) FROM usage_daily),
+       (SELECT coalesce(sum(cost), 0) FROM hold)
+     + (SELECT coalesce(sum(amount), 0) FROM adjustment WHERE rid IS NULL)
+     + (SELECT coalesce(sum(posted), 0) FROM rolled_up WHERE account = '')
+"""
+
+_AUDIT_JOURNAL = """
+SELECT rid, cost, coalesce(journalled.posted, 0),
+       CASE state WHEN 'H' THEN bound ELSE 0 END, coalesce(journalled.pending, 0)
+  FROM hold LEFT JOIN (
+       SELECT rid, sum(posted) AS posted, sum(pending) AS pending FROM journal GROUP BY rid
+       ) AS journalled USING (rid)
+ WHERE cost <> coalesce(journalled.posted, 0)
+    OR CASE state WHEN 'H' THEN bound ELSE 0 END <> coalesce(journalled.pending, 0)
+ ORDER BY rid
+"""
+
+_SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+
+
+class PostgresBooks:
+    """``Books`` on PostgreSQL."""
+
+    def __init__(self, writer: Writer, reader: Reader) -> None:
+        self._writer = writer
+        self._reader = reader
+
+    async def find(self, rid: str) -> Hold | None:
+        row = await self._reader.run(lambda link: link.execute(_HOLD, (rid,)).fetchone())
+        return None if row is None else hold_of(row)
+
+    async def journal(self, rid: str) -> list[JournalLine]:
+        rows = await self._reader.run(lambda link: link.execute(_JOURNAL, (rid,)).fetchall())
+        return [journal_line_of(row) for row in rows]
+
+    async def unresolved(self, limit: int = 100, after: str = "") -> list[Hold]:
+        asked = {"after": after, "limit": limit, "doubtful": sorted(DOUBTFUL)}
+        rows = await self._reader.run(lambda link: link.execute(_UNRESOLVED, asked).fetchall())
+        return [hold_of(row) for row in rows]
+
+    async def correct(self, correction: Correction) -> Entry:
+        if correction.cost < 0:
+            raise ValueError("a cost is never negative")
+
+        def correct(page: Page, transaction: Transaction) -> Entry:
+            return page.correct(correction, _applied(transaction, correction.id))
+
+        needs = [Needs(rids=(correction.rid,))]
+        return await self._writer.run(with_page(lambda _: needs, correct))
+
+    async def adjust(self, adjustment: Adjustment) -> bool:
+        def adjust(page: Page, transaction: Transaction) -> bool:
+            if _applied(transaction, adjustment.id):
+                return False
+            page.adjust(adjustment)
+            return True
+
+        needs = [Needs(accounts=adjustment.accounts)]
+        return await self._writer.run(with_page(lambda _: needs, adjust))
+
+    async def audit(self) -> list[Discrepancy]:
+        """Over a connection of its own, for as long as it takes."""
+        return await self._reader.run_long(_audit)
+
+
+def _applied(transaction: Transaction, adjustment: str) -> bool:
+    """Whether this id was applied. Of two at once, the second finds its row taken and begins
+    anew."""
+    return transaction.link.number(_APPLIED, (adjustment,)) > 0
+
+
+def _audit(link: Link) -> list[Discrepancy]:
+    link.execute(_SNAPSHOT)
+    balances = link.execute(_AUDIT_BALANCES).fetchall()
+    usage = link.execute(_AUDIT_USAGE).fetchall()
+    journal = link.execute(_AUDIT_JOURNAL).fetchall()
+    link.execute("ROLLBACK")
+    pairs: list[tuple[str, Any, Any]] = [("cost of all days", *sums) for sums in usage]
+    for account, posted, posted_sum, pending, pending_sum in balances:
+        pairs.append((f"posted of {account}", posted, posted_sum))
+        pairs.append((f"pending of {account}", pending, pending_sum))
+    for rid, posted, posted_sum, pending, pending_sum in journal:
+        pairs.append((f"posted of {rid} in the journal", posted, posted_sum))
+        pairs.append((f"pending of {rid} in the journal", pending, pending_sum))
+    # Sums are of PostgreSQL's type numeric: they may be beyond 64 bits here.
+    return [
+        Discrepancy(what, int(kept), int(summed)) for what, kept, summed in pairs if kept != summed
+    ]

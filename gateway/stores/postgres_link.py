@@ -1,0 +1,190 @@
+"""One connection to PostgreSQL: how it is made, what it waits for, and what its errors mean.
+
+It knows nothing of money. Each process has two: the writer's and the reader's (money.md 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any, LiteralString, TypeVar
+
+import psycopg
+from psycopg import errors
+from psycopg.abc import PQGen
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.rows import TupleRow
+
+from gateway.ports import StoreError
+
+_T = TypeVar("_T")
+
+APPLICATION = "image-gateway"
+STATEMENT_MILLISECONDS = 2_000
+LOCK_MILLISECONDS = 1_000
+IDLE_MILLISECONDS = 5_000
+"""How long the server keeps the locks of a transaction whose client says nothing."""
+SILENCE_SECONDS = 2.4
+"""How long a server may say nothing to a statement, which it would have ended itself by then: it is
+frozen, or the network is."""
+OLDEST_SERVER = 14
+
+_TICK_SECONDS = 0.1
+_DEFAULTS: dict[str, str | int] = {
+    "connect_timeout": 2,
+    "application_name": APPLICATION,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 3_000,
+}
+"""Where the url does not say otherwise."""
+_GONE = ("08", "57", "25", "53", "XX")
+"""Classes of errors after which the connection is of no more use: it broke, the server goes down,
+it became a standby, it has no room."""
+
+# remote_apply is more than we need, and somebody's decision.
+_SETTINGS = """
+SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit')
+           WHEN 'remote_apply' THEN 'remote_apply' ELSE 'on' END, false),
+       set_config('statement_timeout', %s, false),
+       set_config('lock_timeout', %s, false),
+       set_config('idle_in_transaction_session_timeout', %s, false),
+       CASE WHEN pg_is_in_recovery() THEN NULL
+            ELSE substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END
+"""
+_READ_ONLY = "SELECT set_config('default_transaction_read_only', 'on', false)"
+
+
+class ServerSilent(psycopg.OperationalError):
+    """The server has not answered in time, or is not the one that may be written."""
+
+
+class Link(psycopg.Connection[TupleRow]):
+    """A connection that waits for its server with an end.
+
+    ``timeline`` is that of the server's log: another one after each failover.
+    """
+
+    patient = False
+    """Waits for ever: for what may take long."""
+    timeline = ""
+
+    def number(self, sql: LiteralString, asked: Sequence[object] = ()) -> int:
+        """The one whole number that a query answers."""
+        found = self.execute(sql, asked).fetchone()
+        return int(found[0]) if found else 0
+
+    def wait(self, gen: PQGen[_T], *arguments: Any, **options: Any) -> _T:
+        if self.patient:
+            return super().wait(gen, *arguments, **options)
+        options["interval"] = _TICK_SECONDS
+        try:
+            return super().wait(_until_silent(gen), **options)
+        except ServerSilent:
+            # Whatever comes after this must not wait again.
+            self.pgconn.finish()
+            raise
+
+
+def _until_silent(gen: PQGen[_T]) -> Generator[Any, Any, _T]:
+    """``gen``, until the server has said nothing for too long."""
+    try:
+        wanted = next(gen)
+        silent = 0
+        while True:
+            ready = yield wanted
+            silent = 0 if ready else silent + 1
+            if silent * _TICK_SECONDS > SILENCE_SECONDS:
+                raise ServerSilent("the server does not answer")
+            wanted = gen.send(ready)
+    except StopIteration as done:
+        value: _T = done.value
+        return value
+
+
+def connect(url: str, *, read_only: bool = False, patient: bool = False) -> Link:
+    """A connection of ours to the server that may be written, in autocommit.
+
+    ``patient``: without time limits. Raises ``psycopg.Error``; ``StoreError`` for a url that
+    cannot be read.
+    """
+    link = Link.connect(_parameters(url), autocommit=True)
+    link.patient = patient
+    try:
+        limits = (STATEMENT_MILLISECONDS, LOCK_MILLISECONDS, IDLE_MILLISECONDS)
+        said = link.execute(_SETTINGS, [str(0 if patient else limit) for limit in limits])
+        (*_, timeline) = said.fetchone() or (None,)
+        if timeline is None:
+            raise ServerSilent("the server is a standby: name the primary")
+        link.timeline = timeline
+        if read_only:
+            link.execute(_READ_ONLY)
+    except BaseException:
+        link.close()
+        raise
+    return link
+
+
+def connect_at_start(url: str, *, read_only: bool = False, patient: bool = False) -> Link:
+    """As ``connect``. Raises ``StoreError``, which says what to do, and never the password."""
+    try:
+        link = connect(url, read_only=read_only, patient=patient)
+    except psycopg.Error as error:
+        raise StoreError(f"{place(url)} cannot be used: {said_of(error, url)}") from None
+    version = link.info.server_version // 10_000
+    if version < OLDEST_SERVER:
+        link.close()
+        raise StoreError(f"{place(url)} is PostgreSQL {version}; {OLDEST_SERVER} is the oldest")
+    return link
+
+
+def place(url: str) -> str:
+    """The database that a url names, for people: without its user and password."""
+    known = _read(url)
+    host, port = known.get("host", "localhost"), known.get("port", 5432)
+    return f"PostgreSQL database {known.get('dbname', '')} at {host}:{port}"
+
+
+def said_of(error: BaseException, url: str) -> str:
+    """What an error says, on one line, without the password."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    known = _read(url)
+    for name in ("password", "sslpassword"):
+        secret = known.get(name)
+        if secret:
+            text = text.replace(str(secret), "***")
+    return text
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same transaction may succeed when it is sent again: what failed is the server,
+    the network or a race, and not what was asked."""
+    if isinstance(error, errors.UniqueViolation):
+        # Somebody else's transaction was first; this time its row will be seen.
+        return True
+    asked = (psycopg.DataError, psycopg.IntegrityError)
+    return isinstance(error, psycopg.Error) and not isinstance(error, asked)
+
+
+def is_of_no_use(link: Link, error: BaseException) -> bool:
+    """Whether a connection should be replaced after this error."""
+    state = error.sqlstate if isinstance(error, psycopg.Error) else None
+    broken = link.closed or link.broken
+    return broken or (state is not None and state.startswith(_GONE))
+
+
+def _parameters(url: str) -> str:
+    known = _read(url)
+    defaults = {name: value for name, value in _DEFAULTS.items() if name not in known}
+    return make_conninfo(url, **defaults)
+
+
+def _read(url: str) -> dict[str, Any]:
+    try:
+        return dict(conninfo_to_dict(url))
+    except psycopg.ProgrammingError:
+        # What it says may have a part of the password in it.
+        raise StoreError(
+            "storage.database is no url that PostgreSQL's client can read: a parameter has an "
+            "unknown name, or a character of the user or the password is not percent-encoded"
+        ) from None

@@ -1,0 +1,534 @@
+"""The two connections of a process to PostgreSQL, each in a thread of its own.
+
+How a write becomes durable::
+
+    any task ──► queue ──► the writer: one thread a process ──► futures, after COMMIT
+                           takes what has queued (at most 128)
+                           BEGIN    learn | lock | write COMMIT    (three round trips)
+
+Calls on money share a transaction and a ``Page``; whatever else is written has one of its own
+(an *errand*). When a transaction fails because of what one call asked for, the calls are sent one
+by one, so that only that call fails.
+
+A transaction that the server, the network or a race broke is sent again, over another connection
+where that is needed, at most three times. Where the answer to a COMMIT was lost, the server is
+asked first what became of that transaction (``pg_xact_status``): it is repeated only if it did not
+happen. After a failover nobody can say; then calls on money, which are keyed by their rid, are
+repeated, and replays, which are not, are dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, LiteralString, TypeAlias, TypeVar
+
+import psycopg
+
+from gateway.domain.errors import LedgerUnavailable
+from gateway.stores.postgres_link import (
+    Link,
+    connect,
+    is_of_no_use,
+    is_transient,
+    said_of,
+)
+from gateway.stores.postgres_page import NOTHING, Needs, Outdated, Page
+from gateway.stores.rows import micros
+from gateway.stores.sqlite_file import unavailable, unreadable
+
+BATCH = 128
+QUEUE = 10_000
+"""Operations that may wait for the writer. More are refused: it is far behind, or stuck."""
+ATTEMPTS = 4
+"""The first, and three repeats."""
+PAUSE_SECONDS = 0.1
+PATIENCE_SECONDS = 3.0
+"""How long a caller waits. What it asked for may still come: everything can be repeated."""
+CLOSE_SECONDS = 10.0
+FATE_LOOKS = 20
+
+_T = TypeVar("_T")
+_log = logging.getLogger(__name__)
+
+_BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE"
+_IDENTITY = """
+SELECT pg_current_xact_id()::text, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+"""
+_FATE = "SELECT pg_xact_status(%s::xid8)"
+_END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s"
+
+
+class _Lost(Exception):
+    """A COMMIT was sent and not answered. ``transaction`` is what became of it, or not."""
+
+    def __init__(self, transaction: Transaction) -> None:
+        super().__init__("the answer to a COMMIT was lost")
+        self.transaction = transaction
+
+
+@dataclass(slots=True)
+class Transaction:
+    """One transaction of the writer. ``now`` is the server's clock as it began, in microseconds.
+
+    ``caller_time``: the callers' clocks are believed. ``again``: it may have been committed once
+    already; nobody can say.
+    """
+
+    link: Link
+    caller_time: bool = False
+    again: bool = False
+    now: int = 0
+    identity: str = ""
+    pid: int = 0
+    ending: bool = False
+    """COMMIT was sent."""
+    result: Any = None
+
+    def instant(self, at: datetime) -> int:
+        """The instant that leases are judged by, in microseconds: the server's, or the caller's."""
+        return micros(at) if self.caller_time else self.now
+
+    def run(self, work: Callable[[Transaction], _T]) -> _T:
+        """Raises ``psycopg.Error`` and ``_Lost``, and whatever ``work`` raises."""
+        self.pid = self.link.info.backend_pid
+        try:
+            result = work(self)
+        except psycopg.Error as error:
+            if self.ending and (self.link.closed or self.link.broken):
+                raise _Lost(self) from error
+            raise
+        return result
+
+    def begin(self, learn: Callable[[], _T]) -> _T:
+        """``learn`` is asked in the same round trip."""
+        with self.link.pipeline():
+            self.link.execute(_BEGIN)
+            identity = self.link.execute(_IDENTITY)
+            learnt = learn()
+        self.identity, self.now = identity.fetchone() or ("", 0)
+        return learnt
+
+    def commit(self, result: object, last: Callable[[Link], None]) -> None:
+        """``last`` are the final statements, in the same round trip."""
+        self.result = result
+        with self.link.pipeline():
+            last(self.link)
+            self.ending = True
+            self.link.execute("COMMIT")
+
+
+Errand: TypeAlias = Callable[[Transaction], _T]
+Decision: TypeAlias = Callable[[Page, Transaction], _T]
+
+
+def alone(work: Callable[[Transaction], _T]) -> Errand[_T]:
+    """An errand: ``work`` in a transaction of its own."""
+
+    def run(transaction: Transaction) -> _T:
+        transaction.begin(lambda: None)
+        result = work(transaction)
+        transaction.commit(result, lambda link: None)
+        return result
+
+    return run
+
+
+def with_page(
+    needs: Callable[[Transaction], list[Needs]], work: Callable[[Page, Transaction], _T]
+) -> Errand[_T]:
+    """An errand that decides about a page: ``needs`` may ask the database what to lock."""
+
+    def run(transaction: Transaction) -> _T:
+        transaction.begin(lambda: None)
+        asked = needs(transaction)
+        with transaction.link.pipeline():
+            learnt = Page.learn(transaction.link, asked)
+        page = Page.lock(transaction.link, learnt)
+        result = work(page, transaction)
+        transaction.commit(result, page.write)
+        return result
+
+    return run
+
+
+@dataclass(slots=True)
+class _Waiter(Generic[_T]):
+    """Who waits for an operation, and on which loop."""
+
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[_T]
+
+
+class _Operation(Generic[_T]):
+    """One piece of work for the writer, and then its result or its error.
+
+    Either ``decide`` on a page of which it ``needs`` some rows, or an ``errand``. ``rid`` names it
+    in the log where nobody waits for it. One that is ``droppable`` is skipped when its waiter has
+    gone before its turn.
+    """
+
+    __slots__ = ("decide", "droppable", "errand", "error", "needs", "result", "rid", "waiter")
+
+    def __init__(
+        self,
+        waiter: _Waiter[_T] | None,
+        *,
+        needs: Needs = NOTHING,
+        decide: Decision[_T] | None = None,
+        errand: Errand[_T] | None = None,
+        droppable: bool = False,
+        rid: str = "",
+    ) -> None:
+        self.waiter = waiter
+        self.needs = needs
+        self.decide = decide
+        self.errand = errand
+        self.droppable = droppable
+        self.rid = rid
+        self.result: tuple[_T] | None = None
+        self.error: Exception | None = None
+
+    @property
+    def abandoned(self) -> bool:
+        return self.droppable and self.waiter is not None and self.waiter.future.cancelled()
+
+    def run(self, page: Page, transaction: Transaction) -> None:
+        self.result = self.error = None
+        if self.decide is None or (self.waiter is None and transaction.again):
+            return
+        try:
+            self.result = (self.decide(page, transaction),)
+        except Outdated:
+            raise
+        except Exception as error:  # noqa: BLE001 - its waiter hears of it
+            self.error = error
+
+    def fail(self, error: Exception) -> None:
+        self.result, self.error = None, error
+
+    def deliver(self) -> None:
+        """On the waiter's loop: hands over the result, if it is still wanted."""
+        if self.waiter is None or self.waiter.future.done():
+            return
+        if self.result is not None:
+            self.waiter.future.set_result(self.result[0])
+        else:
+            self.waiter.future.set_exception(self.error or unavailable())
+
+
+class Writer:
+    """The one thread of this process that writes, its queue and its connection."""
+
+    def __init__(self, url: str, link: Link, caller_time: bool) -> None:
+        self._url = url
+        self._caller_time = caller_time
+        self._link: Link | None = link
+        self._closed = False
+        self._pause = threading.Event()
+        self._queue: queue.Queue[_Operation[Any] | None] = queue.Queue(QUEUE)
+        self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
+        self._thread.start()
+
+    async def decide(self, needs: Needs, decide: Decision[_T], *, droppable: bool = False) -> _T:
+        """Decides in the next transaction; returns the result once that is durable.
+
+        Raises what ``decide`` raises, and ``LedgerUnavailable`` when the commit failed or is not
+        done in time (where it may still come: every call can be repeated).
+        """
+        waiter = _waiter()
+        return await self._wait(
+            _Operation(waiter, needs=needs, decide=decide, droppable=droppable), waiter
+        )
+
+    async def run(self, errand: Errand[_T]) -> _T:
+        """Runs an errand; raises as ``decide``."""
+        waiter = _waiter()
+        return await self._wait(_Operation(waiter, errand=errand), waiter)
+
+    def post(self, decide: Decision[object], rid: str) -> None:
+        """Decides in the next transaction; nobody waits, and a failure is only logged."""
+        try:
+            self._enqueue(_Operation[object](None, decide=decide, rid=rid))
+        except LedgerUnavailable:
+            _log.error("replay %s is not counted: the writer's queue is full or closed", rid)
+
+    async def aclose(self) -> None:
+        """Commits what is queued, then closes the connection."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._stop)
+
+    async def _wait(self, operation: _Operation[_T], waiter: _Waiter[_T]) -> _T:
+        self._enqueue(operation)
+        try:
+            async with asyncio.timeout(PATIENCE_SECONDS):
+                return await waiter.future
+        except TimeoutError:
+            _log.warning("the ledger's database does not answer in time")
+            raise unavailable() from None
+
+    def _enqueue(self, operation: _Operation[_T]) -> None:
+        if self._closed:
+            raise unavailable()
+        try:
+            self._queue.put_nowait(operation)
+        except queue.Full:
+            raise unavailable() from None
+
+    def _stop(self) -> None:
+        try:
+            self._queue.put(None, timeout=CLOSE_SECONDS)
+        except queue.Full:
+            _log.error("the ledger's writer is stuck: its queue is given up")
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            _log.error("the ledger's writer is stuck: its thread is given up")
+
+    def _run(self) -> None:
+        going_on = True
+        while going_on:
+            batch, going_on = self._take()
+            bookings = [operation for operation in batch if operation.errand is None]
+            if bookings:
+                self._book(bookings)
+            for operation in batch:
+                if operation.errand is not None:
+                    self._run_errand(operation, operation.errand)
+        self._drop()
+
+    def _take(self) -> tuple[list[_Operation[Any]], bool]:
+        """What has queued, at least one and at most a batch; and whether to go on after it."""
+        batch = []
+        operation = self._queue.get()
+        while operation is not None:
+            batch.append(operation)
+            if len(batch) == BATCH:
+                return batch, True
+            try:
+                operation = self._queue.get_nowait()
+            except queue.Empty:
+                return batch, True
+        return batch, False
+
+    def _book(self, batch: list[_Operation[Any]]) -> None:
+        try:
+            wanted = self._attempt(lambda transaction: _book(batch, transaction))
+            _deliver(wanted)
+        except LedgerUnavailable as error:
+            self._give_up(batch, error)
+        except Exception as error:  # noqa: BLE001 - the thread outlives whatever it was
+            if len(batch) == 1:
+                self._give_up(batch, error)
+                return
+            # Something that one of them asked for. The others must not suffer.
+            for operation in batch:
+                self._book([operation])
+
+    def _run_errand(self, operation: _Operation[Any], errand: Errand[Any]) -> None:
+        try:
+            operation.result = (self._attempt(errand),)
+        except Exception as error:  # noqa: BLE001 - its waiter hears of it
+            operation.fail(error)
+        _deliver([operation])
+
+    def _give_up(self, batch: list[_Operation[Any]], error: Exception) -> None:
+        for operation in batch:
+            operation.fail(error)
+        _deliver(batch)
+
+    def _attempt(self, work: Errand[_T]) -> _T:
+        """Runs a transaction, and again where something broke it. Raises ``LedgerUnavailable``,
+        and what ``work`` itself is guilty of."""
+        lost: Transaction | None = None
+        again = False
+        for attempt in range(ATTEMPTS):
+            self._pause.wait(attempt * PAUSE_SECONDS)
+            try:
+                if self._link is None:
+                    self._link = connect(self._url)
+                if lost is not None:
+                    happened = self._fate(self._link, lost)
+                    if happened:
+                        result: _T = lost.result
+                        return result
+                    again = again or happened is None
+                    lost = None
+                return Transaction(self._link, self._caller_time, again).run(work)
+            except _Lost as error:
+                lost = error.transaction
+                self._broken(error)
+            except Outdated as error:
+                self._broken(error)
+            except psycopg.Error as error:
+                self._broken(error)
+                if not is_transient(error):
+                    raise
+            except BaseException as error:
+                self._broken(error)
+                raise
+        raise unavailable()
+
+    def _fate(self, link: Link, lost: Transaction) -> bool | None:
+        """Whether a transaction was committed; None where nobody can say."""
+        if lost.link.timeline != link.timeline:
+            return None
+        for _ in range(FATE_LOOKS):
+            (status,) = link.execute(_FATE, (lost.identity,)).fetchone() or (None,)
+            if status != "in progress":
+                return None if status is None else bool(status == "committed")
+            # Its connection is gone, but its process has not noticed.
+            link.execute(_END, (lost.pid,))
+            self._pause.wait(PAUSE_SECONDS)
+        raise psycopg.OperationalError("a transaction before this one has not ended yet")
+
+    def _broken(self, error: BaseException) -> None:
+        """Leaves no half transaction behind, and no connection that is of no use."""
+        _log.warning("a transaction of the ledger failed: %s", said_of(error, self._url))
+        link = self._link
+        if link is None:
+            return
+        if is_of_no_use(link, error):
+            self._drop()
+            return
+        try:
+            link.execute("ROLLBACK")
+        except psycopg.Error:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._link is not None:
+            with suppress(psycopg.Error):
+                self._link.close()
+            self._link = None
+
+
+def _book(batch: list[_Operation[Any]], transaction: Transaction) -> list[_Operation[Any]]:
+    """Decides about all that are still wanted, in one transaction; returns them."""
+    wanted = [operation for operation in batch if not operation.abandoned]
+    if not wanted:
+        return wanted
+    link = transaction.link
+    learnt = transaction.begin(lambda: Page.learn(link, [operation.needs for operation in wanted]))
+    page = Page.lock(link, learnt)
+    for operation in wanted:
+        operation.run(page, transaction)
+    transaction.commit(wanted, page.write)
+    return wanted
+
+
+def _waiter() -> _Waiter[Any]:
+    loop = asyncio.get_running_loop()
+    return _Waiter(loop, loop.create_future())
+
+
+def _deliver(batch: Iterable[_Operation[Any]]) -> None:
+    """From the writer's thread: one wake-up for each loop that waits."""
+    loops: dict[asyncio.AbstractEventLoop, list[_Operation[Any]]] = {}
+    for operation in batch:
+        if operation.waiter is not None:
+            loops.setdefault(operation.waiter.loop, []).append(operation)
+        elif operation.error is not None or operation.result is None:
+            _log.error("replay %s is not counted: %r", operation.rid, operation.error)
+    for loop, operations in loops.items():
+        try:
+            loop.call_soon_threadsafe(_deliver_here, operations)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            _log.warning("%d results of the ledger came too late", len(operations))
+
+
+def _deliver_here(operations: Iterable[_Operation[Any]]) -> None:
+    for operation in operations:
+        operation.deliver()
+
+
+class Reader:
+    """A second connection in a thread of its own: reads never wait for the writer."""
+
+    def __init__(self, url: str, link: Link) -> None:
+        self._url = url
+        self._link: Link | None = link
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="ledger-reader")
+        self._closed = False
+
+    async def run(self, read: Callable[[Link], _T]) -> _T:
+        """Raises ``LedgerUnavailable`` when the database cannot be read in time."""
+        return await self._submit(lambda: self._read(read), PATIENCE_SECONDS)
+
+    async def run_long(self, read: Callable[[Link], _T]) -> _T:
+        """As ``run``, over a connection of its own, for as long as it takes."""
+
+        def work() -> _T:
+            with connect(self._url, read_only=True, patient=True) as link:
+                return read(link)
+
+        try:
+            return await asyncio.to_thread(work)
+        except psycopg.Error as error:
+            raise self._unreadable(error) from None
+
+    async def ping(self, sql: LiteralString) -> None:
+        """Raises ``LedgerUnavailable`` when ``sql`` has no answer, or the server is a standby."""
+
+        def read(link: Link) -> None:
+            answer = link.execute(sql).fetchone()
+            if answer is None or answer[0]:
+                link.close()
+                raise psycopg.OperationalError("the server has become a standby")
+
+        await self.run(read)
+
+    async def aclose(self) -> None:
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._pool.shutdown)
+            self._drop()
+
+    async def _submit(self, work: Callable[[], _T], seconds: float) -> _T:
+        if self._closed:
+            raise unreadable()
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(seconds):
+                return await loop.run_in_executor(self._pool, work)
+        except TimeoutError:
+            raise unreadable() from None
+        except psycopg.Error as error:
+            raise self._unreadable(error) from None
+
+    def _read(self, read: Callable[[Link], _T]) -> _T:
+        """Once more over a new connection, where the old one had broken meanwhile."""
+        fresh = self._link is None
+        try:
+            return self._read_once(read)
+        except psycopg.Error:
+            if fresh or self._link is not None:
+                raise
+            return self._read_once(read)
+
+    def _read_once(self, read: Callable[[Link], _T]) -> _T:
+        if self._link is None:
+            self._link = connect(self._url, read_only=True)
+        try:
+            return read(self._link)
+        except psycopg.Error as error:
+            if is_of_no_use(self._link, error):
+                self._drop()
+            raise
+
+    def _drop(self) -> None:
+        if self._link is not None:
+            with suppress(psycopg.Error):
+                self._link.close()
+            self._link = None
+
+    def _unreadable(self, error: psycopg.Error) -> LedgerUnavailable:
+        _log.warning("the ledger cannot be read: %s", said_of(error, self._url))
+        return unreadable()

@@ -1,0 +1,51 @@
+"""The numbered schemas of both databases, and which of them a database has."""
+
+from __future__ import annotations
+
+import sqlite3
+from contextlib import closing
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Literal
+
+from gateway.ports import StoreError
+
+
+@dataclass(frozen=True, slots=True)
+class Versions:
+    """The schema that a database has, 0 where it has none, and the one that this program knows."""
+
+    database: int
+    program: int
+
+    @property
+    def upgrade_needed(self) -> bool:
+        return self.database < self.program
+
+    @property
+    def too_new(self) -> bool:
+        return self.database > self.program
+
+
+def migrations(kind: Literal["sqlite", "postgres"]) -> list[str]:
+    """The text of each numbered file, in order."""
+    folder = resources.files("gateway.stores").joinpath("migrations", kind)
+    files = sorted(
+        (file for file in folder.iterdir() if file.name.endswith(".sql")),
+        key=lambda file: file.name,
+    )
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
+def sqlite_versions(path: Path) -> Versions:
+    """Of an SQLite file, which is not changed. Raises ``StoreError``."""
+    program = len(migrations("sqlite"))
+    if not path.exists():
+        return Versions(0, program)
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            (found,) = db.execute("PRAGMA user_version").fetchone()
+    except sqlite3.Error as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    return Versions(found, program)
