@@ -14,7 +14,7 @@ import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -27,6 +27,7 @@ from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
 from gateway.api.relayed import ASGIApp, Receive, RelayedRoutes, Scope, Send
 from gateway.domain import keys
+from gateway.domain.bill import BilledItem
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import GatewayError
 from gateway.domain.ledger import Entry, Settlement
@@ -39,6 +40,7 @@ from gateway.domain.team import Key, Team
 from gateway.housekeeping import Housekeeping, Pace
 from gateway.notify import PAUSES_SECONDS, Webhooks
 from gateway.ports import (
+    BillUnreadable,
     Cache,
     Clock,
     Directory,
@@ -80,6 +82,7 @@ from gateway.telemetry.log import RequestLog
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream import openai
 from gateway.upstream.account import Account, AccountOptions, build_account
+from gateway.upstream.costs import read_costs
 from gateway.upstream.postbox import WebPostbox
 from gateway.upstream.wire import Timeouts
 from gateway.yamlfile import plain
@@ -221,7 +224,11 @@ async def open_gateway(
         if metrics.shared:
             stack.push_async_callback(_cancel, asyncio.create_task(_look_for_ever(metrics)))
 
-        notifier = _notifier(settings, clock, metrics)
+        notifier = open_notifier(
+            settings,
+            clock,
+            lambda outcome: metrics.add("gateway_webhook_total", outcome=outcome),
+        )
         if notifier is not None:
             stack.push_async_callback(notifier.aclose)
         budget_watch = BudgetWatch(
@@ -487,6 +494,34 @@ def declared_keys(settings: Settings, pepper: bytes) -> Mapping[bytes, tuple[Tea
     return found
 
 
+async def read_bill(settings: Settings, upstream: str, day: date) -> list[BilledItem]:
+    """What an upstream billed on a UTC day, by line item, read with its ``admin_key``.
+
+    Raises ``CannotServe`` where it has none, ``BillUnreadable`` for all that can go wrong then.
+    """
+    configured = settings.upstreams[upstream]
+    if configured.kind is Kind.SANDBOX:
+        raise BillUnreadable(
+            f"upstream {upstream} is a sandbox inside the gateway, and its bill ends with it. Run "
+            "`gateway sandbox` and point an upstream of kind openai at it"
+        )
+    if not configured.admin_key:
+        raise CannotServe(
+            f"{settings.file}: upstreams.{upstream}.admin_key is not set, and it is what reads a "
+            "bill. Set it, or give the upstream's export with --csv FILE"
+        )
+    account = _account(replace(configured, api_keys=(configured.admin_key,)), configured.base_url)
+    try:
+        found = await read_costs(account, day, day)
+    finally:
+        await account.aclose()
+    if day not in found:
+        raise BillUnreadable(
+            f"upstream {upstream}: its costs do not have {day} yet; try again later"
+        )
+    return found[day]
+
+
 def _passes_urls(upstream: UpstreamSettings) -> bool:
     return upstream.image_urls is ImageUrls.PASSTHROUGH
 
@@ -602,8 +637,13 @@ def _cache(
     return TieredCache(front, back), None if same else back
 
 
-def _notifier(settings: Settings, clock: Clock, metrics: Metrics) -> Notifier | None:
-    """Who hears of budgets; nobody where no webhook is configured. Raises ``CannotServe``."""
+def open_notifier(
+    settings: Settings, clock: Clock, counted: Callable[[str], None] = lambda outcome: None
+) -> Notifier | None:
+    """Who hears of budgets and drifts; nobody where no webhook is configured.
+
+    ``counted`` hears how each message went. Raises ``CannotServe``.
+    """
     notify = settings.notify
     if notify.webhook is None:
         return None
@@ -615,7 +655,7 @@ def _notifier(settings: Settings, clock: Clock, metrics: Metrics) -> Notifier | 
         postbox,
         notify.secret.reveal() if notify.secret else None,
         clock,
-        counted=lambda outcome: metrics.add("gateway_webhook_total", outcome=outcome),
+        counted=counted,
         pauses_seconds=PAUSES_SECONDS,
     )
 

@@ -366,6 +366,10 @@ class Upstream(Protocol):
     async def aclose(self) -> None: ...
 
 
+class BillUnreadable(Exception):
+    """What a provider billed cannot be read. The message says why, and what to do."""
+
+
 class Telemetry(Protocol):
     """Who hears of each request's end. Called once a request, when its money is settled too."""
 

@@ -129,6 +129,12 @@ class GatewayProcess:
 
     def wait_ready(self) -> GatewayProcess:
         """Until it says where it listens, and `/readyz` says that it may be used."""
+        self.wait_listening()
+        wait_until(self.is_ready, "the gateway is ready", START_SECONDS)
+        return self
+
+    def wait_listening(self) -> None:
+        """Until it says where it listens."""
         with self._news:
             self._news.wait_for(
                 lambda: self._ended or any("serving on" in line for line in self._said),
@@ -136,8 +142,6 @@ class GatewayProcess:
             )
         if not any("serving on" in line for line in self._said):
             raise AssertionError(f"the gateway did not start:\n{self.stderr}")
-        wait_until(self.is_ready, "the gateway is ready", START_SECONDS)
-        return self
 
     def is_ready(self) -> bool:
         try:

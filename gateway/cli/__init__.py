@@ -7,7 +7,10 @@ import click
 from gateway.cli.check import check
 from gateway.cli.db import db
 from gateway.cli.demo import demo
+from gateway.cli.export import export
 from gateway.cli.keys import key
+from gateway.cli.ledger import ledger
+from gateway.cli.reconcile import reconcile
 from gateway.cli.sandbox import sandbox
 from gateway.cli.serve import serve
 from gateway.cli.teams import team
@@ -20,5 +23,5 @@ def main() -> None:
     """A gateway for images that speaks OpenAI: team keys, exact money, cached results."""
 
 
-for _command in (serve, check, demo, sandbox, team, key, usage, db):
+for _command in (serve, check, demo, sandbox, team, key, usage, ledger, reconcile, export, db):
     main.add_command(_command)

@@ -9,6 +9,7 @@
     models.py    which models there are, and until when
     answer.py    what a bought picture looks like on the wire: JSON and SSE
     usage.py     the bill
+    costs.py     the bill in dollars, for an administrator
     draw.py      real pictures
     rules.py     scripted faults
     wire.py      sends an answer, or breaks it where a rule says so

@@ -4,6 +4,7 @@
 
     POST /v1/images/generations    GET /v1/models         everything else under /v1: 404
     POST /v1/images/edits          GET /v1/models/{id}
+    GET  /v1/organization/costs    with a key that starts with sk-admin
 
     POST, DELETE /sandbox/rules    GET /sandbox/journal   only with control=True, without a key
 
@@ -24,6 +25,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.domain.call import Json, Operation
 from gateway.ports import Clock
+from gateway.sandbox import costs
 from gateway.sandbox.answer import Purchase, error_event
 from gateway.sandbox.forms import Form, Malformed, read_json, read_multipart
 from gateway.sandbox.journal import Journal, Record
@@ -191,6 +193,8 @@ class _Exchange:
             await self._json(200, {"object": "list", "data": rows})
         elif path.startswith("/v1/models/") and method == "GET":
             await self._model(path.removeprefix("/v1/models/"))
+        elif path == costs.PATH and method == "GET":
+            await self._costs()
         else:
             raise Refused(f"Invalid URL ({method} {path})", code="unknown_url", status=404)
 
@@ -204,6 +208,25 @@ class _Exchange:
                 status=404,
             )
         await self._json(200, row.as_json())
+
+    async def _costs(self) -> None:
+        """What was billed, a day a bucket. Its rules match its path alone."""
+        self._rule = self._sandbox.rules.take(self._record.path, "", "")
+        self.wire = self._new_wire()
+        await self._linger()
+        if self._rule.refuses:
+            await self._fault()
+            return
+        if not costs.may_read(self._record.header("authorization") or ""):
+            raise Refused(
+                "You have insufficient permissions for this operation. Missing scopes: "
+                "api.usage.read. Check that you have the correct role in your organization.",
+                code=None,
+                status=401,
+            )
+        asked = costs.read_query(self._record.query, self._sandbox.clock.now())
+        billed = self._sandbox.journal.costs
+        await self._json(200, costs.page(asked, billed, self._rule.drift_percent))
 
     async def _images(self, operation: Operation, body: bytes) -> None:
         form, trouble = await asyncio.to_thread(self._read, operation, body)
@@ -285,7 +308,7 @@ class _Exchange:
         await self.wire.pause(self._sandbox.latency_seconds)
         body = await asyncio.to_thread(purchase.json)
         if rule.counts:
-            self._bill(purchase.pictures, purchase.usage())
+            self._bill(purchase.pictures, purchase.usage(), purchase.order.model.id)
         if rule.cut_before_headers:
             await self.wire.cut()
         kind, extra = "application/json", {"content-encoding": "gzip"} if rule.gzip else {}
@@ -301,7 +324,7 @@ class _Exchange:
         """A stream of events. It is billed when its work starts: a cut changes nothing."""
         rule, wire = self._rule, self.wire
         if rule.counts:
-            self._bill(purchase.pictures, purchase.stream_usage())
+            self._bill(purchase.pictures, purchase.stream_usage(), purchase.order.model.id)
         if rule.cut_before_headers:
             await wire.cut()
         if rule.error_in_200 or rule.html_200:
@@ -353,8 +376,9 @@ class _Exchange:
         else:
             raise Refused(f"Invalid URL ({asked[0]} {asked[1]})", code="unknown_url", status=404)
 
-    def _bill(self, images: int, usage: Json) -> None:
-        self._sandbox.journal.bill(self._record, self._sandbox.clock.now(), images, usage)
+    def _bill(self, images: int, usage: Json, model: str = "") -> None:
+        items = costs.line_items(model, usage)
+        self._sandbox.journal.bill(self._record, self._sandbox.clock.now(), images, usage, items)
 
     def _new_wire(self) -> Wire:
         return Wire(

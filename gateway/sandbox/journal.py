@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, date, datetime
 
 from gateway.domain.call import Json
 from gateway.sandbox.watch import Watch
@@ -115,6 +115,7 @@ class Journal(Watch):
         self._received = 0
         self._billed_requests = 0
         self._billed_images = 0
+        self._costs: dict[tuple[date, str], int] = {}
 
     @property
     def received(self) -> int:
@@ -152,9 +153,26 @@ class Journal(Watch):
             self._records.append(record)
         self._changed()
 
-    def bill(self, record: Record, at: datetime, images: int, usage: Json) -> None:
-        """``usage`` is the object of contract 1.3; ``images`` were made."""
+    @property
+    def costs(self) -> list[tuple[date, str, int]]:
+        """What was billed since the start: (UTC day, line item, nano-dollars)."""
         with self._lock:
+            return [(day, item, nanos) for (day, item), nanos in self._costs.items()]
+
+    def bill(
+        self,
+        record: Record,
+        at: datetime,
+        images: int,
+        usage: Json,
+        items: Iterable[tuple[str, int]] = (),
+    ) -> None:
+        """``usage`` is the object of contract 1.3; ``images`` were made. ``items`` are line items
+        and their nano-dollars."""
+        with self._lock:
+            for item, nanos in items:
+                key = (at.astimezone(UTC).date(), item)
+                self._costs[key] = self._costs.get(key, 0) + nanos
             record.billed_at, record.images, record.usage = at, images, usage
             self._billed_requests += 1
             self._billed_images += images
@@ -170,4 +188,5 @@ class Journal(Watch):
         with self._lock:
             self._records.clear()
             self._received = self._billed_requests = self._billed_images = 0
+            self._costs.clear()
         self._changed()

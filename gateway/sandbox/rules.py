@@ -101,6 +101,9 @@ class Rule:
     sse_garbage: bool = False
     """An event that is no JSON in place of the completed one."""
 
+    drift_percent: float = 0
+    """``/organization/costs`` says so much more than was billed, in percent; less, if negative."""
+
     @property
     def refuses(self) -> bool:
         """Whether it answers in place of the API."""
@@ -204,6 +207,8 @@ def _fits(name: str, given: Json) -> bool:
         return isinstance(given, dict) and all(isinstance(text, str) for text in given.values())
     if name in _MAPPINGS:
         return isinstance(given, dict)
-    if name == "delay_seconds":
-        return isinstance(given, (int, float)) and not isinstance(given, bool) and given >= 0
+    if name in ("delay_seconds", "drift_percent"):
+        if isinstance(given, bool) or not isinstance(given, (int, float)):
+            return False
+        return name == "drift_percent" or given >= 0
     return isinstance(given, bool) and name != "drip"

@@ -1,0 +1,89 @@
+"""`gateway export`: the books in the forms that other systems read."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+import click
+
+from gateway.app import declared_keys
+from gateway.cli.common import (
+    config_option,
+    failures,
+    load_settings,
+    pepper_of,
+    with_store,
+)
+from gateway.clock import SystemClock
+from gateway.domain.ledger import UsageRow
+from gateway.ports import Store
+from gateway.reports.focus import Provider, as_csv, as_json, focus_rows
+
+DAY = click.DateTime(["%Y-%m-%d"])
+
+
+@click.group()
+def export() -> None:
+    """Write the books in the forms that other systems read."""
+
+
+@export.command()
+@click.option("--from", "first", type=DAY, help="The first day (UTC). Default: of this month.")
+@click.option("--to", "last", type=DAY, help="The last day (UTC), included. Default: today.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["csv", "json"]),
+    default="csv",
+    show_default=True,
+    help="JSON has the same columns; dollars are text in both.",
+)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Default: printed.")
+@click.option(
+    "--billing-account",
+    default="image-gateway",
+    show_default=True,
+    help="BillingAccountId: what you call the account that pays.",
+)
+@config_option
+def focus(
+    first: datetime | None,
+    last: datetime | None,
+    form: str,
+    out: Path | None,
+    billing_account: str,
+    config: Path | None,
+) -> None:
+    """Write what each team, key and model cost on each day, as FOCUS 1.2.
+
+    FOCUS is the FinOps Open Cost and Usage Specification. The sum of BilledCost is what the ledger
+    posted, to the nano-dollar. Providers are those that serve the models today.
+    """
+    today = SystemClock().now().date()
+    since = first.date() if first else today.replace(day=1)
+    until = last.date() if last else max(today, since)
+    if until < since:
+        raise click.UsageError("--to is before --from")
+    settings = load_settings(config, of_ones_own=True)
+
+    async def read(store: Store) -> tuple[list[UsageRow], dict[str, str]]:
+        rows = await store.ledger.usage(since.isoformat(), until.isoformat())
+        return rows, {key.id: key.name for key in await store.directory.keys()}
+
+    rows, names = with_store(settings, read)
+    names |= {key.id: key.name for _, key in declared_keys(settings, pepper_of(settings)).values()}
+
+    def provider_of(model: str) -> Provider | None:
+        found = settings.catalogue.find(model)
+        upstream = settings.upstreams.get(found.target.upstream) if found is not None else None
+        return Provider(upstream.name, upstream.prices) if upstream is not None else None
+
+    made = focus_rows(rows, billing_account, names, provider_of)
+    text = as_csv(made) if form == "csv" else as_json(made)
+    if out is None:
+        click.echo(text, nl=False)
+        return
+    with failures():
+        out.write_bytes(text.encode())
+    click.echo(f"{len(made)} rows written to {out}", err=True)
