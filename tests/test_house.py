@@ -32,8 +32,8 @@ ROOMS = {
     "housekeeping": {"ports", "domain"},
     "supervisor": {"ports"},
     "app": {
-        "api", "clock", "domain", "housekeeping", "notify", "ports", "pricefile", "relay", "reports",
-        "sandbox", "settings", "stores", "telemetry", "upstream", "yamlfile",
+        "api", "clock", "domain", "housekeeping", "notify", "ports", "pricefile", "relay",
+        "reports", "sandbox", "settings", "stores", "telemetry", "upstream", "yamlfile",
     },
     "cli": {
         "app", "clock", "domain", "ports", "pricefile", "reports", "sandbox", "server",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from itertools import product
@@ -210,7 +210,7 @@ def alternatives(call: Call, quote: Quote) -> list[tuple[Mapping[str, str], Call
     if quote.row is None:
         return []
     asked = OLD_QUALITIES.get(call.quality, call.quality)
-    qualities = QUALITIES if asked in OPEN or asked in ABOVE else ()
+    qualities: Sequence[str] = QUALITIES if asked in OPEN or asked in ABOVE else ()
     if asked in QUALITIES:
         qualities = QUALITIES[QUALITIES.index(asked) + 1 :]
     found = []

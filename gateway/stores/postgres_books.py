@@ -27,6 +27,8 @@ SELECT {HOLD_COLUMNS}
  ORDER BY rid LIMIT %(limit)s
 """  # noqa: S608 - names of columns
 
+_OLDEST = f"SELECT {HOLD_COLUMNS} FROM hold WHERE state = 'H' ORDER BY lease_ends LIMIT 1"  # noqa: S608
+
 _APPLIED = "SELECT count(*) FROM adjustment WHERE id = %s"
 
 # Holds with the same accounts are added up before their accounts are taken apart: there are few
@@ -92,6 +94,10 @@ class PostgresBooks:
         asked = {"after": after, "limit": limit, "doubtful": sorted(DOUBTFUL)}
         rows = await self._reader.run(lambda link: link.execute(_UNRESOLVED, asked).fetchall())
         return [hold_of(row) for row in rows]
+
+    async def oldest_hold(self) -> Hold | None:
+        row = await self._reader.run(lambda link: link.execute(_OLDEST).fetchone())
+        return None if row is None else hold_of(row)
 
     async def correct(self, correction: Correction) -> Entry:
         if correction.cost < 0:

@@ -48,6 +48,9 @@ class Cells:
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         return None
 
+    def knows(self, size: str, quality: str) -> bool:
+        return (size, quality) in self.cells
+
 
 class Comet:
     name = "comet"

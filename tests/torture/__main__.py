@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--database", choices=("postgres", "sqlite"), help="default: both")
     parser.add_argument("--gateways", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seed", type=int, default=20261122)
     asked = parser.parse_args()
     databases = [asked.database] if asked.database else ["postgres", "sqlite"]

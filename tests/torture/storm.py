@@ -53,7 +53,7 @@ class Plan:
     database: str = "postgres"
     gateways: int = 3
     workers: int = 2
-    clients: int = 16
+    clients: int = 32
     seed: int = 20261122
     pause_seconds: tuple[float, float] = (0.3, 2.0)
     """Between two blows."""
@@ -172,7 +172,7 @@ class Storm:
         """Calls until the storm is over; every name is new, or was broken a moment ago."""
         dice = random.Random(self._plan.seed * 1000 + number)
         notes, sent, again = self._outcome.notes, 0, ""
-        async with httpx.AsyncClient(verify=False, timeout=60) as http:
+        async with httpx.AsyncClient(verify=False, timeout=20) as http:
             while not self._over.is_set():
                 name = again or f"call-{number}-{sent}"
                 sent += not again
@@ -225,21 +225,28 @@ class Storm:
         if postgres is not None:
             blows += ["kill postgres", "freeze postgres"]
         least, most = self._plan.pause_seconds
+        struck: dict[str, asyncio.Task[None]] = {}
         while not self._over.is_set():
             await asyncio.sleep(self._dice.uniform(least, most))
             blow = self._dice.choice(blows)
-            await self._strike(blow, config, valkey, postgres)
-            self._outcome.blows[blow] += 1
+            place = self._dice.randrange(len(self._serving))
+            whom = blow.split()[1]
+            if whom in ("gateway", "worker"):
+                whom = f"gateway {place}"
+            # One blow at a time for each: several of them may be down together.
+            if whom not in struck or struck[whom].done():
+                strike = self._strike(blow, place, config, valkey, postgres)
+                struck[whom] = asyncio.create_task(strike)
+                self._outcome.blows[blow] += 1
+        await asyncio.gather(*struck.values())
 
     async def _strike(
-        self, blow: str, config: Path, valkey: Valkey, postgres: Postgres | None
+        self, blow: str, place: int, config: Path, valkey: Valkey, postgres: Postgres | None
     ) -> None:
-        place = self._dice.randrange(len(self._serving))
         match blow:
             case "kill gateway":
-                fresh = await self._start(config)
-                dead, self._serving[place] = self._serving[place], fresh
-                dead.kill()
+                self._serving[place].kill()
+                self._serving[place] = await self._start(config)
             case "kill worker":
                 workers = _family(self._serving[place].pid)[1:]
                 if workers:
