@@ -26,11 +26,11 @@ from pathlib import Path
 
 import httpx
 import psycopg
-from tests.postgres import Postgres, run_postgres
 
 from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
+from tests.postgres import Postgres, run_postgres
 from tests.processes import GatewayProcess, bill, wait_until
 from tests.running import MODEL, TestClock, config_of
 from tests.torture.verdict import Ledger, Notes, Query, Verdict, judge
