@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.sandbox.server import SandboxServer
+from tests.postgres import Postgres, run_postgres
 from tests.running import GatewayUnderTest, Start, TestClock, run_gateway
 
 
@@ -19,6 +20,13 @@ def clock() -> TestClock:
 @pytest.fixture
 def sandbox(clock: TestClock) -> Iterator[SandboxServer]:
     with SandboxServer(clock) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One server, never mistreated; each test has a database of its own there."""
+    with run_postgres() as running:
         yield running
 
 
