@@ -358,11 +358,14 @@ async def test_teams_and_keys_that_commands_made_are_watched_too(start: Start, b
         directory = gateway.gateway.directory
         soft = Limits(soft_budget_total=COST)
         await directory.create_team(Team("art", limits=soft, time_zone="Asia/Tokyo"))
-        for name, limits in (("spends", Limits(budget_week=BOUND)), ("idles", soft)):
+        weekly = Limits(budget_week=BOUND)
+        for name, limits in (("spends", weekly), ("leaves", weekly), ("idles", soft)):
             key = Key(f"key-{name}", "art", name, limits=limits)
             await directory.create_key(key, keys.digest(pepper, f"{secret}{name}"))
-        async with gateway.sdk(f"{secret}spends") as sdk:
-            await buy(sdk)
+        for name in ("spends", "leaves"):
+            async with gateway.sdk(f"{secret}{name}") as sdk:
+                await buy(sdk)
+        await directory.revoke_key("key-leaves", gateway.clock.now())
         await gateway.gateway.budget_watch.look()
         found = {(post.json["type"], post.json["data"].get("key")) for post in box.posts}
         assert found == {
