@@ -104,7 +104,7 @@ def update(
     if not changed and all(one is None for one in (allowed, cache, time_zone)):
         fail("nothing to change is named; see gateway team update --help", EXIT_FAILED)
 
-    async def change(store: SQLiteStore) -> Team | None:
+    async def change(store: Store) -> Team | None:
         for one in await store.directory.teams():
             if one.id == name:
                 after = replace(
