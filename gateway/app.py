@@ -28,7 +28,7 @@ from gateway.api.models import router as model_routes
 from gateway.api.relayed import ASGIApp, Receive, RelayedRoutes, Scope, Send
 from gateway.domain import keys
 from gateway.domain.bill import BilledItem
-from gateway.domain.call import Operation
+from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import GatewayError
 from gateway.domain.ledger import Entry, Settlement
 from gateway.domain.money import NANOS_PER_DOLLAR
@@ -37,7 +37,7 @@ from gateway.domain.price import PriceBook
 from gateway.domain.quota import Scope as Owner
 from gateway.domain.route import Unpriced
 from gateway.domain.team import Key, Team
-from gateway.notify import Webhooks
+from gateway.notify import PAUSES_SECONDS, Webhooks
 from gateway.ports import (
     BillUnreadable,
     Cache,
@@ -54,6 +54,8 @@ from gateway.ports import (
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.admission import Admission
 from gateway.relay.body import Room
+from gateway.relay.budget import BudgetView
+from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.flights import Flights
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
@@ -90,7 +92,7 @@ LAST_SECONDS = 5.0
 CACHE_TIMEOUT_SECONDS = 2.0
 WATCH_SECONDS = 15.0
 PEPPER_FILE = "gateway.pepper"
-RELAYED = {f"/v1{operation.path}": operation for operation in Operation}
+RELAYED = {f"/v1{endpoint.path}": endpoint for endpoint in (*Operation, *Inquiry)}
 
 
 class CannotServe(Exception):
@@ -107,7 +109,7 @@ class Gateway:
     directory: Directory
     flights: Flights
     metrics: Metrics
-    budgets: BudgetWatch
+    budget_watch: BudgetWatch
 
 
 @asynccontextmanager
@@ -115,11 +117,9 @@ async def open_gateway(
     settings: Settings,
     clock: Clock,
     telemetry: Sequence[Telemetry] = (),
-    *,
-    watch_seconds: float = WATCH_SECONDS,
 ) -> AsyncIterator[Gateway]:
-    """Opens the stores, starts the sweep and the watch over the budgets (each ``watch_seconds``);
-    closes all of it in the opposite order.
+    """Opens the stores, starts the sweep and the watch over the budgets; closes all of it in the
+    opposite order.
 
     Raises ``StoreError`` and ``PriceFileError`` for what cannot be opened, ``CannotServe`` for a
     model without a price and for a team or key that both the file and the directory have.
@@ -162,10 +162,12 @@ async def open_gateway(
         stack.push_async_callback(flights.drain, LAST_SECONDS)
         worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         lease = timedelta(seconds=settings.lease_seconds)
+        budgets = BudgetView(store.ledger, clock)
+        observed = Observed()
         pipeline = Pipeline(
             keyring=keyring,
             planner=planner,
-            admission=Admission(gate, store.ledger, lease, worker),
+            admission=Admission(gate, store.ledger, lease, worker, budgets),
             purchases=Purchases(
                 ledger=store.ledger,
                 cache=cache,
@@ -174,7 +176,10 @@ async def open_gateway(
                 room=room,
                 flights=flights,
                 clock=clock,
+                budgets=budgets,
             ),
+            estimates=Estimates(planner, store.ledger, observed, clock),
+            budgets=budgets,
             ledger=store.ledger,
             rules=_rules(settings, bool(passing)),
             room=room,
@@ -194,7 +199,7 @@ async def open_gateway(
         )
         if notifier is not None:
             stack.push_async_callback(notifier.aclose)
-        budgets = BudgetWatch(
+        budget_watch = BudgetWatch(
             ledger=store.ledger,
             upkeep=store.upkeep,
             directory=store.directory,
@@ -208,7 +213,7 @@ async def open_gateway(
                 "gateway_budget_notices_total", team=metrics.team(team), mark=mark
             ),
         )
-        watching = asyncio.create_task(budgets.run(watch_seconds))
+        watching = asyncio.create_task(budget_watch.run(WATCH_SECONDS))
         stack.push_async_callback(_cancel, watching)
 
         async def look() -> Readiness:
@@ -232,7 +237,13 @@ async def open_gateway(
             await _look_at_money(store.ledger, store.directory, settings.teams, clock, metrics)
             return metrics.exposition()
 
-        listeners: tuple[Telemetry, ...] = (RequestLog(), metrics, *telemetry)
+        listeners: tuple[Telemetry, ...] = (
+            RequestLog(),
+            metrics,
+            observed,
+            budget_watch,
+            *telemetry,
+        )
         rest = _plain_app()
         rest.include_router(health_routes(look))
         rest.include_router(model_routes(keyring, planner, clock))
@@ -247,7 +258,7 @@ async def open_gateway(
             store.directory,
             flights,
             metrics,
-            budgets,
+            budget_watch,
         )
 
 
@@ -535,6 +546,7 @@ def open_notifier(
         notify.secret.reveal() if notify.secret else None,
         clock,
         counted=counted,
+        pauses_seconds=PAUSES_SECONDS,
     )
 
 

@@ -7,7 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -48,6 +48,7 @@ class Inbox:
     answers: Sequence[int | str | None] = (204,)
     port: int = 0
     posts: list[Post] = field(default_factory=list)
+    on_post: Callable[[], None] = lambda: None
     _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -68,6 +69,7 @@ class Inbox:
             headers = dict(line.split(": ", 1) for line in lines)
             answer = self.answers[min(len(self.posts), len(self.answers) - 1)]
             self.posts.append(Post(first.split()[1], headers, body))
+            self.on_post()
             self._news.set()
             if answer is None:
                 await peer.gone()

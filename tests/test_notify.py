@@ -10,12 +10,14 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
 from gateway.notify import PAUSES_SECONDS, Webhooks, signature
 from gateway.ports import Message
 from gateway.reports.budgets import LEASE_SECONDS
+from gateway.settings import load
 from gateway.upstream.postbox import DEADLINE_SECONDS, WebPostbox
 from tests.clock import StillClock
 from tests.inbox import SECRET, inbox
@@ -149,3 +151,15 @@ def test_who_claimed_a_mark_has_time_for_every_try() -> None:
 def test_an_address_that_is_none(url: str) -> None:
     with pytest.raises(ValueError):
         WebPostbox(url)
+
+
+def test_a_webhook_that_anybody_could_forge_is_warned_of(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    for secret, warnings in (("null", 1), (SECRET, 0)):
+        path.write_text(
+            'upstreams: {sandbox: {kind: sandbox}}\nmodels: {"*": {upstream: sandbox}}\n'
+            f"notify: {{webhook: 'https://hooks.example.com/token-5f2c', secret: {secret}}}\n"
+        )
+        found = [str(one) for one in load(path, {}).warnings if "notify.secret" in str(one)]
+        assert len(found) == warnings
+        assert "token-5f2c" not in "".join(found)

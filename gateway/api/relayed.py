@@ -15,7 +15,7 @@ from contextlib import aclosing, suppress
 from typing import Any, TypeAlias
 
 from gateway.api import auth
-from gateway.domain.call import Operation
+from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import (
     ClientGone,
     GatewayError,
@@ -63,7 +63,7 @@ class RelayedRoutes:
         self._clock = clock
 
     async def handle(
-        self, operation: Operation, scope: Scope, receive: Receive, send: Send
+        self, operation: Operation | Inquiry, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """From the request line to the log line."""
         started = self._clock.monotonic()
@@ -101,7 +101,12 @@ class RelayedRoutes:
             await door.abort()
 
     async def _answer(
-        self, rid: str, operation: Operation, scope: Scope, door: _Door, started: float
+        self,
+        rid: str,
+        operation: Operation | Inquiry,
+        scope: Scope,
+        door: _Door,
+        started: float,
     ) -> Answer:
         if scope["method"] != "POST":
             return _refused(
@@ -261,7 +266,11 @@ async def _chunks(head: Head) -> AsyncGenerator[bytes, None]:
 
 
 def _arrival(
-    rid: str, operation: Operation, headers: Mapping[str, str], door: _Door, started: float
+    rid: str,
+    operation: Operation | Inquiry,
+    headers: Mapping[str, str],
+    door: _Door,
+    started: float,
 ) -> Arrival:
     """What the headers say. Raises ``InvalidRequest`` for an idempotency key of another form."""
     key = headers.get("idempotency-key")
@@ -308,7 +317,7 @@ def cache_wish(cache_control: str) -> CacheWish:
 
 
 def _refused(
-    rid: str, operation: Operation, error: GatewayError, more: answers.Headers = ()
+    rid: str, operation: Operation | Inquiry, error: GatewayError, more: answers.Headers = ()
 ) -> Answer:
     receipt = Receipt(rid, operation.value, error.status, reason=error.reason, code=error.code)
 

@@ -22,6 +22,17 @@ class Operation(StrEnum):
         return {Operation.GENERATION: "/images/generations", Operation.EDIT: "/images/edits"}[self]
 
 
+class Inquiry(StrEnum):
+    """What can be asked about an operation. Nothing is booked under these names."""
+
+    ESTIMATE = "estimate"
+
+    @property
+    def path(self) -> str:
+        """Below ``/v1``."""
+        return "/images/estimate"
+
+
 class Span(NamedTuple):
     """Bytes ``[start, end)`` of a request's body."""
 

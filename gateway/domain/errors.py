@@ -48,8 +48,9 @@ class GatewayError(Exception):
     """An error with an answer. ``str(error)`` is the message the client reads: no secrets in it.
 
     ``reason`` is the label of the metric and of the log line, from a closed list; ``upstream_rid``
-    is the provider's name for the request, where it gave one, and ``cost_headers`` say what was
-    booked all the same.
+    is the provider's name for the request, where it gave one. ``headers`` are the error's own: the
+    provider's advice, the limit that refused. What is known of the request is not among them, for
+    a store may raise one error to many who wait.
     """
 
     status: int = 500
@@ -78,7 +79,7 @@ class GatewayError(Exception):
         self.retry_after_seconds = retry_after_seconds
         self.close = close
         self.upstream_rid = ""
-        self.cost_headers: tuple[tuple[str, str], ...] = ()
+        self.headers: tuple[tuple[str, str], ...] = ()
         if code is not None:
             self.code = code
         if status is not None:

@@ -44,20 +44,27 @@ class Mark:
         return f"{self.kind}.{'reached' if self.percent == 100 else 'warning'}"
 
 
-def marks(limit: Limit, balance: Balance, warn_percent: int) -> tuple[Mark, ...]:
+def marks(
+    limit: Limit, balance: Balance, warn_percent: int, refused: Money = 0
+) -> tuple[Mark, ...]:
     """The marks that an account has passed, by what is posted: the warning, then the whole, of the
     hard amount and then of the soft one.
 
     What running calls hold does not count: most of it is given back. Nothing spent passes nothing.
+    ``refused`` is the dearest bound of a call that was refused. A hard amount is hardly ever spent
+    to the last cent, so it is reached, too, when it was warned of and such a call has no room.
     """
     found = []
     for kind, amount in ((Kind.HARD, limit.amount), (Kind.SOFT, limit.soft)):
         if amount is not None and balance.posted > 0:
-            found += [
-                Mark(kind, percent, amount)
-                for percent in sorted({warn_percent, 100})
+            passed = {
+                percent
+                for percent in (warn_percent, 100)
                 if balance.posted * 100 >= amount * percent
-            ]
+            }
+            if kind is Kind.HARD and passed and balance.posted + refused > amount:
+                passed.add(100)
+            found += [Mark(kind, percent, amount) for percent in sorted(passed)]
     return tuple(found)
 
 

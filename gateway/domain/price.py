@@ -115,6 +115,10 @@ class Price(Protocol):
     def bound(self, call: Call, prices: PriceList) -> Bound:
         """The most ``call`` can cost. Raises ``CannotPrice``."""
 
+    def likely(self, call: Call, prices: PriceList) -> Money | None:
+        """What ``call``, which has a bound, will probably cost; None where the call or the price
+        leaves too much open."""
+
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         """What ``answer`` cost, or None where it does not say enough (no usage)."""
 

@@ -8,6 +8,7 @@ from gateway.domain.call import Call
 from gateway.domain.money import Money
 from gateway.domain.price import (
     FORMATS,
+    OPEN,
     Answer,
     Bound,
     BySize,
@@ -39,6 +40,13 @@ class ImagePrice:
             call.n * amount + len(call.inputs) * self.input_image,
             Confidence.HARD if sure else Confidence.SOFT,
         )
+
+    def likely(self, call: Call, prices: PriceList) -> Money | None:
+        """The same as the bound, where size and quality are said: it is the price."""
+        if call.size in OPEN or call.quality in OPEN:
+            return None
+        bound = self.bound(call, prices)
+        return bound.amount if bound.confidence is Confidence.HARD else None
 
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         """By the count of pictures. None for an answer without any (a bill for nothing is not

@@ -39,6 +39,10 @@ from gateway.domain.tokens import TILE_PIXELS, image_tokens, tile_tokens
 PARTIAL_IMAGE_TOKENS = 100
 """Output tokens of one partial image (contract 1.4)."""
 
+BYTES_PER_TOKEN = 4
+"""Of English, about; only for what is likely, never for a bound."""
+STILL = frozenset({"png", "webp", "jpeg"})
+
 MAX_SCALED_EDGE = 2048
 """Pixels: input pictures are first scaled down into a square of this."""
 
@@ -161,6 +165,19 @@ class TokenPrice:
         guessed = bool(call.inputs) or call.output_format in {"gif", "svg"}
         soft = self.soft or guessed or not sure
         return Bound(amount, Confidence.SOFT if soft else Confidence.HARD)
+
+    def likely(self, call: Call, prices: PriceList) -> Money | None:
+        """By the formula, without margin, and a token for every four bytes of the prompt. Input
+        pictures are as in the bound. None for what the provider chooses, and for GIF and SVG."""
+        open_ended = call.size in OPEN or call.quality in OPEN or call.unknown
+        if open_ended or call.output_format not in STILL or not (self.output and self.image_out):
+            return None
+        tokens, sure = self.output.most(call.size, call.quality)
+        if not sure:
+            return None
+        drawn = call.n * (tokens + PARTIAL_IMAGE_TOKENS * call.partial_images)
+        text = -(-call.prompt_bytes // BYTES_PER_TOKEN)
+        return drawn * self.image_out + text * self.text_in + self._inputs(call)
 
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         """By the tokens of ``answer.usage``. None without usage, for tokens of a kind that has

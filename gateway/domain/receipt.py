@@ -51,6 +51,9 @@ class Receipt:
     upstream: str = ""
     upstream_rid: str = ""
     upstream_status: int = 0
+    size: str = ""
+    quality: str = ""
+    output_format: str = ""
     stream: bool = False
     cache: CacheResult = CacheResult.OFF
     outcome: Outcome | None = None

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
-from datetime import datetime, timedelta
+from datetime import date, datetime, timedelta
 
 from gateway.domain.errors import GatewayError, InvalidRequest, QuotaExceeded, RateLimited
 from gateway.domain.ledger import Claim, Claimed, Denied, Held, State
 from gateway.domain.money import Money, say_dollars
-from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
+from gateway.domain.quota import (
+    Demand,
+    Grant,
+    Limit,
+    Period,
+    Refusal,
+    Scope,
+    Standing,
+    Unit,
+    Window,
+)
 from gateway.domain.team import Caller
 from gateway.ports import Gate, Ledger
+from gateway.relay import headers
+from gateway.relay.budget import BudgetView
 from gateway.relay.plan import Plan, cheaper
 
 NOUNS = {Unit.REQUESTS: "request", Unit.IMAGES: "image", Unit.SLOTS: "request"}
@@ -20,17 +32,20 @@ class Admission:
     """The two ports that a call's demand is put to, all or nothing: the gate first, given back
     if the ledger refuses."""
 
-    def __init__(self, gate: Gate, ledger: Ledger, lease: timedelta, worker: str) -> None:
+    def __init__(
+        self, gate: Gate, ledger: Ledger, lease: timedelta, worker: str, budgets: BudgetView
+    ) -> None:
         self._gate = gate
         self._ledger = ledger
         self._lease = lease
         self._worker = worker
+        self._budgets = budgets
 
     async def pass_gate(self, rid: str, plan: Plan, demand: Demand) -> Grant:
         """Rates and a slot. Raises ``RateLimited``, or ``InvalidRequest`` where it never fits."""
         answer = await self._gate.take(rid, plan.rates, demand)
         if isinstance(answer, Refusal):
-            raise _rate_limited(answer, plan.caller, demand)
+            raise rate_limited(answer, plan.caller, demand)
         return answer
 
     async def hold(self, rid: str, plan: Plan, idempotency_key: str | None, now: datetime) -> Held:
@@ -58,7 +73,8 @@ class Admission:
         try:
             match await self._ledger.reserve(claim):
                 case Denied() as denied:
-                    raise _quota_exceeded(denied, plan)
+                    self._budgets.learn((denied.line,), (denied.balance,))
+                    raise quota_exceeded(denied, plan)
                 case Claimed() as claimed:
                     raise _key_in_use(claimed)
                 case held:
@@ -78,7 +94,8 @@ def _whose(limit: Limit, caller: Caller) -> str:
     return f"Team {caller.team.id}"
 
 
-def _rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayError:
+def rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayError:
+    """What a caller is told whom the gate refused."""
     limit, wait = refusal.limit, refusal.wait_seconds
     amount = limit.amount or 0
     noun = NOUNS[limit.unit] + ("" if amount == 1 else "s")
@@ -99,7 +116,7 @@ def _rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayEr
             reason="never_fits",
         )
     words = f"{math.ceil(wait)} s" if wait >= 1 else "a moment"
-    return RateLimited(
+    error = RateLimited(
         f"{limited}; try again in {words}.",
         reason={
             Unit.REQUESTS: "requests_per_minute",
@@ -108,27 +125,47 @@ def _rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayEr
         }[limit.unit],
         retry_after_seconds=wait,
     )
+    error.headers = headers.of_rates((Standing(limit, 0, wait),))
+    return error
 
 
-def _quota_exceeded(denied: Denied, plan: Plan) -> QuotaExceeded:
+SPANS = {Window.DAY: "a day", Window.WEEK: "a week", Window.MONTH: "a month"}
+
+
+def quota_exceeded(denied: Denied, plan: Plan) -> QuotaExceeded:
+    """What a caller is told whose budget has no room for a call's bound."""
     line, balance, bound = denied.line, denied.balance, plan.quote.bound.amount
-    amount, ends = line.limit.amount or 0, line.period.ends
-    day = line.limit.window is Window.DAY
-    span = "today" if day else f"for {ends - timedelta(days=1):%B}"
+    amount, period = line.limit.amount or 0, line.period
+    whose, advice = _whose(line.limit, plan.caller), _cheaper(plan, amount - balance.used)
     held = f" and holds {say_dollars(balance.pending)} for running requests" * bool(balance.pending)
     if bound > amount:
-        period = "day" if day else "month"
+        span = f"{SPANS[period.window]} in all" if period.window in SPANS else "in all"
         return QuotaExceeded(
-            f"{_whose(line.limit, plan.caller)} may spend {say_dollars(amount)} a {period} in all; "
-            f"this request could cost up to {say_dollars(bound)}, so waiting does not help."
-            + _cheaper(plan, amount - balance.used)
+            f"{whose} may spend {say_dollars(amount)} {span}; this request could cost up to "
+            f"{say_dollars(bound)}, so waiting does not help.{advice}"
         )
-    text = (
-        f"{_whose(line.limit, plan.caller)} has spent {say_dollars(balance.posted)} of its "
-        f"{say_dollars(amount)} {span}{held}; this request could cost up to {say_dollars(bound)}. "
-        f"Resets {ends:%Y-%m-%d %H:%M} UTC."
+    then = "It is not renewed: ask an administrator to raise it."
+    if period.ends is not None:
+        then = f"Resets {period.ends:%Y-%m-%d %H:%M} UTC."
+    return QuotaExceeded(
+        f"{whose} has spent {say_dollars(balance.posted)} of its {say_dollars(amount)} "
+        f"{_when(period)}{held}; this request could cost up to {say_dollars(bound)}. {then}{advice}"
     )
-    return QuotaExceeded(text + _cheaper(plan, amount - balance.used))
+
+
+def _when(period: Period) -> str:
+    """A running period in words. A month goes by its label: where the team is, it may have begun
+    on another day than in UTC."""
+    match period.window:
+        case Window.DAY:
+            return "today"
+        case Window.WEEK:
+            return "this week"
+        case Window.MONTH:
+            year, month = period.label.removeprefix("m|").split("-")
+            return f"for {date(int(year), int(month), 1):%B}"
+        case _:
+            return "in all"
 
 
 def _cheaper(plan: Plan, left: Money) -> str:

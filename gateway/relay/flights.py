@@ -48,6 +48,8 @@ class Flight:
     def __init__(self, rid: str, client: Client) -> None:
         self.rid = rid
         self.client = client
+        self.said: tuple[tuple[str, str], ...] = ()
+        """The headers that are known so far, for an error that ends it."""
         self._head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
         self._abandoned = False
         self._task: asyncio.Task[Receipt] | None = None

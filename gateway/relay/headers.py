@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from gateway.domain.charge import Quote
 from gateway.domain.errors import GatewayError, UpstreamRefused
 from gateway.domain.ledger import Balance, Basis, Line
 from gateway.domain.money import Money, format_dollars
-from gateway.domain.quota import Standing, Unit
+from gateway.domain.quota import Demand, Standing, Unit
 from gateway.relay.flights import Head
 from gateway.relay.plan import Plan
 
@@ -22,6 +22,7 @@ MAX_WAIT_SECONDS = 60.0
 """Node ignores a longer `retry-after` and comes back at once (contract 4.4), so it is told not
 to come back at all."""
 
+ENDLESS = datetime.max.replace(tzinfo=UTC)
 PASSED_ON = ("openai-processing-ms", "openai-version")
 
 
@@ -36,12 +37,17 @@ def of_call(rid: str, plan: Plan, stream: bool) -> Headers:
     )
 
 
+def of_attempts(count: int) -> Headers:
+    """How many times the call was sent upstream."""
+    return (("x-gateway-attempts", str(count)),)
+
+
 def of_upstream(headers: Mapping[str, str]) -> Headers:
     """What passes from the upstream's headers; everything else stays behind."""
     passed = [(name, headers[name]) for name in PASSED_ON if name in headers]
     if "x-request-id" in headers:
         passed.append(("x-upstream-request-id", headers["x-request-id"]))
-    passed.append(("x-gateway-attempts", "1"))
+    passed += of_attempts(1)
     return tuple((name, value) for name, value in passed if _is_clean(value))
 
 
@@ -50,13 +56,17 @@ def of_cost(cost: Money, basis: Basis) -> Headers:
     return (("x-cost-usd", format_dollars(cost)), ("x-cost-basis", basis.value))
 
 
+NOTHING_SPENT: Headers = (*of_attempts(0), *of_cost(0, Basis.NONE))
+"""Of a call that nothing was sent for."""
+
+
 def of_bound(quote: Quote) -> Headers:
     """What a stream can say before its usage is known."""
     return (("x-cost-bound-usd", format_dollars(quote.bound.amount)),)
 
 
 def of_budget(lines: Sequence[Line], balances: Sequence[Balance]) -> Headers:
-    """What is left of the tightest budget, and until when."""
+    """What is left of the tightest budget, and until when if it is ever renewed."""
     left = [
         (line.limit.amount - balance.used, line.period.ends)
         for line, balance in zip(lines, balances, strict=False)
@@ -64,11 +74,14 @@ def of_budget(lines: Sequence[Line], balances: Sequence[Balance]) -> Headers:
     ]
     if not left:
         return ()
-    remaining, resets = min(left)
-    return (
-        ("x-budget-remaining-usd", format_dollars(max(0, remaining))),
-        ("x-budget-reset", resets.strftime("%Y-%m-%dT%H:%M:%SZ")),
-    )
+    remaining, resets = min(left, key=lambda one: (one[0], one[1] or ENDLESS))
+    said = (("x-budget-remaining-usd", format_dollars(max(0, remaining))),)
+    return said if resets is None else (*said, ("x-budget-reset", say_instant(resets)))
+
+
+def say_instant(instant: datetime) -> str:
+    """An instant in UTC, as RFC 3339 writes it."""
+    return instant.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def of_rates(standings: Sequence[Standing]) -> Headers:
@@ -87,6 +100,17 @@ def of_rates(standings: Sequence[Standing]) -> Headers:
     return tuple(found)
 
 
+def given_back(standings: Sequence[Standing], demand: Demand) -> tuple[Standing, ...]:
+    """The rates after what a call took of them was given back."""
+    found = []
+    for standing in standings:
+        amount, taken = standing.limit.amount or 0, demand.of(standing.limit.unit)
+        remaining = min(amount, standing.remaining + taken)
+        reset = standing.reset_seconds - (60 * taken / amount if amount else 0)
+        found.append(Standing(standing.limit, remaining, max(0.0, reset)))
+    return tuple(found)
+
+
 def of_age(stored_at: datetime, now: datetime) -> Headers:
     """How old a kept answer is, in whole seconds."""
     age = max(timedelta(), now - stored_at)
@@ -94,16 +118,16 @@ def of_age(stored_at: datetime, now: datetime) -> Headers:
 
 
 def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
-    """An error as an answer: OpenAI's shape, and whether another try can help."""
+    """An error as an answer: OpenAI's shape, whether another try can help, and ``more``: what is
+    known of the request. What the error says itself goes before that."""
     content = error.content
-    headers = {"content-type": JSON, "x-request-id": rid, **dict(error.cost_headers), **dict(more)}
+    own = {name: value for name, value in error.headers if _is_clean(value)}
+    headers = dict(more) | own | {"content-type": JSON, "x-request-id": rid}
     wait, retry = error.retry_after_seconds, error.should_retry
     if error.upstream_rid and _is_clean(error.upstream_rid):
         headers["x-upstream-request-id"] = error.upstream_rid
     if isinstance(error, UpstreamRefused):
-        passed = {name: value for name, value in error.headers if _is_clean(value)}
-        headers |= passed
-        wait = _said_wait(passed)
+        wait = _said_wait(own)
     elif wait is not None:
         headers["retry-after"] = str(math.ceil(wait))
         headers["retry-after-ms"] = str(math.ceil(wait * 1000))

@@ -14,19 +14,22 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 
-from gateway.domain.call import Call, Operation
+from gateway.domain.call import Call, Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
-from gateway.domain.ledger import Basis, Held, Outcome, Replay
+from gateway.domain.ledger import Held, Outcome, Replay
 from gateway.domain.quota import Demand
-from gateway.domain.receipt import Receipt, Timings
+from gateway.domain.receipt import CacheResult, Receipt, Timings
+from gateway.domain.team import Caller
 from gateway.ports import Cached, Clock, Ledger
 from gateway.relay import headers, replay
 from gateway.relay.admission import Admission
 from gateway.relay.body import Room, Spool
+from gateway.relay.budget import BudgetView
+from gateway.relay.estimate import Estimates, estimate_reader
 from gateway.relay.flights import Client, Flight, Flights, Head
 from gateway.relay.keyring import KeyRing
 from gateway.relay.meter import JsonMeter
-from gateway.relay.plan import CacheWish, Plan, Planner
+from gateway.relay.plan import CacheWish, Plan, Planner, lines_of
 from gateway.relay.purchase import Purchases, crash, failed_receipt
 from gateway.relay.read import ReadRules, reader_for
 
@@ -41,7 +44,7 @@ class Arrival:
     """Who and what is at the door. ``body`` has not been read; ``at`` is the clock's seconds."""
 
     rid: str
-    operation: Operation
+    operation: Operation | Inquiry
     secret: str | None
     content_type: str
     content_encoding: str | None
@@ -74,6 +77,8 @@ class Pipeline:
         planner: Planner,
         admission: Admission,
         purchases: Purchases,
+        estimates: Estimates,
+        budgets: BudgetView,
         ledger: Ledger,
         rules: ReadRules,
         room: Room,
@@ -85,6 +90,8 @@ class Pipeline:
         self._planner = planner
         self._admission = admission
         self._purchases = purchases
+        self._estimates = estimates
+        self._budgets = budgets
         self._ledger = ledger
         self._rules = rules
         self._room = room
@@ -97,43 +104,73 @@ class Pipeline:
         is one that nobody will read."""
         so_far = Receipt(arrival.rid, arrival.operation.value, 0)
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
+        said: headers.Headers = ()
+        caller: Caller | None = None
         try:
             caller = await self._keyring.identify(arrival.secret)
             so_far = replace(so_far, team=caller.team.id, key_id=caller.key.id)
             call = await self._read(arrival, body)
             seconds = self._clock.monotonic() - arrival.at
             so_far = _with_call(so_far, call, seconds, self._prompt(call))
+            if arrival.operation is Inquiry.ESTIMATE:
+                return await self._estimate(arrival, caller, call, so_far)
             plan = await self._planner.plan(caller, call, arrival.wish, self._clock.now())
             so_far = _with_plan(so_far, plan)
+            said = headers.of_call(arrival.rid, plan, call.stream)
             if plan.cached is not None:
                 return await self._replay(arrival, plan, plan.cached, so_far)
             flight = self._launch(arrival, plan, body, so_far)
         except GatewayError as error:
-            return _refused(so_far, error)
+            return _refused(so_far, error, (*said, *await self._unspent(caller, error)))
         finally:
             body.close()
         try:
             return Answer(await flight.head(), flight.receipt)
         except GatewayError as error:
-            return Answer(headers.error_head(error, arrival.rid), flight.receipt, _stage(error))
+            head = headers.error_head(error, arrival.rid, flight.said)
+            return Answer(head, flight.receipt, _stage(error))
+
+    async def _unspent(self, caller: Caller | None, error: GatewayError) -> headers.Headers:
+        """What a refusal says of money: none was spent, and what is left of the budgets."""
+        if caller is None or isinstance(error, ClientGone):
+            return ()
+        return (*headers.NOTHING_SPENT, *await self._left(caller))
+
+    async def _left(self, caller: Caller) -> headers.Headers:
+        lines = lines_of(caller, self._clock.now())
+        return headers.of_budget(*await self._budgets.balances(lines))
 
     def _prompt(self, call: Call) -> str | None:
         prompt = call.parameters.get("prompt")
         return prompt if self._log_prompts and isinstance(prompt, str) else None
 
     async def _read(self, arrival: Arrival, body: Spool) -> Call:
-        """Takes the body in, once, while the scanners look at it."""
-        reader = reader_for(
-            arrival.operation,
-            arrival.content_type,
-            arrival.content_encoding,
-            arrival.content_length,
-            self._rules,
+        """Takes the body in, once, while the scanners look at it. That of an estimate is not kept:
+        nobody reads it again."""
+        announced = (
+            *(arrival.content_type, arrival.content_encoding),
+            *(arrival.content_length, self._rules),
         )
+        if isinstance(arrival.operation, Inquiry):
+            reader = estimate_reader(*announced)
+            async for chunk in arrival.body:
+                reader.feed(chunk)
+            return reader.close()
+        reader = reader_for(arrival.operation, *announced)
         async for chunk in arrival.body:
             reader.feed(chunk)
             await body.write(chunk)
         return reader.close()
+
+    async def _estimate(
+        self, arrival: Arrival, caller: Caller, call: Call, so_far: Receipt
+    ) -> Answer:
+        head, plan = await self._estimates.answer(arrival.rid, caller, call, arrival.wish)
+        if plan is not None:
+            # No answer was looked for, so none was found or missed.
+            so_far = replace(_with_plan(so_far, plan), cache=CacheResult.OFF)
+        receipt = replace(so_far, status=head.status)
+        return Answer(head, lambda: _known(receipt))
 
     async def _replay(
         self, arrival: Arrival, plan: Plan, cached: Cached, so_far: Receipt
@@ -157,8 +194,9 @@ class Pipeline:
         said = (
             *headers.of_call(arrival.rid, plan, call.stream),
             *headers.of_age(meta.stored_at, now),
-            *headers.of_cost(0, Basis.NONE),
+            *headers.NOTHING_SPENT,
             *headers.of_rates(grant.standings),
+            *await self._left(plan.caller),
         )
         if call.stream:
             head = Head(200, said, None, lambda: _as_stream(call.operation, cached))
@@ -187,10 +225,15 @@ class Pipeline:
         self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt
     ) -> Receipt:
         """From the reservation to the settlement. The client may watch; it cannot cancel."""
+        known = headers.of_call(flight.rid, plan, plan.call.stream)
+        flight.said = (*known, *headers.NOTHING_SPENT)
         try:
             grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
+            back = headers.given_back(grant.standings, plan.demand)
+            flight.said = (*flight.said, *headers.of_rates(back))
             try:
                 held = await self._hold(flight, arrival, plan)
+                flight.said = (*known, *headers.of_rates(grant.standings))
                 reserved = self._clock.monotonic() - arrival.at
                 so_far = replace(
                     so_far,
@@ -201,6 +244,7 @@ class Pipeline:
             finally:
                 await self._leave(flight, plan)
         except GatewayError as error:
+            flight.said = (*flight.said, *await self._left(plan.caller))
             flight.refuse(error)
             return failed_receipt(so_far, error)
         except Exception:
@@ -241,6 +285,9 @@ def _with_call(receipt: Receipt, call: Call, seconds: float, prompt: str | None)
     return replace(
         receipt,
         model=call.model,
+        size=call.size,
+        quality=call.quality,
+        output_format=call.output_format,
         stream=call.stream,
         images_asked=call.n,
         bytes_in=call.body_bytes,
@@ -261,9 +308,9 @@ def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:
     )
 
 
-def _refused(receipt: Receipt, error: GatewayError) -> Answer:
+def _refused(receipt: Receipt, error: GatewayError, said: headers.Headers) -> Answer:
     ended = failed_receipt(receipt, error)
-    head = headers.error_head(error, receipt.rid)
+    head = headers.error_head(error, receipt.rid, said)
     return Answer(head, lambda: _known(ended), _stage(error))
 
 

@@ -12,8 +12,9 @@ from gateway.domain.errors import InvalidRequest, ModelNotAllowed, ModelNotFound
 from gateway.domain.fingerprint import fingerprint
 from gateway.domain.ledger import Line
 from gateway.domain.money import Money, say_dollars
+from gateway.domain.notices import money_lines
 from gateway.domain.price import Bound, CannotPrice, Confidence, PriceBook, PriceList
-from gateway.domain.quota import Demand, Limit, Unit, period
+from gateway.domain.quota import Demand, Limit, Unit
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
@@ -133,11 +134,7 @@ class Planner:
             quote=quote,
             demand=Demand(images=call.n, money=quote.bound.amount),
             rates=rates,
-            lines=tuple(
-                Line(limit, period(limit.window, now, caller.team.zone))
-                for limit in caller.limits
-                if limit.unit is Unit.MONEY
-            ),
+            lines=lines_of(caller, now),
             fingerprint=mark,
             cache=CacheResult.MISS if enabled else CacheResult.OFF,
             keep=keep and quote.row is not None,
@@ -258,6 +255,11 @@ class Planner:
                 reason="unpriced",
             )
         return Bound(most or 0, Confidence.SOFT)
+
+
+def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:
+    """Every account of money that the caller draws on now, the key's before the team's."""
+    return money_lines(caller.limits, now, caller.team.zone)
 
 
 def cheaper(plan: Plan) -> tuple[str, Money] | None:

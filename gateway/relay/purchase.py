@@ -21,6 +21,7 @@ from gateway.domain.receipt import Receipt, Timings
 from gateway.ports import Cache, CachedMeta, Clock, Ledger, Outgoing, Provider, Reply
 from gateway.relay import headers, replay
 from gateway.relay.body import Room, Spool, edited, edited_length, spliced
+from gateway.relay.budget import BudgetView
 from gateway.relay.failover import ERROR_BODY_BYTES, refusal
 from gateway.relay.flights import Flight, Flights, Head
 from gateway.relay.landing import Landing, failed, land_events, land_json
@@ -73,6 +74,7 @@ class Purchases:
         room: Room,
         flights: Flights,
         clock: Clock,
+        budgets: BudgetView,
     ) -> None:
         self._ledger = ledger
         self._cache = cache
@@ -81,6 +83,7 @@ class Purchases:
         self._room = room
         self._flights = flights
         self._clock = clock
+        self._budgets = budgets
         self._voids = 0
 
     async def buy(
@@ -90,6 +93,7 @@ class Purchases:
         spool = Spool(self._room)
         marks = Marks(self._clock.monotonic())
         reply: Reply | None = None
+        said: headers.Headers = ()
         try:
             try:
                 reply = await self._open(plan, body)
@@ -99,14 +103,19 @@ class Purchases:
                     *headers.of_upstream(reply.headers),
                     *headers.of_rates(grant.standings),
                 )
-                landing = await self._land(flight, plan, reply, spool, said, marks)
+                early = (
+                    *said,
+                    *headers.of_bound(plan.quote),
+                    *headers.of_budget(plan.lines, held.balances),
+                )
+                landing = await self._land(flight, plan, reply, spool, early, marks)
             except GatewayError as error:
-                said, landing = (), failed(error)
+                landing = failed(error)
             except Exception:
                 # Ours, and perhaps after the upstream was asked: it is booked as unknown at once.
                 log.exception("a purchase crashed", extra={"request_id": flight.rid})
                 fault = crash(flight.rid)
-                said, landing = (), Landing(Ending(Outcome.UNKNOWN), error=fault)
+                landing = Landing(Ending(Outcome.UNKNOWN), error=fault)
             marks.landed = self._clock.monotonic()
             if landing.error is not None:
                 _name_it(landing.error, flight.rid, _upstream_rid(reply))
@@ -114,17 +123,18 @@ class Purchases:
                 marks.first = marks.first or marks.landed
             settlement, entry = await self._book(flight, plan, landing, spool, marks)
             receipt = _with_purchase(so_far, reply, settlement, entry, marks.timings(so_far))
+            balances = entry.balances if entry else held.balances
+            self._budgets.learn(plan.lines, balances)
+            spent = (
+                *headers.of_cost(receipt.cost, receipt.basis),
+                *headers.of_budget(plan.lines, balances),
+            )
             if landing.error is not None:
-                if settlement.event is not Event.VOID:
-                    landing.error.cost_headers = headers.of_cost(receipt.cost, receipt.basis)
+                sent = reply is not None or settlement.event is not Event.VOID
+                flight.said = (*flight.said, *said, *headers.of_attempts(int(sent)), *spent)
                 await _break_off(flight, spool, landing.error)
                 return failed_receipt(receipt, landing.error)
-            said = (
-                *said,
-                *headers.of_cost(receipt.cost, receipt.basis),
-                *headers.of_budget(plan.lines, entry.balances if entry else held.balances),
-            )
-            _hand_over(flight, plan, landing, spool, said)
+            _hand_over(flight, plan, landing, spool, (*said, *spent))
             if landing.rest is not None:
                 await _pass_the_rest(landing.rest, spool)
             return receipt
@@ -196,7 +206,7 @@ class Purchases:
             if is_partial(event):
                 marks.first = marks.first or self._clock.monotonic()
             if call.stream:
-                _begin_stream(flight, spool, (*said, *headers.of_bound(plan.quote)))
+                _begin_stream(flight, spool, said)
 
         meter = EventMeter(call.operation, upstream)
         return await land_events(reply, spool, meter, call.n, begin, as_json=not call.stream)

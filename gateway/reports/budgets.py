@@ -11,11 +11,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from gateway.domain.errors import GatewayError
+from gateway.domain.errors import GatewayError, QuotaExceeded
 from gateway.domain.ledger import Balance, Line
-from gateway.domain.money import format_dollars
+from gateway.domain.money import Money, format_dollars
 from gateway.domain.notices import Mark, marks, money_lines
 from gateway.domain.quota import Limit, Scope
+from gateway.domain.receipt import Delivery, Receipt
 from gateway.domain.team import Key, Team
 from gateway.ports import Clock, Directory, Ledger, Message, Notifier, Upkeep
 
@@ -98,6 +99,14 @@ class BudgetWatch:
         self._counted = counted
         self._rests: dict[tuple[str, str], datetime] = {}
         """Until when a claim needs no question to the books: it is told, or somebody's."""
+        self._refused: dict[tuple[Scope, str], Money] = {}
+        """The dearest call that was refused since the last look, by team and by key."""
+
+    def finished(self, receipt: Receipt, delivery: Delivery) -> None:
+        """Hears of calls that a budget refused. The port ``Telemetry``."""
+        if receipt.code == QuotaExceeded.code and receipt.outcome is None:
+            for owner in ((Scope.TEAM, receipt.team), (Scope.KEY, receipt.key_id)):
+                self._refused[owner] = max(receipt.bound, self._refused.get(owner, 0))
 
     async def run(self, pause_seconds: float) -> None:
         """Looks for ever."""
@@ -158,10 +167,16 @@ class BudgetWatch:
     async def _passed(self) -> list[_Passed]:
         watched = await self._watched(self._clock.now())
         balances = await self._ledger.balances([line for _, _, line in watched])
+        refused, self._refused = self._refused, {}
         return [
             _Passed(team, key, line, balance, mark)
             for (team, key, line), balance in zip(watched, balances, strict=True)
-            for mark in marks(line.limit, balance, self._warn_percent)
+            for mark in marks(
+                line.limit,
+                balance,
+                self._warn_percent,
+                refused.get((line.limit.scope, line.limit.owner), 0),
+            )
         ]
 
     async def _watched(self, now: datetime) -> list[tuple[Team, Key | None, Line]]:

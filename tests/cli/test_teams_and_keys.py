@@ -120,7 +120,9 @@ def test_a_team_is_changed_in_what_is_named_alone(say: Say, ask: Ask, config: Pa
         assert said.stdout.startswith("team design is changed; its limits: ")
         teams = ask("team", "list", "--json", "--config", config)
         [team] = [one for one in teams if one["id"] == "design"]
-        return {**dict(team.pop("limits")), **team}
+        flat = team.pop("limits")
+        team |= flat
+        return dict(team)
 
     say(
         "team", "create", "design", "--models", "gpt-image-2", "--budget-week", "5",
@@ -129,7 +131,7 @@ def test_a_team_is_changed_in_what_is_named_alone(say: Say, ask: Ask, config: Pa
     made = change("--time-zone", "Pacific/Kiritimati")
     assert (made["time_zone"], made["models"]) == ("Pacific/Kiritimati", ["gpt-image-2"])
     assert (made["budget_week_usd"], made["requests_per_minute"]) == ("5", 60)
-    steps = {
+    steps: dict[tuple[str, ...], dict[str, object]] = {
         ("--budget-week", "7.50", "--soft-budget-month", "20"): {
             "budget_week_usd": "7.5",
             "soft_budget_month_usd": "20",
@@ -145,7 +147,7 @@ def test_a_team_is_changed_in_what_is_named_alone(say: Say, ask: Ask, config: Pa
     before = made
     for options, changes in steps.items():
         after = change(*options)
-        assert after == {**before, **changes}
+        assert after == before | changes
         before = after
 
 

@@ -40,6 +40,9 @@ class Free:
     def bound(self, call: Call, prices: PriceList) -> Bound:
         return Bound(0, HARD)
 
+    def likely(self, call: Call, prices: PriceList) -> Money | None:
+        return None
+
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         return 0
 

@@ -60,6 +60,26 @@ def test_what_running_calls_hold_passes_nothing() -> None:
     assert marks(limit, Balance(posted=79, pending=1000), 80) == ()
 
 
+@pytest.mark.parametrize(
+    ("posted", "refused", "names"),
+    [
+        (95, 5, ["budget:80"]),
+        (95, 6, ["budget:80", "budget:100"]),
+        (80, 21, ["budget:80", "budget:100"]),
+        # Far from used up: only that call was too dear.
+        (79, 90, []),
+        (0, 200, []),
+    ],
+)
+def test_a_budget_is_used_up_when_a_call_was_refused_behind_the_warning(
+    posted: int, refused: int, names: list[str]
+) -> None:
+    hard = Limit(Scope.TEAM, "growth", Unit.MONEY, Window.DAY, 100)
+    assert [mark.name for mark in marks(hard, Balance(posted), 80, refused)] == names
+    soft = Limit(Scope.TEAM, "growth", Unit.MONEY, Window.DAY, None, 100)
+    assert "soft_budget:100" not in [one.name for one in marks(soft, Balance(posted), 80, refused)]
+
+
 @given(st.integers(0, 2**63 - 1), st.none() | st.integers(1, 2**63 - 1), st.integers(1, 99))
 def test_more_spent_never_passes_less(posted: int, amount: int | None, percent: int) -> None:
     names = passed(posted, amount, amount, percent)

@@ -38,7 +38,9 @@ from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Limits, Team
 from gateway.ports import Outgoing, Reply
 from gateway.relay.admission import Admission
+from gateway.relay.budget import BudgetView
 from gateway.relay.plan import Plan
+from tests.running import TestClock
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DAY = Period(Window.DAY, "d|2026-11-22", datetime(2026, 11, 23, tzinfo=UTC))
@@ -47,6 +49,7 @@ DECEMBER = Period(Window.MONTH, "m|2026-12", datetime(2027, 1, 1, tzinfo=UTC))
 CENT = 10_000_000
 DOLLAR = 100 * CENT
 LEASE = timedelta(seconds=660)
+STILL = TestClock(NOW)
 
 
 @dataclass
@@ -83,7 +86,9 @@ class Stores:
     async def replay(self, replay: Replay) -> None:
         raise NotImplementedError
 
-    async def sweep(self, now: datetime, limit: int = 100) -> list[Entry]:
+    async def sweep(
+        self, now: datetime, limit: int = 100, silent_before: datetime | None = None
+    ) -> list[Entry]:
         raise NotImplementedError
 
     async def balances(self, lines: Sequence[Line]) -> list[Balance]:
@@ -106,7 +111,7 @@ class Stores:
 
     async def admit(self, plan: Plan, idempotency_key: str | None = None) -> Held:
         """As the relay does: the gate, then the ledger."""
-        admission = Admission(self, self, LEASE, "pod/1")
+        admission = Admission(self, self, LEASE, "pod/1", BudgetView(self, STILL))
         await admission.pass_gate("req_1", plan, plan.demand)
         return await admission.hold("req_1", plan, idempotency_key, NOW)
 
@@ -134,6 +139,9 @@ class ByQuality:
 
     def bound(self, call: Call, prices: PriceList) -> Bound:
         return Bound(call.n * self.nanousd[call.quality], Confidence.HARD)
+
+    def likely(self, call: Call, prices: PriceList) -> Money | None:
+        return None
 
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         return None
@@ -212,14 +220,16 @@ async def test_what_the_gate_gave_is_given_back_when_the_ledger_refuses(
 
 async def test_a_degraded_grant_says_so() -> None:
     stores = Stores(gate=Grant(degraded=True))
-    admission = Admission(stores, stores, LEASE, "pod/1")
+    admission = Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL))
     plan = a_plan()
     assert (await admission.pass_gate("req_1", plan, plan.demand)).degraded
 
 
 async def test_a_slot_is_given_back() -> None:
     stores = Stores()
-    await Admission(stores, stores, LEASE, "pod/1").leave("req_1", a_plan())
+    await Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL)).leave(
+        "req_1", a_plan()
+    )
     assert stores.done == ["release req_1"]
 
 

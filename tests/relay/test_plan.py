@@ -70,6 +70,9 @@ class ByQuality:
         each = self.cents.get(f"{call.size} {call.quality}", self.cents.get(call.quality, 100))
         return Bound(call.n * each * CENT, self.confidence)
 
+    def likely(self, call: Call, prices: PriceList) -> Money | None:
+        return None
+
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         return None
 

@@ -85,7 +85,8 @@ DOUBTS = replace(
     cost=4 * DOLLAR,
     posted=False,
 )
-DAY = Period(Window.DAY, "d|2026-11-22", datetime(2026, 11, 23, tzinfo=UTC))
+END = datetime(2026, 11, 23, tzinfo=UTC)
+DAY = Period(Window.DAY, "d|2026-11-22", END)
 
 
 def told(*receipts: Receipt, delivery: Delivery = SENT) -> Metrics:
@@ -322,7 +323,7 @@ def test_budgets() -> None:
         f"gateway_budget_soft_limit_usd{{{where}}}": 4.0,
         f"gateway_budget_spent_usd{{{where}}}": 2.0,
         f"gateway_budget_reserved_usd{{{where}}}": 0.5,
-        f"gateway_budget_reset_timestamp_seconds{{{where}}}": DAY.ends.timestamp(),
+        f"gateway_budget_reset_timestamp_seconds{{{where}}}": END.timestamp(),
     }
 
 
