@@ -26,7 +26,7 @@ from gateway.cli.common import (
 from gateway.clock import SystemClock
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.call import Json
-from gateway.domain.ledger import Entry, Line, State, UsageRow
+from gateway.domain.ledger import Basis, Entry, Line, State, UsageRow
 from gateway.domain.money import Money, format_dollars, parse_dollars
 from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, period
 from gateway.ports import NotKnown, Store
@@ -46,6 +46,10 @@ EVENTS: Mapping[str, str] = {
     State.EXPIRED: "its outcome is unknown: posted at its bound",
     "A": "adjusted",
     "B": "its bound was raised",
+}
+BASES: Mapping[str, str] = {
+    Basis.USAGE: "cost by its usage",
+    Basis.ESTIMATED: "cost not said, so its bound",
 }
 FACTOR_ONE = 1_000_000
 
@@ -415,7 +419,7 @@ def _facts(hold: Hold) -> list[tuple[str, str]]:
         ("call", f"{hold.rid}, {_when(hold.at)}"),
         ("state", state),
         ("team", f"{hold.team}, key {hold.key_id}"),
-        ("asked for", f"{hold.operation} of {hold.images} with {hold.model} from {hold.upstream}"),
+        ("asked for", f"{hold.operation} with {hold.model} from {hold.upstream}, n={hold.images}"),
         ("bound", f"${format_dollars(hold.bound)}, by price {hold.price_id or '(none)'}"),
         ("cost", f"${format_dollars(hold.cost)}"),
         ("counted in", ", ".join(hold.accounts)),
@@ -428,10 +432,8 @@ def _say(line: JournalLine) -> str:
     said = [EVENTS.get(line.kind, line.kind)]
     if line.kind == "A":
         said = [f"{detail.get('actor', 'somebody')} adjusted it: {detail.get('reason', '')}"]
-    if detail.get("outcome"):
-        said.append(f"outcome {detail['outcome']}")
-    if detail.get("basis") not in (None, "none"):
-        said.append(f"cost by {detail['basis']}")
+    if line.kind == State.POSTED:
+        said += [str(detail.get("outcome", "")), BASES.get(str(detail.get("basis")), "")]
     if detail.get("images"):
         said.append(f"images {detail['images']}")
     if usage := _counts(detail.get("usage")):
@@ -441,7 +443,7 @@ def _say(line: JournalLine) -> str:
         said.append(f"flags {', '.join(str(flag) for flag in flags)}")
     if detail.get("id") not in (None, line.rid):
         said.append(f"as {detail['id']}")
-    return "; ".join(said)
+    return "; ".join(part for part in said if part)
 
 
 def _counts(usage: Json) -> str:

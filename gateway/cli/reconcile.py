@@ -235,6 +235,8 @@ def _print(
             click.echo(f"  {proposal.command}")
     elif found.proposals:
         click.echo(f"\n{len(applied or ())} of {len(found.proposals)} adjustments were booked")
+        if suspects:
+            click.echo("when the calls above are corrected later, compare this day once more")
 
 
 def _figures(drift: Drift, percent: Decimal) -> tuple[str, ...]:

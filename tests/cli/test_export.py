@@ -16,7 +16,7 @@ import pytest
 from gateway.sandbox.server import SandboxServer
 from tests.cli.conftest import Say
 from tests.cli.spending import DAY, NOON, ONE, spend
-from tests.running import ALIAS, MODEL, TestClock
+from tests.running import ALIAS, KEY, MODEL, TestClock
 
 Ask = Callable[..., Any]
 
@@ -24,7 +24,8 @@ Ask = Callable[..., Any]
 async def _spend(folder: Path) -> Path:
     clock = TestClock(NOON)
     with SandboxServer(clock) as sandbox:
-        config, _ = await spend(folder, sandbox, clock, lost=1)
+        named = {"teams": {"growth": {"keys": [{"key": KEY, "name": "ci"}]}}}
+        config, _ = await spend(folder, sandbox, clock, named, lost=1)
         return config
 
 
@@ -73,6 +74,11 @@ def test_a_row_per_team_key_model_and_day(say: Say, books: Path) -> None:
         ("growth", ALIAS, "2"),
     ]
     assert {row["ProviderName"] for row in used} == {"openai"}
+    assert {row["SubAccountId"]: row["ResourceName"] for row in used} == {
+        "growth": "ci",
+        "design": "",
+    }
+    assert {len(row["x_KeyId"]) for row in used} == {10}
     [design] = [row for row in used if row["SubAccountId"] == "design"]
     assert design["x_UnresolvedRequests"] == "1"
     assert Decimal(design["BilledCost"]) - Decimal(design["x_UnresolvedCost"]) == (

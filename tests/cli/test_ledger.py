@@ -87,7 +87,7 @@ def test_unresolved(ask: Ask, say: Say, books: Path, spent: tuple[Path, list[str
     assert "--limit" in limited.stderr
 
 
-def test_show(ask: Ask, say: Say, books: Path, lost: str) -> None:
+def test_show(ask: Ask, say: Say, books: Path, lost: str, spent: tuple[Path, list[str]]) -> None:
     found = ask("ledger", "show", lost, "--json", "--config", books)
     assert found["hold"]["state"] == "unresolved"
     assert found["hold"]["cost_usd"] == found["hold"]["bound_usd"]
@@ -102,6 +102,11 @@ def test_show(ask: Ask, say: Say, books: Path, lost: str) -> None:
     assert "unresolved (outcome unknown: booked at its bound)" in said
     assert "its bound was set aside" in said
     assert "its outcome is unknown: posted at its bound" in said
+    silent = say("ledger", "show", spent[1][1], "--config", books).stdout
+    assert (
+        "it ended, and its cost was posted; delivered; cost not said, so its bound; images 1; "
+        "flags no_usage"
+    ) in silent
 
 
 def test_what_is_not_there(say: Say, books: Path) -> None:

@@ -157,15 +157,19 @@ def test_calls_of_unknown_outcome_are_the_first_suspects(
     found = report(say, config)
     assert {each["rid"] for each in found["suspects"]} == set(rids)
     assert Decimal(found["total"]["difference_usd"]) < 0
+    applied = say("reconcile", "--day", DAY, "--apply", "--config", config)
+    assert "3 of 3 adjustments were booked" in applied.stdout
+    assert "compare this day once more" in applied.stdout
     for rid in rids:
         cost = str(Decimal(ONE) / 10**9)
         said = say(
             "ledger", "adjust", rid, "--cost", cost, "--reason", "on the bill", "--config", config
         )
         assert said.exit_code == 0, said.output
-    clean = report(say, config)
+    clean = report(say, config, "--apply")
     assert clean["suspects"] == []
-    assert clean["total"]["difference_usd"] == "0"
+    assert Decimal(clean["total"]["difference_usd"]) == -Decimal(found["total"]["difference_usd"])
+    assert report(say, config)["total"]["difference_usd"] == "0"
     assert ask("ledger", "verify", "--json", "--config", config)["ok"]
 
 

@@ -123,6 +123,17 @@ def test_a_drift(server: SandboxServer, http: httpx.Client, admin: OpenAI) -> No
     assert costs(admin) == {None: Decimal("0.005895")}
 
 
+def test_a_drift_by_the_control_endpoint(
+    server: SandboxServer, http: httpx.Client, admin: OpenAI
+) -> None:
+    draw(server, http)
+    rule = {"path": "/organization/costs", "drift_percent": -50}
+    assert http.post(f"{server.origin}/sandbox/rules", json=rule).status_code == 201
+    assert costs(admin) == {None: Decimal("0.0029475")}
+    wrong = http.post(f"{server.origin}/sandbox/rules", json={"drift_percent": True})
+    assert wrong.status_code == 400
+
+
 def test_only_for_administrators(server: SandboxServer, http: httpx.Client) -> None:
     answer = http.get("/organization/costs", params={"start_time": DAY})
     assert answer.status_code == 401

@@ -15,6 +15,8 @@ from gateway.domain.bill import BilledItem
 from gateway.ports import BillUnreadable
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
+from gateway.sandbox.watch import Gate
+from gateway.upstream import costs
 from gateway.upstream.account import Account, AccountOptions, build_account
 from gateway.upstream.costs import ATTEMPTS, read_costs
 from tests.clock import StillClock
@@ -128,6 +130,16 @@ async def test_what_does_not_pass(sandbox: SandboxServer) -> None:
             await read_costs(upstream, DAY, DAY, pause=pauses)
     assert len(pauses.seconds) == ATTEMPTS - 1
     assert sandbox.journal.received == ATTEMPTS
+
+
+async def test_it_does_not_wait_for_ever(
+    sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(costs, "DEADLINE_SECONDS", 0.1)
+    sandbox.rules.add(Rule(path=PATH, wait_for=Gate()))
+    async with account(sandbox) as upstream:
+        with pytest.raises(BillUnreadable, match="not read within 0 s; try again later"):
+            await read_costs(upstream, DAY, DAY)
 
 
 async def test_an_upstream_without_the_endpoint(sandbox: SandboxServer) -> None:
