@@ -332,11 +332,14 @@ class Writer:
         try:
             wanted = self._attempt(lambda transaction: _book(batch, transaction))
             _deliver(wanted)
-        except LedgerUnavailable as error:
-            self._give_up(batch, error)
+        except LedgerUnavailable:
+            for operation in batch:
+                operation.fail(unavailable())
+            _deliver(batch)
         except Exception as error:  # noqa: BLE001 - the thread outlives whatever it was
             if len(batch) == 1:
-                self._give_up(batch, error)
+                batch[0].fail(error)
+                _deliver(batch)
                 return
             # Something that one of them asked for. The others must not suffer.
             for operation in batch:
@@ -348,11 +351,6 @@ class Writer:
         except Exception as error:  # noqa: BLE001 - its waiter hears of it
             operation.fail(error)
         _deliver([operation])
-
-    def _give_up(self, batch: list[_Operation[Any]], error: Exception) -> None:
-        for operation in batch:
-            operation.fail(error)
-        _deliver(batch)
 
     def _attempt(self, work: Errand[_T]) -> _T:
         """Runs a transaction, and again where something broke it. Raises ``LedgerUnavailable``,

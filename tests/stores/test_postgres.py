@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import random
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +28,7 @@ from gateway.domain.ledger import (
     State,
 )
 from gateway.domain.team import Team
-from gateway.ports import StoreError
+from gateway.ports import NotKnown, StoreError
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.postgres_schema import upgrade, versions
 from gateway.stores.schema import Versions, migrations
@@ -309,6 +311,40 @@ async def test_two_replicas_never_pass_a_budget_nor_wait_for_each_other(server: 
         entries = await asyncio.gather(*ends)
         assert sum(entry.applied for entry in entries) == 60
         assert await second.ledger.balances(budget) == [Balance(360, 0)] * 4
+        found = rows(
+            url, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
+        )
+        assert found == [(0,)]
+
+
+async def test_whatever_replicas_do_at_once_there_is_no_deadlock(server: Postgres) -> None:
+    """Any accounts in any order, new ones too; ends, sweeps, corrections and retention between."""
+    url = server.fresh_database()
+    chance = random.Random(7)
+    every = [line for day in range(5) for line in lines(at=NOON + timedelta(days=40 * day))]
+    async with opened(url) as first, opened(url) as second, opened(url) as third:
+        stores = (first, second, third)
+
+        async def live(rid: str) -> None:
+            some = tuple(chance.sample(every, chance.randint(1, 8)))
+            await chance.choice(stores).ledger.reserve(claim(rid, 10, limits=some))
+            if chance.random() < 0.8:
+                await chance.choice(stores).ledger.settle(settled(rid, chance.randint(0, 12)))
+            if chance.random() < 0.3:
+                fix = Correction(f"c{rid}", rid, 5, "r", "ann", NOON)
+                with contextlib.suppress(NotKnown):
+                    await chance.choice(stores).books.correct(fix)
+
+        async def keep(store: PostgresStore) -> None:
+            await store.ledger.sweep(NOON + 2 * LEASE, limit=5)
+            await store.upkeep.forget(NOON + timedelta(seconds=1), limit=5)
+            await store.upkeep.beat("w", NOON)
+
+        for turn in range(12):
+            await asyncio.gather(
+                *(live(f"r{turn}-{number}") for number in range(25)),
+                *(keep(store) for store in stores),
+            )
         found = rows(
             url, "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()"
         )
