@@ -36,6 +36,7 @@ _DEFAULTS: dict[str, str | int] = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 3_000,
+    "target_session_attrs": "primary",
 }
 """Where the url does not say otherwise."""
 _GONE = ("08", "57", "25", "53", "XX")
