@@ -23,6 +23,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import psycopg
+import trustme
 
 from gateway.stores.postgres_schema import upgrade
 
@@ -90,6 +91,37 @@ class Postgres:
     def execute(self, sql: str) -> None:
         with psycopg.connect(self.url(), autocommit=True) as connection:
             connection.execute(sql.encode())
+
+    def end_connections(self, database: str) -> int:
+        """Ends those of gateways to a database; returns how many there were."""
+        with psycopg.connect(self.url(), autocommit=True) as connection:
+            return connection.execute(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                " WHERE application_name = 'image-gateway' AND datname = %s",
+                (database,),
+            ).rowcount
+
+    def encrypt(self, certificate: trustme.LeafCert) -> None:
+        """From now on the server also speaks TLS."""
+        pem = self._data / "server.pem"
+        certificate.private_key_and_cert_chain_pem.write_to_path(pem)
+        pem.chmod(0o600)
+        if self._as:
+            shutil.chown(pem, "nobody", "nogroup")
+        for setting in ("ssl_cert_file", "ssl_key_file"):
+            self.execute(f"ALTER SYSTEM SET {setting} = 'server.pem'")
+        self.execute("ALTER SYSTEM SET ssl = on")
+        self.execute("SELECT pg_reload_conf()")
+        deadline = time.monotonic() + START_SECONDS
+        while not self._encrypted():
+            assert time.monotonic() < deadline, self._log.read_text()
+            time.sleep(0.02)
+
+    def _encrypted(self) -> bool:
+        with contextlib.suppress(psycopg.OperationalError):
+            psycopg.connect(self.url(sslmode="require")).close()
+            return True
+        return False
 
     def kill(self) -> None:
         """kill -9 of the server and all that it started, and waits for its end."""

@@ -36,6 +36,7 @@ _DEFAULTS: dict[str, str | int] = {
     "keepalives_interval": 2,
     "keepalives_count": 3,
     "tcp_user_timeout": 3_000,
+    "target_session_attrs": "primary",
 }
 """Where the url does not say otherwise."""
 _GONE = ("08", "57", "25", "53", "XX")
@@ -49,8 +50,8 @@ SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit
        set_config('statement_timeout', %s, false),
        set_config('lock_timeout', %s, false),
        set_config('idle_in_transaction_session_timeout', %s, false),
-       CASE WHEN pg_is_in_recovery() THEN NULL
-            ELSE substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END
+       pg_is_in_recovery(), pid, backend_start::text
+  FROM pg_stat_activity WHERE pid = pg_backend_pid()
 """
 _READ_ONLY = "SELECT set_config('default_transaction_read_only', 'on', false)"
 
@@ -62,12 +63,12 @@ class ServerSilent(psycopg.OperationalError):
 class Link(psycopg.Connection[TupleRow]):
     """A connection that waits for its server with an end.
 
-    ``timeline`` is that of the server's log: another one after each failover.
+    ``process`` is the one that serves it: its id, and when it began.
     """
 
     patient = False
     """Waits for ever: for what may take long."""
-    timeline = ""
+    process: tuple[int, str] = (0, "")
 
     def number(self, sql: LiteralString, asked: Sequence[object] = ()) -> int:
         """The one whole number that a query answers."""
@@ -113,10 +114,10 @@ def connect(url: str, *, read_only: bool = False, patient: bool = False) -> Link
     try:
         limits = (STATEMENT_MILLISECONDS, LOCK_MILLISECONDS, IDLE_MILLISECONDS)
         said = link.execute(_SETTINGS, [str(0 if patient else limit) for limit in limits])
-        (*_, timeline) = said.fetchone() or (None,)
-        if timeline is None:
+        (*_, standby, pid, began) = said.fetchone() or (True, 0, "")
+        if standby:
             raise ServerSilent("the server is a standby: name the primary")
-        link.timeline = timeline
+        link.process = pid, began
         if read_only:
             link.execute(_READ_ONLY)
     except BaseException:

@@ -26,6 +26,10 @@ DELETE FROM worker WHERE id IN (
           FOR UPDATE SKIP LOCKED)
 """
 
+_FORGET_WRITERS = """
+DELETE FROM writer WHERE id IN (SELECT id FROM writer WHERE at < %s FOR UPDATE SKIP LOCKED)
+"""
+
 _CLAIM = """
 INSERT INTO notice AS kept (account, mark, claimed_at) VALUES (%s, %s, %s)
 ON CONFLICT (account, mark) DO UPDATE SET claimed_at = excluded.claimed_at
@@ -89,6 +93,7 @@ class PostgresUpkeep:
             instant = transaction.instant(now)
             transaction.link.execute(_BEAT, (worker, instant))
             transaction.link.execute(_FORGET_WORKERS, (instant - memory,))
+            transaction.link.execute(_FORGET_WRITERS, (transaction.now - memory,))
             return transaction.now
 
         loop = asyncio.get_running_loop()

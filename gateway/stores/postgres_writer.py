@@ -4,17 +4,17 @@ How a write becomes durable::
 
     any task ──► queue ──► the writer: one thread a process ──► futures, after COMMIT
                            takes what has queued (at most 128)
-                           BEGIN    learn | lock | write COMMIT    (three round trips)
+                           BEGIN learn | lock | write COMMIT       (three round trips)
 
 Calls on money share a transaction and a ``Page``; whatever else is written has one of its own
 (an *errand*). When a transaction fails because of what one call asked for, the calls are sent one
 by one, so that only that call fails.
 
-A transaction that the server, the network or a race broke is sent again, over another connection
-where that is needed, at most three times. Where the answer to a COMMIT was lost, the server is
-asked first what became of that transaction (``pg_xact_status``): it is repeated only if it did not
-happen. After a failover nobody can say; then calls on money, which are keyed by their rid, are
-repeated, and replays, which are not, are dropped.
+A transaction that the server, the network or a race broke is sent again, over another connection,
+at most three times. Each one leaves its number in a row of its writer. Where the answer to a COMMIT
+was lost, the server's process that had it is ended, and that row says whether it happened: so
+nothing is done twice, whether it has a rid or not, after a crash or a failover too. (The server's
+own number of a transaction, ``pg_xact_status``, may be another's after a crash.)
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -53,17 +54,23 @@ PAUSE_SECONDS = 0.1
 PATIENCE_SECONDS = 3.0
 """How long a caller waits. What it asked for may still come: everything can be repeated."""
 CLOSE_SECONDS = 10.0
-FATE_LOOKS = 20
+ENDING_LOOKS = 20
 
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
-_IDENTITY = """
-SELECT pg_current_xact_id()::text, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint
+_NOW = "SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint"
+_NUMBER = """
+INSERT INTO writer (id, last, at) VALUES (%s, %s, %s)
+ON CONFLICT (id) DO UPDATE SET last = excluded.last, at = excluded.at
 """
-_FATE = "SELECT pg_xact_status(%s::xid8)"
-_END = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid = %s"
+_LAST = "SELECT coalesce(max(last), -1) FROM writer WHERE id = %s"
+_LEAVE = "DELETE FROM writer WHERE id = %s"
+_END = """
+SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+ WHERE pid = %s AND backend_start = %s::timestamptz
+"""
 
 
 class _Lost(Exception):
@@ -76,18 +83,17 @@ class _Lost(Exception):
 
 @dataclass(slots=True)
 class Transaction:
-    """One transaction of the writer. ``now`` is the server's clock as it began, in microseconds.
+    """One transaction of a writer, and its number there.
 
-    ``caller_time``: the callers' clocks are believed. ``again``: it may have been committed once
-    already; nobody can say.
+    ``now`` is the server's clock as it began, in microseconds. ``caller_time``: the callers'
+    clocks are believed instead.
     """
 
     link: Link
+    writer: str
+    number: int
     caller_time: bool = False
-    again: bool = False
     now: int = 0
-    identity: str = ""
-    pid: int = 0
     ending: bool = False
     """COMMIT was sent."""
     result: Any = None
@@ -98,22 +104,20 @@ class Transaction:
 
     def run(self, work: Callable[[Transaction], _T]) -> _T:
         """Raises ``psycopg.Error`` and ``_Lost``, and whatever ``work`` raises."""
-        self.pid = self.link.info.backend_pid
         try:
-            result = work(self)
+            return work(self)
         except psycopg.Error as error:
             if self.ending and (self.link.closed or self.link.broken):
                 raise _Lost(self) from error
             raise
-        return result
 
     def begin(self, learn: Callable[[], _T]) -> _T:
         """``learn`` is asked in the same round trip."""
         with self.link.pipeline():
             self.link.execute(_BEGIN)
-            identity = self.link.execute(_IDENTITY)
+            now = self.link.execute(_NOW)
             learnt = learn()
-        self.identity, self.now = identity.fetchone() or ("", 0)
+        (self.now,) = now.fetchone() or (0,)
         return learnt
 
     def commit(self, result: object, last: Callable[[Link], None]) -> None:
@@ -121,6 +125,7 @@ class Transaction:
         self.result = result
         with self.link.pipeline():
             last(self.link)
+            self.link.execute(_NUMBER, (self.writer, self.number, self.now))
             self.ending = True
             self.link.execute("COMMIT")
 
@@ -202,8 +207,7 @@ class _Operation(Generic[_T]):
 
     def run(self, page: Page, transaction: Transaction) -> None:
         self.result = self.error = None
-        unwanted = self.abandoned or (self.waiter is None and transaction.again)
-        if self.decide is None or unwanted:
+        if self.decide is None or self.abandoned:
             return
         try:
             self.result = (self.decide(page, transaction),)
@@ -232,6 +236,8 @@ class Writer:
         self._url = url
         self._caller_time = caller_time
         self._link: Link | None = link
+        self._id = secrets.token_hex(8)
+        self._transactions = 0
         self._closed = False
         self._pause = threading.Event()
         self._queue: queue.Queue[_Operation[Any] | None] = queue.Queue(QUEUE)
@@ -303,6 +309,9 @@ class Writer:
             for operation in batch:
                 if operation.errand is not None:
                     self._run_errand(operation, operation.errand)
+        if self._link is not None:
+            with suppress(psycopg.Error):
+                self._link.execute(_LEAVE, (self._id,))
         self._drop()
 
     def _take(self) -> tuple[list[_Operation[Any]], bool]:
@@ -323,11 +332,14 @@ class Writer:
         try:
             wanted = self._attempt(lambda transaction: _book(batch, transaction))
             _deliver(wanted)
-        except LedgerUnavailable as error:
-            self._give_up(batch, error)
+        except LedgerUnavailable:
+            for operation in batch:
+                operation.fail(unavailable())
+            _deliver(batch)
         except Exception as error:  # noqa: BLE001 - the thread outlives whatever it was
             if len(batch) == 1:
-                self._give_up(batch, error)
+                batch[0].fail(error)
+                _deliver(batch)
                 return
             # Something that one of them asked for. The others must not suffer.
             for operation in batch:
@@ -340,29 +352,24 @@ class Writer:
             operation.fail(error)
         _deliver([operation])
 
-    def _give_up(self, batch: list[_Operation[Any]], error: Exception) -> None:
-        for operation in batch:
-            operation.fail(error)
-        _deliver(batch)
-
     def _attempt(self, work: Errand[_T]) -> _T:
         """Runs a transaction, and again where something broke it. Raises ``LedgerUnavailable``,
         and what ``work`` itself is guilty of."""
         lost: Transaction | None = None
-        again = False
         for attempt in range(ATTEMPTS):
             self._pause.wait(attempt * PAUSE_SECONDS)
             try:
                 if self._link is None:
                     self._link = connect(self._url)
                 if lost is not None:
-                    happened = self._fate(self._link, lost)
-                    if happened:
+                    if self._happened(self._link, lost):
                         result: _T = lost.result
                         return result
-                    again = again or happened is None
                     lost = None
-                return Transaction(self._link, self._caller_time, again).run(work)
+                self._transactions += 1
+                return Transaction(self._link, self._id, self._transactions, self._caller_time).run(
+                    work
+                )
             except _Lost as error:
                 lost = error.transaction
                 self._broken(error)
@@ -377,16 +384,12 @@ class Writer:
                 raise
         raise unavailable()
 
-    def _fate(self, link: Link, lost: Transaction) -> bool | None:
-        """Whether a transaction was committed; None where nobody can say."""
-        if lost.link.timeline != link.timeline:
-            return None
-        for _ in range(FATE_LOOKS):
-            (status,) = link.execute(_FATE, (lost.identity,)).fetchone() or (None,)
-            if status != "in progress":
-                return None if status is None else bool(status == "committed")
-            # Its connection is gone, but its process has not noticed.
-            link.execute(_END, (lost.pid,))
+    def _happened(self, link: Link, lost: Transaction) -> bool:
+        """Whether a transaction was committed."""
+        for _ in range(ENDING_LOOKS):
+            # Its connection is gone, but the process may not have noticed, and has its locks.
+            if not link.execute(_END, lost.link.process).fetchall():
+                return link.number(_LAST, (self._id,)) == lost.number
             self._pause.wait(PAUSE_SECONDS)
         raise psycopg.OperationalError("a transaction before this one has not ended yet")
 

@@ -149,6 +149,14 @@ CREATE TABLE worker (
     beat_at BIGINT NOT NULL
 );
 
+-- The last transaction that each process has committed, for a process that lost the answer. It is of
+-- no use to anybody else, and no backup needs it.
+CREATE TABLE writer (
+    id   TEXT   COLLATE "C" NOT NULL PRIMARY KEY,
+    last BIGINT NOT NULL,                                       -- its number; each process counts its own
+    at   BIGINT NOT NULL                                        -- by the server's clock
+) WITH (fillfactor = 50);
+
 -- Which mark of an account somebody was told of, so that it is said once.
 CREATE TABLE notice (
     account    TEXT   COLLATE "C" NOT NULL,
