@@ -83,7 +83,9 @@ class Stores:
     async def replay(self, replay: Replay) -> None:
         raise NotImplementedError
 
-    async def sweep(self, now: datetime, limit: int = 100) -> list[Entry]:
+    async def sweep(
+        self, now: datetime, limit: int = 100, silent_before: datetime | None = None
+    ) -> list[Entry]:
         raise NotImplementedError
 
     async def balances(self, lines: Sequence[Line]) -> list[Balance]:
