@@ -164,6 +164,8 @@ class Supervisor:
         """A worker serves, or its end of the lifeline is closed: it ends, and will be reaped."""
         try:
             said = worker.lifeline.recv(64)
+        except BlockingIOError:
+            return
         except OSError:
             said = b""
         if not said:
