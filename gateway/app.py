@@ -173,7 +173,10 @@ async def open_gateway(
         keyring = KeyRing(pepper, declared, store.directory, clock)
         spools = settings.storage.blobs / "spool"
         _make_folder(spools, settings.storage.blobs)
-        room = Room(settings.server.buffer_bytes, settings.server.spool_bytes, spools)
+        part = settings.server.workers
+        room = Room(
+            settings.server.buffer_bytes // part, settings.server.spool_bytes // part, spools
+        )
         worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         safe = SettlementSafe.open(settings.ledger.spool, worker)
         stack.push_async_callback(safe.aclose)

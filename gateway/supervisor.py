@@ -30,6 +30,7 @@ QUICK_SECONDS = 5.0
 """A worker that ends before it has served for so long has died at once."""
 MAX_QUICK_DEATHS = 3
 BACK_OFF_SECONDS = 0.5
+RETRY_SECONDS = 5.0
 KILL_SECONDS = 5.0
 """How long a worker may take to obey the second signal."""
 REFUSED = 2
@@ -134,6 +135,14 @@ class Supervisor:
     def _start(self, number: int, deaths: int = 0) -> None:
         if self._stopping:
             return
+        try:
+            self._spawn(number, deaths)
+        except OSError as error:
+            # Processes or descriptors have run out, of the whole machine perhaps: that passes.
+            log.error("a worker cannot be started yet", extra={"error": str(error)})
+            asyncio.get_running_loop().call_later(RETRY_SECONDS, self._start, number, deaths)
+
+    def _spawn(self, number: int, deaths: int) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             inherited = (theirs, *self._sockets)
@@ -142,7 +151,11 @@ class Supervisor:
             said = ",".join(str(part) for part in (number, *(one.fileno() for one in inherited)))
             command = [*self._command, said]
             environment = {**os.environ, METRICS_FOLDER: str(self._metrics)}
-            pid = os.posix_spawn(command[0], command, environment, setpgroup=0)
+            try:
+                pid = os.posix_spawn(command[0], command, environment, setpgroup=0)
+            except OSError:
+                ours.close()
+                raise
         ours.setblocking(False)
         worker = self._workers[pid] = _Worker(number, pid, ours, deaths)
         asyncio.get_running_loop().add_reader(ours, self._heard, worker)
@@ -151,6 +164,8 @@ class Supervisor:
         """A worker serves, or its end of the lifeline is closed: it ends, and will be reaped."""
         try:
             said = worker.lifeline.recv(64)
+        except BlockingIOError:
+            return
         except OSError:
             said = b""
         if not said:

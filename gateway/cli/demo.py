@@ -46,6 +46,7 @@ CONFIG = """\
 # Each upstream has books and pictures of its own, so nothing that the sandbox drew is ever an
 # answer of OpenAI.
 storage: {{database: "sqlite:///{name}/gateway.db", blobs: "{name}/blobs"}}
+ledger: {{spool: "{name}/settlements"}}
 upstreams:
   {upstream}
 models:

@@ -154,8 +154,14 @@ async def _serve(
         if inheritance is None:
             _say_origin(origin_of(listening))
         else:
-            inheritance.serve(lambda: main.handle_exit(signal.SIGTERM, None))
+            inheritance.serve(lambda: _drain(main))
         await main.serve([listening])
+
+
+def _drain(main: Server) -> None:
+    """As the first signal does; one that drains already is not told twice."""
+    if not main.should_exit:
+        main.handle_exit(signal.SIGTERM, None)
 
 
 async def _stop(monitor: Server, watching: asyncio.Task[None]) -> None:

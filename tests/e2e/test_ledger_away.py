@@ -20,10 +20,14 @@ from typing import Any
 import httpx
 import pytest
 
+import gateway.relay.purchase
+from gateway.domain.ledger import Basis, Event, Outcome, Settlement
 from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
+from gateway.stores.safe import SettlementSafe
+from tests.e2e.test_endings import impatient
 from tests.e2e.test_processes import (
     LEASE_SECONDS,
     SHORT,
@@ -34,7 +38,8 @@ from tests.e2e.test_processes import (
     database,
 )
 from tests.processes import Books, GatewayProcess, run, wait_until
-from tests.running import KEY, TestClock
+from tests.running import KEY, MODEL, Start, TestClock
+from tests.valkey import eventually
 
 LONG = {"sweep_seconds": 0.2}
 """No lease ends in these tests."""
@@ -285,3 +290,51 @@ async def test_a_drain_leaves_what_it_cannot_settle_on_disk(
         await until(lambda: posted(config, 1), "all is booked")
         await until(lambda: kept(config) == [], "nothing waits")
     check_against(Books.read(database(config)), sandbox, story.answered)
+
+
+async def test_a_disk_that_hangs_is_not_waited_for(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hangs = asyncio.Event()
+
+    async def never(*_: object) -> None:
+        hangs.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(SettlementSafe, "keep", never)
+    monkeypatch.setattr(gateway.relay.purchase, "SAFE_SECONDS", 0.05)
+    gate = Gate()
+    with impatient(monkeypatch):
+        async with start({"ledger": LONG}) as running, running.sdk() as sdk:
+            running.sandbox.rules.add(Rule(wait_for=gate, payload_bytes=400))
+            call = asyncio.ensure_future(sdk.images.generate(model=MODEL, prompt="A lighthouse"))
+            async with asyncio.timeout(30):
+                await gate.arrived()
+            with locked(running.config):
+                gate.set()
+                answer = await call
+                assert answer.data
+                assert hangs.is_set()
+                assert "in memory alone; its hold stands" in caplog.text
+                metrics = await running.metrics()
+                assert metrics["gateway_settlements_waiting"] == 1
+            await eventually(lambda: posted(running.config, 1))
+            [receipt] = [one for one, _ in running.told.requests]
+            [hold] = Books.read(database(running.config)).holds.values()
+            assert (hold.cost, receipt.posted) == (receipt.cost, False)
+
+
+async def test_a_settlement_of_another_database_stays_where_it_is(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or of an older copy of this one: nothing is guessed, and nothing is thrown away."""
+    folder = tmp_path / "data" / "settlements"
+    stranger = SettlementSafe.open(folder, "stranger")
+    await stranger.keep(
+        Settlement("req_unheard_of", Event.SETTLE, Outcome.DELIVERED, Basis.USAGE, 7, images=1)
+    )
+    await stranger.aclose()
+    async with start({"ledger": LONG}) as running:
+        await eventually(lambda: "has no reservation for a settlement" in caplog.text)
+        assert (await running.metrics())["gateway_settlements_waiting"] == 1
+    assert [line["rid"] for line in kept(running.config)] == ["req_unheard_of"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,12 +15,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.domain.call import Usage
 from gateway.domain.ledger import Balance, Basis, Line, Outcome
 from gateway.domain.quota import Limit, Period, Scope, Unit, Window
 from gateway.domain.receipt import CacheResult, Delivery, Receipt, Timings
+from gateway.supervisor import METRICS_FOLDER
 from gateway.telemetry import metrics as module
 from gateway.telemetry.metrics import TABLE, Kind, Metrics
 
@@ -374,6 +379,63 @@ def test_two_gateways_in_one_process_do_not_meet() -> None:
     first, second = told(BOUGHT), Metrics("1.2.3")
     assert moved(first)
     assert not moved(second)
+
+
+# Several workers
+
+WORKER = """
+import os, sys
+from gateway.telemetry.metrics import Metrics
+
+number = int(sys.argv[1])
+metrics = Metrics("1.2.3")
+metrics.watch("gateway_inflight_requests", lambda: number)
+metrics.set("gateway_ledger_open_holds", number)
+metrics.add("gateway_orphaned_results_total", number)
+metrics.observe("gateway_settle_seconds", 0.002)
+sys.stdout.buffer.write(metrics.exposition())
+print("pid", os.getpid())
+"""
+
+
+def test_each_worker_tells_what_all_of_them_have(tmp_path: Path) -> None:
+    """In processes of their own: prometheus_client decides when it is imported."""
+
+    def told_by(number: int) -> dict[str, float]:
+        ended = subprocess.run(
+            [sys.executable, "-c", WORKER, str(number)],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, METRICS_FOLDER: str(tmp_path)},
+            cwd=GATEWAY.parent,
+        )
+        lines = [line for line in ended.stdout.splitlines() if not line.startswith("#")]
+        found = {name: float(value) for name, _, value in (one.rpartition(" ") for one in lines)}
+        assert len(found) == len(lines), "each sample once"
+        return found
+
+    def said(found: dict[str, float]) -> tuple[float, ...]:
+        return (
+            found["gateway_inflight_requests"],
+            found["gateway_ledger_open_holds"],
+            found["gateway_orphaned_results_total"],
+            found["gateway_settle_seconds_count"],
+            found['gateway_build_info{version="1.2.3"}'],
+        )
+
+    first = told_by(3)
+    assert said(first) == (3, 3, 3, 1, 1)
+    assert said(told_by(5)) == (8, 5, 8, 2, 1)
+    # The supervisor says that the first is dead: what it had is gone, what it did is not.
+    mark_process_dead(int(first["pid"]), str(tmp_path))  # type: ignore[no-untyped-call]
+    assert said(told_by(2)) == (7, 2, 10, 3, 1)
+
+
+def test_a_gauge_of_several_workers_forgets_the_dead() -> None:
+    for spec in TABLE:
+        if spec.kind is Kind.GAUGE:
+            assert spec.mode in ("livesum", "livemostrecent"), spec.name
 
 
 # Bounds
