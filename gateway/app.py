@@ -31,10 +31,10 @@ from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import GatewayError
 from gateway.domain.ledger import Entry, Line, Settlement
 from gateway.domain.money import NANOS_PER_DOLLAR
-from gateway.domain.price import PriceBook
+from gateway.domain.price import FACTOR_ONE, Price, PriceBook
 from gateway.domain.quota import Scope as Owner
 from gateway.domain.quota import Unit, period
-from gateway.domain.route import Unpriced
+from gateway.domain.route import Model, Unpriced
 from gateway.domain.team import Key, Team
 from gateway.ports import Cache, Clock, Directory, Gate, Ledger, StoreError, Telemetry, Upstream
 from gateway.pricefile import PriceFileError, load_prices
@@ -42,6 +42,7 @@ from gateway.relay.admission import Admission
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
 from gateway.relay.estimate import Estimates, Observed
+from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
@@ -90,6 +91,7 @@ class Gateway:
     directory: Directory
     flights: Flights
     metrics: Metrics
+    factors: Factors
 
 
 @asynccontextmanager
@@ -130,12 +132,20 @@ async def open_gateway(
             settings.cache.max_entry_bytes,
         )
         passing = {name for name, one in settings.upstreams.items() if _passes_urls(one)}
-        planner = Planner(settings.catalogue, upstreams, prices, cache, policy, frozenset(passing))
+        flights = Flights()
+
+        def tell_ratio(model: str, ratio: float) -> None:
+            metrics.observe("gateway_bound_ratio", ratio, model=model)
+
+        factors = Factors(store.upkeep, flights, settings.catalogue, tell_ratio)
+        await factors.refresh()
+        planner = Planner(
+            settings.catalogue, upstreams, prices, cache, policy, frozenset(passing), factors.of
+        )
         keyring = KeyRing(pepper, declared, store.directory, clock)
         spools = settings.storage.blobs / "spool"
         _make_folder(spools, settings.storage.blobs)
         room = Room(settings.server.buffer_bytes, settings.server.spool_bytes, spools)
-        flights = Flights()
         stack.push_async_callback(flights.drain, LAST_SECONDS)
         worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         lease = timedelta(seconds=settings.lease_seconds)
@@ -154,6 +164,7 @@ async def open_gateway(
                 flights=flights,
                 clock=clock,
                 budgets=budgets,
+                factors=factors,
             ),
             estimates=Estimates(planner, store.ledger, observed, clock),
             budgets=budgets,
@@ -168,6 +179,7 @@ async def open_gateway(
             _sweep_for_ever(store.ledger, clock, settings.ledger.sweep_seconds)
         )
         stack.push_async_callback(_cancel, sweeper)
+        stack.push_async_callback(_cancel, asyncio.create_task(factors.stay_fresh()))
 
         async def look() -> Readiness:
             stores = {
@@ -187,6 +199,10 @@ async def open_gateway(
             metrics.set("gateway_inflight_requests", flights.count)
             metrics.set("gateway_inflight_bytes", room.memory_used, where="memory")
             metrics.set("gateway_inflight_bytes", room.disk_used, where="disk")
+            for (upstream, model), factor in factors.by_label().items():
+                metrics.set(
+                    "gateway_bound_factor", factor / FACTOR_ONE, upstream=upstream, model=model
+                )
             await _look_at_money(store.ledger, store.directory, settings.teams, clock, metrics)
             return metrics.exposition()
 
@@ -205,6 +221,7 @@ async def open_gateway(
             store.directory,
             flights,
             metrics,
+            factors,
         )
 
 
@@ -260,17 +277,32 @@ def _placed(mistake: str, settings: Settings) -> str:
 
 
 def unpriced_models(settings: Settings, book: PriceBook, day: date) -> list[str]:
-    """What is configured but has no price: refused, unless the operator allows it."""
+    """What is configured but has no price, models and pins: refused, unless the operator allows
+    it of a model."""
     found = []
     for model in settings.catalogue.models.values():
         upstream = settings.upstreams[model.target.upstream]
         prices = book.of(upstream.name, upstream.prices, day)
-        if prices.find(model.target.model) is None and model.unpriced is Unpriced.REFUSE:
+        row = prices.find(model.target.model)
+        if row is not None:
+            found += _unknown_pin(model, row.price)
+        elif model.unpriced is Unpriced.REFUSE:
             found.append(
                 f"models.{model.name}: {model.target.model} has no price at {upstream.name}. Add "
                 "a row under prices.rows, or set unpriced: allow"
             )
     return found
+
+
+def _unknown_pin(model: Model, price: Price) -> list[str]:
+    """What is filled in for clients must be what the model draws, at a sure price."""
+    pin = model.pin
+    if pin is None or price.knows(pin.size, pin.quality):
+        return []
+    return [
+        f"models.{model.name}.pin: the price of {model.target.model} does not know size "
+        f"{pin.size} with quality {pin.quality}. Pin what it draws, or set auto: bound"
+    ]
 
 
 async def _owned_twice(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
 
@@ -79,8 +79,12 @@ class Call:
     values (multipart text fields that contract 1.2 types as numbers or booleans are converted).
     The typed members beside it are those that money and the relay need, with their defaults.
     ``n`` is 1-10, ``partial_images`` 0-3, ``frame_count`` 2-16 (1 where it is not a GIF).
-    ``model_span`` is where the model's name lies in the body, quotes excluded.
+    ``model_span`` is where the model's name lies in the body, quotes excluded. ``value_spans`` is
+    where the values of size and quality lie, as far as they were sent: quotes included in JSON.
+    ``boundary`` is that of a form, without its dashes.
     ``unknown`` names the parameters that the contract does not list: they are forwarded.
+    ``pinned`` are sizes and qualities that the client left open and the gateway fills in: what
+    the body does not say yet.
     """
 
     operation: Operation
@@ -100,6 +104,9 @@ class Call:
     frame_count: int = 1
     unknown: frozenset[str] = frozenset()
     body_bytes: int = 0
+    value_spans: Mapping[str, Span] = field(default_factory=dict)
+    boundary: bytes = b""
+    pinned: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Event, Outcome, Settlement
 from gateway.domain.money import Money
-from gateway.domain.price import Answer, Bound, Confidence, PriceList, PriceRow
+from gateway.domain.price import FACTOR_ONE, Answer, Bound, Confidence, PriceList, PriceRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +24,15 @@ class Quote:
     """What is known of a call's price before it: the bound, and the row it came from.
 
     ``row`` is None for an unpriced model that the operator allows; ``bound`` is then what is held
-    and, without better knowledge, booked (0, or ``max_cost_per_request``).
+    and, without better knowledge, booked (0, or ``max_cost_per_request``). ``base`` is what
+    the row alone says, ``factor`` what that was raised by, in millionths.
     """
 
     bound: Bound
     prices: PriceList
     row: PriceRow | None
+    base: Money = 0
+    factor: int = FACTOR_ONE
 
     @property
     def price_id(self) -> str:

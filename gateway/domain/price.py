@@ -101,6 +101,18 @@ class BySize:
         return max(max(row.values()) for row in self.cells.values())
 
 
+FACTOR_ONE = 1_000_000
+"""Factors of bounds are counted in millionths."""
+
+
+def raised(bound: Bound, factor: int) -> Bound:
+    """A bound times what its model was seen to need (money.md 7, rule 5), rounded up. It is SOFT
+    then: what was sure has been passed once."""
+    if factor <= FACTOR_ONE:
+        return bound
+    return Bound(-(-bound.amount * factor // FACTOR_ONE), Confidence.SOFT)
+
+
 class CannotPrice(Exception):
     """This call has no bound: the message says which parameter, and what to do."""
 
@@ -121,6 +133,9 @@ class Price(Protocol):
 
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         """What ``answer`` cost, or None where it does not say enough (no usage)."""
+
+    def knows(self, size: str, quality: str) -> bool:
+        """Whether a picture of this size and quality has a sure price."""
 
 
 @dataclass(frozen=True, slots=True)

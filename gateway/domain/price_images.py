@@ -57,3 +57,7 @@ class ImagePrice:
             return None
         amount, _ = self.amounts.most(answer.size, answer.quality)
         return answer.images * amount + (answer.input_images or 0) * self.input_image
+
+    def knows(self, size: str, quality: str) -> bool:
+        """Whether both are listed."""
+        return self.amounts.most(size, quality)[1]

@@ -3,10 +3,10 @@
 The bound is money.md 7::
 
     n x frames x (output tokens + 100 x partial_images) x image_out
-      + prompt's UTF-8 bytes x text_in
+      + (prompt's UTF-8 bytes + 32) x text_in
       + input tokens of every picture that came (masks and markup too) x image_in
       [ x margin ]
-      [ + the SVG author's max_output_tokens x its text_out + the prompt x its text_in ]
+      [ + the SVG author's max_output_tokens x its text_out + (the prompt + 32) x its text_in ]
 
 A rate that is not published is never zero. Cached input without a rate costs as uncached. Text
 output without a rate (gpt-image-2 and later: none was ever seen in an answer) costs as image
@@ -41,7 +41,17 @@ PARTIAL_IMAGE_TOKENS = 100
 
 BYTES_PER_TOKEN = 4
 """Of English, about; only for what is likely, never for a bound."""
+DOUBTFUL = ("svg", "complexity")
+"""Parameters whose effect on the output tokens is not published."""
 STILL = frozenset({"png", "webp", "jpeg"})
+
+WRAPPING_TOKENS = 32
+"""Text tokens around a prompt. No tokeniser makes more tokens than bytes, but a provider may put a
+prompt between marks of its own (roles, an instruction), and how many is published nowhere: the
+bytes alone would be too few for a prompt of two letters. $0.00016 at $5 a million."""
+
+SIZE_STEP = 16
+"""Pixels: both edges of a size of gpt-image-2 and later are multiples of it (contract 1.2)."""
 
 MAX_SCALED_EDGE = 2048
 """Pixels: input pictures are first scaled down into a square of this."""
@@ -84,6 +94,12 @@ class ByAxis:
         if beyond:
             return self._worst(axis), False
         return image_tokens(axis, width, height), width * height >= self.min_pixels
+
+    def knows(self, size: str, quality: str) -> bool:
+        """Whether the model draws such pictures, at a sure price."""
+        pixels = parse_size(size)
+        fits = pixels is None or not any(edge % SIZE_STEP for edge in pixels)
+        return fits and self.most(size, quality)[1]
 
     @property
     def largest(self) -> int:
@@ -144,8 +160,10 @@ class TokenPrice:
     max_output_tokens: int | None = None
 
     def bound(self, call: Call, prices: PriceList) -> Bound:
-        """The most ``call`` can cost. SOFT with input pictures, GIF, SVG, and whatever is not
-        known of the model or in the call. Raises ``CannotPrice``."""
+        """The most ``call`` can cost. SOFT with input pictures, GIF, SVG, ``svg`` for another
+        format (the upstream's to refuse), ``complexity`` (that planning is free, only third
+        parties say), and whatever is not known of the model or in the call. Raises
+        ``CannotPrice``."""
         if self.output is None or self.image_out is None:
             raise CannotPrice(
                 f"The price of {call.model} says nothing of pictures: "
@@ -158,19 +176,21 @@ class TokenPrice:
         if call.unknown or call.output_format not in FORMATS:
             tokens, sure = self.output.largest, False
         drawn = call.n * call.frame_count * (tokens + PARTIAL_IMAGE_TOKENS * call.partial_images)
-        amount = drawn * self.image_out + call.prompt_bytes * self.text_in + self._inputs(call)
+        amount = drawn * self.image_out + _prompt_tokens(call) * self.text_in + self._inputs(call)
         amount = -(-amount * self.margin_percent // 100)
         if call.output_format == "svg":
             amount += call.n * _author_bound(call, prices)
         guessed = bool(call.inputs) or call.output_format in {"gif", "svg"}
-        soft = self.soft or guessed or not sure
+        doubtful = not call.parameters.keys().isdisjoint(DOUBTFUL)
+        soft = self.soft or guessed or doubtful or not sure
         return Bound(amount, Confidence.SOFT if soft else Confidence.HARD)
 
     def likely(self, call: Call, prices: PriceList) -> Money | None:
         """By the formula, without margin, and a token for every four bytes of the prompt. Input
         pictures are as in the bound. None for what the provider chooses, and for GIF and SVG."""
-        open_ended = call.size in OPEN or call.quality in OPEN or call.unknown
-        if open_ended or call.output_format not in STILL or not (self.output and self.image_out):
+        open_ended = call.size in OPEN or call.quality in OPEN or call.output_format not in STILL
+        doubtful = call.unknown or not call.parameters.keys().isdisjoint(DOUBTFUL)
+        if open_ended or doubtful or self.output is None or self.image_out is None:
             return None
         tokens, sure = self.output.most(call.size, call.quality)
         if not sure:
@@ -204,6 +224,12 @@ class TokenPrice:
         author = _author_cost(usage.svg, prices)
         return None if author is None else total + author
 
+    def knows(self, size: str, quality: str) -> bool:
+        """Whether the model draws such pictures, at a sure number of tokens."""
+        if isinstance(self.output, ByAxis):
+            return self.output.knows(size, quality)
+        return self.output is not None and self.output.most(size, quality)[1]
+
     def _inputs(self, call: Call) -> Money:
         """Of the pictures that came with the request, in nano-dollars."""
         if not call.inputs:
@@ -224,6 +250,11 @@ class TokenPrice:
 
 def _first(*rates: Money | None) -> Money | None:
     return next((rate for rate in rates if rate is not None), None)
+
+
+def _prompt_tokens(call: Call) -> int:
+    """The most text tokens that a prompt can be."""
+    return call.prompt_bytes + WRAPPING_TOKENS
 
 
 def _author_bound(call: Call, prices: PriceList) -> Money:
@@ -247,7 +278,7 @@ def _author_bound(call: Call, prices: PriceList) -> Money:
             "add a row with text_in, text_out and max_output_tokens.",
             "svg.model",
         )
-    return price.max_output_tokens * price.text_out + call.prompt_bytes * price.text_in
+    return price.max_output_tokens * price.text_out + _prompt_tokens(call) * price.text_in
 
 
 def _author_cost(used: SvgUsage, prices: PriceList) -> Money | None:

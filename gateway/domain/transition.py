@@ -18,6 +18,12 @@ from gateway.domain.money import Money
 KEY_LIFETIME = timedelta(hours=24)
 """How long an idempotency key stands for its first call, counted from ``Claim.at``."""
 
+WORKER_MEMORY = timedelta(days=1)
+"""How long a silent worker without open holds is remembered."""
+
+CORRECTED = "A"
+"""The journal's kind of corrections and adjustments."""
+
 DOUBTFUL = frozenset({"unpriced", "no_usage", "invalid_usage", "over_bound"})
 """The flags that say a cost may be wrong; ``soft`` alone says only that the bound was a guess."""
 
@@ -61,8 +67,8 @@ def transition(state: State, event: Event, bound: Money, cost: Money, new_cost: 
 def corrected(state: State, cost: Money, new_cost: Money, doubtful: bool) -> Move:
     """Moves a closed hold, with ``cost`` posted, to what a person says that it cost.
 
-    ``doubtful``: it has flags, which the correction clears. A hold that still runs is not touched:
-    it will end by itself. What is so already stays as it is.
+    ``doubtful``: it has a flag of ``DOUBTFUL``, which the correction clears. A hold that still
+    runs is not touched: it will end by itself. What is so already stays as it is.
     """
     if state is State.HELD or (state is State.POSTED and cost == new_cost and not doubtful):
         return Move(state, cost, applied=False)
@@ -150,12 +156,12 @@ def correction_counts(
 ) -> Counts:
     """What the daily roll-up must gain for a correction of a hold that had ``cost`` and
     ``flags``."""
+    if before is State.VOIDED:  # it counted nowhere, its flags neither
+        return Counts(requests=1, images=correction.images, cost=correction.cost)
     flagged = -int(not DOUBTFUL.isdisjoint(flags))
     gained = Counts(cost=correction.cost - cost, flagged=flagged)
     if before is State.EXPIRED:
         return gained.plus(Counts(images=correction.images, unresolved=-1, unresolved_cost=-cost))
-    if before is State.VOIDED:
-        return gained.plus(Counts(requests=1, images=correction.images))
     return gained
 
 

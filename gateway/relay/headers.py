@@ -34,12 +34,18 @@ def of_call(rid: str, plan: Plan, stream: bool) -> Headers:
         ("x-cache", plan.cache.value),
         ("x-model-served", plan.model.target.model),
         ("x-gateway-upstream", plan.upstream.name),
+        *_of_changes(plan.changed),
     )
 
 
 def of_attempts(count: int) -> Headers:
     """How many times the call was sent upstream."""
     return (("x-gateway-attempts", str(count)),)
+
+
+def _of_changes(changed: Mapping[str, str]) -> Headers:
+    said = ", ".join(f"{name}={value}" for name, value in changed.items())
+    return (("x-gateway-changed", said),) if said else ()
 
 
 def of_upstream(headers: Mapping[str, str]) -> Headers:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -12,10 +12,19 @@ from gateway.domain.errors import InvalidRequest, ModelNotAllowed, ModelNotFound
 from gateway.domain.fingerprint import fingerprint
 from gateway.domain.ledger import Line
 from gateway.domain.money import Money, say_dollars
-from gateway.domain.price import Bound, CannotPrice, Confidence, PriceBook, PriceList
+from gateway.domain.price import (
+    FACTOR_ONE,
+    OPEN,
+    Bound,
+    CannotPrice,
+    Confidence,
+    PriceBook,
+    PriceList,
+    raised,
+)
 from gateway.domain.quota import Demand, Limit, Unit, period
 from gateway.domain.receipt import CacheResult
-from gateway.domain.route import OTHER, Catalogue, Model, Unpriced
+from gateway.domain.route import OTHER, Catalogue, Model, Pin, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
 from gateway.ports import Cache, Cached, Upstream
 from gateway.relay.strict import validate_strict
@@ -45,7 +54,8 @@ class Plan:
     """One call, decided: whose, from where, at what price, and under which name it is cached.
 
     ``keep``: the answer may be put into the cache, under ``fingerprint``. ``rates`` are the
-    gate's limits, ``lines`` the ledger's accounts in their periods.
+    gate's limits, ``lines`` the ledger's accounts in their periods. ``call`` is what is bought:
+    with what is pinned filled in.
     """
 
     caller: Caller
@@ -61,6 +71,15 @@ class Plan:
     keep: bool
     cached: Cached | None = None
 
+    @property
+    def changed(self) -> Mapping[str, str]:
+        """What the gateway filled in, by name: the client is told."""
+        return self.call.pinned
+
+
+def _as_priced(upstream: str, model: str) -> int:
+    return FACTOR_ONE
+
 
 class Planner:
     """Holds what is configured; makes a plan for each call."""
@@ -73,14 +92,17 @@ class Planner:
         cache: Cache,
         policy: CachePolicy,
         passing_urls: frozenset[str] = frozenset(),
+        factor_of: Callable[[str, str], int] = _as_priced,
     ) -> None:
-        """``passing_urls`` are the upstreams that may be given addresses of pictures."""
+        """``passing_urls`` are the upstreams that may be given addresses of pictures;
+        ``factor_of`` says by what a model's bounds are raised at an upstream, in millionths."""
         self._catalogue = catalogue
         self._upstreams = upstreams
         self._prices = prices
         self._cache = cache
         self._policy = policy
         self._passing_urls = passing_urls
+        self._factor_of = factor_of
 
     async def plan(self, caller: Caller, call: Call, wish: CacheWish, now: datetime) -> Plan:
         """Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``,
@@ -88,6 +110,16 @@ class Planner:
         model = self.route(caller, call.model)
         if model.strict:
             validate_strict(call, model.target.model)
+        if model.refuse_unknown and call.unknown:
+            name = min(call.unknown)[:64]
+            raise InvalidRequest(
+                f"Unknown parameter: '{name}'. {model.name} takes only what this gateway knows "
+                "the price of. Remove it.",
+                code="unknown_parameter",
+                param=name,
+                reason="unpriced",
+            )
+        call = _pinned(call, model.pin)
         upstream = self._upstreams[model.target.upstream]
         served = model.target.model
         # A picture known by its address alone (it has no size) is fetched by the upstream, and
@@ -214,7 +246,7 @@ class Planner:
         if row is None:
             return Quote(self._unpriced_bound(caller, model, most), prices, None)
         try:
-            bound = row.price.bound(call, prices)
+            base = row.price.bound(call, prices)
         except CannotPrice as error:
             raise InvalidRequest(
                 f"{error} That is for the gateway's operator to do.",
@@ -222,6 +254,8 @@ class Planner:
                 param=error.param,
                 reason="unpriced",
             ) from error
+        factor = self._factor_of(upstream.name, model.target.model)
+        bound = raised(base, factor)
         if most is not None and bound.amount > most:
             raise InvalidRequest(
                 f"This request could cost up to {say_dollars(bound.amount)}, and team "
@@ -230,7 +264,7 @@ class Planner:
                 code="max_cost_exceeded",
                 reason="max_cost_exceeded",
             )
-        return Quote(bound, prices, row)
+        return Quote(bound, prices, row, base.amount, factor)
 
     def _unpriced_bound(self, caller: Caller, model: Model, most: Money | None) -> Bound:
         if model.unpriced is Unpriced.REFUSE:
@@ -265,6 +299,23 @@ def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:
     )
 
 
+def _pinned(call: Call, pin: Pin | None) -> Call:
+    """The call with what its client left open filled in. What was said is never touched."""
+    if pin is None:
+        return call
+    wanted = (("size", call.size, pin.size), ("quality", call.quality, pin.quality))
+    filled = {name: value for name, given, value in wanted if given in OPEN}
+    if not filled:
+        return call
+    return replace(
+        call,
+        size=filled.get("size", call.size),
+        quality=filled.get("quality", call.quality),
+        parameters={**call.parameters, **filled},
+        pinned=filled,
+    )
+
+
 def cheaper(plan: Plan) -> tuple[str, Money] | None:
     """A way to ask for the same call that costs less: the first of a few that saves by half."""
     if plan.quote.row is None:
@@ -275,9 +326,10 @@ def cheaper(plan: Plan) -> tuple[str, Money] | None:
         size = "1024x1024" if plan.call.size == "auto" else plan.call.size
         other = replace(plan.call, quality=quality, size=size)
         try:
-            bound = plan.quote.row.price.bound(other, plan.quote.prices).amount
+            base = plan.quote.row.price.bound(other, plan.quote.prices)
         except CannotPrice:
             continue
+        bound = raised(base, plan.quote.factor).amount
         if 0 < 2 * bound <= plan.quote.bound.amount:
             words = f"quality={quality}" if size == plan.call.size else f"{size}, quality={quality}"
             return words, bound

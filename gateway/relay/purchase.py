@@ -22,6 +22,7 @@ from gateway.ports import Cache, CachedMeta, Clock, Ledger, Outgoing, Provider, 
 from gateway.relay import headers, replay
 from gateway.relay.body import Room, Spool, edited, edited_length, spliced
 from gateway.relay.budget import BudgetView
+from gateway.relay.factors import Factors
 from gateway.relay.failover import ERROR_BODY_BYTES, refusal
 from gateway.relay.flights import Flight, Flights, Head
 from gateway.relay.landing import Landing, failed, land_events, land_json
@@ -75,7 +76,9 @@ class Purchases:
         flights: Flights,
         clock: Clock,
         budgets: BudgetView,
+        factors: Factors,
     ) -> None:
+        self._factors = factors
         self._ledger = ledger
         self._cache = cache
         self._policy = policy
@@ -220,11 +223,18 @@ class Purchases:
             settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
             entry = await self._settle(settlement)
             marks.settled = self._clock.monotonic()
+            self._compare(plan, settlement)
             await self._keep(plan, landing, spool, settlement)
         except Exception:
             await _break_off(flight, spool, crash(flight.rid))
             raise
         return settlement, entry
+
+    def _compare(self, plan: Plan, settlement: Settlement) -> None:
+        """Sets what was measured against the bound, for the bounds to come."""
+        if settlement.basis is Basis.USAGE:
+            served = plan.model.target.model
+            self._factors.observe(plan.upstream.name, served, plan.quote.base, settlement.cost)
 
     async def _settle(self, settlement: Settlement) -> Entry | None:
         """Books the ending. None: the ledger is away, and it goes on being tried behind the

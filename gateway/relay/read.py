@@ -51,6 +51,8 @@ _PRICED_NUMBERS: Mapping[str, tuple[int, int]] = {
     "frame_count": (2, 16),
 }
 _PRICED_TEXTS = ("size", "quality", "output_format")
+_PINNABLE = ("size", "quality")
+"""Where their values lie is told: what a client leaves open may be pinned (money.md 7)."""
 _FORM_NUMBERS = frozenset({*_PRICED_NUMBERS, "output_compression", "frame_duration_ms"})
 _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_identifier", "user")
 """Fields that come back in an answer's headers or body."""
@@ -183,6 +185,7 @@ class _JsonReader:
             # Not as it was declared: a charset could make another reader see other names.
             content_type=JSON_TYPE,
             model_span=Span(quoted.start + 1, quoted.end - 1),
+            value_spans={name: skimmed.spans[name] for name in _PINNABLE if name in skimmed.spans},
             fields=parameters,
             inputs=inputs,
             unknown=parameters.keys() - KNOWN,
@@ -244,12 +247,14 @@ class _FormReader:
         self._rules = rules
         self._limit = rules.body_limit(operation)
         self._length = 0
-        self._scanner = FormScanner(boundary_of(content_type), max_file_bytes=rules.max_file_bytes)
+        self._boundary = boundary_of(content_type)
+        self._scanner = FormScanner(self._boundary, max_file_bytes=rules.max_file_bytes)
         self._fields: dict[str, Json] = {}
         self._inputs: list[InputImage] = []
         self._names: set[str] = set()
         self._unknown_files: set[str] = set()
         self._model_span = Span(0, 0)
+        self._value_spans: dict[str, Span] = {}
         self._images = 0
         self._spelling = ""
         self._last_index = -1
@@ -276,6 +281,8 @@ class _FormReader:
             encoding=Encoding.MULTIPART,
             content_type=self._content_type,
             model_span=self._model_span,
+            value_spans=self._value_spans,
+            boundary=self._boundary,
             fields=self._fields,
             inputs=tuple(self._inputs),
             unknown=(self._fields.keys() - KNOWN) | self._unknown_files,
@@ -345,6 +352,8 @@ class _FormReader:
             ) from None
         if name == "model":
             self._model_span = part.span
+        elif name in _PINNABLE:
+            self._value_spans[name] = part.span
         _put(self._fields, name, _from_text(name, text))
 
 
@@ -410,10 +419,12 @@ def _call(
     encoding: Encoding,
     content_type: str,
     model_span: Span,
+    value_spans: Mapping[str, Span],
     fields: Mapping[str, object],
     inputs: tuple[InputImage, ...],
     unknown: set[str],
     body_bytes: int,
+    boundary: bytes = b"",
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given = {name: value for name, value in fields.items() if value is not None}
@@ -459,6 +470,8 @@ def _call(
         frame_count=1 if output_format in STILL_FORMATS else (frames or DEFAULT_FRAMES),
         unknown=frozenset(unknown & given.keys() | unknown - fields.keys()),
         body_bytes=body_bytes,
+        value_spans=value_spans,
+        boundary=boundary,
     )
 
 

@@ -1,16 +1,14 @@
-"""The ledger and the directory in this process's memory: for tests.
+"""A store in this process's memory, for tests: its ledger, and all its views together.
 
-Nothing survives the process, so nothing here is durable; in all else they keep the promises of
-their ports. Every method gives way to other tasks once before it touches anything, because a
-store that never awaits hides what cancellation and concurrency do to its callers. After that it
-runs to its end without a break, which is its lock.
+Nothing survives the process, so nothing here is durable; in all else it keeps the promises of its
+ports.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Sequence
 from datetime import datetime
 
 from gateway.domain.ledger import (
@@ -28,10 +26,8 @@ from gateway.domain.ledger import (
     UsageRow,
 )
 from gateway.domain.money import Money
-from gateway.domain.team import Key, Team
 from gateway.domain.transition import (
     KEY_LIFETIME,
-    Counts,
     OnConflict,
     contradicts,
     correction,
@@ -41,67 +37,69 @@ from gateway.domain.transition import (
     transition,
     usage_day,
 )
-from gateway.ports import AlreadyExists, NotKnown
+from gateway.ports import NotKnown
+from gateway.stores.memory_books import MemoryBooks, MemoryUpkeep
+from gateway.stores.memory_directory import MemoryDirectory
+from gateway.stores.memory_rows import NOTHING, MemoryHold, MemoryRows
+from gateway.stores.rows import detail_of
 
-NOTHING = Balance()
 
+class MemoryStore:
+    """``Store`` without durability. ``on_conflict`` hears of a repeat with another amount."""
 
-@dataclass(slots=True)
-class _Hold:
-    """A claim and where it has got to. ``accounts`` are those of its lines, each once."""
+    def __init__(self, on_conflict: OnConflict = ignore_conflict) -> None:
+        self.rows = MemoryRows()
+        self.ledger = MemoryLedger(self.rows, on_conflict)
+        self.books = MemoryBooks(self.rows)
+        self.upkeep = MemoryUpkeep(self.rows)
+        self.directory = MemoryDirectory()
 
-    claim: Claim
-    accounts: tuple[str, ...]
-    state: State = State.HELD
-    cost: Money = 0
-    flags: tuple[str, ...] = ()
+    async def aclose(self) -> None:
+        await asyncio.sleep(0)
 
 
 class MemoryLedger:
-    """``Ledger`` without durability. ``on_conflict`` hears of a repeat with another amount."""
+    """``Ledger`` without durability."""
 
-    def __init__(self, on_conflict: OnConflict = ignore_conflict) -> None:
+    def __init__(self, rows: MemoryRows, on_conflict: OnConflict) -> None:
+        self._rows = rows
         self._on_conflict = on_conflict
-        self._holds: dict[str, _Hold] = {}
-        self._keys: dict[tuple[str, str], str] = {}
-        """(team, idempotency key) to the rid it stands for."""
-        self._balances: dict[str, Balance] = {}
-        self._usage: dict[tuple[str, str, str, str], Counts] = {}
 
     async def reserve(self, claim: Claim) -> Held | Denied | Claimed:
         if claim.bound < 0:
             raise ValueError("a bound is never negative")
         await asyncio.sleep(0)
-        known = self._holds.get(claim.rid)
+        known = self._rows.holds.get(claim.rid)
         if known is not None:
-            return Held(claim.rid, self._read(known.accounts), duplicate=True)
+            return Held(claim.rid, self._rows.read(known.accounts), duplicate=True)
         holder = self._holder_of_key(claim)
         if holder is not None:
             same = holder.claim.fingerprint == claim.fingerprint
             if holder.state is not State.VOIDED or not same:
                 return Claimed(holder.claim.rid, holder.state, same)
         for line in claim.lines:
-            balance = self._balances.get(line.account, NOTHING)
+            balance = self._rows.balances.get(line.account, NOTHING)
             amount = line.limit.amount
             if amount is not None and balance.used + claim.bound > amount:
                 return Denied(line, balance)
-        hold = _Hold(claim, tuple(dict.fromkeys(line.account for line in claim.lines)))
-        self._holds[claim.rid] = hold
+        hold = MemoryHold(claim, tuple(dict.fromkeys(line.account for line in claim.lines)))
+        self._rows.holds[claim.rid] = hold
         if claim.idempotency_key is not None:
-            self._keys[claim.team, claim.idempotency_key] = claim.rid
-        self._add(hold.accounts, pending=claim.bound, posted=0)
-        return Held(claim.rid, self._read(line.account for line in claim.lines))
+            self._rows.keys[claim.team, claim.idempotency_key] = claim.rid
+        self._rows.add(hold.accounts, pending=claim.bound, posted=0)
+        self._rows.write_journal(claim.at, claim.rid, State.HELD.value, pending=claim.bound)
+        return Held(claim.rid, self._rows.read(line.account for line in claim.lines))
 
     async def settle(self, settlement: Settlement) -> Entry:
         if settlement.cost < 0:
             raise ValueError("a cost is never negative")
         await asyncio.sleep(0)
-        hold = self._holds.get(settlement.rid)
+        hold = self._rows.holds.get(settlement.rid)
         if hold is None:
             if settlement.event is Event.SETTLE:
                 raise NotKnown(f"no reservation {settlement.rid} to settle")
             return Entry(settlement.rid, State.VOIDED, bound=0, cost=0, applied=False)
-        entry = self._apply(hold, settlement)
+        entry = self._apply(hold, settlement, settlement.at)
         if not entry.applied and contradicts(
             entry.state, settlement.event, entry.cost, settlement.cost
         ):
@@ -111,44 +109,54 @@ class MemoryLedger:
     async def replay(self, replay: Replay) -> None:
         await asyncio.sleep(0)
         row = (usage_day(replay.at), replay.team, replay.key_id, replay.model)
-        self._count(row, counted_replay(replay))
+        self._rows.count(row, counted_replay(replay))
 
-    async def sweep(self, now: datetime, limit: int = 100) -> list[Entry]:
+    async def sweep(
+        self, now: datetime, limit: int = 100, silent_before: datetime | None = None
+    ) -> list[Entry]:
         await asyncio.sleep(0)
         stale = [
-            key for key, rid in self._keys.items() if self._holds[rid].claim.at < now - KEY_LIFETIME
+            key
+            for key, rid in self._rows.keys.items()
+            if self._rows.holds[rid].claim.at < now - KEY_LIFETIME
         ]
         for key in stale:
-            del self._keys[key]
+            del self._rows.keys[key]
+        dead = {
+            worker
+            for worker, beat_at in self._rows.workers.items()
+            if silent_before is not None and beat_at < silent_before
+        }
         over = (
             hold
-            for hold in self._holds.values()
-            if hold.state is State.HELD and hold.claim.lease_ends < now
+            for hold in self._rows.holds.values()
+            if hold.state is State.HELD
+            and (hold.claim.lease_ends < now or hold.claim.worker in dead)
         )
         oldest = sorted(over, key=lambda hold: (hold.claim.lease_ends, hold.claim.rid))[:limit]
-        return [self._apply(hold, expiry(hold.claim.rid, hold.claim.bound)) for hold in oldest]
+        return [self._apply(hold, expiry(hold.claim.rid, hold.claim.bound), now) for hold in oldest]
 
     async def balances(self, lines: Sequence[Line]) -> list[Balance]:
         await asyncio.sleep(0)
-        return list(self._read(line.account for line in lines))
+        return list(self._rows.read(line.account for line in lines))
 
     async def usage(self, since: str | None = None, until: str | None = None) -> list[UsageRow]:
         await asyncio.sleep(0)
         return [
             UsageRow(*row, *counts)
-            for row, counts in sorted(self._usage.items())
-            if counts.requests > 0
+            for row, counts in sorted(self._rows.usage.items())
+            if (counts.requests > 0 or counts.cost != 0)
             and (since is None or row[0] >= since)
             and (until is None or row[0] <= until)
         ]
 
     async def open_holds(self) -> int:
         await asyncio.sleep(0)
-        return sum(hold.state is State.HELD for hold in self._holds.values())
+        return sum(hold.state is State.HELD for hold in self._rows.holds.values())
 
     async def unresolved(self) -> Money:
         await asyncio.sleep(0)
-        return sum(hold.cost for hold in self._holds.values() if hold.state is State.EXPIRED)
+        return sum(hold.cost for hold in self._rows.holds.values() if hold.state is State.EXPIRED)
 
     async def ping(self) -> None:
         await asyncio.sleep(0)
@@ -156,93 +164,30 @@ class MemoryLedger:
     async def aclose(self) -> None:
         await asyncio.sleep(0)
 
-    def _holder_of_key(self, claim: Claim) -> _Hold | None:
+    def _holder_of_key(self, claim: Claim) -> MemoryHold | None:
         """The hold that the claim's idempotency key stands for, unless that is too long ago."""
         if claim.idempotency_key is None:
             return None
-        rid = self._keys.get((claim.team, claim.idempotency_key))
-        if rid is None or self._holds[rid].claim.at < claim.at - KEY_LIFETIME:
+        rid = self._rows.keys.get((claim.team, claim.idempotency_key))
+        if rid is None or self._rows.holds[rid].claim.at < claim.at - KEY_LIFETIME:
             return None
-        return self._holds[rid]
+        return self._rows.holds[rid]
 
-    def _apply(self, hold: _Hold, settlement: Settlement) -> Entry:
+    def _apply(self, hold: MemoryHold, settlement: Settlement, at: datetime | None) -> Entry:
         claim = hold.claim
         move = transition(hold.state, settlement.event, claim.bound, hold.cost, settlement.cost)
         if move.applied:
-            row = (usage_day(claim.at), claim.team, claim.key_id, claim.model)
-            self._count(row, correction(hold.state, hold.cost, hold.flags, move, settlement))
-            self._add(hold.accounts, move.pending, move.posted)
+            gained = correction(hold.state, hold.cost, hold.flags, move, settlement)
+            self._rows.count(hold.usage_row, gained)
+            self._rows.add(hold.accounts, move.pending, move.posted)
+            self._rows.write_journal(
+                at,
+                claim.rid,
+                move.state.value,
+                pending=move.pending,
+                posted=move.posted,
+                detail=json.loads(detail_of(settlement)),
+            )
             hold.state, hold.cost, hold.flags = move.state, move.cost, settlement.flags
-        return Entry(
-            claim.rid, move.state, claim.bound, move.cost, move.applied, self._read(hold.accounts)
-        )
-
-    def _read(self, accounts: Iterable[str]) -> tuple[Balance, ...]:
-        return tuple(self._balances.get(account, NOTHING) for account in accounts)
-
-    def _add(self, accounts: Iterable[str], pending: Money, posted: Money) -> None:
-        for account in accounts:
-            before = self._balances.get(account, NOTHING)
-            self._balances[account] = Balance(before.posted + posted, before.pending + pending)
-
-    def _count(self, row: tuple[str, str, str, str], counts: Counts) -> None:
-        self._usage[row] = self._usage.get(row, Counts()).plus(counts)
-
-
-class MemoryDirectory:
-    """``Directory`` without durability."""
-
-    def __init__(self) -> None:
-        self._teams: dict[str, Team] = {}
-        self._keys: dict[str, Key] = {}
-        self._digests: dict[bytes, str] = {}
-
-    async def find_key(self, digest: bytes) -> tuple[Team, Key] | None:
-        await asyncio.sleep(0)
-        key_id = self._digests.get(digest)
-        if key_id is None:
-            return None
-        key = self._keys[key_id]
-        return self._teams[key.team], key
-
-    async def teams(self) -> list[Team]:
-        await asyncio.sleep(0)
-        return sorted(self._teams.values(), key=lambda team: team.id)
-
-    async def keys(self, team: str | None = None) -> list[Key]:
-        await asyncio.sleep(0)
-        found = (key for key in self._keys.values() if team is None or key.team == team)
-        return sorted(found, key=lambda key: (key.team, key.id))
-
-    async def create_team(self, team: Team) -> None:
-        await asyncio.sleep(0)
-        if team.id in self._teams:
-            raise AlreadyExists(f"there is a team {team.id} already")
-        self._teams[team.id] = replace(team, declared=False)
-
-    async def update_team(self, team: Team) -> None:
-        await asyncio.sleep(0)
-        if team.id not in self._teams:
-            raise NotKnown(f"there is no team {team.id}")
-        self._teams[team.id] = replace(team, declared=False)
-
-    async def create_key(self, key: Key, digest: bytes) -> None:
-        await asyncio.sleep(0)
-        if key.team not in self._teams:
-            raise NotKnown(f"there is no team {key.team}")
-        if key.id in self._keys or digest in self._digests:
-            raise AlreadyExists(f"there is a key {key.id} already, or one with this secret")
-        self._keys[key.id] = replace(key, declared=False)
-        self._digests[digest] = key.id
-
-    async def revoke_key(self, key_id: str, at: datetime) -> Key:
-        await asyncio.sleep(0)
-        key = self._keys.get(key_id)
-        if key is None:
-            raise NotKnown(f"there is no key {key_id}")
-        if key.revoked is None:
-            key = self._keys[key_id] = replace(key, revoked=at)
-        return key
-
-    async def ping(self) -> None:
-        await asyncio.sleep(0)
+            hold.outcome, hold.basis = settlement.outcome, settlement.basis
+        return self._rows.entry_of(hold, move)

@@ -12,9 +12,10 @@ from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from gateway.domain.books import Hold, JournalLine
+from gateway.domain.books import Adjustment, Correction, Hold, JournalLine
 from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Claim, Outcome, Settlement, State
+from gateway.domain.money import Money
 from gateway.domain.team import Key, Limits, Team
 from gateway.domain.transition import usage_day
 
@@ -64,6 +65,42 @@ def detail_of(settlement: Settlement) -> str:
     if settlement.flags:
         detail["flags"] = settlement.flags
     return json.dumps(detail)
+
+
+def correction_detail(correction: Correction, before: Money) -> str:
+    """What the journal keeps of a correction; ``before`` is what the hold had posted."""
+    return json.dumps(
+        {
+            "id": correction.id,
+            "reason": correction.reason,
+            "actor": correction.actor,
+            "before": before,
+            "cost": correction.cost,
+        }
+    )
+
+
+def adjustment_detail(adjustment: Adjustment) -> str:
+    """What the journal keeps of an adjustment beside its amount."""
+    return json.dumps({"id": adjustment.id, "reason": adjustment.reason, "actor": adjustment.actor})
+
+
+def adjustment_row(adjustment: Adjustment, accounts: str) -> tuple[object, ...]:
+    """id, at, rid, team, key_id, model, day, accounts, amount, reason, actor. It has no rid and
+    no key: it belongs to no call."""
+    return (
+        adjustment.id,
+        micros(adjustment.at),
+        None,
+        adjustment.team,
+        "",
+        adjustment.model,
+        adjustment.day,
+        accounts,
+        adjustment.amount,
+        adjustment.reason,
+        adjustment.actor,
+    )
 
 
 def accounts_of(claim: Claim) -> list[str]:

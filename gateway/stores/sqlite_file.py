@@ -527,6 +527,10 @@ class Reader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ledger-reader")
         self._closed = False
 
+    def beside(self) -> Reader:
+        """Another reader of the same file: what it reads keeps nobody here waiting."""
+        return Reader(self._file)
+
     async def run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """Raises ``LedgerUnavailable`` when the file cannot be read."""
         if self._closed:

@@ -19,6 +19,7 @@ from gateway.domain.receipt import CacheResult, Delivery, Receipt
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
 SMALL_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+RATIOS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 5)
 MAX_TEAMS = 200
 OTHER = "other"
 
@@ -104,6 +105,12 @@ TABLE = (
          "Calls that cost more than their bound."),
     Spec("gateway_ledger_underestimate_nanousd_total", Kind.COUNTER, ("model",),
          "Nano-dollars by which calls cost more than their bound."),
+    Spec("gateway_bound_ratio", Kind.HISTOGRAM, ("model",),
+         "What a call cost over its bound before any factor, by the model served.", RATIOS),
+    Spec("gateway_bound_factor", Kind.GAUGE, ("upstream", "model"),
+         "By what the bounds of a model served are raised; above 1 it was seen to cost more."),
+    Spec("gateway_bound_soft_total", Kind.COUNTER, ("model",),
+         "Calls whose bound may be passed: the provider does not publish enough to be sure."),
     Spec("gateway_ledger_unresolved_usd", Kind.GAUGE, (),
          "Dollars posted at the bound because the outcome is unknown."),
     Spec("gateway_ledger_open_holds", Kind.GAUGE, (), "Reservations that have not ended."),
@@ -161,12 +168,12 @@ class Metrics:
             raise TypeError(f"{name} is not a gauge")
         (metric.labels(**labels) if labels else metric).set_function(look)
 
-    def observe(self, name: str, seconds: float, /, **labels: str) -> None:
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
         """Adds to a histogram."""
         metric = self._metrics[name]
         if not isinstance(metric, Histogram):
             raise TypeError(f"{name} is not a histogram")
-        (metric.labels(**labels) if labels else metric).observe(max(0.0, seconds))
+        (metric.labels(**labels) if labels else metric).observe(max(0.0, value))
 
     def team(self, name: str) -> str:
         """A team's label: its name, ``other`` beyond the cap, or ``none``."""
@@ -272,6 +279,7 @@ class Metrics:
             "invalid_usage": "gateway_usage_invalid_total",
             "unpriced": "gateway_unpriced_requests_total",
             "over_bound": "gateway_ledger_underestimate_total",
+            "soft": "gateway_bound_soft_total",
         }
         for flag in receipt.flags:
             if flag in flags:

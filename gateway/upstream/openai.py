@@ -1,5 +1,9 @@
 """The dialect of an upstream that speaks OpenAI's: almost nothing, as it is ours too. Pure.
 
+The client's body is sent on byte for byte; only the model's name and what is pinned (a size or a
+quality that was left open) are spliced into it. A member or a part that is missing is put right
+behind the model, which every body has.
+
 Nothing of the client's headers is passed on but the body's type: its key, its organisation, its
 cookies and its SDK's marks stay here (contract 2.2).
 """
@@ -8,7 +12,7 @@ from __future__ import annotations
 
 import json
 
-from gateway.domain.call import Call, Edit, Encoding
+from gateway.domain.call import Call, Edit, Encoding, Span
 from gateway.domain.route import Target
 from gateway.ports import UpstreamRequest
 
@@ -32,10 +36,32 @@ def request(call: Call, target: Target) -> UpstreamRequest:
 
 
 def _edits(call: Call, target: Target) -> tuple[Edit, ...]:
-    if target.model == call.model:
-        return ()
-    if call.encoding is Encoding.JSON:
-        content = json.dumps(target.model)[1:-1].encode("ascii")
-    else:
-        content = target.model.encode()
-    return (Edit(call.model_span, content),)
+    edits = [_filled_in(call, name, value) for name, value in call.pinned.items()]
+    if target.model != call.model:
+        model = _json(target.model)[1:-1] if _is_json(call) else target.model.encode()
+        # First of those that begin at one place: its span is the one that is not empty.
+        edits.insert(0, Edit(call.model_span, model))
+    return tuple(edits)
+
+
+def _filled_in(call: Call, name: str, value: str) -> Edit:
+    """Replaces what the body says of ``name`` (``auto``, null), or says it for the first time."""
+    content = _json(value) if _is_json(call) else value.encode()
+    given = call.value_spans.get(name)
+    if given is not None:
+        return Edit(given, content)
+    end = call.model_span.end
+    if _is_json(call):
+        # Behind the closing quote.
+        return Edit(Span(end + 1, end + 1), b"," + _json(name) + b":" + content)
+    head = b'Content-Disposition: form-data; name="' + name.encode() + b'"'
+    part = b"\r\n--" + call.boundary + b"\r\n" + head + b"\r\n\r\n" + content
+    return Edit(Span(end, end), part)
+
+
+def _is_json(call: Call) -> bool:
+    return call.encoding is Encoding.JSON
+
+
+def _json(text: str) -> bytes:
+    return json.dumps(text).encode("ascii")

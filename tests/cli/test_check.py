@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.cli.conftest import Say
 
 UPSTREAM = "upstreams: {o: {kind: openai, base_url: 'https://one.example/v1', api_keys: [sk-x]}}\n"
@@ -84,3 +86,34 @@ def test_prices_are_checked_too(say: Say, tmp_path: Path) -> None:
     assert said.exit_code == 2
     assert "prices.yaml" in said.stderr
     assert "Traceback" not in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "quality"),
+    [
+        ("gpt-image-2", "1024x1024", "xhigh"),
+        ("gpt-image-2", "512x512", "low"),
+        ("gpt-image-2", "1000x1024", "low"),
+        ("gpt-image-1.5", "2048x2048", "low"),
+    ],
+)
+def test_a_pin_that_the_price_does_not_know_is_refused(
+    say: Say, tmp_path: Path, model: str, size: str, quality: str
+) -> None:
+    pin = f"auto: pin, pin: {{size: {size}, quality: {quality}}}"
+    models = f"models: {{art: {{upstream: o, model: {model}, {pin}}}}}\n"
+    path = written(tmp_path, UPSTREAM + models)
+    said = say("check", "--config", path)
+    assert said.exit_code == 2
+    assert said.stderr.splitlines() == [
+        f"{path}: models.art.pin: the price of {model} does not know size {size} with quality "
+        f"{quality}. Pin what it draws, or set auto: bound"
+    ]
+    path = written(tmp_path, UPSTREAM + models.replace("auto: pin", "auto: bound"))
+    assert say("check", "--config", path).exit_code == 0
+
+
+def test_a_pin_that_it_knows_is_taken(say: Say, tmp_path: Path) -> None:
+    model = "{upstream: o, model: gpt-image-2, auto: pin}"
+    path = written(tmp_path, UPSTREAM + f"models: {{art: {model}}}\n")
+    assert say("check", "--config", path).exit_code == 0

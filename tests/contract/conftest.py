@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
+from gateway.domain.ledger import Entry, Settlement
+from gateway.ports import Books, Directory, Ledger, Store, Upkeep
 from gateway.stores.redis_link import Client, connect
+from tests.contract.stores import BACKENDS
 from tests.valkey import Valkey, run_valkey
 
 
@@ -24,3 +28,39 @@ async def admin(valkey: Valkey) -> AsyncIterator[Client]:
     await client.execute_command("FLUSHALL")
     yield client
     await client.aclose()
+
+
+@pytest.fixture
+def conflicts() -> list[tuple[Entry, Settlement]]:
+    """Every settlement that named another amount than the one that stands."""
+    return []
+
+
+@pytest.fixture(params=BACKENDS)
+async def store(
+    request: pytest.FixtureRequest, tmp_path: Path, conflicts: list[tuple[Entry, Settlement]]
+) -> AsyncIterator[Store]:
+    """Each store in turn, empty, in ``tmp_path``."""
+    opened = BACKENDS[request.param](tmp_path, lambda *conflict: conflicts.append(conflict))
+    yield opened
+    await opened.aclose()
+
+
+@pytest.fixture
+def ledger(store: Store) -> Ledger:
+    return store.ledger
+
+
+@pytest.fixture
+def books(store: Store) -> Books:
+    return store.books
+
+
+@pytest.fixture
+def upkeep(store: Store) -> Upkeep:
+    return store.upkeep
+
+
+@pytest.fixture
+def directory(store: Store) -> Directory:
+    return store.directory

@@ -1,43 +1,20 @@
-"""What every ``Directory`` promises. A new store joins with one factory in ``BACKENDS``."""
+"""What every ``Directory`` promises. The stores are those of ``BACKENDS``."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
-from pathlib import Path
 
 import pytest
 
 from gateway.domain.team import Key, Limits, Team
 from gateway.ports import AlreadyExists, Directory, NotKnown
-from gateway.stores.memory_ledger import MemoryDirectory
-from gateway.stores.sqlite import SQLiteStore
-
-
-@asynccontextmanager
-async def memory(folder: Path) -> AsyncIterator[Directory]:
-    yield MemoryDirectory()
-
-
-@asynccontextmanager
-async def sqlite(folder: Path) -> AsyncIterator[Directory]:
-    store = SQLiteStore.open(folder / "gateway.db")
-    yield store.directory
-    await store.aclose()
-
-
-BACKENDS: dict[str, Callable[[Path], AbstractAsyncContextManager[Directory]]] = {
-    "memory": memory,
-    "sqlite": sqlite,
-}
 
 AT = datetime(2026, 11, 22, 12, 30, 15, 123456, tzinfo=UTC)
 LIMITS = Limits(60, 20, 10, budget_day=5_000_000_000, budget_month=2**62, max_cost_per_request=1)
 GROWTH = Team("growth", frozenset({"flare", "team-art"}), LIMITS, cache_enabled=False)
-ART = Team("art", disabled=True)
+ART = Team("art", disabled=True, time_zone="Asia/Tokyo")
 CI = Key(
     "k_ci",
     "growth",
@@ -49,12 +26,6 @@ CI = Key(
     disabled=True,
 )
 PLAIN = Key("k_plain", "growth")
-
-
-@pytest.fixture(params=BACKENDS)
-async def directory(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Directory]:
-    async with BACKENDS[request.param](tmp_path) as opened:
-        yield opened
 
 
 async def test_everything_comes_back_as_it_went_in(directory: Directory) -> None:
@@ -154,6 +125,44 @@ async def test_the_same_team_from_many_at_once(directory: Directory) -> None:
     )
     assert sum(answer is None for answer in answers) == 1
     assert sum(isinstance(answer, AlreadyExists) for answer in answers) == 9
+
+
+async def test_a_key_moves_to_another_pepper(directory: Directory) -> None:
+    await directory.create_team(GROWTH)
+    await directory.create_key(PLAIN, b"old")
+    await directory.create_key(CI, b"other")
+    await directory.rehash_key(b"old", b"new")
+    assert await directory.find_key(b"new") == (GROWTH, PLAIN)
+    assert await directory.find_key(b"old") is None
+    # Two replicas do so at once, and whoever comes second finds nothing to do.
+    await directory.rehash_key(b"old", b"new")
+    await directory.rehash_key(b"nobody's", b"new")
+    assert await directory.find_key(b"new") == (GROWTH, PLAIN)
+    assert await directory.find_key(b"other") == (GROWTH, CI)
+
+
+async def test_the_id_of_a_declared_key_outlives_two_peppers(directory: Directory) -> None:
+    assert await directory.declared_id([b"1"], "k_first") == "k_first"
+    assert await directory.declared_id([b"1"], "k_other") == "k_first"
+    assert await directory.declared_id([b"2", b"1"], "k_second") == "k_first"
+    # The first pepper is thrown away, and a third one comes.
+    assert await directory.declared_id([b"3", b"2"], "k_third") == "k_first"
+    assert await directory.declared_id([b"3"], "k_third") == "k_first"
+    assert await directory.declared_id([b"stranger"], "k_stranger") == "k_stranger"
+
+
+async def test_the_newest_pepper_says_whose_id_it_is(directory: Directory) -> None:
+    await directory.declared_id([b"old"], "k_old")
+    await directory.declared_id([b"new"], "k_new")
+    assert await directory.declared_id([b"new", b"old"], "k_proposed") == "k_new"
+    assert await directory.declared_id([b"old"], "k_proposed") == "k_old"
+
+
+async def test_many_replicas_agree_on_a_declared_id(directory: Directory) -> None:
+    answers = await asyncio.gather(
+        *(directory.declared_id([b"2", b"1"], f"k_{number}") for number in range(20))
+    )
+    assert len(set(answers)) == 1
 
 
 async def test_ping(directory: Directory) -> None:

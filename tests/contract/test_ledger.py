@@ -1,141 +1,42 @@
-"""What every ``Ledger`` promises. A new store joins with one factory in ``BACKENDS``."""
+"""What every ``Ledger`` promises. The stores are those of ``BACKENDS``."""
 
 from __future__ import annotations
 
 import asyncio
-import os
-import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
-from typing import TypeVar
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from gateway.domain.call import Operation, Usage
+from gateway.domain.call import Operation
 from gateway.domain.ledger import (
     Balance,
-    Basis,
-    Claim,
     Claimed,
     Denied,
     Entry,
     Event,
     Held,
-    Line,
-    Outcome,
     Replay,
     Settlement,
     State,
     UsageRow,
 )
-from gateway.domain.quota import Limit, Scope, Unit, Window, period
-from gateway.domain.transition import OnConflict
-from gateway.ports import Ledger, NotKnown
-from gateway.stores.memory_ledger import MemoryLedger
-from gateway.stores.sqlite import SQLiteStore
-
-
-def memory(folder: Path, on_conflict: OnConflict) -> Ledger:
-    return MemoryLedger(on_conflict)
-
-
-def sqlite(folder: Path, on_conflict: OnConflict) -> Ledger:
-    return SQLiteStore.open(folder / "gateway.db", on_conflict=on_conflict).ledger
-
-
-BACKENDS: dict[str, Callable[[Path, OnConflict], Ledger]] = {"memory": memory, "sqlite": sqlite}
-
-NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
-LEASE = timedelta(seconds=660)
-H, P, V, X = State.HELD, State.POSTED, State.VOIDED, State.EXPIRED
-
-
-def lines(
-    team_day: int | None = None,
-    team_month: int | None = None,
-    key_day: int | None = None,
-    at: datetime = NOON,
-    team: str = "growth",
-) -> tuple[Line, ...]:
-    """The four accounts of a call: key and team, day and month."""
-    amounts = (
-        (Scope.KEY, "k1", Window.DAY, key_day),
-        (Scope.KEY, "k1", Window.MONTH, None),
-        (Scope.TEAM, team, Window.DAY, team_day),
-        (Scope.TEAM, team, Window.MONTH, team_month),
-    )
-    return tuple(
-        Line(Limit(scope, owner, Unit.MONEY, window, amount), period(window, at))
-        for scope, owner, window, amount in amounts
-    )
-
-
-def claim(
-    rid: str,
-    bound: int = 10,
-    *,
-    limits: tuple[Line, ...] | None = None,
-    at: datetime = NOON,
-    key: str | None = None,
-    fingerprint: str = "f",
-    model: str = "flare",
-    team: str = "growth",
-) -> Claim:
-    return Claim(
-        rid=rid,
-        team=team,
-        key_id="k1",
-        model=model,
-        operation=Operation.GENERATION,
-        upstream="openai",
-        images=1,
-        bound=bound,
-        lines=lines(at=at, team=team) if limits is None else limits,
-        at=at,
-        lease_ends=at + LEASE,
-        price_id="p1",
-        fingerprint=fingerprint,
-        idempotency_key=key,
-        worker="w1",
-    )
-
-
-def settled(rid: str, cost: int, *flags: str, images: int = 1) -> Settlement:
-    usage = Usage(text_in=2, image_in=3, cached_text_in=1, text_out=5, image_out=7)
-    return Settlement(rid, Event.SETTLE, Outcome.DELIVERED, Basis.USAGE, cost, usage, images, flags)
-
-
-def voided(rid: str) -> Settlement:
-    return Settlement(rid, Event.VOID, Outcome.REFUSED, Basis.NONE)
-
-
-def expired(rid: str, *flags: str) -> Settlement:
-    return Settlement(rid, Event.EXPIRE, Outcome.UNKNOWN, Basis.ESTIMATED, flags=flags)
-
-
-async def written(ledger: Ledger) -> None:
-    """Returns once everything queued before is written: replays are not waited for."""
-    await ledger.sweep(datetime(2000, 1, 1, tzinfo=UTC))
-
-
-@pytest.fixture
-def conflicts() -> list[tuple[Entry, Settlement]]:
-    return []
-
-
-@pytest.fixture(params=BACKENDS)
-async def ledger(
-    request: pytest.FixtureRequest, tmp_path: Path, conflicts: list[tuple[Entry, Settlement]]
-) -> AsyncIterator[Ledger]:
-    opened = BACKENDS[request.param](tmp_path, lambda *conflict: conflicts.append(conflict))
-    yield opened
-    await opened.aclose()
-
+from gateway.ports import Ledger, NotKnown, Store
+from tests.contract.stores import (
+    LEASE,
+    NOON,
+    H,
+    P,
+    V,
+    X,
+    claim,
+    expired,
+    lines,
+    settled,
+    voided,
+    written,
+)
 
 # What each state is reached by, and what is then posted and pending of a bound of 10.
 REACHED: dict[State, tuple[list[Settlement], Balance]] = {
@@ -397,6 +298,71 @@ async def test_a_late_settlement_corrects_what_the_sweep_posted(ledger: Ledger) 
     )
 
 
+SECOND = timedelta(seconds=1)
+
+
+async def test_a_sweep_expires_what_dead_workers_hold(store: Store) -> None:
+    ledger, upkeep = store.ledger, store.upkeep
+    for rid, worker in (("a", "alive"), ("b", "dead"), ("c", "unheard"), ("d", "dead")):
+        await ledger.reserve(claim(rid, worker=worker))
+    await ledger.settle(settled("d", 3))
+    await upkeep.beat("dead", NOON)
+    await upkeep.beat("alive", NOON + SECOND)
+    now = NOON + timedelta(seconds=30)
+    assert await ledger.sweep(now) == []
+    assert await ledger.sweep(now, silent_before=NOON) == []  # it was last seen then, not before
+    (entry,) = await ledger.sweep(now, silent_before=NOON + SECOND)
+    assert (entry.rid, entry.state, entry.cost, entry.applied) == ("b", X, 10, True)
+    assert await ledger.sweep(now, silent_before=NOON + SECOND) == []
+    assert await ledger.open_holds() == 2
+    # Once it beats again it is alive: what it reserves now is left alone.
+    await upkeep.beat("dead", NOON + 2 * SECOND)
+    await ledger.reserve(claim("e", worker="dead"))
+    assert await ledger.sweep(now, silent_before=NOON + SECOND) == []
+    # The lease counts for everybody.
+    over = await ledger.sweep(NOON + 2 * LEASE, silent_before=NOON)
+    assert [entry.rid for entry in over] == ["a", "c", "e"]
+    assert await store.books.audit() == []
+
+
+async def test_a_sweep_of_dead_workers_keeps_to_its_limit(store: Store) -> None:
+    await store.upkeep.beat("w1", NOON)
+    for minute, rid in ((2, "a"), (1, "b"), (3, "c")):
+        await store.ledger.reserve(claim(rid, at=NOON - timedelta(minutes=minute)))
+    first = await store.ledger.sweep(NOON, limit=2, silent_before=NOON + SECOND)
+    assert [entry.rid for entry in first] == ["c", "a"]
+    second = await store.ledger.sweep(NOON, limit=2, silent_before=NOON + SECOND)
+    assert [entry.rid for entry in second] == ["b"]
+
+
+async def test_a_frozen_worker_that_wakes_up_still_says_what_it_cost(
+    store: Store, conflicts: list[tuple[Entry, Settlement]]
+) -> None:
+    """It was taken for dead and charged at its bound; its own settlement is the truth."""
+    await store.upkeep.beat("w1", NOON)
+    await store.ledger.reserve(claim("r", 10))
+    (entry,) = await store.ledger.sweep(NOON + 20 * SECOND, silent_before=NOON + SECOND)
+    assert entry.balances == (Balance(10, 0),) * 4
+    late = await store.ledger.settle(settled("r", 4))
+    assert late == Entry("r", P, 10, 4, applied=True, balances=(Balance(4, 0),) * 4)
+    assert [(row.requests, row.cost, row.unresolved) for row in await store.ledger.usage()] == [
+        (1, 4, 0)
+    ]
+    assert (await store.books.audit(), conflicts) == ([], [])
+
+
+async def test_many_replicas_sweep_a_dead_workers_holds_once(store: Store) -> None:
+    await store.upkeep.beat("w1", NOON)
+    await asyncio.gather(*(store.ledger.reserve(claim(f"r{number}")) for number in range(30)))
+    swept = await asyncio.gather(
+        *(store.ledger.sweep(NOON, silent_before=NOON + SECOND) for _ in range(5))
+    )
+    assert sorted(entry.rid for entries in swept for entry in entries) == sorted(
+        f"r{number}" for number in range(30)
+    )
+    assert await store.ledger.balances(lines()) == [Balance(300, 0)] * 4
+
+
 # The daily roll-up
 
 
@@ -507,254 +473,3 @@ async def test_a_cancelled_caller_breaks_nothing(ledger: Ledger) -> None:
 
 async def test_ping(ledger: Ledger) -> None:
     await ledger.ping()
-
-
-# The model: every backend against sums over a plain list of calls (reliability.md T2)
-
-_T = TypeVar("_T")
-TICK = timedelta(seconds=1)
-# Small amounts against small limits, and ticks about the lease: large ones let bugs live.
-TICKS = (0, 1, 49, 50, 51, 99, 100, 101, 86_399, 86_400, 86_401)
-RIDS = tuple(f"r{number}" for number in range(8))
-
-
-@dataclass
-class Call:
-    claim: Claim
-    key: str | None
-    state: State = H
-    cost: int = 0
-    last: Settlement | None = None
-
-
-class LedgerMachine(RuleBasedStateMachine):
-    """Drives all backends with the same calls; the model derives everything anew each time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = tempfile.TemporaryDirectory(
-            dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-        )
-        self.runner = asyncio.Runner()
-        self.alarms: dict[str, int] = dict.fromkeys(BACKENDS, 0)
-        self.ledgers: dict[str, Ledger] = {}
-        self.calls: dict[str, Call] = {}
-        self.replays: list[Replay] = []
-        self.expected_alarms = 0
-        self.now = NOON
-
-    @initialize()
-    def open(self) -> None:
-        for name, backend in BACKENDS.items():
-            self.ledgers[name] = self.run(self.opened(name, backend))
-
-    async def opened(self, name: str, backend: Callable[[Path, OnConflict], Ledger]) -> Ledger:
-        def alarm(entry: Entry, settlement: Settlement) -> None:
-            self.alarms[name] += 1
-
-        return backend(Path(self.folder.name), alarm)
-
-    def teardown(self) -> None:
-        for ledger in self.ledgers.values():
-            self.run(ledger.aclose())
-        self.runner.close()
-        self.folder.cleanup()
-
-    def run(self, work: Coroutine[object, object, _T]) -> _T:
-        return self.runner.run(work)
-
-    def check(self, expected: _T, ask: Callable[[Ledger], Coroutine[object, object, _T]]) -> None:
-        for name, ledger in self.ledgers.items():
-            assert self.run(ask(ledger)) == expected, name
-
-    def balance(self, account: str) -> Balance:
-        drawn = [
-            call
-            for call in self.calls.values()
-            if account in {line.account for line in call.claim.lines}
-        ]
-        return Balance(
-            posted=sum(call.cost for call in drawn),
-            pending=sum(call.claim.bound for call in drawn if call.state is H),
-        )
-
-    def balances(self, claimed: Claim) -> tuple[Balance, ...]:
-        return tuple(self.balance(line.account) for line in claimed.lines)
-
-    @rule(ticks=st.sampled_from(TICKS))
-    def wait(self, ticks: int) -> None:
-        self.now += ticks * TICK
-
-    @rule(
-        rid=st.sampled_from(RIDS),
-        bound=st.integers(0, 4),
-        amounts=st.tuples(*[st.sampled_from((None, 5, 8, 20))] * 3),
-        key=st.sampled_from((None, "i", "j")),
-        fingerprint=st.sampled_from("fg"),
-    )
-    def reserve(
-        self,
-        rid: str,
-        bound: int,
-        amounts: tuple[int | None, int | None, int | None],
-        key: str | None,
-        fingerprint: str,
-    ) -> None:
-        limits = lines(*amounts, at=self.now)
-        wanted = replace(
-            claim(rid, bound, limits=limits, at=self.now, key=key, fingerprint=fingerprint),
-            lease_ends=self.now + 100 * TICK,
-        )
-        self.check(self.expect_reserve(wanted), lambda ledger: ledger.reserve(wanted))
-
-    def expect_reserve(self, wanted: Claim) -> Held | Denied | Claimed:
-        known = self.calls.get(wanted.rid)
-        if known is not None:
-            return Held(wanted.rid, self.balances(known.claim), duplicate=True)
-        owner = next(
-            (
-                call
-                for call in self.calls.values()
-                if wanted.idempotency_key is not None and call.key == wanted.idempotency_key
-            ),
-            None,
-        )
-        if owner is not None and wanted.at - owner.claim.at <= timedelta(days=1):
-            same = owner.claim.fingerprint == wanted.fingerprint
-            if not (same and owner.state is V):
-                return Claimed(owner.claim.rid, owner.state, same)
-        for line in wanted.lines:
-            before = self.balance(line.account)
-            amount = line.limit.amount
-            if amount is not None and before.posted + before.pending + wanted.bound > amount:
-                return Denied(line, before)
-        if owner is not None:
-            owner.key = None
-        self.calls[wanted.rid] = Call(wanted, wanted.idempotency_key)
-        return Held(wanted.rid, self.balances(wanted))
-
-    @rule(
-        rid=st.sampled_from(RIDS),
-        event=st.sampled_from(Event),
-        cost=st.integers(0, 5),
-        images=st.integers(0, 2),
-        flags=st.sampled_from(((), ("soft",), ("no_usage",), ("soft", "over_bound"))),
-    )
-    def settle(
-        self, rid: str, event: Event, cost: int, images: int, flags: tuple[str, ...]
-    ) -> None:
-        end = Settlement(
-            rid, event, Outcome.DELIVERED, Basis.USAGE, cost, Usage(text_in=cost), images, flags
-        )
-        call = self.calls.get(rid)
-        if call is None:
-            if event is not Event.SETTLE:
-                nothing = Entry(rid, V, 0, 0, applied=False)
-                self.check(nothing, lambda ledger: ledger.settle(end))
-                return
-            for ledger in self.ledgers.values():
-                with pytest.raises(NotKnown):
-                    self.run(ledger.settle(end))
-            return
-        applied = self.expect_end(call, end)
-        if call.state in (P, V) and not applied and event is not Event.EXPIRE:
-            self.expected_alarms += call.cost != (cost if event is Event.SETTLE else 0)
-        entry = Entry(
-            rid, call.state, call.claim.bound, call.cost, applied, self.balances(call.claim)
-        )
-        self.check(entry, lambda ledger: ledger.settle(end))
-
-    def expect_end(self, call: Call, end: Settlement) -> bool:
-        if call.state in (P, V) or (call.state is X and end.event is Event.EXPIRE):
-            return False
-        call.last = end
-        match end.event:
-            case Event.SETTLE:
-                call.state, call.cost = P, end.cost
-            case Event.VOID:
-                call.state, call.cost = V, 0
-            case Event.EXPIRE:
-                call.state, call.cost = X, call.claim.bound
-        return True
-
-    @rule(limit=st.sampled_from((1, 2, 100)))
-    def sweep(self, limit: int) -> None:
-        over = sorted(
-            (call.claim.lease_ends, rid)
-            for rid, call in self.calls.items()
-            if call.state is H and call.claim.lease_ends < self.now
-        )
-        entries = []
-        for _, rid in over[:limit]:
-            call = self.calls[rid]
-            self.expect_end(call, expired(rid))
-            bound = call.claim.bound
-            entries.append(Entry(rid, X, bound, bound, True, self.balances(call.claim)))
-        for call in self.calls.values():
-            if self.now - call.claim.at > timedelta(days=1):
-                call.key = None
-        self.check(entries, lambda ledger: ledger.sweep(self.now, limit))
-
-    @rule(avoided=st.integers(0, 4))
-    def replay(self, avoided: int) -> None:
-        hit = Replay("h", "growth", "k1", "flare", Operation.EDIT, 1, avoided, self.now)
-        self.replays.append(hit)
-        self.check(None, lambda ledger: ledger.replay(hit))
-
-    def expect_usage(self) -> list[UsageRow]:
-        rows: dict[str, UsageRow] = {}
-        for call in self.calls.values():
-            if call.state not in (P, X) or call.last is None:
-                continue
-            day = call.claim.at.date().isoformat()
-            row = rows.get(day, UsageRow(day, "growth", "k1", "flare"))
-            posted, doubtful = call.state is P, set(call.last.flags) - {"soft"}
-            rows[day] = replace(
-                row,
-                requests=row.requests + 1,
-                images=row.images + posted * call.last.images,
-                text_in=row.text_in + posted * call.last.usage.text_in,
-                cost=row.cost + call.cost,
-                unresolved=row.unresolved + (not posted),
-                unresolved_cost=row.unresolved_cost + (not posted) * call.cost,
-                flagged=row.flagged + bool(doubtful),
-            )
-        for hit in self.replays:
-            day = hit.at.date().isoformat()
-            row = rows.get(day, UsageRow(day, "growth", "k1", "flare"))
-            rows[day] = replace(
-                row,
-                requests=row.requests + 1,
-                images=row.images + 1,
-                cached_requests=row.cached_requests + 1,
-                avoided=row.avoided + hit.avoided,
-            )
-        return [rows[day] for day in sorted(rows)]
-
-    @invariant()
-    def the_books_agree(self) -> None:
-        if not self.ledgers:
-            return
-        for ledger in self.ledgers.values():
-            self.run(written(ledger))
-        today = lines(at=self.now)
-        self.check(
-            [self.balance(line.account) for line in today],
-            lambda ledger: ledger.balances(today),
-        )
-        self.check(self.expect_usage(), lambda ledger: ledger.usage())
-        open_holds = sum(call.state is H for call in self.calls.values())
-        self.check(open_holds, lambda ledger: ledger.open_holds())
-        unresolved = sum(call.cost for call in self.calls.values() if call.state is X)
-        self.check(unresolved, lambda ledger: ledger.unresolved())
-        assert self.alarms == dict.fromkeys(BACKENDS, self.expected_alarms)
-
-
-LedgerMachine.TestCase.settings = settings(
-    max_examples=200,
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-# It takes 15 s; finding the smallest example of a failure takes minutes.
-TestModel = pytest.mark.timeout(600)(LedgerMachine.TestCase)

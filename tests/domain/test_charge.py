@@ -46,6 +46,9 @@ class Free:
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         return 0
 
+    def knows(self, size: str, quality: str) -> bool:
+        return True
+
 
 TOKENS = TokenPrice(text_in=1, image_out=10)
 IMAGES = ImagePrice(BySize({"default": {"any": 300}}))

@@ -20,6 +20,7 @@ from gateway.domain.price import (
     PriceBook,
     PriceList,
     PriceRow,
+    raised,
 )
 from gateway.domain.price_images import ImagePrice
 from gateway.domain.price_tokens import TokenPrice
@@ -100,6 +101,11 @@ def price_of(model: str) -> TokenPrice:
     return row.price
 
 
+def wrapping(model: str = "gpt-image-2.5-flare") -> int:
+    """What is held for the 32 tokens that a provider may put around a prompt."""
+    return 32 * price_of(model).text_in
+
+
 def bound_of(call: Call, prices: PriceList = LIST) -> Bound:
     return price_of(call.model).bound(call, prices)
 
@@ -108,15 +114,16 @@ def bound_of(call: Call, prices: PriceList = LIST) -> Bound:
 @pytest.mark.parametrize("rung", range(5))
 def test_every_published_size_of_2_5_is_bounded_exactly(size: str, rung: int) -> None:
     bound = bound_of(a_call(size=size, quality=QUALITIES_25[rung]))
-    assert bound == Bound(LADDER_25[size][rung] * 30_000, Confidence.HARD)
-    assert (bound.amount + 50_000) // 100_000 == DOLLARS_25[size][rung]
+    assert bound == Bound(LADDER_25[size][rung] * 30_000 + wrapping(), Confidence.HARD)
+    assert (bound.amount - wrapping() + 50_000) // 100_000 == DOLLARS_25[size][rung]
 
 
 @pytest.mark.parametrize("size", LADDER_25)
 def test_gpt_image_2_has_three_of_the_rungs_of_2_5(size: str) -> None:
     for quality, rung in (("low", 0), ("medium", 2), ("high", 4)):
         bound = bound_of(a_call("gpt-image-2", size=size, quality=quality))
-        assert bound == Bound(LADDER_25[size][rung] * 30_000, Confidence.HARD)
+        expected = LADDER_25[size][rung] * 30_000 + wrapping("gpt-image-2")
+        assert bound == Bound(expected, Confidence.HARD)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +138,8 @@ def test_gpt_image_2_has_three_of_the_rungs_of_2_5(size: str) -> None:
 def test_1_x_is_bounded_by_its_table(model: str, rate: int) -> None:
     for size, tokens in TABLE_1X.items():
         for quality, expected in zip(("low", "medium", "high"), tokens, strict=True):
-            assert bound_of(a_call(model, size=size, quality=quality)).amount == expected * rate
+            bound = bound_of(a_call(model, size=size, quality=quality))
+            assert bound.amount == expected * rate + wrapping(model)
 
 
 @pytest.mark.parametrize(
@@ -181,7 +189,8 @@ def test_1_x_is_bounded_by_its_table(model: str, rate: int) -> None:
 def test_output_tokens_of_the_bound(call: Call, tokens: int, confidence: str) -> None:
     rate = price_of(call.model).image_out
     assert rate is not None
-    assert bound_of(call) == Bound(tokens * rate, Confidence(confidence))
+    expected = tokens * rate + wrapping(call.model)
+    assert bound_of(call) == Bound(expected, Confidence(confidence))
 
 
 @pytest.mark.parametrize("model", ["gpt-image-2.5-flare", "gpt-image-2"])
@@ -206,7 +215,7 @@ def test_no_legal_size_is_above_the_bound_of_auto(model: str) -> None:
 def test_2_6_is_held_as_2_5_high_with_a_quarter_more(quality: str, tokens: int) -> None:
     for model in ("gpt-image-2.6-flare", "gpt-image-2.6-sunburst"):
         call = a_call(model, quality=quality, prompt_bytes=100)
-        expected = (tokens * 30_000 + 100 * 5_000) * 5 // 4
+        expected = (tokens * 30_000 + 132 * 5_000) * 5 // 4
         assert bound_of(call) == Bound(expected, Confidence.SOFT)
 
 
@@ -216,10 +225,61 @@ def test_the_prompt_counts_its_bytes() -> None:
     assert bound_of(a_call(prompt_bytes=128_000)).amount - plain == 640_000_000
 
 
+def test_a_prompt_of_two_bytes_may_come_back_as_more_tokens() -> None:
+    call = a_call(prompt_bytes=2)
+    wrapped = Usage(text_in=2 + 32, image_out=1756)
+    assert price_of(call.model).cost(Answer(1, wrapped), LIST) == bound_of(call).amount
+
+
+def test_planning_costs_nothing_as_far_as_is_known() -> None:
+    call = a_call(parameters={"complexity": "high"})
+    assert bound_of(call) == Bound(bound_of(a_call()).amount, Confidence.SOFT)
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "quality", "known"),
+    [
+        ("gpt-image-2.5-flare", "1024x1024", "medium", True),
+        ("gpt-image-2.5-flare", "2880x2880", "max", True),
+        ("gpt-image-2.5-flare", "auto", "auto", True),
+        ("gpt-image-2.5-flare", "1024x1024", "ultra", False),
+        ("gpt-image-2.5-flare", "1000x1024", "low", False),
+        ("gpt-image-2.5-flare", "512x512", "low", False),
+        ("gpt-image-2.5-flare", "4096x1024", "low", False),
+        ("gpt-image-2", "1024x1024", "xhigh", False),
+        ("gpt-image-1.5", "1536x1024", "high", True),
+        ("gpt-image-1.5", "2048x2048", "high", False),
+        ("gpt-image-1.5", "1536x1024", "max", False),
+        ("dall-e-3", "1024x1024", "hd", True),
+        ("dall-e-3", "1024x1024", "low", False),
+        ("dall-e-3", "512x512", "hd", False),
+    ],
+)
+def test_what_a_price_knows(model: str, size: str, quality: str, known: bool) -> None:
+    price = next(row.price for row in ROWS if row.model == model)
+    assert price.knows(size, quality) is known
+    assert not AUTHOR.knows(size, quality)
+
+
+@pytest.mark.parametrize(
+    ("amount", "factor", "raised_to"),
+    [
+        (100, 1_000_000, Bound(100, Confidence.HARD)),
+        (100, 999_999, Bound(100, Confidence.HARD)),
+        (100, 1_500_000, Bound(150, Confidence.SOFT)),
+        (1, 1_000_001, Bound(2, Confidence.SOFT)),
+        (0, 2_000_000, Bound(0, Confidence.SOFT)),
+    ],
+)
+def test_a_factor_raises_a_bound_and_rounds_up(amount: int, factor: int, raised_to: Bound) -> None:
+    assert raised(Bound(amount, Confidence.HARD), factor) == raised_to
+
+
 def test_each_picture_that_comes_is_an_input_whatever_its_role() -> None:
     mask = InputImage("mask", "bb", 10, "image/png")
     bound = bound_of(a_call(inputs=(PICTURE, PICTURE, mask)))
-    assert bound == Bound(1756 * 30_000 + 3 * 6_500 * 8_000, Confidence.SOFT)
+    expected = 1756 * 30_000 + 3 * 6_500 * 8_000 + wrapping()
+    assert bound == Bound(expected, Confidence.SOFT)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +305,7 @@ def test_input_pictures_of_1_x_are_tiles(
     picture = InputImage("image", "aa", 1000, "image/png", width, height)
     parameters: dict[str, Json] = {"input_fidelity": fidelity} if fidelity else {}
     call = a_call("gpt-image-1.5", inputs=(picture,), parameters=parameters)
-    assert bound_of(call).amount == 4160 * 32_000 + tokens * 8_000
+    assert bound_of(call).amount == 4160 * 32_000 + tokens * 8_000 + wrapping("gpt-image-1.5")
 
 
 AUTHOR = TokenPrice(text_in=1_000, text_out=8_000, max_output_tokens=100_000)
@@ -256,8 +316,11 @@ WITH_AUTHOR = PriceList(
 
 def test_an_svg_adds_the_most_its_author_can_write() -> None:
     call = a_call(output_format="svg", prompt_bytes=10, parameters={"svg": {"model": "gpt-6"}})
-    expected = 1756 * 30_000 + 10 * 5_000 + 100_000 * 8_000 + 10 * 1_000
+    expected = 1756 * 30_000 + 42 * 5_000 + 100_000 * 8_000 + 42 * 1_000
     assert bound_of(call, WITH_AUTHOR) == Bound(expected, Confidence.SOFT)
+    # For a format that no author writes, it is the upstream's to refuse.
+    picture = a_call(prompt_bytes=10, parameters={"svg": {"model": "gpt-7"}})
+    assert bound_of(picture, WITH_AUTHOR) == Bound(1756 * 30_000 + 42 * 5_000, Confidence.SOFT)
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ async def test_two_live_requests_are_two_pictures(start: Start, sandbox: Sandbox
 
 
 async def test_a_hit_needs_no_budget(start: Start) -> None:
-    async with start({"teams": {"growth": {"budget": {"day": 0.0060}}}}) as gateway:
+    async with start({"teams": {"growth": {"budget": {"day": 0.0062}}}}) as gateway:
         ask = Asker(gateway)
         assert await ask() == "miss"
         assert await ask() == "hit"
@@ -389,7 +389,7 @@ async def test_a_picture_booked_at_its_bound_is_kept_too(
     assert await Asker(gateway)() == "miss"
     assert await Asker(gateway)() == "hit"
     await gateway.told.until(2)
-    assert gateway.told.last.avoided == 5_940_000
+    assert gateway.told.last.avoided == 6_100_000
 
 
 async def test_results_survive_a_restart(

@@ -32,8 +32,8 @@ ASKED: dict[str, Any] = {
     "size": "1024x1024",
 }
 """196 output tokens at $30 a million and 3 of text at $5 (contract 5.3): $0.005895. Its bound
-counts each of the prompt's 12 bytes as a token: $0.00594."""
-COST, BOUND = 5_895_000, 5_940_000
+counts each of the prompt's 12 bytes as a token, and 32 around it: $0.0061."""
+COST, BOUND = 5_895_000, 6_100_000
 USAGE = {
     "input_tokens": 3,
     "input_tokens_details": {"image_tokens": 0, "text_tokens": 3},
@@ -413,7 +413,7 @@ class Oddity:
     """A picture whose bill is not as it should be."""
 
     fault: dict[str, Any]
-    dollars: str = "0.00594"
+    dollars: str = "0.0061"
     basis: str = "estimated"
     flags: tuple[str, ...] = ()
     metric: str = ""
@@ -445,7 +445,7 @@ ODDITIES = {
     ),
     "fewer pictures than n": Oddity({"data_count": 1}, "0.005895", "usage", asked={"n": 2}),
     "fewer, and no usage": Oddity(
-        {"data_count": 1, "no_usage": True}, "0.01182", flags=("no_usage",), asked={"n": 2}
+        {"data_count": 1, "no_usage": True}, "0.01198", flags=("no_usage",), asked={"n": 2}
     ),
 }
 

@@ -29,7 +29,7 @@ ASKED: dict[str, Any] = {
     "quality": "low",
     "size": "1024x1024",
 }
-COST, BOUND = 5_895_000, 5_940_000
+COST, BOUND = 5_895_000, 6_100_000
 CI_KEY = "growth-ci-key-0123456789abcdef"
 FRESH = {"cache-control": "no-cache"}
 
@@ -87,7 +87,7 @@ async def test_fifty_at_once_against_ten_bounds(start: Start, sandbox: SandboxSe
         return None
 
     # The SDK as it comes, with its two retries.
-    async with start(budget(day=0.0594)) as gateway, gateway.sdk(max_retries=2) as sdk:
+    async with start(budget(day=0.061)) as gateway, gateway.sdk(max_retries=2) as sdk:
         running = [asyncio.create_task(one(number)) for number in range(50)]
         await gate.arrived(10)
         await gateway.told.until(40)
@@ -102,7 +102,7 @@ async def test_fifty_at_once_against_ten_bounds(start: Start, sandbox: SandboxSe
             assert (error.code, error.type) == ("insufficient_quota", "insufficient_quota")
             assert error.response.headers["x-should-retry"] == "false"
         assert said(errors[-1]) == (
-            "Team growth has spent $0.00 of its $0.059 today and holds $0.059 for running "
+            "Team growth has spent $0.00 of its $0.061 today and holds $0.061 for running "
             "requests; this request could cost up to $0.006. Resets 2026-11-23 00:00 UTC."
         )
         assert sandbox.journal.billed_requests == len(sandbox.journal) == 10
@@ -116,7 +116,7 @@ async def test_fifty_at_once_against_ten_bounds(start: Start, sandbox: SandboxSe
 
 
 async def test_a_budget_of_a_day_begins_anew_the_next_day(start: Start, clock: TestClock) -> None:
-    async with start(budget(day=0.0119)) as gateway, gateway.sdk() as sdk:
+    async with start(budget(day=0.012)) as gateway, gateway.sdk() as sdk:
         await buy(sdk)
         await buy(sdk)
         error = await refused(gateway)
@@ -162,14 +162,14 @@ async def test_a_budget_of_a_month_and_a_cheaper_way(start: Start, clock: TestCl
 
 async def test_a_budget_of_a_key_within_its_teams(start: Start) -> None:
     growth = {
-        "keys": [KEY, {"key": CI_KEY, "name": "ci", "budget": {"day": 0.006}}],
-        "budget": {"day": 0.0119},
+        "keys": [KEY, {"key": CI_KEY, "name": "ci", "budget": {"day": 0.0062}}],
+        "budget": {"day": 0.012},
     }
     async with start({"teams": {"growth": growth}}) as gateway:
         async with gateway.sdk(CI_KEY) as sdk:
             answer = await sdk.images.with_raw_response.generate(**ASKED)
         # The tightest of all is said.
-        assert answer.headers["x-budget-remaining-usd"] == "0.000105"
+        assert answer.headers["x-budget-remaining-usd"] == "0.000305"
         assert said(await refused(gateway, CI_KEY)) == (
             "Key ci of team growth has spent $0.006 of its $0.006 today; this request could cost "
             "up to $0.006. Resets 2026-11-23 00:00 UTC."
@@ -189,7 +189,10 @@ async def test_what_cost_more_than_its_bound_is_booked_and_counts(
     async with start(budget(day=0.02)) as gateway, gateway.sdk() as sdk:
         await buy(sdk)
         assert await balance(gateway, Window.DAY) == Balance(posted=30_015_000)
-        assert said(await refused(gateway)).startswith("Team growth has spent $0.030 of its $0.020")
+        other = await refused(gateway, model="gpt-image-2")
+        assert said(other).startswith("Team growth has spent $0.030 of its $0.020")
+        # Its own model is now held at what was seen.
+        assert "this request could cost up to $0.030" in said(await refused(gateway))
 
 
 async def test_a_budget_of_nothing_buys_nothing(start: Start) -> None:
@@ -224,7 +227,7 @@ async def test_auto_is_held_at_its_worst_and_booked_as_it_was(gateway: GatewayUn
         answer = await sdk.images.with_raw_response.generate(model=MODEL, prompt="A lighthouse")
     await gateway.told.until(1)
     # 23,719 tokens at 2880x2880 and max (contract 5.3), and twelve of text.
-    assert gateway.told.last.bound == 711_630_000
+    assert gateway.told.last.bound == 711_790_000
     assert gateway.told.last.cost == 13_185_000
     assert answer.headers["x-cost-usd"] == "0.013185"
 
@@ -333,7 +336,7 @@ async def test_the_operators_price_goes_before_the_list(start: Start) -> None:
         answer = await sdk.images.with_raw_response.generate(**ASKED)
         assert answer.headers["x-cost-usd"] == "0.01179"
         await gateway.told.until(1)
-        assert gateway.told.last.bound == 60_120_000
+        assert gateway.told.last.bound == 60_440_000
 
 
 # Idempotency keys.

@@ -102,12 +102,12 @@ async def test_the_metrics_of_known_traffic(start: Start, sandbox: SandboxServer
     tokens = {"team": "growth", "model": MODEL}
     assert sample("tokens_total", **tokens, direction="out", modality="image") == 492
     assert sample("tokens_total", **tokens, direction="in", modality="text") == 6
-    spent = 0.005895 + 0.008895 + 0.00594
+    spent = 0.005895 + 0.008895 + 0.0061
     assert sample("spend_usd_total", **flare) == pytest.approx(spent)
     assert sample("spend_usd_total", **{**growth, "model": ALIAS}) == pytest.approx(0.026355)
     assert sample("spend_avoided_usd_total", **flare) == pytest.approx(0.005895)
-    assert sample("spend_estimated_usd_total", model=MODEL) == pytest.approx(0.00594)
-    assert sample("ledger_unresolved_usd") == pytest.approx(0.00594)
+    assert sample("spend_estimated_usd_total", model=MODEL) == pytest.approx(0.0061)
+    assert sample("ledger_unresolved_usd") == pytest.approx(0.0061)
     assert sample("upstream_errors_total", upstream="openai", reason="upstream_edge") == 1
     rejected = {"endpoint": "generation"}
     assert sample("requests_rejected_total", **rejected, reason="never_fits") == 1
@@ -171,7 +171,7 @@ async def test_what_is_under_way_is_seen(start: Start, sandbox: SandboxServer) -
         assert seen["gateway_ledger_open_holds"] == 1
         assert seen['gateway_inflight_bytes{where="memory"}'] > 0
         day = '{owner="growth",scope="team",window="day"}'
-        assert seen[f"gateway_budget_reserved_usd{day}"] == 0.00594
+        assert seen[f"gateway_budget_reserved_usd{day}"] == 0.0061
         await gateway.told.until(1)
         seen = await gateway.metrics()
         assert seen["gateway_inflight_requests"] == 0
@@ -227,7 +227,7 @@ async def test_one_line_a_request(start: Start, log: io.StringIO) -> None:
     assert (bought["cache"], kept["cache"]) == ("miss", "hit")
     assert (bought["cost_usd"], kept["cost_usd"]) == ("0.005895", "0")
     assert (bought["cost_basis"], kept["cost_basis"]) == ("usage", "none")
-    assert (bought["bound_usd"], kept["avoided_usd"]) == ("0.00594", "0.005895")
+    assert (bought["bound_usd"], kept["avoided_usd"]) == ("0.0061", "0.005895")
     assert (bought["outcome"], kept["outcome"]) == ("delivered", "replayed")
     assert bought["upstream_request_id"] == record.request_id
     assert bought["price"] == "openai/gpt-image-2.5-flare@2026-09-08"

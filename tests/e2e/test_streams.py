@@ -28,8 +28,8 @@ ASKED: dict[str, Any] = {
     "quality": "low",
     "size": "1024x1024",
 }
-"""Costs $0.005895, and $0.003 more for each partial picture; its bound is $0.000045 higher."""
-COST, BOUND, PARTIAL = 5_895_000, 5_940_000, 3_000_000
+"""Costs $0.005895, and $0.003 more for each partial picture; its bound is $0.000205 higher."""
+COST, BOUND, PARTIAL = 5_895_000, 6_100_000, 3_000_000
 USAGE = b'{"input_tokens":3,"output_tokens":196,"total_tokens":199}'
 SERVER_ERROR = "The server had an error while processing your request. Sorry about that!"
 
@@ -105,7 +105,7 @@ async def test_a_stream_says_its_bound_while_the_cost_is_not_known(
         answer = await http.post("/images/generations", json=asked)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answer.headers["cache-control"] == "no-cache"
-    assert answer.headers["x-cost-bound-usd"] == "0.00894"
+    assert answer.headers["x-cost-bound-usd"] == "0.0091"
     assert "x-cost-usd" not in answer.headers
     for name in ("openai-organization", "set-cookie", "x-ratelimit-limit-requests"):
         assert name not in answer.headers

@@ -152,6 +152,9 @@ class Comet:
 class ByQuality:
     nanousd: Mapping[str, int]
 
+    def knows(self, size: str, quality: str) -> bool:
+        return True
+
     def bound(self, call: Call, prices: PriceList) -> Bound:
         return Bound(call.n * self.nanousd[call.quality], Confidence.HARD)
 

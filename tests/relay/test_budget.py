@@ -10,9 +10,11 @@ import pytest
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import Balance, Line
 from gateway.domain.quota import Limit, Scope, Unit, Window, period
+from gateway.domain.transition import ignore_conflict
 from gateway.relay import budget
 from gateway.relay.budget import BudgetView
 from gateway.stores.memory_ledger import MemoryLedger
+from gateway.stores.memory_rows import MemoryRows
 from tests.clock import StillClock
 
 
@@ -20,7 +22,7 @@ class Asked(MemoryLedger):
     """A ledger that counts who asks, waits where it is told to, and may be away."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(MemoryRows(), ignore_conflict)
         self.times = 0
         self.posted = 0
         self.asked = asyncio.Event()

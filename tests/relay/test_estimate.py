@@ -48,6 +48,9 @@ class Cells:
     def cost(self, answer: Answer, prices: PriceList) -> Money | None:
         return None
 
+    def knows(self, size: str, quality: str) -> bool:
+        return (size, quality) in self.cells
+
 
 class Comet:
     name = "comet"
@@ -139,6 +142,13 @@ def test_cheaper_ways(
         ]
         for change, other, _ in ways:
             assert other == replace(call, **change)  # type: ignore[arg-type]
+
+
+def test_a_bound_that_was_raised_raises_its_alternatives() -> None:
+    call = a_call()
+    quoted = quote({(SMALL, "high"): 200, (SMALL, "low"): 10}, call)
+    doubled = replace(quoted, bound=Bound(400, Confidence.SOFT), factor=2_000_000)
+    assert [bound for _, _, bound in alternatives(call, doubled)] == [20]
 
 
 def test_what_has_no_price_has_no_cheaper_way() -> None:

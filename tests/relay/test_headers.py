@@ -84,6 +84,18 @@ def test_every_answer_says_whose_it_is(stream: bool, form: str, cache: CacheResu
     )
 
 
+@pytest.mark.parametrize(
+    ("pinned", "said"),
+    [
+        ({"quality": "medium"}, "quality=medium"),
+        ({"size": "1024x1024", "quality": "medium"}, "size=1024x1024, quality=medium"),
+    ],
+)
+def test_what_was_filled_in_is_said(pinned: dict[str, str], said: str) -> None:
+    plan = replace(PLAN, call=replace(PLAN.call, pinned=pinned))
+    assert dict(headers.of_call("req_1", plan, False))["x-gateway-changed"] == said
+
+
 def test_little_passes_from_an_upstream() -> None:
     theirs = {
         "openai-processing-ms": "1234",

@@ -9,7 +9,7 @@ import zlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from gateway.relay.picture import Picture, probe
 
@@ -48,6 +48,70 @@ def test_pillow_made(
 ) -> None:
     data = made(kind, size, mode, **options)
     assert probe(data) == Picture(media_type, *size)
+
+
+def exif(orientation: int) -> bytes:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    return tags.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "PNG"])
+def test_a_rotated_picture_is_measured_as_it_is_stored(kind: str, orientation: int) -> None:
+    data = made(kind, (640, 480), exif=exif(orientation))
+    found = probe(data)
+    assert found is not None
+    assert (found.width, found.height) == (640, 480)
+    # Turned or not, it has the same tiles: only the longer and the shorter edge count.
+    shown = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    assert {found.width, found.height} == set(shown.size)
+
+
+def test_a_thumbnail_inside_a_jpeg_is_not_the_picture() -> None:
+    tags = b"Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x00\x00\x00\x00\x00" + made("JPEG", (16, 12))
+    assert probe(made("JPEG", (640, 480), exif=tags)) == Picture("image/jpeg", 640, 480)
+
+
+@pytest.mark.parametrize(("kind", "media_type"), [("WEBP", "image/webp"), ("GIF", "image/gif")])
+def test_an_animation_is_measured_by_its_canvas(kind: str, media_type: str) -> None:
+    frames = [Image.new("RGB", (320, 200), color) for color in ("red", "green", "blue")]
+    frames[1].paste("white", (10, 20, 30, 40))  # A frame that is stored as a small part.
+    out = io.BytesIO()
+    frames[0].save(out, kind, save_all=True, append_images=frames[1:], duration=100)
+    assert Image.open(io.BytesIO(out.getvalue())).n_frames == 3
+    assert probe(out.getvalue()) == Picture(media_type, 320, 200)
+
+
+def interlaced(width: int, height: int) -> bytes:
+    """A grey PNG in Adam7 (PNG 8.2), which Pillow reads but does not write."""
+    passes = [
+        *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+        *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+    ]
+    rows = b""
+    for left, top, across, down in passes:
+        columns = len(range(left, width, across))
+        rows += (b"\x00" + b"\x80" * columns) * len(range(top, height, down)) if columns else b""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 1)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_an_interlaced_png(size: tuple[int, int]) -> None:
+    data = interlaced(*size)
+    picture = Image.open(io.BytesIO(data))
+    assert (picture.info["interlace"], picture.getextrema()) == (1, (0x80, 0x80))
+    assert probe(data) == Picture("image/png", *size)
 
 
 def test_a_jpeg_whose_size_lies_beyond_the_head_is_still_a_jpeg() -> None:

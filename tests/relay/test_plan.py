@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
@@ -29,7 +29,7 @@ from gateway.domain.price import (
 )
 from gateway.domain.quota import Demand, Scope, Unit, Window
 from gateway.domain.receipt import CacheResult
-from gateway.domain.route import Catalogue, Model, Target, Unpriced
+from gateway.domain.route import Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import Caller, Key, Limits, Team
 from gateway.ports import Cached, CachedMeta, Outgoing, Reply
 from gateway.relay.plan import CachePolicy, CacheWish, Plan, Planner, cheaper
@@ -62,6 +62,9 @@ class ByQuality:
     refuses: str = ""
     confidence: Confidence = HARD
     asked: list[Call] = field(default_factory=list)
+
+    def knows(self, size: str, quality: str) -> bool:
+        return True
 
     def bound(self, call: Call, prices: PriceList) -> Bound:
         self.asked.append(call)
@@ -116,6 +119,7 @@ ART = Model("team-art", Target("openai", "flare"), label="team-art")
 LOCAL = Model("local", Target("home", "sd"), label="local")
 DEAR = Model("dear", Target("openai", "unheard-of"), Unpriced.ALLOW, label="dear")
 ANY = Model("*", Target("openai", "*"), Unpriced.REFUSE)
+SECOND = Model("gpt-image-2", Target("openai", "gpt-image-2"), label="gpt-image-2")
 PRICE = ByQuality({"high": 20, "low": 1, "auto": 70})
 
 
@@ -125,6 +129,7 @@ class Bench:
     policy: CachePolicy = field(default_factory=CachePolicy)
     price: ByQuality = field(default_factory=lambda: replace(PRICE, asked=[]))
     models: tuple[Model, ...] = (FLARE, ART, LOCAL, DEAR)
+    factor_of: Callable[[str, str], int] = lambda upstream, model: 1_000_000
     wildcard: Model | None = None
     ready: bool = True
     passing_urls: frozenset[str] = frozenset()
@@ -142,6 +147,7 @@ class Bench:
             self.cache,
             self.policy,
             self.passing_urls,
+            self.factor_of,
         )
 
     async def plan(self, call: Call, who: Caller | None = None, wish: Any = None) -> Plan:
@@ -592,3 +598,93 @@ async def test_a_way_that_has_no_price_is_no_way() -> None:
 
 async def test_nothing_is_cheaper_than_what_has_no_price() -> None:
     assert cheaper(await Bench().plan(a_call("dear"))) is None
+
+
+# What a client leaves open
+
+PIN = Pin("1024x1024", "medium")
+PINNED = replace(FLARE, pin=PIN)
+BY_PIN = ByQuality({"high": 20, "medium": 5, "low": 1, "auto": 70})
+
+
+@pytest.mark.parametrize(
+    ("asked", "changed", "cents"),
+    [
+        ({"size": "auto", "quality": "auto"}, {"size": "1024x1024", "quality": "medium"}, 5),
+        ({"size": "", "quality": "high"}, {"size": "1024x1024"}, 20),
+        ({"size": "512x512", "quality": "auto"}, {"quality": "medium"}, 5),
+        ({"size": "512x512", "quality": "ultra"}, {}, 100),
+    ],
+)
+async def test_what_is_left_open_is_pinned_and_nothing_else(
+    asked: dict[str, str], changed: dict[str, str], cents: int
+) -> None:
+    bench = Bench(models=(PINNED,), price=replace(BY_PIN, asked=[]))
+    call = a_call(**asked, parameters={"prompt": "cat", **asked})
+    plan = await bench.plan(call)
+    assert (plan.changed, plan.call.pinned) == (changed, changed)
+    assert plan.quote.bound == Bound(cents * CENT, HARD)
+    assert bench.price.asked == [plan.call]
+    effective = {**asked, **changed}
+    assert (plan.call.size, plan.call.quality) == (effective["size"], effective["quality"])
+    assert plan.call.parameters == {"prompt": "cat", **effective}
+    # The answer is that of a call which says so itself.
+    said = await bench.plan(a_call(**effective, parameters={"prompt": "cat", **effective}))
+    assert (said.changed, said.fingerprint) == ({}, plan.fingerprint)
+
+
+async def test_without_a_pin_what_is_left_open_stays_open() -> None:
+    call = a_call(size="auto", quality="auto")
+    plan = await Bench().plan(call)
+    assert (plan.call, plan.changed, plan.quote.bound.amount) == (call, {}, 70 * CENT)
+
+
+async def test_a_hit_says_what_was_pinned() -> None:
+    bench = Bench(cache=OneAnswer(kept()), models=(PINNED,))
+    plan = await bench.plan(a_call(size="auto"))
+    assert (plan.cache, plan.changed) == (CacheResult.HIT, {"size": "1024x1024"})
+
+
+async def test_an_unknown_parameter_is_refused_where_the_operator_says_so() -> None:
+    bench = Bench(models=(replace(FLARE, refuse_unknown=True), LOCAL), cache=OneAnswer(kept()))
+    turbo = frozenset({"turbo", "zoom"})
+    error = await bench.refused(InvalidRequest, a_call(unknown=turbo))
+    assert (error.status, error.code, error.param) == (400, "unknown_parameter", "turbo")
+    assert error.message == (
+        "Unknown parameter: 'turbo'. flare takes only what this gateway knows the price of. "
+        "Remove it."
+    )
+    assert bench.cache.asked == []
+    await bench.plan(a_call())
+    await bench.plan(a_call("local", unknown=turbo))
+
+
+# Factors
+
+
+def of_flare(upstream: str, model: str) -> int:
+    assert upstream == "openai"
+    return 1_500_000 if model == "flare" else 1_000_000
+
+
+async def test_a_model_that_cost_more_is_held_higher() -> None:
+    bench = Bench(factor_of=of_flare, models=(FLARE, ART, SECOND))
+    plan = await bench.plan(a_call("team-art"))
+    assert plan.quote.bound == Bound(30 * CENT, SOFT)
+    assert (plan.quote.base, plan.quote.factor) == (20 * CENT, 1_500_000)
+    assert plan.demand.money == 30 * CENT
+    other = await bench.plan(a_call("gpt-image-2"))
+    assert (other.quote.bound, other.quote.base) == (Bound(20 * CENT, HARD), 20 * CENT)
+
+
+async def test_the_most_a_request_may_cost_counts_the_factor() -> None:
+    who = caller(Limits(max_cost_per_request=25 * CENT))
+    await Bench().plan(a_call(), who)
+    error = await Bench(factor_of=of_flare).refused(InvalidRequest, a_call(), who)
+    assert error.code == "max_cost_exceeded"
+    assert "could cost up to $0.30" in error.message
+
+
+async def test_what_would_be_cheaper_counts_the_factor_too() -> None:
+    plan = await Bench(factor_of=of_flare).plan(a_call())
+    assert cheaper(plan) == ("quality=low", 15_000_000)

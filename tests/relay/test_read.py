@@ -274,7 +274,7 @@ def test_defaults_and_nulls() -> None:
     )
     call = read(GENERATION, generation(**nulls))
     bare = read(GENERATION, generation())
-    assert replace(call, body_bytes=0) == replace(bare, body_bytes=0)
+    assert replace(call, body_bytes=0, value_spans={}) == replace(bare, body_bytes=0)
     assert bare == Call(
         operation=GENERATION,
         encoding=Encoding.JSON,
@@ -285,6 +285,22 @@ def test_defaults_and_nulls() -> None:
         parameters={"prompt": "p"},
         body_bytes=len(generation()),
     )
+
+
+@pytest.mark.parametrize(
+    ("written", "size", "raw"),
+    [
+        (b'"size" : "auto" ', "auto", b'"auto"'),
+        (b'"size":null', "auto", b"null"),
+        (rb'"si\u007ae":"\u0061uto"', "auto", rb'"\u0061uto"'),
+        (b'"size":"1024x1024"', "1024x1024", b'"1024x1024"'),
+    ],
+)
+def test_where_the_size_lies_in_json(written: bytes, size: str, raw: bytes) -> None:
+    body = b'{"model":"m", ' + written + b',"prompt":"p"}'
+    call = read(GENERATION, body)
+    assert (call.size, body[slice(*call.value_spans["size"])]) == (size, raw)
+    assert call.value_spans.keys() == {"size"}
 
 
 def test_an_escaped_model_has_its_raw_span() -> None:

@@ -128,7 +128,7 @@ def test_names_follow_one_convention() -> None:
         assert spec.name.endswith("_total") == (spec.kind is Kind.COUNTER), spec.name
         assert spec.help.endswith(".")
         if spec.kind is Kind.HISTOGRAM:
-            assert spec.name.endswith("_seconds")
+            assert spec.name.endswith(("_seconds", "_ratio"))
             assert list(spec.buckets) == sorted(set(spec.buckets))
             assert "team" not in spec.labels
 
@@ -142,6 +142,8 @@ def test_labels_come_from_closed_sets() -> None:
 
 # These are set where the whole gateway is put together, not by a receipt.
 COMPOSED = {
+    "gateway_bound_ratio",
+    "gateway_bound_factor",
     "gateway_inflight_requests",
     "gateway_inflight_bytes",
     "gateway_cache_errors_total",
@@ -263,7 +265,8 @@ def test_an_unknown_outcome_is_an_estimated_expense() -> None:
         ("invalid_usage", "gateway_usage_invalid_total"),
         ("unpriced", "gateway_unpriced_requests_total"),
         ("over_bound", "gateway_ledger_underestimate_total"),
-        ("soft", None),
+        ("soft", "gateway_bound_soft_total"),
+        ("estimated", None),
     ],
 )
 def test_doubts_are_counted_by_model(flag: str, name: str | None) -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import base64
+import email
+import email.policy
 import json
 from dataclasses import replace
 
@@ -10,6 +13,8 @@ from hypothesis import strategies as st
 from gateway.domain.call import Call, Edit, Encoding, Operation, Span
 from gateway.domain.route import Target
 from gateway.ports import Provider
+from gateway.relay.body import edited_length
+from gateway.relay.read import ReadRules, reader_for
 from gateway.upstream.openai import request
 
 CALL = Call(
@@ -71,3 +76,110 @@ def test_the_model_is_spliced(encoding: Encoding, model: str, content: bytes) ->
 def test_any_model_is_itself_again_in_json(model: str) -> None:
     for edit in request(CALL, Target("openai", model)).edits:
         assert json.loads(b'"' + edit.content + b'"') == model
+
+
+# What is pinned: a few bytes, and everything else as it came.
+
+BOUNDARY = "x-9'(z"
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mP8z8BQDwAEhQGAhKmMIQAAAABJRU5ErkJggg=="
+)
+
+
+def read(body: bytes, content_type: str = "application/json") -> Call:
+    operation = Operation.GENERATION if content_type == "application/json" else Operation.EDIT
+    reader = reader_for(operation, content_type, None, len(body), ReadRules())
+    reader.feed(body)
+    return reader.close()
+
+
+def sent(body: bytes, call: Call, target: Target) -> bytes:
+    """The body that leaves, by the relay's own splice."""
+    edits = sorted(request(call, target).edits, key=lambda edit: edit.span.start)
+    made, at = b"", 0
+    for span, content in edits:
+        made += body[at : span.start] + content
+        at = span.end
+    made += body[at:]
+    assert len(made) == edited_length(len(body), edits)
+    return made
+
+
+PINNED = {"size": "1024x1024", "quality": "medium"}
+
+
+@pytest.mark.parametrize(
+    ("body", "leaves"),
+    [
+        (
+            b'{"model":"art","prompt":"p"}',
+            b'{"model":"real","size":"1024x1024","quality":"medium","prompt":"p"}',
+        ),
+        (
+            b'{"prompt":"p", "model" : "art" }',
+            b'{"prompt":"p", "model" : "real","size":"1024x1024","quality":"medium" }',
+        ),
+        (
+            b'{ "size" : "auto" ,\n"quality":null,"model":"art","prompt":"p"}',
+            b'{ "size" : "1024x1024" ,\n"quality":"medium","model":"real","prompt":"p"}',
+        ),
+        (
+            b'{"model":"art","quality":"","prompt":"{\\"size\\":\\"auto\\"}"}',
+            b'{"model":"real","size":"1024x1024","quality":"medium",'
+            b'"prompt":"{\\"size\\":\\"auto\\"}"}',
+        ),
+    ],
+)
+def test_what_is_pinned_is_spliced_into_json(body: bytes, leaves: bytes) -> None:
+    call = replace(read(body), pinned=PINNED)
+    assert sent(body, call, Target("openai", "real")) == leaves
+    assert read(leaves).parameters == {**call.parameters, **PINNED}
+
+
+def test_only_what_is_pinned_is_touched() -> None:
+    body = b'{"model":"art","size":"auto","prompt":"p"}'
+    call = replace(read(body), pinned={"size": "1024x1024"})
+    assert sent(body, call, Target("o", "art")) == body.replace(b'"auto"', b'"1024x1024"')
+    assert request(read(body), Target("o", "art")).edits == ()
+
+
+def form(*fields: tuple[str, str], preamble: str = "") -> bytes:
+    parts = [
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'.encode()
+        for name, value in fields
+    ]
+    image = (
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n'
+        "Content-Type: image/png\r\n\r\n"
+    ).encode() + PNG
+    return preamble.encode() + b"".join(parts) + image + f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+FORM = f'multipart/form-data; boundary="{BOUNDARY}"'
+
+
+@pytest.mark.parametrize("preamble", ["", "a word before\r\n"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (("model", "art"), ("prompt", "p")),
+        (("prompt", "p"), ("size", "auto"), ("quality", "auto"), ("model", "art")),
+        (("quality", ""), ("model", "art"), ("prompt", "p")),
+        (("model", "art"), ("prompt", "p"), ("size", "auto")),
+    ],
+)
+def test_what_is_pinned_is_spliced_into_a_form(
+    fields: tuple[tuple[str, str], ...], preamble: str
+) -> None:
+    body = form(*fields, preamble=preamble)
+    call = replace(read(body, FORM), pinned=PINNED)
+    leaves = sent(body, call, Target("openai", "real"))
+    again = read(leaves, FORM)
+    assert (again.model, again.size, again.quality) == ("real", "1024x1024", "medium")
+    assert again.parameters == {**call.parameters, **PINNED}
+    assert again.inputs == call.inputs
+    # Another reader of forms sees the same.
+    text = f"Content-Type: {FORM}\r\n\r\n".encode() + leaves
+    parts = email.message_from_bytes(text, policy=email.policy.HTTP).iter_parts()
+    names = [part.get_param("name", header="content-disposition") for part in parts]
+    assert sorted(map(str, names)) == ["image", "model", "prompt", "quality", "size"]

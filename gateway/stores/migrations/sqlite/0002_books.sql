@@ -1,11 +1,13 @@
 -- Corrections and adjustments (kind A), raised bounds (kind B), and deletion of what has been
 -- rolled up. SQLite cannot change a CHECK, so the journal is made anew with its rows.
 
--- Before this instant the journal may be cut: everything older has been rolled up. One row.
+-- Closed holds that were reserved before this instant may be forgotten. One row; it only grows.
 CREATE TABLE retention (
     one    INTEGER NOT NULL PRIMARY KEY CHECK (one = 1),
     before INTEGER NOT NULL                                     -- microseconds
 ) STRICT;
+CREATE TRIGGER retention_only_grows BEFORE UPDATE ON retention WHEN new.before < old.before
+BEGIN SELECT RAISE(ABORT, 'what may be forgotten only grows'); END;
 
 DROP TRIGGER journal_is_never_updated;
 DROP TRIGGER journal_is_never_deleted;
@@ -28,8 +30,10 @@ CREATE INDEX journal_rid ON journal (rid);
 
 CREATE TRIGGER journal_is_never_updated BEFORE UPDATE ON journal
 BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
+-- But with its hold, once that may be forgotten. Adjustments belong to no hold: they stay.
 CREATE TRIGGER journal_is_never_deleted BEFORE DELETE ON journal
-WHEN NOT EXISTS (SELECT 1 FROM retention WHERE coalesce(old.at, 0) < before)
+WHEN NOT EXISTS (SELECT 1 FROM hold, retention
+                  WHERE hold.rid = old.rid AND hold.state IN ('P', 'V') AND hold.at < retention.before)
 BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
 
 -- What a person or a reconciliation said. Corrections of one call have its rid, and their amount is
@@ -48,7 +52,8 @@ CREATE TABLE adjustment (
     actor    TEXT    NOT NULL
 ) STRICT, WITHOUT ROWID;
 
--- What forgotten holds had posted, so that each balance still adds up. One row an account.
+-- What forgotten holds had posted, so that each balance still adds up. One row an account; the
+-- row of the account '' is all of them once, so that the usage of all days still adds up.
 CREATE TABLE rolled_up (
     account TEXT    NOT NULL PRIMARY KEY,
     posted  INTEGER NOT NULL,

@@ -1,0 +1,219 @@
+"""The books and their upkeep in this process's memory: for tests."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from datetime import datetime, timedelta
+
+from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
+from gateway.domain.ledger import Entry, State
+from gateway.domain.transition import (
+    CORRECTED,
+    DOUBTFUL,
+    WORKER_MEMORY,
+    Counts,
+    Move,
+    corrected,
+    correction_counts,
+)
+from gateway.ports import NotKnown
+from gateway.stores.memory_rows import NOTHING, MemoryHold, MemoryRows
+from gateway.stores.rows import adjustment_detail, correction_detail
+
+
+class MemoryBooks:
+    """``Books`` without durability."""
+
+    def __init__(self, rows: MemoryRows) -> None:
+        self._rows = rows
+
+    async def find(self, rid: str) -> Hold | None:
+        await asyncio.sleep(0)
+        hold = self._rows.holds.get(rid)
+        return None if hold is None else self._hold(hold)
+
+    async def journal(self, rid: str) -> list[JournalLine]:
+        await asyncio.sleep(0)
+        return [line for line in self._rows.journal if line.rid == rid]
+
+    async def unresolved(self, limit: int = 100, after: str = "") -> list[Hold]:
+        await asyncio.sleep(0)
+        asking = [
+            self._hold(hold)
+            for rid, hold in sorted(self._rows.holds.items())
+            if rid > after
+            and (
+                hold.state is State.EXPIRED
+                or (hold.state is State.POSTED and not DOUBTFUL.isdisjoint(hold.flags))
+            )
+        ]
+        return asking[:limit]
+
+    async def correct(self, correction: Correction) -> Entry:
+        if correction.cost < 0:
+            raise ValueError("a cost is never negative")
+        await asyncio.sleep(0)
+        rows = self._rows
+        hold = rows.holds.get(correction.rid)
+        if hold is None:
+            raise NotKnown(f"there is no reservation {correction.rid}, or it was forgotten")
+        if correction.id in rows.corrections or correction.id in rows.adjustments:
+            return rows.entry_of(hold, Move(hold.state, hold.cost, applied=False))
+        doubtful = not DOUBTFUL.isdisjoint(hold.flags)
+        move = corrected(hold.state, hold.cost, correction.cost, doubtful)
+        if move.applied:
+            gained = correction_counts(hold.state, hold.cost, hold.flags, correction)
+            rows.count(hold.usage_row, gained)
+            rows.add(hold.accounts, move.pending, move.posted)
+            rows.corrections.add(correction.id)
+            rows.write_journal(
+                correction.at,
+                correction.rid,
+                CORRECTED,
+                pending=move.pending,
+                posted=move.posted,
+                detail=json.loads(correction_detail(correction, hold.cost)),
+            )
+            hold.state, hold.cost, hold.flags = move.state, move.cost, ()
+        return rows.entry_of(hold, move)
+
+    async def adjust(self, adjustment: Adjustment) -> bool:
+        await asyncio.sleep(0)
+        rows = self._rows
+        if adjustment.id in rows.corrections or adjustment.id in rows.adjustments:
+            return False
+        rows.adjustments[adjustment.id] = adjustment
+        rows.add(dict.fromkeys(adjustment.accounts), 0, adjustment.amount)
+        row = (adjustment.day, adjustment.team, "", adjustment.model)
+        rows.count(row, Counts(cost=adjustment.amount))
+        rows.write_journal(
+            adjustment.at,
+            adjustment.id,
+            CORRECTED,
+            posted=adjustment.amount,
+            detail=json.loads(adjustment_detail(adjustment)),
+        )
+        return True
+
+    async def audit(self) -> list[Discrepancy]:
+        await asyncio.sleep(0)
+        rows = self._rows
+        posted, pending = Counter(rows.rolled_up), Counter[str]()
+        del posted[""]
+        for hold in rows.holds.values():
+            for account in hold.accounts:
+                posted[account] += hold.cost
+                pending[account] += _still_held(hold)
+        for adjustment in rows.adjustments.values():
+            for account in dict.fromkeys(adjustment.accounts):
+                posted[account] += adjustment.amount
+        spent = sum(hold.cost for hold in rows.holds.values()) + rows.rolled_up.get("", 0)
+        spent += sum(adjustment.amount for adjustment in rows.adjustments.values())
+        pairs = [("cost of all days", sum(day.cost for day in rows.usage.values()), spent)]
+        for account in sorted({*rows.balances, *posted, *pending}):
+            kept = rows.balances.get(account, NOTHING)
+            pairs.append((f"posted of {account}", kept.posted, posted[account]))
+            pairs.append((f"pending of {account}", kept.pending, pending[account]))
+        said_posted, said_pending = Counter[str](), Counter[str]()
+        for line in rows.journal:
+            said_posted[line.rid] += line.posted
+            said_pending[line.rid] += line.pending
+        for rid, hold in sorted(rows.holds.items()):
+            pairs.append((f"posted of {rid} in the journal", hold.cost, said_posted[rid]))
+            pairs.append((f"pending of {rid} in the journal", _still_held(hold), said_pending[rid]))
+        return [Discrepancy(what, kept, summed) for what, kept, summed in pairs if kept != summed]
+
+    def _hold(self, hold: MemoryHold) -> Hold:
+        claim = hold.claim
+        return Hold(
+            rid=claim.rid,
+            state=hold.state,
+            bound=claim.bound,
+            cost=hold.cost,
+            accounts=hold.accounts,
+            team=claim.team,
+            key_id=claim.key_id,
+            model=claim.model,
+            operation=claim.operation,
+            upstream=claim.upstream,
+            images=claim.images,
+            price_id=claim.price_id,
+            worker=claim.worker,
+            at=claim.at,
+            lease_ends=claim.lease_ends,
+            idempotency_key=self._rows.key_of(hold),
+            outcome=hold.outcome,
+            basis=hold.basis,
+            flags=hold.flags,
+        )
+
+
+def _still_held(hold: MemoryHold) -> int:
+    return hold.claim.bound if hold.state is State.HELD else 0
+
+
+class MemoryUpkeep:
+    """``Upkeep`` without durability."""
+
+    def __init__(self, rows: MemoryRows) -> None:
+        self._rows = rows
+
+    async def beat(self, worker: str, now: datetime) -> None:
+        await asyncio.sleep(0)
+        workers = self._rows.workers
+        workers[worker] = max(now, workers.get(worker, now))
+        busy = {hold.claim.worker for hold in self._rows.holds.values() if hold.state is State.HELD}
+        for other, beat_at in list(workers.items()):
+            if beat_at < now - WORKER_MEMORY and other not in busy:
+                del workers[other]
+
+    async def forget(self, before: datetime, limit: int = 1000) -> int:
+        await asyncio.sleep(0)
+        rows = self._rows
+        old = sorted(
+            (hold.claim.at, rid)
+            for rid, hold in rows.holds.items()
+            if hold.state in (State.POSTED, State.VOIDED)
+            and hold.claim.at < before
+            and rows.key_of(hold) is None
+        )[:limit]
+        for _, rid in old:
+            hold = rows.holds.pop(rid)
+            for account in (*hold.accounts, ""):
+                rows.rolled_up[account] = rows.rolled_up.get(account, 0) + hold.cost
+        gone = {rid for _, rid in old}
+        rows.journal = [line for line in rows.journal if line.rid not in gone]
+        return len(old)
+
+    async def claim_notice(
+        self, account: str, mark: str, now: datetime, lease_seconds: float
+    ) -> bool:
+        await asyncio.sleep(0)
+        known = self._rows.notices.get((account, mark))
+        if known is not None:
+            claimed_at, sent_at = known
+            if sent_at is not None or claimed_at > now - timedelta(seconds=lease_seconds):
+                return False
+        self._rows.notices[account, mark] = (now, None)
+        return True
+
+    async def notice_sent(self, account: str, mark: str, now: datetime) -> None:
+        await asyncio.sleep(0)
+        claimed_at, sent_at = self._rows.notices.get((account, mark), (now, None))
+        self._rows.notices[account, mark] = (claimed_at, sent_at or now)
+
+    async def factors(self) -> dict[tuple[str, str], int]:
+        await asyncio.sleep(0)
+        return dict(self._rows.factors)
+
+    async def raise_factor(self, upstream: str, model: str, millionths: int) -> int:
+        await asyncio.sleep(0)
+        raised = max(millionths, self._rows.factors.get((upstream, model), millionths))
+        self._rows.factors[upstream, model] = raised
+        return raised
+
+    async def reset_factor(self, upstream: str, model: str) -> bool:
+        await asyncio.sleep(0)
+        return self._rows.factors.pop((upstream, model), None) is not None

@@ -1,0 +1,222 @@
+"""The books on SQLite: look-ups, corrections, adjustments, and the audit."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+
+from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
+from gateway.domain.ledger import Entry
+from gateway.domain.transition import (
+    CORRECTED,
+    DOUBTFUL,
+    Counts,
+    Move,
+    corrected,
+    correction_counts,
+)
+from gateway.ports import NotKnown
+from gateway.stores.rows import (
+    HOLD_COLUMNS,
+    JOURNAL_COLUMNS,
+    adjustment_detail,
+    adjustment_row,
+    correction_detail,
+    hold_of,
+    journal_line_of,
+    micros,
+)
+from gateway.stores.sqlite_file import Reader, Writer
+from gateway.stores.sqlite_rows import (
+    booked,
+    count,
+    entry_of,
+    exists,
+    move_balances,
+    write_journal,
+)
+
+
+class SQLiteBooks:
+    """``Books`` on SQLite. ``long_reader`` is for what reads everything."""
+
+    def __init__(self, writer: Writer, reader: Reader, long_reader: Reader) -> None:
+        self._writer = writer
+        self._reader = reader
+        self._long_reader = long_reader
+
+    async def find(self, rid: str) -> Hold | None:
+        row = await self._reader.run(lambda db: db.execute(_HOLD, (rid,)).fetchone())
+        return None if row is None else hold_of(row)
+
+    async def journal(self, rid: str) -> list[JournalLine]:
+        rows = await self._reader.run(lambda db: db.execute(_JOURNAL, (rid,)).fetchall())
+        return [journal_line_of(row) for row in rows]
+
+    async def unresolved(self, limit: int = 100, after: str = "") -> list[Hold]:
+        asked = {"after": after, "limit": limit, "doubtful": json.dumps(sorted(DOUBTFUL))}
+        rows = await self._reader.run(lambda db: db.execute(_UNRESOLVED, asked).fetchall())
+        return [hold_of(row) for row in rows]
+
+    async def correct(self, correction: Correction) -> Entry:
+        if correction.cost < 0:
+            raise ValueError("a cost is never negative")
+        return await self._writer.submit(lambda db: _correct(db, correction))
+
+    async def adjust(self, adjustment: Adjustment) -> bool:
+        return await self._writer.submit(lambda db: _adjust(db, adjustment))
+
+    async def audit(self) -> list[Discrepancy]:
+        return await self._long_reader.run(_audit)
+
+
+_HOLD = f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = ?"  # noqa: S608 - names of columns
+
+_JOURNAL = f"SELECT {JOURNAL_COLUMNS} FROM journal WHERE rid = ? ORDER BY seq"  # noqa: S608
+
+# The first condition is that of the index hold_doubtful.
+_UNRESOLVED = f"""
+SELECT {HOLD_COLUMNS}
+  FROM hold
+ WHERE (state = 'X' OR flags <> '[]') AND rid > :after
+   AND (state = 'X' OR state = 'P' AND EXISTS (
+        SELECT 1 FROM json_each(hold.flags) AS flag
+         WHERE flag.value IN (SELECT value FROM json_each(:doubtful))))
+ ORDER BY rid LIMIT :limit
+"""  # noqa: S608 - names of columns
+
+_ADJUSTMENT = """
+INSERT INTO adjustment (id, at, rid, team, key_id, model, day, accounts, amount, reason, actor)
+VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+"""
+
+_APPLIED = "SELECT 1 FROM adjustment WHERE id = ?"
+
+# Holds with the same accounts are added up before their accounts are taken apart: there are few
+# such lists, one for each key and day.
+_AUDIT_BALANCES = """
+WITH held (accounts, posted, pending) AS (
+    SELECT accounts, sum(cost), sum(iif(state = 'H', bound, 0)) FROM hold GROUP BY accounts
+     UNION ALL
+    SELECT accounts, amount, 0 FROM adjustment WHERE rid IS NULL
+), parts (account, posted, pending, kept_posted, kept_pending) AS (
+    SELECT one.value, held.posted, held.pending, 0, 0
+      FROM held, json_each(held.accounts) AS one
+     UNION ALL
+    SELECT account, posted, 0, 0, 0 FROM rolled_up WHERE account <> ''
+     UNION ALL
+    SELECT account, 0, 0, posted, pending FROM balance
+)
+SELECT account, sum(kept_posted), sum(posted), sum(kept_pending), sum(pending)
+  FROM parts
+ GROUP BY account
+HAVING sum(kept_posted) <> sum(posted) OR sum(kept_pending) <> sum(pending)
+ ORDER BY account
+"""
+
+_AUDIT_USAGE = """
+SELECT (SELECT coalesce(sum(cost), 0) FROM usage_daily),
+       (SELECT coalesce(sum(cost), 0) FROM hold)
+     + (SELECT coalesce(sum(amount), 0) FROM adjustment WHERE rid IS NULL)
+     + (SELECT coalesce(sum(posted), 0) FROM rolled_up WHERE account = '')
+"""
+
+_AUDIT_JOURNAL = """
+SELECT rid, cost, coalesce(journalled.posted, 0),
+       iif(state = 'H', bound, 0), coalesce(journalled.pending, 0)
+  FROM hold LEFT JOIN (
+       SELECT rid, sum(posted) AS posted, sum(pending) AS pending FROM journal GROUP BY rid
+       ) AS journalled USING (rid)
+ WHERE cost <> coalesce(journalled.posted, 0)
+    OR iif(state = 'H', bound, 0) <> coalesce(journalled.pending, 0)
+ ORDER BY rid
+"""
+
+
+def _correct(db: sqlite3.Connection, correction: Correction) -> Entry:
+    hold = booked(db, correction.rid)
+    if hold is None:
+        raise NotKnown(
+            f"there is no reservation {correction.rid}, or it was forgotten: "
+            "what it cost can only be adjusted, for its team and day"
+        )
+    if exists(db, _APPLIED, correction.id):
+        return entry_of(db, hold, Move(hold.state, hold.cost, applied=False))
+    flags = json.loads(hold.flags)
+    doubtful = not DOUBTFUL.isdisjoint(flags)
+    move = corrected(hold.state, hold.cost, correction.cost, doubtful)
+    if move.applied:
+        # Outcome and basis stay what the gateway saw; the journal says who knew better.
+        db.execute(
+            "UPDATE hold SET state = ?, cost = ?, flags = '[]' WHERE rid = ?",
+            (move.state.value, move.cost, hold.rid),
+        )
+        move_balances(db, hold.accounts, move.pending, move.posted)
+        count(db, hold.usage_row, correction_counts(hold.state, hold.cost, flags, correction))
+        db.execute(
+            _ADJUSTMENT,
+            (
+                correction.id,
+                micros(correction.at),
+                hold.rid,
+                hold.team,
+                hold.key_id,
+                hold.model,
+                hold.day,
+                hold.accounts,
+                move.posted,
+                correction.reason,
+                correction.actor,
+            ),
+        )
+        write_journal(
+            db,
+            correction.at,
+            hold.rid,
+            CORRECTED,
+            pending=move.pending,
+            posted=move.posted,
+            detail=correction_detail(correction, hold.cost),
+        )
+    return entry_of(db, hold, move)
+
+
+def _adjust(db: sqlite3.Connection, adjustment: Adjustment) -> bool:
+    if exists(db, _APPLIED, adjustment.id):
+        return False
+    accounts = json.dumps(list(dict.fromkeys(adjustment.accounts)))
+    db.execute(_ADJUSTMENT, adjustment_row(adjustment, accounts))
+    db.execute(
+        "INSERT INTO balance (account, posted) SELECT value, ? FROM json_each(?) WHERE true"
+        " ON CONFLICT DO UPDATE SET posted = posted + excluded.posted",
+        (adjustment.amount, accounts),
+    )
+    row = (adjustment.day, adjustment.team, "", adjustment.model)
+    count(db, row, Counts(cost=adjustment.amount))
+    write_journal(
+        db,
+        adjustment.at,
+        adjustment.id,
+        CORRECTED,
+        posted=adjustment.amount,
+        detail=adjustment_detail(adjustment),
+    )
+    return True
+
+
+def _audit(db: sqlite3.Connection) -> list[Discrepancy]:
+    db.execute("BEGIN")  # one snapshot for all sums
+    try:
+        balances = db.execute(_AUDIT_BALANCES).fetchall()
+        usage = db.execute(_AUDIT_USAGE).fetchone()
+        journal = db.execute(_AUDIT_JOURNAL).fetchall()
+    finally:
+        db.execute("ROLLBACK")
+    pairs = [("cost of all days", *usage)]
+    for account, posted, posted_sum, pending, pending_sum in balances:
+        pairs.append((f"posted of {account}", posted, posted_sum))
+        pairs.append((f"pending of {account}", pending, pending_sum))
+    for rid, posted, posted_sum, pending, pending_sum in journal:
+        pairs.append((f"posted of {rid} in the journal", posted, posted_sum))
+        pairs.append((f"pending of {rid} in the journal", pending, pending_sum))
+    return [Discrepancy(what, kept, summed) for what, kept, summed in pairs if kept != summed]
