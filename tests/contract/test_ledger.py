@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from gateway.domain.call import Operation
 from gateway.domain.ledger import (
@@ -23,6 +25,7 @@ from gateway.domain.ledger import (
     UsageRow,
 )
 from gateway.ports import Ledger, NotKnown, Store
+from tests.contract.machine import LedgerMachine
 from tests.contract.stores import (
     LEASE,
     NOON,
@@ -473,3 +476,16 @@ async def test_a_cancelled_caller_breaks_nothing(ledger: Ledger) -> None:
 
 async def test_ping(ledger: Ledger) -> None:
     await ledger.ping()
+
+
+# The model
+
+EXAMPLES = 50_000 if os.environ.get("SOAK") else 300 if os.environ.get("CI") else 60
+LedgerMachine.TestCase.settings = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+# Finding the smallest example of a failure takes minutes; 50,000 take hours.
+TestModel = pytest.mark.timeout(0 if EXAMPLES > 300 else 600)(LedgerMachine.TestCase)

@@ -92,13 +92,13 @@ async def test_a_pin_is_spliced_beside_an_alias_into_a_body_that_stays_as_it_cam
 
 
 @pytest.mark.parametrize("said", [{}, {"size": "auto"}, {"size": "auto", "quality": "auto"}])
-async def test_an_edit_by_the_sdk_is_pinned_in_its_form(start: Start, said: dict[str, str]) -> None:
+async def test_an_edit_by_the_sdk_is_pinned_in_its_form(start: Start, said: dict[str, Any]) -> None:
     picture = io.BytesIO()
     Image.new("RGB", (64, 64)).save(picture, "PNG")
     async with start(pinned()) as gateway, gateway.sdk() as sdk:
-        answer = await sdk.images.with_raw_response.edit(
-            **{**ASKED, "model": ALIAS}, image=("a.png", picture.getvalue(), "image/png"), **said
-        )
+        asked: dict[str, Any] = {**ASKED, "model": ALIAS, **said}
+        file = ("a.png", picture.getvalue(), "image/png")
+        answer = await sdk.images.with_raw_response.edit(image=file, **asked)
         assert answer.headers["x-gateway-changed"] == "size=1024x1024, quality=medium"
         [record] = gateway.sandbox.journal
         assert record.fields == {
@@ -144,7 +144,7 @@ async def test_an_unknown_parameter_is_refused_before_anything_is_held(start: St
 
 async def test_what_is_forwarded_is_held_at_the_worst_and_seen(gateway: GatewayUnderTest) -> None:
     gateway.sandbox.rules.clear()
-    answered = {"created": 1, "data": [{"b64_json": "aaaa"}], "usage": {
+    answered: Any = {"created": 1, "data": [{"b64_json": "aaaa"}], "usage": {
         "input_tokens": 3, "output_tokens": 196, "total_tokens": 199}}  # fmt: skip
     gateway.sandbox.rules.add(Rule(status=200, body=answered, billed=True))
     async with gateway.sdk() as sdk:
@@ -167,7 +167,7 @@ FACTOR = f'gateway_bound_factor{{model="{MODEL}",upstream="openai"}}'
 
 
 async def balance(gateway: GatewayUnderTest) -> Balance:
-    limit = Limit(Scope.TEAM, "growth", Unit.MONEY, 10**12, Window.DAY)
+    limit = Limit(Scope.TEAM, "growth", Unit.MONEY, Window.DAY, 10**12)
     line = Line(limit, period(Window.DAY, gateway.clock.now()))
     [found] = await gateway.gateway.ledger.balances([line])
     return found
@@ -181,9 +181,11 @@ async def held_next(gateway: GatewayUnderTest, model: str = MODEL) -> int:
     async with gateway.http() as http:
         asking = http.post("/images/generations", json={**EXPLICIT, "model": model}, headers=FRESH)
         answer = asyncio.ensure_future(asking)
-        await gate.arrived()
-        held = (await balance(gateway)).pending
-        gate.set()
+        try:
+            await gate.arrived()
+            held = (await balance(gateway)).pending
+        finally:
+            gate.set()
         assert (await answer).status_code == 200
     await gateway.told.until(before + 1)
     assert gateway.told.last.bound == held
@@ -250,11 +252,12 @@ async def test_an_absurd_bill_raises_ten_times_and_one_that_cannot_be_true_not_a
     gateway: GatewayUnderTest, sandbox: SandboxServer
 ) -> None:
     base = LOW + TEXT
-    for usage, factor in (
+    absurd: list[tuple[Any, int]] = [
         ({"input_tokens": -1, "output_tokens": 10**9}, 1),
         ({"input_tokens": 3, "output_tokens": 10**12}, 1),
         ({"input_tokens": 3, "output_tokens": 10**9}, 10),
-    ):
+    ]
+    for usage, factor in absurd:
         sandbox.rules.clear()
         sandbox.rules.add(Rule(times=1, payload_bytes=400, usage=usage))
         async with gateway.sdk() as sdk:

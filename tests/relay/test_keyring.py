@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
@@ -53,6 +54,12 @@ class Directory:
         raise NotImplementedError
 
     async def revoke_key(self, key_id: str, at: datetime) -> Key:
+        raise NotImplementedError
+
+    async def rehash_key(self, old: bytes, new: bytes) -> None:
+        raise NotImplementedError
+
+    async def declared_id(self, digests: Sequence[bytes], proposed: str) -> str:
         raise NotImplementedError
 
     async def ping(self) -> None:

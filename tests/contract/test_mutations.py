@@ -1,0 +1,247 @@
+"""The model is worth its time only if it notices: bugs are planted one by one, and it kills each.
+
+A bug is a small substitution in the source of one function or one statement of SQL, in place while
+the model runs against SQLite (reliability.md T2).
+"""
+
+from __future__ import annotations
+import __future__
+
+import inspect
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from gateway.domain import transition as arithmetic
+from gateway.stores import sqlite_books, sqlite_ledger, sqlite_upkeep
+from tests.contract.machine import LedgerMachine
+from tests.contract.stores import sqlite
+
+
+@dataclass(frozen=True)
+class Bug:
+    """``name`` is the function or the constant of ``module`` in which ``old`` becomes ``new``."""
+
+    what: str
+    module: ModuleType
+    name: str
+    old: str
+    new: str
+
+
+BUGS = (
+    Bug(
+        "settling an expired call posts the whole cost",
+        arithmetic, "transition", "posted=new_cost - cost", "posted=new_cost",
+    ),
+    Bug(
+        "voiding an expired call gives nothing back",
+        arithmetic, "transition", "posted=-cost", "posted=0",
+    ),
+    Bug(
+        "an expiry leaves what was held",
+        arithmetic, "transition",
+        "Move(State.EXPIRED, bound, pending=-bound,", "Move(State.EXPIRED, bound, pending=0,",
+    ),
+    Bug(
+        "a void leaves what was held",
+        arithmetic, "transition",
+        "Move(State.VOIDED, 0, pending=-bound)", "Move(State.VOIDED, 0)",
+    ),
+    Bug(
+        "an expiry posts nothing: a lost lease is refunded",
+        arithmetic, "transition",
+        "Move(State.EXPIRED, bound, pending=-bound, posted=bound)",
+        "Move(State.EXPIRED, 0, pending=-bound)",
+    ),
+    Bug(
+        "settling twice posts twice",
+        arithmetic, "transition",
+        "case State.HELD, Event.SETTLE:", "case State.HELD | State.POSTED, Event.SETTLE:",
+    ),
+    Bug(
+        "a void after the settlement counts",
+        arithmetic, "transition",
+        "case State.EXPIRED, Event.VOID:", "case State.EXPIRED | State.POSTED, Event.VOID:",
+    ),
+    Bug(
+        "the alarm is raised for the same amount",
+        arithmetic, "contradicts", "!= cost", "== cost",
+    ),
+    Bug(
+        "an expired call counts its pictures",
+        arithmetic, "counted",
+        "Counts(requests=1, cost=cost,", "Counts(requests=1, images=1, cost=cost,",
+    ),
+    Bug(
+        "a late truth leaves the call unresolved",
+        arithmetic, "correction",
+        "now.minus(counted(before, cost, settlement, flags))", "now",
+    ),
+    Bug(
+        "a correction posts the whole cost",
+        arithmetic, "corrected", "posted=new_cost - cost", "posted=new_cost",
+    ),
+    Bug(
+        "a running call is corrected",
+        arithmetic, "corrected", "state is State.HELD or (", "(",
+    ),
+    Bug(
+        "a correction is counted twice",
+        arithmetic, "correction_counts",
+        "Counts(cost=correction.cost - cost,", "Counts(cost=2 * (correction.cost - cost),",
+    ),
+    Bug(
+        "a resolved call stays unresolved in the usage",
+        arithmetic, "correction_counts", "unresolved=-1, unresolved_cost=-cost", "",
+    ),
+    Bug(
+        "a budget cannot be spent to its end",
+        sqlite_ledger, "_reserve", "claim.bound > amount", "claim.bound >= amount",
+    ),
+    Bug(
+        "what is held does not count against a budget",
+        sqlite_ledger, "_reserve", ".used + claim.bound", ".posted + claim.bound",
+    ),
+    Bug(
+        "only the first budget is looked at",
+        sqlite_ledger, "_reserve", "for line in claim.lines:", "for line in claim.lines[:1]:",
+    ),
+    Bug(
+        "an idempotency key is not moved on",
+        sqlite_ledger, "_reserve", "if holder is not None:", "if holder == '':",
+    ),
+    Bug(
+        "an idempotency key lives for ever",
+        sqlite_ledger, "_holder_of_key", "at < micros(claim.at - KEY_LIFETIME) or", "",
+    ),
+    Bug(
+        "another request takes over the key of a voided call",
+        sqlite_ledger, "_holder_of_key", "state is State.VOIDED and same", "state is State.VOIDED",
+    ),
+    Bug(
+        "a sweep expires a lease at its end, not after it",
+        sqlite_ledger, "_OVER", "lease_ends < :now", "lease_ends <= :now",
+    ),
+    Bug(
+        "a sweep expires calls of the living",
+        sqlite_ledger, "_OVER", "beat_at < :silent_before", "beat_at <= :silent_before",
+    ),
+    Bug(
+        "a sweep expires the newest first",
+        sqlite_ledger, "_OVER", "ORDER BY lease_ends,", "ORDER BY lease_ends DESC,",
+    ),
+    Bug(
+        "a correction may be applied twice",
+        sqlite_books, "_correct", "if exists(db, _APPLIED, correction.id):", "if not hold.rid:",
+    ),
+    Bug(
+        "a correction leaves the flags",
+        sqlite_books, "_correct", "flags = '[]'", "flags = flags",
+    ),
+    Bug(
+        "an adjustment is not in the usage",
+        sqlite_books, "_adjust", "Counts(cost=adjustment.amount)", "Counts()",
+    ),
+    Bug(
+        "an adjustment replaces the balance",
+        sqlite_books, "_adjust",
+        "SET posted = posted + excluded.posted", "SET posted = excluded.posted",
+    ),
+    Bug(
+        "expired calls are forgotten",
+        sqlite_upkeep, "_FORGOTTEN", "IN ('P', 'V')", "IN ('P', 'V', 'X')",
+    ),
+    Bug(
+        "the record of an idempotency key is forgotten",
+        sqlite_upkeep, "_FORGOTTEN", "AND idempotency_key IS NULL", "",
+    ),
+    Bug(
+        "what is forgotten is not rolled up",
+        sqlite_upkeep, "_ROLL_UP", "SELECT account, sum(cost)", "SELECT account, 0",
+    ),
+    Bug(
+        "each forgetting replaces what was rolled up before",
+        sqlite_upkeep, "_ROLL_UP",
+        "SET posted = posted + excluded.posted", "SET posted = excluded.posted",
+    ),
+)  # fmt: skip
+
+
+@contextmanager
+def planted(bug: Bug) -> Iterator[None]:
+    """The bug in place, wherever the function or the constant is used."""
+    original = getattr(bug.module, bug.name)
+    if isinstance(original, str):
+        assert original.count(bug.old) == 1, bug.what
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bug.module, bug.name, original.replace(bug.old, bug.new))
+            yield
+        return
+    assert isinstance(original, FunctionType)
+    source = textwrap.dedent(inspect.getsource(original))
+    assert source.count(bug.old) == 1, bug.what
+    sound = original.__code__
+    # The function stays the same object, so that whoever has imported it has the bug too.
+    original.__code__ = compiled(bug, source.replace(bug.old, bug.new)).__code__
+    try:
+        yield
+    finally:
+        original.__code__ = sound
+
+
+def compiled(bug: Bug, source: str) -> FunctionType:
+    names: dict[str, object] = {}
+    flags = __future__.annotations.compiler_flag
+    code = compile(source, f"<{bug.what}>", "exec", flags=flags, dont_inherit=True)
+    exec(code, vars(bug.module), names)
+    function = names[bug.name]
+    assert isinstance(function, FunctionType)
+    return function
+
+
+class SQLiteMachine(LedgerMachine):
+    """The model against SQLite alone: memory shares the arithmetic, and would only cost time."""
+
+    backends = {"sqlite": sqlite}  # noqa: RUF012 - a ClassVar of the base
+
+
+def death(machine: Callable[[], LedgerMachine]) -> str | None:
+    """What the model died of, in one line; None where it noticed nothing."""
+    quickly = settings(
+        max_examples=100,
+        stateful_step_count=40,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        report_multiple_bugs=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    try:
+        run_state_machine_as_test(machine, settings=quickly)
+    except Exception as error:  # noqa: BLE001 - whatever it was, the bug was noticed
+        return f"{type(error).__name__}: {error}".splitlines()[0][:60]
+    return None
+
+
+@pytest.mark.timeout(300)
+def test_every_planted_bug_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
+    deaths: dict[str, str | None] = {}
+    with warnings.catch_warnings(), capsys.disabled():
+        for bug in BUGS:
+            with planted(bug):
+                deaths[bug.what] = death(SQLiteMachine)
+            print(f"\n{bug.what:<55} {deaths[bug.what] or 'SURVIVED'}", end="")
+    assert [what for what, died_of in deaths.items() if died_of is None] == []
+
+
+def test_the_sound_ledger_is_not_killed() -> None:
+    assert death(SQLiteMachine) is None
