@@ -164,8 +164,9 @@ class Books(Protocol):
 
     async def correct(self, correction: Correction) -> Entry:
         """Posts what a call did cost, by ``transition.corrected``. Idempotent by the correction's
-        id; ``applied`` is False for a hold that still runs. Raises ``NotKnown``, ``ValueError``
-        for a negative cost."""
+        id: a repeat finds the hold as it is. ``applied`` is False for a repeat, for a hold that
+        still runs and for one that is so already; the last two leave no trace, and the id free.
+        Raises ``NotKnown``, ``ValueError`` for a negative cost."""
 
     async def adjust(self, adjustment: Adjustment) -> bool:
         """Moves a team's balances and its day's usage. False where its id was applied before."""
@@ -188,7 +189,8 @@ class Upkeep(Protocol):
     async def forget(self, before: datetime, limit: int = 1000) -> int:
         """Deletes posted and voided holds reserved before then, and their journal lines, rolled up
         per account so that ``Books.audit`` still adds up; returns how many. Balances and daily
-        usage stay for ever; expired holds stay until somebody resolves them."""
+        usage stay for ever; expired holds stay until somebody resolves them, and a hold that still
+        has its idempotency key until a sweep has cleared it."""
 
     async def claim_notice(
         self, account: str, mark: str, now: datetime, lease_seconds: float

@@ -202,6 +202,10 @@ class Books:
     """Sums over usage_daily."""
     journal: Sequence[tuple[str, str, int, int]] = field(default_factory=list)
     """rid, kind, pending, posted."""
+    adjustments: Mapping[str, tuple[int, tuple[str, ...]]] = field(default_factory=dict)
+    """Those that belong to no call: id -> amount, accounts."""
+    rolled_up: Mapping[str, int] = field(default_factory=dict)
+    """Account -> what forgotten holds had posted; '' is all of them once."""
 
     @classmethod
     def read(cls, database: Path) -> Books:
@@ -229,8 +233,18 @@ class Books:
             )
             sums = ", ".join(f"coalesce(sum({name}), 0)" for name in names)
             counted = db.execute(f"SELECT {sums} FROM usage_daily").fetchone()  # noqa: S608
-            journal = db.execute("SELECT rid, kind, pending, posted FROM journal").fetchall()
-        return cls(holds, balances, dict(zip(names, counted, strict=True)), journal)
+            journal = db.execute(
+                "SELECT rid, kind, pending, posted FROM journal ORDER BY seq"
+            ).fetchall()
+            adjustments = {
+                name: (amount, tuple(json.loads(accounts)))
+                for name, amount, accounts in db.execute(
+                    "SELECT id, amount, accounts FROM adjustment WHERE rid IS NULL"
+                )
+            }
+            rolled_up = dict(db.execute("SELECT account, posted FROM rolled_up").fetchall())
+        usage = dict(zip(names, counted, strict=True))
+        return cls(holds, balances, usage, journal, adjustments, rolled_up)
 
     def of(self, *states: str) -> list[Hold]:
         return [hold for hold in self.holds.values() if hold.state in states]
@@ -245,8 +259,8 @@ class Books:
 
     @property
     def spent(self) -> int:
-        """The sum of what is posted for each hold."""
-        return sum(hold.cost for hold in self.holds.values())
+        """What is posted for all holds, those that were forgotten too."""
+        return sum(hold.cost for hold in self.holds.values()) + self.rolled_up.get("", 0)
 
     def check(self) -> None:
         """Every sum that can be taken two ways is the same both ways (I2, I3 of money.md)."""
@@ -256,15 +270,26 @@ class Books:
             for account in hold.accounts:
                 posted[account] += hold.cost
                 pending[account] += hold.bound if hold.state == "H" else 0
+        for amount, accounts in self.adjustments.values():
+            for account in accounts:
+                posted[account] += amount
+        for account, amount in self.rolled_up.items():
+            if account:
+                posted[account] += amount
         assert {name: (posted[name], pending[name]) for name in posted} == dict(self.balances)
         kinds: dict[str, str] = {}
         moved: dict[str, tuple[int, int]] = {}
         for rid, kind, held, spent in self.journal:
+            if rid in self.adjustments:
+                assert (kind, held, spent) == ("A", 0, self.adjustments[rid][0])
+                continue
             before = moved.get(rid, (0, 0))
             moved[rid] = (before[0] + held, before[1] + spent)
-            # Held once, and then on to an end; only an expiry may be corrected.
-            assert kinds.get(rid, "") + kind in ("H", "HP", "HV", "HX", "XP", "XV"), (rid, kind)
-            kinds[rid] = kind
+            # Held once, and then on to an end; an expiry may be corrected by the call itself, and
+            # every end by a person: then it is posted.
+            step = kinds.get(rid, "") + kind
+            assert step in ("H", "HP", "HV", "HX", "XP", "XV", "PA", "VA", "XA"), (rid, kind)
+            kinds[rid] = "P" if kind == "A" else kind
         assert kinds == {hold.rid: hold.state for hold in self.holds.values()}
         assert moved == {
             hold.rid: (hold.bound if hold.state == "H" else 0, hold.cost)
@@ -273,8 +298,10 @@ class Books:
         expired, closed = self.of("X"), self.of("P", "X")
         assert all(hold.cost == hold.bound for hold in expired)
         assert all(hold.cost == 0 for hold in self.of("H", "V"))
-        assert self.usage["cost"] == self.spent == sum(hold.cost for hold in closed)
-        assert self.usage["requests"] == len(closed) + self.usage["cached_requests"]
+        adjusted = sum(amount for amount, _ in self.adjustments.values())
+        assert self.usage["cost"] == self.spent + adjusted
+        if not self.rolled_up:
+            assert self.usage["requests"] == len(closed) + self.usage["cached_requests"]
         assert self.usage["unresolved"] == len(expired)
         assert self.usage["unresolved_cost"] == sum(hold.cost for hold in expired)
 

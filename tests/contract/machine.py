@@ -17,9 +17,9 @@ from typing import ClassVar, TypeVar
 
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from gateway.domain.books import Adjustment, Correction
+from gateway.domain.books import Adjustment, Correction, Discrepancy
 from gateway.domain.call import Operation, Usage
 from gateway.domain.ledger import (
     Balance,
@@ -45,9 +45,11 @@ TICK = timedelta(seconds=1)
 DAY = timedelta(days=1)
 # Small amounts against small limits, and ticks about the lease: large ones let bugs live.
 TICKS = (0, 1, 49, 50, 51, 99, 100, 101, 86_399, 86_400, 86_401)
-RIDS = tuple(f"r{number}" for number in range(8))
+PICKS = st.integers(0, 9)
+"""Which of the calls there are, so that most steps are about one of them."""
 WORKERS = ("w1", "w2")
-IDS = ("c1", "c2", "c3", "c4")
+FLAGS = ((), ("soft",), ("no_usage",), ("soft", "over_bound"))
+IDS = ("c1", "c2", "c3", "c4", "c5", "c6")
 """Of corrections and adjustments alike."""
 
 
@@ -84,12 +86,16 @@ class LedgerMachine(RuleBasedStateMachine):
         self.beats: dict[str, datetime] = {}
         self.replays: list[Replay] = []
         self.expected_alarms = 0
+        self.made = 0
         self.now = NOON
 
     @initialize()
     def open(self) -> None:
         for name, backend in self.backends.items():
             self.stores[name] = self.run(self.opened(name, backend))
+        # So that every step from the first on has something to be about.
+        for worker in WORKERS:
+            self.reserve_one(self.fresh(), 3, (None, 20, None), None, "f", worker)
 
     async def opened(self, name: str, backend: Callable[[Path, OnConflict], Store]) -> Store:
         def alarm(entry: Entry, settlement: Settlement) -> None:
@@ -136,8 +142,22 @@ class LedgerMachine(RuleBasedStateMachine):
     def wait(self, ticks: int) -> None:
         self.now += ticks * TICK
 
+    def picked(self, pick: int) -> str:
+        """The rid of a call, now and then of none."""
+        rids = [*self.calls, "nobody"]
+        return rids[pick % len(rids)]
+
+    @rule(bound=st.integers(1, 4), worker=st.sampled_from(WORKERS))
+    def reserve_freely(self, bound: int, worker: str) -> None:
+        self.reserve_one(self.fresh(), bound, (None, None, None), None, "f", worker)
+
+    def fresh(self) -> str:
+        self.made += 1
+        return f"r{self.made}"
+
     @rule(
-        rid=st.sampled_from(RIDS),
+        pick=PICKS,
+        again=st.sampled_from((False, False, False, True)),
         bound=st.integers(0, 4),
         amounts=st.tuples(*[st.sampled_from((None, 5, 8, 20))] * 3),
         key=st.sampled_from((None, "i", "j")),
@@ -145,6 +165,19 @@ class LedgerMachine(RuleBasedStateMachine):
         worker=st.sampled_from(WORKERS),
     )
     def reserve(
+        self,
+        pick: int,
+        again: bool,
+        bound: int,
+        amounts: tuple[int | None, int | None, int | None],
+        key: str | None,
+        fingerprint: str,
+        worker: str,
+    ) -> None:
+        rid = self.picked(pick) if again else self.fresh()
+        self.reserve_one(rid, bound, amounts, key, fingerprint, worker)
+
+    def reserve_one(
         self,
         rid: str,
         bound: int,
@@ -187,15 +220,33 @@ class LedgerMachine(RuleBasedStateMachine):
         call = self.calls[wanted.rid] = Call(wanted, wanted.idempotency_key)
         return Held(wanted.rid, self.entry(call, True).balances)
 
+    @precondition(lambda self: self.calls)
     @rule(
-        rid=st.sampled_from(RIDS),
-        event=st.sampled_from(Event),
+        pick=PICKS,
         cost=st.integers(0, 4),
         images=st.integers(0, 2),
-        flags=st.sampled_from(((), ("soft",), ("no_usage",), ("soft", "over_bound"))),
+        flags=st.sampled_from(FLAGS),
     )
-    def settle(
-        self, rid: str, event: Event, cost: int, images: int, flags: tuple[str, ...]
+    def settle(self, pick: int, cost: int, images: int, flags: tuple[str, ...]) -> None:
+        self.end(self.picked(pick), Event.SETTLE, cost, images, flags)
+
+    @precondition(lambda self: self.calls)
+    @rule(pick=PICKS)
+    def void(self, pick: int) -> None:
+        self.end(self.picked(pick), Event.VOID)
+
+    @precondition(lambda self: self.calls)
+    @rule(pick=PICKS, flags=st.sampled_from(FLAGS))
+    def expire(self, pick: int, flags: tuple[str, ...]) -> None:
+        self.end(self.picked(pick), Event.EXPIRE, images=2, flags=flags)
+
+    def end(
+        self,
+        rid: str,
+        event: Event,
+        cost: int = 0,
+        images: int = 0,
+        flags: tuple[str, ...] = (),
     ) -> None:
         end = Settlement(
             rid, event, Outcome.DELIVERED, Basis.USAGE, cost, Usage(text_in=cost), images, flags
@@ -256,13 +307,15 @@ class LedgerMachine(RuleBasedStateMachine):
                 call.key = None
         self.check(entries, lambda store: store.ledger.sweep(self.now, limit, silent_before))
 
+    @precondition(lambda self: self.calls)
     @rule(
-        rid=st.sampled_from(RIDS),
+        pick=PICKS,
         name=st.sampled_from(IDS),
         cost=st.integers(0, 4),
         images=st.integers(0, 2),
     )
-    def correct(self, rid: str, name: str, cost: int, images: int) -> None:
+    def correct(self, pick: int, name: str, cost: int, images: int) -> None:
+        rid = self.picked(pick)
         said = Correction(name, rid, cost, "reason", "actor", self.now, images)
         call = self.calls.get(rid)
         if call is None:
@@ -368,5 +421,6 @@ class LedgerMachine(RuleBasedStateMachine):
             return [(hold.rid, hold.state, hold.cost) for hold in await store.books.unresolved()]
 
         self.check(asking, asked)
-        self.check([], lambda store: store.books.audit())
+        sound: list[Discrepancy] = []
+        self.check(sound, lambda store: store.books.audit())
         assert self.alarms == dict.fromkeys(self.backends, self.expected_alarms)

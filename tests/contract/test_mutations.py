@@ -1,28 +1,37 @@
-"""The model is worth its time only if it notices: bugs are planted one by one, and it kills each.
+"""Tests are worth their time only if they notice: bugs are planted one by one, and each is killed.
 
 A bug is a small substitution in the source of one function or one statement of SQL, in place while
-the model runs against SQLite (reliability.md T2).
+the model, or a test of the contract where chance would take long, runs against SQLite
+(reliability.md T2).
 """
 
 from __future__ import annotations
 import __future__
 
+import asyncio
 import inspect
 import textwrap
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FunctionType, ModuleType
+from typing import TypeAlias
 
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from gateway.domain import transition as arithmetic
+from gateway.domain.transition import ignore_conflict
+from gateway.ports import Store
 from gateway.stores import sqlite_books, sqlite_ledger, sqlite_upkeep
+from tests.contract import test_books, test_ledger, test_upkeep
 from tests.contract.machine import LedgerMachine
-from tests.contract.stores import sqlite
+from tests.contract.stores import V, X, sqlite
+
+Test: TypeAlias = Callable[[Store], Coroutine[object, object, None]]
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,26 @@ class Bug:
     name: str
     old: str
     new: str
+    test: Test | None = None
+    """Who kills it; the model where it is None."""
+
+
+def one_key_one_call(fingerprint: str) -> Test:
+    return lambda store: test_ledger.test_an_idempotency_key_stands_for_one_call(
+        store.ledger, V, fingerprint
+    )
+
+
+def key_for_a_day(store: Store) -> Coroutine[object, object, None]:
+    return test_ledger.test_an_idempotency_key_lives_for_24_hours(store.ledger, False)
+
+
+def oldest_leases_first(store: Store) -> Coroutine[object, object, None]:
+    return test_ledger.test_a_sweep_expires_the_oldest_leases_first(store.ledger)
+
+
+def resolved(store: Store) -> Coroutine[object, object, None]:
+    return test_books.test_a_closed_call_is_corrected_up_and_down(store, X, 4)
 
 
 BUGS = (
@@ -101,6 +130,7 @@ BUGS = (
     Bug(
         "a resolved call stays unresolved in the usage",
         arithmetic, "correction_counts", "unresolved=-1, unresolved_cost=-cost", "",
+        resolved,
     ),
     Bug(
         "a budget cannot be spent to its end",
@@ -117,18 +147,22 @@ BUGS = (
     Bug(
         "an idempotency key is not moved on",
         sqlite_ledger, "_reserve", "if holder is not None:", "if holder == '':",
+        one_key_one_call("f"),
     ),
     Bug(
         "an idempotency key lives for ever",
         sqlite_ledger, "_holder_of_key", "at < micros(claim.at - KEY_LIFETIME) or", "",
+        key_for_a_day,
     ),
     Bug(
         "another request takes over the key of a voided call",
         sqlite_ledger, "_holder_of_key", "state is State.VOIDED and same", "state is State.VOIDED",
+        one_key_one_call("other"),
     ),
     Bug(
         "a sweep expires a lease at its end, not after it",
         sqlite_ledger, "_OVER", "lease_ends < :now", "lease_ends <= :now",
+        oldest_leases_first,
     ),
     Bug(
         "a sweep expires calls of the living",
@@ -137,14 +171,17 @@ BUGS = (
     Bug(
         "a sweep expires the newest first",
         sqlite_ledger, "_OVER", "ORDER BY lease_ends,", "ORDER BY lease_ends DESC,",
+        oldest_leases_first,
     ),
     Bug(
         "a correction may be applied twice",
         sqlite_books, "_correct", "if exists(db, _APPLIED, correction.id):", "if not hold.rid:",
+        test_books.test_a_correction_applies_once,
     ),
     Bug(
         "a correction leaves the flags",
         sqlite_books, "_correct", "flags = '[]'", "flags = flags",
+        test_books.test_a_resolved_call_has_no_flags_and_keeps_what_was_seen,
     ),
     Bug(
         "an adjustment is not in the usage",
@@ -162,6 +199,7 @@ BUGS = (
     Bug(
         "the record of an idempotency key is forgotten",
         sqlite_upkeep, "_FORGOTTEN", "AND idempotency_key IS NULL", "",
+        test_upkeep.test_the_record_of_an_idempotency_key_is_not_forgotten,
     ),
     Bug(
         "what is forgotten is not rolled up",
@@ -213,35 +251,52 @@ class SQLiteMachine(LedgerMachine):
     backends = {"sqlite": sqlite}  # noqa: RUF012 - a ClassVar of the base
 
 
-def death(machine: Callable[[], LedgerMachine]) -> str | None:
-    """What the model died of, in one line; None where it noticed nothing."""
-    quickly = settings(
-        max_examples=100,
-        stateful_step_count=40,
-        deadline=None,
-        derandomize=True,
-        database=None,
-        phases=[Phase.generate],
-        report_multiple_bugs=False,
-        suppress_health_check=list(HealthCheck),
-    )
+def death(test: Test | None) -> str | None:
+    """What a test, or the model, died of, in one line; None where it noticed nothing."""
     try:
-        run_state_machine_as_test(machine, settings=quickly)
+        if test is None:
+            run_state_machine_as_test(SQLiteMachine, settings=QUICKLY)
+        else:
+            asyncio.run(tried(test))
     except Exception as error:  # noqa: BLE001 - whatever it was, the bug was noticed
-        return f"{type(error).__name__}: {error}".splitlines()[0][:60]
+        return f"{type(error).__name__}: {error}".splitlines()[0][:40]
     return None
+
+
+async def tried(test: Test) -> None:
+    with TemporaryDirectory() as folder:
+        store = sqlite(Path(folder), ignore_conflict)
+        try:
+            await test(store)
+        finally:
+            await store.aclose()
+
+
+QUICKLY = settings(
+    max_examples=200,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
 
 
 @pytest.mark.timeout(300)
 def test_every_planted_bug_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
     deaths: dict[str, str | None] = {}
-    with warnings.catch_warnings(), capsys.disabled():
-        for bug in BUGS:
-            with planted(bug):
-                deaths[bug.what] = death(SQLiteMachine)
-            print(f"\n{bug.what:<55} {deaths[bug.what] or 'SURVIVED'}", end="")
+    for bug in BUGS:
+        with planted(bug):
+            deaths[bug.what] = death(bug.test)
+    table = [f"{what:<52} {died_of or 'SURVIVED'}" for what, died_of in deaths.items()]
+    with capsys.disabled():
+        print("\n" + "\n".join(table))
     assert [what for what, died_of in deaths.items() if died_of is None] == []
 
 
-def test_the_sound_ledger_is_not_killed() -> None:
-    assert death(SQLiteMachine) is None
+@pytest.mark.parametrize("test", dict.fromkeys(bug.test for bug in BUGS if bug.test))
+def test_who_kills_lets_the_sound_ledger_live(test: Test) -> None:
+    """The model against it is ``test_ledger.TestModel``."""
+    assert death(test) is None

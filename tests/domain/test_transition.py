@@ -6,13 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gateway.domain.books import Correction
 from gateway.domain.call import Operation, Usage
 from gateway.domain.ledger import Basis, Event, Outcome, Replay, Settlement, State
 from gateway.domain.transition import (
     Counts,
     Move,
     contradicts,
+    corrected,
     correction,
+    correction_counts,
     counted,
     counted_replay,
     expiry,
@@ -141,6 +144,76 @@ def test_a_late_void_takes_back_what_the_expiry_counted() -> None:
     back = correction(X, 10, ("no_usage",), move, settlement(VOID))
     expired = counted(X, 10, settlement(EXPIRE), ("no_usage",))
     assert back.plus(expired) == Counts()
+
+
+# What a person says
+
+
+@pytest.mark.parametrize(
+    ("state", "cost", "new_cost", "doubtful", "move"),
+    [
+        (H, 0, 7, False, Move(H, 0, applied=False)),
+        (H, 0, 0, True, Move(H, 0, applied=False)),
+        (P, 7, 7, False, Move(P, 7, applied=False)),
+        (P, 7, 7, True, Move(P, 7, posted=0)),
+        (P, 7, 9, False, Move(P, 9, posted=2)),
+        (P, 7, 0, False, Move(P, 0, posted=-7)),
+        (X, 10, 10, False, Move(P, 10, posted=0)),
+        (X, 10, 4, True, Move(P, 4, posted=-6)),
+        (X, 10, 25, False, Move(P, 25, posted=15)),
+        (V, 0, 9, False, Move(P, 9, posted=9)),
+        (V, 0, 0, False, Move(P, 0, posted=0)),
+    ],
+)
+def test_the_table_of_corrections(
+    state: State, cost: int, new_cost: int, doubtful: bool, move: Move
+) -> None:
+    assert corrected(state, cost, new_cost, doubtful) == move
+
+
+def said(cost: int) -> Correction:
+    return Correction("c", "r", cost, "reason", "actor", datetime(2026, 11, 22, tzinfo=UTC), 2)
+
+
+@pytest.mark.parametrize(
+    ("before", "cost", "flags", "gained"),
+    [
+        (P, 7, (), Counts(cost=-3)),
+        (P, 7, ("soft",), Counts(cost=-3)),
+        (P, 7, ("soft", "no_usage"), Counts(cost=-3, flagged=-1)),
+        (X, 10, (), Counts(images=2, cost=-6, unresolved=-1, unresolved_cost=-10)),
+        (
+            X,
+            10,
+            ("over_bound",),
+            Counts(images=2, cost=-6, unresolved=-1, unresolved_cost=-10, flagged=-1),
+        ),
+        (V, 0, (), Counts(requests=1, images=2, cost=4)),
+        # A voided call was counted nowhere, so there is no flag to take back.
+        (V, 0, ("no_usage",), Counts(requests=1, images=2, cost=4)),
+    ],
+)
+def test_what_a_correction_adds_to_the_day(
+    before: State, cost: int, flags: tuple[str, ...], gained: Counts
+) -> None:
+    assert correction_counts(before, cost, flags, said(4)) == gained
+
+
+@given(
+    before=st.sampled_from((P, V, X)),
+    cost=amounts,
+    new_cost=amounts,
+    flag=st.sampled_from(((), ("soft",), ("no_usage",))),
+)
+def test_a_corrected_call_counts_as_one_that_was_posted_so(
+    before: State, cost: int, new_cost: int, flag: tuple[str, ...]
+) -> None:
+    posted = settlement(SETTLE, cost, *flag)
+    old = counted(before, cost, posted, flag)
+    new = old.plus(correction_counts(before, old.cost, flag, said(new_cost)))
+    assert (new.requests, new.cost) == (1, new_cost)
+    assert (new.unresolved, new.unresolved_cost, new.flagged) == (0, 0, 0)
+    assert new.images == (5 if before is P else 2)
 
 
 def test_a_replay_counts_what_it_avoided() -> None:

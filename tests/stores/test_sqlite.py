@@ -12,15 +12,18 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
+from importlib import resources
 from pathlib import Path
 
 import pytest
 
+from gateway.domain.books import Adjustment, Correction
 from gateway.domain.call import Operation, Usage
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import (
@@ -177,6 +180,79 @@ async def test_the_journal_is_append_only(store: SQLiteStore, path: Path) -> Non
         for sql in ("UPDATE journal SET pending = 0", "DELETE FROM journal"):
             with pytest.raises(sqlite3.IntegrityError, match="append-only"):
                 db.execute(sql)
+
+
+async def test_the_journal_goes_only_with_what_may_be_forgotten(
+    store: SQLiteStore, path: Path
+) -> None:
+    for rid in ("held", "posted", "old"):
+        await store.ledger.reserve(claim(rid))
+    await store.ledger.settle(settled("posted", 3))
+    await store.ledger.settle(settled("old", 3))
+    await store.books.adjust(
+        Adjustment("a", "growth", "flare", "2026-11-22", 1, (), "drift", "ann", NOON)
+    )
+    assert await store.upkeep.forget(NOON + timedelta(days=1), limit=1) == 1
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        left = {rid for (rid,) in db.execute("SELECT rid FROM hold WHERE state = 'P'")}
+        assert len(left) == 1
+        for rid in ("held", "a"):
+            with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+                db.execute("DELETE FROM journal WHERE rid = ?", (rid,))
+        with pytest.raises(sqlite3.IntegrityError, match="only grows"):
+            db.execute("UPDATE retention SET before = before - 1")
+
+
+async def test_books_made_before_corrections_are_brought_up_to_date(path: Path) -> None:
+    """A file of the first release: its journal is made anew, with its rows in their order."""
+    path.parent.mkdir()
+    first = resources.files("gateway.stores").joinpath("migrations", "sqlite", "0001_initial.sql")
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript(first.read_text(encoding="utf-8") + "PRAGMA user_version = 1;")
+        db.execute(
+            "INSERT INTO hold (rid, state, bound, cost, accounts, team, key_id, model, operation,"
+            " upstream, images, price_id, fingerprint, worker, at, day, lease_ends)"
+            " VALUES ('r', 'X', 9, 9, '[\"a\"]', 't', 'k', 'm', 'edit',"
+            " 'u', 1, '', '', '', 0, 'd', 1)"
+        )
+        db.execute("INSERT INTO balance VALUES ('a', 9, 0)")
+        db.execute(
+            "INSERT INTO usage_daily"
+            " VALUES ('d', 't', 'k', 'm', 1, 0, 0, 0, 0, 0, 0, 9, 0, 1, 9, 0)"
+        )
+        db.executemany(
+            "INSERT INTO journal (at, rid, kind, pending, posted) VALUES (?, 'r', ?, ?, ?)",
+            [(1, "H", 9, 0), (None, "X", -9, 9)],
+        )
+        db.execute("INSERT INTO team VALUES ('t', '[]', '{}', 1, 0)")
+        db.commit()
+    store = SQLiteStore.open(path)
+    assert [line.kind for line in await store.books.journal("r")] == ["H", "X"]
+    assert [team.time_zone for team in await store.directory.teams()] == ["UTC"]
+    await store.books.correct(Correction("c", "r", 4, "found", "ann", NOON))
+    assert [(line.seq, line.kind) for line in await store.books.journal("r")] == [
+        (1, "H"),
+        (2, "X"),
+        (3, "A"),
+    ]
+    assert await store.books.audit() == []
+    await store.aclose()
+
+
+async def test_an_audit_keeps_nobody_waiting(store: SQLiteStore) -> None:
+    """It reads over a connection of its own: keys are looked up meanwhile."""
+    started, go_on = threading.Event(), threading.Event()
+
+    def stand_still(db: sqlite3.Connection) -> None:
+        started.set()
+        go_on.wait(30)
+
+    standing = asyncio.create_task(store._long_reader.run(stand_still))
+    await asyncio.to_thread(started.wait, 30)
+    assert await store.directory.find_key(b"digest") is None
+    assert isinstance(await store.ledger.reserve(claim("r")), Held)
+    go_on.set()
+    await standing
 
 
 async def test_the_log_stays_small(store: SQLiteStore, path: Path) -> None:
