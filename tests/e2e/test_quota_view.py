@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import itertools
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 import gateway.app
 import gateway.relay.purchase
-from gateway.domain.ledger import Line
+from gateway.domain.ledger import Balance, Line
 from gateway.domain.money import Money, format_dollars, parse_dollars
 from gateway.domain.quota import Scope, Unit, period
 from gateway.domain.team import Limits
@@ -26,6 +27,7 @@ from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.settings import Settings
 from gateway.stores.sqlite import SQLiteStore
+from gateway.stores.sqlite_ledger import SQLiteLedger
 from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start
 
 ASKED: dict[str, Any] = {
@@ -208,6 +210,32 @@ async def test_what_is_said_of_a_hit(start: Start) -> None:
             assert said["x-budget-reset"] == "2026-12-01T00:00:00Z"
             assert {name: said[name] for name in UPSTREAM} == UPSTREAM
             assert {"x-ratelimit-remaining-requests", "age"} <= said.keys()
+
+
+async def test_a_purchase_reads_no_balance_and_hits_one_a_second(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[float] = []
+    told: set[str] = set()
+    read = SQLiteLedger.balances
+
+    async def counted(self: SQLiteLedger, lines: Sequence[Line]) -> list[Balance]:
+        reads.append(asyncio.get_running_loop().time())
+        return await read(self, lines)
+
+    monkeypatch.setattr(SQLiteLedger, "balances", counted)
+    async with start(with_team()) as gateway, gateway.http() as http:
+        for prompt in ("A lighthouse", "A lighthouse at dusk", "A lighthouse by day"):
+            answer = await http.post(GENERATIONS, json={**ASKED, "prompt": prompt})
+            assert answer.headers["x-cache"] == "miss"
+        assert reads == []
+        began = asyncio.get_running_loop().time()
+        for _ in range(30):
+            answer = await http.post(GENERATIONS, json=ASKED)
+            assert answer.headers["x-cache"] == "hit"
+            told.add(answer.headers["x-budget-remaining-usd"])
+        assert len(reads) <= 1 + asyncio.get_running_loop().time() - began
+        assert told == {format_dollars(await remaining(gateway))}
 
 
 async def test_a_rate_that_refuses_is_told_with_its_true_wait(start: Start) -> None:
