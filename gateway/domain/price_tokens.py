@@ -41,6 +41,8 @@ PARTIAL_IMAGE_TOKENS = 100
 
 BYTES_PER_TOKEN = 4
 """Of English, about; only for what is likely, never for a bound."""
+DOUBTFUL = ("svg", "complexity")
+"""Parameters whose effect on the output tokens is not published."""
 STILL = frozenset({"png", "webp", "jpeg"})
 
 WRAPPING_TOKENS = 32
@@ -179,15 +181,16 @@ class TokenPrice:
         if call.output_format == "svg":
             amount += call.n * _author_bound(call, prices)
         guessed = bool(call.inputs) or call.output_format in {"gif", "svg"}
-        doubtful = not call.parameters.keys().isdisjoint(("svg", "complexity"))
+        doubtful = not call.parameters.keys().isdisjoint(DOUBTFUL)
         soft = self.soft or guessed or doubtful or not sure
         return Bound(amount, Confidence.SOFT if soft else Confidence.HARD)
 
     def likely(self, call: Call, prices: PriceList) -> Money | None:
         """By the formula, without margin, and a token for every four bytes of the prompt. Input
         pictures are as in the bound. None for what the provider chooses, and for GIF and SVG."""
-        open_ended = call.size in OPEN or call.quality in OPEN or call.unknown
-        if open_ended or call.output_format not in STILL or not (self.output and self.image_out):
+        open_ended = call.size in OPEN or call.quality in OPEN or call.output_format not in STILL
+        doubtful = call.unknown or not call.parameters.keys().isdisjoint(DOUBTFUL)
+        if open_ended or doubtful or self.output is None or self.image_out is None:
             return None
         tokens, sure = self.output.most(call.size, call.quality)
         if not sure:

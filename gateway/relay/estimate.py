@@ -23,7 +23,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.ledger import Balance, Basis, Denied, Line, Outcome
 from gateway.domain.money import Money, format_dollars
-from gateway.domain.price import OLD_QUALITIES, OPEN, CannotPrice, parse_size
+from gateway.domain.price import OLD_QUALITIES, OPEN, CannotPrice, parse_size, raised
 from gateway.domain.quota import Demand, Limit, Refusal, Unit
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
 from gateway.domain.route import Model
@@ -116,6 +116,7 @@ class Estimates:
             "model_served": model.target.model if model else None,
             "upstream": model.target.upstream if model else None,
             "images": call.n,
+            "changed": dict(plan.changed) if plan else {},
             "cache": plan.cache.value if plan else None,
             **self._costs(plan),
             "admitted": refusal is None,
@@ -218,7 +219,7 @@ def alternatives(call: Call, quote: Quote) -> list[tuple[Mapping[str, str], Call
         change = {name: said for name, said in (("size", size), ("quality", quality)) if said}
         other = replace(call, size=size or call.size, quality=quality or call.quality)
         try:
-            bound = quote.row.price.bound(other, quote.prices).amount
+            bound = raised(quote.row.price.bound(other, quote.prices), quote.factor).amount
         except CannotPrice:
             continue
         found.append((change, other, bound))

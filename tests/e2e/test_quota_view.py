@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import itertools
 import sqlite3
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 
 import gateway.app
 import gateway.relay.purchase
-from gateway.domain.ledger import Line
+from gateway.domain.ledger import Balance, Line
 from gateway.domain.money import Money, format_dollars, parse_dollars
 from gateway.domain.quota import Scope, Unit, period
 from gateway.domain.team import Limits
@@ -26,6 +27,7 @@ from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.settings import Settings
 from gateway.stores.sqlite import SQLiteStore
+from gateway.stores.sqlite_ledger import SQLiteLedger
 from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start
 
 ASKED: dict[str, Any] = {
@@ -34,7 +36,7 @@ ASKED: dict[str, Any] = {
     "quality": "low",
     "size": "1024x1024",
 }
-COST, BOUND = 5_895_000, 5_940_000
+COST, BOUND = 5_895_000, 6_100_000
 """Of one such picture, in nano-dollars: 196 tokens and those of the prompt, or its bytes."""
 GENERATIONS, EDITS, ESTIMATE = "/images/generations", "/images/edits", "/images/estimate"
 LIMITS = Limits(
@@ -47,6 +49,7 @@ TEAM: dict[str, Any] = {
     "limits": {"requests_per_minute": 600, "images_per_minute": 6},
     "budget": {"day": 5, "month": 4},
 }
+SMALL = "1024x1024"
 PAID = ("x-cost-usd", "x-cost-basis")
 BUDGET = ("x-budget-remaining-usd", "x-budget-reset")
 ROUTE = ("x-cache", "x-model-served", "x-gateway-upstream")
@@ -105,7 +108,7 @@ class Ending:
 
 FREE = {"x-cost-usd": "0", "x-cost-basis": "none", "x-gateway-attempts": "0"}
 UNPAID = {**FREE, "x-gateway-attempts": "1"}
-AT_BOUND = {"x-cost-usd": "0.00594", "x-cost-basis": "estimated", "x-gateway-attempts": "1"}
+AT_BOUND = {"x-cost-usd": "0.0061", "x-cost-basis": "estimated", "x-gateway-attempts": "1"}
 UPSTREAM = {"x-model-served": MODEL, "x-gateway-upstream": "openai"}
 TAKEN = {"x-ratelimit-remaining-images": "5", "x-ratelimit-reset-images": "10.000s"}
 NOT_TAKEN = {"x-ratelimit-remaining-images": "6", "x-ratelimit-reset-images": "0.000s"}
@@ -129,9 +132,9 @@ ENDINGS = {
     ),
     "stream": Ending(
         200,
-        {"x-cost-bound-usd": "0.00894", "x-gateway-attempts": "1", "x-cache": "miss", **TAKEN},
+        {"x-cost-bound-usd": "0.0091", "x-gateway-attempts": "1", "x-cache": "miss", **TAKEN},
         asked={"stream": True, "partial_images": 1},
-        held=8_940_000,
+        held=9_100_000,
     ),
     "unreadable": Ending(400, FREE, BUDGET, asked={"n": "two"}),
     "too many for a request": Ending(400, FREE, BUDGET, asked={"n": 11}),
@@ -207,6 +210,32 @@ async def test_what_is_said_of_a_hit(start: Start) -> None:
             assert said["x-budget-reset"] == "2026-12-01T00:00:00Z"
             assert {name: said[name] for name in UPSTREAM} == UPSTREAM
             assert {"x-ratelimit-remaining-requests", "age"} <= said.keys()
+
+
+async def test_a_purchase_reads_no_balance_and_hits_one_a_second(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[float] = []
+    told: set[str] = set()
+    read = SQLiteLedger.balances
+
+    async def counted(self: SQLiteLedger, lines: Sequence[Line]) -> list[Balance]:
+        reads.append(asyncio.get_running_loop().time())
+        return await read(self, lines)
+
+    monkeypatch.setattr(SQLiteLedger, "balances", counted)
+    async with start(with_team()) as gateway, gateway.http() as http:
+        for prompt in ("A lighthouse", "A lighthouse at dusk", "A lighthouse by day"):
+            answer = await http.post(GENERATIONS, json={**ASKED, "prompt": prompt})
+            assert answer.headers["x-cache"] == "miss"
+        assert reads == []
+        began = asyncio.get_running_loop().time()
+        for _ in range(30):
+            answer = await http.post(GENERATIONS, json=ASKED)
+            assert answer.headers["x-cache"] == "hit"
+            told.add(answer.headers["x-budget-remaining-usd"])
+        assert len(reads) <= 1 + asyncio.get_running_loop().time() - began
+        assert told == {format_dollars(await remaining(gateway))}
 
 
 async def test_a_rate_that_refuses_is_told_with_its_true_wait(start: Start) -> None:
@@ -341,9 +370,10 @@ async def test_an_estimate_says_all_of_it(start: Start) -> None:
         "model_served": MODEL,
         "upstream": "openai",
         "images": 2,
+        "changed": {},
         "cache": "miss",
-        # Two pictures of 1,756 tokens, and a prompt of 21 bytes.
-        "bound_usd": "0.105465",
+        # Two pictures of 1,756 tokens, a prompt of 21 bytes, and 32 tokens around it.
+        "bound_usd": "0.105625",
         "bound_confidence": "hard",
         "likely_usd": "0.10539",
         "likely_basis": "formula",
@@ -385,10 +415,10 @@ async def test_an_estimate_says_all_of_it(start: Start) -> None:
         "cheaper": [
             {
                 "change": {"quality": "medium"},
-                "bound_usd": "0.026445",
+                "bound_usd": "0.026605",
                 "likely_usd": "0.02637",
             },
-            {"change": {"quality": "low"}, "bound_usd": "0.011865", "likely_usd": "0.01179"},
+            {"change": {"quality": "low"}, "bound_usd": "0.012025", "likely_usd": "0.01179"},
         ],
     }
 
@@ -451,7 +481,7 @@ async def test_a_kept_answer_would_cost_nothing(gateway: GatewayUnderTest) -> No
     assert (found["cache"], found["bound_usd"], found["likely_usd"]) == ("hit", "0", "0")
     assert (found["likely_basis"], found["cheaper"]) == ("cache", [])
     anew = await estimate(gateway, headers={"cache-control": "no-cache"})
-    assert (anew["cache"], anew["bound_usd"]) == ("miss", "0.00594")
+    assert (anew["cache"], anew["bound_usd"]) == ("miss", "0.0061")
     stranger = await estimate(gateway, OTHER_KEY)
     assert stranger["cache"] == "miss"
     metrics = await gateway.metrics()
@@ -464,7 +494,7 @@ async def test_what_was_left_open_is_likely_what_it_did_cost(
     auto: dict[str, Any] = {"size": "auto", "quality": "auto"}
     first = await estimate(gateway, **auto)
     assert (first["likely_usd"], first["likely_basis"]) == (None, None)
-    assert first["bound_usd"] == "0.71163"
+    assert first["bound_usd"] == "0.71179"
     async with gateway.sdk() as sdk:
         for prompt in ("A lighthouse", "A lighthouse in the rain, at night"):
             await sdk.images.generate(**{**ASKED, **auto, "prompt": prompt})
@@ -563,16 +593,25 @@ async def test_it_would_be_refused_in_the_same_words(
         assert (found["model_served"] is None) == (why == "model")
 
 
+async def test_what_would_be_filled_in_is_told_and_priced(start: Start) -> None:
+    pinned = {"upstream": "openai", "auto": "pin", "pin": {"size": SMALL, "quality": "low"}}
+    async with start({"models": {MODEL: pinned}}) as gateway:
+        found = await estimate(gateway, size="auto", quality="auto")
+        assert found["changed"] == {"size": SMALL, "quality": "low"}
+        assert (found["bound_usd"], found["likely_basis"]) == ("0.0061", "formula")
+        assert found["cheaper"] == []
+
+
 async def test_what_costs_too_much_for_a_request_has_ways_that_do_not(start: Start) -> None:
     async with start(LOW) as gateway:
         found = await estimate(gateway, quality="high")
-        assert (found["refusal"]["code"], found["bound_usd"]) == ("max_cost_exceeded", "0.05274")
+        assert (found["refusal"]["code"], found["bound_usd"]) == ("max_cost_exceeded", "0.0529")
         assert found["cheaper"][-1]["change"] == {"quality": "low"}
         assert (await estimate(gateway))["admitted"] is True
 
 
 async def test_a_hit_is_admitted_without_a_budget(start: Start) -> None:
-    async with start(with_team(budget={"day": 0.0060})) as gateway, gateway.http() as http:
+    async with start(with_team(budget={"day": 0.0065})) as gateway, gateway.http() as http:
         await http.post(GENERATIONS, json=ASKED)
         assert (await estimate(gateway))["admitted"] is True
         anew = await estimate(gateway, prompt="A dune")
@@ -635,4 +674,4 @@ async def test_only_post_estimates_and_only_for_those_who_are_known(
 
 async def test_a_stream_is_estimated_as_json(gateway: GatewayUnderTest) -> None:
     found = await estimate(gateway, stream=True, partial_images=2)
-    assert (found["bound_usd"], found["likely_usd"]) == ("0.01194", "0.011895")
+    assert (found["bound_usd"], found["likely_usd"]) == ("0.0121", "0.011895")

@@ -144,6 +144,13 @@ def test_cheaper_ways(
             assert other == replace(call, **change)  # type: ignore[arg-type]
 
 
+def test_a_bound_that_was_raised_raises_its_alternatives() -> None:
+    call = a_call()
+    quoted = quote({(SMALL, "high"): 200, (SMALL, "low"): 10}, call)
+    doubled = replace(quoted, bound=Bound(400, Confidence.SOFT), factor=2_000_000)
+    assert [bound for _, _, bound in alternatives(call, doubled)] == [20]
+
+
 def test_what_has_no_price_has_no_cheaper_way() -> None:
     nothing = Quote(Bound(5, Confidence.SOFT), PriceList({}), None)
     assert alternatives(a_call(), nothing) == []
