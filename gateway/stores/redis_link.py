@@ -51,6 +51,10 @@ SOCKET_SECONDS = 0.35
 milliseconds of computing) while somebody still waits."""
 LATE_SECONDS = 0.05
 GRACE_SECONDS = 0.05
+SLOW_SECONDS = 0.1
+"""An answer that took longer is Redis's doing, or the network's, not this process's."""
+QUEUE_SECONDS = 2.0
+CLOSE_SECONDS = 1.5
 
 
 class Client(Protocol):
@@ -311,6 +315,8 @@ class Link:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._probers: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._slow = False
+        """The last answer took long."""
 
     def breaker(self, key: str) -> Breaker:
         return self._server.breaker(self.client, key)
@@ -318,7 +324,8 @@ class Link:
     async def call(self, key: str, command: Callable[[], Awaitable[T]], seconds: float) -> T:
         """The answer to a command on ``key``, within ``seconds``, the wait for its turn included.
 
-        Raises ``StoreAway``.
+        Only where Redis is quick and this process has so much to ask is a turn waited for longer:
+        to give up would not make it quicker. Raises ``StoreAway``.
         """
         breaker = self.breaker(key)
         if breaker.open:
@@ -326,13 +333,13 @@ class Link:
         loop = asyncio.get_running_loop()
         ends = loop.time() + seconds
         if not await self._turn(ends):
-            # Too many at once, or Redis is slow: nothing is said of it by those it did not see.
+            # Nothing is said of Redis by those it did not see.
             raise StoreAway("no turn in time", Reason.TIMEOUT)
         try:
             # Asked again: those that queued behind a failure need not repeat it.
             if breaker.open:
                 raise _open(breaker)
-            left = max(LATE_SECONDS, ends - loop.time())
+            left = max(LATE_SECONDS, ends - loop.time()) if self._slow else seconds
             return await self.attempt(key, command, left, fair=left >= seconds / 2)
         finally:
             self._places.release()
@@ -352,6 +359,7 @@ class Link:
         if self._closed:
             raise StoreAway("it is closed", Reason.CONNECTION)
         breaker = self.breaker(key)
+        began = asyncio.get_running_loop().time()
         task = asyncio.create_task(_translated(command))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
@@ -365,6 +373,7 @@ class Link:
             raise StoreAway("no answer in time", Reason.TIMEOUT, asked=True)
         if task.cancelled():
             raise StoreAway("it was closed", Reason.CONNECTION, asked=True)
+        self._slow = asyncio.get_running_loop().time() - began > SLOW_SECONDS
         error = task.exception()
         if error is None:
             breaker.answered()
@@ -379,6 +388,11 @@ class Link:
     async def aclose(self) -> None:
         """Closes the client too."""
         self._closed = True
+        for prober in self._probers:
+            prober.cancel()
+        if self._tasks:
+            # Their sockets' time-outs end them; a connection that is cancelled is left open.
+            await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
         tasks = [*self._tasks, *self._probers]
         for task in tasks:
             task.cancel()
@@ -386,16 +400,18 @@ class Link:
         await self.client.aclose()
 
     async def _turn(self, ends: float) -> bool:
-        for grace in (0.0, GRACE_SECONDS):
+        loop = asyncio.get_running_loop()
+        latest = ends + QUEUE_SECONDS
+        while True:
             try:
-                async with asyncio.timeout_at(ends + grace):
+                async with asyncio.timeout_at(ends):
                     await self._places.acquire()
             except TimeoutError:
-                if asyncio.get_running_loop().time() < ends + LATE_SECONDS:
+                if self._slow or loop.time() >= latest:
                     return False
+                ends = loop.time() + LATE_SECONDS
             else:
                 return True
-        return False
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
