@@ -68,9 +68,11 @@ class Client(Protocol):
 def connect(url: str, *, max_connections: int = 32, timeout: float = SOCKET_SECONDS) -> Client:
     """A client with bounded patience; nothing is connected before the first command.
 
-    ``url`` is ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or
-    ``redis+sentinel://[user:password@]host:port[,host:port...]/name[/db]``. ``timeout`` is in
-    seconds, for a connect, and for one reply. Raises ``ValueError`` for any other url.
+    ``url`` is ``redis://``, ``unix://``, ``redis+cluster://`` or
+    ``redis+sentinel://[user:password@]host:port[,host:port...]/name[/db]``; ``rediss`` in place of
+    ``redis`` is TLS, to the sentinels too. User and password are those of the servers, not of the
+    sentinels. ``timeout`` is in seconds, for a connect, and for one reply. Raises ``ValueError``
+    for any other url.
     """
     options: dict[str, Any] = {
         "socket_timeout": timeout,
@@ -83,15 +85,17 @@ def connect(url: str, *, max_connections: int = 32, timeout: float = SOCKET_SECO
         "driver_info": None,
     }
     scheme = urlsplit(url).scheme
-    if scheme == "redis+cluster":
-        plain = "redis" + url[len(scheme) :]
+    transport, _, kind = scheme.partition("+")
+    if kind == "cluster":
+        plain = transport + url[len(scheme) :]
         # No steps: on a few MOVED it would close every connection, also those that are in use.
         return _Clustered(
             RedisCluster.from_url(
                 plain, max_connections=max_connections, reinitialize_steps=0, **options
             )
         )
-    if scheme == "redis+sentinel":
+    if kind == "sentinel":
+        options["ssl"] = transport == "rediss"
         return _by_sentinel(url, max_connections=max_connections, **options)
     pool = BlockingConnectionPool.from_url(
         url, max_connections=max_connections, **options | {"timeout": timeout}
@@ -107,7 +111,7 @@ def _by_sentinel(url: str, **options: Any) -> Client:
     if not hosts or not name or (db and not db.isdecimal()):
         raise ValueError("redis+sentinel://host:port[,host:port...]/name[/db] is what is expected")
     user, _, password = credentials.partition(":")
-    brief = ("socket_timeout", "socket_connect_timeout", "retry", "protocol")
+    brief = ("socket_timeout", "socket_connect_timeout", "retry", "protocol", "ssl")
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         [_host_port(host) for host in hosts.split(",")],
         username=unquote(user) or None,
@@ -120,8 +124,8 @@ def _by_sentinel(url: str, **options: Any) -> Client:
 
 
 def _host_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    return (host, int(port)) if colon else (text, 26379)
+    parts = urlsplit(f"redis://{text}")
+    return parts.hostname or text, parts.port or 26379
 
 
 class _Clustered:
