@@ -317,6 +317,7 @@ class Link:
         self._on_error = on_error
         self._places = asyncio.Semaphore(in_flight)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._abandoned: set[asyncio.Task[Any]] = set()
         self._probers: set[asyncio.Task[None]] = set()
         self._closed = False
         self._slow = False
@@ -369,6 +370,7 @@ class Link:
         task.add_done_callback(self._ended)
         opened = None if breaker.open else breaker.opened
         if not await _patiently(task, opened, seconds):
+            self._abandoned.add(task)
             if opened is not None and opened.done():
                 raise StoreAway("it is down", breaker.reason or Reason.TIMEOUT, asked=True)
             if fair:
@@ -388,6 +390,11 @@ class Link:
         elif isinstance(error, StoreAway):
             self._failed(key, breaker, error.reason, error.__cause__ or error)
         raise error
+
+    async def settled(self) -> None:
+        """Until what nobody waits for any more has ended: a command may yet be carried out."""
+        if self._abandoned:
+            await asyncio.wait(set(self._abandoned))
 
     async def aclose(self) -> None:
         """Closes the client too."""
@@ -419,6 +426,7 @@ class Link:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        self._abandoned.discard(task)
         if not task.cancelled():
             # Looked at, so that an error nobody waited for is not reported as forgotten.
             task.exception()
