@@ -260,26 +260,36 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
+_TLS_FILES = frozenset(("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"))
+
+
 def _redis(node: Node, spot: Spot) -> Secret:
     url = scalar(node).text
     scheme = url.partition(":")[0].lower()
-    if scheme == "redis+sentinel":
-        return _sentinel(url)
-    if scheme not in ("redis", "rediss", "redis+cluster"):
+    transport, _, kind = scheme.partition("+")
+    if transport not in ("redis", "rediss") or kind not in ("", "cluster", "sentinel"):
         raise Wrong(
             "must be a url that starts with redis://, rediss://, redis+cluster:// or "
-            "redis+sentinel://"
+            "redis+sentinel:// (rediss+cluster://, rediss+sentinel:// for TLS)"
         )
-    if scheme == "redis+cluster" and _split(url).path not in ("", "/", "/0"):
+    if kind == "sentinel":
+        return _sentinel(url)
+    if kind == "cluster" and _split(url).path not in ("", "/", "/0"):
         raise Wrong("must not name a database: a cluster has only the first")
     if re.fullmatch(r"/?[0-9]{0,4}", _split(url).path, re.ASCII) is None:
         raise Wrong("must end in the number of a database, if anything: redis://host:6379/0")
+    given = {option.partition("=")[0] for option in _split(url).query.split("&") if option}
+    if given - (_TLS_FILES if transport == "rediss" else frozenset()):
+        raise Wrong(
+            "must not have options, except for the files of TLS with rediss://: "
+            f"{', '.join(sorted(_TLS_FILES))}"
+        )
     return Secret(url)
 
 
 def _sentinel(url: str) -> Secret:
     hosts, slash, name = url.partition("://")[2].rpartition("@")[2].partition("/")
-    if not slash or re.fullmatch(r"[^/]+(/[0-9]{1,4})?", name, re.ASCII) is None:
+    if not slash or re.fullmatch(r"[^/?#]+(/[0-9]{1,4})?", name, re.ASCII) is None:
         raise Wrong(
             "must name its sentinels and the service that they watch: "
             "redis+sentinel://host:26379,host:26379/mymaster"

@@ -28,11 +28,11 @@ class Valkey:
         self._folder = folder
         self._options = options
         for _ in range(4):
-            self.port = _free_port()
+            self.port = free_port()
             with contextlib.suppress(RuntimeError):
                 self.process = self._start()
                 return
-        self.port = _free_port()
+        self.port = free_port()
         self.process = self._start()
 
     @property
@@ -196,7 +196,7 @@ async def pieces(data: bytes, size: int = 1000) -> AsyncIterator[bytes]:
         yield data[start : start + size]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Below those that the kernel gives to clients, and 10,000 below the end: a cluster's bus."""
     for _ in range(100):
         port = random.randint(20_000, 32_000)

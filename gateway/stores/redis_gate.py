@@ -312,6 +312,9 @@ class RedisGate:
                 await self._beat(batch)
 
     async def _pay(self) -> None:
+        if self._owed:
+            # A take that comes after its undo would stay.
+            await self._link.settled()
         for rid in list(self._owed):
             command = self._owed.pop(rid)
             if not await self._done(command):

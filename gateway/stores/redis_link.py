@@ -51,6 +51,10 @@ SOCKET_SECONDS = 0.35
 milliseconds of computing) while somebody still waits."""
 LATE_SECONDS = 0.05
 GRACE_SECONDS = 0.05
+SLOW_SECONDS = 0.1
+"""An answer that took longer is Redis's doing, or the network's, not this process's."""
+QUEUE_SECONDS = 2.0
+CLOSE_SECONDS = 1.5
 
 
 class Client(Protocol):
@@ -64,9 +68,11 @@ class Client(Protocol):
 def connect(url: str, *, max_connections: int = 32, timeout: float = SOCKET_SECONDS) -> Client:
     """A client with bounded patience; nothing is connected before the first command.
 
-    ``url`` is ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or
-    ``redis+sentinel://[user:password@]host:port[,host:port...]/name[/db]``. ``timeout`` is in
-    seconds, for a connect, and for one reply. Raises ``ValueError`` for any other url.
+    ``url`` is ``redis://``, ``unix://``, ``redis+cluster://`` or
+    ``redis+sentinel://[user:password@]host:port[,host:port...]/name[/db]``; ``rediss`` in place of
+    ``redis`` is TLS, to the sentinels too. User and password are those of the servers, not of the
+    sentinels. ``timeout`` is in seconds, for a connect, and for one reply. Raises ``ValueError``
+    for any other url.
     """
     options: dict[str, Any] = {
         "socket_timeout": timeout,
@@ -79,15 +85,17 @@ def connect(url: str, *, max_connections: int = 32, timeout: float = SOCKET_SECO
         "driver_info": None,
     }
     scheme = urlsplit(url).scheme
-    if scheme == "redis+cluster":
-        plain = "redis" + url[len(scheme) :]
+    transport, _, kind = scheme.partition("+")
+    if kind == "cluster":
+        plain = transport + url[len(scheme) :]
         # No steps: on a few MOVED it would close every connection, also those that are in use.
         return _Clustered(
             RedisCluster.from_url(
                 plain, max_connections=max_connections, reinitialize_steps=0, **options
             )
         )
-    if scheme == "redis+sentinel":
+    if kind == "sentinel":
+        options["ssl"] = transport == "rediss"
         return _by_sentinel(url, max_connections=max_connections, **options)
     pool = BlockingConnectionPool.from_url(
         url, max_connections=max_connections, **options | {"timeout": timeout}
@@ -103,7 +111,7 @@ def _by_sentinel(url: str, **options: Any) -> Client:
     if not hosts or not name or (db and not db.isdecimal()):
         raise ValueError("redis+sentinel://host:port[,host:port...]/name[/db] is what is expected")
     user, _, password = credentials.partition(":")
-    brief = ("socket_timeout", "socket_connect_timeout", "retry", "protocol")
+    brief = ("socket_timeout", "socket_connect_timeout", "retry", "protocol", "ssl")
     sentinel = Sentinel(  # type: ignore[no-untyped-call]
         [_host_port(host) for host in hosts.split(",")],
         username=unquote(user) or None,
@@ -116,8 +124,8 @@ def _by_sentinel(url: str, **options: Any) -> Client:
 
 
 def _host_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    return (host, int(port)) if colon else (text, 26379)
+    parts = urlsplit(f"redis://{text}")
+    return parts.hostname or text, parts.port or 26379
 
 
 class _Clustered:
@@ -309,8 +317,11 @@ class Link:
         self._on_error = on_error
         self._places = asyncio.Semaphore(in_flight)
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._abandoned: set[asyncio.Task[Any]] = set()
         self._probers: set[asyncio.Task[None]] = set()
         self._closed = False
+        self._slow = False
+        """The last answer took long."""
 
     def breaker(self, key: str) -> Breaker:
         return self._server.breaker(self.client, key)
@@ -318,7 +329,8 @@ class Link:
     async def call(self, key: str, command: Callable[[], Awaitable[T]], seconds: float) -> T:
         """The answer to a command on ``key``, within ``seconds``, the wait for its turn included.
 
-        Raises ``StoreAway``.
+        Only where Redis is quick and this process has so much to ask is a turn waited for longer:
+        to give up would not make it quicker. Raises ``StoreAway``.
         """
         breaker = self.breaker(key)
         if breaker.open:
@@ -326,13 +338,13 @@ class Link:
         loop = asyncio.get_running_loop()
         ends = loop.time() + seconds
         if not await self._turn(ends):
-            # Too many at once, or Redis is slow: nothing is said of it by those it did not see.
+            # Nothing is said of Redis by those it did not see.
             raise StoreAway("no turn in time", Reason.TIMEOUT)
         try:
             # Asked again: those that queued behind a failure need not repeat it.
             if breaker.open:
                 raise _open(breaker)
-            left = max(LATE_SECONDS, ends - loop.time())
+            left = max(LATE_SECONDS, ends - loop.time()) if self._slow else seconds
             return await self.attempt(key, command, left, fair=left >= seconds / 2)
         finally:
             self._places.release()
@@ -352,11 +364,13 @@ class Link:
         if self._closed:
             raise StoreAway("it is closed", Reason.CONNECTION)
         breaker = self.breaker(key)
+        began = asyncio.get_running_loop().time()
         task = asyncio.create_task(_translated(command))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         opened = None if breaker.open else breaker.opened
         if not await _patiently(task, opened, seconds):
+            self._abandoned.add(task)
             if opened is not None and opened.done():
                 raise StoreAway("it is down", breaker.reason or Reason.TIMEOUT, asked=True)
             if fair:
@@ -365,6 +379,7 @@ class Link:
             raise StoreAway("no answer in time", Reason.TIMEOUT, asked=True)
         if task.cancelled():
             raise StoreAway("it was closed", Reason.CONNECTION, asked=True)
+        self._slow = asyncio.get_running_loop().time() - began > SLOW_SECONDS
         error = task.exception()
         if error is None:
             breaker.answered()
@@ -376,9 +391,19 @@ class Link:
             self._failed(key, breaker, error.reason, error.__cause__ or error)
         raise error
 
+    async def settled(self) -> None:
+        """Until what nobody waits for any more has ended: a command may yet be carried out."""
+        if self._abandoned:
+            await asyncio.wait(set(self._abandoned))
+
     async def aclose(self) -> None:
         """Closes the client too."""
         self._closed = True
+        for prober in self._probers:
+            prober.cancel()
+        if self._tasks:
+            # Their sockets' time-outs end them; a connection that is cancelled is left open.
+            await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
         tasks = [*self._tasks, *self._probers]
         for task in tasks:
             task.cancel()
@@ -386,19 +411,22 @@ class Link:
         await self.client.aclose()
 
     async def _turn(self, ends: float) -> bool:
-        for grace in (0.0, GRACE_SECONDS):
+        loop = asyncio.get_running_loop()
+        latest = ends + QUEUE_SECONDS
+        while True:
             try:
-                async with asyncio.timeout_at(ends + grace):
+                async with asyncio.timeout_at(ends):
                     await self._places.acquire()
             except TimeoutError:
-                if asyncio.get_running_loop().time() < ends + LATE_SECONDS:
+                if self._slow or loop.time() >= latest:
                     return False
+                ends = loop.time() + LATE_SECONDS
             else:
                 return True
-        return False
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        self._abandoned.discard(task)
         if not task.cancelled():
             # Looked at, so that an error nobody waited for is not reported as forgotten.
             task.exception()

@@ -16,6 +16,7 @@ from gateway.domain.errors import (
     ClientFault,
     ClientGone,
     Evidence,
+    GateUnavailable,
     GatewayError,
     GatewayFault,
     Internal,
@@ -91,6 +92,7 @@ TABLE: list[tuple[type[GatewayError], int, str, str, bool | None, Evidence]] = [
     (UpstreamUnknown, 502, "server_error", "upstream_outcome_unknown", False, UNKNOWN),
     (UpstreamBroken, 502, "server_error", "upstream_bad_response", False, BILLED),
     (LedgerUnavailable, 503, "server_error", "ledger_unavailable", None, NOT_BILLED),
+    (GateUnavailable, 503, "server_error", "gate_unavailable", True, NOT_BILLED),
     (Overloaded, 503, "server_error", "overloaded", None, NOT_BILLED),
     (Internal, 500, "server_error", "internal_error", None, NOT_BILLED),
 ]

@@ -292,3 +292,20 @@ async def test_where_the_owner_says_deny_nothing_is_bought(start: Start, valkey:
         await eventually(lambda: is_whole(gateway))
         await sdk.images.generate(**ASKED, prompt="A lighthouse")
         assert len(gateway.sandbox.journal) == 1
+
+
+async def test_a_redis_that_may_drop_limits_is_warned_of_in_the_log(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    with run_valkey("--maxmemory-policy", "allkeys-lru") as valkey:
+        async with start(behind(valkey.url)) as gateway, gateway.sdk() as sdk:
+            await sdk.images.generate(**ASKED, prompt="A lighthouse")
+            await eventually(lambda: warned(caplog))
+            await sdk.images.generate(**ASKED, prompt="A lighthouse at night")
+            assert await is_whole(gateway)
+    [record] = [each for each in caplog.records if "storage.redis may drop" in each.message]
+    assert record.__dict__["maxmemory_policy"] == "allkeys-lru"
+
+
+def warned(caplog: pytest.LogCaptureFixture) -> bool:
+    return any("storage.redis may drop" in message for message in caplog.messages)
