@@ -11,6 +11,9 @@ PYTHON ?=
 # More for pytest: make test ARGS="tests/cli -x"
 ARGS ?=
 
+# How long `make torture` goes on, on both databases together.
+MINUTES ?= 2
+
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
 DEMO := $(VENV)/installed-demo
@@ -56,6 +59,10 @@ types: $(DEV) ## Check types with mypy, strictly.
 
 .PHONY: check
 check: lint types test ## What CI runs: lint, types, test.
+
+.PHONY: torture
+torture: $(DEV) ## Kill and freeze real processes under load for MINUTES (2), and count the money.
+	@$(IN_VENV) -m tests.torture --minutes $(MINUTES)
 
 .PHONY: live
 live: $(DEV) ## Compare the real OpenAI with what we assume; needs OPENAI_API_KEY, spends under $0.02.

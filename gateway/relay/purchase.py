@@ -44,6 +44,8 @@ from gateway.relay.skim import Event as SkimmedEvent
 log = logging.getLogger(__name__)
 
 SETTLE_PAUSES_SECONDS = (0.1, 0.5, 1.0)
+SETTLE_SECONDS = 2.0
+"""A ledger that took so long to say nothing is not asked again before the answer goes out."""
 MAX_PAUSE_SECONDS = 30.0
 SAFE_SECONDS = 5.0
 """How long an answer waits for a disk that takes its settlement while the ledger is away."""
@@ -270,10 +272,13 @@ class Purchases:
         """Books the ending. None: the ledger is away, so the ending is kept on disk and goes on
         being tried behind the answer; the hold stands until then, or until the sweep."""
         settlement = replace(settlement, at=self._clock.now())
+        began = self._clock.monotonic()
         for pause in SETTLE_PAUSES_SECONDS:
             try:
                 return await self._ledger.settle(settlement)
             except LedgerUnavailable:
+                if self._clock.monotonic() - began > SETTLE_SECONDS:
+                    break
                 await asyncio.sleep(pause)
         kept = await self._put_away(settlement)
         self._flights.errand(self._settle_later(settlement, kept=kept))
