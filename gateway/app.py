@@ -276,6 +276,7 @@ async def open_gateway(
                 metrics.set(
                     "gateway_bound_factor", factor / FACTOR_ONE, upstream=upstream, model=model
                 )
+            metrics.set("gateway_clock_skew_seconds", store.clock_skew_seconds)
             await _look_at_money(store.ledger, store.directory, settings.teams, clock, metrics)
             return metrics.exposition()
 

@@ -65,6 +65,7 @@ class Housekeeping:
         self._keep = keep
         self._pace = pace or Pace()
         self._beats: _Beats | None = None
+        self._skewed = False
 
     async def run(self) -> None:
         """Never returns, and never raises for what a store can do."""
@@ -82,6 +83,14 @@ class Housekeeping:
         except BaseException:
             self._beats = None
             raise
+        skew, known = self._store.clock_skew_seconds, self._skewed
+        self._skewed = abs(skew) > self._pace.drift
+        if self._skewed and not known:
+            log.warning(
+                "this machine's clock and the database's differ; leases go by the database's, "
+                "days and months by this one",
+                extra={"skew_seconds": round(skew, 3)},
+            )
         since = self._beats.since if self._beats and self._follows(self._beats, now, at) else at
         self._beats = _Beats(since, now, at)
 

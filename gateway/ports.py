@@ -229,6 +229,11 @@ class Store(Protocol):
     @property
     def directory(self) -> Directory: ...
 
+    @property
+    def clock_skew_seconds(self) -> float:
+        """By how much this process's clock is ahead of the store's, as of the last beat; 0 where
+        the store has no clock of its own."""
+
     async def aclose(self) -> None:
         """Commits what is queued and closes it. Repeating it is harmless."""
 

@@ -275,3 +275,26 @@ async def test_no_chore_stops_for_ever_and_none_waits_for_another(
     await asyncio.wait({running})
     assert "the ledger is away, and a chore waits" in caplog.text
     assert "a chore failed" in caplog.text
+
+
+class Skewed(MemoryStore):
+    """A database whose clock is another."""
+
+    skew = 0.0
+
+    @property
+    def clock_skew_seconds(self) -> float:
+        return self.skew
+
+
+async def test_clocks_that_differ_are_an_alarm_and_only_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = Skewed()
+    process = House(store=store).process("w1")
+    alarms = []
+    for store.skew in (0.5, -2.5, -2.6, 1.0, 3.0):
+        caplog.clear()
+        await process.beat()
+        alarms.append(len(caplog.records))
+    assert alarms == [0, 1, 0, 0, 1]

@@ -54,6 +54,10 @@ class MemoryStore:
         self.upkeep = MemoryUpkeep(self.rows)
         self.directory = MemoryDirectory()
 
+    @property
+    def clock_skew_seconds(self) -> float:
+        return 0.0
+
     async def aclose(self) -> None:
         await asyncio.sleep(0)
 

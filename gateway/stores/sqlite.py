@@ -52,6 +52,10 @@ class SQLiteStore:
         writer, reader = open_database(path, busy_seconds)
         return cls(writer, reader, on_conflict)
 
+    @property
+    def clock_skew_seconds(self) -> float:
+        return 0.0
+
     async def aclose(self) -> None:
         """Commits what is queued and closes the file. Repeating it is harmless."""
         await self._long_reader.aclose()

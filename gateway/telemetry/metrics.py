@@ -151,6 +151,8 @@ TABLE = (
          "Commands that the shared gate did not serve, by reason."),
     Spec("gateway_gate_restarts_total", Kind.COUNTER, (),
          "Times the shared gate had forgotten what it counted, and limits began anew."),
+    Spec("gateway_clock_skew_seconds", Kind.GAUGE, (),
+         "By how much this machine's clock is ahead of the database's."),
     Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers."),
     Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
          "Times a team was counted as `other` because there are too many teams for labels."),

@@ -148,6 +148,7 @@ def test_labels_come_from_closed_sets() -> None:
 
 # These are set where the whole gateway is put together, not by a receipt.
 COMPOSED = {
+    "gateway_clock_skew_seconds",
     "gateway_budget_notices_total",
     "gateway_webhook_total",
     "gateway_bound_ratio",
