@@ -235,7 +235,10 @@ def _database(node: Node, spot: Spot) -> Path | Secret:
     """The path of an SQLite file, or the url of a PostgreSQL database, which has a password."""
     url = scalar(node).text
     if url.partition(":")[0].lower() in ("postgresql", "postgres"):
-        if not _split(url).path.strip("/"):
+        hosts, _, name = url.partition("://")[2].rpartition("@")[2].partition("/")
+        for host in hosts.split(","):  # several: the primary and its standbys
+            _split(f"postgresql://{host}/")
+        if not name.partition("?")[0] or _VISIBLE.fullmatch(url) is None:
             raise Wrong("must name a database: postgresql://user:password@host:5432/gateway")
         return Secret(url)
     name = url.removeprefix("sqlite:///")

@@ -129,6 +129,7 @@ MISTAKES = [
     # storage
     ("storage: {database: postgresql://h/d}", "storage.pepper: must be set where the database is"),
     ("storage: {database: postgresql://h}", "storage.database: must name a database"),
+    ("storage: {database: 'postgresql://h:5432,:5433/d'}", "storage.database: must be a url in A"),
     ("server: {replicas: 2}", "server.replicas: must be 1 with SQLite"),
     ("storage: {database: data/gateway.db}", "storage.database: must be sqlite:/// and the path"),
     ('storage: {database: "sqlite:///:memory:"}', "storage.database: must be sqlite:/// and the p"),
@@ -647,3 +648,18 @@ def test_a_mutated_file_gives_settings_or_mistakes_and_never_a_traceback(
         str(made).encode()
         return
     repr(made).encode("utf-8", "surrogatepass")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:p@db/gateway",
+        "postgres://u:p%40@db:5433/gateway?sslmode=verify-full&sslrootcert=/etc/ca.pem",
+        "postgresql://u:p@one:5432,two:5432/gateway?target_session_attrs=primary",
+        "postgresql://u:p@[::1]:5432/gateway",
+    ],
+)
+def test_a_shared_database_is_a_secret(tmp_path: Path, url: str) -> None:
+    made = read(tmp_path, f"storage: {{database: '{url}', pepper: {'p' * 32}}}")
+    assert made.storage.database == Secret(url)
+    assert "p%40" not in repr(made)
