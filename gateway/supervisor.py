@@ -8,13 +8,15 @@ ends. A worker is in a process group of its own, so that Ctrl-C reaches it once,
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
+import shutil
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from gateway.ports import Clock
 log = logging.getLogger(__name__)
 
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+METRICS_PREFIX = "gateway-workers-"
 SERVING = b"serving\n"
 QUICK_SECONDS = 5.0
 """A worker that ends before it has served for so long has died at once."""
@@ -124,10 +127,8 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told, number)
-        with tempfile.TemporaryDirectory(
-            prefix="gateway-metrics-", ignore_cleanup_errors=True
-        ) as folder:
-            self._metrics = Path(folder)
+        with _metrics_folder() as folder:
+            self._metrics = folder
             self._start(0)
             await self._over.wait()
         return self._exit_code
@@ -237,6 +238,29 @@ class Supervisor:
             # Until it is reaped here its number is nobody else's.
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
+
+
+@contextmanager
+def _metrics_folder() -> Iterator[Path]:
+    """A new folder, held by ``flock`` while this process lives. Those that a supervisor left behind
+    when it was killed can be locked, and are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{METRICS_PREFIX}*"):
+        with suppress(OSError):
+            descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # An empty one may be that of a neighbour who starts just now.
+                if os.fstat(descriptor).st_uid == os.geteuid() and any(left.iterdir()):
+                    shutil.rmtree(left)
+            finally:
+                os.close(descriptor)
+    with tempfile.TemporaryDirectory(prefix=METRICS_PREFIX, ignore_cleanup_errors=True) as folder:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield Path(folder)
+        finally:
+            os.close(descriptor)
 
 
 def _shell_code(code: int) -> int:

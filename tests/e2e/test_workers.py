@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import sqlite3
@@ -20,6 +21,7 @@ from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
+from gateway.supervisor import METRICS_FOLDER
 from tests.e2e.test_processes import (
     BUDGET,
     LEASE_SECONDS,
@@ -259,9 +261,21 @@ def test_workers_whose_supervisor_is_killed_end_by_themselves(
     with GatewayProcess(config) as process:
         wait_for_all(config, process, 2)
         workers = children(process)
+        environment = Path(f"/proc/{workers[0]}/environ").read_bytes().decode()
+        [folder] = re.findall(f"{METRICS_FOLDER}=([^\0]+)", environment)
+        with GatewayProcess(config) as neighbour:
+            neighbour.wait_ready()
+            assert list(Path(folder).iterdir()), "what is in use is left alone"
+            neighbour.terminate()
+            assert neighbour.wait() == 0
         process.kill()
         wait_until(lambda: not any(lives(pid) for pid in workers), "they are gone", 15)
         assert process.refuses()
+    with GatewayProcess(config) as next_one:
+        next_one.wait_ready()
+        assert not Path(folder).exists(), "nothing is left in the folder for temporary files"
+        next_one.terminate()
+        assert next_one.wait() == 0
 
 
 async def test_a_second_signal_does_not_wait(
