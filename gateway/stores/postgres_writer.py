@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import queue
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Generic, LiteralString, TypeAlias, TypeVar
+from typing import Any, LiteralString, TypeAlias
 
 import psycopg
 
@@ -43,20 +42,15 @@ from gateway.stores.postgres_link import (
 )
 from gateway.stores.postgres_page import NOTHING, Needs, Outdated, Page
 from gateway.stores.rows import micros
-from gateway.stores.sqlite_file import unavailable, unreadable
+from gateway.stores.writing import Operation, T, WriterThread, deliver, unavailable, unreadable
 
-BATCH = 128
-QUEUE = 10_000
-"""Operations that may wait for the writer. More are refused: it is far behind, or stuck."""
 ATTEMPTS = 4
 """The first, and three repeats."""
 PAUSE_SECONDS = 0.1
 PATIENCE_SECONDS = 3.0
 """How long a caller waits. What it asked for may still come: everything can be repeated."""
-CLOSE_SECONDS = 10.0
 ENDING_LOOKS = 20
 
-_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 _BEGIN = "BEGIN ISOLATION LEVEL READ COMMITTED"
@@ -102,7 +96,7 @@ class Transaction:
         """The instant that leases are judged by, in microseconds: the server's, or the caller's."""
         return micros(at) if self.caller_time else self.now
 
-    def run(self, work: Callable[[Transaction], _T]) -> _T:
+    def run(self, work: Callable[[Transaction], T]) -> T:
         """Raises ``psycopg.Error`` and ``_Lost``, and whatever ``work`` raises."""
         try:
             return work(self)
@@ -111,7 +105,7 @@ class Transaction:
                 raise _Lost(self) from error
             raise
 
-    def begin(self, learn: Callable[[], _T]) -> _T:
+    def begin(self, learn: Callable[[], T]) -> T:
         """``learn`` is asked in the same round trip."""
         with self.link.pipeline():
             self.link.execute(_BEGIN)
@@ -130,14 +124,14 @@ class Transaction:
             self.link.execute("COMMIT")
 
 
-Errand: TypeAlias = Callable[[Transaction], _T]
-Decision: TypeAlias = Callable[[Page, Transaction], _T]
+Errand: TypeAlias = Callable[[Transaction], T]
+Decision: TypeAlias = Callable[[Page, Transaction], T]
 
 
-def alone(work: Callable[[Transaction], _T]) -> Errand[_T]:
+def alone(work: Callable[[Transaction], T]) -> Errand[T]:
     """An errand: ``work`` in a transaction of its own."""
 
-    def run(transaction: Transaction) -> _T:
+    def run(transaction: Transaction) -> T:
         transaction.begin(lambda: None)
         result = work(transaction)
         transaction.commit(result, lambda link: None)
@@ -147,11 +141,11 @@ def alone(work: Callable[[Transaction], _T]) -> Errand[_T]:
 
 
 def with_page(
-    needs: Callable[[Transaction], list[Needs]], work: Callable[[Page, Transaction], _T]
-) -> Errand[_T]:
+    needs: Callable[[Transaction], list[Needs]], work: Callable[[Page, Transaction], T]
+) -> Errand[T]:
     """An errand that decides about a page: ``needs`` may ask the database what to lock."""
 
-    def run(transaction: Transaction) -> _T:
+    def run(transaction: Transaction) -> T:
         transaction.begin(lambda: None)
         asked = needs(transaction)
         with transaction.link.pipeline():
@@ -164,182 +158,97 @@ def with_page(
     return run
 
 
-@dataclass(slots=True)
-class _Waiter(Generic[_T]):
-    """Who waits for an operation, and on which loop."""
+class _Operation(Operation[T]):
+    """Either ``decide`` on a page of which it ``needs`` some rows, or an ``errand``."""
 
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[_T]
-
-
-class _Operation(Generic[_T]):
-    """One piece of work for the writer, and then its result or its error.
-
-    Either ``decide`` on a page of which it ``needs`` some rows, or an ``errand``. ``rid`` names it
-    in the log where nobody waits for it. One that is ``droppable`` is skipped when its waiter has
-    gone before its turn.
-    """
-
-    __slots__ = ("decide", "droppable", "errand", "error", "needs", "result", "rid", "waiter")
+    __slots__ = ("decide", "errand", "needs")
 
     def __init__(
         self,
-        waiter: _Waiter[_T] | None,
         *,
         needs: Needs = NOTHING,
-        decide: Decision[_T] | None = None,
-        errand: Errand[_T] | None = None,
+        decide: Decision[T] | None = None,
+        errand: Errand[T] | None = None,
+        awaited: bool = True,
         droppable: bool = False,
         rid: str = "",
     ) -> None:
-        self.waiter = waiter
+        super().__init__(awaited=awaited, droppable=droppable, rid=rid)
         self.needs = needs
         self.decide = decide
         self.errand = errand
-        self.droppable = droppable
-        self.rid = rid
-        self.result: tuple[_T] | None = None
-        self.error: Exception | None = None
-
-    @property
-    def abandoned(self) -> bool:
-        return self.droppable and self.waiter is not None and self.waiter.future.cancelled()
 
     def run(self, page: Page, transaction: Transaction) -> None:
         self.result = self.error = None
         if self.decide is None or self.abandoned:
             return
         try:
-            self.result = (self.decide(page, transaction),)
+            self.succeed(self.decide(page, transaction))
         except Outdated:
             raise
         except Exception as error:  # noqa: BLE001 - its waiter hears of it
-            self.error = error
-
-    def fail(self, error: Exception) -> None:
-        self.result, self.error = None, error
-
-    def deliver(self) -> None:
-        """On the waiter's loop: hands over the result, if it is still wanted."""
-        if self.waiter is None or self.waiter.future.done():
-            return
-        if self.result is not None:
-            self.waiter.future.set_result(self.result[0])
-        else:
-            self.waiter.future.set_exception(self.error or unavailable())
+            self.fail(error)
 
 
-class Writer:
-    """The one thread of this process that writes, its queue and its connection."""
+class Writer(WriterThread[_Operation[Any]]):
+    """The one thread of this process that writes, and its connection."""
 
     def __init__(self, url: str, link: Link, caller_time: bool) -> None:
+        super().__init__(PATIENCE_SECONDS)
         self._url = url
         self._caller_time = caller_time
         self._link: Link | None = link
         self._id = secrets.token_hex(8)
         self._transactions = 0
-        self._closed = False
         self._pause = threading.Event()
-        self._queue: queue.Queue[_Operation[Any] | None] = queue.Queue(QUEUE)
-        self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
-        self._thread.start()
+        self.start()
 
-    async def decide(self, needs: Needs, decide: Decision[_T], *, droppable: bool = False) -> _T:
+    async def decide(self, needs: Needs, decide: Decision[T], *, droppable: bool = False) -> T:
         """Decides in the next transaction; returns the result once that is durable.
 
         Raises what ``decide`` raises, and ``LedgerUnavailable`` when the commit failed or is not
         done in time (where it may still come: every call can be repeated).
         """
-        waiter = _waiter()
-        return await self._wait(
-            _Operation(waiter, needs=needs, decide=decide, droppable=droppable), waiter
-        )
+        operation = _Operation(needs=needs, decide=decide, droppable=droppable)
+        self._enqueue(operation)
+        return await self._in_time(operation.heard())
 
-    async def run(self, errand: Errand[_T]) -> _T:
+    async def run(self, errand: Errand[T]) -> T:
         """Runs an errand; raises as ``decide``."""
-        waiter = _waiter()
-        return await self._wait(_Operation(waiter, errand=errand), waiter)
+        operation = _Operation(errand=errand)
+        self._enqueue(operation)
+        return await self._in_time(operation.heard())
 
     def post(self, decide: Decision[object], rid: str) -> None:
         """Decides in the next transaction; nobody waits, and a failure is only logged."""
-        try:
-            self._enqueue(_Operation[object](None, decide=decide, rid=rid))
-        except LedgerUnavailable:
-            _log.error("replay %s is not counted: the writer's queue is full or closed", rid)
+        self._leave(_Operation(decide=decide, awaited=False, rid=rid))
 
-    async def aclose(self) -> None:
-        """Commits what is queued, then closes the connection."""
-        if not self._closed:
-            self._closed = True
-            await asyncio.to_thread(self._stop)
+    def work(self, batch: Sequence[_Operation[Any]]) -> None:
+        bookings = [operation for operation in batch if operation.errand is None]
+        if bookings:
+            self._book(bookings)
+        for operation in batch:
+            if operation.errand is not None:
+                self._run_errand(operation, operation.errand)
 
-    async def _wait(self, operation: _Operation[_T], waiter: _Waiter[_T]) -> _T:
-        self._enqueue(operation)
-        try:
-            async with asyncio.timeout(PATIENCE_SECONDS):
-                return await waiter.future
-        except TimeoutError:
-            _log.warning("the ledger's database does not answer in time")
-            raise unavailable() from None
-
-    def _enqueue(self, operation: _Operation[_T]) -> None:
-        if self._closed:
-            raise unavailable()
-        try:
-            self._queue.put_nowait(operation)
-        except queue.Full:
-            raise unavailable() from None
-
-    def _stop(self) -> None:
-        try:
-            self._queue.put(None, timeout=CLOSE_SECONDS)
-        except queue.Full:
-            _log.error("the ledger's writer is stuck: its queue is given up")
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
-            _log.error("the ledger's writer is stuck: its thread is given up")
-
-    def _run(self) -> None:
-        going_on = True
-        while going_on:
-            batch, going_on = self._take()
-            bookings = [operation for operation in batch if operation.errand is None]
-            if bookings:
-                self._book(bookings)
-            for operation in batch:
-                if operation.errand is not None:
-                    self._run_errand(operation, operation.errand)
+    def end(self) -> None:
         if self._link is not None:
             with suppress(psycopg.Error):
                 self._link.execute(_LEAVE, (self._id,))
         self._drop()
 
-    def _take(self) -> tuple[list[_Operation[Any]], bool]:
-        """What has queued, at least one and at most a batch; and whether to go on after it."""
-        batch = []
-        operation = self._queue.get()
-        while operation is not None:
-            batch.append(operation)
-            if len(batch) == BATCH:
-                return batch, True
-            try:
-                operation = self._queue.get_nowait()
-            except queue.Empty:
-                return batch, True
-        return batch, False
-
     def _book(self, batch: list[_Operation[Any]]) -> None:
         try:
             wanted = self._attempt(lambda transaction: _book(batch, transaction))
-            _deliver(wanted)
+            deliver(wanted)
         except LedgerUnavailable:
             for operation in batch:
                 operation.fail(unavailable())
-            _deliver(batch)
+            deliver(batch)
         except Exception as error:  # noqa: BLE001 - the thread outlives whatever it was
             if len(batch) == 1:
                 batch[0].fail(error)
-                _deliver(batch)
+                deliver(batch)
                 return
             # Something that one of them asked for. The others must not suffer.
             for operation in batch:
@@ -347,12 +256,12 @@ class Writer:
 
     def _run_errand(self, operation: _Operation[Any], errand: Errand[Any]) -> None:
         try:
-            operation.result = (self._attempt(errand),)
+            operation.succeed(self._attempt(errand))
         except Exception as error:  # noqa: BLE001 - its waiter hears of it
             operation.fail(error)
-        _deliver([operation])
+        deliver([operation])
 
-    def _attempt(self, work: Errand[_T]) -> _T:
+    def _attempt(self, work: Errand[T]) -> T:
         """Runs a transaction, and again where something broke it. Raises ``LedgerUnavailable``,
         and what ``work`` itself is guilty of."""
         lost: Transaction | None = None
@@ -363,7 +272,7 @@ class Writer:
                     self._link = connect(self._url)
                 if lost is not None:
                     if self._happened(self._link, lost):
-                        result: _T = lost.result
+                        result: T = lost.result
                         return result
                     lost = None
                 self._transactions += 1
@@ -429,31 +338,6 @@ def _book(batch: list[_Operation[Any]], transaction: Transaction) -> list[_Opera
     return wanted
 
 
-def _waiter() -> _Waiter[Any]:
-    loop = asyncio.get_running_loop()
-    return _Waiter(loop, loop.create_future())
-
-
-def _deliver(batch: Iterable[_Operation[Any]]) -> None:
-    """From the writer's thread: one wake-up for each loop that waits."""
-    loops: dict[asyncio.AbstractEventLoop, list[_Operation[Any]]] = {}
-    for operation in batch:
-        if operation.waiter is not None:
-            loops.setdefault(operation.waiter.loop, []).append(operation)
-        elif operation.error is not None or operation.result is None:
-            _log.error("replay %s is not counted: %r", operation.rid, operation.error)
-    for loop, operations in loops.items():
-        try:
-            loop.call_soon_threadsafe(_deliver_here, operations)
-        except RuntimeError:  # the loop is closed: nobody is left to tell
-            _log.warning("%d results of the ledger came too late", len(operations))
-
-
-def _deliver_here(operations: Iterable[_Operation[Any]]) -> None:
-    for operation in operations:
-        operation.deliver()
-
-
 class Reader:
     """A second connection in a thread of its own: reads never wait for the writer."""
 
@@ -463,14 +347,14 @@ class Reader:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ledger-reader")
         self._closed = False
 
-    async def run(self, read: Callable[[Link], _T]) -> _T:
+    async def run(self, read: Callable[[Link], T]) -> T:
         """Raises ``LedgerUnavailable`` when the database cannot be read in time."""
         return await self._submit(lambda: self._read(read), PATIENCE_SECONDS)
 
-    async def run_long(self, read: Callable[[Link], _T]) -> _T:
+    async def run_long(self, read: Callable[[Link], T]) -> T:
         """As ``run``, over a connection of its own, for as long as it takes."""
 
-        def work() -> _T:
+        def work() -> T:
             with connect(self._url, read_only=True, patient=True) as link:
                 return read(link)
 
@@ -496,7 +380,7 @@ class Reader:
             await asyncio.to_thread(self._pool.shutdown)
             self._drop()
 
-    async def _submit(self, work: Callable[[], _T], seconds: float) -> _T:
+    async def _submit(self, work: Callable[[], T], seconds: float) -> T:
         if self._closed:
             raise unreadable()
         loop = asyncio.get_running_loop()
@@ -508,7 +392,7 @@ class Reader:
         except psycopg.Error as error:
             raise self._unreadable(error) from None
 
-    def _read(self, read: Callable[[Link], _T]) -> _T:
+    def _read(self, read: Callable[[Link], T]) -> T:
         """Once more over a new connection, where the old one had broken meanwhile."""
         fresh = self._link is None
         try:
@@ -518,7 +402,7 @@ class Reader:
                 raise
             return self._read_once(read)
 
-    def _read_once(self, read: Callable[[Link], _T]) -> _T:
+    def _read_once(self, read: Callable[[Link], T]) -> T:
         if self._link is None:
             self._link = connect(self._url, read_only=True)
         try:

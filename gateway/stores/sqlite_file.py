@@ -23,50 +23,27 @@ import asyncio
 import fcntl
 import logging
 import os
-import queue
 import re
 import sqlite3
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from gateway.domain.errors import LedgerUnavailable
 from gateway.ports import StoreError
+from gateway.stores.writing import Operation, T, WriterThread, deliver, unavailable, unreadable
 
-BATCH = 128
-QUEUE = 10_000
-"""Operations that may wait for the writer. More are refused: it is far behind, or stuck."""
 WAL_BYTES = 4 * 1024 * 1024
 BUSY_SECONDS = 2.0
-CLOSE_SECONDS = 10.0
 APPLICATION_ID = 0x67747779
 """``gtwy``, as 0001_initial.sql writes it into the file's header."""
 NETWORK_FILESYSTEMS = frozenset(
     {"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "fuse.sshfs", "fuse.glusterfs"}
 )
 
-_T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-
-
-def unavailable() -> LedgerUnavailable:
-    return LedgerUnavailable(
-        "The ledger cannot be written at the moment, so nothing was started. "
-        "Try again in a few seconds.",
-        retry_after_seconds=5,
-    )
-
-
-def unreadable() -> LedgerUnavailable:
-    return LedgerUnavailable(
-        "The ledger cannot be read at the moment. Try again in a few seconds.",
-        retry_after_seconds=5,
-    )
 
 
 def open_database(path: Path, busy_seconds: float) -> tuple[Writer, Reader]:
@@ -282,41 +259,23 @@ def filesystem_of(folder: Path, mounts: str) -> str:
     return kind
 
 
-@dataclass(slots=True)
-class _Waiter(Generic[_T]):
-    """Who waits for an operation, and on which loop."""
+class _Operation(Operation[T]):
+    """``work`` is run in the writer's transaction. ``committed``: nothing may say any more that it
+    is not in the ledger."""
 
-    loop: asyncio.AbstractEventLoop
-    future: asyncio.Future[_T]
-
-
-class _Operation(Generic[_T]):
-    """One piece of work for the writer, and then its result or its error.
-
-    ``rid`` names it in the log where nobody waits for it. One that is ``droppable`` is skipped
-    when its waiter has gone before its turn.
-    """
-
-    __slots__ = ("_error", "_result", "committed", "droppable", "rid", "waiter", "work")
+    __slots__ = ("committed", "work")
 
     def __init__(
         self,
-        work: Callable[[sqlite3.Connection], _T],
-        waiter: _Waiter[_T] | None,
+        work: Callable[[sqlite3.Connection], T],
+        *,
+        awaited: bool = True,
         droppable: bool = False,
         rid: str = "",
     ) -> None:
+        super().__init__(awaited=awaited, droppable=droppable, rid=rid)
         self.work = work
-        self.waiter = waiter
-        self.droppable = droppable
-        self.rid = rid
         self.committed = False
-        self._result: tuple[_T] | None = None
-        self._error: Exception | None = None
-
-    @property
-    def abandoned(self) -> bool:
-        return self.droppable and self.waiter is not None and self.waiter.future.cancelled()
 
     def run(self, connection: sqlite3.Connection) -> None:
         """Works inside a savepoint, so that a bad operation does not sink the batch.
@@ -325,32 +284,13 @@ class _Operation(Generic[_T]):
         """
         connection.execute("SAVEPOINT operation")
         try:
-            self._result = (self.work(connection),)
+            self.succeed(self.work(connection))
         except Exception as error:
             if _sinks_the_batch(error):
                 raise
             connection.execute("ROLLBACK TO operation")
-            self._error = error
+            self.fail(error)
         connection.execute("RELEASE operation")
-
-    def fail(self, cause: Exception) -> None:
-        """The transaction was not committed."""
-        self._result, self._error = None, unavailable()
-        self._error.__cause__ = cause
-
-    def deliver(self) -> None:
-        """On the waiter's loop: hands over the result, if it is still wanted."""
-        if self.waiter is None or self.waiter.future.done():
-            return
-        if self._result is not None:
-            self.waiter.future.set_result(self._result[0])
-        else:
-            self.waiter.future.set_exception(self._error or unavailable())
-
-    @property
-    def lost(self) -> Exception | None:
-        """The error that nobody will hear of unless it is logged."""
-        return self._error if self.waiter is None else None
 
 
 def _sinks_the_batch(error: Exception) -> bool:
@@ -358,103 +298,50 @@ def _sinks_the_batch(error: Exception) -> bool:
     return isinstance(error, sqlite3.Error) and not isinstance(error, only_this_one)
 
 
-class Writer:
-    """The one thread of this process that writes, and its queue."""
+class Writer(WriterThread[_Operation[Any]]):
+    """The one thread of this process that writes to the file."""
 
     def __init__(self, file: DatabaseFile, connection: sqlite3.Connection) -> None:
+        # Longer than one batch that waits in vain, and the batch before it, can take.
+        super().__init__(patience_seconds=2 * file.busy_seconds + 1)
         self._file = file
         self._connection: sqlite3.Connection | None = connection
-        # Longer than one batch that waits in vain, and the batch before it, can take.
-        self._patience_seconds = 2 * file.busy_seconds + 1
-        self._closed = False
-        self._queue: queue.Queue[_Operation[Any] | None] = queue.Queue(QUEUE)
-        self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
-        self._thread.start()
+        self.start()
 
     async def submit(
-        self, work: Callable[[sqlite3.Connection], _T], *, droppable: bool = False
-    ) -> _T:
+        self, work: Callable[[sqlite3.Connection], T], *, droppable: bool = False
+    ) -> T:
         """Runs ``work`` in the next transaction; returns its result once that is durable.
 
         Raises what ``work`` raises, and ``LedgerUnavailable`` when the commit failed or is not
         done in time (where it may still come: every operation can be repeated).
         """
-        loop = asyncio.get_running_loop()
-        waiter = _Waiter[_T](loop, loop.create_future())
-        self._enqueue(_Operation(work, waiter, droppable))
-        try:
-            async with asyncio.timeout(self._patience_seconds):
-                return await waiter.future
-        except TimeoutError:
-            _log.warning("the ledger's writer is stuck")
-            raise unavailable() from None
+        operation = _Operation(work, droppable=droppable)
+        self._enqueue(operation)
+        return await self._in_time(operation.heard())
 
     def post(self, work: Callable[[sqlite3.Connection], object], rid: str) -> None:
         """Runs ``work`` in the next transaction; nobody waits, and a failure is only logged."""
+        self._leave(_Operation(work, awaited=False, rid=rid))
+
+    def work(self, batch: Sequence[_Operation[Any]]) -> None:
         try:
-            self._enqueue(_Operation(work, None, rid=rid))
-        except LedgerUnavailable:
-            _log.error("replay %s is not counted: the writer's queue is full or closed", rid)
+            self._commit(batch)
+        except (sqlite3.Error, OSError, StoreError) as error:
+            _log.warning("%d operations are not in the ledger: %s", len(batch), error)
+            self._give_up(batch, error)
+        except Exception as error:  # noqa: BLE001 - the thread outlives whatever it was
+            _log.error("%d operations are not in the ledger", len(batch), exc_info=error)
+            self._give_up(batch, error)
 
-    async def aclose(self) -> None:
-        """Commits what is queued, then closes the connection."""
-        if not self._closed:
-            self._closed = True
-            await asyncio.to_thread(self._stop)
-
-    def _enqueue(self, operation: _Operation[_T]) -> None:
-        if self._closed:
-            raise unavailable()
-        try:
-            self._queue.put_nowait(operation)
-        except queue.Full:
-            raise unavailable() from None
-
-    def _stop(self) -> None:
-        try:
-            self._queue.put(None, timeout=CLOSE_SECONDS)
-        except queue.Full:
-            _log.error("the ledger's writer is stuck: its queue is given up")
-        self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive():
-            _log.error("the ledger's writer is stuck: its thread is given up")
-            return
-        self._file.close()
-
-    def _run(self) -> None:
-        going_on = True
-        while going_on:
-            batch, going_on = self._take()
-            try:
-                self._commit(batch)
-            except (sqlite3.Error, OSError, StoreError) as error:
-                _log.warning("%d operations are not in the ledger: %s", len(batch), error)
-                self._give_up(batch, error)
-            except Exception as error:  # noqa: BLE001 - the thread outlives whatever it was
-                _log.error("%d operations are not in the ledger", len(batch), exc_info=error)
-                self._give_up(batch, error)
+    def end(self) -> None:
         if self._connection is not None:
             # The last one to close the file moves its log into it: that too in turn.
             with self._file.locked():
                 self._connection.close()
+        self._file.close()
 
-    def _take(self) -> tuple[list[_Operation[Any]], bool]:
-        """What has queued, at least one and at most a batch; and whether to go on after it."""
-        batch = []
-        operation = self._queue.get()
-        while operation is not None:
-            batch.append(operation)
-            if len(batch) == BATCH:
-                return batch, True
-            try:
-                operation = self._queue.get_nowait()
-            except queue.Empty:
-                return batch, True
-        return batch, False
-
-    def _commit(self, batch: list[_Operation[Any]]) -> None:
-        if not batch:
-            return
+    def _commit(self, batch: Sequence[_Operation[Any]]) -> None:
         with self._file.locked():
             wanted = [operation for operation in batch if not operation.abandoned]
             if not wanted:
@@ -469,7 +356,7 @@ class Writer:
             # From here on nothing that goes wrong may say that it is not in the ledger.
             for operation in wanted:
                 operation.committed = True
-            _deliver(wanted)
+            deliver(wanted)
             self._checkpoint(self._connection)
 
     def _checkpoint(self, connection: sqlite3.Connection) -> None:
@@ -481,7 +368,7 @@ class Writer:
         except (sqlite3.Error, OSError) as error:
             _log.warning("the ledger's log was not moved into the database: %s", error)
 
-    def _give_up(self, batch: list[_Operation[Any]], error: Exception) -> None:
+    def _give_up(self, batch: Sequence[_Operation[Any]], error: Exception) -> None:
         """Leaves no half transaction behind, and tells every waiter."""
         try:
             if self._connection is not None and self._connection.in_transaction:
@@ -493,28 +380,10 @@ class Writer:
                 self._connection = None
         failed = [operation for operation in batch if not operation.committed]
         for operation in failed:
-            operation.fail(error)
-        _deliver(failed)
-
-
-def _deliver(batch: Iterable[_Operation[Any]]) -> None:
-    """From the writer's thread: one wake-up for each loop that waits."""
-    loops: dict[asyncio.AbstractEventLoop, list[_Operation[Any]]] = {}
-    for operation in batch:
-        if operation.waiter is not None:
-            loops.setdefault(operation.waiter.loop, []).append(operation)
-        elif operation.lost is not None:
-            _log.error("replay %s is not counted: %r", operation.rid, operation.lost)
-    for loop, operations in loops.items():
-        try:
-            loop.call_soon_threadsafe(_deliver_here, operations)
-        except RuntimeError:  # the loop is closed: nobody is left to tell
-            _log.warning("%d results of the ledger came too late", len(operations))
-
-
-def _deliver_here(operations: Iterable[_Operation[Any]]) -> None:
-    for operation in operations:
-        operation.deliver()
+            refusal = unavailable()
+            refusal.__cause__ = error
+            operation.fail(refusal)
+        deliver(failed)
 
 
 class Reader:
@@ -531,7 +400,7 @@ class Reader:
         """Another reader of the same file: what it reads keeps nobody here waiting."""
         return Reader(self._file)
 
-    async def run(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+    async def run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Raises ``LedgerUnavailable`` when the file cannot be read."""
         if self._closed:
             raise unreadable()

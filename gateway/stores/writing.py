@@ -1,0 +1,197 @@
+"""How a write is waited for: a queue, one thread a process that works it off, and futures.
+
+It knows nothing of databases. Whoever has one says in ``work`` how a batch becomes durable, and
+hands each operation its result or its error; its waiter, on whatever loop, hears of it then.
+
+A task that is cancelled while its operation is queued does not take the operation back. One that
+is *droppable* is skipped where the writer still can.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+from gateway.domain.errors import LedgerUnavailable
+
+BATCH = 128
+QUEUE = 10_000
+"""Operations that may wait for the writer. More are refused: it is far behind, or stuck."""
+CLOSE_SECONDS = 10.0
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+
+
+def unavailable() -> LedgerUnavailable:
+    return LedgerUnavailable(
+        "The ledger cannot be written at the moment, so nothing was started. "
+        "Try again in a few seconds.",
+        retry_after_seconds=5,
+    )
+
+
+def unreadable() -> LedgerUnavailable:
+    return LedgerUnavailable(
+        "The ledger cannot be read at the moment. Try again in a few seconds.",
+        retry_after_seconds=5,
+    )
+
+
+class Operation(Generic[T]):
+    """One piece of work for the writer, and then its result or its error.
+
+    ``rid`` names it in the log where nobody waits for it (``awaited`` is False). One that is
+    ``droppable`` is skipped when its waiter has gone before its turn.
+    """
+
+    __slots__ = ("droppable", "error", "future", "loop", "result", "rid")
+
+    def __init__(self, *, awaited: bool = True, droppable: bool = False, rid: str = "") -> None:
+        self.droppable = droppable
+        self.rid = rid
+        self.result: tuple[T] | None = None
+        self.error: Exception | None = None
+        self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[T] | None = self.loop.create_future() if awaited else None
+
+    @property
+    def abandoned(self) -> bool:
+        return self.droppable and self.future is not None and self.future.cancelled()
+
+    def succeed(self, result: T) -> None:
+        self.result, self.error = (result,), None
+
+    def fail(self, error: Exception) -> None:
+        self.result, self.error = None, error
+
+    async def heard(self) -> T:
+        """The result, once it is there; raises the error."""
+        assert self.future is not None
+        return await self.future
+
+    def deliver(self) -> None:
+        """On the waiter's loop: hands over the result, if it is still wanted."""
+        if self.future is None or self.future.done():
+            return
+        if self.result is not None:
+            self.future.set_result(self.result[0])
+        else:
+            self.future.set_exception(self.error or unavailable())
+
+
+O = TypeVar("O", bound="Operation[Any]")  # noqa: E741
+
+
+class WriterThread(ABC, Generic[O]):
+    """The one thread of this process that writes to a database, and its queue.
+
+    ``patience_seconds`` is how long a caller waits. What it asked for may still come after that:
+    everything can be repeated. A subclass calls ``start`` once it is made.
+    """
+
+    def __init__(self, patience_seconds: float) -> None:
+        self._patience_seconds = patience_seconds
+        self._closed = False
+        self._queue: queue.Queue[O | None] = queue.Queue(QUEUE)
+        self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
+
+    @abstractmethod
+    def work(self, batch: Sequence[O]) -> None:
+        """In the thread: makes a batch durable, and calls ``deliver`` for all of it. Never
+        raises."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """In the thread, as its last: closes the connection."""
+
+    def start(self) -> None:
+        self._thread.start()
+
+    async def aclose(self) -> None:
+        """Works off what is queued, then ends. Repeating it is harmless."""
+        if not self._closed:
+            self._closed = True
+            await asyncio.to_thread(self._stop)
+
+    async def _in_time(self, heard: Awaitable[T]) -> T:
+        """What an operation is answered. Raises ``LedgerUnavailable`` where that is too late."""
+        try:
+            async with asyncio.timeout(self._patience_seconds):
+                return await heard
+        except TimeoutError:
+            _log.warning("the ledger's writer does not answer in time")
+            raise unavailable() from None
+
+    def _leave(self, operation: O) -> None:
+        """Queues what nobody waits for."""
+        try:
+            self._enqueue(operation)
+        except LedgerUnavailable:
+            _log.error(
+                "replay %s is not counted: the writer's queue is full or closed", operation.rid
+            )
+
+    def _enqueue(self, operation: O) -> None:
+        if self._closed:
+            raise unavailable()
+        try:
+            self._queue.put_nowait(operation)
+        except queue.Full:
+            raise unavailable() from None
+
+    def _stop(self) -> None:
+        try:
+            self._queue.put(None, timeout=CLOSE_SECONDS)
+        except queue.Full:
+            _log.error("the ledger's writer is stuck: its queue is given up")
+        self._thread.join(CLOSE_SECONDS)
+        if self._thread.is_alive():
+            _log.error("the ledger's writer is stuck: its thread is given up")
+
+    def _run(self) -> None:
+        going_on = True
+        while going_on:
+            batch, going_on = self._take()
+            if batch:
+                self.work(batch)
+        self.end()
+
+    def _take(self) -> tuple[list[O], bool]:
+        """What has queued, at least one and at most a batch; and whether to go on after it."""
+        batch = []
+        operation = self._queue.get()
+        while operation is not None:
+            batch.append(operation)
+            if len(batch) == BATCH:
+                return batch, True
+            try:
+                operation = self._queue.get_nowait()
+            except queue.Empty:
+                return batch, True
+        return batch, False
+
+
+def deliver(batch: Iterable[Operation[Any]]) -> None:
+    """From the writer's thread: one wake-up for each loop that waits."""
+    loops: dict[asyncio.AbstractEventLoop, list[Operation[Any]]] = {}
+    for operation in batch:
+        if operation.future is not None:
+            loops.setdefault(operation.loop, []).append(operation)
+        elif operation.result is None:
+            _log.error("replay %s is not counted: %r", operation.rid, operation.error)
+    for loop, operations in loops.items():
+        try:
+            loop.call_soon_threadsafe(_deliver_here, operations)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            _log.warning("%d results of the ledger came too late", len(operations))
+
+
+def _deliver_here(operations: Iterable[Operation[Any]]) -> None:
+    for operation in operations:
+        operation.deliver()
