@@ -38,7 +38,7 @@ PIP_INSTALL = "$$python" -m pip --python $(IN_VENV) --disable-pip-version-check 
 .PHONY: help
 help: ## Print this list.
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '%-14s%s\n' "$$name" "$$text"; done
+		printf '%-16s%s\n' "$$name" "$$text"; done
 
 .PHONY: run
 run: $(DEMO) ## Start a gateway and show a picture coming back (UPSTREAM=openai: the real one behind it).

@@ -46,15 +46,15 @@ T = TypeVar("T")
 
 GATE_SECONDS = 0.3
 """What a call may wait for Redis, whichever of the stores asks it."""
-SOCKET_SECONDS = 0.35
-"""A little longer, so that a cluster's client does not look for its nodes again (tens of
-milliseconds of computing) while somebody still waits."""
+SOCKET_SECONDS = 1.0
+"""Longer, because a socket's time-out cannot tell a silent Redis from a process that was stalled,
+and a cluster's client then looks for its nodes again (tens of milliseconds of computing)."""
 LATE_SECONDS = 0.05
-GRACE_SECONDS = 0.05
+TICK_SECONDS = 0.05
 SLOW_SECONDS = 0.1
 """An answer that took longer is Redis's doing, or the network's, not this process's."""
 QUEUE_SECONDS = 2.0
-CLOSE_SECONDS = 1.5
+CLOSE_SECONDS = 2.5
 
 
 class Client(Protocol):
@@ -364,12 +364,12 @@ class Link:
         if self._closed:
             raise StoreAway("it is closed", Reason.CONNECTION)
         breaker = self.breaker(key)
-        began = asyncio.get_running_loop().time()
         task = asyncio.create_task(_translated(command))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         opened = None if breaker.open else breaker.opened
-        if not await _patiently(task, opened, seconds):
+        waited = await _patiently(task, opened, seconds)
+        if not task.done():
             self._abandoned.add(task)
             if opened is not None and opened.done():
                 raise StoreAway("it is down", breaker.reason or Reason.TIMEOUT, asked=True)
@@ -379,7 +379,7 @@ class Link:
             raise StoreAway("no answer in time", Reason.TIMEOUT, asked=True)
         if task.cancelled():
             raise StoreAway("it was closed", Reason.CONNECTION, asked=True)
-        self._slow = asyncio.get_running_loop().time() - began > SLOW_SECONDS
+        self._slow = waited > SLOW_SECONDS
         error = task.exception()
         if error is None:
             breaker.answered()
@@ -472,18 +472,23 @@ def _open(breaker: Breaker) -> StoreAway:
 
 async def _patiently(
     task: asyncio.Task[Any], opened: asyncio.Future[None] | None, seconds: float
-) -> bool:
-    """Whether ``task`` ended before ``opened`` was done, and in time."""
-    loop = asyncio.get_running_loop()
-    ends = loop.time() + seconds
+) -> float:
+    """Waits until ``task`` or ``opened`` is done, for so many seconds in which this process could
+    have heard an answer; returns how many they were.
+
+    A process that is stalled finds every deadline over before it has looked at its sockets. So a
+    tick counts as a tick, however long it took: not every silence is Redis's.
+    """
     awaited = {task} if opened is None else {task, opened}
-    await asyncio.wait(awaited, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-    if any(each.done() for each in awaited):
-        return task.done()
-    if loop.time() > ends + LATE_SECONDS:
-        # This process was stalled, not Redis: the answer may lie in the socket already.
-        await asyncio.wait(awaited, timeout=GRACE_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-    return task.done()
+    loop = asyncio.get_running_loop()
+    waited = 0.0
+    while waited < seconds:
+        began, tick = loop.time(), min(TICK_SECONDS, seconds - waited)
+        await asyncio.wait(awaited, timeout=tick, return_when=asyncio.FIRST_COMPLETED)
+        waited += min(tick, loop.time() - began)
+        if any(each.done() for each in awaited):
+            break
+    return waited
 
 
 async def _translated(command: Callable[[], Awaitable[T]]) -> T:

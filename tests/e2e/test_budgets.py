@@ -33,7 +33,7 @@ ASKED: dict[str, Any] = {
     "size": "1024x1024",
     "extra_headers": {"cache-control": "no-cache"},
 }
-COST, BOUND = 5_895_000, 5_940_000
+COST, BOUND = 5_895_000, 6_100_000
 DIGITS = {Window.DAY: "d", Window.WEEK: "w", Window.MONTH: "m", Window.TOTAL: "t"}
 
 
@@ -88,7 +88,7 @@ async def test_a_hard_budget_holds_until_its_period_ends(
     start: Start, clock: TestClock, window: str, days: int
 ) -> None:
     """The 22nd of November 2026 is a Sunday."""
-    async with start(growth(budget={window: 0.0119})) as gateway, gateway.sdk() as sdk:
+    async with start(growth(budget={window: 0.012})) as gateway, gateway.sdk() as sdk:
         await buy(sdk, 2)
         assert "0.012" in await refused(sdk)
         clock.advance(days=days - 1, hours=11, minutes=59, seconds=59)
@@ -105,7 +105,7 @@ async def test_a_hard_budget_holds_until_its_period_ends(
 
 
 async def test_two_teams_at_one_instant_are_in_two_days(start: Start, clock: TestClock) -> None:
-    budget = {"day": 0.00594}
+    budget = {"day": 0.0061}
     teams = {
         "growth": {"budget": budget, "time_zone": "Pacific/Kiritimati"},
         "design": {"budget": budget, "time_zone": "UTC"},
@@ -162,7 +162,7 @@ async def test_a_call_over_midnight_is_booked_where_it_was_held(
     gate = Gate()
     sandbox.rules.clear()
     sandbox.rules.add(Rule(prompt="A ", payload_bytes=400, wait_for=gate))
-    budget = {"day": 0.00594, "month": 0.00594}
+    budget = {"day": 0.0061, "month": 0.0061}
     async with (
         start(growth(time_zone="Europe/Berlin", budget=budget)) as gateway,
         gateway.sdk() as sdk,
@@ -186,12 +186,12 @@ async def test_a_call_over_midnight_is_booked_where_it_was_held(
 async def test_a_zone_that_changes_keeps_what_was_spent(start: Start, clock: TestClock) -> None:
     """Labels carry no zone: the 22nd of November is the same account in Berlin and in Lima."""
     for zone in ("Europe/Berlin", "America/Lima"):
-        changes = growth(time_zone=zone, budget={"day": 0.0119})
+        changes = growth(time_zone=zone, budget={"day": 0.012})
         async with start(changes) as gateway, gateway.sdk() as sdk:
             await buy(sdk)
             balance = await spent(gateway, Window.DAY, "2026-11-22")
     assert balance == Balance(2 * COST)
-    changes = growth(time_zone="Asia/Tokyo", budget={"day": 0.0119})
+    changes = growth(time_zone="Asia/Tokyo", budget={"day": 0.012})
     async with start(changes) as gateway, gateway.sdk() as sdk:
         await refused(sdk)
 
@@ -335,7 +335,7 @@ async def test_the_watch_outlives_what_goes_wrong(
 
 async def test_a_hard_budget_is_used_up_when_it_refuses(start: Start, box: Inbox) -> None:
     """It is hardly ever spent to the last cent."""
-    async with start(growth(box, budget={"day": 0.0119})) as gateway, gateway.sdk() as sdk:
+    async with start(growth(box, budget={"day": 0.012})) as gateway, gateway.sdk() as sdk:
         await buy(sdk)
         await refused(sdk, quality="high")  # too dear, but half is left
         await gateway.gateway.budget_watch.look()

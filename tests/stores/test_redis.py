@@ -179,7 +179,7 @@ async def test_frozen_it_costs_one_short_wait_in_all(valkey: Valkey, at_once: in
     print(f"frozen {time.monotonic() - frozen:.1f} s: {len(slow)} of 200 waited, the longest")
     print(f"{max(waits) * 1000:.0f} ms; p99 {p99 * 1000:.1f} ms")
     # The budget is 0.32 s; a busy machine gets some more.
-    assert 0.2 < max(waits) < 0.45
+    assert 0.2 < max(waits) < 0.75
     assert len(slow) == at_once
     assert gate.degraded
     valkey.thaw()
@@ -206,7 +206,7 @@ async def test_frozen_in_the_middle_of_an_answer_it_costs_no_more(valkey: Valkey
     assert await cache.get("a" * 64) is None
     assert isinstance(await gate.take("r", LIMITS, ONE), Grant)
     await gate.release("r", LIMITS)
-    assert time.monotonic() - began < 0.45
+    assert time.monotonic() - began < 0.75
     valkey.thaw()
     await gate.aclose()
     await cache.aclose()
@@ -829,3 +829,18 @@ async def test_a_stall_of_this_process_is_not_taken_for_one_of_redis(valkey: Val
     # Without the grace every one of them would be; a busy machine may be late for a few.
     late = [one for one in answers if isinstance(one, Grant) and one.degraded]
     assert len(late) <= len(answers) // 4
+
+
+async def test_a_stalled_process_does_not_take_itself_for_a_silent_redis(valkey: Valkey) -> None:
+    """Its deadlines are over before it has looked at its sockets."""
+    gate = RedisGate(connect(valkey.url), StillClock())
+    assert not await degraded(gate, "warm")
+    for number in range(3):
+        asking = asyncio.create_task(gate.take(f"r{number}", LIMITS, ONE))
+        await asyncio.sleep(0)
+        time.sleep(0.6)  # noqa: ASYNC251 - it is what is tested
+        grant = await asking
+        assert isinstance(grant, Grant)
+        assert not grant.degraded
+    assert not gate.degraded
+    await gate.aclose()

@@ -25,7 +25,7 @@ from tests.valkey import Valkey, eventually, pieces
 ONE = Demand(requests=1, images=1, slots=1)
 PLENTY = Limit(Scope.TEAM, "t", Unit.REQUESTS, Window.MINUTE, 1_000_000)
 PROBE = "gw:{default}:probe"
-WAIT_SECONDS = 0.45
+WAIT_SECONDS = 0.75
 """What a call may wait at most: 0.32 s, and some for a busy machine."""
 
 
