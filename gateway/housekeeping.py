@@ -36,6 +36,7 @@ class Pace:
     sweep: float = 15.0
     forget: float = 3600.0
     overdue: float = 60.0
+    recover: float = 10.0
 
 
 class Housekeeping:
@@ -97,7 +98,12 @@ class Housekeeping:
     async def sweep(self) -> None:
         """Expires what nobody will settle: first what is known is posted, so that a hold whose
         settlement waits on this disk need not be corrected. Raises ``LedgerUnavailable``."""
-        await self._recover()
+        try:
+            async with asyncio.timeout(self._pace.recover):
+                await self._recover()
+        except Exception:
+            # A disk that fails, or hangs, keeps no hold standing.
+            log.exception("what other processes left behind cannot be read")
         while expired := await self._store.ledger.sweep(
             self._clock.now(), silent_before=self._silent_before()
         ):
@@ -125,7 +131,9 @@ class Housekeeping:
         self._report(0.0 if oldest is None else (now - oldest.at).total_seconds())
         if oldest is None:
             return
-        overdue = (now - oldest.lease_ends).total_seconds()
+        # A lease ends by the store's clock.
+        skew = self._store.clock_skew_seconds
+        overdue = (now - oldest.lease_ends).total_seconds() - skew
         if overdue > self._pace.overdue:
             log.error(
                 "a hold has outlived its lease and no sweep has ended it",

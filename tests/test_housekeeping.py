@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
+from gateway.domain.books import Hold
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import Claim, State
 from gateway.domain.transition import ignore_conflict
@@ -18,7 +19,7 @@ from gateway.housekeeping import Housekeeping, Pace
 from gateway.ports import Store
 from gateway.stores.memory_ledger import MemoryStore
 from tests.clock import StillClock
-from tests.contract.stores import BACKENDS, claim, settled
+from tests.contract.stores import BACKENDS, LEASE, claim, settled
 from tests.valkey import eventually
 
 PACE = Pace()
@@ -298,3 +299,51 @@ async def test_clocks_that_differ_are_an_alarm_and_only_once(
         await process.beat()
         alarms.append(len(caplog.records))
     assert alarms == [0, 1, 0, 0, 1]
+
+
+async def test_a_lease_ends_by_the_clock_of_the_database(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process is an hour ahead: a call that has just begun is not overdue."""
+    store = Skewed()
+    store.skew = 3600.0
+    house = House(store=store)
+    await house.reserve("r1", "w1")
+    found = await store.books.oldest_hold()
+    assert found is not None
+    by_its_clock = replace(found, lease_ends=found.lease_ends - timedelta(hours=1))
+
+    async def oldest() -> Hold:
+        return by_its_clock
+
+    async def nothing(*_: object, **__: object) -> list[object]:
+        return []
+
+    monkeypatch.setattr(store.books, "oldest_hold", oldest)
+    monkeypatch.setattr(store.ledger, "sweep", nothing)
+    process = house.process("w1")
+    for seconds, alarms in ((1, 0), (LEASE.total_seconds() + 60, 1)):
+        house.clock.advance(seconds)
+        await process.sweep()
+        assert caplog.text.count("outlived its lease") == alarms
+
+
+async def test_a_disk_that_hangs_keeps_no_hold_standing(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    chores = Housekeeping(
+        store=house.store,
+        recover=never,
+        report=house.told.append,
+        clock=house.clock,
+        worker="w1",
+        pace=Pace(recover=0.01),
+    )
+    await house.reserve("r1", "w1")
+    house.clock.advance(LEASE.total_seconds() + 1)
+    await chores.sweep()
+    assert await house.state("r1") is State.EXPIRED
+    assert "cannot be read" in caplog.text

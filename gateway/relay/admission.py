@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import date, datetime, timedelta
+from datetime import date, timedelta
 
 from gateway.domain.errors import GatewayError, InvalidRequest, QuotaExceeded, RateLimited
 from gateway.domain.ledger import Claim, Claimed, Denied, Held, State
@@ -48,7 +48,7 @@ class Admission:
             raise rate_limited(answer, plan.caller, demand)
         return answer
 
-    async def hold(self, rid: str, plan: Plan, idempotency_key: str | None, now: datetime) -> Held:
+    async def hold(self, rid: str, plan: Plan, idempotency_key: str | None) -> Held:
         """The bound, against every budget, durable before it returns. Raises ``QuotaExceeded``,
         ``InvalidRequest`` for an idempotency key in use, ``LedgerUnavailable``; the gate has then
         been given back."""
@@ -63,8 +63,8 @@ class Admission:
             images=call.n,
             bound=plan.quote.bound.amount,
             lines=plan.lines,
-            at=now,
-            lease_ends=now + self._lease,
+            at=plan.at,
+            lease_ends=plan.at + self._lease,
             price_id=plan.quote.price_id,
             fingerprint=plan.fingerprint,
             idempotency_key=idempotency_key,

@@ -261,9 +261,7 @@ class Pipeline:
         Raises what ``Admission.hold`` does, and ``ClientGone``; nothing is then held for long.
         """
         try:
-            held = await self._admission.hold(
-                flight.rid, plan, arrival.idempotency_key, self._clock.now()
-            )
+            held = await self._admission.hold(flight.rid, plan, arrival.idempotency_key)
         except LedgerUnavailable:
             # It may yet be written, after nobody waits for it: a void behind it takes it back.
             self._purchases.give_back_later(flight.rid)

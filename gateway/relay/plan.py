@@ -70,6 +70,8 @@ class Plan:
     fingerprint: str
     cache: CacheResult
     keep: bool
+    at: datetime
+    """The one instant that its periods, its day of usage and its lease are counted from."""
     cached: Cached | None = None
 
     @property
@@ -148,7 +150,7 @@ class Planner:
             nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
             return Plan(
                 caller, call, model, upstream, nothing, Demand(), rates, (), mark,
-                CacheResult.HIT, False, cached,
+                CacheResult.HIT, False, now, cached,
             )  # fmt: skip
         if not upstream.ready:
             raise UpstreamAccount(
@@ -170,6 +172,7 @@ class Planner:
             fingerprint=mark,
             cache=CacheResult.MISS if enabled else CacheResult.OFF,
             keep=keep and quote.row is not None,
+            at=now,
         )
 
     def route(self, caller: Caller, name: str) -> Model:

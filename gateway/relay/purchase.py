@@ -280,6 +280,16 @@ class Purchases:
                 if self._clock.monotonic() - began > SETTLE_SECONDS:
                     break
                 await asyncio.sleep(pause)
+            except asyncio.CancelledError:
+                # The process ends before the ledger has answered: what it knows must not.
+                await self._put_away(settlement)
+                raise
+            except Exception:
+                # What the ledger has against it is for a person. The picture is paid for.
+                log.exception(
+                    "the ledger refuses a settlement", extra={"request_id": settlement.rid}
+                )
+                break
         kept = await self._put_away(settlement)
         self._flights.errand(self._settle_later(settlement, kept=kept))
         return None
@@ -323,6 +333,9 @@ class Purchases:
                 "the ledger has no reservation for a settlement: is it an older copy of itself?",
                 extra=said,
             )
+            return
+        except Exception:
+            log.exception("a settlement cannot be posted as it is", extra=said)
             return
         except asyncio.CancelledError:
             if kept:

@@ -32,6 +32,7 @@ from gateway.domain.ledger import Basis, Event, Outcome, Settlement
 from gateway.ports import StoreError
 
 SUFFIX = ".jsonl"
+CLOSE_SECONDS = 5.0
 log = logging.getLogger(__name__)
 
 
@@ -46,6 +47,7 @@ class SettlementSafe:
         self._inherited: list[_File] = []
         self._queue: list[_Note] = []
         self._writing: asyncio.Task[None] | None = None
+        self._taking: asyncio.Future[list[Settlement]] | None = None
 
     @classmethod
     def open(cls, folder: Path, worker: str) -> SettlementSafe:
@@ -72,14 +74,27 @@ class SettlementSafe:
             await self._note(_Note(rid))
 
     async def left_behind(self) -> list[Settlement]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._take_over)
+        """A caller that is cancelled meanwhile leaves what was found to the next one."""
+        if self._taking is None:
+            loop = asyncio.get_running_loop()
+            self._taking = loop.run_in_executor(self._thread, self._take_over)
+        found = await asyncio.shield(self._taking)
+        self._taking = None
+        return found
 
     async def aclose(self) -> None:
-        """What still waits stays on disk, for whoever starts next."""
-        if self._writing is not None:
-            await self._writing
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._let_go)
-        self._thread.shutdown()
+        """What still waits stays on disk, for whoever starts next. A disk that hangs is waited for
+        with an end."""
+        try:
+            async with asyncio.timeout(CLOSE_SECONDS):
+                if self._writing is not None:
+                    await asyncio.shield(self._writing)
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._let_go)
+        except TimeoutError:
+            log.error(
+                "the disk of ledger.spool does not answer", extra={"folder": str(self._folder)}
+            )
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _note(self, note: _Note) -> None:
         """Waits for a note to be written. One whose caller is cancelled is written all the same."""
@@ -273,7 +288,7 @@ def _take(path: Path) -> tuple[_File, list[Settlement]] | None:
     for number, line in enumerate(lines, 1):
         try:
             _apply(line, waiting)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             file.damaged = True
             log.error(
                 "a settlement that was left behind cannot be read; its file is kept",
@@ -283,7 +298,7 @@ def _take(path: Path) -> tuple[_File, list[Settlement]] | None:
         file.torn = True
         try:
             _apply(rest, waiting)
-        except ValueError:
+        except (ValueError, RecursionError):
             # Nobody was told that it is kept, so the hold is all that there is of it.
             log.warning(
                 "a process died while it was keeping a settlement; its hold expires at the bound",
@@ -309,6 +324,8 @@ def _apply(line: bytes, waiting: dict[str, Settlement]) -> None:
     if not isinstance(value, dict):
         raise ValueError("it is no object")
     if "settled" in value:
+        if not isinstance(value["settled"], str):
+            raise ValueError("it names no request")
         waiting.pop(value["settled"], None)
         return
     settlement = decode(value)

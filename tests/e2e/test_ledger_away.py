@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+import gateway.app
 import gateway.relay.purchase
 from gateway.domain.ledger import Basis, Event, Outcome, Settlement
 from gateway.sandbox.journal import Journal
@@ -27,6 +28,7 @@ from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
 from gateway.stores.safe import SettlementSafe
+from gateway.stores.sqlite_ledger import SQLiteLedger
 from tests.e2e.test_endings import impatient
 from tests.e2e.test_processes import (
     LEASE_SECONDS,
@@ -338,3 +340,54 @@ async def test_a_settlement_of_another_database_stays_where_it_is(
         await eventually(lambda: "has no reservation for a settlement" in caplog.text)
         assert (await running.metrics())["gateway_settlements_waiting"] == 1
     assert [line["rid"] for line in kept(running.config)] == ["req_unheard_of"]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["json", "stream"])
+async def test_a_ledger_that_has_lost_the_reservation_takes_no_picture(
+    start: Start, sandbox: SandboxServer, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A failover, or a backup that was restored: the picture is there, and what it cost is kept."""
+    gate = Gate()
+    sandbox.rules.add(Rule(payload_bytes=400, wait_for=gate))
+    asked = {"model": MODEL, "prompt": "A x", "quality": "low", "size": "1024x1024"}
+    async with start({"ledger": LONG}) as running, running.http() as http:
+        call = asyncio.ensure_future(
+            http.post("/images/generations", json={**asked, "stream": stream})
+        )
+        async with asyncio.timeout(30):
+            await gate.arrived()
+        with closing(sqlite3.connect(database(running.config))) as stranger, stranger:
+            stranger.execute("UPDATE hold SET rid = 'gone'")
+        gate.set()
+        answer = await call
+        assert answer.status_code == 200
+        assert "b64_json" in answer.text
+        assert "error" not in answer.text
+        [receipt] = [one for one, _ in await running.told.until(1)]
+        assert (receipt.images, receipt.outcome, receipt.posted) == (1, Outcome.DELIVERED, False)
+        assert "the ledger refuses a settlement" in caplog.text
+        await eventually(lambda: "has no reservation for a settlement" in caplog.text)
+        assert (await running.metrics())["gateway_settlements_waiting"] == 1
+        assert [line["cost"] for line in kept(running.config)] == [receipt.cost]
+
+
+async def test_an_end_before_the_ledger_has_answered_forgets_nothing(
+    start: Start, sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = asyncio.Event()
+
+    async def never(*_: object) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(SQLiteLedger, "settle", never)
+    monkeypatch.setattr(gateway.app, "LAST_SECONDS", 0.05)
+    sandbox.rules.add(Rule(payload_bytes=400))
+    async with start({"ledger": LONG}) as running, running.sdk() as sdk:
+        call = asyncio.ensure_future(sdk.images.generate(model=MODEL, prompt="A lighthouse"))
+        async with asyncio.timeout(30):
+            await asked.wait()
+        call.cancel()
+        await asyncio.wait([call])
+    [line] = kept(running.config)
+    assert (line["event"], line["cost"] > 0) == ("settle", True)

@@ -128,7 +128,7 @@ class Stores:
         """As the relay does: the gate, then the ledger."""
         admission = Admission(self, self, LEASE, "pod/1", BudgetView(self, STILL))
         await admission.pass_gate("req_1", plan, plan.demand)
-        return await admission.hold("req_1", plan, idempotency_key, NOW)
+        return await admission.hold("req_1", plan, idempotency_key)
 
     async def refused(self, plan: Plan) -> GatewayError:
         with pytest.raises(GatewayError) as refused:
@@ -192,6 +192,7 @@ def a_plan(
         fingerprint="f00",
         cache=CacheResult.MISS,
         keep=True,
+        at=NOW,
     )
 
 
@@ -465,7 +466,7 @@ async def test_what_the_ledger_said_of_a_budget_need_not_be_asked_again() -> Non
     stores = Stores(ledger=Denied(line, Balance(90 * CENT)))
     view = BudgetView(stores, STILL)
     with pytest.raises(QuotaExceeded):
-        await Admission(stores, stores, LEASE, "pod/1", view).hold("r", a_plan(), None, NOW)
+        await Admission(stores, stores, LEASE, "pod/1", view).hold("r", a_plan(), None)
     # ``Stores`` cannot be asked for balances.
     assert await view.balances([line]) == ([line], [Balance(90 * CENT)])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import date
+from datetime import UTC, date, datetime
 from typing import Any
 
 import pytest
@@ -175,6 +175,7 @@ def a_plan(price_id: str = "") -> Plan:
         fingerprint="f",
         cache=CacheResult.MISS,
         keep=True,
+        at=datetime(2026, 11, 22, tzinfo=UTC),
     )
 
 

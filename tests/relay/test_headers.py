@@ -66,6 +66,7 @@ PLAN = Plan(
     fingerprint="f",
     cache=CacheResult.MISS,
     keep=True,
+    at=datetime(2026, 11, 22, tzinfo=UTC),
 )
 
 

@@ -269,6 +269,8 @@ async def test_members_of_a_newer_version_are_passed_over(tmp_path: Path) -> Non
         b"\x00\x00\x00",
         b"\xff",
         b"{}",
+        b'{"settled":[]}',
+        b"[" * 100_000,
         encode(ONE).strip().replace(b'"settle"', b'"teleport"'),
         encode(ONE).strip().replace(b"5895000", b"0.5"),
         encode(ONE).strip().replace(b'"req_1"', b"1"),
@@ -290,6 +292,16 @@ async def test_a_file_that_cannot_be_read_is_kept(
     assert await found(tmp_path) == []
     assert line in path.read_bytes()
     assert "cannot be read; its file is kept" in caplog.text
+
+
+async def test_what_was_found_waits_for_somebody_who_waits(tmp_path: Path) -> None:
+    await leave(tmp_path, ONE)
+    async with opened(tmp_path, "heir") as heir:
+        impatient = asyncio.create_task(heir.left_behind())
+        await asyncio.sleep(0)
+        impatient.cancel()
+        assert await heir.left_behind() == [ONE]
+        assert await heir.left_behind() == []
 
 
 async def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
