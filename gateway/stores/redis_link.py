@@ -45,15 +45,14 @@ from redis.exceptions import (
 T = TypeVar("T")
 
 GATE_SECONDS = 0.3
-"""What a call may wait for Redis, whichever of the stores asks it."""
+"""How long a server may say nothing to anybody here: then it is away."""
 SOCKET_SECONDS = 1.0
 """Longer, because a socket's time-out cannot tell a silent Redis from a process that was stalled,
 and a cluster's client then looks for its nodes again (tens of milliseconds of computing)."""
-LATE_SECONDS = 0.05
 TICK_SECONDS = 0.05
-SLOW_SECONDS = 0.1
-"""An answer that took longer is Redis's doing, or the network's, not this process's."""
-QUEUE_SECONDS = 2.0
+MOST_SECONDS = 1.5
+"""What a call may wait while others are answered: there is too much to ask, or too little of this
+machine."""
 CLOSE_SECONDS = 2.5
 
 
@@ -231,6 +230,8 @@ class Breaker:
         """Why the last command got no answer; None where it did."""
         self.probed = False
         """A task looks for it now."""
+        self.answers = 0
+        """Signs of life."""
 
     @property
     def failing(self) -> bool:
@@ -256,6 +257,7 @@ class Breaker:
             self._opened = None
 
     def answered(self) -> None:
+        self.answers += 1
         if self._failures:
             self._failures = 0
             self.reason = None
@@ -320,66 +322,57 @@ class Link:
         self._abandoned: set[asyncio.Task[Any]] = set()
         self._probers: set[asyncio.Task[None]] = set()
         self._closed = False
-        self._slow = False
-        """The last answer took long."""
 
     def breaker(self, key: str) -> Breaker:
         return self._server.breaker(self.client, key)
 
     async def call(self, key: str, command: Callable[[], Awaitable[T]], seconds: float) -> T:
-        """The answer to a command on ``key``, within ``seconds``, the wait for its turn included.
-
-        Only where Redis is quick and this process has so much to ask is a turn waited for longer:
-        to give up would not make it quicker. Raises ``StoreAway``.
-        """
+        """The answer to a command on ``key``. Raises ``StoreAway`` when the server has said nothing
+        to anybody for ``seconds``, and after ``MOST_SECONDS`` in any case, the wait for a turn
+        included."""
         breaker = self.breaker(key)
         if breaker.open:
             raise _open(breaker)
-        loop = asyncio.get_running_loop()
-        ends = loop.time() + seconds
-        if not await self._turn(ends):
+        patience = _Patience(breaker, seconds)
+        if not await self._turn(patience):
             # Nothing is said of Redis by those it did not see.
-            raise StoreAway("no turn in time", Reason.TIMEOUT)
+            late = StoreAway("no turn in time", Reason.TIMEOUT)
+            self._tell(Reason.TIMEOUT, late)
+            raise late
         try:
             # Asked again: those that queued behind a failure need not repeat it.
             if breaker.open:
                 raise _open(breaker)
-            left = max(LATE_SECONDS, ends - loop.time()) if self._slow else seconds
-            return await self.attempt(key, command, left, fair=left >= seconds / 2)
+            return await self._ask(key, command, patience)
         finally:
             self._places.release()
 
-    async def attempt(
-        self,
-        key: str,
-        command: Callable[[], Awaitable[T]],
-        seconds: float,
-        *,
-        fair: bool = True,
-    ) -> T:
-        """As ``call``, even while it is down, and without waiting for a turn.
+    async def attempt(self, key: str, command: Callable[[], Awaitable[T]], seconds: float) -> T:
+        """As ``call``, even while it is down, and without waiting for a turn."""
+        return await self._ask(key, command, _Patience(self.breaker(key), seconds))
 
-        Not ``fair``: the time was mostly spent in the queue, so that its end proves nothing.
-        """
+    async def _ask(self, key: str, command: Callable[[], Awaitable[T]], patience: _Patience) -> T:
         if self._closed:
             raise StoreAway("it is closed", Reason.CONNECTION)
-        breaker = self.breaker(key)
+        breaker = patience.breaker
         task = asyncio.create_task(_translated(command))
         self._tasks.add(task)
         task.add_done_callback(self._ended)
         opened = None if breaker.open else breaker.opened
-        waited = await _patiently(task, opened, seconds)
+        patience.begin_anew()
+        await patience.until(task, opened)
         if not task.done():
             self._abandoned.add(task)
             if opened is not None and opened.done():
                 raise StoreAway("it is down", breaker.reason or Reason.TIMEOUT, asked=True)
-            if fair:
-                late = TimeoutError(f"no answer in {seconds:.2f} s")
+            late = TimeoutError("no answer in time")
+            if patience.silent:
                 self._failed(key, breaker, Reason.TIMEOUT, late)
+            else:
+                self._tell(Reason.TIMEOUT, late)
             raise StoreAway("no answer in time", Reason.TIMEOUT, asked=True)
         if task.cancelled():
             raise StoreAway("it was closed", Reason.CONNECTION, asked=True)
-        self._slow = waited > SLOW_SECONDS
         error = task.exception()
         if error is None:
             breaker.answered()
@@ -410,19 +403,22 @@ class Link:
         await asyncio.gather(*tasks, return_exceptions=True)
         await self.client.aclose()
 
-    async def _turn(self, ends: float) -> bool:
-        loop = asyncio.get_running_loop()
-        latest = ends + QUEUE_SECONDS
-        while True:
-            try:
-                async with asyncio.timeout_at(ends):
-                    await self._places.acquire()
-            except TimeoutError:
-                if self._slow or loop.time() >= latest:
-                    return False
-                ends = loop.time() + LATE_SECONDS
-            else:
-                return True
+    async def _turn(self, patience: _Patience) -> bool:
+        if not self._places.locked():
+            await self._places.acquire()
+            return True
+        place = asyncio.create_task(self._places.acquire())
+        came = False
+        try:
+            await patience.until(place, None)
+            came = place.done()
+            return came
+        finally:
+            if not came and place.done():
+                # It came just as the caller was cancelled.
+                self._places.release()
+            elif not came:
+                place.cancel()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
@@ -470,25 +466,43 @@ def _open(breaker: Breaker) -> StoreAway:
     return StoreAway("it is down", breaker.reason or Reason.CONNECTION)
 
 
-async def _patiently(
-    task: asyncio.Task[Any], opened: asyncio.Future[None] | None, seconds: float
-) -> float:
-    """Waits until ``task`` or ``opened`` is done, for so many seconds in which this process could
-    have heard an answer; returns how many they were.
+class _Patience:
+    """How long one call waits: until its server has been silent for ``seconds``, towards all.
 
-    A process that is stalled finds every deadline over before it has looked at its sockets. So a
-    tick counts as a tick, however long it took: not every silence is Redis's.
+    Whether a server is away is a property of the server, not of a call: in a busy process an
+    answer is often late, and none would be faster from a gate of its own. Only time in which this
+    process could have heard an answer counts: one that is stalled finds every deadline over before
+    it has looked at its sockets, so a tick counts as a tick, however long it took.
     """
-    awaited = {task} if opened is None else {task, opened}
-    loop = asyncio.get_running_loop()
-    waited = 0.0
-    while waited < seconds:
-        began, tick = loop.time(), min(TICK_SECONDS, seconds - waited)
-        await asyncio.wait(awaited, timeout=tick, return_when=asyncio.FIRST_COMPLETED)
-        waited += min(tick, loop.time() - began)
-        if any(each.done() for each in awaited):
-            break
-    return waited
+
+    def __init__(self, breaker: Breaker, seconds: float) -> None:
+        self.breaker = breaker
+        self._seconds = seconds
+        self._waited = 0.0
+        self._silence = 0.0
+
+    @property
+    def silent(self) -> bool:
+        """The server has said nothing to anybody for too long."""
+        return self._silence >= self._seconds
+
+    def begin_anew(self) -> None:
+        """The call's turn has come: a silence before it was not for it to hear."""
+        self._silence = 0.0
+
+    async def until(self, task: asyncio.Task[Any], opened: asyncio.Future[None] | None) -> None:
+        """Waits until ``task`` or ``opened`` is done, while there is patience."""
+        awaited: set[asyncio.Future[Any]] = {task} if opened is None else {task, opened}
+        loop = asyncio.get_running_loop()
+        while not self.silent and self._waited < MOST_SECONDS:
+            began, answers = loop.time(), self.breaker.answers
+            tick = min(TICK_SECONDS, self._seconds - self._silence)
+            await asyncio.wait(awaited, timeout=tick, return_when=asyncio.FIRST_COMPLETED)
+            if any(each.done() for each in awaited):
+                return
+            passed = min(tick, loop.time() - began)
+            self._waited += passed
+            self._silence = 0.0 if self.breaker.answers != answers else self._silence + passed
 
 
 async def _translated(command: Callable[[], Awaitable[T]]) -> T:

@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,11 @@ from gateway.sandbox.watch import Gate
 from tests.postgres import Postgres
 from tests.processes import GatewayProcess
 from tests.running import MODEL, TestClock, config_of
-from tests.valkey import run_valkey
+from tests.valkey import eventually, run_valkey
 
 PROCESSES, CLIENTS, ROOM, REPEATS = 4, 64, 100, 20
+SPARE = 10
+"""Teams for rounds in which Redis had no turn."""
 PROMPT = "a red square"
 BOUND = 196 * 30_000 + (len(PROMPT) + 32) * 5_000
 """Of gpt-image-2.5-flare at 1024x1024 and low, in nano-dollars: 196 tokens of picture, and the
@@ -69,7 +70,7 @@ def configured(
 ) -> Path:
     teams = {
         f"team{number}": {"keys": [f"team{number}-key-0123456789abcdef"], **limits}
-        for number in range(REPEATS)
+        for number in range(REPEATS + SPARE)
     }
     return config_of(
         folder,
@@ -87,7 +88,8 @@ async def race(config: Path, sandbox: SandboxServer, refusal: str) -> None:
     with ExitStack() as stack:
         gateways = [stack.enter_context(GatewayProcess(config)) for _ in range(PROCESSES)]
         ports = [gateway.wait_ready().port for gateway in gateways]
-        for number in range(REPEATS):
+        clean, troubles = 0, 0.0
+        for number in range(REPEATS + SPARE):
             # Nothing is settled before everybody was let in or refused.
             making = Gate()
             sandbox.rules.clear()
@@ -97,16 +99,33 @@ async def race(config: Path, sandbox: SandboxServer, refusal: str) -> None:
                 for _ in range(CLIENTS)
                 for port in ports
             ]
+
+            received = sandbox.journal.received + len(asked)
+
+            def everybody_knows(
+                asked: Sequence[asyncio.Task[Any]] = asked, received: int = received
+            ) -> bool:
+                return sandbox.journal.received + sum(one.done() for one in asked) == received
+
             async with asyncio.timeout(60):
-                await making.arrived(ROOM)
-                refused = islice(asyncio.as_completed(asked), PROCESSES * CLIENTS - ROOM)
-                assert [await each for each in refused] == [(429, refusal)] * (
-                    PROCESSES * CLIENTS - ROOM
-                )
+                await eventually(everybody_knows, 60)
                 making.set()
                 ended = Counter(await asyncio.gather(*asked))
+            before, troubles = troubles, sum(map(gate_errors, gateways))
+            if troubles > before:
+                # The machine was so busy that Redis had no turn in 0.3 s: each process has then
+                # kept a share of its own, and the round says nothing.
+                continue
             assert ended == {(200, ""): ROOM, (429, refusal): PROCESSES * CLIENTS - ROOM}
-        assert sandbox.journal.billed_requests == REPEATS * ROOM
+            clean += 1
+            if clean == REPEATS:
+                return
+        pytest.fail(f"only {clean} of {REPEATS} races were run with Redis answering")
+
+
+def gate_errors(gateway: GatewayProcess) -> float:
+    found = gateway.metrics()
+    return sum(found[name] for name in found if name.startswith("gateway_gate_errors_total"))
 
 
 async def test_on_sqlite(tmp_path: Path, sandbox: SandboxServer) -> None:
