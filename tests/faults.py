@@ -5,7 +5,7 @@ The ports are wrapped where ``gateway.app`` makes them, so nothing in the produc
     faults = Faults()
     install(faults, monkeypatch.setattr)
     async with start(...) as gateway:
-        faults.arm(3, Way.AFTER)      # the third call is made, and its answer is lost
+        faults.arm(("ledger.settle", 2), Way.AFTER)    # made, and its answer is lost
         ...
         calls = faults.disarm()       # ["directory.find_key", "cache.get", ...]
 
@@ -48,6 +48,9 @@ from gateway.stores.safe import SettlementSafe
 from tests.torture.verdict import Ledger
 
 T = TypeVar("T")
+Place = tuple[str, int]
+"""A call, and which of its name, counted from 1. So errands that overtake each other change
+nothing."""
 Set = Callable[[Any, str, Any], None]
 """``monkeypatch.setattr``, or ``setattr`` where the process ends anyway."""
 
@@ -91,18 +94,26 @@ class Faults:
     """Those that were opened, unwrapped."""
     _mine: set[str] = field(default_factory=set)
     _armed: bool = False
-    _number: int = 0
+    _place: Place = ("", 0)
     _way: Way = Way.BEFORE
     _away: dict[str, int] = field(default_factory=dict)
 
     def arm(
-        self, number: int = 0, way: Way = Way.BEFORE, away: Mapping[str, int] | None = None
+        self,
+        place: Place = ("", 0),
+        way: Way = Way.BEFORE,
+        away: Mapping[str, int] | None = None,
     ) -> None:
-        """The ``number``-th call from now on fails, counted from 1; 0 is none."""
+        """The call at ``place`` fails, counted from now on; without one, none does."""
         self.calls, self.met = [], ""
         self._mine.clear()
-        self._armed, self._number, self._way = True, number, way
+        self._armed, self._place, self._way = True, place, way
         self._away = dict(away or {})
+
+    @property
+    def places(self) -> list[Place]:
+        """The calls since ``arm``, as places."""
+        return [(name, self.calls[: n + 1].count(name)) for n, name in enumerate(self.calls)]
 
     def disarm(self) -> list[str]:
         self._armed = False
@@ -113,7 +124,7 @@ class Faults:
         if not self._armed:
             return None
         self.calls.append(name)
-        if len(self.calls) == self._number:
+        if (name, self.calls.count(name)) == self._place:
             self.met = name
             return self._way
         if self._away.get(name, 0) > 0:
@@ -216,9 +227,7 @@ class _Cache(_Wrapped):
     """A cache that is away is a miss, never an error."""
 
     async def get(self, key: str) -> Cached | None:
-        return await self._faults.through(
-            "cache.get", lambda: self._get(key), lambda _: None
-        )
+        return await self._faults.through("cache.get", lambda: self._get(key), lambda _: None)
 
     async def _get(self, key: str) -> Cached | None:
         found: Cached | None = await self._target.get(key)
@@ -238,9 +247,7 @@ class _Safe(_Wrapped):
         raise OSError("the disk is broken")
 
     async def keep(self, settlement: Any) -> None:
-        await self._faults.through(
-            "safe.keep", lambda: self._target.keep(settlement), self._broken
-        )
+        await self._faults.through("safe.keep", lambda: self._target.keep(settlement), self._broken)
 
     async def settled(self, rid: str) -> None:
         """A mark that cannot be written is no error."""

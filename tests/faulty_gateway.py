@@ -4,7 +4,7 @@ everything imported, so that a hundred of them take seconds.
 ::
 
     with Nursery() as nursery:
-        child = nursery.start(config, number=3, way=Way.KILL_AFTER)
+        child = nursery.start(config, ("ledger.settle", 1), Way.KILL_AFTER)
         ...                              # one request to child.port
         assert child.wait() == KILLED
 """
@@ -27,7 +27,7 @@ from gateway.clock import SystemClock
 from gateway.server import listen, server
 from gateway.settings import load
 from gateway.telemetry.log import configure
-from tests.faults import Faults, Way, install
+from tests.faults import Faults, Place, Way, install
 
 ROOT = Path(__file__).parents[1]
 
@@ -78,13 +78,13 @@ class Nursery:
     def start(
         self,
         config: Path,
-        number: int = 0,
+        place: Place = ("", 0),
         way: Way = Way.KILL_BEFORE,
         away: Mapping[str, int] | None = None,
     ) -> Child:
         assert self._process.stdin is not None
         order = {
-            "config": str(config), "number": number, "way": way.value, "away": dict(away or {}),
+            "config": str(config), "place": place, "way": way.value, "away": dict(away or {}),
         }  # fmt: skip
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
@@ -113,7 +113,8 @@ def _say(**said: object) -> None:
 async def _serve(config: Path, faults: Faults, order: Mapping[str, Any]) -> None:
     with listen("127.0.0.1", 0) as listening:
         async with open_gateway(load(config, {}), SystemClock()) as running:
-            faults.arm(order["number"], Way(order["way"]), order["away"])
+            name, which = order["place"]
+            faults.arm((name, which), Way(order["way"]), order["away"])
             main = server(running.app, drain_seconds=10, signals=True)
             _say(pid=os.getpid(), port=listening.getsockname()[1])
             await main.serve([listening])

@@ -18,7 +18,6 @@ import httpx
 import pytest
 
 from gateway.domain import keys
-from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.team import Key, Limits, Team
 from gateway.ports import Directory, Store
 from gateway.sandbox.journal import Journal
@@ -27,7 +26,7 @@ from gateway.sandbox.server import SandboxServer
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.sqlite import SQLiteStore
 from tests.e2e.test_bad_inputs import PNG
-from tests.faults import KILLED, PIECE_BYTES, Faults, Way, install, ledger_of
+from tests.faults import KILLED, PIECE_BYTES, Faults, Place, Way, install, ledger_of
 from tests.faulty_gateway import Child, Nursery
 from tests.postgres import Postgres
 from tests.processes import bill
@@ -85,8 +84,13 @@ SCENARIOS = [
     Scenario(
         "unsettled",
         [
-            *BOUGHT, *["ledger.settle"] * SETTLE_TRIES, "safe.keep", "ledger.settle",
-            "safe.settled", "cache.put", "gate.release",
+            *BOUGHT,
+            *["ledger.settle"] * SETTLE_TRIES,
+            "safe.keep",
+            "ledger.settle",
+            "safe.settled",
+            "cache.put",
+            "gate.release",
         ],
         away={"ledger.settle": SETTLE_TRIES},
     ),  # fmt: skip
@@ -106,6 +110,9 @@ SCENARIOS = [
         Ending(200, "", ""),
     ),
 ]
+
+PLAIN = Scenario("plain", [])
+BY_NAME = {scenario.name: scenario for scenario in SCENARIOS}
 
 LEDGER_AWAY = "ledger_unavailable"
 ENDINGS: Mapping[tuple[str, Way], Ending] = {
@@ -184,7 +191,7 @@ class Client:
 
     def _read(self, said: Said, answer: httpx.Response, scenario: Scenario) -> None:
         if answer.status_code != 200:
-            said.code = httpx.Response(200, content=said.text).json()["error"]["code"]
+            said.code = httpx.Response(200, content=said.text).json()["error"]["code"] or ""
             return
         if scenario.kind == "stream":
             said.broken_off = b"event: error" in said.text
@@ -213,7 +220,7 @@ class Client:
                 name += HIT
             seen.add(name)
             billed.append((name, bill(record)))
-        assert billed
+        assert billed or books.holds == []
         budgets = {
             account: 1 if f":{POOR}" in account else BUDGET
             for account in books.balances
@@ -304,15 +311,14 @@ class Story:
 
         await eventually(quiet)
 
-    async def once(self, number: int, way: Way) -> tuple[Said, list[str]]:
+    async def once(self, name: str, place: Place, way: Way) -> tuple[Said, list[str]]:
         """The request, with a fault; the calls that it made."""
-        name = f"{self.scenario.name}-{number:03}-{list(Way).index(way)}"
         rules_for(self.gateway.sandbox, self.scenario, name)
         if self.scenario.name == "hit":
             assert (await self.ask(name)).whole
             name += HIT
             await self.at_rest()
-        self.faults.arm(number, way, self.scenario.away)
+        self.faults.arm(place, way, self.scenario.away)
         said = await self.ask(name)
         await self.gateway.gateway.flights.drain(10)
         calls = self.faults.disarm()
@@ -355,6 +361,7 @@ class Story:
 
     async def check_retry(self, name: str, state: str, call: str, way: Way) -> None:
         """The same request again: whatever was bought is bought once."""
+        rules_for(self.gateway.sandbox, PLAIN, name)
         again = await self.ask(name)
         if state == "X" or (state == "P" and call == "cache.put" and not way.made):
             assert (again.status, again.code) == (409, "idempotency_key_in_use")
@@ -370,10 +377,9 @@ class Story:
     async def check_next(self, name: str, call: str) -> None:
         """One at a time, and the next one is let in: nobody holds the slot any more. What Redis
         did not hear, it hears soon."""
-        plain = Scenario("next", [])
 
         async def served() -> bool:
-            said = await self.ask(f"{name}~", plain)
+            said = await self.ask(f"{name}~", PLAIN)
             if self.scenario.name == POOR:
                 assert said.code in ("insufficient_quota", "rate_limit_exceeded")
                 return said.code == "insufficient_quota"
@@ -383,6 +389,11 @@ class Story:
             return True
 
         await eventually(served)
+
+
+def name_of(scenario: Scenario, number: int, way: Way) -> str:
+    """All of one length, so that all answers are."""
+    return f"{scenario.name}-{number:03}-{list(Way).index(way)}"
 
 
 def end_of(stream: bytes, event: bytes) -> int:
@@ -426,13 +437,15 @@ async def test_every_call_fails_and_money_is_exact(
         await enrol(gateway.gateway.directory, [scenario.name])
         story = Story(gateway, faults, scenario, deny)
         await story.at_rest()
-        said, calls = await story.once(0, Way.BEFORE)
+        said, calls = await story.once(name_of(scenario, 0, Way.BEFORE), ("", 0), Way.BEFORE)
+        places = faults.places
         story.example = said.text
         story.check(said, scenario.ending)
         check_recorded(calls, scenario)
         for number, call in enumerate(calls, start=1):
             for way in ERRORS:
-                said, made = await story.once(number, way)
+                name = name_of(scenario, number, way)
+                said, made = await story.once(name, places[number - 1], way)
                 expected = story.expected(calls, number, way)
                 row = f"{scenario.name:9} {number:2} {call:18} {way.value:14}"
                 try:
@@ -452,3 +465,183 @@ async def test_every_call_fails_and_money_is_exact(
         assert metrics["gateway_inflight_requests"] == 0
         assert metrics['gateway_inflight_bytes{where="memory"}'] == 0
     assert wrong == []
+
+
+def state_after(calls: Sequence[str], number: int, way: Way, scenario: Scenario) -> str:
+    """What the books say of a call whose process died at its n-th store or upstream call, once the
+    lease is over: what was settled, or kept on disk, is exact; what was only held is the bound."""
+    made = [*calls[: number - 1], *([calls[number - 1]] if way.made else [])]
+    tries = made.count("ledger.settle")
+    if "safe.keep" in made or tries > scenario.away.get("ledger.settle", 0):
+        return scenario.ending.state
+    if way.made and calls[number - 1] == "ledger.settle":
+        return scenario.ending.state
+    return "X" if "ledger.reserve" in made and scenario.name != POOR else ""
+
+
+class Deaths:
+    """Gateways of one configuration that die one after the other, each at another call."""
+
+    def __init__(self, nursery: Nursery, config: Path, client: Client, scenario: Scenario) -> None:
+        self._nursery, self._config = nursery, config
+        self._client, self._scenario = client, scenario
+        self.said: dict[str, Said] = {}
+
+    async def start(
+        self,
+        place: Place = ("", 0),
+        way: Way = Way.KILL_BEFORE,
+        away: Mapping[str, int] | None = None,
+    ) -> Child:
+        return await asyncio.to_thread(self._nursery.start, self._config, place, way, away)
+
+    async def die(self, name: str, team: str, place: Place, way: Way) -> int:
+        """One request to one gateway; the exit code."""
+        child = await self.start(place, way, self._scenario.away)
+        self.said[name] = await self._client.ask(child.base_url, key(team), self._scenario, name)
+        return await asyncio.to_thread(child.wait)
+
+
+async def recorded(
+    folder: Path,
+    sandbox: SandboxServer,
+    changes: Mapping[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    scenario: Scenario,
+) -> tuple[list[str], list[Place]]:
+    """The calls of a request that nothing happens to."""
+    faults = Faults()
+    with monkeypatch.context() as patch:
+        install(faults, patch.setattr)
+        async with run_gateway(folder, sandbox, changes) as gateway:
+            await enrol(gateway.gateway.directory, [scenario.name])
+            story = Story(gateway, faults, scenario, deny=False)
+            await story.at_rest()
+            _, calls = await story.once(name_of(scenario, 0, Way.BEFORE), ("", 0), Way.BEFORE)
+    check_recorded(calls, scenario)
+    return calls, faults.places
+
+
+async def until_ended(database: Path | str) -> None:
+    def ended() -> bool:
+        return all(hold.state != "H" for hold in ledger_of(database).holds)
+
+    await eventually(ended, 20)
+
+
+async def deaths(
+    folder: Path,
+    sandbox: SandboxServer,
+    valkey: Valkey,
+    monkeypatch: pytest.MonkeyPatch,
+    scenario: Scenario,
+    database: str | None = None,
+    only: Callable[[str], bool] = lambda call: True,
+) -> None:
+    """A process dies at each call that is meant, before it and after it; then a gateway that
+    nothing happens to finds what they left."""
+    for name in ("recorded", "dying"):
+        (folder / name).mkdir()
+    calls, places = await recorded(
+        folder / "recorded", sandbox, configuration(valkey), monkeypatch, scenario
+    )
+    sandbox.journal.clear()
+    config = config_of(folder / "dying", sandbox.base_url, configuration(valkey, database))
+    books: Path | str = database or config.parent / "data" / "gateway.db"
+    cases = [
+        (number, call, way)
+        for number, call in enumerate(calls, start=1)
+        for way in KILLS
+        if only(call)
+    ]
+    teams = {
+        (number, way): f"{scenario.name}{number}{way.made}".lower() for number, _, way in cases
+    }
+    if isinstance(books, Path):
+        books.parent.mkdir()
+    store: Store = SQLiteStore.open(books) if isinstance(books, Path) else PostgresStore.open(books)
+    await enrol(store.directory, list(teams.values()))
+    client = Client(sandbox)
+    with Nursery() as nursery:
+        dying = Deaths(nursery, config, client, scenario)
+        for number, call, way in cases:
+            name, team = name_of(scenario, number, way), teams[number, way]
+            rules_for(sandbox, scenario, name)
+            code = await dying.die(name, team, places[number - 1], way)
+            assert code == KILLED, f"it outlived {call} {way.value}"
+        clean = await dying.start()
+        await until_ended(books)
+        assert await store.books.audit() == []
+        wrong = []
+        for number, call, way in cases:
+            name, team = name_of(scenario, number, way), teams[number, way]
+            expected = state_after(calls, number, way, scenario)
+            state = state_of(ledger_of(books), name, dying.said[name].rid or "?")
+            row = f"{scenario.name:9} {number:2} {call:18} {way.value:14} -> {state or '-'}"
+            print(row)
+            if state != expected:
+                wrong.append(f"{row}, expected {expected or '-'}")
+                continue
+            rules_for(sandbox, PLAIN, name)
+            wrong += [
+                f"{row}: {why}" async for why in after(client, clean, scenario, team, name, state)
+            ]
+        assert wrong == []
+        assert await asyncio.to_thread(clean.end) == 0
+    assert await store.books.audit() == []
+    await store.aclose()
+    client.judge(ledger_of(books))
+
+
+async def after(
+    client: Client, clean: Child, scenario: Scenario, team: str, name: str, state: str
+) -> AsyncIterator[str]:
+    """What is wrong with the next requests of a team whose gateway has died: its slot is free, and
+    the same request again buys nothing twice."""
+
+    async def served() -> bool:
+        said = await client.ask(clean.base_url, key(team), PLAIN, f"{name}~")
+        return said.whole or said.code == "insufficient_quota"
+
+    await eventually(served)
+    again = await client.ask(clean.base_url, key(team), scenario, name)
+    answered = "hit" if again.headers.get("x-cache") == "hit" else str(again.code or again.status)
+    allowed = {"X": {"idempotency_key_in_use"}, "P": {"idempotency_key_in_use", "hit"}}.get(
+        state, {"insufficient_quota"} if team.startswith(POOR) else {"200"}
+    )
+    if answered not in allowed:
+        yield f"asked again it was {answered}"
+    if client.bought(name) > 1:
+        yield "it was bought twice"
+
+
+DYING = [BY_NAME[name] for name in ("json", "stream", "edit", "unsettled", "refused", POOR)]
+
+
+@pytest.mark.parametrize("scenario", DYING, ids=[scenario.name for scenario in DYING])
+async def test_a_process_dies_at_every_call_and_money_is_exact(
+    tmp_path: Path,
+    sandbox: SandboxServer,
+    valkey: Valkey,
+    monkeypatch: pytest.MonkeyPatch,
+    scenario: Scenario,
+) -> None:
+    await deaths(tmp_path, sandbox, valkey, monkeypatch, scenario)
+
+
+async def test_a_process_dies_at_every_call_to_postgresql(
+    tmp_path: Path,
+    sandbox: SandboxServer,
+    valkey: Valkey,
+    monkeypatch: pytest.MonkeyPatch,
+    postgres: Postgres,
+) -> None:
+    await deaths(
+        tmp_path,
+        sandbox,
+        valkey,
+        monkeypatch,
+        BY_NAME["unsettled"],
+        postgres.fresh_database(),
+        lambda call: call.startswith(("ledger.", "directory.", "safe.")),
+    )
