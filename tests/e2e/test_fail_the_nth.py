@@ -18,6 +18,7 @@ import httpx
 import pytest
 
 from gateway.domain import keys
+from gateway.domain.call import Json
 from gateway.domain.team import Key, Limits, Team
 from gateway.ports import Directory, Store
 from gateway.sandbox.journal import Journal
@@ -266,7 +267,7 @@ def rules_for(sandbox: SandboxServer, scenario: Scenario, name: str) -> None:
     """The upstream refuses a call of that scenario once; all else is quick."""
     sandbox.rules.clear()
     if scenario.name == "refused":
-        body = {"error": {"message": "Slow down.", "type": "requests", "param": None,
+        body: Json = {"error": {"message": "Slow down.", "type": "requests", "param": None,
                           "code": "rate_limit_exceeded"}}  # fmt: skip
         sandbox.rules.add(Rule(prompt=name, times=1, status=429, body=body))
     sandbox.rules.add(Rule(payload_bytes=400))
