@@ -61,6 +61,7 @@ HANG_SECONDS = 0.05
 KILLED = 9
 """The exit code of a process that dies at a call."""
 SLOT_LEASE_SECONDS = 1.0
+"""Of a gateway that is to die."""
 
 
 class Way(StrEnum):
@@ -325,8 +326,9 @@ class _Redis(_Wrapped):
         raise RedisTimeoutError("no answer") if way.hangs else RedisConnectionError("it was cut")
 
 
-def install(faults: Faults, put: Set) -> None:
-    """Wraps every port of gateways that are opened from now on, and shortens their pauses."""
+def install(faults: Faults, put: Set, *, slot_lease_seconds: float = 60.0) -> None:
+    """Wraps every port of gateways that are opened from now on, and shortens their pauses. A slot
+    that nobody gave back is held for longer than a test waits, unless its process is to die."""
     app: Any = gateway.app
     open_store, account, cache, connect = app.open_store, app._account, app._cache, app.connect
     put(app, "open_store", lambda settings: _Store(open_store(settings), faults))
@@ -343,7 +345,7 @@ def install(faults: Faults, put: Set) -> None:
     put(app, "_cache", wrapped_cache)
     put(app, "SettlementSafe", SimpleNamespace(open=wrapped_safe))
     put(app, "RedisServer", partial(Server, pause=0.02))
-    put(app, "RedisGate", _QuickGate)
+    put(app, "RedisGate", _gate_of(slot_lease_seconds))
     put(gateway.relay.purchase, "SETTLE_PAUSES_SECONDS", (0.01, 0.01, 0.01))
     put(gateway.relay.purchase, "SAFE_SECONDS", HANG_SECONDS / 2)
     put(gateway.relay.purchase, "KEEP_SECONDS", HANG_SECONDS / 2)
@@ -353,11 +355,12 @@ def install(faults: Faults, put: Set) -> None:
     put(gateway.relay.keyring, "KNOWN_SECONDS", 0.0)
 
 
-class _QuickGate(RedisGate):
-    """One whose slots come free soon after its process has died."""
+def _gate_of(lease_seconds: float) -> type[RedisGate]:
+    class Quick(RedisGate):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, lease_seconds=lease_seconds, beat_seconds=0.2, **named)
 
-    def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, lease_seconds=SLOT_LEASE_SECONDS, beat_seconds=0.2, **named)
+    return Quick
 
 
 @contextmanager
