@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from tests.torture.verdict import Ledger, Notes, judge
 from tests.valkey import Valkey, eventually, run_valkey
 
 PEPPER = "pepper-0123456789abcdef-0123456789"
+Tell = Callable[[str], None]
 ERRORS = (Way.BEFORE, Way.AFTER, Way.HANG, Way.HANG_MADE)
 KILLS = (Way.KILL_BEFORE, Way.KILL_AFTER)
 SETTLE_TRIES = 3
@@ -263,6 +265,17 @@ def valkey(server: Valkey) -> Valkey:
     return server
 
 
+@pytest.fixture
+def tell(request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]) -> Tell:
+    """Prints a row of the table: at ``-v`` at once, else where the test fails."""
+
+    def row(line: str) -> None:
+        with capsys.disabled() if request.config.get_verbosity() > 0 else nullcontext():
+            print(line)
+
+    return row
+
+
 def rules_for(sandbox: SandboxServer, scenario: Scenario, name: str) -> None:
     """The upstream refuses a call of that scenario once; all else is quick."""
     sandbox.rules.clear()
@@ -427,6 +440,7 @@ async def test_every_call_fails_and_money_is_exact(
     clock: TestClock,
     valkey: Valkey,
     monkeypatch: pytest.MonkeyPatch,
+    tell: Tell,
     scenario: Scenario,
     deny: bool,
 ) -> None:
@@ -459,7 +473,7 @@ async def test_every_call_fails_and_money_is_exact(
                     assert await faults.stores[0].books.audit() == []
                 except AssertionError as error:
                     wrong.append(f"{row}: {error}")
-                print(f"{row} -> {said.status} {said.code:24} {expected.state or '-'}")
+                tell(f"{row} -> {said.status} {said.code:24} {expected.state or '-'}")
         story.client.judge(ledger_of(story.database))
         metrics = await gateway.metrics()
         assert metrics["gateway_settlements_waiting"] == 0
@@ -535,6 +549,7 @@ async def deaths(
     sandbox: SandboxServer,
     valkey: Valkey,
     monkeypatch: pytest.MonkeyPatch,
+    tell: Tell,
     scenario: Scenario,
     database: str | None = None,
     only: Callable[[str], bool] = lambda call: True,
@@ -587,7 +602,7 @@ async def deaths(
             expected = state_after(calls, number, way, scenario)
             state = state_of(ledger_of(books), name, dying.said[name].rid or "?")
             row = f"{scenario.name:9} {number:2} {call:18} {way.value:14} -> {state or '-'}"
-            print(row)
+            tell(row)
             if state != expected:
                 wrong.append(f"{row}, expected {expected or '-'}")
                 continue
@@ -630,9 +645,10 @@ async def test_a_process_dies_at_every_call_and_money_is_exact(
     sandbox: SandboxServer,
     valkey: Valkey,
     monkeypatch: pytest.MonkeyPatch,
+    tell: Tell,
     scenario: Scenario,
 ) -> None:
-    await deaths(tmp_path, sandbox, valkey, monkeypatch, scenario)
+    await deaths(tmp_path, sandbox, valkey, monkeypatch, tell, scenario)
 
 
 async def test_a_process_dies_at_every_call_to_postgresql(
@@ -640,6 +656,7 @@ async def test_a_process_dies_at_every_call_to_postgresql(
     sandbox: SandboxServer,
     valkey: Valkey,
     monkeypatch: pytest.MonkeyPatch,
+    tell: Tell,
     postgres: Postgres,
 ) -> None:
     await deaths(
@@ -647,6 +664,7 @@ async def test_a_process_dies_at_every_call_to_postgresql(
         sandbox,
         valkey,
         monkeypatch,
+        tell,
         BY_NAME["unsettled"],
         postgres.fresh_database(),
         lambda call: call.startswith(("ledger.", "directory.", "safe.")),

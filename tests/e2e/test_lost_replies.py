@@ -37,7 +37,7 @@ from tests.valkey import LossyWire, Valkey, eventually, run_valkey
 
 SHARE = 0.3
 REDIS_REQUESTS, REDIS_CLIENTS = 2000, 24
-SQL_REQUESTS, SQL_CLIENTS = 600, 32
+SQL_REQUESTS, SQL_CLIENTS = 2000, 32
 TRIES = 60
 """Of one call, under one idempotency key, until it has its picture."""
 BUDGET_DOLLARS = 1000
