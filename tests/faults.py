@@ -62,6 +62,7 @@ KILLED = 9
 """The exit code of a process that dies at a call."""
 SLOT_LEASE_SECONDS = 1.0
 """Of a gateway that is to die."""
+PATIENT_SECONDS = 5.0
 
 
 class Way(StrEnum):
@@ -326,14 +327,16 @@ class _Redis(_Wrapped):
         raise RedisTimeoutError("no answer") if way.hangs else RedisConnectionError("it was cut")
 
 
-def install(faults: Faults, put: Set, *, slot_lease_seconds: float = 60.0) -> None:
+def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
     """Wraps every port of gateways that are opened from now on, and shortens their pauses. A slot
-    that nobody gave back is held for longer than a test waits, unless its process is to die."""
+    that nobody gave back is held for longer than a test waits. A process that is ``dying`` has
+    patience instead, so that it meets its call on a busy machine too."""
     app: Any = gateway.app
     open_store, account, cache, connect = app.open_store, app._account, app._cache, app.connect
     put(app, "open_store", lambda settings: _Store(open_store(settings), faults))
     put(app, "_account", lambda *given: _Upstream(account(*given), faults))
-    put(app, "connect", lambda *given, **named: _Redis(connect(*given, **named), faults))
+    patience = {"timeout": PATIENT_SECONDS} if dying else {}
+    put(app, "connect", lambda *given, **named: _Redis(connect(*given, **named | patience), faults))
 
     def wrapped_cache(*given: Any) -> Any:
         made, shared = cache(*given)
@@ -345,9 +348,13 @@ def install(faults: Faults, put: Set, *, slot_lease_seconds: float = 60.0) -> No
     put(app, "_cache", wrapped_cache)
     put(app, "SettlementSafe", SimpleNamespace(open=wrapped_safe))
     put(app, "RedisServer", partial(Server, pause=0.02))
-    put(app, "RedisGate", _gate_of(slot_lease_seconds))
+    if dying:
+        quick = _gate_of(lease_seconds=SLOT_LEASE_SECONDS, deadline_seconds=PATIENT_SECONDS)
+    else:
+        quick = _gate_of(lease_seconds=60.0)
+        put(gateway.relay.purchase, "SAFE_SECONDS", HANG_SECONDS / 2)
+    put(app, "RedisGate", quick)
     put(gateway.relay.purchase, "SETTLE_PAUSES_SECONDS", (0.01, 0.01, 0.01))
-    put(gateway.relay.purchase, "SAFE_SECONDS", HANG_SECONDS / 2)
     put(gateway.relay.purchase, "KEEP_SECONDS", HANG_SECONDS / 2)
     put(gateway.relay.budget, "PATIENCE_SECONDS", HANG_SECONDS / 2)
     # Nothing is remembered: each request makes every call.
@@ -355,10 +362,10 @@ def install(faults: Faults, put: Set, *, slot_lease_seconds: float = 60.0) -> No
     put(gateway.relay.keyring, "KNOWN_SECONDS", 0.0)
 
 
-def _gate_of(lease_seconds: float) -> type[RedisGate]:
+def _gate_of(**options: float) -> type[RedisGate]:
     class Quick(RedisGate):
         def __init__(self, *given: Any, **named: Any) -> None:
-            super().__init__(*given, lease_seconds=lease_seconds, beat_seconds=0.2, **named)
+            super().__init__(*given, beat_seconds=0.2, **options, **named)
 
     return Quick
 

@@ -27,7 +27,7 @@ from gateway.clock import SystemClock
 from gateway.server import listen, server
 from gateway.settings import load
 from gateway.telemetry.log import configure
-from tests.faults import SLOT_LEASE_SECONDS, Faults, Place, Way, install
+from tests.faults import Faults, Place, Way, install
 
 ROOT = Path(__file__).parents[1]
 
@@ -123,7 +123,7 @@ async def _serve(config: Path, faults: Faults, order: Mapping[str, Any]) -> None
 def _child(order: Mapping[str, Any]) -> None:
     configure("error", "json")
     faults = Faults()
-    install(faults, setattr, slot_lease_seconds=SLOT_LEASE_SECONDS)
+    install(faults, setattr, dying=True)
     asyncio.run(_serve(Path(order["config"]), faults, order))
 
 

@@ -9,6 +9,8 @@ happens, I1 to I8 of money.md hold, nothing stays held, and the next request is 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -514,7 +516,10 @@ class Deaths:
         """One request to one gateway; the exit code."""
         child = await self.start(place, way, self._scenario.away)
         self.said[name] = await self._client.ask(child.base_url, key(team), self._scenario, name)
-        return await asyncio.to_thread(child.wait)
+        waiting = asyncio.ensure_future(asyncio.to_thread(child.wait))
+        if not (await asyncio.wait({waiting}, timeout=15))[0]:
+            os.kill(child.pid, signal.SIGTERM)  # and the test says what it has outlived
+        return await waiting
 
 
 async def recorded(
