@@ -362,7 +362,7 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
     put(gateway.relay.keyring, "KNOWN_SECONDS", 0.0)
 
 
-def _gate_of(**options: float) -> type[RedisGate]:
+def _gate_of(**options: Any) -> type[RedisGate]:
     class Quick(RedisGate):
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, beat_seconds=0.2, **options, **named)
