@@ -365,7 +365,7 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
 def _gate_of(**options: Any) -> type[RedisGate]:
     class Quick(RedisGate):
         def __init__(self, *given: Any, **named: Any) -> None:
-            super().__init__(*given, beat_seconds=0.2, **options, **named)
+            super().__init__(*given, **{"beat_seconds": 0.2, **options, **named})
 
     return Quick
 
