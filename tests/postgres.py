@@ -284,6 +284,65 @@ class CuttingWire:
         writer.close()
 
 
+READY = b"Z\x00\x00\x00\x05"
+"""The server's ReadyForQuery: it ends each of its answers."""
+
+
+class LosingWire(CuttingWire):
+    """``lose_some(share)``: that share of the server's answers is lost, each with its connection,
+    those to COMMIT and those to plain statements; the same dice in each run. A connection is let
+    come about: the answers to its password and to its first statement are never lost."""
+
+    def __init__(self, port: int, seed: int = 65) -> None:
+        super().__init__(port)
+        self._share = 0.0
+        self._dice = random.Random(seed)
+        self.answers = 0
+        """Those that could have been lost; ``cut`` were."""
+        self.commits_cut = 0
+
+    def lose_some(self, share: float) -> None:
+        self._share = share
+
+    async def _answers(self, up_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ready = 0
+        with contextlib.suppress(ConnectionError):
+            async for data in _pieces(up_reader):
+                if ready >= 2 and READY in data:
+                    self.answers += 1
+                    if self._dice.random() < self._share:
+                        self.cut += 1
+                        self.commits_cut += b"COMMIT\x00" in data
+                        break
+                ready += data.count(READY)
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+
+@contextlib.contextmanager
+def losing_wire(port: int) -> Iterator[LosingWire]:
+    """A wire in a thread with a loop of its own: a store that is opened blocks that of its
+    gateway."""
+    ready, over = threading.Event(), asyncio.Event()
+    wire, loop = LosingWire(port), asyncio.new_event_loop()
+
+    async def work() -> None:
+        async with wire:
+            ready.set()
+            await over.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(work()), name="wire")
+    thread.start()
+    try:
+        assert ready.wait(START_SECONDS)
+        yield wire
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
+        loop.close()
+
+
 async def _pieces(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     while data := await reader.read(65536):
         yield data
