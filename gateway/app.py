@@ -15,8 +15,7 @@ import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import date, datetime, timedelta
-from enum import StrEnum
+from datetime import date, timedelta
 from importlib.metadata import version
 from pathlib import Path
 
@@ -570,41 +569,6 @@ async def declared_keys(
         key_id = await directory.declared_id(digests, proposed)
         found[digests[0]] = (settings.teams[declared.team], declared.key(key_id))
     return Declared(settings.teams, found)
-
-
-@dataclass(frozen=True, slots=True)
-class Unmoved:
-    """Live keys of the directory that are not known by the current pepper yet."""
-
-    old: int
-    """Found under an old pepper, which has to stay until they are used."""
-    lost: int
-    """Made with a pepper that is not configured: nobody can call with them."""
-
-
-def unmoved_keys(made: Sequence[Key], peppers: keys.Peppers, now: datetime) -> Unmoved:
-    """What is said of the keys that the directory holds."""
-    live = [
-        key for key in made if key.revoked is None and (key.expires is None or key.expires > now)
-    ]
-    states = [pepper_state(key, peppers) for key in live]
-    return Unmoved(states.count(PepperState.OLD), states.count(PepperState.LOST))
-
-
-class PepperState(StrEnum):
-    """Which pepper a key of the directory was hashed with."""
-
-    CURRENT = "current"
-    OLD = "old"
-    LOST = "lost"
-
-
-def pepper_state(key: Key, peppers: keys.Peppers) -> PepperState:
-    """A key that does not say its pepper is one of an earlier release, which knew only one."""
-    current, *old = peppers.ids
-    if key.declared or key.pepper == current or (not key.pepper and not old):
-        return PepperState.CURRENT
-    return PepperState.OLD if not key.pepper or key.pepper in old else PepperState.LOST
 
 
 def _message_id(peppers: keys.Peppers, name: str) -> str:

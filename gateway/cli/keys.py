@@ -8,7 +8,6 @@ from pathlib import Path
 
 import click
 
-from gateway.app import PepperState, pepper_state
 from gateway.cli.common import (
     EXIT_FAILED,
     config_option,
@@ -109,7 +108,7 @@ def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
     found.sort(key=lambda one: (one.team, one.id))
     if as_json:
         print_json(
-            [{**_describe(one), "pepper": pepper_state(one, peppers).value} for one in found]
+            [{**_describe(one), "pepper": keys.pepper_state(one, peppers).value} for one in found]
         )
         return
     rows = [
@@ -144,8 +143,8 @@ def revoke(key_id: str, config: Path | None) -> None:
 
 def _said(one: Key, peppers: keys.Peppers) -> str:
     """Its state, and the pepper that it still needs."""
-    found = pepper_state(one, peppers)
-    return _state(one) + ("" if found is PepperState.CURRENT else f", {found} pepper")
+    found = keys.pepper_state(one, peppers)
+    return _state(one) + ("" if found is keys.PepperState.CURRENT else f", {found} pepper")
 
 
 def _state(one: Key) -> str:

@@ -18,7 +18,7 @@ from typing import TypeAlias
 
 import click
 
-from gateway.app import Gateway, open_gateway, read_peppers, unmoved_keys
+from gateway.app import Gateway, open_gateway, read_peppers
 from gateway.cli.common import (
     config_option,
     failures,
@@ -28,6 +28,7 @@ from gateway.cli.common import (
     warn,
 )
 from gateway.clock import SystemClock
+from gateway.domain.keys import PepperState, pepper_state
 from gateway.server import Server, server
 from gateway.settings import Settings, load
 from gateway.supervisor import Inheritance, Supervisor
@@ -161,7 +162,10 @@ async def _serve(
             )
         if first:
             await _warn_of_old_peppers(settings, gateway)
-        reloading = asyncio.create_task(_reload_when_told(gateway, read))
+        told = asyncio.Event()
+        # Before anybody hears that it serves: who is told so may send it.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, told.set)
+        reloading = asyncio.create_task(_reload_when(told, gateway, read))
         stack.callback(reloading.cancel)
         # What was built so far lives as long as the process: the collector need not look at it.
         gc.freeze()
@@ -178,10 +182,8 @@ async def _serve(
         await main.serve([listening])
 
 
-async def _reload_when_told(gateway: Gateway, read: Read) -> None:
+async def _reload_when(told: asyncio.Event, gateway: Gateway, read: Read) -> None:
     """Reads the configuration again after each SIGHUP; those that come meanwhile are one."""
-    told = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, told.set)
     while True:
         await told.wait()
         told.clear()
@@ -190,16 +192,21 @@ async def _reload_when_told(gateway: Gateway, read: Read) -> None:
 
 async def _warn_of_old_peppers(settings: Settings, gateway: Gateway) -> None:
     now, made = SystemClock().now(), await gateway.directory.keys()
-    found = unmoved_keys(made, read_peppers(settings), now)
-    if found.old:
+    peppers = read_peppers(settings)
+    states = [
+        pepper_state(key, peppers)
+        for key in made
+        if key.revoked is None and (key.expires is None or key.expires > now)
+    ]
+    if old := states.count(PepperState.OLD):
         click.echo(
-            f"warning: {found.old} keys were not used since the pepper changed: they need "
+            f"warning: {old} keys were not used since the pepper changed: they need "
             "storage.old_peppers (gateway key list shows them)",
             err=True,
         )
-    if found.lost:
+    if lost := states.count(PepperState.LOST):
         click.echo(
-            f"warning: {found.lost} keys were made with a pepper that is not configured, and are "
+            f"warning: {lost} keys were made with a pepper that is not configured, and are "
             "refused: put it into storage.old_peppers (gateway key list shows them)",
             err=True,
         )

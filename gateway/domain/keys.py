@@ -12,7 +12,10 @@ import hmac
 import secrets
 import zlib
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple
+
+from gateway.domain.team import Key
 
 PREFIX = "igw_"
 MIN_SECRET_CHARS = 20
@@ -78,6 +81,24 @@ class Peppers:
 def pepper_id(pepper: bytes) -> str:
     """A pepper's public id, which tells nothing: what keys say they were hashed with."""
     return hashlib.sha256(b"pepper-id" + pepper).hexdigest()[:_PEPPER_ID_CHARS]
+
+
+class PepperState(StrEnum):
+    """Which pepper a key was hashed with."""
+
+    CURRENT = "current"
+    OLD = "old"
+    """One that has to stay until the key is used."""
+    LOST = "lost"
+    """One that is not configured: nobody can call with the key."""
+
+
+def pepper_state(key: Key, peppers: Peppers) -> PepperState:
+    """A key that does not say its pepper is one of an earlier release, which knew only one."""
+    current, *old = peppers.ids
+    if key.declared or key.pepper == current or (not key.pepper and not old):
+        return PepperState.CURRENT
+    return PepperState.OLD if not key.pepper or key.pepper in old else PepperState.LOST
 
 
 def declared_id(key_digest: bytes) -> str:

@@ -291,6 +291,16 @@ async def test_teams_and_peppers_change_without_a_restart(
         assert await buy(url, OTHER_KEY, "quick two") == 401
 
 
+def test_workers_that_only_start_are_told_too(
+    tmp_path: Path, sandbox: SandboxServer, valkey: Valkey
+) -> None:
+    with GatewayProcess(with_workers(tmp_path, sandbox, valkey, 2)) as gateway:
+        # The first worker serves, the second one may have read the file already.
+        gateway.wait_listening()
+        hang_up(gateway, outcome="applied", workers=2)
+        assert gateway.is_ready()
+
+
 async def test_a_backup_under_load_goes_on_elsewhere(
     tmp_path: Path, sandbox: SandboxServer
 ) -> None:
