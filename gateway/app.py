@@ -36,7 +36,7 @@ from gateway.domain.notices import money_lines
 from gateway.domain.price import FACTOR_ONE, Price, PriceBook
 from gateway.domain.quota import Scope as Owner
 from gateway.domain.route import Model, Unpriced
-from gateway.domain.team import Key, Team
+from gateway.domain.team import Declared, Key, Team
 from gateway.housekeeping import Housekeeping, Pace
 from gateway.notify import PAUSES_SECONDS, Webhooks
 from gateway.ports import (
@@ -50,7 +50,6 @@ from gateway.ports import (
     Store,
     StoreError,
     Telemetry,
-    Upstream,
 )
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.admission import Admission
@@ -64,9 +63,10 @@ from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
 from gateway.relay.read import ReadRules
+from gateway.reload import needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
-from gateway.settings import ImageUrls, Kind, Settings, WithoutRedis, shipped
+from gateway.settings import ConfigError, ImageUrls, Kind, Settings, WithoutRedis, shipped
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.stores.blobs import DiskCache
 from gateway.stores.memory import MemoryCache, MemoryGate
@@ -116,6 +116,8 @@ class Gateway:
     metrics: Metrics
     budget_watch: BudgetWatch
     factors: Factors
+    reload: Callable[[Callable[[], Awaitable[Settings]]], Awaitable[bool]]
+    """Takes over what may change while it runs, all of it or nothing; whether it did."""
 
 
 @asynccontextmanager
@@ -136,17 +138,17 @@ async def open_gateway(
         _refuse(settings, unpriced_models(settings, prices, clock.now().date()))
         store = open_store(settings)
         stack.push_async_callback(store.aclose)
-        pepper = read_pepper(settings)
-        declared = declared_keys(settings, pepper)
-        _refuse(settings, await _owned_twice(settings, declared, store.directory))
-        upstreams: dict[str, Upstream] = {}
+        peppers = read_peppers(settings)
+        declared = await declared_keys(settings, peppers, store.directory)
+        _refuse(settings, await _owned_twice(settings, peppers, store.directory))
+        accounts: dict[str, Account] = {}
         for name, configured in settings.upstreams.items():
             base_url = configured.base_url
             if configured.kind is Kind.SANDBOX:
                 base_url = (await stack.enter_async_context(serve_sandbox(clock))).base_url
             upstream = _account(configured, base_url)
             stack.push_async_callback(upstream.aclose)
-            upstreams[name] = upstream
+            accounts[name] = upstream
         redis = RedisServer()
         gate = _gate(settings, clock, metrics, redis)
         stack.push_async_callback(gate.aclose)
@@ -168,9 +170,10 @@ async def open_gateway(
         factors = Factors(store.upkeep, flights, settings.catalogue, tell_ratio)
         await factors.refresh()
         planner = Planner(
-            settings.catalogue, upstreams, prices, cache, policy, frozenset(passing), factors.of
+            settings.catalogue, accounts, prices, cache, policy, frozenset(passing), factors.of
         )
-        keyring = KeyRing(pepper, declared, store.directory, clock)
+        keyring = KeyRing(peppers, declared, store.directory, clock)
+        reloading = _Reloading(settings, keyring, accounts, store.directory, metrics)
         spools = settings.storage.blobs / "spool"
         _make_folder(spools, settings.storage.blobs)
         part = settings.server.workers
@@ -238,12 +241,11 @@ async def open_gateway(
             ledger=store.ledger,
             upkeep=store.upkeep,
             directory=store.directory,
-            teams=settings.teams,
-            keys=declared.values(),
+            declared=lambda: keyring.declared,
             clock=clock,
             warn_percent=settings.notify.budget_percent,
             notifier=notifier,
-            message_id=lambda name: f"msg_{keys.digest(pepper, f'message {name}').hex()[:32]}",
+            message_id=lambda name: _message_id(peppers, name),
             counted=lambda team, mark: metrics.add(
                 "gateway_budget_notices_total", team=metrics.team(team), mark=mark
             ),
@@ -277,7 +279,9 @@ async def open_gateway(
                     "gateway_bound_factor", factor / FACTOR_ONE, upstream=upstream, model=model
                 )
             metrics.set("gateway_clock_skew_seconds", store.clock_skew_seconds)
-            await _look_at_money(store.ledger, store.directory, settings.teams, clock, metrics)
+            await _look_at_money(
+                store.ledger, store.directory, keyring.declared.teams, clock, metrics
+            )
             return metrics.exposition()
 
         listeners: tuple[Telemetry, ...] = (
@@ -303,7 +307,66 @@ async def open_gateway(
             metrics,
             budget_watch,
             factors,
+            reloading.reload,
         )
+
+
+class _Reloading:
+    """What may change while the gateway runs: keys of upstreams, peppers, and teams of the file."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        keyring: KeyRing,
+        accounts: Mapping[str, Account],
+        directory: Directory,
+        metrics: Metrics,
+    ) -> None:
+        self._settings = settings
+        self._keyring = keyring
+        self._accounts = accounts
+        self._directory = directory
+        self._metrics = metrics
+        self._turn = asyncio.Lock()
+        metrics.set("gateway_config_reload_failed", 0)
+
+    async def reload(self, read: Callable[[], Awaitable[Settings]]) -> bool:
+        async with self._turn:
+            try:
+                await self._take_over(await read())
+            except (ConfigError, CannotServe, StoreError, GatewayError) as error:
+                for line in str(error).splitlines():
+                    log.error("the configuration is not read again", extra={"error": line})
+                applied = False
+            except Exception:
+                # Whatever it is: the gateway goes on as it was.
+                log.exception("the configuration is not read again")
+                applied = False
+            else:
+                applied = True
+            self._metrics.set("gateway_config_reload_failed", 0 if applied else 1)
+            self._metrics.add(
+                "gateway_config_reloads_total", outcome="applied" if applied else "refused"
+            )
+            return applied
+
+    async def _take_over(self, found: Settings) -> None:
+        """Everything that can fail comes first; then all is swapped without a break."""
+        settings = swapped(self._settings, found)
+        peppers = read_peppers(settings)
+        _refuse(found, await _owned_twice(settings, peppers, self._directory))
+        declared = await declared_keys(settings, peppers, self._directory)
+        news = needs_restart(self._settings, found)
+        self._keyring.replace(peppers, declared)
+        for name, account in self._accounts.items():
+            account.replace_keys(settings.upstreams[name].api_keys)
+        self._settings = settings
+        log.info(
+            "the configuration was read again",
+            extra={"teams": len(declared.teams), "keys": len(declared.keys)},
+        )
+        for name in news:
+            log.warning("a setting needs a restart", extra={"setting": name})
 
 
 class _Router:
@@ -387,7 +450,7 @@ def _unknown_pin(model: Model, price: Price) -> list[str]:
 
 
 async def _owned_twice(
-    settings: Settings, declared: Mapping[bytes, tuple[Team, Key]], directory: Directory
+    settings: Settings, peppers: keys.Peppers, directory: Directory
 ) -> list[str]:
     """Teams and keys have one owner, the file or the directory: else a limit that one of them
     changes would not be the limit that holds."""
@@ -397,12 +460,14 @@ async def _owned_twice(
         for team in await directory.teams()
         if team.id in settings.teams
     ]
-    for digest, (team, key) in declared.items():
-        made = await directory.find_key(digest)
-        if made is not None:
+    for declared in settings.declared_keys:
+        digests = peppers.digests(declared.secret.reveal())
+        made = [one for digest in digests if (one := await directory.find_key(digest)) is not None]
+        for team, key in made[:1]:
+            named = f"the key {declared.name}" if declared.name else "a key"
             found.append(
-                f"teams.{team.id}.keys: the key {key.name or key.id} was made with `gateway key "
-                f"create` as {made[1].id} of team {made[0].id} too. Remove it from this file"
+                f"teams.{declared.team}.keys: {named} was made with `gateway key create` as "
+                f"{key.id} of team {team.id} too. Remove it from this file"
             )
     return found
 
@@ -427,11 +492,17 @@ def _conflict(entry: Entry, settlement: Settlement) -> None:
     )
 
 
-def read_pepper(settings: Settings) -> bytes:
-    """The pepper of the keys: configured, or made once beside the database.
+def read_peppers(settings: Settings) -> keys.Peppers:
+    """The pepper of the keys, configured or made once beside the database, and those before it.
 
-    Raises ``StoreError`` when the file is unusable: with another pepper no key would be known.
+    Raises ``StoreError`` as ``_read_pepper`` does.
     """
+    old = tuple(pepper.reveal().encode() for pepper in settings.storage.old_peppers)
+    return keys.Peppers(_read_pepper(settings), old)
+
+
+def _read_pepper(settings: Settings) -> bytes:
+    """Raises ``StoreError`` when the file is unusable: with another one no key would be known."""
     configured = settings.storage.pepper
     if configured:
         return configured.reveal().encode()
@@ -486,16 +557,24 @@ def _make_pepper(path: Path) -> None:
         made.unlink()
 
 
-def declared_keys(settings: Settings, pepper: bytes) -> Mapping[bytes, tuple[Team, Key]]:
-    """The keys of the file, by digest, with their teams."""
+async def declared_keys(
+    settings: Settings, peppers: keys.Peppers, directory: Directory
+) -> Declared:
+    """The teams and keys of the file. A key's id is the one that the directory remembers: it is
+    what the books know the key by, and outlives its pepper. Raises ``LedgerUnavailable``."""
     found: dict[bytes, tuple[Team, Key]] = {}
     for declared in settings.declared_keys:
-        digest = keys.digest(pepper, declared.secret.reveal())
-        found[digest] = (
-            settings.teams[declared.team],
-            declared.key(keys.declared_id(digest)),
-        )
-    return found
+        secret = declared.secret.reveal()
+        digests = peppers.digests(secret)
+        proposed = keys.declared_id(keys.digest(peppers.oldest, secret))
+        key_id = await directory.declared_id(digests, proposed)
+        found[digests[0]] = (settings.teams[declared.team], declared.key(key_id))
+    return Declared(settings.teams, found)
+
+
+def _message_id(peppers: keys.Peppers, name: str) -> str:
+    """The same in every process, also while a rotation has reached only some of them."""
+    return f"msg_{keys.digest(peppers.oldest, f'message {name}').hex()[:32]}"
 
 
 async def read_bill(settings: Settings, upstream: str, day: date) -> list[BilledItem]:

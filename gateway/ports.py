@@ -63,13 +63,15 @@ class Directory(Protocol):
         """Replaces a team's models, limits and switches. Raises ``NotKnown``."""
 
     async def create_key(self, key: Key, digest: bytes) -> None:
-        """Raises ``AlreadyExists`` for the id or the digest, ``NotKnown`` for the team."""
+        """``key.pepper`` says what the digest was made with. Raises ``AlreadyExists`` for the id or
+        the digest, ``NotKnown`` for the team."""
 
     async def revoke_key(self, key_id: str, at: datetime) -> Key:
         """Revoking twice keeps the first date. Raises ``NotKnown``."""
 
-    async def rehash_key(self, old: bytes, new: bytes) -> None:
-        """A key's digest under another pepper. Harmless where nothing has ``old`` any more."""
+    async def rehash_key(self, old: bytes, new: bytes, pepper: str) -> None:
+        """A key's digest under another pepper, and that one's public id. Harmless where nothing
+        has ``old`` any more; ``old`` may be ``new``, where only the id was not known yet."""
 
     async def declared_id(self, digests: Sequence[bytes], proposed: str) -> str:
         """The id of a key that the file declares: the one it got when one of its ``digests``

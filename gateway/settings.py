@@ -543,7 +543,7 @@ class Server:
 class Storage:
     """Where state lives. ``database`` is the SQLite file, or the url of a PostgreSQL database;
     paths are absolute once loaded. ``pepper`` is what keys are hashed with, ``old_peppers`` what
-    some of them still may be."""
+    some of them still may be, the newest first."""
 
     database: Path | Secret = setting(_database, Path("data/gateway.db"))
     redis: Secret | None = setting(optional(_redis), None)

@@ -90,6 +90,7 @@ class _Worker:
     lifeline: socket.socket
     deaths: int
     serves_since: float | None = None
+    reads_again: bool = False
 
 
 class Supervisor:
@@ -127,6 +128,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told, number)
+        loop.add_signal_handler(signal.SIGHUP, self._pass_on)
         with _metrics_folder() as folder:
             self._metrics = folder
             self._start(0)
@@ -173,6 +175,8 @@ class Supervisor:
             asyncio.get_running_loop().remove_reader(worker.lifeline)
         elif worker.serves_since is None:
             worker.serves_since = self._clock.monotonic()
+            if worker.reads_again:
+                self._hang_up(worker)
             if not self._served:
                 self._served = True
                 self._on_serving()
@@ -214,6 +218,19 @@ class Supervisor:
         pause = BACK_OFF_SECONDS * 2 ** (deaths - 1) if deaths else 0.0
         log.error("a worker has ended and is replaced", extra={**said, "pause_seconds": pause})
         asyncio.get_running_loop().call_later(pause, self._start, worker.number, deaths)
+
+    def _pass_on(self) -> None:
+        """Lets the workers read the configuration again. One that has not said that it serves may
+        have read the old one: it hears of it then."""
+        for worker in self._workers.values():
+            if worker.serves_since is None:
+                worker.reads_again = True
+            else:
+                self._hang_up(worker)
+
+    def _hang_up(self, worker: _Worker) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(worker.pid, signal.SIGHUP)
 
     def _told(self, number: signal.Signals) -> None:
         if not self._stopping:

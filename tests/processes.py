@@ -33,7 +33,9 @@ from gateway.sandbox.journal import Record
 
 START_SECONDS = 30.0
 POLL_SECONDS = 0.02
-ENVIRONMENT: Final = {"PATH": os.environ.get("PATH", ""), "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT: Final = {
+    name: os.environ[name] for name in ("PATH", "PYTHONPATH") if name in os.environ
+} | {"PYTHONUNBUFFERED": "1"}
 
 
 def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:

@@ -31,8 +31,9 @@ ROOMS = {
     "server": {"api"},
     "housekeeping": {"ports", "domain"},
     "supervisor": {"ports"},
+    "reload": {"domain", "settings", "yamlfile"},
     "app": {
-        "api", "clock", "domain", "housekeeping", "notify", "ports", "pricefile", "relay",
+        "api", "clock", "domain", "housekeeping", "notify", "ports", "pricefile", "relay", "reload",
         "reports", "sandbox", "settings", "stores", "telemetry", "upstream", "yamlfile",
     },
     "cli": {

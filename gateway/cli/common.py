@@ -17,11 +17,12 @@ from zoneinfo import available_timezones
 
 import click
 
-from gateway.app import CannotServe, open_store, read_pepper
+from gateway.app import CannotServe, declared_keys, open_store, read_peppers
 from gateway.domain.errors import GatewayError
+from gateway.domain.keys import Peppers
 from gateway.domain.money import format_dollars, parse_dollars
 from gateway.domain.quota import MONEY_WINDOWS
-from gateway.domain.team import ANY_MODEL, Limits
+from gateway.domain.team import ANY_MODEL, Key, Limits
 from gateway.ports import AlreadyExists, NotKnown, Store, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.server import listen
@@ -107,12 +108,18 @@ def place_of(settings: Settings) -> str:
         return place(database.reveal())
 
 
-def pepper_of(settings: Settings) -> bytes:
+def peppers_of(settings: Settings) -> Peppers:
     """What keys are hashed with; made where there is none yet."""
     with failures():
         if isinstance(settings.storage.database, Path):
             settings.storage.database.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return read_pepper(settings)
+        return read_peppers(settings)
+
+
+async def keys_of_the_file(settings: Settings, store: Store) -> list[Key]:
+    """The keys that the configuration declares, by the ids that the books know them by."""
+    found = await declared_keys(settings, peppers_of(settings), store.directory)
+    return [key for _, key in found.keys.values()]
 
 
 def open_socket(host: str, port: int, *, next_free: bool = False) -> socket.socket:

@@ -1,4 +1,4 @@
-"""`gateway db`: the schema of the database, looked at and brought up to date."""
+"""`gateway db`: the schema of the database, and its backup."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from pathlib import Path
 
 import click
 
+from gateway.app import PEPPER_FILE
 from gateway.cli.common import (
     EXIT_FAILED,
     config_option,
+    fail,
     failures,
     json_option,
     load_settings,
@@ -17,14 +19,18 @@ from gateway.cli.common import (
     print_json,
     with_store,
 )
+from gateway.clock import SystemClock
 from gateway.settings import Settings
 from gateway.stores import postgres_schema
+from gateway.stores.backup import Contents, open_backup, write_backup
+from gateway.stores.postgres_backup import postgres_snapshot, restore_postgres
 from gateway.stores.schema import Versions, sqlite_versions
+from gateway.stores.sqlite_backup import restore_sqlite, sqlite_snapshot
 
 
 @click.group()
 def db() -> None:
-    """Look at the database's schema, and bring it up to date."""
+    """Look at the database's schema, bring it up to date, back it up and restore it."""
 
 
 @db.command()
@@ -80,6 +86,97 @@ def status(as_json: bool, config: Path | None) -> None:
     by_itself = isinstance(settings.storage.database, Path)
     if found.too_new or (found.upgrade_needed and not by_itself):
         sys.exit(EXIT_FAILED)
+
+
+@db.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option("--force", is_flag=True, help="Replace FILE where it is there already.")
+@config_option
+def backup(file: Path, force: bool, config: Path | None) -> None:
+    """Write the books, teams and keys to FILE, while gateways run.
+
+    It is what they were at one instant: every charge that a client was told of before is in it.
+    SQLite and PostgreSQL have the same format, so it is also the way from one to the other.
+
+    Exits with 1 where the books in it do not add up; it is kept all the same.
+    """
+    settings = load_settings(config, of_ones_own=True)
+    database = settings.storage.database
+    if file.exists() and not force:
+        fail(f"{file} is there already; name another file, or use --force", EXIT_FAILED)
+    if isinstance(database, Path) and file.resolve() == database.resolve():
+        fail(f"{file} is the database itself; name another file", EXIT_FAILED)
+    with failures():
+        snapshot = (
+            sqlite_snapshot(database)
+            if isinstance(database, Path)
+            else postgres_snapshot(database.reveal())
+        )
+        with snapshot as found:
+            contents, discrepancies = write_backup(file, found, SystemClock().now())
+    click.echo(f"{place_of(settings)} is backed up to {file}: {_counted(contents)}")
+    click.echo(f"The pepper is not in it, and without it no key is known: keep {_pepper(settings)}")
+    if discrepancies:
+        fail(
+            f"its books do not add up: {len(discrepancies)} sums differ, as they do in the "
+            "database; run: gateway ledger verify",
+            EXIT_FAILED,
+        )
+    click.echo("Its books add up.")
+
+
+@db.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@config_option
+def restore(file: Path, config: Path | None) -> None:
+    """Read the backup FILE into an empty database, all of it or nothing.
+
+    An SQLite file is made where there is none; a PostgreSQL database is made with createdb, and
+    its schema with `gateway db upgrade`. Start gateways on it afterwards.
+
+    Exits with 1 where the restored books do not add up.
+    """
+    settings = load_settings(config, of_ones_own=True)
+    database = settings.storage.database
+    with failures(), open_backup(file) as found:
+        # Makes the file, or looks whether the schema is there.
+        with_store(settings, lambda store: store.ledger.ping())
+        if isinstance(database, Path):
+            restore_sqlite(database, found)
+        else:
+            restore_postgres(database.reveal(), found)
+        contents = found.contents
+    made = f"made {contents.created:%Y-%m-%d %H:%M} UTC from {contents.kind}"
+    click.echo(f"{file}, {made}, is restored to {place_of(settings)}: {_counted(contents)}")
+    if contents.open_holds:
+        click.echo(
+            "Calls that ran then are still held: each is posted at its bound once its lease is "
+            "over and a gateway runs; gateway ledger unresolved lists them."
+        )
+    click.echo(f"Keys are known only with the pepper they were made with: {_pepper(settings)}")
+    if discrepancies := with_store(settings, lambda store: store.books.audit()):
+        fail(
+            f"the restored books do not add up: {len(discrepancies)} sums differ; run: gateway "
+            "ledger verify",
+            EXIT_FAILED,
+        )
+    click.echo("The books add up.")
+
+
+def _counted(contents: Contents) -> str:
+    rows = contents.rows
+    return (
+        f"{rows['hold']} calls ({contents.open_holds} running), {rows['journal']} lines of the "
+        f"journal, {rows['team']} teams, {rows['key']} keys"
+    )
+
+
+def _pepper(settings: Settings) -> str:
+    """Where it is; never what it is."""
+    database = settings.storage.database
+    if settings.storage.pepper or not isinstance(database, Path):
+        return f"what storage.pepper and storage.old_peppers are in {settings.file}"
+    return str(database.parent / PEPPER_FILE)
 
 
 def _versions(settings: Settings) -> Versions:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from gateway.app import Gateway, open_gateway, read_pepper
+from gateway.app import Gateway, open_gateway, read_peppers
 from gateway.cli.common import (
     EXIT_FAILED,
     fail,
@@ -142,8 +142,9 @@ async def _new_key(settings: Settings, gateway: Gateway) -> str:
         if old.revoked is None:
             await directory.revoke_key(old.id, now)
     minted = keys.mint("demo")
-    key = Key(id=minted.id, team=TEAM, name="demo", created=now)
-    await directory.create_key(key, keys.digest(read_pepper(settings), minted.secret))
+    pepper = read_peppers(settings).current
+    key = Key(id=minted.id, team=TEAM, name="demo", created=now, pepper=keys.pepper_id(pepper))
+    await directory.create_key(key, keys.digest(pepper, minted.secret))
     return minted.secret
 
 

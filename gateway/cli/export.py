@@ -7,12 +7,11 @@ from pathlib import Path
 
 import click
 
-from gateway.app import declared_keys
 from gateway.cli.common import (
     config_option,
     failures,
+    keys_of_the_file,
     load_settings,
-    pepper_of,
     with_store,
 )
 from gateway.clock import SystemClock
@@ -69,10 +68,10 @@ def focus(
 
     async def read(store: Store) -> tuple[list[UsageRow], dict[str, str]]:
         rows = await store.ledger.usage(since.isoformat(), until.isoformat())
-        return rows, {key.id: key.name for key in await store.directory.keys()}
+        keys = (*await store.directory.keys(), *await keys_of_the_file(settings, store))
+        return rows, {key.id: key.name for key in keys}
 
     rows, names = with_store(settings, read)
-    names |= {key.id: key.name for _, key in declared_keys(settings, pepper_of(settings)).values()}
 
     def provider_of(model: str) -> Provider | None:
         found = settings.catalogue.find(model)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import click
 
-from gateway.app import declared_keys
 from gateway.cli.common import (
     EXIT_FAILED,
     config_option,
     describe_limits,
     fail,
     json_option,
+    keys_of_the_file,
     limit_options,
     load_settings,
     models_of,
-    pepper_of,
+    peppers_of,
     print_json,
     print_table,
     with_store,
@@ -27,7 +27,6 @@ from gateway.clock import SystemClock
 from gateway.domain import keys
 from gateway.domain.team import Key, Limits
 from gateway.ports import Store
-from gateway.settings import Settings
 
 
 @click.group()
@@ -64,7 +63,7 @@ def create(
     until = None if expires is None else expires.replace(tzinfo=UTC)
     if until is not None and until <= now:
         fail(f"--expires {until:%Y-%m-%d %H:%M} UTC is over already", EXIT_FAILED)
-    minted = keys.mint()
+    minted, pepper = keys.mint(), peppers_of(settings).current
     made = Key(
         id=minted.id,
         team=team,
@@ -73,8 +72,9 @@ def create(
         limits=Limits(**limits),
         created=now,
         expires=until,
+        pepper=keys.pepper_id(pepper),
     )
-    digest = keys.digest(pepper_of(settings), minted.secret)
+    digest = keys.digest(pepper, minted.secret)
     with_store(settings, lambda store: store.directory.create_key(made, digest))
     if as_json:
         print_json({**_describe(made), "secret": minted.secret})
@@ -88,20 +88,28 @@ def create(
 @json_option
 @config_option
 def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
-    """List every key, of the file and of the directory; never a secret."""
+    """List every key, of the file and of the directory; never a secret.
+
+    One that says "old pepper" was not used since the pepper changed: it works for as long as that
+    one is in storage.old_peppers. "lost pepper": it was made with one that is in no setting.
+    """
     settings = load_settings(config, of_ones_own=True)
-    declared = _declared(settings)
+    peppers = peppers_of(settings)
 
     async def read(store: Store) -> tuple[list[Key], set[str]]:
         teams = (*settings.teams.values(), *await store.directory.teams())
-        return await store.directory.keys(team), {one.id for one in teams if one.disabled}
+        declared = await keys_of_the_file(settings, store)
+        made = await store.directory.keys(team)
+        return [*declared, *made], {one.id for one in teams if one.disabled}
 
-    made, disabled = with_store(settings, read)
-    found = [one for one in (*declared, *made) if team is None or one.team == team]
+    every, disabled = with_store(settings, read)
+    found = [one for one in every if team is None or one.team == team]
     found = [replace(one, disabled=one.disabled or one.team in disabled) for one in found]
     found.sort(key=lambda one: (one.team, one.id))
     if as_json:
-        print_json([_describe(one) for one in found])
+        print_json(
+            [{**_describe(one), "pepper": keys.pepper_state(one, peppers).value} for one in found]
+        )
         return
     rows = [
         (
@@ -109,7 +117,7 @@ def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
             one.team,
             one.name or "-",
             "file" if one.declared else "directory",
-            _state(one),
+            _said(one, peppers),
             "never" if one.expires is None else f"{one.expires:%Y-%m-%d %H:%M}",
         )
         for one in found
@@ -123,19 +131,20 @@ def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
 def revoke(key_id: str, config: Path | None) -> None:
     """Revoke the key with the id KEY, within five seconds, for good."""
     settings = load_settings(config, of_ones_own=True)
-    for one in _declared(settings):
-        if one.id == key_id:
-            fail(f"key {key_id} is declared in {settings.file}; remove it there", EXIT_FAILED)
 
     async def revoke_it(store: Store) -> Key:
+        if any(one.id == key_id for one in await keys_of_the_file(settings, store)):
+            fail(f"key {key_id} is declared in {settings.file}; remove it there", EXIT_FAILED)
         return await store.directory.revoke_key(key_id, SystemClock().now())
 
     revoked = with_store(settings, revoke_it)
     click.echo(f"key {revoked.id} of team {revoked.team} is revoked")
 
 
-def _declared(settings: Settings) -> list[Key]:
-    return [key for _, key in declared_keys(settings, pepper_of(settings)).values()]
+def _said(one: Key, peppers: keys.Peppers) -> str:
+    """Its state, and the pepper that it still needs."""
+    found = keys.pepper_state(one, peppers)
+    return _state(one) + ("" if found is keys.PepperState.CURRENT else f", {found} pepper")
 
 
 def _state(one: Key) -> str:

@@ -6,16 +6,19 @@ import asyncio
 import contextlib
 import ctypes
 import gc
+import os
 import resource
 import signal
 import socket
 import sys
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeAlias
 
 import click
 
-from gateway.app import open_gateway
+from gateway.app import Gateway, open_gateway, read_peppers
 from gateway.cli.common import (
     config_option,
     failures,
@@ -25,10 +28,14 @@ from gateway.cli.common import (
     warn,
 )
 from gateway.clock import SystemClock
+from gateway.domain.keys import PepperState, pepper_state
 from gateway.server import Server, server
-from gateway.settings import Settings
+from gateway.settings import Settings, load
 from gateway.supervisor import Inheritance, Supervisor
 from gateway.telemetry.log import configure
+
+Read: TypeAlias = Callable[[], Awaitable[Settings]]
+"""Reads the configuration as this process was started with it."""
 
 
 @click.command()
@@ -49,7 +56,11 @@ def serve(
     """Serve the gateway until SIGTERM or Ctrl-C.
 
     The first signal lets running requests finish (server.drain_seconds), a second one does not.
+    SIGHUP reads the configuration again: keys of upstreams, peppers, and teams with their keys and
+    limits change at once, everything else with the next start.
     """
+    # Until there is somebody to hear it: it must not end what only starts.
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     settings = load_settings(config)
     if inherited is None:
         warn(settings)
@@ -57,13 +68,18 @@ def serve(
     settings = _with_workers(settings, workers, quiet=inherited is not None)
     host = settings.server.host if host is None else host
     port = settings.server.port if port is None else port
+
+    async def read() -> Settings:
+        found = await asyncio.to_thread(load, config, os.environ)
+        return _with_workers(found, workers, quiet=True)
+
     with failures():
         if inherited is not None:
-            asyncio.run(_work(settings, Inheritance.parse(inherited)))
+            asyncio.run(_work(settings, Inheritance.parse(inherited), read))
         elif settings.server.workers > 1:
             sys.exit(asyncio.run(_supervise(settings, host, port)))
         else:
-            asyncio.run(_serve_alone(settings, host, port))
+            asyncio.run(_serve_alone(settings, host, port, read))
 
 
 def _with_workers(settings: Settings, asked: int | None, *, quiet: bool) -> Settings:
@@ -96,17 +112,17 @@ async def _supervise(settings: Settings, host: str, port: int) -> int:
         return await supervisor.run()
 
 
-async def _work(settings: Settings, inheritance: Inheritance) -> None:
+async def _work(settings: Settings, inheritance: Inheritance, read: Read) -> None:
     """One of several workers."""
     listening, *monitoring = inheritance.sockets
-    await _serve(settings, listening, monitoring, inheritance)
+    await _serve(settings, listening, monitoring, read, inheritance)
 
 
-async def _serve_alone(settings: Settings, host: str, port: int) -> None:
+async def _serve_alone(settings: Settings, host: str, port: int, read: Read) -> None:
     raise_file_limit()
     with contextlib.ExitStack() as stack:
         listening, *monitoring = _listen(stack, settings, host, port)
-        await _serve(settings, listening, monitoring)
+        await _serve(settings, listening, monitoring, read)
 
 
 def _listen(
@@ -127,6 +143,7 @@ async def _serve(
     settings: Settings,
     listening: socket.socket,
     monitoring: list[socket.socket],
+    read: Read,
     inheritance: Inheritance | None = None,
 ) -> None:
     give_memory_back()
@@ -143,6 +160,13 @@ async def _serve(
                 "with gateway team create and gateway key create",
                 err=True,
             )
+        if first:
+            await _warn_of_old_peppers(settings, gateway)
+        told = asyncio.Event()
+        # Before anybody hears that it serves: who is told so may send it.
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, told.set)
+        reloading = asyncio.create_task(_reload_when(told, gateway, read))
+        stack.callback(reloading.cancel)
         # What was built so far lives as long as the process: the collector need not look at it.
         gc.freeze()
         main = server(
@@ -156,6 +180,36 @@ async def _serve(
         else:
             inheritance.serve(lambda: _drain(main))
         await main.serve([listening])
+
+
+async def _reload_when(told: asyncio.Event, gateway: Gateway, read: Read) -> None:
+    """Reads the configuration again after each SIGHUP; those that come meanwhile are one."""
+    while True:
+        await told.wait()
+        told.clear()
+        await gateway.reload(read)
+
+
+async def _warn_of_old_peppers(settings: Settings, gateway: Gateway) -> None:
+    now, made = SystemClock().now(), await gateway.directory.keys()
+    peppers = read_peppers(settings)
+    states = [
+        pepper_state(key, peppers)
+        for key in made
+        if key.revoked is None and (key.expires is None or key.expires > now)
+    ]
+    if old := states.count(PepperState.OLD):
+        click.echo(
+            f"warning: {old} keys were not used since the pepper changed: they need "
+            "storage.old_peppers (gateway key list shows them)",
+            err=True,
+        )
+    if lost := states.count(PepperState.LOST):
+        click.echo(
+            f"warning: {lost} keys were made with a pepper that is not configured, and are "
+            "refused: put it into storage.old_peppers (gateway key list shows them)",
+            err=True,
+        )
 
 
 def _drain(main: Server) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import click
 
-from gateway.app import declared_keys
 from gateway.cli.common import (
     config_option,
     json_option,
+    keys_of_the_file,
     load_settings,
-    pepper_of,
     print_json,
     print_table,
     with_store,
@@ -49,10 +48,10 @@ def usage(
 
     async def read(store: Store) -> tuple[list[UsageRow], dict[str, str]]:
         rows = await store.ledger.usage(_day(since), _day(until))
-        return rows, {key.id: key.name for key in await store.directory.keys()}
+        keys = (*await store.directory.keys(), *await keys_of_the_file(settings, store))
+        return rows, {key.id: key.name for key in keys}
 
     rows, names = with_store(settings, read)
-    names |= {key.id: key.name for _, key in declared_keys(settings, pepper_of(settings)).values()}
     rows = [row for row in rows if team is None or row.team == team]
     if as_json:
         print_json(usage_report(rows, names))

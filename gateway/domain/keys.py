@@ -11,7 +11,11 @@ import hashlib
 import hmac
 import secrets
 import zlib
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import NamedTuple
+
+from gateway.domain.team import Key
 
 PREFIX = "igw_"
 MIN_SECRET_CHARS = 20
@@ -21,6 +25,7 @@ _ID_ALPHABET = "0123456789abcdefghijklmnopqrstuvwxyz"
 _ID_CHARS = 10
 _SECRET_CHARS = 32
 _CRC_CHARS = 6
+_PEPPER_ID_CHARS = 8
 
 
 class Minted(NamedTuple):
@@ -49,6 +54,51 @@ def is_mistyped(secret: str) -> bool:
 def digest(pepper: bytes, secret: str) -> bytes:
     """What is stored and looked up in place of the secret: HMAC-SHA256 under the pepper."""
     return hmac.digest(pepper, secret.encode("utf-8", "surrogateescape"), hashlib.sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class Peppers:
+    """What secrets are hashed with: ``current``, and those before it, the newest first."""
+
+    current: bytes = field(repr=False)
+    old: tuple[bytes, ...] = field(default=(), repr=False)
+
+    @property
+    def oldest(self) -> bytes:
+        """The one that outlives a rotation's first step: ids that are made from it stay."""
+        return self.old[-1] if self.old else self.current
+
+    def digests(self, secret: str) -> tuple[bytes, ...]:
+        """A secret's digests, the current pepper's first."""
+        return tuple(digest(pepper, secret) for pepper in (self.current, *self.old))
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """Their public ids, the current pepper's first."""
+        return tuple(pepper_id(pepper) for pepper in (self.current, *self.old))
+
+
+def pepper_id(pepper: bytes) -> str:
+    """A pepper's public id, which tells nothing: what keys say they were hashed with."""
+    return hashlib.sha256(b"pepper-id" + pepper).hexdigest()[:_PEPPER_ID_CHARS]
+
+
+class PepperState(StrEnum):
+    """Which pepper a key was hashed with."""
+
+    CURRENT = "current"
+    OLD = "old"
+    """One that has to stay until the key is used."""
+    LOST = "lost"
+    """One that is not configured: nobody can call with the key."""
+
+
+def pepper_state(key: Key, peppers: Peppers) -> PepperState:
+    """A key that does not say its pepper is one of an earlier release, which knew only one."""
+    current, *old = peppers.ids
+    if key.declared or key.pepper == current or (not key.pepper and not old):
+        return PepperState.CURRENT
+    return PepperState.OLD if not key.pepper or key.pepper in old else PepperState.LOST
 
 
 def declared_id(key_digest: bytes) -> str:

@@ -111,6 +111,18 @@ class Key:
     disabled: bool = False
     revoked: datetime | None = None
     declared: bool = False
+    pepper: str = ""
+    """The public id of the pepper that its digest was made with; empty where nobody noted it, and
+    for a key of the file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the configuration file declares: its teams by name, and its keys, with their teams, by
+    the digest of the secret under the current pepper."""
+
+    teams: Mapping[str, Team] = field(default_factory=dict)
+    keys: Mapping[bytes, tuple[Team, Key]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

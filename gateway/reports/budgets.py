@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -17,7 +17,7 @@ from gateway.domain.money import Money, format_dollars
 from gateway.domain.notices import Mark, marks, money_lines
 from gateway.domain.quota import Limit, Scope
 from gateway.domain.receipt import Delivery, Receipt
-from gateway.domain.team import Key, Team
+from gateway.domain.team import Declared, Key, Team
 from gateway.ports import Clock, Directory, Ledger, Message, Notifier, Upkeep
 
 log = logging.getLogger(__name__)
@@ -76,22 +76,20 @@ class BudgetWatch:
         ledger: Ledger,
         upkeep: Upkeep,
         directory: Directory,
-        teams: Mapping[str, Team],
-        keys: Collection[tuple[Team, Key]],
+        declared: Callable[[], Declared],
         clock: Clock,
         warn_percent: int,
         notifier: Notifier | None,
         message_id: Callable[[str], str],
         counted: Callable[[str, str], None],
     ) -> None:
-        """``teams`` and ``keys`` are those of the file. ``message_id`` makes an id of a name that
-        is the same in every process of this gateway and in no other gateway. ``counted`` hears the
-        team and the name of each mark."""
+        """``declared`` are the teams and keys of the file, as of now. ``message_id`` makes an id of
+        a name that is the same in every process of this gateway and in no other gateway.
+        ``counted`` hears the team and the name of each mark."""
         self._ledger = ledger
         self._upkeep = upkeep
         self._directory = directory
-        self._teams = teams
-        self._keys = keys
+        self._declared = declared
         self._clock = clock
         self._warn_percent = warn_percent
         self._notifier = notifier
@@ -183,9 +181,10 @@ class BudgetWatch:
         """The running accounts that have an amount, hard or soft, of whoever may spend."""
         made = {team.id: team for team in await self._directory.teams()}
         keys = [(made[key.team], key) for key in await self._directory.keys() if key.team in made]
+        declared = self._declared()
         owners: list[tuple[Team, Key | None]] = [
-            *((team, None) for team in (*self._teams.values(), *made.values())),
-            *((team, key) for team, key in (*self._keys, *keys) if _is_live(key)),
+            *((team, None) for team in (*declared.teams.values(), *made.values())),
+            *((team, key) for team, key in (*declared.keys.values(), *keys) if _is_live(key)),
         ]
         return [
             (team, key, line)

@@ -237,6 +237,7 @@ class _Exchange:
             self._record.path,
             model if isinstance(model, str) else "",
             prompt if isinstance(prompt, str) else "",
+            (self._record.header("authorization") or "").partition(" ")[2],
         )
         self.wire = self._new_wire()
         if self._rule.refuses:

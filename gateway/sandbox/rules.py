@@ -47,6 +47,8 @@ class Rule:
     model: str | None = None
     prompt: str | None = None
     """Matches a part of the prompt."""
+    key: str | None = None
+    """Matches the key, whole: what a revoked one meets."""
     times: int | None = None
     """How many requests it meets; None is every one."""
 
@@ -114,11 +116,12 @@ class Rule:
         """Whether the request is on the sandbox's own bill."""
         return (not self.refuses) if self.billed is None else self.billed
 
-    def matches(self, path: str, model: str, prompt: str) -> bool:
+    def matches(self, path: str, model: str, prompt: str, key: str = "") -> bool:
         return (
             (self.path is None or path.endswith(self.path))
             and (self.model is None or self.model == model)
             and (self.prompt is None or self.prompt in prompt)
+            and (self.key is None or self.key == key)
         )
 
 
@@ -146,12 +149,12 @@ class Rules:
         with self._lock:
             return sum(left != 0 for left in self._left)
 
-    def take(self, path: str, model: str, prompt: str) -> Rule:
+    def take(self, path: str, model: str, prompt: str, key: str = "") -> Rule:
         """The first rule that matches, one of its times used up; else the rule of no fault."""
         with self._lock:
             for place, rule in enumerate(self._rules):
                 left = self._left[place]
-                if left == 0 or not rule.matches(path, model, prompt):
+                if left == 0 or not rule.matches(path, model, prompt, key):
                     continue
                 if left is not None:
                     self._left[place] = left - 1
@@ -170,7 +173,7 @@ _INTEGERS = frozenset(
         "sse_cut_after",
     }
 )
-_TEXTS = frozenset({"path", "model", "prompt", "content_type", "redirect"})
+_TEXTS = frozenset({"path", "model", "prompt", "key", "content_type", "redirect"})
 _MAPPINGS = frozenset({"headers", "extra_fields"})
 _ANYTHING = frozenset({"body", "usage"})
 

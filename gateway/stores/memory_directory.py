@@ -67,11 +67,12 @@ class MemoryDirectory:
             key = self._keys[key_id] = replace(key, revoked=at)
         return key
 
-    async def rehash_key(self, old: bytes, new: bytes) -> None:
+    async def rehash_key(self, old: bytes, new: bytes, pepper: str) -> None:
         await asyncio.sleep(0)
         key_id = self._digests.pop(old, None)
         if key_id is not None:
             self._digests[new] = key_id
+            self._keys[key_id] = replace(self._keys[key_id], pepper=pepper)
 
     async def declared_id(self, digests: Sequence[bytes], proposed: str) -> str:
         await asyncio.sleep(0)

@@ -89,7 +89,8 @@ class PostgresDirectory:
                 raise NotKnown(f"there is no team {key.team}")
             made = link.execute(
                 "INSERT INTO key (id, digest, team, name, models, limits, created, expires,"
-                " disabled, revoked) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+                " disabled, revoked, pepper)"
+                " VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
                 " ON CONFLICT DO NOTHING",
                 key_row(key, digest),
             )
@@ -111,9 +112,11 @@ class PostgresDirectory:
 
         return await self._writer.run(alone(write))
 
-    async def rehash_key(self, old: bytes, new: bytes) -> None:
+    async def rehash_key(self, old: bytes, new: bytes, pepper: str) -> None:
         def write(transaction: Transaction) -> None:
-            transaction.link.execute("UPDATE key SET digest = %s WHERE digest = %s", (new, old))
+            transaction.link.execute(
+                "UPDATE key SET digest = %s, pepper = %s WHERE digest = %s", (new, pepper, old)
+            )
 
         await self._writer.run(alone(write))
 

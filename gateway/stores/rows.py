@@ -39,7 +39,7 @@ USAGE_COLUMNS = (
 """In the order of ``UsageRow``'s fields."""
 
 TEAM_COLUMNS = "id, models, limits, cache_enabled, disabled, time_zone"
-KEY_COLUMNS = "id, team, name, models, limits, created, expires, disabled, revoked"
+KEY_COLUMNS = "id, team, name, models, limits, created, expires, disabled, revoked, pepper"
 
 _LIMITS = frozenset(field.name for field in fields(Limits))
 
@@ -193,7 +193,7 @@ def team_of(row: Sequence[Any]) -> Team:
 
 
 def key_row(key: Key, digest: bytes) -> tuple[object, ...]:
-    """id, digest, team, name, models, limits, created, expires, disabled, revoked."""
+    """id, digest, team, name, models, limits, created, expires, disabled, revoked, pepper."""
     return (
         key.id,
         digest,
@@ -204,12 +204,13 @@ def key_row(key: Key, digest: bytes) -> tuple[object, ...]:
         *(None if at is None else micros(at) for at in (key.created, key.expires)),
         int(key.disabled),
         None if key.revoked is None else micros(key.revoked),
+        key.pepper,
     )
 
 
 def key_of(row: Sequence[Any]) -> Key:
     """``row`` has ``KEY_COLUMNS``."""
-    key_id, team, name, models, limits, created, expires, disabled, revoked = row
+    key_id, team, name, models, limits, created, expires, disabled, revoked, pepper = row
     return Key(
         key_id,
         team,
@@ -220,6 +221,7 @@ def key_of(row: Sequence[Any]) -> Key:
         expires=None if expires is None else instant(expires),
         disabled=bool(disabled),
         revoked=None if revoked is None else instant(revoked),
+        pepper=pepper,
     )
 
 

@@ -71,7 +71,7 @@ class SQLiteBooks:
         return await self._writer.submit(lambda db: _adjust(db, adjustment))
 
     async def audit(self) -> list[Discrepancy]:
-        return await self._long_reader.run(_audit)
+        return await self._long_reader.run(audit_sums)
 
 
 _HOLD = f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = ?"  # noqa: S608 - names of columns
@@ -213,7 +213,8 @@ def _adjust(db: sqlite3.Connection, adjustment: Adjustment) -> bool:
     return True
 
 
-def _audit(db: sqlite3.Connection) -> list[Discrepancy]:
+def audit_sums(db: sqlite3.Connection) -> list[Discrepancy]:
+    """``Books.audit`` of a file with these tables, in one snapshot."""
     db.execute("BEGIN")  # one snapshot for all sums
     try:
         balances = db.execute(_AUDIT_BALANCES).fetchall()

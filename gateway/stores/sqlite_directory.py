@@ -89,7 +89,7 @@ class SQLiteDirectory:
                 raise AlreadyExists(f"there is a key {key.id} already, or one with this secret")
             db.execute(
                 "INSERT INTO key (id, digest, team, name, models, limits, created, expires,"
-                " disabled, revoked) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " disabled, revoked, pepper) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 key_row(key, digest),
             )
 
@@ -108,9 +108,9 @@ class SQLiteDirectory:
 
         return await self._writer.submit(write)
 
-    async def rehash_key(self, old: bytes, new: bytes) -> None:
+    async def rehash_key(self, old: bytes, new: bytes, pepper: str) -> None:
         def write(db: sqlite3.Connection) -> None:
-            db.execute("UPDATE key SET digest = ? WHERE digest = ?", (new, old))
+            db.execute("UPDATE key SET digest = ?, pepper = ? WHERE digest = ?", (new, pepper, old))
 
         await self._writer.submit(write)
 

@@ -156,6 +156,10 @@ TABLE = (
     Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers."),
     Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
          "Times a team was counted as `other` because there are too many teams for labels."),
+    Spec("gateway_config_reload_failed", Kind.GAUGE, (),
+         "1 where the configuration could not be read again at the last SIGHUP: nothing changed."),
+    Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
+         "Times the configuration was read again while running: applied or refused."),
     Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1."),
 )  # fmt: skip
 

@@ -175,6 +175,10 @@ class Account:
             raise self._lost(error) from error
         return AccountReply(self._name, exchange, self._timeouts, self._max_response_bytes)
 
+    def replace_keys(self, keys: Sequence[SecretLike]) -> None:
+        """From now on these take turns. A call that was sent ends with the key it began with."""
+        self._keys = tuple(keys)
+
     async def aclose(self) -> None:
         await self._wire.aclose()
 

@@ -122,3 +122,40 @@ def test_sqlite_brings_itself_up_to_date(say: Say, config: Path) -> None:
         said = say("db", command, "--config", config)
         assert said.exit_code == 1
         assert "newer release" in said.output
+
+
+def test_a_backup_of_books_that_do_not_add_up_is_kept(say: Say, config: Path) -> None:
+    database, file = config.parent / "data" / "gateway.db", config.parent / "books"
+    missing = say("db", "backup", file, "--config", config)
+    assert missing.exit_code == 1
+    assert f"there is no database {database}" in missing.stderr
+    assert not file.exists()
+    say("db", "upgrade", "--config", config)
+    with closing(sqlite3.connect(database, isolation_level=None)) as db:
+        db.execute("INSERT INTO balance (account, posted) VALUES ('team:growth|total', 5)")
+        db.execute(
+            "INSERT INTO hold (rid, state, bound, accounts, team, key_id, model, operation,"
+            " upstream, images, price_id, fingerprint, worker, at, day, lease_ends) VALUES"
+            " ('r', 'H', 7, '[]', 'growth', 'k', 'm', 'edit', 'u', 1, 'p', 'f', 'w', 0, 'd', 0)"
+        )
+        db.execute("INSERT INTO journal (rid, kind, pending, posted) VALUES ('r', 'H', 7, 0)")
+    said = say("db", "backup", file, "--config", config)
+    assert said.exit_code == 1
+    assert "1 calls (1 running), 1 lines of the journal, 0 teams, 0 keys" in said.stdout
+    assert "its books do not add up: 1 sums differ" in said.stderr
+    assert file.exists()
+    assert say("db", "backup", file, "--config", config).exit_code == 1
+    assert "use --force" in say("db", "backup", file, "--config", config).stderr
+    assert "do not add up" in say("db", "backup", file, "--force", "--config", config).stderr
+    assert "itself" in say("db", "backup", database, "--force", "--config", config).stderr
+
+    text = config.read_text().replace("data/gateway.db", "elsewhere/gateway.db")
+    other = config.with_name("other.yaml")
+    other.write_text(text)
+    restored = say("db", "restore", file, "--config", other)
+    assert restored.exit_code == 1
+    assert "Calls that ran then are still held" in restored.stdout
+    assert str(config.parent / "elsewhere" / "gateway.pepper") in restored.stdout
+    assert "the restored books do not add up: 1 sums differ" in restored.stderr
+    again = say("db", "restore", file, "--config", other)
+    assert "is in use" in again.stderr

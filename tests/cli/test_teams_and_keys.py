@@ -191,6 +191,7 @@ def test_a_key_as_json(ask: Ask, say: Say, config: Path) -> None:
     assert datetime.fromisoformat(made.pop("created")).tzinfo is UTC
     [listed] = ask("key", "list", "--team", "design", "--json", "--config", config)
     listed.pop("created")
+    assert listed.pop("pepper") == "current"
     assert made == listed
     assert made == {
         "id": made["id"],

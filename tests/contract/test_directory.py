@@ -131,14 +131,27 @@ async def test_a_key_moves_to_another_pepper(directory: Directory) -> None:
     await directory.create_team(GROWTH)
     await directory.create_key(PLAIN, b"old")
     await directory.create_key(CI, b"other")
-    await directory.rehash_key(b"old", b"new")
-    assert await directory.find_key(b"new") == (GROWTH, PLAIN)
+    await directory.rehash_key(b"old", b"new", "0123abcd")
+    moved = replace(PLAIN, pepper="0123abcd")
+    assert await directory.find_key(b"new") == (GROWTH, moved)
     assert await directory.find_key(b"old") is None
     # Two replicas do so at once, and whoever comes second finds nothing to do.
-    await directory.rehash_key(b"old", b"new")
-    await directory.rehash_key(b"nobody's", b"new")
-    assert await directory.find_key(b"new") == (GROWTH, PLAIN)
+    await directory.rehash_key(b"old", b"new", "0123abcd")
+    await directory.rehash_key(b"nobody's", b"new", "0123abcd")
+    assert await directory.find_key(b"new") == (GROWTH, moved)
     assert await directory.find_key(b"other") == (GROWTH, CI)
+    # One of an earlier release did not say its pepper.
+    await directory.rehash_key(b"other", b"other", "4567cdef")
+    assert await directory.find_key(b"other") == (GROWTH, replace(CI, pepper="4567cdef"))
+    assert await directory.keys() == [replace(CI, pepper="4567cdef"), moved]
+
+
+async def test_a_key_says_its_pepper(directory: Directory) -> None:
+    await directory.create_team(GROWTH)
+    made = replace(PLAIN, pepper="0123abcd")
+    await directory.create_key(made, b"1")
+    assert await directory.find_key(b"1") == (GROWTH, made)
+    assert await directory.revoke_key("k_plain", AT) == replace(made, revoked=AT)
 
 
 async def test_the_id_of_a_declared_key_outlives_two_peppers(directory: Directory) -> None:

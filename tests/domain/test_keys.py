@@ -10,7 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.domain.keys import MIN_SECRET_CHARS, declared_id, digest, is_mistyped, mint, tail
+from gateway.domain.keys import (
+    MIN_SECRET_CHARS,
+    Peppers,
+    PepperState,
+    declared_id,
+    digest,
+    is_mistyped,
+    mint,
+    pepper_id,
+    pepper_state,
+    tail,
+)
+from gateway.domain.team import Key
 
 FORM = re.compile(r"igw_(?P<env>[a-z]+)_(?P<id>[0-9a-z]{10})_[0-9A-Za-z]{32}_[0-9A-Za-z]{6}")
 LETTERS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_ ."
@@ -94,3 +106,30 @@ def test_a_tail_shows_four_characters_of_a_long_secret_and_none_of_a_short_one(t
     shown = tail(text)
     assert shown == ("" if len(text) < MIN_SECRET_CHARS else text[-4:])
     assert len(shown) * 5 <= len(text)
+
+
+def test_a_peppers_id_tells_nothing_and_stays() -> None:
+    assert pepper_id(b"pepper") == hashlib.sha256(b"pepper-idpepper").hexdigest()[:8]
+    peppers = Peppers(b"new", (b"newer", b"oldest"))
+    assert peppers.ids == (pepper_id(b"new"), pepper_id(b"newer"), pepper_id(b"oldest"))
+    assert peppers.digests("s") == tuple(digest(one, "s") for one in (b"new", b"newer", b"oldest"))
+    assert (peppers.oldest, Peppers(b"new").oldest) == (b"oldest", b"new")
+    assert "new" not in repr(peppers)
+
+
+@pytest.mark.parametrize(
+    ("pepper", "declared", "old", "state"),
+    [
+        (b"new", False, (b"old",), PepperState.CURRENT),
+        (b"old", False, (b"old",), PepperState.OLD),
+        (b"old", False, (), PepperState.LOST),
+        (b"", False, (), PepperState.CURRENT),
+        (b"", False, (b"old",), PepperState.OLD),
+        (b"", True, (b"old",), PepperState.CURRENT),
+    ],
+)
+def test_which_pepper_a_key_needs(
+    pepper: bytes, declared: bool, old: tuple[bytes, ...], state: PepperState
+) -> None:
+    key = Key("k", "growth", declared=declared, pepper=pepper_id(pepper) if pepper else "")
+    assert pepper_state(key, Peppers(b"new", old)) is state

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, RateLimitError
 
-from gateway.app import open_store, read_pepper
+from gateway.app import open_store, read_peppers
 from gateway.domain import keys
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import Balance, Line
@@ -354,7 +354,7 @@ async def test_a_hard_budget_is_used_up_when_it_refuses(start: Start, box: Inbox
 async def test_teams_and_keys_that_commands_made_are_watched_too(start: Start, box: Inbox) -> None:
     secret = "igw_test_0123456789_abcdefghijklmnopqrstuvwxyzABCDEF_xxxxxx"
     async with start(growth(box)) as gateway:
-        pepper = read_pepper(load(gateway.config, {}))
+        pepper = read_peppers(load(gateway.config, {})).current
         directory = gateway.gateway.directory
         soft = Limits(soft_budget_total=COST)
         await directory.create_team(Team("art", limits=soft, time_zone="Asia/Tokyo"))

@@ -10,9 +10,14 @@ import pytest
 
 from gateway.domain import keys
 from gateway.domain.errors import InvalidKey, LedgerUnavailable
-from gateway.domain.team import Caller, Key, Team
+from gateway.domain.team import Caller, Declared, Key, Team
 from gateway.relay import keyring
-from gateway.relay.keyring import KNOWN_SECONDS, UNKNOWN_SECONDS, KeyRing
+from gateway.relay.keyring import (
+    KNOWN_SECONDS,
+    MOVE_AFTER_SECONDS,
+    UNKNOWN_SECONDS,
+    KeyRing,
+)
 from tests.clock import StillClock
 
 PEPPER = b"pepper-of-32-bytes-or-a-bit-more"
@@ -21,7 +26,8 @@ OTHER = "design-key-0123456789abc9f2c"
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 GROWTH = Team("growth")
-KEY = Key("abc123def4", "growth", "ci")
+KEY = Key("abc123def4", "growth", "ci", pepper=keys.pepper_id(PEPPER))
+NEW_PEPPER = b"another-pepper-of-32-bytes-or-so"
 
 
 class Directory:
@@ -31,6 +37,7 @@ class Directory:
         self.found: dict[bytes, tuple[Team, Key]] = {}
         self.asked: list[bytes] = []
         self.away = False
+        self.read_only = False
 
     async def find_key(self, digest: bytes) -> tuple[Team, Key] | None:
         self.asked.append(digest)
@@ -56,8 +63,12 @@ class Directory:
     async def revoke_key(self, key_id: str, at: datetime) -> Key:
         raise NotImplementedError
 
-    async def rehash_key(self, old: bytes, new: bytes) -> None:
-        raise NotImplementedError
+    async def rehash_key(self, old: bytes, new: bytes, pepper: str) -> None:
+        if self.read_only:
+            raise LedgerUnavailable("The ledger cannot be written.")
+        if old in self.found:
+            team, key = self.found.pop(old)
+            self.found[new] = (team, replace(key, pepper=pepper))
 
     async def declared_id(self, digests: Sequence[bytes], proposed: str) -> str:
         raise NotImplementedError
@@ -71,7 +82,10 @@ class Bench:
         self.clock = StillClock(NOW)
         self.directory = Directory()
         self.declared: dict[bytes, tuple[Team, Key]] = {}
-        self.ring = KeyRing(PEPPER, self.declared, self.directory, self.clock)
+        self.ring = self.ring_of(keys.Peppers(PEPPER))
+
+    def ring_of(self, peppers: keys.Peppers) -> KeyRing:
+        return KeyRing(peppers, Declared({}, self.declared), self.directory, self.clock)
 
     def keep(self, team: Team = GROWTH, key: Key = KEY, secret: str = SECRET) -> None:
         self.directory.found[keys.digest(PEPPER, secret)] = (team, key)
@@ -246,3 +260,83 @@ async def test_guessing_fills_no_memory(bench: Bench, monkeypatch: pytest.Monkey
     assert len(bench.directory.asked) == asked, "the last ten are remembered"
     assert await bench.known(), "and who was pushed out is asked for again"
     assert len(bench.directory.asked) == asked + 1
+
+
+ROTATED = keys.Peppers(NEW_PEPPER, (b"one-that-nothing-has-any-more-32b", PEPPER))
+
+
+async def test_a_key_moves_to_the_new_pepper_with_its_first_call(bench: Bench) -> None:
+    bench.keep()
+    bench.ring = bench.ring_of(ROTATED)
+    assert (await bench.ring.identify(SECRET)).key.id == KEY.id
+    moved = replace(KEY, pepper=keys.pepper_id(NEW_PEPPER))
+    assert bench.directory.found == {keys.digest(NEW_PEPPER, SECRET): (GROWTH, moved)}
+    bench.ring = bench.ring_of(keys.Peppers(NEW_PEPPER))
+    assert await bench.ring.identify(SECRET) == Caller(GROWTH, moved)
+
+
+async def test_a_key_that_cannot_be_moved_works_all_the_same(bench: Bench) -> None:
+    bench.keep()
+    bench.directory.read_only = True
+    bench.ring = bench.ring_of(ROTATED)
+    assert await bench.known()
+    assert list(bench.directory.found) == [keys.digest(PEPPER, SECRET)]
+    bench.directory.read_only = False
+    assert await bench.known()
+    bench.clock.advance(KNOWN_SECONDS)
+    assert await bench.known()
+    assert list(bench.directory.found) == [keys.digest(NEW_PEPPER, SECRET)]
+
+
+async def test_a_key_of_an_earlier_release_is_told_its_pepper(bench: Bench) -> None:
+    bench.keep(key=replace(KEY, pepper=""))
+    assert await bench.known()
+    assert bench.directory.found == {keys.digest(PEPPER, SECRET): (GROWTH, KEY)}
+
+
+async def test_without_its_pepper_a_key_is_unknown(bench: Bench) -> None:
+    bench.keep()
+    bench.ring = bench.ring_of(keys.Peppers(NEW_PEPPER))
+    assert not await bench.known()
+
+
+async def test_a_key_that_moves_while_it_is_looked_up_is_found(bench: Bench) -> None:
+    """Another process goes by the pepper that this one calls old."""
+    bench.directory.found[keys.digest(NEW_PEPPER, SECRET)] = (GROWTH, KEY)
+    asked = bench.directory.find_key
+
+    async def find_key(digest: bytes) -> tuple[Team, Key] | None:
+        found = await asked(digest)
+        if len(bench.directory.asked) == 1:
+            await bench.directory.rehash_key(
+                keys.digest(NEW_PEPPER, SECRET), keys.digest(PEPPER, SECRET), KEY.pepper
+            )
+        return found
+
+    bench.directory.find_key = find_key  # type: ignore[method-assign]
+    bench.ring = bench.ring_of(keys.Peppers(PEPPER, (NEW_PEPPER,)))
+    assert await bench.known()
+
+
+async def test_new_peppers_move_nothing_before_every_worker_has_them(bench: Bench) -> None:
+    bench.keep()
+    assert await bench.known()
+    bench.ring.replace(ROTATED, Declared())
+    bench.clock.advance(MOVE_AFTER_SECONDS - 0.001)
+    assert await bench.known()
+    assert list(bench.directory.found) == [keys.digest(PEPPER, SECRET)]
+    bench.clock.advance(KNOWN_SECONDS)
+    assert await bench.known()
+    assert list(bench.directory.found) == [keys.digest(NEW_PEPPER, SECRET)]
+
+
+async def test_what_the_file_declares_is_replaced_whole(bench: Bench) -> None:
+    bench.declare()
+    assert await bench.known()
+    assert not await bench.known(OTHER)
+    other = (Team("design"), Key("def456", "design"))
+    declared = Declared({"design": other[0]}, {keys.digest(PEPPER, OTHER): other})
+    bench.ring.replace(keys.Peppers(PEPPER), declared)
+    assert bench.ring.declared is declared
+    assert await bench.ring.identify(OTHER) == Caller(*other), "also where it was just unknown"
+    assert not await bench.known()

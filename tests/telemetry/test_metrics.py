@@ -165,6 +165,8 @@ COMPOSED = {
     "gateway_ledger_unresolved_usd",
     "gateway_ledger_oldest_hold_seconds",
     "gateway_settlements_waiting",
+    "gateway_config_reload_failed",
+    "gateway_config_reloads_total",
 }
 
 

@@ -138,6 +138,33 @@ async def test_an_account_without_a_key_is_off() -> None:
         await sandbox.aclose()
 
 
+async def test_new_keys_are_for_the_next_call() -> None:
+    heads: list[bytes] = []
+    sent, going = asyncio.Event(), asyncio.Event()
+
+    async def script(peer: Peer) -> None:
+        while True:
+            head, _ = await peer.request()
+            heads.append(head)
+            sent.set()
+            await going.wait()
+            await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello")
+
+    async with raw_server(script) as server:
+        used = account(server.port, keys=(Hidden("k1"), Hidden("k2")))
+        first = asyncio.create_task(used.send(outgoing()))
+        await sent.wait()
+        used.replace_keys((Hidden("k3"),))
+        going.set()
+        assert await whole(await first) == b"hello"
+        for _ in range(2):
+            assert await whole(await used.send(outgoing())) == b"hello"
+        used.replace_keys(())
+        assert not used.ready
+        await used.aclose()
+    assert [head.partition(b"Bearer ")[2][:2] for head in heads] == [b"k1", b"k3", b"k3"]
+
+
 async def test_an_unread_reply_drops_its_connection() -> None:
     left = asyncio.Event()
 

@@ -195,7 +195,8 @@ CREATE TABLE key (
     created  BIGINT,
     expires  BIGINT,                                            -- NULL: never
     disabled SMALLINT NOT NULL CHECK (disabled IN (0, 1)),
-    revoked  BIGINT                                             -- NULL: still good
+    revoked  BIGINT,                                            -- NULL: still good
+    pepper   TEXT     NOT NULL DEFAULT ''                       -- public id of the pepper of its digest; '': unknown
 );
 
 -- The ids of keys that the configuration declares, by the digest under each pepper they had.

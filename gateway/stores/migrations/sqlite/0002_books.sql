@@ -95,5 +95,9 @@ CREATE TABLE declared_key (
     id     TEXT NOT NULL
 ) STRICT, WITHOUT ROWID;
 
+-- Which pepper a key's digest was made with, by its public id; '' for those of an earlier release,
+-- until they are used.
+ALTER TABLE key ADD COLUMN pepper TEXT NOT NULL DEFAULT '';
+
 -- IANA name of the zone that the team's days begin in.
 ALTER TABLE team ADD COLUMN time_zone TEXT NOT NULL DEFAULT 'UTC';

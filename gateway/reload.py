@@ -1,0 +1,72 @@
+"""A configuration that is read again while the gateway runs: what changes, and what cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from gateway.domain.route import WILDCARD, Model
+from gateway.settings import Settings
+from gateway.yamlfile import plain
+
+UPSTREAM_KEYS = ("api_keys", "admin_key")
+PEPPERS = ("pepper", "old_peppers")
+
+
+def swapped(running: Settings, found: Settings) -> Settings:
+    """The running settings with all of the found ones that may change: keys of the upstreams that
+    are there, peppers, and teams with their keys, limits and budgets."""
+    upstreams = {
+        name: _with(one, found.upstreams[name], UPSTREAM_KEYS) if name in found.upstreams else one
+        for name, one in running.upstreams.items()
+    }
+    return replace(
+        running,
+        upstreams=MappingProxyType(upstreams),
+        storage=_with(running.storage, found.storage, PEPPERS),
+        teams=found.teams,
+        declared_keys=found.declared_keys,
+    )
+
+
+def needs_restart(running: Settings, found: Settings) -> list[str]:
+    """The names of all other settings that differ, as the file writes them; never a value."""
+    return sorted(_differences("", _sections(swapped(running, found)), _sections(found)))
+
+
+def _sections(settings: Settings) -> dict[str, Any]:
+    """The settings as the file has them."""
+    sections = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    catalogue = sections.pop("catalogue")
+    sections["models"] = {**catalogue.models, WILDCARD: catalogue.wildcard}
+    # A row that was only moved to another line is the same.
+    sections["prices"] = {
+        "file": settings.prices.file,
+        "rows": [plain(row) for row in settings.prices.rows],
+    }
+    del sections["warnings"]
+    return sections
+
+
+def _with(running: Any, found: Any, names: tuple[str, ...]) -> Any:
+    return replace(running, **{name: getattr(found, name) for name in names})
+
+
+def _differences(path: str, running: Any, found: Any) -> list[str]:
+    if isinstance(running, Mapping) and isinstance(found, Mapping):
+        names = [*running, *(name for name in found if name not in running)]
+        pairs = [(str(name), running.get(name), found.get(name)) for name in names]
+    elif is_dataclass(running) and type(running) is type(found) and not isinstance(running, Model):
+        pairs = [
+            (field.name, getattr(running, field.name), getattr(found, field.name))
+            for field in fields(running)
+        ]
+    else:
+        return [] if running == found else [path]
+    return [
+        name
+        for below, one, other in pairs
+        for name in _differences(f"{path}.{below}" if path else below, one, other)
+    ]
