@@ -530,6 +530,20 @@ async def test_a_bad_call_does_not_sink_the_batch(server: Postgres) -> None:
         assert await store.ledger.balances(lines()) == [Balance(0, 170)] * 4
 
 
+async def test_a_bad_call_costs_the_others_a_few_transactions(server: Postgres) -> None:
+    """It is looked for by halves. A name like this is refused before it comes here."""
+    url = server.fresh_database()
+    async with opened(url) as store:
+        calls = [claim(f"r{number}") for number in range(128)]
+        calls[77] = replace(calls[77], model="a\0b")
+        answers = await asyncio.gather(*map(store.ledger.reserve, calls), return_exceptions=True)
+        assert isinstance(answers.pop(77), psycopg.DataError)
+        assert all(isinstance(answer, Held) for answer in answers)
+        ((transactions,),) = rows(url, "SELECT last FROM writer")
+        assert isinstance(transactions, int)
+        assert transactions < 30
+
+
 async def test_the_journal_is_append_only(server: Postgres) -> None:
     url = server.fresh_database()
     async with opened(url) as store:
@@ -570,6 +584,12 @@ async def test_leases_and_beats_are_judged_by_the_servers_clock(server: Postgres
 def test_a_database_without_the_schema_is_refused(server: Postgres) -> None:
     with pytest.raises(StoreError, match=r"has schema 0, .* run `gateway db upgrade`"):
         PostgresStore.open(server.empty_database())
+
+
+def test_a_database_that_has_not_every_character_is_refused(server: Postgres) -> None:
+    server.execute("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'")
+    with pytest.raises(StoreError, match=r"encoding LATIN1, and UTF8 is needed: .* template0"):
+        upgrade(server.url("latin"))
 
 
 def test_a_newer_schema_is_refused_at_start_but_those_that_run_go_on(server: Postgres) -> None:
