@@ -60,6 +60,8 @@ _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_id
 _DIGITS = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _BREAKS = re.compile(r"[\x00\r\n]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_UNPRINTED = re.compile(r"[\x01-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+"""The controls beside ``_BREAKS``."""
 _NESTED = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])+)")
 _IMAGE = re.compile(r"image(?:\[([0-9]{0,4})\])?")
 
@@ -502,6 +504,16 @@ def _model(given: Mapping[str, object]) -> str:
     if isinstance(model, Hole) or len(model) > MAX_MODEL_CHARS:
         raise InvalidRequest(
             f"Invalid value for 'model': a name has at most {MAX_MODEL_CHARS} characters.",
+            code="invalid_value",
+            param="model",
+            reason="invalid_param",
+        )
+    # A name is a row's in the ledger, a metric's label and a line of a log.
+    unprinted = _UNPRINTED.search(model)
+    if unprinted is not None:
+        raise InvalidRequest(
+            f"Invalid value for 'model': it holds the control character U+{ord(unprinted[0]):04X} "
+            f"at character {unprinted.start()}. Send the name as GET /v1/models lists it.",
             code="invalid_value",
             param="model",
             reason="invalid_param",

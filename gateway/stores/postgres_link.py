@@ -136,6 +136,14 @@ def connect_at_start(url: str, *, read_only: bool = False, patient: bool = False
     if version < OLDEST_SERVER:
         link.close()
         raise StoreError(f"{place(url)} is PostgreSQL {version}; {OLDEST_SERVER} is the oldest")
+    encoding = link.info.parameter_status("server_encoding")
+    if encoding != "UTF8":
+        # One that has not every character would fail a transaction for the name of a model.
+        link.close()
+        raise StoreError(
+            f"{place(url)} has the encoding {encoding}, and UTF8 is needed: make it with "
+            "CREATE DATABASE ... ENCODING 'UTF8' TEMPLATE template0"
+        )
     return link
 
 

@@ -7,14 +7,20 @@ How a write becomes durable::
                            BEGIN learn | lock | write COMMIT       (three round trips)
 
 Calls on money share a transaction and a ``Page``; whatever else is written has one of its own
-(an *errand*). When a transaction fails because of what one call asked for, the calls are sent one
-by one, so that only that call fails.
+(an *errand*). When a transaction fails because of what one call asked for, its calls are sent in
+halves, and these in halves, so that only that call fails.
 
 A transaction that the server, the network or a race broke is sent again, over another connection,
 at most three times. Each one leaves its number in a row of its writer. Where the answer to a COMMIT
-was lost, the server's process that had it is ended, and that row says whether it happened: so
-nothing is done twice, whether it has a rid or not, after a crash or a failover too. (The server's
-own number of a transaction, ``pg_xact_status``, may be another's after a crash.)
+was lost, the server's process that had it is ended before anything else begins, however much later
+that is; then that row says whether it happened. So nothing is done twice, whether it has a rid or
+not, after a crash or a failover too, and nothing comes late. (The server's own number of a
+transaction, ``pg_xact_status``, may be another's after a crash.)
+
+A process that is ended while its COMMIT waits for a synchronous standby commits all the same, and
+its row is seen, though no standby has it. Hence that it happened is believed only once a later
+commit of this writer was answered: standbys get the log in its order. Where that one is not
+answered either, what was asked for is ``LedgerUnavailable``, and may have happened.
 """
 
 from __future__ import annotations
@@ -35,6 +41,7 @@ import psycopg
 from gateway.domain.errors import LedgerUnavailable
 from gateway.stores.postgres_link import (
     Link,
+    ServerSilent,
     connect,
     is_of_no_use,
     is_transient,
@@ -59,7 +66,8 @@ _NUMBER = """
 INSERT INTO writer (id, last, at) VALUES (%s, %s, %s)
 ON CONFLICT (id) DO UPDATE SET last = excluded.last, at = excluded.at
 """
-_LAST = "SELECT coalesce(max(last), -1) FROM writer WHERE id = %s"
+# It writes nothing new: only its COMMIT counts, which waits for the standbys as any other.
+_CONFIRM = "UPDATE writer SET at = at WHERE id = %s AND last = %s"
 _LEAVE = "DELETE FROM writer WHERE id = %s"
 _END = """
 SELECT pg_terminate_backend(pid) FROM pg_stat_activity
@@ -73,6 +81,13 @@ class _Lost(Exception):
     def __init__(self, transaction: Transaction) -> None:
         super().__init__("the answer to a COMMIT was lost")
         self.transaction = transaction
+
+
+class _Unconfirmed(Exception):
+    """A transaction happened on this server, and no standby says in time that it has it."""
+
+    def __init__(self) -> None:
+        super().__init__("no synchronous standby confirms what was committed")
 
 
 @dataclass(slots=True)
@@ -200,6 +215,8 @@ class Writer(WriterThread[_Operation[Any]]):
         self._link: Link | None = link
         self._id = secrets.token_hex(8)
         self._transactions = 0
+        self._hanging: tuple[int, str] | None = None
+        """The server's process whose COMMIT was not answered. It may still come, or keep locks."""
         self._pause = threading.Event()
         self.start()
 
@@ -251,8 +268,9 @@ class Writer(WriterThread[_Operation[Any]]):
                 deliver(batch)
                 return
             # Something that one of them asked for. The others must not suffer.
-            for operation in batch:
-                self._book([operation])
+            half = len(batch) // 2
+            self._book(batch[:half])
+            self._book(batch[half:])
 
     def _run_errand(self, operation: _Operation[Any], errand: Errand[Any]) -> None:
         try:
@@ -268,20 +286,21 @@ class Writer(WriterThread[_Operation[Any]]):
         for attempt in range(ATTEMPTS):
             self._pause.wait(attempt * PAUSE_SECONDS)
             try:
-                if self._link is None:
-                    self._link = connect(self._url)
+                link = self._connected()
                 if lost is not None:
-                    if self._happened(self._link, lost):
+                    if self._happened(link, lost):
                         result: T = lost.result
                         return result
                     lost = None
                 self._transactions += 1
-                return Transaction(self._link, self._id, self._transactions, self._caller_time).run(
-                    work
-                )
+                return Transaction(link, self._id, self._transactions, self._caller_time).run(work)
             except _Lost as error:
                 lost = error.transaction
+                self._hanging = lost.link.process
                 self._broken(error)
+            except _Unconfirmed as error:
+                self._broken(error)
+                break
             except Outdated as error:
                 self._broken(error)
             except psycopg.Error as error:
@@ -293,21 +312,43 @@ class Writer(WriterThread[_Operation[Any]]):
                 raise
         raise unavailable()
 
-    def _happened(self, link: Link, lost: Transaction) -> bool:
-        """Whether a transaction was committed."""
+    def _connected(self) -> Link:
+        """The connection, over which a transaction may begin: nothing before it can still come."""
+        if self._link is None:
+            self._link = connect(self._url)
+        if self._hanging is not None:
+            self._end(self._link, self._hanging)
+            self._hanging = None
+        return self._link
+
+    def _end(self, link: Link, process: tuple[int, str]) -> None:
+        """Ends a process of the server whose connection is gone: it may not have noticed."""
         for _ in range(ENDING_LOOKS):
-            # Its connection is gone, but the process may not have noticed, and has its locks.
-            if not link.execute(_END, lost.link.process).fetchall():
-                return link.number(_LAST, (self._id,)) == lost.number
+            if not link.execute(_END, process).fetchall():
+                return
             self._pause.wait(PAUSE_SECONDS)
         raise psycopg.OperationalError("a transaction before this one has not ended yet")
+
+    def _happened(self, link: Link, lost: Transaction) -> bool:
+        """Whether a transaction was committed, once its process has ended.
+
+        Raises ``_Unconfirmed`` where that would be lost with this server.
+        """
+        # This COMMIT may hang as that one did, with the lock of the writer's row.
+        self._hanging = link.process
+        try:
+            confirmed = link.execute(_CONFIRM, (self._id, lost.number)).rowcount
+        except ServerSilent:
+            raise _Unconfirmed from None
+        self._hanging = None
+        return confirmed > 0
 
     def _broken(self, error: BaseException) -> None:
         """Leaves no half transaction behind, and no connection that is of no use."""
         _log.warning("a transaction of the ledger failed: %s", said_of(error, self._url))
         if self._link is None:
             return
-        if isinstance(error, (psycopg.Error, _Lost)):
+        if isinstance(error, (psycopg.Error, _Lost, _Unconfirmed)):
             # After an error in a pipeline, psycopg believes in prepared statements that the server
             # has skipped.
             self._drop()

@@ -415,6 +415,8 @@ BAD_JSON: list[tuple[bytes, str]] = [
     (b'{"model": "m", "prompt": "p", "x": 1e400}', "invalid_json"),
     (b'{"model": "m", "prompt": "p", "n": ' + b"9" * 5000 + b"}", "invalid_json"),
     (b'{"model": "m", "prompt": "p\\ud800"}', "invalid_unicode"),
+    (b'{"model": "m\\ud800", "prompt": "p"}', "invalid_unicode"),
+    (b'{"model": "\\udc00m", "prompt": "p"}', "invalid_unicode"),
     (b'{"model": "m", "prompt": "p", "n": 1, "n": 10}', "duplicate_key"),
     (b'{"model": "m", "prompt": "p", "n": 1, "\\u006e": 10}', "duplicate_key"),
     (b'{"a": ' * 33 + b"1" + b"}" * 33, "json_too_deep"),
@@ -442,6 +444,11 @@ BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"model": "m" * 400_000}, "invalid_value", "model"),
     ({"model": "a\nb"}, "bad_header", "model"),
     ({"model": "a\r"}, "bad_header", "model"),
+    ({"model": "a\x00"}, "bad_header", "model"),
+    *(
+        ({"model": f"a{mark}b"}, "invalid_value", "model")
+        for mark in ("\x01", "\t", "\x0b", "\x0c", "\x0e", "\x1b", "\x1f", "\x7f", "\x80", "\x9f")
+    ),
     ({"safety_identifier": "a\x00"}, "bad_header", "safety_identifier"),
     ({"size": "1024x1024\r\nx: y"}, "bad_header", "size"),
     ({"prompt": None}, "missing_required_parameter", "prompt"),
@@ -530,6 +537,9 @@ BAD_FORMS: list[tuple[bytes, str, str | None]] = [
     (form(*BASE, IMAGE, ("svg", "x")), "invalid_type", "svg"),
     (form(*BASE, IMAGE, ("user", "a\r\nb")), "bad_header", "user"),
     (form(*BASE, IMAGE, ("user", b"\xff")), "invalid_unicode", "user"),
+    (form(IMAGE, ("prompt", "p"), ("model", "a\x00b")), "bad_header", "model"),
+    (form(IMAGE, ("prompt", "p"), ("model", "a\x1bb")), "invalid_value", "model"),
+    (form(IMAGE, ("prompt", "p"), ("model", b"a\xed\xa0\x80b")), "invalid_unicode", "model"),
     (form(*BASE, IMAGE, ("a" + "[b]" * 33, "x")), "invalid_multipart", ("a" + "[b]" * 33)[:64]),
     (form(IMAGE, ("model", "m"), ("prompt", "x" * 32_001)), "prompt_too_long", "prompt"),
     (form(IMAGE, ("model", "m"), ("prompt", "\x07")), "invalid_prompt", "prompt"),

@@ -24,9 +24,13 @@ from gateway.domain.call import Operation
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import (
     Balance,
+    Basis,
     Denied,
+    Event,
     Held,
+    Outcome,
     Replay,
+    Settlement,
     State,
 )
 from gateway.domain.team import Team
@@ -277,6 +281,107 @@ async def test_many_lost_answers_under_load(server: Postgres) -> None:
             assert (row.requests, row.cached_requests, row.cost) == (400, 200, 1400)
 
 
+# No standby answers
+
+
+@asynccontextmanager
+async def standby_away(server: Postgres) -> AsyncIterator[None]:
+    """The synchronous standby is gone: until the end of this no COMMIT is answered."""
+    server.execute("ALTER SYSTEM SET synchronous_standby_names = 'ANY 1 (gone)'")
+    server.execute("SELECT pg_reload_conf()")
+    with contextlib.closing(psycopg.connect(server.url(), autocommit=True)) as probe:
+
+        def hangs() -> bool:
+            probe.pgconn.consume_input()
+            if not probe.pgconn.is_busy():
+                while probe.pgconn.get_result() is not None:
+                    pass
+                probe.pgconn.send_query(b"SELECT pg_logical_emit_message(true, '', '')")
+            return waiting_for_a_standby(server.url()) != set()
+
+        try:
+            await eventually(hangs)
+            yield
+        finally:
+            server.execute("ALTER SYSTEM RESET synchronous_standby_names")
+            server.execute("SELECT pg_reload_conf()")
+
+
+def waiting_for_a_standby(url: str) -> set[object]:
+    """The processes of this database whose COMMIT does."""
+    found = rows(
+        url,
+        "SELECT pid FROM pg_stat_activity"
+        " WHERE wait_event = 'SyncRep' AND datname = current_database()",
+    )
+    return {pid for (pid,) in found}
+
+
+async def test_what_no_standby_has_is_not_acknowledged(server: Postgres) -> None:
+    """The server commits it for itself when the process that waits is ended. Were it acknowledged
+    then, a failover would lose it."""
+    url = server.fresh_database()
+    drift = Adjustment("d", "growth", "flare", "2026-11-22", 5, ACCOUNTS, "r", "ann", NOON)
+    async with opened(url) as store:
+        await store.ledger.reserve(claim("before"))
+        async with standby_away(server):
+            for turn in range(3):
+                started = time.monotonic()
+                answers = await asyncio.gather(
+                    store.ledger.reserve(claim(f"r{turn}")),
+                    store.ledger.settle(settled("before", 3)),
+                    store.books.adjust(drift),
+                    store.directory.create_team(Team(f"t{turn}")),
+                    return_exceptions=True,
+                )
+                assert {type(answer) for answer in answers} == {LedgerUnavailable}
+                assert time.monotonic() - started < 4
+                # What hangs is ended before more is begun.
+                hanging = waiting_for_a_standby(url)
+                assert len(hanging) <= 1
+            await eventually(lambda: hanging.isdisjoint(waiting_for_a_standby(url)))
+        await reservable(store, "after")
+        for turn in range(3):
+            assert isinstance(await store.ledger.reserve(claim(f"r{turn}")), Held)
+        await store.ledger.settle(settled("before", 3))
+        await store.books.adjust(drift)
+        assert await store.ledger.balances(lines()) == [Balance(8, 30)] * 4
+        assert waiting_for_a_standby(url) == set()
+
+
+async def test_nothing_overtakes_a_commit_that_hangs(server: Postgres) -> None:
+    """A void comes after the reservation that it ends, though that was given up long before."""
+    url = server.fresh_database()
+    name = url.rpartition("/")[2]
+    # What this changes need not wait for a standby.
+    local = server.url(options="-csynchronous_commit%3Dlocal")
+    refused = Settlement("late", Event.VOID, Outcome.REFUSED, Basis.NONE)
+    async with opened(url) as store:
+        await store.ledger.reserve(claim("warm"))
+        async with standby_away(server):
+            reserve = asyncio.create_task(store.ledger.reserve(claim("late")))
+            await eventually(lambda: waiting_for_a_standby(url) != set())
+            hanging = waiting_for_a_standby(url)
+            command(local, f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+            try:
+                with pytest.raises(LedgerUnavailable):
+                    await reserve
+                # Behind it in the queue: it fails once no new connection is tried for any more.
+                with pytest.raises(LedgerUnavailable):
+                    await store.ledger.settle(settled("warm", 3))
+            finally:
+                command(local, f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+            void = asyncio.create_task(store.ledger.settle(refused))
+            await eventually(lambda: waiting_for_a_standby(url) - hanging != set())
+        assert (await void).state is State.VOIDED
+        await eventually(lambda: waiting_for_a_standby(url) == set())
+        hold = await store.books.find("late")
+        assert hold is not None
+        assert hold.state is State.VOIDED
+        await store.ledger.settle(settled("warm", 3))
+        assert await store.ledger.balances(lines()) == [Balance(3, 0)] * 4
+
+
 # Two replicas on one database
 
 
@@ -425,6 +530,20 @@ async def test_a_bad_call_does_not_sink_the_batch(server: Postgres) -> None:
         assert await store.ledger.balances(lines()) == [Balance(0, 170)] * 4
 
 
+async def test_a_bad_call_costs_the_others_a_few_transactions(server: Postgres) -> None:
+    """It is looked for by halves. A name like this is refused before it comes here."""
+    url = server.fresh_database()
+    async with opened(url) as store:
+        calls = [claim(f"r{number}") for number in range(128)]
+        calls[77] = replace(calls[77], model="a\0b")
+        answers = await asyncio.gather(*map(store.ledger.reserve, calls), return_exceptions=True)
+        assert isinstance(answers.pop(77), psycopg.DataError)
+        assert all(isinstance(answer, Held) for answer in answers)
+        ((transactions,),) = rows(url, "SELECT last FROM writer")
+        assert isinstance(transactions, int)
+        assert transactions < 30
+
+
 async def test_the_journal_is_append_only(server: Postgres) -> None:
     url = server.fresh_database()
     async with opened(url) as store:
@@ -465,6 +584,12 @@ async def test_leases_and_beats_are_judged_by_the_servers_clock(server: Postgres
 def test_a_database_without_the_schema_is_refused(server: Postgres) -> None:
     with pytest.raises(StoreError, match=r"has schema 0, .* run `gateway db upgrade`"):
         PostgresStore.open(server.empty_database())
+
+
+def test_a_database_that_has_not_every_character_is_refused(server: Postgres) -> None:
+    server.execute("CREATE DATABASE latin ENCODING 'LATIN1' TEMPLATE template0 LOCALE 'C'")
+    with pytest.raises(StoreError, match=r"encoding LATIN1, and UTF8 is needed: .* template0"):
+        upgrade(server.url("latin"))
 
 
 def test_a_newer_schema_is_refused_at_start_but_those_that_run_go_on(server: Postgres) -> None:
