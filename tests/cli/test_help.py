@@ -38,6 +38,8 @@ def test_these_are_the_commands() -> None:
         "",
         "check",
         "db",
+        "db backup",
+        "db restore",
         "db status",
         "db upgrade",
         "demo",
