@@ -35,7 +35,7 @@ from gateway.domain.money import NANOS_PER_DOLLAR
 from gateway.domain.notices import money_lines
 from gateway.domain.price import FACTOR_ONE, Price, PriceBook
 from gateway.domain.quota import Scope as Owner
-from gateway.domain.route import Model, Unpriced
+from gateway.domain.route import WILDCARD, Model, Pin, Unpriced
 from gateway.domain.team import Declared, Key, Team
 from gateway.housekeeping import Housekeeping, Pace
 from gateway.notify import PAUSES_SECONDS, Webhooks
@@ -204,7 +204,7 @@ async def open_gateway(
             planner=planner,
             admission=Admission(gate, store.ledger, lease, worker, budgets),
             purchases=purchases,
-            estimates=Estimates(planner, store.ledger, observed, clock),
+            estimates=Estimates(planner, budgets, observed, clock),
             budgets=budgets,
             ledger=store.ledger,
             rules=_rules(settings, bool(passing)),
@@ -435,7 +435,23 @@ def unpriced_models(settings: Settings, book: PriceBook, day: date) -> list[str]
                 f"models.{model.name}: {model.target.model} has no price at {upstream.name}. Add "
                 "a row under prices.rows, or set unpriced: allow"
             )
+    rule = settings.catalogue.wildcard
+    if rule is not None and rule.pin is not None:
+        found += _unknown_wildcard_pin(settings, book, day, rule.target.upstream, rule.pin)
     return found
+
+
+def _unknown_wildcard_pin(
+    settings: Settings, book: PriceBook, day: date, upstream: str, pin: Pin
+) -> list[str]:
+    """One entry for many models: not all need to draw what it pins, but one of them must."""
+    rows = book.of(upstream, settings.upstreams[upstream].prices, day).rows.values()
+    if any(row.price.knows(pin.size, pin.quality) for row in rows):
+        return []
+    return [
+        f"models.{WILDCARD}.pin: no price at {upstream} knows size {pin.size} with quality "
+        f"{pin.quality}. Pin what its models draw, or set auto: bound"
+    ]
 
 
 def _unknown_pin(model: Model, price: Price) -> list[str]:
@@ -785,12 +801,13 @@ async def _look_at_money(
     clock: Clock,
     metrics: Metrics,
 ) -> None:
-    """Sets the gauges of budgets, open holds and unresolved dollars."""
+    """Sets the gauges of open holds, unresolved dollars, and budgets of teams that may spend."""
     try:
         teams = [*declared.values(), *await directory.teams()]
         lines = [
             line
             for team in teams
+            if not team.disabled
             for line in money_lines(team.limits.of(Owner.TEAM, team.id), clock.now(), team.zone)
         ]
         metrics.budgets(zip(lines, await ledger.balances(lines), strict=True))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import click
 
 from gateway.cli.common import failures, open_socket, origin_of
 from gateway.clock import SystemClock
-from gateway.sandbox.app import create_sandbox
-from gateway.server import server
+from gateway.sandbox.server import serve_sandbox
 from gateway.telemetry.log import configure
 
 
@@ -35,8 +35,14 @@ def sandbox(host: str, port: int, latency: float, control: bool) -> None:
 
 
 async def _serve(host: str, port: int, latency: float, control: bool) -> None:
-    app = create_sandbox(SystemClock(), latency_seconds=latency, control=control)
+    told = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, told.set)
     with open_socket(host, port) as listening:
-        click.echo(f"export OPENAI_BASE_URL={origin_of(listening)}/v1")
-        click.echo("export OPENAI_API_KEY=sk-sandbox")
-        await server(app, drain_seconds=5, signals=True).serve([listening])
+        # Its own server: a rule may cut a connection, and ASGI has no word for that.
+        async with serve_sandbox(
+            SystemClock(), latency_seconds=latency, control=control, listening=listening
+        ):
+            click.echo(f"export OPENAI_BASE_URL={origin_of(listening)}/v1")
+            click.echo("export OPENAI_API_KEY=sk-sandbox")
+            await told.wait()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from enum import StrEnum
 from functools import lru_cache
@@ -75,7 +75,8 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A limit after a look at it: how much is left, and in how long it is whole again."""
+    """A limit after a look at it: how much is left, and in how long it is whole again. Its amount
+    is what was counted against: a process's share, where each counts apart."""
 
     limit: Limit
     remaining: int
@@ -92,10 +93,19 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """The gate refused, and took nothing. ``wait_seconds`` None: it can never fit (n > limit)."""
+    """The gate refused, and took nothing. ``wait_seconds`` None: it can never fit (n > limit).
+
+    ``share`` is what this gate lets in of the limit, where that is less than all of it.
+    """
 
     limit: Limit
     wait_seconds: float | None
+    share: int | None = None
+
+    @property
+    def counted(self) -> Limit:
+        """The limit as it was counted."""
+        return self.limit if self.share is None else replace(self.limit, amount=self.share)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,14 +7,12 @@ from datetime import date, timedelta
 
 from gateway.domain.errors import GatewayError, InvalidRequest, QuotaExceeded, RateLimited
 from gateway.domain.ledger import Claim, Claimed, Denied, Held, State
-from gateway.domain.money import Money, say_dollars
+from gateway.domain.money import say_dollars
 from gateway.domain.quota import (
     Demand,
     Grant,
-    Limit,
     Period,
     Refusal,
-    Scope,
     Standing,
     Unit,
     Window,
@@ -23,7 +21,7 @@ from gateway.domain.team import Caller
 from gateway.ports import Gate, Ledger
 from gateway.relay import headers
 from gateway.relay.budget import BudgetView
-from gateway.relay.plan import Plan, cheaper
+from gateway.relay.plan import Plan, say_cheaper, say_owner
 
 NOUNS = {Unit.REQUESTS: "request", Unit.IMAGES: "image", Unit.SLOTS: "request"}
 
@@ -88,19 +86,13 @@ class Admission:
         await self._gate.release(rid, plan.rates)
 
 
-def _whose(limit: Limit, caller: Caller) -> str:
-    if limit.scope is Scope.KEY:
-        return f"Key {caller.key.name or caller.key.id} of team {caller.team.id}"
-    return f"Team {caller.team.id}"
-
-
 def rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayError:
     """What a caller is told whom the gate refused."""
     limit, wait = refusal.limit, refusal.wait_seconds
     amount = limit.amount or 0
     noun = NOUNS[limit.unit] + ("" if amount == 1 else "s")
     per = " at a time" if limit.unit is Unit.SLOTS else " a minute"
-    limited = f"{_whose(limit, caller)} is limited to {amount} {noun}{per}"
+    limited = f"{say_owner(limit.scope, caller)} is limited to {amount} {noun}{per}"
     if wait is None and amount == 0:
         return InvalidRequest(
             f"{limited}. Ask an administrator to raise the limit.",
@@ -125,7 +117,7 @@ def rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayErr
         }[limit.unit],
         retry_after_seconds=wait,
     )
-    error.headers = headers.of_rates((Standing(limit, 0, wait),))
+    error.headers = headers.of_rates((Standing(refusal.counted, 0, wait),))
     return error
 
 
@@ -136,10 +128,11 @@ def quota_exceeded(denied: Denied, plan: Plan) -> QuotaExceeded:
     """What a caller is told whose budget has no room for a call's bound."""
     line, balance, bound = denied.line, denied.balance, plan.quote.bound.amount
     amount, period = line.limit.amount or 0, line.period
-    whose, advice = _whose(line.limit, plan.caller), _cheaper(plan, amount - balance.used)
+    whose = say_owner(line.limit.scope, plan.caller)
+    advice = say_cheaper(plan.call, plan.quote, amount - balance.used)
     held = f" and holds {say_dollars(balance.pending)} for running requests" * bool(balance.pending)
     if bound > amount:
-        span = f"{SPANS[period.window]} in all" if period.window in SPANS else "in all"
+        span = SPANS.get(period.window, "in all")
         return QuotaExceeded(
             f"{whose} may spend {say_dollars(amount)} {span}; this request could cost up to "
             f"{say_dollars(bound)}, so waiting does not help.{advice}"
@@ -166,14 +159,6 @@ def _when(period: Period) -> str:
             return f"for {date(int(year), int(month), 1):%B}"
         case _:
             return "in all"
-
-
-def _cheaper(plan: Plan, left: Money) -> str:
-    """A way to ask for the same call within what is left, as a sentence."""
-    less = cheaper(plan)
-    if less is None or less[1] > left:
-        return ""
-    return f" Cheaper now: {less[0]} (at most {say_dollars(less[1])})."
 
 
 def _key_in_use(claimed: Claimed) -> InvalidRequest:

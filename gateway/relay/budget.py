@@ -1,4 +1,5 @@
-"""What is left of budgets, for headers: remembered for a moment, and never in a call's way."""
+"""What is left of budgets, for headers and estimates: remembered for a moment, and never in a
+call's way."""
 
 from __future__ import annotations
 
@@ -28,24 +29,24 @@ class _Remembered:
 
 
 class BudgetView:
-    """The balances of accounts with a hard budget.
+    """The balances of accounts with a budget, hard or soft.
 
     What reservations and settlements return anyway is learned, so a process that buys reads
-    nothing; only answers without either (from the cache, and refusals) may have to ask.
+    nothing; only answers without either (from the cache, refusals, estimates) may have to ask.
     """
 
     def __init__(self, ledger: Ledger, clock: Clock) -> None:
         self._ledger = ledger
         self._clock = clock
         self._known: OrderedDict[str, _Remembered] = OrderedDict()
-        self._reading: dict[tuple[str, ...], asyncio.Task[None]] = {}
+        self._reading: dict[tuple[str, ...], asyncio.Task[Sequence[Balance]]] = {}
         self._away_until = 0.0
 
     def learn(self, lines: Sequence[Line], balances: Sequence[Balance]) -> None:
         """Notes what the ledger has just said of some accounts."""
         until = self._clock.monotonic() + KNOWN_SECONDS
         for line, balance in zip(lines, balances, strict=False):
-            if line.limit.amount is not None:
+            if _has_budget(line):
                 self._known[line.account] = _Remembered(balance, until)
                 self._known.move_to_end(line.account)
         while len(self._known) > MAX_REMEMBERED:
@@ -61,6 +62,15 @@ class BudgetView:
             found = self._remembered(hard)
         return (hard, found) if found is not None else ((), ())
 
+    async def budgets(self, lines: Sequence[Line]) -> tuple[Sequence[Line], Sequence[Balance]]:
+        """The accounts among ``lines`` that have a budget, hard or soft, and their balances, which
+        are at most a second old. Waits for the ledger. Raises ``LedgerUnavailable``."""
+        limited = [line for line in lines if _has_budget(line)]
+        found: Sequence[Balance] | None = self._remembered(limited)
+        if found is None:
+            found = await asyncio.shield(self._ask(limited))
+        return limited, found
+
     def _remembered(self, lines: Sequence[Line]) -> list[Balance] | None:
         now, found = self._clock.monotonic(), []
         for line in lines:
@@ -71,26 +81,40 @@ class BudgetView:
         return found
 
     async def _read(self, lines: Sequence[Line]) -> None:
+        """Waits for a moment, for what ``learn`` is told then."""
+        task = self._ask(lines)
+        await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
+        if not task.done() or task.cancelled() or task.exception() is not None:
+            self._give_up()
+
+    def _ask(self, lines: Sequence[Line]) -> asyncio.Task[Sequence[Balance]]:
         """Asks once for all who wait for the same accounts, in a task that none of them ends."""
         accounts = tuple(line.account for line in lines)
         task = self._reading.get(accounts)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._ask(lines))
+            task = asyncio.get_running_loop().create_task(self._asked(lines))
             self._reading[accounts] = task
-            task.add_done_callback(lambda _: self._reading.pop(accounts))
-        await asyncio.wait({task}, timeout=PATIENCE_SECONDS)
-        if not task.done():
-            self._give_up()
+            task.add_done_callback(lambda done: self._answered(accounts, done))
+        return task
 
-    async def _ask(self, lines: Sequence[Line]) -> None:
-        try:
-            self.learn(lines, await self._ledger.balances(lines))
-        except GatewayError as error:
-            self._give_up()
-            log.warning("a budget cannot be read for a header", extra={"error": str(error)})
-        except Exception:
-            self._give_up()
-            log.exception("a budget cannot be read for a header")
+    async def _asked(self, lines: Sequence[Line]) -> Sequence[Balance]:
+        balances = await self._ledger.balances(lines)
+        self.learn(lines, balances)
+        return balances
+
+    def _answered(self, accounts: tuple[str, ...], task: asyncio.Task[Sequence[Balance]]) -> None:
+        del self._reading[accounts]
+        if task.cancelled():
+            return
+        error = task.exception()
+        if isinstance(error, GatewayError):
+            log.warning("a budget cannot be read", extra={"error": str(error)})
+        elif error is not None:
+            log.error("a budget cannot be read", exc_info=error)
 
     def _give_up(self) -> None:
         self._away_until = self._clock.monotonic() + KNOWN_SECONDS
+
+
+def _has_budget(line: Line) -> bool:
+    return line.limit.amount is not None or line.limit.soft is not None

@@ -6,18 +6,20 @@ It is read and planned as the call itself would be; then nothing is taken, held,
 from __future__ import annotations
 
 import json
-from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections import Counter, OrderedDict, deque
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
 from itertools import product
 
-from gateway.domain.call import Call, Json, Operation
+from gateway.domain.call import Call, Inquiry, Json, Operation
 from gateway.domain.charge import Quote
 from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
     ModelNotAllowed,
+    RateLimited,
     TeamFault,
     UpstreamAccount,
 )
@@ -28,9 +30,10 @@ from gateway.domain.quota import Demand, Limit, Refusal, Unit
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
 from gateway.domain.route import Model
 from gateway.domain.team import Caller
-from gateway.ports import Clock, Ledger
+from gateway.ports import Clock
 from gateway.relay import headers
 from gateway.relay.admission import quota_exceeded, rate_limited
+from gateway.relay.budget import BudgetView
 from gateway.relay.flights import Head
 from gateway.relay.plan import CacheWish, Plan, Planner, lines_of
 from gateway.relay.read import FORM_TYPE, Reader, ReadRules, reader_for
@@ -45,6 +48,9 @@ SMALL = "1024x1024"
 CHEAPER_PERCENT = 75
 """An alternative costs at most so much of what was asked, and of the one before it."""
 MAX_ALTERNATIVES = 3
+MAX_AT_ONCE = 4
+"""Estimates of one key, in one process."""
+RETRY_SECONDS = 1.0
 MAX_KINDS = 1000
 LAST = 50
 """How many settlements of a kind make its mean."""
@@ -88,11 +94,34 @@ class Observed:
 class Estimates:
     """Answers what calls would cost."""
 
-    def __init__(self, planner: Planner, ledger: Ledger, observed: Observed, clock: Clock) -> None:
+    def __init__(
+        self, planner: Planner, budgets: BudgetView, observed: Observed, clock: Clock
+    ) -> None:
         self._planner = planner
-        self._ledger = ledger
+        self._budgets = budgets
         self._observed = observed
         self._clock = clock
+        self._running: Counter[str] = Counter()
+
+    @contextmanager
+    def turn(self, caller: Caller) -> Iterator[None]:
+        """One of the few estimates that a key may have under way in this process: no rate is asked
+        of them, and each may be a large upload. Raises ``RateLimited``, before anything is read."""
+        key = caller.key.id
+        if self._running[key] >= MAX_AT_ONCE:
+            raise RateLimited(
+                f"This key has {MAX_AT_ONCE} estimates under way, which is the most at a time; try "
+                "again in a moment.",
+                reason="concurrent_estimates",
+                retry_after_seconds=RETRY_SECONDS,
+            )
+        self._running[key] += 1
+        try:
+            yield
+        finally:
+            self._running[key] -= 1
+            if not self._running[key]:
+                del self._running[key]
 
     async def answer(
         self, rid: str, caller: Caller, call: Call, wish: CacheWish
@@ -104,8 +133,7 @@ class Estimates:
         """
         now = self._clock.now()
         model, plan, refusal = await self._plan(caller, call, wish, now)
-        lines = lines_of(caller, now)
-        balances = await self._ledger.balances(lines)
+        lines, balances = await self._budgets.budgets(lines_of(caller, now))
         if plan is not None and refusal is None:
             refusal = _never_fits(plan) or _no_room(plan, dict(zip(lines, balances, strict=True)))
         described: dict[str, Json] = {
@@ -122,9 +150,7 @@ class Estimates:
             "admitted": refusal is None,
             "refusal": _say_refusal(refusal) if refusal else None,
             "budgets": [
-                _say_budget(line, balance)
-                for line, balance in zip(lines, balances, strict=True)
-                if line.limit.amount is not None or line.limit.soft is not None
+                _say_budget(line, balance) for line, balance in zip(lines, balances, strict=True)
             ],
             "rate_limits": [
                 _say_rate(limit)
@@ -322,7 +348,10 @@ def estimate_reader(
     content_type: str, content_encoding: str | None, content_length: int | None, rules: ReadRules
 ) -> Reader:
     """The reader of a body that may be a generation or an edit. Raises what ``reader_for`` does."""
-    edit = reader_for(Operation.EDIT, content_type, content_encoding, content_length, rules)
+    edit = reader_for(
+        *(Operation.EDIT, content_type, content_encoding, content_length, rules),
+        path=Inquiry.ESTIMATE.path,
+    )
     if content_type.partition(";")[0].strip().lower() == FORM_TYPE:
         return edit
     generation = reader_for(Operation.GENERATION, content_type, content_encoding, None, rules)

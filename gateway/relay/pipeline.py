@@ -18,7 +18,7 @@ from gateway.domain.call import Call, Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
 from gateway.domain.ledger import Held, Outcome, Replay
 from gateway.domain.quota import Demand
-from gateway.domain.receipt import CacheResult, Receipt, Timings
+from gateway.domain.receipt import Receipt, Timings
 from gateway.domain.team import Caller
 from gateway.ports import Cached, Clock, Ledger
 from gateway.relay import headers, replay
@@ -109,11 +109,11 @@ class Pipeline:
         try:
             caller = await self._keyring.identify(arrival.secret)
             so_far = replace(so_far, team=caller.team.id, key_id=caller.key.id)
-            call = await self._read(arrival, body)
-            seconds = self._clock.monotonic() - arrival.at
-            so_far = _with_call(so_far, call, seconds, self._prompt(call))
-            if arrival.operation is Inquiry.ESTIMATE:
-                return await self._estimate(arrival, caller, call, so_far)
+            if isinstance(arrival.operation, Inquiry):
+                with self._estimates.turn(caller):
+                    so_far, call = await self._taken_in(arrival, body, so_far)
+                    return await self._estimate(arrival, caller, call, so_far)
+            so_far, call = await self._taken_in(arrival, body, so_far)
             plan = await self._planner.plan(caller, call, arrival.wish, self._clock.now())
             so_far = _with_plan(so_far, plan)
             said = headers.of_call(arrival.rid, plan, call.stream)
@@ -144,6 +144,13 @@ class Pipeline:
         prompt = call.parameters.get("prompt")
         return prompt if self._log_prompts and isinstance(prompt, str) else None
 
+    async def _taken_in(
+        self, arrival: Arrival, body: Spool, so_far: Receipt
+    ) -> tuple[Receipt, Call]:
+        call = await self._read(arrival, body)
+        seconds = self._clock.monotonic() - arrival.at
+        return _with_call(so_far, call, seconds, self._prompt(call)), call
+
     async def _read(self, arrival: Arrival, body: Spool) -> Call:
         """Takes the body in, once, while the scanners look at it. That of an estimate is not kept:
         nobody reads it again."""
@@ -167,8 +174,7 @@ class Pipeline:
     ) -> Answer:
         head, plan = await self._estimates.answer(arrival.rid, caller, call, arrival.wish)
         if plan is not None:
-            # No answer was looked for, so none was found or missed.
-            so_far = replace(_with_plan(so_far, plan), cache=CacheResult.OFF)
+            so_far = _with_plan(so_far, plan)
         receipt = replace(so_far, status=head.status)
         return Answer(head, lambda: _known(receipt))
 
@@ -300,6 +306,10 @@ def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:
         model_label=plan.model.label or plan.model.name,
         model_served=plan.model.target.model,
         upstream=plan.upstream.name,
+        # As it is bought: what was left open may be pinned.
+        size=plan.call.size,
+        quality=plan.call.quality,
+        output_format=plan.call.output_format,
         cache=plan.cache,
         bound=plan.quote.bound.amount,
         price_id=plan.quote.price_id,

@@ -23,7 +23,7 @@ from gateway.domain.price import (
     PriceList,
     raised,
 )
-from gateway.domain.quota import Demand, Limit, Unit
+from gateway.domain.quota import Demand, Limit, Scope, Unit
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Pin, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
@@ -259,16 +259,10 @@ class Planner:
                 reason="unpriced",
             ) from error
         factor = self._factor_of(upstream.name, model.target.model)
-        bound = raised(base, factor)
-        if most is not None and bound.amount > most:
-            raise InvalidRequest(
-                f"This request could cost up to {say_dollars(bound.amount)}, and team "
-                f"{caller.team.id} allows {say_dollars(most)} a request. Ask for fewer pictures, a "
-                "smaller size or a lower quality.",
-                code="max_cost_exceeded",
-                reason="max_cost_exceeded",
-            )
-        return Quote(bound, prices, row, base.amount, factor)
+        quote = Quote(raised(base, factor), prices, row, base.amount, factor)
+        if most is not None and quote.bound.amount > most:
+            raise _too_dear(caller, call, quote, most)
+        return quote
 
     def _unpriced_bound(self, caller: Caller, model: Model, most: Money | None) -> Bound:
         if model.unpriced is Unpriced.REFUSE:
@@ -316,21 +310,50 @@ def _pinned(call: Call, pin: Pin | None) -> Call:
     )
 
 
-def cheaper(plan: Plan) -> tuple[str, Money] | None:
+def cheaper(call: Call, quote: Quote) -> tuple[str, Money] | None:
     """A way to ask for the same call that costs less: the first of a few that saves by half."""
-    if plan.quote.row is None:
+    if quote.row is None:
         return None
     for quality in ("low", "medium"):
-        if plan.call.quality == quality:
+        if call.quality == quality:
             return None
-        size = "1024x1024" if plan.call.size == "auto" else plan.call.size
-        other = replace(plan.call, quality=quality, size=size)
+        size = "1024x1024" if call.size == "auto" else call.size
+        other = replace(call, quality=quality, size=size)
         try:
-            base = plan.quote.row.price.bound(other, plan.quote.prices)
+            base = quote.row.price.bound(other, quote.prices)
         except CannotPrice:
             continue
-        bound = raised(base, plan.quote.factor).amount
-        if 0 < 2 * bound <= plan.quote.bound.amount:
-            words = f"quality={quality}" if size == plan.call.size else f"{size}, quality={quality}"
+        bound = raised(base, quote.factor).amount
+        if 0 < 2 * bound <= quote.bound.amount:
+            words = f"quality={quality}" if size == call.size else f"{size}, quality={quality}"
             return words, bound
     return None
+
+
+def say_cheaper(call: Call, quote: Quote, left: Money) -> str:
+    """A way to ask for the same call within what is left, as a sentence after another, or
+    nothing."""
+    less = cheaper(call, quote)
+    if less is None or less[1] > left:
+        return ""
+    return f" Cheaper now: {less[0]} (at most {say_dollars(less[1])})."
+
+
+def say_owner(scope: Scope, caller: Caller) -> str:
+    """Whose a limit is, at the beginning of a sentence."""
+    if scope is Scope.KEY:
+        return f"Key {caller.key.name or caller.key.id} of team {caller.team.id}"
+    return f"Team {caller.team.id}"
+
+
+def _too_dear(caller: Caller, call: Call, quote: Quote, most: Money) -> InvalidRequest:
+    own = caller.key.limits.max_cost_per_request == most
+    whose = say_owner(Scope.KEY if own else Scope.TEAM, caller)
+    advice = say_cheaper(call, quote, most)
+    return InvalidRequest(
+        f"This request could cost up to {say_dollars(quote.bound.amount)}, and "
+        f"{whose[0].lower()}{whose[1:]} allows {say_dollars(most)} a request."
+        f"{advice or ' Ask for fewer pictures, a smaller size or a lower quality.'}",
+        code="max_cost_exceeded",
+        reason="max_cost_exceeded",
+    )

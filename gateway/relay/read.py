@@ -109,8 +109,11 @@ def reader_for(
     content_encoding: str | None,
     content_length: int | None,
     rules: ReadRules,
+    *,
+    path: str = "",
 ) -> Reader:
     """The reader for a body announced by these headers; ``content_length`` is None if chunked.
+    ``path`` is the one that was asked, where it is not the operation's.
 
     Raises ``UnsupportedMedia`` for a body in another form than the operation takes or in any
     content encoding, ``BodyTooLarge`` at once for a length over the limit.
@@ -120,7 +123,7 @@ def reader_for(
     if media != JSON_TYPE and not (takes_forms and media == FORM_TYPE):
         wanted = f"{FORM_TYPE} or {JSON_TYPE}" if takes_forms else JSON_TYPE
         given = f"not {media[:80]!r}" if media else "and this request has no Content-Type"
-        raise UnsupportedMedia(f"{operation.path} takes {wanted}, {given}.")
+        raise UnsupportedMedia(f"{path or operation.path} takes {wanted}, {given}.")
     if content_encoding and content_encoding.strip().lower() != "identity":
         raise UnsupportedMedia(
             f"Content-Encoding {content_encoding[:80]!r} is not taken: send the body uncompressed."

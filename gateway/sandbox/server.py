@@ -168,17 +168,20 @@ async def serve_sandbox(
     control: bool = False,
     host: str = "127.0.0.1",
     port: int = 0,
+    listening: socket.socket | None = None,
 ) -> AsyncIterator[RunningSandbox]:
-    """A sandbox in the running loop, until the block is left."""
+    """A sandbox in the running loop, until the block is left. A socket that listens already is
+    taken in place of ``host`` and ``port``, and closed."""
     app = create_sandbox(
         clock, rules=rules, journal=journal, latency_seconds=latency_seconds, control=control
     )
-    listening = _listen(host, port)
+    if listening is None:
+        listening = _listen(host, port)
     server = _Server(app)
     serving = asyncio.create_task(server.serve([listening]))
     try:
         await server.ready.until(server.ready.is_set)
-        yield RunningSandbox(app.state.sandbox, host, listening.getsockname()[1])
+        yield RunningSandbox(app.state.sandbox, *listening.getsockname()[:2])
     finally:
         app.state.sandbox.close()
         server.stopping.set()

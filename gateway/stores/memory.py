@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Standing, Unit, Window
 from gateway.ports import Cached, CachedMeta, Clock
@@ -59,6 +59,8 @@ def share(amount: int, processes: int) -> int:
 def standing(limit: Limit, level: int, amount: int) -> Standing:
     """``level`` is the slots in use, or the microseconds by which a rate's TAT is ahead of now;
     ``amount`` what this gate lets in of the limit."""
+    if amount != limit.amount:
+        limit = replace(limit, amount=amount)
     if limit.unit is Unit.SLOTS:
         return Standing(limit, max(0, amount - level), SLOT_WAIT_SECONDS if level else 0.0)
     if amount == 0:
@@ -111,7 +113,12 @@ class MemoryGate:
         worst = max((wait for wait, _ in waits), default=0.0)
         if worst > 0:
             limit = next(limit for wait, limit in waits if wait == worst)
-            return Refusal(limit, None if worst == float("inf") else worst / 1e6)
+            part = share(limit.amount or 0, self._processes)
+            return Refusal(
+                limit,
+                None if worst == float("inf") else worst / 1e6,
+                part if part < (limit.amount or 0) else None,
+            )
         self._apply(rid, mine, demand, now)
         return Grant(tuple(self._standing(limit, now) for limit in mine))
 

@@ -13,8 +13,11 @@ from typing import Literal, TypeAlias
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
+from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 
+from gateway.domain.call import Inquiry
 from gateway.domain.ledger import Balance, Line, Outcome
 from gateway.domain.money import NANOS_PER_DOLLAR, Money
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
@@ -32,7 +35,7 @@ class Kind(Enum):
     HISTOGRAM = Histogram
 
 
-Mode: TypeAlias = Literal["livesum", "livemostrecent"]
+Mode: TypeAlias = Literal["livesum", "livemostrecent", "scraped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class Spec:
     """One metric, as the reference lists it.
 
     ``mode`` says what a gauge of several workers is: the sum over those that live, for what each
-    has of its own, or what one of them saw last, for what they share.
+    has of its own; what one of them saw last, for what they share; or ``scraped``, what the worker
+    that is asked has just looked up itself.
     """
 
     name: str
@@ -85,15 +89,15 @@ TABLE = (
     Spec("gateway_spend_estimated_usd_total", Kind.COUNTER, ("model",),
          "Dollars booked without a usage from the upstream."),
     Spec("gateway_budget_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
-         "The hard budget of a team."),
+         "The hard budget of a team.", mode="scraped"),
     Spec("gateway_budget_soft_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
-         "The soft budget of a team."),
+         "The soft budget of a team.", mode="scraped"),
     Spec("gateway_budget_spent_usd", Kind.GAUGE, ("scope", "owner", "window"),
-         "What is posted against a team's account in the running period."),
+         "What is posted against a team's account in the running period.", mode="scraped"),
     Spec("gateway_budget_reserved_usd", Kind.GAUGE, ("scope", "owner", "window"),
-         "What running calls hold of a team's account in the running period."),
+         "What running calls hold of a team's account in the running period.", mode="scraped"),
     Spec("gateway_budget_reset_timestamp_seconds", Kind.GAUGE, ("scope", "owner", "window"),
-         "When the running period ends, as a Unix time."),
+         "When the running period ends, as a Unix time.", mode="scraped"),
     Spec("gateway_budget_notices_total", Kind.COUNTER, ("team", "mark"),
          "Budgets of a team or its keys seen to be used up to a mark, hard or soft, in percent."),
     Spec("gateway_webhook_total", Kind.COUNTER, ("outcome",),
@@ -126,25 +130,27 @@ TABLE = (
     Spec("gateway_bound_ratio", Kind.HISTOGRAM, ("model",),
          "What a call cost over its bound before any factor, by the model served.", RATIOS),
     Spec("gateway_bound_factor", Kind.GAUGE, ("upstream", "model"),
-         "By what the bounds of a model served are raised; above 1 it was seen to cost more."),
+         "By what the bounds of a model served are raised; above 1 it was seen to cost more.",
+         mode="scraped"),
     Spec("gateway_bound_soft_total", Kind.COUNTER, ("model",),
          "Calls whose bound may be passed: the provider does not publish enough to be sure."),
     Spec("gateway_ledger_unresolved_usd", Kind.GAUGE, (),
-         "Dollars posted at the bound because the outcome is unknown."),
-    Spec("gateway_ledger_open_holds", Kind.GAUGE, (), "Reservations that have not ended."),
+         "Dollars posted at the bound because the outcome is unknown.", mode="scraped"),
+    Spec("gateway_ledger_open_holds", Kind.GAUGE, (), "Reservations that have not ended.",
+         mode="scraped"),
     Spec("gateway_ledger_unposted_total", Kind.COUNTER, (),
          "Answers that went out before the ledger had taken their settlement."),
     Spec("gateway_settlements_waiting", Kind.GAUGE, (),
          "Settlements that the ledger has not taken yet; they are tried for ever.",
          mode="livesum"),
     Spec("gateway_ledger_oldest_hold_seconds", Kind.GAUGE, (),
-         "Age of the open hold whose lease ends first; 0 where none is open."),
+         "Age of the open hold whose lease ends first; 0 where none is open.", mode="scraped"),
     Spec("gateway_client_gone_total", Kind.COUNTER, ("stage",),
          "Clients that left, by stage: upload, reserved, upstream, response, stalled or broken."),
     Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
          "Pictures bought whose client had left."),
     Spec("gateway_gate_degraded", Kind.GAUGE, (),
-         "1 while the shared gate is away and limits are kept by each process."),
+         "1 while the shared gate is away, and storage.without_redis says what holds."),
     Spec("gateway_gate_seconds", Kind.HISTOGRAM, (),
          "What a request waited for the shared gate, or for it not to answer.", SMALL_SECONDS),
     Spec("gateway_gate_errors_total", Kind.COUNTER, ("reason",),
@@ -152,15 +158,16 @@ TABLE = (
     Spec("gateway_gate_restarts_total", Kind.COUNTER, (),
          "Times the shared gate had forgotten what it counted, and limits began anew."),
     Spec("gateway_clock_skew_seconds", Kind.GAUGE, (),
-         "By how much this machine's clock is ahead of the database's."),
-    Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers."),
+         "By how much this machine's clock is ahead of the database's.", mode="scraped"),
+    Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers.",
+         mode="scraped"),
     Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
          "Times a team was counted as `other` because there are too many teams for labels."),
     Spec("gateway_config_reload_failed", Kind.GAUGE, (),
          "1 where the configuration could not be read again at the last SIGHUP: nothing changed."),
     Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
          "Times the configuration was read again while running: applied or refused."),
-    Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1."),
+    Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1.", mode="scraped"),
 )  # fmt: skip
 
 BUDGET_GAUGES = tuple(
@@ -170,20 +177,51 @@ BUDGET_GAUGES = tuple(
 )
 
 
+class _Scraped(Collector):
+    """A gauge that is known anew at each scrape, in no file: prometheus_client's own can neither
+    forget a series nor stay out of the files where there are several workers."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._series: dict[tuple[str, ...], float] = {}
+        self.clear()
+
+    def set(self, value: float, labels: Mapping[str, str]) -> None:
+        if labels.keys() != set(self._spec.labels):
+            raise ValueError(f"{self._spec.name} has the labels {self._spec.labels}")
+        self._series[tuple(labels[name] for name in self._spec.labels)] = value
+
+    def clear(self) -> None:
+        self._series = {} if self._spec.labels else {(): 0.0}
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        family = GaugeMetricFamily(self._spec.name, self._spec.help, labels=self._spec.labels)
+        for labels, value in self._series.items():
+            family.add_metric(labels, value)
+        yield family
+
+
 class Metrics:
     """The metrics of one process, in a registry of their own.
 
     Where the supervisor runs several workers, their values are in files that all of them read
-    (prometheus_client's multiprocess mode), and any of them tells those of all.
+    (prometheus_client's multiprocess mode), and any of them tells those of all. What is looked up
+    at each scrape is in a plain registry of the worker that is asked.
     """
 
     def __init__(self, version: str, registry: CollectorRegistry | None = None) -> None:
         prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = registry or CollectorRegistry()
         self.shared = bool(values.ValueClass._multiprocess)
+        self._own = CollectorRegistry() if self.shared else self.registry
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        self._scraped: dict[str, _Scraped] = {}
         for spec in TABLE:
+            if spec.mode == "scraped":
+                self._scraped[spec.name] = _Scraped(spec)
+                self._own.register(self._scraped[spec.name])
+                continue
             if spec.kind is Kind.HISTOGRAM:
                 made: Counter | Gauge | Histogram = Histogram(
                     spec.name, spec.help, spec.labels, registry=self.registry, buckets=spec.buckets
@@ -211,6 +249,9 @@ class Metrics:
 
     def set(self, name: str, value: float, /, **labels: str) -> None:
         """Sets a gauge."""
+        if name in self._scraped:
+            self._scraped[name].set(value, labels)
+            return
         metric = self._metrics[name]
         if not isinstance(metric, Gauge):
             raise TypeError(f"{name} is not a gauge")
@@ -253,7 +294,10 @@ class Metrics:
     def finished(self, receipt: Receipt, delivery: Delivery) -> None:
         """Counts one request, all at once, from what is known at its end."""
         team, model = self.team(receipt.team), receipt.model_label or "none"
-        endpoint, cache = receipt.operation, receipt.cache.value
+        asked = receipt.operation == Inquiry.ESTIMATE
+        # An estimate only says what a look into the cache would find: it is not one.
+        found = CacheResult.OFF if asked else receipt.cache
+        endpoint, cache = receipt.operation, found.value
         self.add(
             "gateway_requests_total",
             team=team,
@@ -269,7 +313,7 @@ class Metrics:
             self.add("gateway_client_gone_total", stage=delivery.gone)
             if receipt.outcome is Outcome.DELIVERED:
                 self.add("gateway_orphaned_results_total")
-        if receipt.model_label:
+        if receipt.model_label and not asked:
             self.add("gateway_cache_total", result=cache)
         if receipt.status == 200:
             where = {"model": model, "endpoint": endpoint}
@@ -277,8 +321,9 @@ class Metrics:
             self.add("gateway_team_request_seconds_total", delivery.seconds, team=team, **where)
             own = delivery.seconds - receipt.timings.upstream - receipt.timings.reading
             self.observe("gateway_overhead_seconds", own, endpoint=endpoint)
-            self.add("gateway_images_total", receipt.images, team=team, cache=cache, **where)
-        if receipt.cache is CacheResult.HIT:
+            if not asked:
+                self.add("gateway_images_total", receipt.images, team=team, cache=cache, **where)
+        if found is CacheResult.HIT:
             avoided = receipt.avoided / NANOS_PER_DOLLAR
             self.add(
                 "gateway_spend_avoided_usd_total",
@@ -358,7 +403,7 @@ class Metrics:
         """Sets the gauges of the teams' accounts; those that it is not given are forgotten, and so
         is a limit that was taken away."""
         for name in BUDGET_GAUGES:
-            self._metrics[name].clear()
+            self._scraped[name].clear()
         for line, balance in standing:
             limit, ends = line.limit, line.period.ends
             owner = self.team(limit.owner)
@@ -390,7 +435,9 @@ class Metrics:
         self.look()
         everyone = CollectorRegistry()
         MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]
-        return prometheus_client.generate_latest(everyone)
+        return prometheus_client.generate_latest(everyone) + prometheus_client.generate_latest(
+            self._own
+        )
 
 
 def _dollars(nanousd: Money) -> float:

@@ -113,6 +113,24 @@ def test_a_pin_that_the_price_does_not_know_is_refused(
     assert say("check", "--config", path).exit_code == 0
 
 
+def test_a_pin_of_any_other_model_is_what_one_of_them_draws(say: Say, tmp_path: Path) -> None:
+    def said(size: str, quality: str) -> tuple[int, str]:
+        pin = f"{{size: {size}, quality: {quality}}}"
+        models = f"models: {{'*': {{upstream: o, auto: pin, pin: {pin}}}}}\n"
+        path = written(tmp_path, UPSTREAM + models)
+        ended = say("check", "--config", path)
+        return ended.exit_code, ended.stderr.removeprefix(f"{path}: ")
+
+    assert said("1024x1024", "low")[0] == 0
+    # One that only a single model draws will do.
+    assert said("512x512", "standard")[0] == 0
+    assert said("640x64", "low") == (
+        2,
+        "models.*.pin: no price at o knows size 640x64 with quality low. Pin what its models draw, "
+        "or set auto: bound\n",
+    )
+
+
 def test_a_pin_that_it_knows_is_taken(say: Say, tmp_path: Path) -> None:
     model = "{upstream: o, model: gpt-image-2, auto: pin}"
     path = written(tmp_path, UPSTREAM + f"models: {{art: {model}}}\n")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -338,13 +338,14 @@ async def test_processes_that_count_apart_share_a_limit(amount: int, each: int) 
         assert 4 * each <= max(amount, 4)
 
 
-async def test_a_share_refills_at_its_own_pace_and_names_the_whole_limit() -> None:
+async def test_a_share_refills_at_its_own_pace_and_is_told_beside_the_whole_limit() -> None:
     clock = StillClock()
     gate, limit = MemoryGate(clock, processes=4), rate(24, Unit.IMAGES)
     grant = granted(await gate.take("a", [limit], Demand(images=6)))
-    assert [(each.limit, each.remaining) for each in grant.standings] == [(limit, 0)]
+    part = replace(limit, amount=6)
+    assert [(each.limit, each.remaining) for each in grant.standings] == [(part, 0)]
     no = refused(await gate.take("b", [limit], ONE))
-    assert (no.limit, no.wait_seconds) == (limit, 10.0)
+    assert (no.limit, no.counted, no.wait_seconds) == (limit, part, 10.0)
     clock.advance(10)
     granted(await gate.take("b", [limit], ONE))
     # Within the limit, but not within a share of it: it fits once somebody counts for all.

@@ -198,7 +198,7 @@ async def test_what_cost_more_than_its_bound_is_booked_and_counts(
 async def test_a_budget_of_nothing_buys_nothing(start: Start) -> None:
     async with start(budget(month=0)) as gateway:
         assert said(await refused(gateway)) == (
-            "Team growth may spend $0.00 a month in all; this request could cost up to $0.006, so "
+            "Team growth may spend $0.00 a month; this request could cost up to $0.006, so "
             "waiting does not help."
         )
         assert len(gateway.sandbox.journal) == 0
@@ -211,8 +211,8 @@ async def test_a_request_may_not_cost_more_than_the_team_allows(start: Start) ->
         assert isinstance(error, BadRequestError)
         assert error.code == "max_cost_exceeded"
         assert said(error) == (
-            "This request could cost up to $0.053, and team growth allows $0.010 a request. Ask "
-            "for fewer pictures, a smaller size or a lower quality."
+            "This request could cost up to $0.053, and team growth allows $0.010 a request. "
+            "Cheaper now: quality=low (at most $0.006)."
         )
         # What is left open is the dearest.
         assert (await refused(gateway, quality="auto")).code == "max_cost_exceeded"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import itertools
+import json
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -23,12 +25,15 @@ from gateway.domain.ledger import Balance, Line
 from gateway.domain.money import Money, format_dollars, parse_dollars
 from gateway.domain.quota import Scope, Unit, period
 from gateway.domain.team import Limits
+from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.settings import Settings
 from gateway.stores.sqlite import SQLiteStore
 from gateway.stores.sqlite_ledger import SQLiteLedger
+from tests.raw import JSON, RawAnswer, RawClient
 from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start
+from tests.valkey import eventually
 
 ASKED: dict[str, Any] = {
     "model": MODEL,
@@ -50,6 +55,7 @@ TEAM: dict[str, Any] = {
     "budget": {"day": 5, "month": 4},
 }
 SMALL = "1024x1024"
+NO_CACHE = {"cache-control": "no-cache"}
 PAID = ("x-cost-usd", "x-cost-basis")
 BUDGET = ("x-budget-remaining-usd", "x-budget-reset")
 ROUTE = ("x-cache", "x-model-served", "x-gateway-upstream")
@@ -212,7 +218,7 @@ async def test_what_is_said_of_a_hit(start: Start) -> None:
             assert {"x-ratelimit-remaining-requests", "age"} <= said.keys()
 
 
-async def test_a_purchase_reads_no_balance_and_hits_one_a_second(
+async def test_a_purchase_reads_no_balance_and_hits_and_estimates_one_a_second(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reads: list[float] = []
@@ -223,8 +229,12 @@ async def test_a_purchase_reads_no_balance_and_hits_one_a_second(
         reads.append(asyncio.get_running_loop().time())
         return await read(self, lines)
 
+    async def nothing(self: BudgetWatch) -> None:
+        """The watch reads by itself, whoever asks."""
+
+    monkeypatch.setattr(BudgetWatch, "look", nothing)
     monkeypatch.setattr(SQLiteLedger, "balances", counted)
-    async with start(with_team()) as gateway, gateway.http() as http:
+    async with start(with_team(soft_budget={"total": 3})) as gateway, gateway.http() as http:
         for prompt in ("A lighthouse", "A lighthouse at dusk", "A lighthouse by day"):
             answer = await http.post(GENERATIONS, json={**ASKED, "prompt": prompt})
             assert answer.headers["x-cache"] == "miss"
@@ -234,7 +244,11 @@ async def test_a_purchase_reads_no_balance_and_hits_one_a_second(
             answer = await http.post(GENERATIONS, json=ASKED)
             assert answer.headers["x-cache"] == "hit"
             told.add(answer.headers["x-budget-remaining-usd"])
-        assert len(reads) <= 1 + asyncio.get_running_loop().time() - began
+            answer = await http.post(ESTIMATE, json=ASKED)
+            told.add(answer.headers["x-budget-remaining-usd"])
+            assert [one["window"] for one in answer.json()["budgets"]] == ["day", "month", "total"]
+        # Hits ask for the hard budgets, estimates for the soft one too.
+        assert len(reads) <= 2 * (1 + asyncio.get_running_loop().time() - began)
         assert told == {format_dollars(await remaining(gateway))}
 
 
@@ -484,8 +498,13 @@ async def test_a_kept_answer_would_cost_nothing(gateway: GatewayUnderTest) -> No
     assert (anew["cache"], anew["bound_usd"]) == ("miss", "0.0061")
     stranger = await estimate(gateway, OTHER_KEY)
     assert stranger["cache"] == "miss"
+    # The log says what was found; the metrics count looks.
+    asked = [one.cache.value for one, _ in gateway.told.requests if one.operation == "estimate"]
+    assert asked == ["miss", "hit", "miss", "miss"]
     metrics = await gateway.metrics()
-    assert metrics['gateway_cache_total{result="miss"}'] == 1, "estimates are no looks"
+    looks = {name: value for name, value in metrics.items() if "gateway_cache_total" in name}
+    assert looks == {'gateway_cache_total{result="miss"}': 1}
+    assert not [name for name in metrics if "images_total" in name and "estimate" in name]
 
 
 async def test_what_was_left_open_is_likely_what_it_did_cost(
@@ -645,8 +664,75 @@ async def test_a_body_that_cannot_be_read_is_an_error_here_too(
         found = await http.post(ESTIMATE, **sent)
         real = await http.post(EDITS if is_edit else GENERATIONS, **sent)
     assert found.status_code == real.status_code == status
-    assert found.json() == real.json()
+    assert found.text.replace(ESTIMATE, EDITS) == real.text
+    assert EDITS not in found.text
     assert {name: found.headers[name] for name in FREE} == FREE
+
+
+async def test_a_key_has_four_estimates_under_way_at_most(gateway: GatewayUnderTest) -> None:
+    """The fifth is refused before its body is read: each may be a large upload."""
+    body = json.dumps(ASKED).encode()
+    path, announced = f"/v1{ESTIMATE}", (JSON, f"content-length: {len(body)}")
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(RawClient.to(gateway.port, KEY)) for _ in "1234"]
+        for client in clients:
+            await client.head(path, announced)
+            await client.send(body[:10])
+
+        async def fifth(key: str = KEY) -> RawAnswer:
+            async with RawClient.to(gateway.port, key) as client:
+                await client.head(path, announced)
+                if key == OTHER_KEY:
+                    await client.send(body)
+                return await client.answer()
+
+        async with gateway.http() as http:
+
+            async def full() -> bool:
+                return (await http.post(ESTIMATE, content=b"{")).status_code == 429
+
+            await eventually(full)
+        answer = await fifth()
+        assert (answer.status, answer.error["code"]) == (429, "rate_limit_exceeded")
+        assert answer.header("retry-after") == "1"
+        assert answer.header("connection") == "close"
+        assert (await fifth(OTHER_KEY)).status == 200
+        for client in clients:
+            await client.send(body[10:])
+            assert (await client.answer()).status == 200
+        # Those whose clients leave are over too.
+        for _ in "1234":
+            async with RawClient.to(gateway.port, KEY) as client:
+                await client.head(path, announced)
+        async with gateway.http() as http:
+
+            async def free() -> bool:
+                return (await http.post(ESTIMATE, json=ASKED)).status_code == 200
+
+            await eventually(free)
+    metrics = await gateway.metrics()
+    refused = 'gateway_requests_rejected_total{endpoint="estimate",reason="concurrent_estimates"}'
+    assert metrics[refused] >= 2
+
+
+async def test_a_pinned_call_is_remembered_as_what_was_bought(start: Start) -> None:
+    """What an edit did cost is the mean of what it was, not of the `auto` that was said."""
+    pinned = {"auto": "pin", "pin": {"size": SMALL, "quality": "low"}}
+    async with start({"models": {ALIAS: pinned}}) as gateway, gateway.http() as http:
+        files = {"image": ("a.png", png(), "image/png")}
+        texts: dict[str, Any] = {"prompt": (None, "A lighthouse"), **files}
+        alias, plain = ({**texts, "model": (None, model)} for model in (ALIAS, MODEL))
+        real = await http.post(EDITS, files=alias)
+        assert real.status_code == 200, real.text
+        await gateway.told.until(1)
+        assert (gateway.told.last.size, gateway.told.last.quality) == (SMALL, "low")
+        same = (await http.post(ESTIMATE, files=alias, headers=NO_CACHE)).json()
+        assert (same["likely_usd"], same["likely_basis"]) == (
+            real.headers["x-cost-usd"],
+            "observed",
+        )
+        other = (await http.post(ESTIMATE, files=plain)).json()
+        assert (other["likely_usd"], other["likely_basis"]) == (None, None)
 
 
 async def test_a_generation_is_held_to_its_own_size(start: Start) -> None:

@@ -273,9 +273,14 @@ async def test_each_of_two_replicas_keeps_its_half_while_redis_is_away(
                 "degraded": {"redis": "connection: limits are kept by this process, 1/2 of each"},
             }
         for number in range(5):
-            await sdk.images.generate(**ASKED, prompt=f"A lighthouse, number {number}")
-        with pytest.raises(RateLimitError, match="limited to 10 images a minute"):
+            prompt = f"A lighthouse, number {number}"
+            said = await sdk.images.with_raw_response.generate(**ASKED, prompt=prompt)
+            # What is left is left of the half, and so the limit is the half too.
+            assert said.headers["x-ratelimit-limit-images"] == "5"
+            assert said.headers["x-ratelimit-remaining-images"] == str(4 - number)
+        with pytest.raises(RateLimitError, match="limited to 10 images a minute") as refused:
             await sdk.images.generate(**ASKED, prompt="A lighthouse, one more")
+        assert refused.value.response.headers["x-ratelimit-limit-images"] == "5"
         valkey.restart()
 
         async def degraded() -> bool:

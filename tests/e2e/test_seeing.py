@@ -7,7 +7,8 @@ import io
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from openai import APIStatusError
 
+from gateway.domain.team import Limits, Team
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
@@ -154,6 +156,19 @@ async def test_the_labels_are_bounded(start: Start) -> None:
         where = 'endpoint="generation",model="other"'
         assert seen[f'gateway_spend_usd_total{{{where},team="growth"}}'] > 0
         assert seen[f"gateway_request_duration_seconds_count{{{where}}}"] == 2
+
+
+async def test_the_budget_of_a_team_that_may_not_spend_is_not_shown(start: Start) -> None:
+    art = Team("art", limits=Limits(budget_day=10**9))
+
+    def of_art(metrics: Mapping[str, float]) -> set[str]:
+        return {name.partition("{")[0] for name in metrics if 'owner="art"' in name}
+
+    async with start() as gateway:
+        await gateway.gateway.directory.create_team(art)
+        assert "gateway_budget_limit_usd" in of_art(await gateway.metrics())
+        await gateway.gateway.directory.update_team(replace(art, disabled=True))
+        assert of_art(await gateway.metrics()) == set()
 
 
 async def test_what_is_under_way_is_seen(start: Start, sandbox: SandboxServer) -> None:

@@ -423,7 +423,7 @@ async def test_what_can_never_fit(
         ),
         (
             *(team_line(20 * CENT, WEEK), Balance(20 * CENT)),
-            "Team growth may spend $0.20 a week in all; this request could cost up to $0.21, so "
+            "Team growth may spend $0.20 a week; this request could cost up to $0.21, so "
             "waiting does not help.",
         ),
         (
@@ -445,7 +445,7 @@ async def test_what_can_never_fit(
         ),
         (
             *(team_line(0), Balance()),
-            "Team growth may spend $0.00 a month in all; this request could cost up to $0.21, so "
+            "Team growth may spend $0.00 a month; this request could cost up to $0.21, so "
             "waiting does not help.",
         ),
     ],

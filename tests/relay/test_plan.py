@@ -513,11 +513,13 @@ async def test_a_call_without_a_bound() -> None:
     [
         (None, None, None),
         (20 * CENT, None, None),
-        (20 * CENT - 1, None, "$0.20"),
-        (None, 5 * CENT, "$0.050"),
-        (30 * CENT, 10 * CENT, "$0.10"),
-        (10 * CENT, 30 * CENT, "$0.10"),
-        (None, 0, "$0.00"),
+        (20 * CENT - 1, None, "team growth allows $0.20"),
+        (None, 5 * CENT, "key k1 of team growth allows $0.050"),
+        (30 * CENT, 10 * CENT, "key k1 of team growth allows $0.10"),
+        (10 * CENT, 30 * CENT, "team growth allows $0.10"),
+        (None, CENT, "key k1 of team growth allows $0.010"),
+        (None, CENT - 1, "key k1 of team growth allows $0.010"),
+        (None, 0, "key k1 of team growth allows $0.00"),
     ],
 )
 async def test_the_most_that_a_request_may_cost(
@@ -529,9 +531,13 @@ async def test_the_most_that_a_request_may_cost(
         await bench.plan(a_call(), who)
         return
     error = await bench.refused(InvalidRequest, a_call(), who)
+    # A way that is still too dear is no advice.
+    fits = min(one for one in (team, key) if one is not None) >= CENT
+    advice = "Cheaper now: quality=low (at most $0.010)."
+    otherwise = "Ask for fewer pictures, a smaller size or a lower quality."
     assert error.message == (
-        f"This request could cost up to $0.20, and team growth allows {refused} a request. "
-        "Ask for fewer pictures, a smaller size or a lower quality."
+        f"This request could cost up to $0.20, and {refused} a request. "
+        f"{advice if fits else otherwise}"
     )
     assert (error.status, error.code, error.reason) == (
         *(400, "max_cost_exceeded"),
@@ -587,17 +593,18 @@ async def test_the_first_way_that_saves_by_half(
     size: str, quality: str, cents: Mapping[str, int], words: str | None, bound: int
 ) -> None:
     plan = await Bench(price=ByQuality(cents)).plan(a_call(size=size, quality=quality))
-    assert cheaper(plan) == (None if words is None else (words, bound * CENT))
+    assert cheaper(plan.call, plan.quote) == (None if words is None else (words, bound * CENT))
 
 
 async def test_a_way_that_has_no_price_is_no_way() -> None:
     price = ByQuality({"high": 20, "medium": 5}, refuses="low")
     plan = await Bench(price=price).plan(a_call())
-    assert cheaper(plan) == ("quality=medium", 5 * CENT)
+    assert cheaper(plan.call, plan.quote) == ("quality=medium", 5 * CENT)
 
 
 async def test_nothing_is_cheaper_than_what_has_no_price() -> None:
-    assert cheaper(await Bench().plan(a_call("dear"))) is None
+    plan = await Bench().plan(a_call("dear"))
+    assert cheaper(plan.call, plan.quote) is None
 
 
 # What a client leaves open
@@ -687,4 +694,4 @@ async def test_the_most_a_request_may_cost_counts_the_factor() -> None:
 
 async def test_what_would_be_cheaper_counts_the_factor_too() -> None:
     plan = await Bench(factor_of=of_flare).plan(a_call())
-    assert cheaper(plan) == ("quality=low", 15_000_000)
+    assert cheaper(plan.call, plan.quote) == ("quality=low", 15_000_000)

@@ -241,6 +241,23 @@ def test_a_picture_from_the_cache() -> None:
     }
 
 
+@pytest.mark.parametrize("cache", [CacheResult.HIT, CacheResult.MISS])
+def test_an_estimate_is_no_look_and_no_picture(cache: CacheResult) -> None:
+    asked = Receipt(
+        *("req_1", "estimate", 200, "growth"), model_label="team-art", cache=cache, bound=DOLLAR
+    )
+    where = 'endpoint="estimate",model="team-art"'
+    assert moved(told(asked)) == {
+        f'gateway_requests_total{{cache="off",{where},status="2xx",team="growth"}}': 1,
+        'gateway_response_bytes_total{endpoint="estimate"}': 1000,
+        f"gateway_request_duration_seconds_count{{{where}}}": 1,
+        f"gateway_request_duration_seconds_sum{{{where}}}": 5.0,
+        f'gateway_team_request_seconds_total{{{where},team="growth"}}': 5.0,
+        'gateway_overhead_seconds_count{endpoint="estimate"}': 1,
+        'gateway_overhead_seconds_sum{endpoint="estimate"}': 5.0,
+    }
+
+
 def test_a_stranger_at_the_door_has_no_labels_of_its_own() -> None:
     assert moved(told(DOOR, delivery=Delivery(401, 150, 0.001))) == {
         'gateway_requests_total{cache="off",endpoint="edit",model="none",status="4xx",team="none"}'
@@ -435,10 +452,46 @@ def test_each_worker_tells_what_all_of_them_have(tmp_path: Path) -> None:
     assert said(told_by(2)) == (7, 2, 10, 3, 1)
 
 
+FORGETFUL = """
+import sys
+from gateway.domain.ledger import Balance, Line
+from gateway.domain.quota import Limit, Period, Scope, Unit, Window
+from gateway.telemetry.metrics import Metrics
+
+metrics = Metrics("1.2.3")
+day = Period(Window.DAY, "d|2026-11-22", None)
+for team, amount in (("growth", 7), ("gone", 7), ("growth", None)):
+    limit = Limit(Scope.TEAM, team, Unit.MONEY, Window.DAY, amount)
+    metrics.budgets([(Line(limit, day), Balance())])
+sys.stdout.buffer.write(metrics.exposition())
+"""
+
+
+def test_a_worker_forgets_a_limit_that_was_taken_away(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", FORGETFUL],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, METRICS_FOLDER: str(tmp_path)},
+        cwd=GATEWAY.parent,
+    )
+    assert ended.stderr == ""
+    found = {line for line in ended.stdout.splitlines() if line.startswith("gateway_budget_")}
+    where = 'owner="growth",scope="team",window="day"'
+    assert found == {
+        f"gateway_budget_spent_usd{{{where}}} 0.0",
+        f"gateway_budget_reserved_usd{{{where}}} 0.0",
+    }
+    kept = b"".join(file.read_bytes() for file in tmp_path.iterdir())
+    assert b"gateway_inflight_requests" in kept
+    assert b"gateway_budget_" not in kept
+
+
 def test_a_gauge_of_several_workers_forgets_the_dead() -> None:
     for spec in TABLE:
         if spec.kind is Kind.GAUGE:
-            assert spec.mode in ("livesum", "livemostrecent"), spec.name
+            assert spec.mode in ("livesum", "livemostrecent", "scraped"), spec.name
 
 
 # Bounds
