@@ -87,6 +87,10 @@ class NotKnown(Exception):
     """There is no team or key of that name."""
 
 
+class BooksChanged(Exception):
+    """What an adjustment was worked out from is no longer so; nothing was booked."""
+
+
 class Gate(Protocol):
     """Rates and concurrency: fast and forgettable."""
 
@@ -172,8 +176,19 @@ class Books(Protocol):
         still runs and for one that is so already; the last two leave no trace, and the id free.
         Raises ``NotKnown``, ``ValueError`` for a negative cost."""
 
+    async def adjustment(self, adjustment_id: str) -> Adjustment | None:
+        """One that was applied. None where there is none, or the id is that of a correction."""
+
     async def adjust(self, adjustment: Adjustment) -> bool:
         """Moves a team's balances and its day's usage. False where its id was applied before."""
+
+    async def adjust_all(
+        self, adjustments: Sequence[Adjustment], seen: Mapping[tuple[str, str], Money]
+    ) -> list[str]:
+        """Applies all of them or none, in one transaction; returns the ids that were not applied
+        before. ``seen``: (day, model) -> what all teams were booked, when the adjustments were
+        worked out. Raises ``BooksChanged`` where one of these sums is another by now: so of two
+        that mend the same difference at once, one does."""
 
     async def audit(self) -> list[Discrepancy]:
         """Adds everything up a second way (I2 of money.md); empty where the books are right.

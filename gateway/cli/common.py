@@ -22,7 +22,7 @@ from gateway.domain.errors import GatewayError
 from gateway.domain.money import format_dollars, parse_dollars
 from gateway.domain.quota import MONEY_WINDOWS
 from gateway.domain.team import ANY_MODEL, Limits
-from gateway.ports import AlreadyExists, NotKnown, Store, StoreError
+from gateway.ports import AlreadyExists, BooksChanged, NotKnown, Store, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.server import listen
 from gateway.settings import ConfigError, Settings, default_config_path, load, shipped
@@ -72,7 +72,7 @@ def failures() -> Iterator[None]:
         yield
     except (PriceFileError, CannotServe) as error:
         fail(str(error), EXIT_CONFIG)
-    except (StoreError, GatewayError, AlreadyExists, NotKnown) as error:
+    except (StoreError, GatewayError, AlreadyExists, BooksChanged, NotKnown) as error:
         fail(str(error), EXIT_FAILED)
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""

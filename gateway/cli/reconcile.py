@@ -119,7 +119,9 @@ def reconcile(
         ],
     )
     percent = Decimal(str(settings.notify.drift_percent))
-    applied = with_store(settings, lambda store: _apply(store, settings, found)) if apply_it else []
+    applied = (
+        with_store(settings, lambda store: apply_all(store, settings, found)) if apply_it else []
+    )
     report = describe(found, percent, suspects, applied)
     if out is not None:
         text = as_csv(found) if out.suffix == ".csv" else json.dumps(report, indent=2) + "\n"
@@ -185,19 +187,21 @@ async def _books(
     return await store.ledger.usage(day, day), suspects
 
 
-async def _apply(store: Store, settings: Settings, found: Reconciliation) -> list[str]:
-    """The ids of those that were not applied before."""
-    applied = []
+async def apply_all(store: Store, settings: Settings, found: Reconciliation) -> list[str]:
+    """Books all proposals or none; the ids of those that were not applied before. Raises
+    ``BooksChanged``."""
+    adjustments = []
     now = SystemClock().now()
     for one in found.proposals:
         zone = await zone_of(store, settings, one.team, one.day)
         accounts = team_accounts(one.team, date.fromisoformat(one.day), zone)
-        adjustment = Adjustment(
-            one.id, one.team, one.model, one.day, one.amount, accounts, one.reason, ACTOR, now
+        adjustments.append(
+            Adjustment(
+                one.id, one.team, one.model, one.day, one.amount, accounts, one.reason, ACTOR, now
+            )
         )
-        if await store.books.adjust(adjustment):
-            applied.append(one.id)
-    return applied
+    seen = {(found.day, model): booked for model, booked in found.seen}
+    return await store.books.adjust_all(adjustments, seen)
 
 
 def _print(

@@ -84,7 +84,8 @@ class Proposal:
 class Reconciliation:
     """``other`` are line items of no model that this upstream serves here; ``unrouted`` are models
     of the books that no entry routes any more, and what they cost; ``nobodys`` are models whose
-    difference has no team to be split over."""
+    difference has no team to be split over. ``seen`` is what the comparison was made with: each
+    configured name of these models, and what all teams were booked for it."""
 
     upstream: str
     day: str
@@ -93,6 +94,7 @@ class Reconciliation:
     unrouted: tuple[tuple[str, Money], ...] = ()
     proposals: tuple[Proposal, ...] = ()
     nobodys: tuple[str, ...] = ()
+    seen: tuple[tuple[str, Money], ...] = ()
 
     @property
     def total(self) -> Drift:
@@ -175,7 +177,16 @@ def reconcile(
         tuple(sorted(unrouted.items())),
         tuple(proposals),
         tuple(nobodys),
+        tuple(sorted(_booked(row for of_model in mine.values() for row in of_model).items())),
     )
+
+
+def _booked(rows: Iterable[UsageRow]) -> dict[str, Money]:
+    """By the configured name."""
+    booked: dict[str, Money] = {}
+    for row in rows:
+        booked[row.model] = booked.get(row.model, 0) + row.cost
+    return booked
 
 
 def split(amount: Money, weights: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], Money]:
