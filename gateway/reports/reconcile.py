@@ -20,7 +20,7 @@ from decimal import Decimal
 from gateway.domain.bill import BilledItem
 from gateway.domain.books import Hold
 from gateway.domain.ledger import State, UsageRow
-from gateway.domain.money import Money, format_dollars
+from gateway.domain.money import Money, exact_dollars, format_dollars
 from gateway.domain.route import Target
 
 NO_LINE_ITEM = "(no line item)"
@@ -225,8 +225,8 @@ def _proposal(
     parts = (upstream, day, drift.model, str(drift.billed), str(drift.booked), team, model)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     reason = (
-        f"{upstream} billed ${format_dollars(drift.billed)} for {drift.model} on {day}, "
-        f"booked were ${format_dollars(drift.booked)}"
+        f"{upstream} billed {exact_dollars(drift.billed)} for {drift.model} on {day}, "
+        f"booked were {exact_dollars(drift.booked)}"
     )
     return Proposal(f"reconcile-{day}-{digest}", team, model, day, amount, reason)
 

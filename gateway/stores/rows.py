@@ -15,7 +15,7 @@ from typing import Any
 from gateway.domain.books import Adjustment, Correction, Hold, JournalLine
 from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Claim, Outcome, Settlement, State
-from gateway.domain.money import Money, format_dollars
+from gateway.domain.money import Money, exact_dollars
 from gateway.domain.team import Key, Limits, Team
 from gateway.domain.transition import usage_day
 from gateway.ports import BooksChanged
@@ -122,10 +122,9 @@ def compare_booked(
     for (day, model), cost in seen.items():
         now = booked.get((day, model), 0)
         if now != cost:
-            was, now_is = (f"{'-' * (sum < 0)}${format_dollars(abs(sum))}" for sum in (cost, now))
             raise BooksChanged(
-                f"the books changed meanwhile ({model}, {day}: {was} before, {now_is} now) and "
-                "nothing was booked; run it again"
+                f"the books changed meanwhile ({model}, {day}: {exact_dollars(cost)} before, "
+                f"{exact_dollars(now)} now) and nothing was booked; run it again"
             )
 
 
