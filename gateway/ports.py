@@ -208,8 +208,9 @@ class Upkeep(Protocol):
     async def forget(self, before: datetime, limit: int = 1000) -> int:
         """Deletes posted and voided holds reserved before then, and their journal lines, rolled up
         per account so that ``Books.audit`` still adds up; returns how many. Balances and daily
-        usage stay for ever; expired holds stay until somebody resolves them, and a hold that still
-        has its idempotency key until a sweep has cleared it."""
+        usage stay for ever; expired holds, and posted ones whose cost may be wrong
+        (``transition.DOUBTFUL``), stay until somebody resolves them, and a hold that still has its
+        idempotency key until a sweep has cleared it."""
 
     async def claim_notice(
         self, account: str, mark: str, now: datetime, lease_seconds: float

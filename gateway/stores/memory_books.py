@@ -199,7 +199,10 @@ class MemoryUpkeep:
         old = sorted(
             (hold.claim.at, rid)
             for rid, hold in rows.holds.items()
-            if hold.state in (State.POSTED, State.VOIDED)
+            if (
+                hold.state is State.VOIDED
+                or (hold.state is State.POSTED and DOUBTFUL.isdisjoint(hold.flags))
+            )
             and hold.claim.at < before
             and rows.key_of(hold) is None
         )[:limit]
