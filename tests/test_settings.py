@@ -162,8 +162,8 @@ MISTAKES = [
     ("upstreams: {A: {kind: sandbox}}", "upstreams.A: the name of an upstream has lower-case"),
     ("upstreams: {a: {kind: sandbox, base_url: 'https://h/v1'}}", "upstreams.a.base_url: a sandb"),
     ("upstreams: {a: {kind: sandbox, admin_key: x}}", "upstreams.a.admin_key: a sandbox has none"),
-    (f"upstreams: {{a: {{kind: openai, base_url: 'https://h/v1', api_keys: [k], admin_key: sk-admin-0123456789abcdef}}"
-     f"}}\nteams: {{a: {{keys: [sk-admin-0123456789abcdef]}}}}", "2:20: teams.a.keys[0]: that is a provider's key"),
+    ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', admin_key: sk-0123456789abcdefgh}}\n"
+     "teams: {a: {keys: [sk-0123456789abcdefgh]}}", "2:20: teams.a.keys[0]: that is a provider's"),
     ("upstreams: {a: {kind: sandbox, api_key: x}}", 'unknown key; did you mean "api_keys"?'),
     ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', verify: false}}", "verify: is neve"),
     ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', api_keys: [igw_x]}}",
