@@ -44,8 +44,8 @@ _APPLIED = "SELECT count(*) FROM adjustment WHERE id = %s"
 _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = %s AND rid IS NULL"  # noqa: S608
 
 # Whoever compares the books with a bill, one after the other: the next one compares with what the
-# one before has booked. Nobody else waits for this row, so it is locked before all others.
-_TURN = "SELECT pg_advisory_xact_lock(hashtext('gateway adjust_all'))"
+# one before has booked. Nobody waits for this lock who has another.
+_TURN = "SELECT pg_advisory_xact_lock(hashtextextended('adjust_all', 0))"
 
 _BOOKED = """
 SELECT day, model, sum(cost) FROM usage_daily WHERE day = ANY(%s::text[]) GROUP BY day, model
