@@ -198,6 +198,7 @@ async def open_gateway(
             clock=clock,
             budgets=budgets,
             factors=factors,
+            keep=settings.ledger.keep,
         )
         pipeline = Pipeline(
             keyring=keyring,

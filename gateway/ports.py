@@ -89,6 +89,10 @@ class NotKnown(Exception):
     """There is no team or key of that name."""
 
 
+class BooksChanged(Exception):
+    """What an adjustment was worked out from is no longer so; nothing was booked."""
+
+
 class Gate(Protocol):
     """Rates and concurrency: fast and forgettable."""
 
@@ -174,8 +178,19 @@ class Books(Protocol):
         still runs and for one that is so already; the last two leave no trace, and the id free.
         Raises ``NotKnown``, ``ValueError`` for a negative cost."""
 
+    async def adjustment(self, adjustment_id: str) -> Adjustment | None:
+        """One that was applied. None where there is none, or the id is that of a correction."""
+
     async def adjust(self, adjustment: Adjustment) -> bool:
         """Moves a team's balances and its day's usage. False where its id was applied before."""
+
+    async def adjust_all(
+        self, adjustments: Sequence[Adjustment], seen: Mapping[tuple[str, str], Money]
+    ) -> list[str]:
+        """Applies all of them or none, in one transaction; returns the ids that were not applied
+        before. ``seen``: (day, model) -> what all teams were booked, when the adjustments were
+        worked out. Raises ``BooksChanged`` where one of these sums is another by now: so of two
+        that mend the same difference at once, one does."""
 
     async def audit(self) -> list[Discrepancy]:
         """Adds everything up a second way (I2 of money.md); empty where the books are right.
@@ -195,8 +210,9 @@ class Upkeep(Protocol):
     async def forget(self, before: datetime, limit: int = 1000) -> int:
         """Deletes posted and voided holds reserved before then, and their journal lines, rolled up
         per account so that ``Books.audit`` still adds up; returns how many. Balances and daily
-        usage stay for ever; expired holds stay until somebody resolves them, and a hold that still
-        has its idempotency key until a sweep has cleared it."""
+        usage stay for ever; expired holds, and posted ones whose cost may be wrong
+        (``transition.DOUBTFUL``), stay until somebody resolves them, and a hold that still has its
+        idempotency key until a sweep has cleared it."""
 
     async def claim_notice(
         self, account: str, mark: str, now: datetime, lease_seconds: float

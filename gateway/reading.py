@@ -293,6 +293,14 @@ def seconds(least: float = 0.001) -> Reader[float]:
     return read
 
 
+def percent(node: Node, spot: Spot) -> float:
+    """A share of a hundred: 1 or 0.5."""
+    value = _unquoted(scalar(node), "a percentage")
+    if _NUMBER.fullmatch(value.text) is None or not 0 <= float(value.text) <= 100:
+        raise Wrong(f"must be a percentage from 0 to 100, like 1 or 0.5{but_is(value)}")
+    return float(value.text)
+
+
 def size(node: Node, spot: Spot) -> int:
     """Bytes: a whole number, or one with a unit (10GiB, 500MB)."""
     value = scalar(node)

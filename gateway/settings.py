@@ -60,6 +60,7 @@ from gateway.reading import (
     mapping,
     names_of,
     optional,
+    percent,
     record,
     scalar,
     seconds,
@@ -514,6 +515,17 @@ def _network(node: Node, spot: Spot) -> IPv4Network | IPv6Network:
     )
 
 
+def _keep(node: Node, spot: Spot) -> timedelta:
+    """How long closed calls stay. A bare number would be seconds, which nobody means here."""
+    value = scalar(node)
+    if value.text.isascii() and value.text.isdigit():
+        raise Wrong(f"needs a unit: write {value.text if value.text != '0' else '400'}d for days")
+    kept = duration(node, spot)
+    if kept < timedelta(days=1):
+        raise Wrong("must be a day or more: write 400d, for example")
+    return kept
+
+
 _PORT = whole(0, 65_535, "a port")
 _COUNT = whole(1, 1_000_000_000)
 _HOST = text(r"[A-Za-z0-9.:_%-]+", "a host or an address")
@@ -561,7 +573,7 @@ class LedgerSettings:
     lease_seconds: float | None = setting(optional(seconds()), None)
     sweep_seconds: float = setting(seconds(), 15.0)
     spool: Path = setting(_path, Path("data/settlements"))
-    keep: timedelta | None = setting(optional(duration), None)
+    keep: timedelta | None = setting(optional(_keep), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -614,6 +626,10 @@ def _upstream(node: Node, spot: Spot) -> Upstream:
         if keys:
             spot.at("api_keys").wrong(
                 entries["api_keys"].place, "a sandbox has none: it takes every key; remove them"
+            )
+        if upstream.admin_key:
+            spot.at("admin_key").wrong(
+                entries["admin_key"].place, "a sandbox has none: it bills nobody; remove it"
             )
         return upstream
     if "base_url" not in entries:
@@ -737,7 +753,7 @@ class Notify:
     webhook: Secret | None = setting(optional(_webhook), None)
     secret: Secret | None = setting(optional(_webhook_secret), None)
     budget_percent: int = setting(whole(1, 100), 80)
-    drift_percent: float = setting(seconds(0), 1.0)
+    drift_percent: float = setting(percent, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -787,7 +803,7 @@ class _ModelEntry:
         choice(UnknownParameters), UnknownParameters.FORWARD
     )
     auto: Auto = setting(choice(Auto), Auto.BOUND)
-    pin: _PinEntry = group(_stated(record(_PinEntry)), _PinEntry())
+    pin: Located[_PinEntry] | None = group(located(_stated(record(_PinEntry))), None)
     cache: bool = setting(boolean, True)
 
 
@@ -1125,12 +1141,6 @@ def _check_sections(
             f"is no longer than the longest call ({longest:g} s, total_seconds of an upstream): "
             "calls that still run would be charged at their bound",
         )
-    if _server(document.cache.redis) == _server(document.storage.redis) != "":
-        spot.at("cache").at("redis").warn(
-            _place(root, "cache", "redis"),
-            "is the same Redis as storage.redis: pictures may push out the rate limits; "
-            "give the cache a Redis of its own",
-        )
     if document.notify.webhook is not None and document.notify.secret is None:
         spot.at("notify").at("secret").warn(
             _place(root, "notify", "webhook"),
@@ -1165,17 +1175,16 @@ def _check_storage(document: _Document, root: Node, spot: Spot) -> None:
             "is over 1 without storage.redis: each replica then keeps its share of the limits, "
             "whatever the others do",
         )
-    if storage.old_peppers and not storage.pepper and isinstance(storage.database, Secret):
-        return
+    if server.workers > 1 and storage.redis is None:
+        spot.at("server").at("workers").warn(
+            _place(root, "server", "workers"),
+            "is over 1 without storage.redis: each worker then keeps its share of the limits, "
+            "whatever the others do",
+        )
     if storage.pepper and storage.pepper in storage.old_peppers:
         spot.at("storage").at("old_peppers").wrong(
             _place(root, "storage", "old_peppers"), "holds the pepper that is in use"
         )
-
-
-def _server(redis: Secret | None) -> str:
-    """Host and port, without user, password and the number of the database."""
-    return urlsplit(redis.reveal()).netloc.rpartition("@")[2].lower() if redis else ""
 
 
 def _longest_call(upstreams: Mapping[str, Upstream]) -> float:
@@ -1193,6 +1202,9 @@ def _catalogue(entries: Mapping[str, _ModelEntry], upstreams: frozenset[str]) ->
             entry.upstream.wrong(f"{shown}{suggestion(upstream, sorted(upstreams))}")
         if name == WILDCARD and entry.model is not None:
             entry.model.wrong(f'"{WILDCARD}" passes every name on as it is: remove this')
+        if entry.pin is not None and entry.auto is not Auto.PIN:
+            entry.pin.warn("does nothing without auto: pin")
+        pin = entry.pin.value if entry.pin is not None else _PinEntry()
         models[name] = Model(
             name=name,
             target=Target(upstream, entry.model.value if entry.model else name),
@@ -1201,7 +1213,7 @@ def _catalogue(entries: Mapping[str, _ModelEntry], upstreams: frozenset[str]) ->
             cache_enabled=entry.cache,
             label="other" if name == WILDCARD else name,
             refuse_unknown=entry.unknown_parameters is UnknownParameters.REFUSE,
-            pin=Pin(entry.pin.size, entry.pin.quality) if entry.auto is Auto.PIN else None,
+            pin=Pin(pin.size, pin.quality) if entry.auto is Auto.PIN else None,
         )
     wildcard = models.pop(WILDCARD, None)
     return Catalogue(MappingProxyType(models), wildcard)
@@ -1219,11 +1231,22 @@ def _check_teams(
             inside.at("keys").wrong(place, f'two keys have the name "{twice}"')
         _check_models(team.models or (), models)
         allowed = {each.value for each in team.models or ()}
+        _check_budgets(team, inside, _place(root, "teams", name, "soft_budget"))
+        for index, key in enumerate(team.keys):
+            _check_budgets(key, inside.at("keys").at(index), key.key.place)
         for key in team.keys:
             _check_models(key.models or (), models)
             for model in key.models or ():
                 if allowed and ANY_MODEL not in allowed and model.value not in {*allowed, "*"}:
                     model.warn("the team may not use this model, so neither may this key")
+
+
+def _check_budgets(entry: _TeamEntry | _KeyEntry, spot: Spot, place: Place) -> None:
+    limits = _bounds(entry.limits, entry.budget, entry.soft_budget)
+    for window in limits.unreachable:
+        spot.at("soft_budget").at(window).warn(
+            place, f"is over budget.{window}, so that it is never reached"
+        )
 
 
 def _check_models(wanted: tuple[Located[str], ...], models: frozenset[str]) -> None:
@@ -1236,7 +1259,12 @@ def _check_models(wanted: tuple[Located[str], ...], models: frozenset[str]) -> N
 
 def _check_secrets(teams: Mapping[str, _TeamEntry], upstreams: Mapping[str, Upstream]) -> None:
     """A key belongs to one team, and a provider's key to none."""
-    providers = {key.reveal() for upstream in upstreams.values() for key in upstream.api_keys}
+    providers = {
+        key.reveal()
+        for upstream in upstreams.values()
+        for key in (*upstream.api_keys, upstream.admin_key)
+        if key
+    }
     first: dict[str, Located[Secret | None]] = {}
     for team in teams.values():
         for key in team.keys:
@@ -1244,7 +1272,7 @@ def _check_secrets(teams: Mapping[str, _TeamEntry], upstreams: Mapping[str, Upst
                 continue
             secret = key.key.value.reveal()
             if secret in providers:
-                key.key.wrong("that is a provider's key (api_keys of an upstream), not a team's")
+                key.key.wrong("that is a provider's key (of an upstream), not a team's")
             if (earlier := first.setdefault(secret, key.key)) is not key.key:
                 key.key.wrong(f"is the same key as {earlier.spot.path} (line {earlier.place.line})")
 

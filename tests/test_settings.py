@@ -149,12 +149,21 @@ MISTAKES = [
     ("prices: {file: no.yaml}", "1:16: prices.file: there is no such file"),
     (f"prices: {{file: {'9' * 5000}}}", "1:16: prices.file: there is no such file"),
     ("prices: {rows: [a]}", "1:17: prices.rows[0]: must be a row as in prices.yaml"),
+    ("ledger: {keep: 400}", "1:16: ledger.keep: needs a unit: write 400d for days"),
+    ("ledger: {keep: 1s}", "1:16: ledger.keep: must be a day or more: write 400d"),
+    ("ledger: {keep: 23h}", "1:16: ledger.keep: must be a day or more"),
+    ("notify: {drift_percent: 5m}", "1:25: notify.drift_percent: must be a percentage from 0 to "
+     '100, like 1 or 0.5, not "5m"'),
+    ("notify: {drift_percent: 101}", "notify.drift_percent: must be a percentage from 0 to 100"),
     # upstreams
     ("upstreams: {a: {kind: azure}}", 'upstreams.a.kind: the kind "azure" does not exist in this'),
     ("upstreams: {a: {base_url: 'https://h/v1'}}", '1:16: upstreams.a: needs "kind"'),
     ("upstreams: {a: {kind: openai}}", '1:16: upstreams.a: needs "base_url"'),
     ("upstreams: {A: {kind: sandbox}}", "upstreams.A: the name of an upstream has lower-case"),
     ("upstreams: {a: {kind: sandbox, base_url: 'https://h/v1'}}", "upstreams.a.base_url: a sandb"),
+    ("upstreams: {a: {kind: sandbox, admin_key: x}}", "upstreams.a.admin_key: a sandbox has none"),
+    ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', admin_key: sk-0123456789abcdefgh}}\n"
+     "teams: {a: {keys: [sk-0123456789abcdefgh]}}", "2:20: teams.a.keys[0]: that is a provider's"),
     ("upstreams: {a: {kind: sandbox, api_key: x}}", 'unknown key; did you mean "api_keys"?'),
     ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', verify: false}}", "verify: is neve"),
     ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', api_keys: [igw_x]}}",
@@ -485,18 +494,57 @@ def test_warnings(tmp_path: Path) -> None:
     made = read(
         tmp_path,
         MODELS.replace("[k]", "['']")
-        + "storage: {redis: redis://a, pepper: short}\ncache: {redis: redis://A/1}\n"
+        + "storage: {redis: redis://a, pepper: short}\nserver: {workers: 4}\n"
         f"teams: {{a: {{keys: [{{key: {KEY}, models: [art]}}], models: []}}, b: {{}}}}\n"
         "ledger: {lease_seconds: 30}\n",
     )
     assert [f"{each.line} {each.path}" for each in made.warnings] == [
         "1 upstreams.openai",
         "3 storage.pepper",
-        "4 cache.redis",
         "5 teams.b",
         "6 ledger.lease_seconds",
     ]
     assert made.lease_seconds == 30
+
+
+def test_each_worker_has_its_own_limits_without_redis(tmp_path: Path) -> None:
+    [warning] = read(tmp_path, MODELS + "server: {workers: 4}\n").warnings
+    assert str(warning).partition(": ")[2].startswith("server.workers: is over 1 without storage.r")
+    assert read(tmp_path, MODELS + "server: {workers: 1}\n").warnings == ()
+
+
+@pytest.mark.parametrize("cache", ["null", "redis://a", "redis://b"])
+def test_the_redis_itself_is_asked_whether_it_evicts(tmp_path: Path, cache: str) -> None:
+    """Which Redis the cache has says nothing of that; the running gateway looks."""
+    text = f"storage: {{redis: redis://a}}\ncache: {{redis: {cache}}}\n"
+    assert read(tmp_path, MODELS + text).warnings == ()
+
+
+@pytest.mark.parametrize(("auto", "pinned"), [("pin", True), ("bound", False)])
+def test_a_pin_that_pins_nothing(tmp_path: Path, auto: str, pinned: bool) -> None:
+    entry = f"{{upstream: openai, auto: {auto}, pin: {{size: 512x512}}}}"
+    made = read(tmp_path, UPSTREAM + f"models: {{art: {entry}}}\n")
+    assert [f"{each.line} {each.path}" for each in made.warnings] == (
+        [] if pinned else ["2 models.art.pin"]
+    )
+    pin = made.catalogue.models["art"].pin
+    assert (pin is not None and pin.size == "512x512") is pinned
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "warned"), [("5", "5", 0), ("5.01", "5", 2), ("6", "", 0)]
+)
+def test_a_soft_budget_that_is_never_reached(
+    tmp_path: Path, soft: str, hard: str, warned: int
+) -> None:
+    budget = f"budget: {{{f'week: {hard}' if hard else 'day: 1'}}}, soft_budget: {{week: {soft}}}"
+    made = read(
+        tmp_path, MODELS + f"teams: {{a: {{{budget}, keys: [{{key: {KEY}, {budget}}}]}}}}\n"
+    )
+    assert [each.path for each in made.warnings] == [
+        "teams.a.soft_budget.week",
+        "teams.a.keys[0].soft_budget.week",
+    ][:warned]
 
 
 def test_anchors_repeat_whole_values(tmp_path: Path) -> None:

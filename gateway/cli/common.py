@@ -17,13 +17,14 @@ from zoneinfo import available_timezones
 
 import click
 
-from gateway.app import CannotServe, declared_keys, open_store, read_peppers
+from gateway.app import CannotServe, declared_keys, open_store, price_book, read_peppers
+from gateway.clock import SystemClock
 from gateway.domain.errors import GatewayError
 from gateway.domain.keys import Peppers
 from gateway.domain.money import format_dollars, parse_dollars
 from gateway.domain.quota import MONEY_WINDOWS
 from gateway.domain.team import ANY_MODEL, Key, Limits
-from gateway.ports import AlreadyExists, NotKnown, Store, StoreError
+from gateway.ports import AlreadyExists, BooksChanged, NotKnown, Store, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.server import listen
 from gateway.settings import ConfigError, Settings, default_config_path, load, shipped
@@ -73,7 +74,7 @@ def failures() -> Iterator[None]:
         yield
     except (PriceFileError, CannotServe) as error:
         fail(str(error), EXIT_CONFIG)
-    except (StoreError, GatewayError, AlreadyExists, NotKnown) as error:
+    except (StoreError, GatewayError, AlreadyExists, BooksChanged, NotKnown) as error:
         fail(str(error), EXIT_FAILED)
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
@@ -187,7 +188,12 @@ class OrNone(click.ParamType[int | str]):
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> int | str:
-        return NONE if value == NONE else self._kind.convert(value, param, ctx)
+        if str(value).lower() == NONE:
+            return NONE
+        try:
+            return self._kind.convert(value, param, ctx)
+        except click.BadParameter as error:
+            self.fail(f"{error.message.rstrip('.')}; or say {NONE}", param, ctx)
 
 
 class TimeZone(click.ParamType[str]):
@@ -210,7 +216,7 @@ def limit_options(*, removable: bool = False) -> Callable[[Command], Command]:
     def kind(of: click.ParamType[int]) -> click.ParamType[Any]:
         return OrNone(of) if removable else of
 
-    count, dollars = kind(click.IntRange(min=0)), kind(Dollars())
+    count, dollars = kind(click.IntRange(1, 1_000_000_000)), kind(Dollars())
     spans = {"day": "a day", "week": "a week", "month": "a month", "total": "in all, for ever"}
     options = (
         click.option("--requests-per-minute", type=count, help="Requests a minute."),
@@ -248,6 +254,29 @@ def models_of(text: str | None, settings: Settings) -> frozenset[str] | None:
             asked = f"; did you mean {near.name}?" if near else ""
             fail(f"there is no model {name!r} in {settings.file}{asked}", EXIT_FAILED)
     return frozenset(names)
+
+
+def warn_of(settings: Settings, limits: Limits, models: frozenset[str] | None) -> None:
+    """Says what is allowed, and is hardly meant: a soft budget that is never reached, a model
+    that is routed (perhaps only by ``*``) and has no price."""
+    for window in limits.unreachable:
+        click.echo(
+            f"warning: the soft budget of {window} is over the hard one, so that it is never "
+            "reached",
+            err=True,
+        )
+    with failures():
+        book = price_book(settings)
+    today = SystemClock().now().date()
+    for name in sorted((models or frozenset()) - {ANY_MODEL}):
+        model = settings.catalogue.find(name)
+        if model is None:
+            continue
+        upstream = settings.upstreams[model.target.upstream]
+        if book.of(upstream.name, upstream.prices, today).find(model.target.model) is None:
+            near = settings.catalogue.nearest(name)
+            asked = f"; did you mean {near.name}?" if near and near.name != name else ""
+            click.echo(f"warning: no price is known for {name}{asked}", err=True)
 
 
 def describe_limits(limits: Limits) -> dict[str, object]:

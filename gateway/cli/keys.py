@@ -21,6 +21,7 @@ from gateway.cli.common import (
     peppers_of,
     print_json,
     print_table,
+    warn_of,
     with_store,
 )
 from gateway.clock import SystemClock
@@ -76,6 +77,7 @@ def create(
     )
     digest = keys.digest(pepper, minted.secret)
     with_store(settings, lambda store: store.directory.create_key(made, digest))
+    warn_of(settings, made.limits, made.models)
     if as_json:
         print_json({**_describe(made), "secret": minted.secret})
         return

@@ -27,7 +27,7 @@ from gateway.clock import SystemClock
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.call import Json
 from gateway.domain.ledger import Basis, Entry, Line, State, UsageRow
-from gateway.domain.money import Money, format_dollars, parse_dollars
+from gateway.domain.money import Money, exact_dollars, format_dollars, parse_dollars
 from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, period
 from gateway.ports import NotKnown, Store
 from gateway.reports.reconcile import say_doubt
@@ -86,8 +86,9 @@ def ledger() -> None:
 def unresolved(limit: int, as_json: bool, config: Path | None) -> None:
     """List the calls whose cost may be wrong, and why.
 
-    Their outcome is unknown, or the answer did not say what it cost. They are booked at their
-    bound, until `gateway ledger adjust RID` says better.
+    Their outcome is unknown, and they are booked at their bound; or their answer did not say what
+    they cost, or said something that cannot be true; or they had no price, or cost more than their
+    bound. They stay so until `gateway ledger adjust RID` says better.
     """
     settings = load_settings(config, of_ones_own=True)
     holds = with_store(settings, lambda store: store.books.unresolved(limit))
@@ -101,7 +102,7 @@ def unresolved(limit: int, as_json: bool, config: Path | None) -> None:
             hold.team,
             hold.model,
             STATES[hold.state],
-            f"${format_dollars(hold.cost)}",
+            exact_dollars(hold.cost),
             say_doubt(hold),
         )
         for hold in holds
@@ -242,8 +243,8 @@ def verify(as_json: bool, config: Path | None) -> None:
         )
     elif not found:
         click.echo(
-            f"the books add up: ${format_dollars(booked)} in {len(rows):,} rows of daily usage, "
-            f"{running:,} calls running, ${format_dollars(unknown)} of unknown outcome"
+            f"the books add up: {exact_dollars(booked)} in {len(rows):,} rows of daily usage, "
+            f"{running:,} calls running, {exact_dollars(unknown)} of unknown outcome"
         )
     else:
         for one in found:
@@ -271,7 +272,10 @@ def factors(reset: str | None, as_json: bool, config: Path | None) -> None:
             )
         if not with_store(settings, lambda store: store.upkeep.reset_factor(upstream, model)):
             fail(f"the bounds of {reset} are not raised", EXIT_FAILED)
-        click.echo(f"the bounds of {reset} are as the prices say again")
+        click.echo(
+            f"the bounds of {reset} are as the prices say again; a running gateway follows within "
+            "a minute"
+        )
         return
     found = sorted(with_store(settings, lambda store: store.upkeep.factors()).items())
     if as_json:
@@ -354,11 +358,11 @@ def _correct(settings: Settings, correction: Correction) -> None:
             f"ends at {_when(before.lease_ends)}; then correct it, if it is wrong",
             EXIT_FAILED,
         )
-    now = f"${format_dollars(entry.cost)}"
+    now = exact_dollars(entry.cost)
     if entry.applied and before is not None:
         click.echo(
             f"{correction.rid} (team {before.team}, {before.model}): "
-            f"{STATES[before.state]} ${format_dollars(before.cost)} -> "
+            f"{STATES[before.state]} {exact_dollars(before.cost)} -> "
             f"{STATES[entry.state]} {now}, as {correction.id}"
         )
     elif entry.cost == correction.cost:
@@ -383,29 +387,53 @@ def _adjust_day(
     now: datetime,
 ) -> None:
     on = day.isoformat()
+    what = f"team {team}, {model}, {on}"
 
-    async def work(store: Store) -> tuple[Money, bool, Money]:
+    async def work(store: Store) -> tuple[Money, Money] | Adjustment | str | None:
+        """What was booked before and after, or what its id was used for, or what is wrong."""
         zone = await zone_of(store, settings, team, on)
-        before = await booked(store)
+        if day > now.astimezone(zone).date():
+            return f"{on} has not begun yet, where team {team} is ({zone})"
+        rows = await store.ledger.usage(on, on)
+        if model not in settings.catalogue.models and all(row.model != model for row in rows):
+            near = settings.catalogue.nearest(model)
+            asked = f"; did you mean {near.name}?" if near else ""
+            return (
+                f"there is no model {model!r} in {settings.file}, and nothing was booked for it on "
+                f"{on}{asked}"
+            )
         accounts = team_accounts(team, day, zone)
         applied = await store.books.adjust(
             Adjustment(adjustment_id, team, model, on, amount, accounts, reason, actor, now)
         )
-        return before, applied, await booked(store)
+        if not applied:
+            return await store.books.adjustment(adjustment_id)
+        return booked(rows), booked(await store.ledger.usage(on, on))
 
-    async def booked(store: Store) -> Money:
-        rows = await store.ledger.usage(on, on)
+    def booked(rows: Sequence[UsageRow]) -> Money:
         return sum(row.cost for row in rows if (row.team, row.model) == (team, model))
 
-    before, applied, after = with_store(settings, work)
-    what = f"team {team}, {model}, {on}"
-    if applied:
+    done = with_store(settings, work)
+    if isinstance(done, tuple):
+        before, after = map(exact_dollars, done)
+        click.echo(f"{what}: {before} -> {after}, as {adjustment_id}")
+        return
+    if isinstance(done, str):
+        fail(done, EXIT_FAILED)
+    if done is None:
+        was = "to correct a call"
+    elif (done.team, done.model, done.day, done.amount) == (team, model, on, amount):
         click.echo(
-            f"{what}: ${format_dollars(before)} -> ${format_dollars(after)}, as {adjustment_id}"
+            f"nothing to do: {adjustment_id} was applied before ({what}: {exact_dollars(amount)})"
         )
+        return
     else:
-        now_is = format_dollars(after)
-        click.echo(f"nothing to do: {adjustment_id} was applied before ({what}: ${now_is})")
+        was = f"for team {done.team}, {done.model}, {done.day}: {exact_dollars(done.amount)}"
+    fail(
+        f"the id {adjustment_id} was used before, {was}. Nothing was booked: give another --id, or "
+        "none",
+        EXIT_FAILED,
+    )
 
 
 def _facts(hold: Hold) -> list[tuple[str, str]]:
@@ -420,8 +448,8 @@ def _facts(hold: Hold) -> list[tuple[str, str]]:
         ("state", state),
         ("team", f"{hold.team}, key {hold.key_id}"),
         ("asked for", f"{hold.operation} with {hold.model} from {hold.upstream}, n={hold.images}"),
-        ("bound", f"${format_dollars(hold.bound)}, by price {hold.price_id or '(none)'}"),
-        ("cost", f"${format_dollars(hold.cost)}"),
+        ("bound", f"{exact_dollars(hold.bound)}, by price {hold.price_id or '(none)'}"),
+        ("cost", exact_dollars(hold.cost)),
         ("counted in", ", ".join(hold.accounts)),
     ]
 

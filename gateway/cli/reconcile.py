@@ -30,7 +30,7 @@ from gateway.clock import SystemClock
 from gateway.domain.bill import BilledItem
 from gateway.domain.books import Adjustment, Hold
 from gateway.domain.ledger import UsageRow
-from gateway.domain.money import format_dollars
+from gateway.domain.money import exact_dollars, format_dollars
 from gateway.domain.route import Target
 from gateway.domain.transition import usage_day
 from gateway.ports import BillUnreadable, Message, Store
@@ -101,7 +101,9 @@ def reconcile(
     settings = load_settings(config, of_ones_own=True)
     today = SystemClock().now().date()
     of_day = day.date() if day is not None else today - timedelta(days=1)
-    if of_day >= today:
+    if of_day > today:
+        fail(f"{of_day} has not begun yet in UTC", EXIT_FAILED)
+    if of_day == today:
         click.echo(f"warning: {of_day} is not over in UTC; both sides may still grow", err=True)
     names = _upstreams(settings, asked_for, asked=csv_file is None)
     billed = _bill(settings, names, of_day, csv_file)
@@ -119,7 +121,9 @@ def reconcile(
         ],
     )
     percent = Decimal(str(settings.notify.drift_percent))
-    applied = with_store(settings, lambda store: _apply(store, settings, found)) if apply_it else []
+    applied = (
+        with_store(settings, lambda store: apply_all(store, settings, found)) if apply_it else []
+    )
     report = describe(found, percent, suspects, applied)
     if out is not None:
         text = as_csv(found) if out.suffix == ".csv" else json.dumps(report, indent=2) + "\n"
@@ -185,19 +189,21 @@ async def _books(
     return await store.ledger.usage(day, day), suspects
 
 
-async def _apply(store: Store, settings: Settings, found: Reconciliation) -> list[str]:
-    """The ids of those that were not applied before."""
-    applied = []
+async def apply_all(store: Store, settings: Settings, found: Reconciliation) -> list[str]:
+    """Books all proposals or none; the ids of those that were not applied before. Raises
+    ``BooksChanged``."""
+    adjustments = []
     now = SystemClock().now()
     for one in found.proposals:
         zone = await zone_of(store, settings, one.team, one.day)
         accounts = team_accounts(one.team, date.fromisoformat(one.day), zone)
-        adjustment = Adjustment(
-            one.id, one.team, one.model, one.day, one.amount, accounts, one.reason, ACTOR, now
+        adjustments.append(
+            Adjustment(
+                one.id, one.team, one.model, one.day, one.amount, accounts, one.reason, ACTOR, now
+            )
         )
-        if await store.books.adjust(adjustment):
-            applied.append(one.id)
-    return applied
+    seen = {(found.day, model): booked for model, booked in found.seen}
+    return await store.books.adjust_all(adjustments, seen)
 
 
 def _print(
@@ -213,18 +219,18 @@ def _print(
     if found.other:
         click.echo("\nbilled for what is no model of this gateway, and compared with nothing:")
         for item in found.other:
-            click.echo(f"  {item.line_item}  ${format_dollars(item.amount)}")
+            click.echo(f"  {item.line_item}  {exact_dollars(item.amount)}")
     if found.unrouted:
         click.echo("\nbooked under names that no entry serves any more, and compared with nothing:")
         for model, booked in found.unrouted:
-            click.echo(f"  {model}  ${format_dollars(booked)}")
+            click.echo(f"  {model}  {exact_dollars(booked)}")
     if suspects:
         click.echo(
             "\nlook at these calls first (gateway ledger show RID, gateway ledger adjust RID):"
         )
         for hold in suspects[:SHOWN_SUSPECTS]:
-            cost = format_dollars(hold.cost)
-            click.echo(f"  {hold.rid}  {hold.team}  {hold.model}  ${cost}  {say_doubt(hold)}")
+            cost = exact_dollars(hold.cost)
+            click.echo(f"  {hold.rid}  {hold.team}  {hold.model}  {cost}  {say_doubt(hold)}")
         if (more := len(suspects) - SHOWN_SUSPECTS) > 0:
             click.echo(f"  and {more} more: gateway ledger unresolved")
     for model in found.nobodys:
@@ -242,16 +248,12 @@ def _print(
 def _figures(drift: Drift, percent: Decimal) -> tuple[str, ...]:
     return (
         drift.model,
-        f"${format_dollars(drift.billed)}",
-        f"${format_dollars(drift.booked)}",
-        _signed(drift.difference),
+        exact_dollars(drift.billed),
+        exact_dollars(drift.booked),
+        exact_dollars(drift.difference),
         drift.percent and f"{drift.percent} %",
         "DRIFT" if drift.beyond(percent) else "",
     )
-
-
-def _signed(amount: int) -> str:
-    return f"{'-' if amount < 0 else ''}${format_dollars(abs(amount))}"
 
 
 def _alert(

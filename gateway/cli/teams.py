@@ -22,6 +22,7 @@ from gateway.cli.common import (
     print_json,
     print_table,
     say_limits,
+    warn_of,
     with_store,
 )
 from gateway.domain.team import ANY_MODEL, Limits, Team
@@ -69,6 +70,7 @@ def create(
         time_zone=time_zone,
     )
     with_store(settings, lambda store: store.directory.create_team(made))
+    warn_of(settings, made.limits, made.models)
     click.echo(f"team {name} created in {place_of(settings)}")
     click.echo(f"now: gateway key create --team {name}")
 
@@ -95,7 +97,8 @@ def update(
     settings = load_settings(config, of_ones_own=True)
     if name in settings.teams:
         fail(f"team {name} is declared in {settings.file}; change it there", EXIT_FAILED)
-    allowed = frozenset({ANY_MODEL}) if models == NONE else models_of(models, settings)
+    every = models is not None and models.lower() == NONE
+    allowed = frozenset({ANY_MODEL}) if every else models_of(models, settings)
     changed = {
         limit: value if isinstance(value, int) else None
         for limit, value in limits.items()
@@ -121,7 +124,9 @@ def update(
     after = with_store(settings, change)
     if after is None:
         fail(f"there is no team {name}", EXIT_FAILED)
+    warn_of(settings, after.limits, allowed)
     click.echo(f"team {name} is changed; its limits: {say_limits(after.limits)}")
+    click.echo(f"models: {', '.join(sorted(after.models))}; time zone: {after.time_zone}")
 
 
 @team.command("list")

@@ -18,7 +18,7 @@ from gateway.cli.common import (
     with_store,
 )
 from gateway.domain.ledger import UsageRow
-from gateway.domain.money import format_dollars
+from gateway.domain.money import exact_dollars
 from gateway.ports import Store
 from gateway.reports.usage import usage_report
 
@@ -69,8 +69,8 @@ def _figures(rows: Sequence[UsageRow]) -> tuple[str, ...]:
         str(sum(row.requests for row in rows)),
         str(sum(row.cached_requests for row in rows)),
         str(sum(row.images for row in rows)),
-        f"${format_dollars(sum(row.cost for row in rows))}",
-        f"${format_dollars(sum(row.avoided for row in rows))}",
+        exact_dollars(sum(row.cost for row in rows)),
+        exact_dollars(sum(row.avoided for row in rows)),
         str(sum(row.unresolved for row in rows)),
     )
 

@@ -47,6 +47,11 @@ def format_dollars(nanousd: Money) -> str:
     return f"{sign}{whole}.{digits}" if digits else f"{sign}{whole}"
 
 
+def exact_dollars(nanousd: Money) -> str:
+    """Exact, for people: ``$0.35``, ``-$0.35``."""
+    return f"{'-' if nanousd < 0 else ''}${format_dollars(abs(nanousd))}"
+
+
 def say_dollars(nanousd: Money) -> str:
     """Dollars for a sentence: cents where they say enough, more digits for less than a dime.
 

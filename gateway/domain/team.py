@@ -69,6 +69,16 @@ class Limits:
         )
 
     @property
+    def unreachable(self) -> tuple[Window, ...]:
+        """The windows whose soft budget is over the hard one: nothing ever gets so far."""
+        pairs = ((window, self.soft_budgets[window], hard) for window, hard in self.budgets.items())
+        return tuple(
+            window
+            for window, soft, hard in pairs
+            if soft is not None and hard is not None and soft > hard
+        )
+
+    @property
     def has_budget(self) -> bool:
         """Whether any budget is hard."""
         return any(amount is not None for amount in self.budgets.values())

@@ -12,6 +12,7 @@ import random
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 from gateway.domain.call import Call
 from gateway.domain.charge import Ending, charge
@@ -78,7 +79,8 @@ class Marks:
 
 
 class Purchases:
-    """Buys from upstreams, for one pipeline."""
+    """Buys from upstreams, for one pipeline. ``keep`` is how long the ledger remembers a closed
+    call; None is for ever."""
 
     def __init__(
         self,
@@ -93,7 +95,9 @@ class Purchases:
         clock: Clock,
         budgets: BudgetView,
         factors: Factors,
+        keep: timedelta | None = None,
     ) -> None:
+        self._keep_closed = keep
         self._factors = factors
         self._ledger = ledger
         self._safe = safe
@@ -328,6 +332,15 @@ class Purchases:
                 else:
                     break
         except NotKnown:
+            if self._is_forgotten(settlement):
+                log.warning(
+                    "a settlement of a call that the ledger has forgotten is dropped: the call was "
+                    "closed, and is older than ledger.keep",
+                    extra=said,
+                )
+                self._waiting -= 1
+                await self._safe.settled(settlement.rid)
+                return
             # It goes on being counted as waiting, and stays on disk: a person has to look.
             log.error(
                 "the ledger has no reservation for a settlement: is it an older copy of itself?",
@@ -347,6 +360,11 @@ class Purchases:
             raise
         self._waiting -= 1
         await self._safe.settled(settlement.rid)
+
+    def _is_forgotten(self, settlement: Settlement) -> bool:
+        """Whether its hold may be gone because of its age: only a closed one ever is."""
+        keep, at = self._keep_closed, settlement.at
+        return keep is not None and at is not None and at < self._clock.now() - keep
 
     async def _keep(
         self, plan: Plan, landing: Landing, spool: Spool, settlement: Settlement

@@ -20,7 +20,7 @@ from decimal import Decimal
 from gateway.domain.bill import BilledItem
 from gateway.domain.books import Hold
 from gateway.domain.ledger import State, UsageRow
-from gateway.domain.money import Money, format_dollars
+from gateway.domain.money import Money, exact_dollars, format_dollars
 from gateway.domain.route import Target
 
 NO_LINE_ITEM = "(no line item)"
@@ -84,7 +84,8 @@ class Proposal:
 class Reconciliation:
     """``other`` are line items of no model that this upstream serves here; ``unrouted`` are models
     of the books that no entry routes any more, and what they cost; ``nobodys`` are models whose
-    difference has no team to be split over."""
+    difference has no team to be split over. ``seen`` is what the comparison was made with: each
+    configured name of these models, and what all teams were booked for it."""
 
     upstream: str
     day: str
@@ -93,6 +94,7 @@ class Reconciliation:
     unrouted: tuple[tuple[str, Money], ...] = ()
     proposals: tuple[Proposal, ...] = ()
     nobodys: tuple[str, ...] = ()
+    seen: tuple[tuple[str, Money], ...] = ()
 
     @property
     def total(self) -> Drift:
@@ -175,7 +177,16 @@ def reconcile(
         tuple(sorted(unrouted.items())),
         tuple(proposals),
         tuple(nobodys),
+        tuple(sorted(_booked(row for of_model in mine.values() for row in of_model).items())),
     )
+
+
+def _booked(rows: Iterable[UsageRow]) -> dict[str, Money]:
+    """By the configured name."""
+    booked: dict[str, Money] = {}
+    for row in rows:
+        booked[row.model] = booked.get(row.model, 0) + row.cost
+    return booked
 
 
 def split(amount: Money, weights: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], Money]:
@@ -214,8 +225,8 @@ def _proposal(
     parts = (upstream, day, drift.model, str(drift.billed), str(drift.booked), team, model)
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     reason = (
-        f"{upstream} billed ${format_dollars(drift.billed)} for {drift.model} on {day}, "
-        f"booked were ${format_dollars(drift.booked)}"
+        f"{upstream} billed {exact_dollars(drift.billed)} for {drift.model} on {day}, "
+        f"booked were {exact_dollars(drift.booked)}"
     )
     return Proposal(f"reconcile-{day}-{digest}", team, model, day, amount, reason)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.ledger import Entry, State
+from gateway.domain.money import Money
 from gateway.domain.transition import (
     CORRECTED,
     DOUBTFUL,
@@ -20,7 +22,7 @@ from gateway.domain.transition import (
 )
 from gateway.ports import NotKnown
 from gateway.stores.memory_rows import NOTHING, MemoryHold, MemoryRows
-from gateway.stores.rows import adjustment_detail, correction_detail
+from gateway.stores.rows import adjustment_detail, compare_booked, correction_detail
 
 
 class MemoryBooks:
@@ -85,8 +87,24 @@ class MemoryBooks:
             hold.state, hold.cost, hold.flags = move.state, move.cost, ()
         return rows.entry_of(hold, move)
 
-    async def adjust(self, adjustment: Adjustment) -> bool:
+    async def adjustment(self, adjustment_id: str) -> Adjustment | None:
         await asyncio.sleep(0)
+        return self._rows.adjustments.get(adjustment_id)
+
+    async def adjust(self, adjustment: Adjustment) -> bool:
+        return bool(await self.adjust_all([adjustment], {}))
+
+    async def adjust_all(
+        self, adjustments: Sequence[Adjustment], seen: Mapping[tuple[str, str], Money]
+    ) -> list[str]:
+        await asyncio.sleep(0)
+        booked = Counter[tuple[str, str]]()
+        for (day, _, _, model), counts in self._rows.usage.items():
+            booked[day, model] += counts.cost
+        compare_booked(seen, booked)
+        return [one.id for one in adjustments if self._adjust(one)]
+
+    def _adjust(self, adjustment: Adjustment) -> bool:
         rows = self._rows
         if adjustment.id in rows.corrections or adjustment.id in rows.adjustments:
             return False
@@ -181,7 +199,10 @@ class MemoryUpkeep:
         old = sorted(
             (hold.claim.at, rid)
             for rid, hold in rows.holds.items()
-            if hold.state in (State.POSTED, State.VOIDED)
+            if (
+                hold.state is State.VOIDED
+                or (hold.state is State.POSTED and DOUBTFUL.isdisjoint(hold.flags))
+            )
             and hold.claim.at < before
             and rows.key_of(hold) is None
         )[:limit]

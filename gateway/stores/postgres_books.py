@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.ledger import Entry
+from gateway.domain.money import Money
 from gateway.domain.transition import DOUBTFUL
 from gateway.stores.postgres_link import Link
 from gateway.stores.postgres_page import Needs, Page
 from gateway.stores.postgres_writer import Reader, Transaction, Writer, with_page
-from gateway.stores.rows import HOLD_COLUMNS, JOURNAL_COLUMNS, hold_of, journal_line_of
+from gateway.stores.rows import (
+    ADJUSTMENT_COLUMNS,
+    HOLD_COLUMNS,
+    JOURNAL_COLUMNS,
+    adjustment_of,
+    compare_booked,
+    hold_of,
+    journal_line_of,
+)
 
 _HOLD = f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = %s"  # noqa: S608 - names of columns
 
@@ -30,6 +40,16 @@ SELECT {HOLD_COLUMNS}
 _OLDEST = f"SELECT {HOLD_COLUMNS} FROM hold WHERE state = 'H' ORDER BY lease_ends LIMIT 1"  # noqa: S608
 
 _APPLIED = "SELECT count(*) FROM adjustment WHERE id = %s"
+
+_FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = %s AND rid IS NULL"  # noqa: S608
+
+# Whoever compares the books with a bill, one after the other: the next one compares with what the
+# one before has booked. Nobody waits for this lock who has another.
+_TURN = "SELECT pg_advisory_xact_lock(hashtextextended('adjust_all', 0))"
+
+_BOOKED = """
+SELECT day, model, sum(cost) FROM usage_daily WHERE day = ANY(%s::text[]) GROUP BY day, model
+"""
 
 # Holds with the same accounts are added up before their accounts are taken apart: there are few
 # such lists, one for each key and day.
@@ -109,19 +129,43 @@ class PostgresBooks:
         needs = [Needs(rids=(correction.rid,))]
         return await self._writer.run(with_page(lambda _: needs, correct))
 
+    async def adjustment(self, adjustment_id: str) -> Adjustment | None:
+        row = await self._reader.run(lambda link: link.execute(_FIND, (adjustment_id,)).fetchone())
+        return None if row is None else adjustment_of(row)
+
     async def adjust(self, adjustment: Adjustment) -> bool:
         def adjust(page: Page, transaction: Transaction) -> bool:
-            if _applied(transaction, adjustment.id):
-                return False
-            page.adjust(adjustment)
-            return True
+            return bool(_adjust(page, transaction, [adjustment]))
 
         needs = [Needs(accounts=adjustment.accounts)]
         return await self._writer.run(with_page(lambda _: needs, adjust))
 
+    async def adjust_all(
+        self, adjustments: Sequence[Adjustment], seen: Mapping[tuple[str, str], Money]
+    ) -> list[str]:
+        def take_turn(transaction: Transaction) -> list[Needs]:
+            transaction.link.execute(_TURN)
+            return [Needs(accounts=one.accounts) for one in adjustments]
+
+        def adjust(page: Page, transaction: Transaction) -> list[str]:
+            days = sorted({day for day, _ in seen})
+            rows = transaction.link.execute(_BOOKED, (days,)).fetchall()
+            compare_booked(seen, {(day, model): int(cost) for day, model, cost in rows})
+            return _adjust(page, transaction, adjustments)
+
+        return await self._writer.run(with_page(take_turn, adjust))
+
     async def audit(self) -> list[Discrepancy]:
         """Over a connection of its own, for as long as it takes."""
         return await self._reader.run_long(_audit)
+
+
+def _adjust(page: Page, transaction: Transaction, adjustments: Sequence[Adjustment]) -> list[str]:
+    """The ids of those that were not applied before, each once."""
+    new = {one.id: one for one in adjustments if not _applied(transaction, one.id)}
+    for adjustment in new.values():
+        page.adjust(adjustment)
+    return list(new)
 
 
 def _applied(transaction: Transaction, adjustment: str) -> bool:

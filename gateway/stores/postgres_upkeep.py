@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from datetime import datetime, timedelta
 
-from gateway.domain.transition import WORKER_MEMORY
+from gateway.domain.transition import DOUBTFUL, WORKER_MEMORY
 from gateway.stores.postgres_writer import Reader, Transaction, Writer, alone
 from gateway.stores.rows import MICROSECOND, micros
 
@@ -48,11 +48,15 @@ ON CONFLICT (upstream, model)
 RETURNING millionths
 """
 
-# A hold that still has its idempotency key is the record of it: a sweep clears it after a day.
+# A hold that still has its idempotency key is the record of it: a sweep clears it after a day. One
+# whose cost may be wrong waits for somebody.
 _FORGOTTEN = """
 SELECT rid FROM hold
- WHERE state IN ('P', 'V') AND at < %s AND idempotency_key IS NULL
- ORDER BY at, rid LIMIT %s FOR UPDATE SKIP LOCKED
+ WHERE state IN ('P', 'V') AND at < %(before)s AND idempotency_key IS NULL
+   AND (state = 'V' OR flags = '[]' OR NOT EXISTS (
+        SELECT 1 FROM json_array_elements_text(flags::json) AS flag
+         WHERE flag = ANY(%(doubtful)s::text[])))
+ ORDER BY at, rid LIMIT %(limit)s FOR UPDATE SKIP LOCKED
 """
 
 _RETAIN = """
@@ -106,7 +110,8 @@ class PostgresUpkeep:
     async def forget(self, before: datetime, limit: int = 1000) -> int:
         def write(transaction: Transaction) -> int:
             link, oldest = transaction.link, micros(before)
-            rids = [rid for (rid,) in link.execute(_FORGOTTEN, (oldest, limit))]
+            asked = {"before": oldest, "limit": limit, "doubtful": sorted(DOUBTFUL)}
+            rids = [rid for (rid,) in link.execute(_FORGOTTEN, asked)]
             if rids:
                 link.execute(_RETAIN, (oldest,))
                 link.execute(_ROLL_UP, (rids,))

@@ -7,7 +7,7 @@ of one database can be read into the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -15,9 +15,10 @@ from typing import Any
 from gateway.domain.books import Adjustment, Correction, Hold, JournalLine
 from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Claim, Outcome, Settlement, State
-from gateway.domain.money import Money
+from gateway.domain.money import Money, exact_dollars
 from gateway.domain.team import Key, Limits, Team
 from gateway.domain.transition import usage_day
+from gateway.ports import BooksChanged
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
@@ -101,6 +102,30 @@ def adjustment_row(adjustment: Adjustment, accounts: str) -> tuple[object, ...]:
         adjustment.reason,
         adjustment.actor,
     )
+
+
+ADJUSTMENT_COLUMNS = "id, team, model, day, amount, accounts, reason, actor, at"
+"""In the order that ``adjustment_of`` reads them."""
+
+
+def adjustment_of(row: Sequence[Any]) -> Adjustment:
+    name, team, model, day, amount, accounts, reason, actor, at = row
+    parts = tuple(json.loads(accounts))
+    return Adjustment(name, team, model, day, amount, parts, reason, actor, instant(at))
+
+
+def compare_booked(
+    seen: Mapping[tuple[str, str], Money], booked: Mapping[tuple[str, str], Money]
+) -> None:
+    """What was booked by (day, model) when somebody looked, against what is. Raises
+    ``BooksChanged``."""
+    for (day, model), cost in seen.items():
+        now = booked.get((day, model), 0)
+        if now != cost:
+            raise BooksChanged(
+                f"the books changed meanwhile ({model}, {day}: {exact_dollars(cost)} before, "
+                f"{exact_dollars(now)} now) and nothing was booked; run it again"
+            )
 
 
 def accounts_of(claim: Claim) -> list[str]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Mapping, Sequence
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.ledger import Entry
+from gateway.domain.money import Money
 from gateway.domain.transition import (
     CORRECTED,
     DOUBTFUL,
@@ -17,10 +19,13 @@ from gateway.domain.transition import (
 )
 from gateway.ports import NotKnown
 from gateway.stores.rows import (
+    ADJUSTMENT_COLUMNS,
     HOLD_COLUMNS,
     JOURNAL_COLUMNS,
     adjustment_detail,
+    adjustment_of,
     adjustment_row,
+    compare_booked,
     correction_detail,
     hold_of,
     journal_line_of,
@@ -67,8 +72,23 @@ class SQLiteBooks:
             raise ValueError("a cost is never negative")
         return await self._writer.submit(lambda db: _correct(db, correction))
 
+    async def adjustment(self, adjustment_id: str) -> Adjustment | None:
+        row = await self._reader.run(lambda db: db.execute(_FIND, (adjustment_id,)).fetchone())
+        return None if row is None else adjustment_of(row)
+
     async def adjust(self, adjustment: Adjustment) -> bool:
         return await self._writer.submit(lambda db: _adjust(db, adjustment))
+
+    async def adjust_all(
+        self, adjustments: Sequence[Adjustment], seen: Mapping[tuple[str, str], Money]
+    ) -> list[str]:
+        def adjust(db: sqlite3.Connection) -> list[str]:
+            days = json.dumps(sorted({day for day, _ in seen}))
+            booked = {(day, model): cost for day, model, cost in db.execute(_BOOKED, (days,))}
+            compare_booked(seen, booked)
+            return [one.id for one in adjustments if _adjust(db, one)]
+
+        return await self._writer.submit(adjust)
 
     async def audit(self) -> list[Discrepancy]:
         return await self._long_reader.run(audit_sums)
@@ -100,6 +120,13 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
 _APPLIED = "SELECT 1 FROM adjustment WHERE id = ?"
+
+_FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = ? AND rid IS NULL"  # noqa: S608
+
+_BOOKED = """
+SELECT day, model, sum(cost) FROM usage_daily
+ WHERE day IN (SELECT value FROM json_each(?)) GROUP BY day, model
+"""
 
 # Holds with the same accounts are added up before their accounts are taken apart: there are few
 # such lists, one for each key and day.

@@ -6,7 +6,7 @@ import json
 import sqlite3
 from datetime import datetime, timedelta
 
-from gateway.domain.transition import WORKER_MEMORY
+from gateway.domain.transition import DOUBTFUL, WORKER_MEMORY
 from gateway.stores.rows import micros
 from gateway.stores.sqlite_file import Reader, Writer
 
@@ -93,11 +93,15 @@ class SQLiteUpkeep:
         return await self._writer.submit(write)
 
 
-# A hold that still has its idempotency key is the record of it: a sweep clears it after a day.
+# A hold that still has its idempotency key is the record of it: a sweep clears it after a day. One
+# whose cost may be wrong waits for somebody.
 _FORGOTTEN = """
 SELECT rid FROM hold
- WHERE state IN ('P', 'V') AND at < ? AND idempotency_key IS NULL
- ORDER BY at, rid LIMIT ?
+ WHERE state IN ('P', 'V') AND at < :before AND idempotency_key IS NULL
+   AND (state = 'V' OR flags = '[]' OR NOT EXISTS (
+        SELECT 1 FROM json_each(hold.flags) AS flag
+         WHERE flag.value IN (SELECT value FROM json_each(:doubtful))))
+ ORDER BY at, rid LIMIT :limit
 """
 
 # The row without an account is the sum of all, for the usage of all days.
@@ -117,7 +121,8 @@ ON CONFLICT DO UPDATE SET posted = posted + excluded.posted, holds = holds + exc
 
 def _forget(db: sqlite3.Connection, before: int, limit: int) -> int:
     """``before`` is in microseconds."""
-    rids = [rid for (rid,) in db.execute(_FORGOTTEN, (before, limit))]
+    asked = {"before": before, "limit": limit, "doubtful": json.dumps(sorted(DOUBTFUL))}
+    rids = [rid for (rid,) in db.execute(_FORGOTTEN, asked)]
     if not rids:
         return 0
     forgotten = (json.dumps(rids),)

@@ -14,6 +14,7 @@ from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
+import yaml
 
 from gateway.cli.ledger import team_accounts
 from gateway.domain.call import Operation
@@ -219,6 +220,75 @@ def test_an_adjustment_of_a_day(ask: Ask, say: Say, books: Path) -> None:
     assert "ada adjusted it: a credit" in words
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("--team", "design"),
+        ("--model", MODEL),
+        ("--day", "2026-11-19"),
+        ("--amount", "-0.01"),
+    ],
+)
+def test_an_id_is_for_one_adjustment(
+    ask: Ask, say: Say, books: Path, other: tuple[str, str]
+) -> None:
+    meant = {"--team": "growth", "--model": ALIAS, "--day": DAY, "--amount": "-9"}
+
+    def adjust(options: dict[str, str]) -> Any:
+        given = [part for option in options.items() for part in option]
+        return say("ledger", "adjust", *given, "--id", "x", "--reason", "r", "--config", books)
+
+    said = adjust(meant)
+    assert "-> -$8.98" in said.stdout
+    spent = booked(ask, books, "growth"), booked(ask, books, "design")
+    name, value = other
+    said = adjust(meant | {name: value})
+    assert (said.exit_code, said.stdout) == (1, "")
+    assert f"the id x was used before, for team growth, {ALIAS}, {DAY}: -$9" in said.stderr
+    assert (booked(ask, books, "growth"), booked(ask, books, "design")) == spent
+    assert adjust(meant).exit_code == 0
+
+
+def test_the_id_of_a_correction_is_taken(say: Say, books: Path, lost: str) -> None:
+    common = ("--id", "x", "--reason", "r", "--config", books)
+    assert say("ledger", "adjust", lost, "--cost", "0.01", *common).exit_code == 0
+    day = ("--team", "growth", "--model", ALIAS, "--day", DAY, "--amount", "1")
+    said = say("ledger", "adjust", *day, *common)
+    assert said.exit_code == 1
+    assert "the id x was used before, to correct a call" in said.stderr
+
+
+@pytest.mark.parametrize(
+    ("model", "day", "why"),
+    [
+        (MODEL, "2099-11-22", "2099-11-22 has not begun yet, where team growth is (UTC)"),
+        ("gpt-imag-2", DAY, "there is no model 'gpt-imag-2'"),
+        (MODEL + "x", DAY, f"did you mean {MODEL}?"),
+    ],
+)
+def test_what_cannot_have_been_spent(say: Say, books: Path, model: str, day: str, why: str) -> None:
+    document = yaml.safe_load(books.read_text())
+    document["models"]["*"] = {"upstream": "openai"}
+    books.write_text(yaml.safe_dump(document))
+    said = say(
+        *("ledger", "adjust", "--team", "growth", "--model", model, "--day", day),
+        *("--amount", "-9", "--reason", "r", "--config", books),
+    )
+    assert said.exit_code == 1
+    assert why in said.stderr
+
+
+def test_a_model_that_is_gone_keeps_its_books(say: Say, books: Path) -> None:
+    document = yaml.safe_load(books.read_text())
+    del document["models"][ALIAS]
+    books.write_text(yaml.safe_dump(document))
+    day = ("--model", ALIAS, "--amount", "1", "--reason", "r", "--config", books)
+    assert say("ledger", "adjust", "--team", "growth", "--day", DAY, *day).exit_code == 0
+    said = say("ledger", "adjust", "--team", "growth", "--day", "2026-11-19", *day)
+    assert said.exit_code == 1
+    assert "nothing was booked for it on 2026-11-19" in said.stderr
+
+
 def test_an_adjustment_is_in_the_team_s_own_day(ask: Ask, say: Say, books: Path) -> None:
     """The day is the usage's (UTC); its balances are those of noon where the team lives."""
 
@@ -231,12 +301,12 @@ def test_an_adjustment_is_in_the_team_s_own_day(ask: Ask, say: Say, books: Path)
 
     asyncio.run(create())
     said = say(
-        *("ledger", "adjust", "--team", "far", "--model", MODEL, "--day", "2026-12-31"),
+        *("ledger", "adjust", "--team", "far", "--model", MODEL, "--day", "2025-12-31"),
         *("--amount", "2", "--reason", "r", "--config", books),
     )
     assert said.exit_code == 0, said.output
-    assert balance(books, "team:far|d|2026-12-31") == 2
-    assert balance(books, "team:far|m|2026-12") == 2
+    assert balance(books, "team:far|d|2025-12-31") == 2
+    assert balance(books, "team:far|m|2025-12") == 2
     assert ask("ledger", "verify", "--json", "--config", books)["ok"]
 
 
@@ -358,7 +428,9 @@ def test_factors(say: Say, ask: Ask, books: Path) -> None:
         ["openai/a/b", "x", "1.25"],
         [f"openai/{MODEL}", "x", "2"],
     ]
-    assert say("ledger", "factors", "--reset", "openai/a/b", "--config", books).exit_code == 0
+    reset = say("ledger", "factors", "--reset", "openai/a/b", "--config", books)
+    assert reset.exit_code == 0
+    assert "a running gateway follows within a minute" in reset.stdout
     assert [one["model"] for one in ask("ledger", "factors", "--json", "--config", books)] == [
         MODEL
     ]

@@ -18,8 +18,14 @@ from typing import Any
 import pytest
 import yaml
 
+from gateway.cli.common import with_store
+from gateway.cli.reconcile import apply_all
+from gateway.domain.bill import BilledItem
+from gateway.domain.route import Target
+from gateway.reports.reconcile import reconcile as compare
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
+from gateway.settings import load
 from tests.cli.conftest import Say
 from tests.cli.spending import DAY, NOON, ONE, spend
 from tests.inbox import SECRET, Inbox
@@ -133,6 +139,27 @@ def test_applying_closes_the_difference_and_the_books_still_add_up(
     assert [line["detail"]["actor"] for line in journal] == ["reconcile"]
 
 
+def test_books_that_changed_meanwhile_are_not_adjusted(
+    say: Say, ask: Ask, books: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The nightly job and a person have read the same books, and one has applied its part."""
+    settings = load(books, {})
+    rows = with_store(settings, lambda store: store.ledger.usage(DAY, DAY))
+    bill = [BilledItem(MODEL, 5 * ONE)]
+    target = Target("openai", MODEL)
+    found = compare(("openai",), DAY, bill, rows, lambda model: target)
+    assert found.seen == ((MODEL, 2 * ONE), (ALIAS, 2 * ONE))
+    say(*shlex.split(found.proposals[0].command)[1:], "--config", books)
+    with pytest.raises(SystemExit) as ended:
+        with_store(settings, lambda store: apply_all(store, settings, found))
+    assert ended.value.code == 1
+    assert "the books changed meanwhile" in capsys.readouterr().err
+    amounts = [one.amount for one in found.proposals]
+    rows = with_store(settings, lambda store: store.ledger.usage(DAY, DAY))
+    assert sum(row.cost for row in rows) == 4 * ONE + amounts[0]
+    assert ask("ledger", "verify", "--json", "--config", books)["ok"]
+
+
 def test_the_commands_it_prints_do_the_same_and_only_once(
     say: Say, ask: Ask, books: Path, sandbox: SandboxServer
 ) -> None:
@@ -231,6 +258,7 @@ def test_which_bill_has_to_be_said(say: Say, books: Path) -> None:
         (("--upstream", "azure"), 1, "there is no upstream azure"),
         (("--csv", "missing.csv"), 1, "missing.csv: No such file"),
         (("--csv", "gateway.yaml"), 1, "gateway.yaml: it has no column for the day"),
+        (("--day", "2099-01-01"), 1, "2099-01-01 has not begun yet in UTC"),
         (("--out", "report.xml"), 2, "--out ends in .csv or .json"),
     ],
 )

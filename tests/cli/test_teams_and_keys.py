@@ -151,6 +151,59 @@ def test_a_team_is_changed_in_what_is_named_alone(say: Say, ask: Ask, config: Pa
         before = after
 
 
+def test_what_a_change_says(say: Say, config: Path) -> None:
+    config.write_text(
+        config.read_text().replace("models:\n", 'models:\n  "*": {upstream: sandbox}\n')
+    )
+    assert say("team", "create", "design", "--config", config).stderr == ""
+    said = say(
+        "team", "update", "design", "--models", "gpt-imag-2,gpt-image-2", "--time-zone",
+        "Asia/Tokyo", "--budget-day", "5", "--soft-budget-day", "6", "--config", config,
+    )  # fmt: skip
+    assert said.exit_code == 0
+    assert said.stdout.splitlines() == [
+        "team design is changed; its limits: $5 a day, $6 a day (soft)",
+        "models: gpt-imag-2, gpt-image-2; time zone: Asia/Tokyo",
+    ]
+    assert said.stderr.splitlines() == [
+        "warning: the soft budget of day is over the hard one, so that it is never reached",
+        "warning: no price is known for gpt-imag-2; did you mean gpt-image-2?",
+    ]
+    said = say(
+        "team", "create", "sales", "--models", "nova", "--budget-week", "5", "--soft-budget-week",
+        "6", "--config", config,
+    )  # fmt: skip
+    assert said.stderr.count("warning: ") == 2
+
+
+@pytest.mark.parametrize("none", ["none", "NONE", "None"])
+def test_none_in_any_case(say: Say, config: Path, none: str) -> None:
+    """The help shows it in capitals."""
+    assert say("team", "create", "design", "--budget-day", "5", "--config", config).exit_code == 0
+    said = say(
+        "team", "update", "design", "--budget-day", none, "--requests-per-minute", none,
+        "--models", none, "--config", config,
+    )  # fmt: skip
+    assert said.exit_code == 0, said.stderr
+    assert said.stdout.splitlines() == [
+        "team design is changed; its limits: none",
+        "models: *; time zone: UTC",
+    ]
+
+
+@pytest.mark.parametrize(
+    "rate", ["requests-per-minute", "images-per-minute", "concurrent-requests"]
+)
+@pytest.mark.parametrize("value", ["0", "nothing"])
+def test_a_rate_is_at_least_one_as_in_the_file(
+    say: Say, config: Path, rate: str, value: str
+) -> None:
+    assert say("team", "create", "sales", f"--{rate}", value, "--config", config).exit_code == 2
+    said = say("team", "update", "sales", f"--{rate}", value, "--config", config)
+    assert said.exit_code == 2
+    assert "; or say none" in said.stderr
+
+
 def test_keys_as_a_table(say: Say, ask: Ask, config: Path) -> None:
     say("team", "create", "design", "--config", config)
     made = ask(

@@ -23,7 +23,7 @@ from gateway.domain.ledger import (
     State,
     UsageRow,
 )
-from gateway.ports import Books, Ledger, NotKnown, Store
+from gateway.ports import Books, BooksChanged, Ledger, NotKnown, Store
 from gateway.stores.memory_ledger import MemoryStore
 from gateway.stores.memory_rows import MemoryRows
 from tests.contract.stores import (
@@ -357,6 +357,67 @@ async def test_budgets_know_of_adjustments(store: Store) -> None:
     # More is given back than was spent: there is room for it.
     await store.books.adjust(adjusted(-8, "a2"))
     assert isinstance(await store.ledger.reserve(claim("r", 13, limits=limits)), Held)
+
+
+async def test_an_adjustment_is_found_by_its_id(store: Store) -> None:
+    await store.ledger.reserve(claim("r"))
+    await store.ledger.settle(settled("r", 7))
+    await store.books.correct(corrected("r", 3, "of a call"))
+    await store.books.adjust(adjusted(5))
+    assert await store.books.adjustment("a1") == adjusted(5)
+    assert await store.books.adjustment("of a call") is None
+    assert await store.books.adjustment("nobody") is None
+
+
+SEEN = ("2026-11-22", "flare")
+
+
+async def test_adjustments_that_belong_together_are_applied_together(store: Store) -> None:
+    await store.ledger.reserve(claim("r"))
+    await store.ledger.settle(settled("r", 7))
+    await store.ledger.reserve(claim("other", model="blaze"))
+    await store.ledger.settle(settled("other", 1))
+    both = [adjusted(5, "a1"), adjusted(-2, "a2")]
+    assert await store.books.adjust_all(both, {SEEN: 7}) == ["a1", "a2"]
+    assert await store.ledger.balances(lines()) == [Balance(11, 0)] * 4
+    assert await store.books.audit() == []
+    # What was applied before is left out, if the sums are those that were seen.
+    assert await store.books.adjust_all([*both, adjusted(1, "a3")], {SEEN: 10}) == ["a3"]
+    assert await store.books.adjust_all([], {}) == []
+    assert await store.books.audit() == []
+
+
+@pytest.mark.parametrize(
+    "seen", [{SEEN: 6}, {SEEN: 7, ("2026-11-22", "nova"): 1}, {("2026-11-21", "flare"): 7}]
+)
+async def test_other_books_than_were_seen_are_left_alone(
+    store: Store, seen: dict[tuple[str, str], int]
+) -> None:
+    await store.ledger.reserve(claim("r"))
+    await store.ledger.settle(settled("r", 7))
+    with pytest.raises(BooksChanged, match="changed meanwhile"):
+        await store.books.adjust_all([adjusted(5, "a1"), adjusted(-2, "a2")], seen)
+    assert await store.ledger.balances(lines()) == [Balance(7, 0)] * 4
+    assert await store.books.journal("a1") == []
+    assert await store.books.adjust_all([adjusted(5)], {SEEN: 7}) == ["a1"]
+
+
+async def test_of_many_that_mend_the_same_difference_one_does(store: Store) -> None:
+    """Each has other ids and other accounts: the sum that they saw is what they share."""
+    await store.ledger.reserve(claim("r"))
+    await store.ledger.settle(settled("r", 7))
+
+    async def mend(number: int) -> list[str]:
+        accounts = tuple(f"team:t{number}|{name}" for name in ("d", "m"))
+        return await store.books.adjust_all(
+            [adjusted(2, f"{number}-a", accounts=accounts), adjusted(1, f"{number}-b")], {SEEN: 7}
+        )
+
+    done = await asyncio.gather(*(mend(number) for number in range(10)), return_exceptions=True)
+    assert [type(one) for one in done].count(BooksChanged) == 9
+    [row, mended] = await store.ledger.usage()
+    assert row.cost + mended.cost == 10
+    assert await store.books.audit() == []
 
 
 # The audit

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import unittest
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import ClassVar
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -27,6 +29,7 @@ from gateway.domain.ledger import (
 from gateway.ports import Ledger, NotKnown, Store
 from tests.contract.machine import LedgerMachine
 from tests.contract.stores import (
+    BACKENDS,
     LEASE,
     NOON,
     H,
@@ -481,11 +484,27 @@ async def test_ping(ledger: Ledger) -> None:
 # The model
 
 EXAMPLES = 50_000 if os.environ.get("SOAK") else 300 if os.environ.get("CI") else 60
-LedgerMachine.TestCase.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=40,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-# Finding the smallest example of a failure takes minutes; 50,000 take hours.
-TestModel = pytest.mark.timeout(0 if EXAMPLES > 300 else 600)(LedgerMachine.TestCase)
+"""On the embedded stores. A step on PostgreSQL takes ten times as long."""
+
+
+class EmbeddedMachine(LedgerMachine):
+    backends: ClassVar = {name: BACKENDS[name] for name in ("memory", "sqlite")}
+
+
+class PostgresMachine(LedgerMachine):
+    backends: ClassVar = {"postgres": BACKENDS["postgres"]}
+
+
+def model(machine: type[LedgerMachine], examples: int) -> type[unittest.TestCase]:
+    machine.TestCase.settings = settings(
+        max_examples=examples,
+        stateful_step_count=40,
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    # Finding the smallest example of a failure takes minutes; 50,000 take hours.
+    return pytest.mark.timeout(0 if EXAMPLES > 300 else 600)(machine.TestCase)
+
+
+TestModel = model(EmbeddedMachine, EXAMPLES)
+TestModelOnPostgres = model(PostgresMachine, EXAMPLES // 3)

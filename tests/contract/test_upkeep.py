@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
@@ -74,6 +75,22 @@ async def test_what_is_forgotten_still_adds_up(store: Store) -> None:
     await store.books.correct(Correction("c", "expired", 5, "found", "ann", NOON + 30 * DAY))
     assert await store.upkeep.forget(NOON + 2 * DAY) == 3
     assert await store.ledger.balances(lines()) == [Balance(16, 0), Balance(18, 0)] * 2
+    assert await store.books.audit() == []
+
+
+async def test_what_may_be_wrong_waits_for_somebody(store: Store) -> None:
+    for rid, *flags in (("a", "no_usage"), ("b", "soft"), ("c", "soft", "over_bound"), ("d",)):
+        await store.ledger.reserve(claim(rid))
+        await store.ledger.settle(settled(rid, 7, *flags))
+    await store.ledger.reserve(claim("v"))
+    await store.ledger.settle(replace(voided("v"), flags=("no_usage",)))
+    assert await store.upkeep.forget(NOON + SECOND) == 3
+    assert [hold.rid for hold in await store.books.unresolved()] == ["a", "c"]
+    assert len(await store.books.journal("c")) == 2
+    await store.books.correct(Correction("1", "a", 7, "so it is", "ann", NOON + DAY))
+    await store.books.correct(Correction("2", "c", 5, "found", "ann", NOON + DAY))
+    assert await store.upkeep.forget(NOON + SECOND) == 2
+    assert await store.ledger.balances(lines()) == [Balance(26, 0)] * 4
     assert await store.books.audit() == []
 
 

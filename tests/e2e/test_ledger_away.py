@@ -14,6 +14,7 @@ import sqlite3
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -391,3 +392,20 @@ async def test_an_end_before_the_ledger_has_answered_forgets_nothing(
         await asyncio.wait([call])
     [line] = kept(running.config)
     assert (line["event"], line["cost"] > 0) == ("settle", True)
+
+
+@pytest.mark.parametrize(("days", "waiting"), [(31, 0), (29, 1)])
+async def test_a_settlement_of_a_forgotten_call_leaves_the_disk(
+    start: Start, tmp_path: Path, caplog: pytest.LogCaptureFixture, days: int, waiting: int
+) -> None:
+    """Its hold was closed and is older than ledger.keep: there is nothing to look at any more."""
+    stranger = SettlementSafe.open(tmp_path / "data" / "settlements", "stranger")
+    at = TestClock().now() - timedelta(days=days)
+    old = Settlement("req_old", Event.SETTLE, Outcome.DELIVERED, Basis.USAGE, 7, at=at)
+    await stranger.keep(old)
+    await stranger.aclose()
+    said = "has no reservation for a settlement" if waiting else "the ledger has forgotten"
+    async with start({"ledger": {**LONG, "keep": "30d"}}) as running:
+        await eventually(lambda: said in caplog.text)
+        await eventually(lambda: len(kept(running.config)) == waiting)
+        assert (await running.metrics())["gateway_settlements_waiting"] == waiting

@@ -34,7 +34,7 @@ from gateway.domain.ledger import (
     State,
 )
 from gateway.domain.team import Team
-from gateway.ports import NotKnown, StoreError
+from gateway.ports import BooksChanged, NotKnown, StoreError
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.postgres_schema import upgrade, versions
 from gateway.stores.schema import Versions, migrations
@@ -85,6 +85,26 @@ async def reservable(store: PostgresStore, rid: str) -> None:
             return False
 
     await eventually(taken, 20)
+
+
+async def test_two_processes_that_mend_the_same_difference_do_it_once(server: Postgres) -> None:
+    """They share no account, so that only their turn keeps one from reading too early."""
+    url = server.fresh_database()
+    async with opened(url) as one, opened(url) as two:
+        for day in range(1, 21):
+            on = f"2026-11-{day:02}"
+
+            async def mend(store: PostgresStore, name: str, on: str = on) -> list[str]:
+                adjustment = Adjustment(
+                    f"{on}-{name}", name, "flare", on, 5, (f"team:{name}|m",), "drift", "bob", NOON
+                )
+                return await store.books.adjust_all([adjustment], {(on, "flare"): 0})
+
+            done = await asyncio.gather(
+                mend(one, "growth"), mend(two, "design"), return_exceptions=True
+            )
+            assert [type(end) for end in done].count(BooksChanged) == 1, on
+            assert sum(row.cost for row in await one.ledger.usage(on, on)) == 5
 
 
 # The server dies, freezes, ends connections, turns read-only
