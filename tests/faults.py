@@ -1,6 +1,6 @@
 """Every store and upstream call of one request, counted, and the n-th of them failing.
 
-The ports are wrapped where ``gateway.app`` makes them, so nothing in the product knows of it::
+The ports are wrapped where ``gateway.app`` has them made, so nothing in the product knows of it::
 
     faults = Faults()
     install(faults, monkeypatch.setattr)
@@ -32,6 +32,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 import gateway.app
+import gateway.assembly
 import gateway.relay.budget
 import gateway.relay.keyring
 import gateway.relay.purchase
@@ -332,11 +333,17 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
     that nobody gave back is held for longer than a test waits. A process that is ``dying`` has
     patience instead, so that it meets its call on a busy machine too."""
     app: Any = gateway.app
-    open_store, account, cache, connect = app.open_store, app._account, app._cache, app.connect
+    parts: Any = gateway.assembly
+    open_store, account, cache = app.open_store, app.make_account, app.make_cache
+    connect = parts.connect
     put(app, "open_store", lambda settings: _Store(open_store(settings), faults))
-    put(app, "_account", lambda *given: _Upstream(account(*given), faults))
+    put(app, "make_account", lambda *given: _Upstream(account(*given), faults))
     patience = {"timeout": PATIENT_SECONDS} if dying else {}
-    put(app, "connect", lambda *given, **named: _Redis(connect(*given, **named | patience), faults))
+    put(
+        parts,
+        "connect",
+        lambda *given, **named: _Redis(connect(*given, **named | patience), faults),
+    )
 
     def wrapped_cache(*given: Any) -> Any:
         made, shared = cache(*given)
@@ -345,7 +352,7 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
     def wrapped_safe(folder: Path, worker: str) -> Any:
         return _Safe(SettlementSafe.open(folder, worker), faults)
 
-    put(app, "_cache", wrapped_cache)
+    put(app, "make_cache", wrapped_cache)
     put(app, "SettlementSafe", SimpleNamespace(open=wrapped_safe))
     put(app, "RedisServer", partial(Server, pause=0.02))
     if dying:
@@ -353,7 +360,7 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
     else:
         quick = _gate_of(lease_seconds=60.0)
         put(gateway.relay.purchase, "SAFE_SECONDS", HANG_SECONDS / 2)
-    put(app, "RedisGate", quick)
+    put(parts, "RedisGate", quick)
     put(gateway.relay.purchase, "SETTLE_PAUSES_SECONDS", (0.01, 0.01, 0.01))
     put(gateway.relay.purchase, "KEEP_SECONDS", HANG_SECONDS / 2)
     put(gateway.relay.budget, "PATIENCE_SECONDS", HANG_SECONDS / 2)

@@ -32,12 +32,16 @@ ROOMS = {
     "housekeeping": {"ports", "domain"},
     "supervisor": {"ports"},
     "reload": {"domain", "settings", "yamlfile"},
+    "assembly": {
+        "domain", "notify", "ports", "pricefile", "relay", "settings", "stores", "telemetry",
+        "upstream", "yamlfile",
+    },
     "app": {
-        "api", "clock", "domain", "housekeeping", "notify", "ports", "pricefile", "relay", "reload",
-        "reports", "sandbox", "settings", "stores", "telemetry", "upstream", "yamlfile",
+        "api", "assembly", "clock", "domain", "housekeeping", "ports", "relay", "reload", "reports",
+        "sandbox", "settings", "stores", "telemetry", "upstream",
     },
     "cli": {
-        "app", "clock", "domain", "ports", "pricefile", "reports", "sandbox", "server",
+        "app", "assembly", "clock", "domain", "ports", "pricefile", "reports", "sandbox", "server",
         "settings", "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from gateway.app import price_book, unpriced_models
+from gateway.assembly import price_book, unpriced_models
 from gateway.cli.common import EXIT_CONFIG, config_option, fail, failures, load_settings, warn
 from gateway.clock import SystemClock
 

@@ -17,7 +17,7 @@ from zoneinfo import available_timezones
 
 import click
 
-from gateway.app import CannotServe, declared_keys, open_store, price_book, read_peppers
+from gateway.assembly import CannotServe, declared_keys, open_store, price_book, read_peppers
 from gateway.clock import SystemClock
 from gateway.domain.errors import GatewayError
 from gateway.domain.keys import Peppers

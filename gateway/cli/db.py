@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from gateway.app import PEPPER_FILE
+from gateway.assembly import PEPPER_FILE
 from gateway.cli.common import (
     EXIT_FAILED,
     config_option,

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import click
 
-from gateway.app import Gateway, open_gateway, read_peppers
+from gateway.app import Gateway, open_gateway
+from gateway.assembly import read_peppers
 from gateway.cli.common import (
     EXIT_FAILED,
     fail,

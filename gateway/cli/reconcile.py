@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from gateway.app import open_notifier, read_bill
+from gateway.assembly import open_notifier, read_bill
 from gateway.cli.common import (
     EXIT_FAILED,
     config_option,

@@ -18,7 +18,8 @@ from typing import TypeAlias
 
 import click
 
-from gateway.app import Gateway, open_gateway, read_peppers
+from gateway.app import Gateway, open_gateway
+from gateway.assembly import read_peppers
 from gateway.cli.common import (
     config_option,
     failures,

@@ -483,7 +483,7 @@ async def test_ping(ledger: Ledger) -> None:
 
 # The model
 
-EXAMPLES = 50_000 if os.environ.get("SOAK") else 300 if os.environ.get("CI") else 60
+EXAMPLES = 50_000 if os.environ.get("SOAK") else 200 if os.environ.get("CI") else 60
 """On the embedded stores. A step on PostgreSQL takes ten times as long."""
 
 
@@ -503,8 +503,8 @@ def model(machine: type[LedgerMachine], examples: int) -> type[unittest.TestCase
         suppress_health_check=[HealthCheck.too_slow],
     )
     # Finding the smallest example of a failure takes minutes; 50,000 take hours.
-    return pytest.mark.timeout(0 if EXAMPLES > 300 else 600)(machine.TestCase)
+    return pytest.mark.timeout(0 if EXAMPLES > 200 else 600)(machine.TestCase)
 
 
 TestModel = model(EmbeddedMachine, EXAMPLES)
-TestModelOnPostgres = model(PostgresMachine, EXAMPLES // 3)
+TestModelOnPostgres = model(PostgresMachine, EXAMPLES // 4)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, RateLimitError
 
-from gateway.app import open_store, read_peppers
+from gateway.assembly import open_store, read_peppers
 from gateway.domain import keys
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import Balance, Line
@@ -381,7 +381,7 @@ async def test_a_receiver_that_was_away_hears_of_it_later(
     start: Start, clock: TestClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gateway starts and serves; the news waits in the books, for whoever tells it."""
-    monkeypatch.setattr("gateway.app.PAUSES_SECONDS", (0.0,))
+    monkeypatch.setattr("gateway.assembly.PAUSES_SECONDS", (0.0,))
     async with inbox(503, 503, 204) as box:
         changes = growth(box, soft_budget={"day": COST / 1e9})
         async with start(changes) as gateway, gateway.sdk() as sdk:

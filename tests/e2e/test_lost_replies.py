@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 import gateway.app
+import gateway.assembly
 import gateway.stores.postgres_writer
 from gateway.ports import Store
 from gateway.sandbox.journal import Journal
@@ -68,7 +69,7 @@ def valkey() -> Iterator[Valkey]:
 def stores_of(monkeypatch: pytest.MonkeyPatch) -> list[Store]:
     """The stores that gateways open from now on."""
     opened: list[Store] = []
-    open_store = gateway.app.open_store
+    open_store = gateway.assembly.open_store
 
     def opening(settings: Settings) -> Store:
         opened.append(open_store(settings))
@@ -158,7 +159,7 @@ async def test_lost_answers_of_redis_count_nothing_twice(
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, offset=lambda: start - time.time(), beat_seconds=0.2, **named)
 
-    monkeypatch.setattr(gateway.app, "RedisGate", StillGate)
+    monkeypatch.setattr(gateway.assembly, "RedisGate", StillGate)
     monkeypatch.setattr(gateway.app, "RedisServer", partial(Server, pause=0.05))
     # Something was counted before: a count of nothing would be forgotten in no time.
     before = round(start * 1e6) + 20_000_000
