@@ -64,6 +64,11 @@ check: lint types test ## What CI runs: lint, types, test.
 torture: $(DEV) ## Kill and freeze real processes under load for MINUTES (2), and count the money.
 	@$(IN_VENV) -m tests.torture --minutes $(MINUTES)
 
+.PHONY: soak
+soak: $(DEV) ## Hours: 50,000 runs of the ledger against its model, then an hour of torture.
+	@SOAK=1 $(IN_VENV) -m pytest tests/contract/test_ledger.py -k Model
+	@$(IN_VENV) -m tests.torture --minutes 60
+
 .PHONY: live
 live: $(DEV) ## Compare the real OpenAI with what we assume; needs OPENAI_API_KEY, spends under $0.02.
 	@LIVE=1 $(IN_VENV) -m pytest -s -m live tests/live
