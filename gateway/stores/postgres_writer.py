@@ -39,6 +39,7 @@ from typing import Any, LiteralString, TypeAlias
 import psycopg
 
 from gateway.domain.errors import LedgerUnavailable
+from gateway.ports import NotKnown
 from gateway.stores.postgres_link import (
     Link,
     ServerSilent,
@@ -345,7 +346,8 @@ class Writer(WriterThread[_Operation[Any]]):
 
     def _broken(self, error: BaseException) -> None:
         """Leaves no half transaction behind, and no connection that is of no use."""
-        _log.warning("a transaction of the ledger failed: %s", said_of(error, self._url))
+        if not isinstance(error, NotKnown):
+            _log.warning("a transaction of the ledger failed: %s", said_of(error, self._url))
         if self._link is None:
             return
         if isinstance(error, (psycopg.Error, _Lost, _Unconfirmed)):

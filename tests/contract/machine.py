@@ -355,7 +355,9 @@ class LedgerMachine(RuleBasedStateMachine):
         old = sorted(
             (call.claim.at, rid)
             for rid, call in self.calls.items()
-            if call.state in (P, V) and call.claim.at < before and call.key is None
+            if call.claim.at < before
+            and call.key is None
+            and (call.state is V or (call.state is P and not call.doubtful))
         )[:limit]
         self.forgotten += [self.calls.pop(rid) for _, rid in old]
         self.check(len(old), lambda store: store.upkeep.forget(before, limit))
