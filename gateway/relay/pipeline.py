@@ -118,8 +118,8 @@ class Pipeline:
             so_far = _with_plan(so_far, plan)
             said = headers.of_call(arrival.rid, plan, call.stream)
             if plan.cached is not None:
-                return await self._replay(arrival, plan, plan.cached, so_far)
-            flight = self._launch(arrival, plan, body, so_far)
+                return await self._replay(arrival, plan, plan.cached, so_far, said)
+            flight = self._launch(arrival, plan, body, so_far, said)
         except GatewayError as error:
             return _refused(so_far, error, (*said, *await self._unspent(caller, error)))
         finally:
@@ -179,7 +179,12 @@ class Pipeline:
         return Answer(head, lambda: _known(receipt))
 
     async def _replay(
-        self, arrival: Arrival, plan: Plan, cached: Cached, so_far: Receipt
+        self,
+        arrival: Arrival,
+        plan: Plan,
+        cached: Cached,
+        so_far: Receipt,
+        known: headers.Headers,
     ) -> Answer:
         """A kept answer: an upstream whose price is nothing, so nothing has to be held."""
         call, meta, now = plan.call, cached.meta, self._clock.now()
@@ -198,7 +203,7 @@ class Pipeline:
             )
         )
         said = (
-            *headers.of_call(arrival.rid, plan, call.stream),
+            *known,
             *headers.of_age(meta.stored_at, now),
             *headers.NOTHING_SPENT,
             *headers.of_rates(grant.standings),
@@ -219,19 +224,29 @@ class Pipeline:
         )
         return Answer(head, lambda: _known(receipt))
 
-    def _launch(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Flight:
+    def _launch(
+        self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt, known: headers.Headers
+    ) -> Flight:
         body.share()
         return self._flights.launch(
             arrival.rid,
             arrival.client,
-            lambda flight: self._fly(flight, arrival, plan, body, so_far),
+            lambda flight: self._fly(flight, arrival, plan, body, so_far, known),
         )
 
     async def _fly(
-        self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt
+        self,
+        flight: Flight,
+        arrival: Arrival,
+        plan: Plan,
+        body: Spool,
+        so_far: Receipt,
+        known: headers.Headers,
     ) -> Receipt:
-        """From the reservation to the settlement. The client may watch; it cannot cancel."""
-        known = headers.of_call(flight.rid, plan, plan.call.stream)
+        """From the reservation to the settlement. The client may watch; it cannot cancel.
+
+        ``known`` are the headers that every answer to the call has.
+        """
         flight.said = (*known, *headers.NOTHING_SPENT)
         try:
             grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
@@ -246,7 +261,7 @@ class Pipeline:
                     degraded=grant.degraded,
                     timings=replace(so_far.timings, reserving=reserved - so_far.timings.reading),
                 )
-                return await self._purchases.buy(flight, plan, body, grant, held, so_far)
+                return await self._purchases.buy(flight, plan, body, held, so_far)
             finally:
                 await self._leave(flight, plan)
         except GatewayError as error:

@@ -18,7 +18,6 @@ from gateway.domain.call import Call
 from gateway.domain.charge import Ending, charge
 from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable, Overloaded
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
-from gateway.domain.quota import Grant
 from gateway.domain.receipt import Receipt, Timings
 from gateway.ports import (
     Cache,
@@ -117,22 +116,21 @@ class Purchases:
         return self._waiting
 
     async def buy(
-        self, flight: Flight, plan: Plan, body: Spool, grant: Grant, held: Held, so_far: Receipt
+        self, flight: Flight, plan: Plan, body: Spool, held: Held, so_far: Receipt
     ) -> Receipt:
-        """What is held becomes a picture, and a receipt. Whatever the upstream does is settled."""
+        """What is held becomes a picture, and a receipt. Whatever the upstream does is settled.
+
+        ``flight.said`` are the headers so far: of the call, and of its rates.
+        """
         spool = Spool(self._room)
         marks = Marks(self._clock.monotonic())
         reply: Reply | None = None
-        said: headers.Headers = ()
+        said = flight.said
         try:
             try:
                 reply = await self._open(plan, body)
                 marks.opened = self._clock.monotonic()
-                said = (
-                    *headers.of_call(flight.rid, plan, plan.call.stream),
-                    *headers.of_upstream(reply.headers),
-                    *headers.of_rates(grant.standings),
-                )
+                said = (*said, *headers.of_upstream(reply.headers))
                 early = (
                     *said,
                     *headers.of_bound(plan.quote),
@@ -161,7 +159,7 @@ class Purchases:
             )
             if landing.error is not None:
                 sent = reply is not None or settlement.event is not Event.VOID
-                flight.said = (*flight.said, *said, *headers.of_attempts(int(sent)), *spent)
+                flight.said = (*said, *headers.of_attempts(int(sent)), *spent)
                 await _break_off(flight, spool, landing.error)
                 return failed_receipt(receipt, landing.error)
             _hand_over(flight, plan, landing, spool, (*said, *spent))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.ledger import Entry
 from gateway.domain.money import Money
 from gateway.domain.transition import DOUBTFUL
+from gateway.stores.audit import AUDIT_JOURNAL, AUDIT_USAGE, discrepancies
 from gateway.stores.postgres_link import Link
 from gateway.stores.postgres_page import Needs, Page
 from gateway.stores.postgres_writer import Reader, Transaction, Writer, with_page
@@ -72,24 +72,6 @@ SELECT account, sum(kept_posted), sum(posted), sum(kept_pending), sum(pending)
  GROUP BY account
 HAVING sum(kept_posted) <> sum(posted) OR sum(kept_pending) <> sum(pending)
  ORDER BY account
-"""
-
-_AUDIT_USAGE = """
-SELECT (SELECT coalesce(sum(cost), 0) FROM usage_daily),
-       (SELECT coalesce(sum(cost), 0) FROM hold)
-     + (SELECT coalesce(sum(amount), 0) FROM adjustment WHERE rid IS NULL)
-     + (SELECT coalesce(sum(posted), 0) FROM rolled_up WHERE account = '')
-"""
-
-_AUDIT_JOURNAL = """
-SELECT rid, cost, coalesce(journalled.posted, 0),
-       CASE state WHEN 'H' THEN bound ELSE 0 END, coalesce(journalled.pending, 0)
-  FROM hold LEFT JOIN (
-       SELECT rid, sum(posted) AS posted, sum(pending) AS pending FROM journal GROUP BY rid
-       ) AS journalled USING (rid)
- WHERE cost <> coalesce(journalled.posted, 0)
-    OR CASE state WHEN 'H' THEN bound ELSE 0 END <> coalesce(journalled.pending, 0)
- ORDER BY rid
 """
 
 _SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
@@ -176,18 +158,8 @@ def _applied(transaction: Transaction, adjustment: str) -> bool:
 
 def _audit(link: Link) -> list[Discrepancy]:
     link.execute(_SNAPSHOT)
+    (usage,) = link.execute(AUDIT_USAGE).fetchall()
     balances = link.execute(_AUDIT_BALANCES).fetchall()
-    usage = link.execute(_AUDIT_USAGE).fetchall()
-    journal = link.execute(_AUDIT_JOURNAL).fetchall()
+    journal = link.execute(AUDIT_JOURNAL).fetchall()
     link.execute("ROLLBACK")
-    pairs: list[tuple[str, Any, Any]] = [("cost of all days", *sums) for sums in usage]
-    for account, posted, posted_sum, pending, pending_sum in balances:
-        pairs.append((f"posted of {account}", posted, posted_sum))
-        pairs.append((f"pending of {account}", pending, pending_sum))
-    for rid, posted, posted_sum, pending, pending_sum in journal:
-        pairs.append((f"posted of {rid} in the journal", posted, posted_sum))
-        pairs.append((f"pending of {rid} in the journal", pending, pending_sum))
-    # Sums are of PostgreSQL's type numeric: they may be beyond 64 bits here.
-    return [
-        Discrepancy(what, int(kept), int(summed)) for what, kept, summed in pairs if kept != summed
-    ]
+    return discrepancies(usage, balances, journal)

@@ -18,6 +18,7 @@ from gateway.domain.transition import (
     correction_counts,
 )
 from gateway.ports import NotKnown
+from gateway.stores.audit import AUDIT_JOURNAL, AUDIT_USAGE, discrepancies
 from gateway.stores.rows import (
     ADJUSTMENT_COLUMNS,
     HOLD_COLUMNS,
@@ -150,24 +151,6 @@ HAVING sum(kept_posted) <> sum(posted) OR sum(kept_pending) <> sum(pending)
  ORDER BY account
 """
 
-_AUDIT_USAGE = """
-SELECT (SELECT coalesce(sum(cost), 0) FROM usage_daily),
-       (SELECT coalesce(sum(cost), 0) FROM hold)
-     + (SELECT coalesce(sum(amount), 0) FROM adjustment WHERE rid IS NULL)
-     + (SELECT coalesce(sum(posted), 0) FROM rolled_up WHERE account = '')
-"""
-
-_AUDIT_JOURNAL = """
-SELECT rid, cost, coalesce(journalled.posted, 0),
-       iif(state = 'H', bound, 0), coalesce(journalled.pending, 0)
-  FROM hold LEFT JOIN (
-       SELECT rid, sum(posted) AS posted, sum(pending) AS pending FROM journal GROUP BY rid
-       ) AS journalled USING (rid)
- WHERE cost <> coalesce(journalled.posted, 0)
-    OR iif(state = 'H', bound, 0) <> coalesce(journalled.pending, 0)
- ORDER BY rid
-"""
-
 
 def _correct(db: sqlite3.Connection, correction: Correction) -> Entry:
     hold = booked(db, correction.rid)
@@ -244,16 +227,10 @@ def audit_sums(db: sqlite3.Connection) -> list[Discrepancy]:
     """``Books.audit`` of a file with these tables, in one snapshot."""
     db.execute("BEGIN")  # one snapshot for all sums
     try:
-        balances = db.execute(_AUDIT_BALANCES).fetchall()
-        usage = db.execute(_AUDIT_USAGE).fetchone()
-        journal = db.execute(_AUDIT_JOURNAL).fetchall()
+        return discrepancies(
+            db.execute(AUDIT_USAGE).fetchone(),
+            db.execute(_AUDIT_BALANCES).fetchall(),
+            db.execute(AUDIT_JOURNAL).fetchall(),
+        )
     finally:
         db.execute("ROLLBACK")
-    pairs = [("cost of all days", *usage)]
-    for account, posted, posted_sum, pending, pending_sum in balances:
-        pairs.append((f"posted of {account}", posted, posted_sum))
-        pairs.append((f"pending of {account}", pending, pending_sum))
-    for rid, posted, posted_sum, pending, pending_sum in journal:
-        pairs.append((f"posted of {rid} in the journal", posted, posted_sum))
-        pairs.append((f"pending of {rid} in the journal", pending, pending_sum))
-    return [Discrepancy(what, kept, summed) for what, kept, summed in pairs if kept != summed]
