@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
 from typing import Protocol
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
@@ -22,6 +23,7 @@ from gateway.domain.ledger import (
     Held,
     Line,
     Replay,
+    Reroute,
     Settlement,
     UsageRow,
 )
@@ -124,6 +126,15 @@ class Ledger(Protocol):
     """
 
     async def reserve(self, claim: Claim) -> Held | Denied | Claimed: ...
+
+    async def claimed(self, team: str, idempotency_key: str, fingerprint: str) -> Claimed | None:
+        """Whose an idempotency key is, where ``reserve`` would say so; None where it is free:
+        unknown, older than a day, or that of a call which was surely not billed."""
+
+    async def reroute(self, reroute: Reroute) -> Held | Denied:
+        """Another upstream, and room for its bound, durable before anything is sent there. All or
+        nothing; ``Denied`` leaves the hold as it was. Repeating it is harmless. Raises ``NotKnown``
+        where no such call is held (any more)."""
 
     async def settle(self, settlement: Settlement) -> Entry:
         """Applies SETTLE, VOID or EXPIRE by the table of money.md 3. Idempotent by rid."""
@@ -275,12 +286,21 @@ class Safe(Protocol):
     async def aclose(self) -> None: ...
 
 
+class Form(StrEnum):
+    """How a kept answer is written down."""
+
+    JSON = "json"
+    EVENTS = "events"
+
+
 @dataclass(frozen=True, slots=True)
 class CachedMeta:
     """What a kept answer says of itself.
 
     ``streamable``: it has a form as one completed event too. ``cost`` is what the answer cost when
-    it was bought, in nano-dollars.
+    it was bought, in nano-dollars. Only results, which are kept by request id, have the rest:
+    ``team`` is whose it is, ``status`` may be that of an error, ``headers`` are what was said of
+    the call beside it; ``same_as`` is the request under whose id the answer itself is kept.
     """
 
     stored_at: datetime
@@ -294,6 +314,12 @@ class CachedMeta:
     size: str = ""
     quality: str = ""
     price_id: str = ""
+    team: str = ""
+    operation: str = ""
+    status: int = 200
+    form: Form = Form.JSON
+    headers: tuple[tuple[str, str], ...] = ()
+    same_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +344,84 @@ class Cache(Protocol):
     async def delete(self, key: str) -> None: ...
 
     async def ping(self) -> None: ...
+
+    async def aclose(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class FlightNotice:
+    """A flight as others may know it: which call it is (``fingerprint``), whose, since when."""
+
+    rid: str
+    fingerprint: str
+    team: str
+    key_id: str
+    operation: str
+    model: str
+    stream: bool
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class FlightSeen:
+    """A flight as its board has it now. ``watchers`` are clients that still wait for it;
+    ``partials`` were seen so far. ``alive``: whoever flies it has beaten lately; one that is not
+    alive and has not ended has an unknown outcome."""
+
+    notice: FlightNotice
+    ended: bool
+    alive: bool
+    watchers: int
+    partials: int = 0
+
+
+class FlightBoard(Protocol):
+    """Which calls are under way, and who waits for them: what lets a retry join its own flight,
+    wherever it lands. Fast and forgettable like the gate; money never depends on it.
+
+    A board that is shared goes on with the flights of this process while its store is away; it
+    never raises for that.
+    """
+
+    async def announce(self, notice: FlightNotice) -> None:
+        """The call is about to be sent, watched by one client. From here on a flight that is
+        silent may have been bought."""
+
+    async def join(
+        self, fingerprint: str, key_id: str, *, orphans_only: bool
+    ) -> FlightNotice | None:
+        """Finds a flight of this call and key, and counts the caller among its watchers, in one
+        step, so that two who look at once find two flights where there are two. First one that
+        nobody watches, running or ended but not handed over, then (unless ``orphans_only``) one
+        that is watched; of several the oldest. Dead ones are found too."""
+
+    async def leave(self, rid: str, *, delivered: bool) -> None:
+        """One watcher less. ``delivered``: it has the whole answer, so nobody needs to be
+        reunited with it: an ended flight is not found any more."""
+
+    async def progress(self, rid: str, partials: int) -> None:
+        """So many partial pictures were seen. Not awaited by anything that matters."""
+
+    async def end(self, rid: str, *, joinable: bool) -> None:
+        """It is over, and its result is kept. ``joinable`` is False where surely nothing was
+        billed: a retry is then a new call."""
+
+    async def look(self, rid: str) -> FlightSeen | None: ...
+
+    async def take_over(self, rid: str) -> bool:
+        """Whether the caller is the one who may buy again what a dead flight left: once each."""
+
+    async def want_events(self, rid: str) -> None:
+        """Somebody in another process watches the stream: its events are wanted (``wanted``)."""
+
+    def wanted(self, rid: str) -> bool:
+        """Whether another process wants this flight's events, as of the last beat."""
+
+    async def add_events(self, rid: str, start: int, content: bytes) -> None:
+        """Bytes of a wanted stream, from its offset ``start``; adding them twice is harmless."""
+
+    async def events(self, rid: str, start: int) -> bytes:
+        """What was added from ``start`` on; empty where there is no more yet."""
 
     async def aclose(self) -> None: ...
 
@@ -370,6 +474,17 @@ class Reply(Protocol):
         """Gives the connection back, or drops it when the body was not read to its end."""
 
 
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """One of an upstream's keys, by a public name: ``id`` tells it from the others in logs and
+    metrics, and stays while the key does. The lowest ``order`` comes first, and those of one
+    order share by ``weight``."""
+
+    id: str
+    order: int = 0
+    weight: int = 1
+
+
 class Upstream(Protocol):
     """One configured provider account: its origin, its keys, its deadlines."""
 
@@ -384,8 +499,12 @@ class Upstream(Protocol):
     def ready(self) -> bool:
         """False where it has no key: it is off."""
 
-    async def send(self, outgoing: Outgoing) -> Reply:
-        """Raises ``UpstreamUnavailable`` when surely nothing was sent, ``UpstreamUnknown`` once
+    @property
+    def credentials(self) -> Sequence[Credential]:
+        """Its keys, as they are configured now."""
+
+    async def send(self, outgoing: Outgoing, credential: str) -> Reply:
+        """Sends it with the key of that id (any, where it is gone). Raises ``UpstreamUnavailable`` when surely nothing was sent, ``UpstreamUnknown`` once
         a byte may have left and no answer came."""
 
     async def aclose(self) -> None: ...

@@ -95,6 +95,9 @@ class Claim:
     fingerprint: str = ""
     idempotency_key: str | None = None
     worker: str = ""
+    repeat_unknown: bool = False
+    """The idempotency key may also be taken over from a call whose outcome is unknown
+    (``on_unknown: repeat``): a person has decided that buying it twice is better than not at all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +137,20 @@ class Claimed:
     rid: str
     state: State
     same_fingerprint: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reroute:
+    """A held call goes elsewhere than it was reserved for: to ``upstream``, as the configured
+    ``model``, under another price. What is held becomes ``bound`` where that is more, never less:
+    what was tried before may yet turn out to cost."""
+
+    rid: str
+    model: str
+    upstream: str
+    price_id: str
+    bound: Money
+    at: datetime
 
 
 @dataclass(frozen=True, slots=True)

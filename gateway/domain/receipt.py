@@ -16,6 +16,8 @@ class CacheResult(StrEnum):
     HIT = "hit"
     MISS = "miss"
     OFF = "off"
+    JOIN = "join"
+    """The answer of another request's flight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,10 @@ class Receipt:
     degraded: bool = False
     posted: bool = True
     """False where the ledger could not be told: the sweep will post the bound."""
+    attempts: int = 0
+    """How many times it was sent upstream."""
+    joined: str = ""
+    """The request whose flight, or kept answer, this one was answered with."""
     prompt: str | None = None
     """Only where the operator asked for prompts in the log."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
 
@@ -21,10 +21,18 @@ class Unpriced(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """An upstream and the model's name there."""
+    """An upstream and the model's name there.
+
+    Of several targets the lowest ``order`` comes first, and those of one order share by
+    ``weight``. ``stream_always``: it is asked for events even where the client wants JSON
+    (``upstream_stream: always``), so that no wall on silent answers cuts it.
+    """
 
     upstream: str
     model: str
+    order: int = 0
+    weight: int = 1
+    stream_always: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,15 @@ class Model:
     """Refuse parameters that the contract does not list, rather than hold the worst case."""
     pin: Pin | None = None
     """None: what is left open is held at the dearest choice."""
+    others: tuple[Target, ...] = ()
+    """Where else it is served, by order."""
+    fallbacks: tuple[str, ...] = ()
+    """Configured models to try, in this order, where no target of this one can be had."""
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """Where it is served; the first of them names it in fingerprints and in reports."""
+        return (self.target, *self.others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +85,15 @@ class Catalogue:
         rule = self.wildcard
         return Model(
             name=name,
-            target=Target(rule.target.upstream, name),
+            target=replace(rule.target, model=name),
             unpriced=rule.unpriced,
             strict=rule.strict,
             cache_enabled=rule.cache_enabled,
             label=OTHER,
             refuse_unknown=rule.refuse_unknown,
             pin=rule.pin,
+            others=tuple(replace(other, model=name) for other in rule.others),
+            fallbacks=rule.fallbacks,
         )
 
     def nearest(self, name: str) -> Model | None:
