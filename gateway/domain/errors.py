@@ -17,7 +17,9 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   ├── ModelNotAllowed    403
     │   ├── ModelNotFound      404
     │   ├── RateLimited        429  a retry helps after `retry_after_seconds`
-    │   └── QuotaExceeded      429  `insufficient_quota`; no retry helps
+    │   ├── QuotaExceeded      429  `insufficient_quota`; no retry helps
+    │   ├── ResultNotFound     404
+    │   └── ResultExpired      410  was answered, and is kept no longer
     ├── UpstreamFault          the provider, or the way to it
     │   ├── UpstreamRefused    the provider's own status and body, passed on unchanged; not billed
     │   ├── UpstreamUnavailable 503  surely not billed (class N of money.md 8.1)
@@ -28,6 +30,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
         ├── LedgerUnavailable  503
         ├── GateUnavailable    503  nothing was bought; a retry helps once the gate is back
         ├── Overloaded         503
+        ├── StillRunning       504  the picture is being made; its result can be asked for
         └── Internal           500
 """
 
@@ -187,6 +190,22 @@ class QuotaExceeded(TeamFault):
     reason = "insufficient_quota"
 
 
+class ResultNotFound(TeamFault):
+    """No such result, or not the caller's: the two look alike."""
+
+    status = 404
+    code = "result_not_found"
+    reason = "result_not_found"
+
+
+class ResultExpired(TeamFault):
+    """The answer was paid for once, and is kept no longer: it is never made anew by itself."""
+
+    status = 410
+    code = "result_expired"
+    reason = "result_expired"
+
+
 class UpstreamFault(GatewayError):
     status = 502
     type = "server_error"
@@ -272,6 +291,15 @@ class GateUnavailable(GatewayFault):
 class Overloaded(GatewayFault):
     code = "overloaded"
     reason = "overloaded"
+
+
+class StillRunning(GatewayFault):
+    """The client is not to wait any longer, and the flight goes on: nothing is lost."""
+
+    status = 504
+    code = "still_running"
+    reason = "still_running"
+    should_retry = False
 
 
 class Internal(GatewayFault):

@@ -77,6 +77,8 @@ class Receipt:
     """False where the ledger could not be told: the sweep will post the bound."""
     attempts: int = 0
     """How many times it was sent upstream."""
+    retried: bool = False
+    """An SDK says that it has sent this before."""
     joined: str = ""
     """The request whose flight, or kept answer, this one was answered with."""
     prompt: str | None = None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from datetime import date, timedelta
 
+from gateway.domain.call import Call
 from gateway.domain.errors import GatewayError, InvalidRequest, QuotaExceeded, RateLimited
-from gateway.domain.ledger import Claim, Claimed, Denied, Held, State
+from gateway.domain.ledger import Claim, Claimed, Denied, Held
 from gateway.domain.money import say_dollars
 from gateway.domain.quota import (
     Demand,
@@ -21,7 +22,7 @@ from gateway.domain.team import Caller
 from gateway.ports import Gate, Ledger
 from gateway.relay import headers
 from gateway.relay.budget import BudgetView
-from gateway.relay.plan import Plan, say_cheaper, say_owner
+from gateway.relay.plan import Plan, rates_of, say_cheaper, say_owner
 
 NOUNS = {Unit.REQUESTS: "request", Unit.IMAGES: "image", Unit.SLOTS: "request"}
 
@@ -31,8 +32,18 @@ class Admission:
     if the ledger refuses."""
 
     def __init__(
-        self, gate: Gate, ledger: Ledger, lease: timedelta, worker: str, budgets: BudgetView
+        self,
+        gate: Gate,
+        ledger: Ledger,
+        lease: timedelta,
+        worker: str,
+        budgets: BudgetView,
+        *,
+        repeat_unknown: bool = False,
     ) -> None:
+        """``repeat_unknown``: under its Idempotency-Key a call of unknown outcome is bought again
+        (``relay.on_unknown: repeat``)."""
+        self._repeat_unknown = repeat_unknown
         self._gate = gate
         self._ledger = ledger
         self._lease = lease
@@ -46,10 +57,16 @@ class Admission:
             raise rate_limited(answer, plan.caller, demand)
         return answer
 
+    async def pass_gate_for_replay(self, rid: str, caller: Caller) -> None:
+        """A request, and nothing else: an answer that is there already. Raises ``RateLimited``."""
+        demand = Demand(requests=1, images=0, slots=0)
+        answer = await self._gate.take(rid, rates_of(caller), demand)
+        if isinstance(answer, Refusal):
+            raise rate_limited(answer, caller, demand)
+
     async def hold(self, rid: str, plan: Plan, idempotency_key: str | None) -> Held:
         """The bound, against every budget, durable before it returns. Raises ``QuotaExceeded``,
-        ``InvalidRequest`` for an idempotency key in use, ``LedgerUnavailable``; the gate has then
-        been given back."""
+        ``KeyTaken``, ``LedgerUnavailable``; the gate has then been given back."""
         call = plan.call
         claim = Claim(
             rid=rid,
@@ -65,8 +82,9 @@ class Admission:
             lease_ends=plan.at + self._lease,
             price_id=plan.quote.price_id,
             fingerprint=plan.fingerprint,
-            idempotency_key=idempotency_key,
+            idempotency_key=key_of(call, idempotency_key),
             worker=self._worker,
+            repeat_unknown=self._repeat_unknown,
         )
         try:
             match await self._ledger.reserve(claim):
@@ -74,7 +92,7 @@ class Admission:
                     self._budgets.learn((denied.line,), (denied.balance,))
                     raise quota_exceeded(denied, plan)
                 case Claimed() as claimed:
-                    raise _key_in_use(claimed)
+                    raise KeyTaken(claimed)
                 case held:
                     return held
         except GatewayError:
@@ -161,26 +179,25 @@ def _when(period: Period) -> str:
             return "in all"
 
 
-def _key_in_use(claimed: Claimed) -> InvalidRequest:
-    if not claimed.same_fingerprint:
-        return InvalidRequest(
-            "This Idempotency-Key was used for another request. Use a new key for each request "
-            "that differs.",
-            status=422,
-            code="idempotency_key_reused",
-            param="Idempotency-Key",
-            reason="idempotency_key_reused",
-        )
-    became = {
-        State.HELD: "is still running",
-        State.POSTED: "was answered and paid for",
-        State.EXPIRED: "was sent, and its outcome is unknown",
-    }.get(claimed.state, "was seen")
+class KeyTaken(GatewayError):
+    """An Idempotency-Key belongs to another call already: who looks there answers this one."""
+
+    def __init__(self, claimed: Claimed) -> None:
+        super().__init__(f"The key belongs to {claimed.rid}.")
+        self.claimed = claimed
+
+
+def key_of(call: Call, idempotency_key: str | None) -> str | None:
+    """The name that the ledger knows an Idempotency-Key by: each route has its own."""
+    return None if idempotency_key is None else f"{call.operation.value}:{idempotency_key}"
+
+
+def key_reused() -> InvalidRequest:
     return InvalidRequest(
-        f"The request with this Idempotency-Key {became} as {claimed.rid}. Nothing was bought "
-        "twice. Without the cache its answer is not kept; use a new key to buy another picture.",
-        status=409,
-        code="idempotency_key_in_use",
+        "This Idempotency-Key was used for another request. Use a new key for each request that "
+        "differs.",
+        status=422,
+        code="idempotency_key_reused",
         param="Idempotency-Key",
-        reason="idempotency_key_in_use",
+        reason="idempotency_key_reused",
     )

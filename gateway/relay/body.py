@@ -21,6 +21,8 @@ from gateway.domain.errors import Overloaded
 
 READ_BYTES = 256 * 1024
 TINY_BYTES = 512
+KEEP_ALIVE = b": keepalive\n\n"
+"""A comment among events: every SDK skips it, and every proxy sees that the answer lives."""
 
 
 class Room:
@@ -160,7 +162,7 @@ class Spool:
         self._news.set()
         self._news = asyncio.Event()
 
-    async def follow(self) -> AsyncGenerator[bytes, None]:
+    async def follow(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[bytes, None]:
         """What is published, from the first byte, as it is published, until ``finish``."""
         self.share()
         try:

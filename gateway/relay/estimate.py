@@ -177,7 +177,11 @@ class Estimates:
         except ModelNotAllowed as error:
             return None, None, error
         try:
-            return model, await self._planner.plan(caller, call, wish, now), None
+            return (
+                model,
+                await self._planner.plan(self._planner.route_call(caller, call), wish, now),
+                None,
+            )
         except UpstreamAccount as error:
             return model, None, error
         except InvalidRequest as error:
@@ -187,7 +191,11 @@ class Estimates:
                 return model, None, error
             # What it would cost is then the very thing to be told.
             lifted = _without_most(caller)
-            return model, await self._planner.plan(lifted, call, wish, now), error
+            return (
+                model,
+                await self._planner.plan(self._planner.route_call(lifted, call), wish, now),
+                error,
+            )
 
     def _costs(self, plan: Plan | None) -> dict[str, Json]:
         if plan is None:

@@ -1,7 +1,7 @@
 """A call on its way to the outside, in a task of its own that no client can cancel.
 
-The client *watches* its flight. If the client leaves, the flight goes on: what is being bought is
-read to its end, booked, and kept in the cache for whoever asks next.
+Clients *watch* a flight. If all of them leave, it goes on: what is being bought is read to its
+end, booked, and kept for whoever comes back for it.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from gateway.domain.errors import ClientGone, GatewayError
 from gateway.domain.receipt import Receipt
+from gateway.ports import FlightNotice
 
 log = logging.getLogger(__name__)
+
+Headers: TypeAlias = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +29,31 @@ class Head:
     """
 
     status: int
-    headers: tuple[tuple[str, str], ...]
+    headers: Headers
     length: int | None
     body: Callable[[], AsyncIterator[bytes]]
     close: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An answer that any number of clients may have. ``length`` is None for a stream.
+
+    ``headers`` are of the answer, whoever reads it; ``own`` are for whom it was bought. ``body``
+    may be called once a reader; each has called ``share`` before, and ``close`` at its end.
+    """
+
+    status: int
+    headers: Headers
+    own: Headers
+    length: int | None
+    body: Callable[[], AsyncIterator[bytes]]
+    share: Callable[[], None] = lambda: None
+    close: Callable[[], None] = lambda: None
+
+    def head(self, more: Headers) -> Head:
+        """The answer for one who has a share, under headers of their own too."""
+        return Head(self.status, (*self.headers, *more), self.length, self.body, self.close)
 
 
 class Client:
@@ -37,22 +61,118 @@ class Client:
 
     def __init__(self) -> None:
         self.gone = asyncio.Event()
+        self._last: list[Callable[[], None]] = []
 
     def leave(self) -> None:
-        self.gone.set()
+        if not self.gone.is_set():
+            self.gone.set()
+            for act in self._last:
+                act()
+
+    def when_gone(self, act: Callable[[], None]) -> None:
+        """Has ``act`` done when the client leaves; at once where it has."""
+        if self.gone.is_set():
+            act()
+        else:
+            self._last.append(act)
+
+
+class Seat:
+    """One client's place among those who wait for a flight, given up once."""
+
+    def __init__(self, leave: Callable[[bool], None]) -> None:
+        self._leave = leave
+        self._left = False
+
+    def leave(self, *, delivered: bool) -> None:
+        if not self._left:
+            self._left = True
+            self._leave(delivered)
+
+
+class Watch:
+    """One client's look at a flight: what it shows, or the error that it ends in."""
+
+    def __init__(self) -> None:
+        self._shown: asyncio.Future[Shown] = asyncio.get_running_loop().create_future()
+        self._given_up = False
+
+    def show(self, shown: Shown) -> None:
+        if not (self._given_up or self._shown.done()):
+            shown.share()
+            self._shown.set_result(shown)
+
+    def refuse(self, error: BaseException) -> None:
+        if not self._shown.done():
+            self._shown.set_exception(error)
+            # A client that left never asks: that is no fault to be reported.
+            self._shown.exception()
+
+    async def shown(self, client: Client, patience_seconds: float | None = None) -> Shown:
+        """What there is to be read, with a share of it. Waits as long as the client does.
+
+        Raises the flight's error, ``ClientGone``, and ``TimeoutError`` when the patience is over;
+        then, and where it is cancelled, this watch has ended.
+        """
+        gone = asyncio.ensure_future(client.gone.wait())
+        try:
+            either: set[asyncio.Future[Any]] = {self._shown, gone}
+            await asyncio.wait(
+                either, timeout=patience_seconds, return_when=asyncio.FIRST_COMPLETED
+            )
+        except asyncio.CancelledError:
+            self.give_up()
+            raise
+        finally:
+            gone.cancel()
+        if self._shown.done():
+            return self._shown.result()
+        self.give_up()
+        if client.gone.is_set():
+            raise ClientGone("upstream")
+        raise TimeoutError
+
+    def give_up(self) -> None:
+        """Nobody looks any more."""
+        self._given_up = True
+        if self._shown.done() and not self._shown.cancelled() and not self._shown.exception():
+            self._shown.result().close()
 
 
 class Flight:
-    """One running call: its head when there is one, its receipt when all is over."""
+    """One running call: what it shows when there is something, its receipt when all is over."""
 
-    def __init__(self, rid: str, client: Client) -> None:
-        self.rid = rid
+    def __init__(self, notice: FlightNotice, client: Client) -> None:
+        self.notice = notice
         self.client = client
-        self.said: tuple[tuple[str, str], ...] = ()
+        self.partials = 0
+        """Partial pictures that were seen so far."""
+        self.said: Headers = ()
         """The headers that are known so far, for an error that ends it."""
-        self._head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
-        self._abandoned = False
+        self.admitted = asyncio.Event()
+        """Set when its money is held and it is about to be sent, and when it is over."""
+        self.over = asyncio.Event()
+        """Set when no more of its answer will come."""
+        self.keeping: asyncio.Task[None] | None = None
+        """Puts its answer away, once there is one."""
+        self.instead: Callable[[], AsyncIterator[bytes]] | None = None
+        """What a stream that has begun says in the end, where it could not be said as it came."""
+        self.seat: Seat | None = None
+        """That of the client it was launched for, once others may join it."""
+        self._watches: list[Watch] = []
+        self._shown: Shown | None = None
+        self._error: BaseException | None = None
+        self._closed = False
         self._task: asyncio.Task[Receipt] | None = None
+        self.own = self.watch()
+
+    @property
+    def rid(self) -> str:
+        return self.notice.rid
+
+    @property
+    def stream(self) -> bool:
+        return self.notice.stream
 
     def start(self, run: Coroutine[Any, Any, Receipt]) -> asyncio.Task[Receipt]:
         """``run`` never raises for what can go wrong with a call: it answers and returns."""
@@ -61,44 +181,52 @@ class Flight:
         return self._task
 
     def _ended(self, task: asyncio.Task[Receipt]) -> None:
-        if not self._head.done():
-            error = None if task.cancelled() else task.exception()
-            self._head.set_exception(error or asyncio.CancelledError())
-            self._head.exception()
+        error = None if task.cancelled() else task.exception()
+        self._refuse(error or asyncio.CancelledError())
+        self.admitted.set()
+        self.over.set()
 
-    def answer(self, head: Head) -> None:
-        """Lets the client have the beginning of the answer."""
-        if self._abandoned or self._head.done():
-            head.close()
-        else:
-            self._head.set_result(head)
+    def watch(self) -> Watch:
+        """One more who looks; right until the flight is closed."""
+        if self._closed:
+            raise RuntimeError("a flight that is closed shows nothing")
+        watch = Watch()
+        self._watches.append(watch)
+        if self._shown is not None:
+            watch.show(self._shown)
+        elif self._error is not None:
+            watch.refuse(self._error)
+        return watch
+
+    @property
+    def closed(self) -> bool:
+        """Whether what it showed has been put away: it is to be looked for among the results."""
+        return self._closed
+
+    def close(self) -> None:
+        self._closed = True
+
+    def show(self, shown: Shown) -> None:
+        """Lets everybody who watches have the answer. What keeps its bytes until the flight is
+        closed is the caller's business."""
+        if not self.answered:
+            self._shown = shown
+            for watch in self._watches:
+                watch.show(shown)
 
     def refuse(self, error: GatewayError) -> None:
-        """Lets the client have an error in place of an answer."""
-        if not self._head.done():
-            self._head.set_exception(error)
-            # A client that left never asks: that is no fault to be reported.
-            self._head.exception()
+        """Lets everybody who watches have an error in place of an answer."""
+        self._refuse(error)
+
+    def _refuse(self, error: BaseException) -> None:
+        if not self.answered:
+            self._error = error
+            for watch in self._watches:
+                watch.refuse(error)
 
     @property
     def answered(self) -> bool:
-        return self._head.done()
-
-    async def head(self) -> Head:
-        """Waits as long as the client does. Raises the flight's error, or ``ClientGone``."""
-        gone = asyncio.ensure_future(self.client.gone.wait())
-        try:
-            either: set[asyncio.Future[Any]] = {self._head, gone}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            self._abandoned = True
-            raise
-        finally:
-            gone.cancel()
-        if self._head.done():
-            return self._head.result()
-        self._abandoned = True
-        raise ClientGone("upstream")
+        return self._shown is not None or self._error is not None
 
     async def receipt(self) -> Receipt:
         """Waits for the end, without being able to bring it about."""
@@ -111,22 +239,39 @@ class Flights:
     """Every flight of this process: the strong references, and the count for the drain."""
 
     def __init__(self) -> None:
+        self.draining = False
+        """No new flight begins: this process is about to end."""
         self._running: set[asyncio.Task[Receipt]] = set()
         self._errands: set[asyncio.Task[None]] = set()
+        self._open: dict[str, Flight] = {}
 
     @property
     def count(self) -> int:
         return len(self._running)
 
+    def find(self, rid: str) -> Flight | None:
+        """A flight that can still be watched here."""
+        return self._open.get(rid)
+
     def launch(
-        self, rid: str, client: Client, run: Callable[[Flight], Coroutine[Any, Any, Receipt]]
+        self,
+        notice: FlightNotice,
+        client: Client,
+        run: Callable[[Flight], Coroutine[Any, Any, Receipt]],
     ) -> Flight:
-        """Starts ``run`` in a task that belongs to this process, not to the client."""
-        flight = Flight(rid, client)
+        """Starts ``run`` in a task that belongs to this process, not to the client. The flight is
+        to be closed by ``close``."""
+        flight = Flight(notice, client)
+        self._open[flight.rid] = flight
         task = flight.start(run(flight))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return flight
+
+    def close(self, flight: Flight) -> None:
+        """It is over, and what it showed has been put away."""
+        flight.close()
+        self._open.pop(flight.rid, None)
 
     def errand(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Work that nobody waits for, but that belongs to this process until it is done."""

@@ -11,6 +11,7 @@ from gateway.domain.errors import GatewayError, UpstreamRefused
 from gateway.domain.ledger import Balance, Basis, Line
 from gateway.domain.money import Money, format_dollars
 from gateway.domain.quota import Demand, Standing, Unit
+from gateway.domain.receipt import CacheResult
 from gateway.relay.flights import Head
 from gateway.relay.plan import Plan
 
@@ -26,12 +27,18 @@ ENDLESS = datetime.max.replace(tzinfo=UTC)
 PASSED_ON = ("openai-processing-ms", "openai-version")
 
 
-def of_call(rid: str, plan: Plan, stream: bool) -> Headers:
-    """What every answer with a picture says."""
+def of_request(rid: str, cache: CacheResult) -> Headers:
+    """What every answer says of the request that it is for."""
+    return (("x-request-id", rid), ("x-cache", cache.value))
+
+
+def of_form(stream: bool) -> Headers:
+    return (("content-type", EVENTS if stream else JSON),)
+
+
+def of_way(plan: Plan) -> Headers:
+    """Who made the picture, and what was changed for it."""
     return (
-        ("content-type", EVENTS if stream else JSON),
-        ("x-request-id", rid),
-        ("x-cache", plan.cache.value),
         ("x-model-served", plan.model.target.model),
         ("x-gateway-upstream", plan.upstream.name),
         *_of_changes(plan.changed),
@@ -53,7 +60,6 @@ def of_upstream(headers: Mapping[str, str]) -> Headers:
     passed = [(name, headers[name]) for name in PASSED_ON if name in headers]
     if "x-request-id" in headers:
         passed.append(("x-upstream-request-id", headers["x-request-id"]))
-    passed += of_attempts(1)
     return tuple((name, value) for name, value in passed if _is_clean(value))
 
 
@@ -64,6 +70,10 @@ def of_cost(cost: Money, basis: Basis) -> Headers:
 
 NOTHING_SPENT: Headers = (*of_attempts(0), *of_cost(0, Basis.NONE))
 """Of a call that nothing was sent for."""
+
+
+REPLAYED = ("idempotent-replayed", "true")
+"""Of an answer that an earlier request under the same Idempotency-Key got."""
 
 
 def of_bound(quote: Quote) -> Headers:
@@ -127,13 +137,20 @@ def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
     """An error as an answer: OpenAI's shape, whether another try can help, and ``more``: what is
     known of the request. What the error says itself goes before that."""
     content = error.content
-    own = {name: value for name, value in error.headers if _is_clean(value)}
-    headers = dict(more) | own | {"content-type": JSON, "x-request-id": rid}
-    wait, retry = error.retry_after_seconds, error.should_retry
+    headers = dict(more) | dict(of_advice(error)) | {"content-type": JSON, "x-request-id": rid}
     if error.upstream_rid and _is_clean(error.upstream_rid):
         headers["x-upstream-request-id"] = error.upstream_rid
+    if error.close:
+        headers["connection"] = "close"
+    return Head(error.status, tuple(headers.items()), len(content), lambda: _once(content))
+
+
+def of_advice(error: GatewayError) -> Headers:
+    """What an error says of itself: the provider's advice, and whether another try can help."""
+    headers = {name: value for name, value in error.headers if _is_clean(value)}
+    wait, retry = error.retry_after_seconds, error.should_retry
     if isinstance(error, UpstreamRefused):
-        wait = _said_wait(own)
+        wait = _said_wait(headers)
     elif wait is not None:
         headers["retry-after"] = str(math.ceil(wait))
         headers["retry-after-ms"] = str(math.ceil(wait * 1000))
@@ -141,9 +158,7 @@ def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
         retry = False
     if retry is not None:
         headers["x-should-retry"] = "true" if retry else "false"
-    if error.close:
-        headers["connection"] = "close"
-    return Head(error.status, tuple(headers.items()), len(content), lambda: _once(content))
+    return tuple(headers.items())
 
 
 def _said_wait(headers: Mapping[str, str]) -> float | None:

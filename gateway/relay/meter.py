@@ -234,4 +234,9 @@ def _not_json(upstream: str) -> str:
 
 def error_event(error: GatewayError) -> bytes:
     """The one form of an error inside a stream that both SDKs raise (contract 4.7)."""
-    return b"event: error\ndata: " + error.content.replace(b"\n", b" ") + b"\n\n"
+    return error_frame(error.content)
+
+
+def error_frame(content: bytes) -> bytes:
+    """An error's body as an event."""
+    return b"event: error\ndata: " + content.replace(b"\n", b" ") + b"\n\n"

@@ -4,67 +4,43 @@
 
     Arrival --read--> Call --plan--> Plan --reserve--> Held --open--> Reply --settle--> Receipt
 
-``answer`` tells it up to the point where the client waits. ``_fly`` is the part that the client
-cannot cancel: the reservation, and the purchase (``purchase.py``) up to its settlement.
+``answer`` tells it up to the point where the client waits: one that comes back is led to its own
+flight, one whose picture is there already gets that, and for everybody else a flight is launched.
+``_fly`` is the part that no client can cancel: the reservation, and the purchase
+(``purchase.py``) up to its settlement.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from gateway.domain.call import Call, Inquiry, Operation
-from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
+from gateway.domain.call import Call, Inquiry
+from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable, Overloaded
 from gateway.domain.ledger import Held, Outcome, Replay
 from gateway.domain.quota import Demand
 from gateway.domain.receipt import Receipt, Timings
 from gateway.domain.team import Caller
-from gateway.ports import Cached, Clock, Ledger
-from gateway.relay import headers, replay
-from gateway.relay.admission import Admission
+from gateway.ports import Cached, Clock, FlightNotice, Ledger
+from gateway.relay import headers
+from gateway.relay.admission import Admission, KeyTaken
+from gateway.relay.arrival import Answer, Arrival, Patience, ended, failed, known, stage
 from gateway.relay.body import Room, Spool
 from gateway.relay.budget import BudgetView
+from gateway.relay.comebacks import Comebacks, still_running
 from gateway.relay.estimate import Estimates, estimate_reader
 from gateway.relay.flights import Client, Flight, Flights, Head
 from gateway.relay.keyring import KeyRing
-from gateway.relay.meter import JsonMeter
-from gateway.relay.plan import CacheWish, Plan, Planner, lines_of
-from gateway.relay.purchase import Purchases, crash, failed_receipt
+from gateway.relay.news import News
+from gateway.relay.plan import Plan, Planner, Routed, lines_of
+from gateway.relay.purchase import Keeping, Purchases, crash
 from gateway.relay.read import ReadRules, reader_for
+from gateway.relay.results import Results, as_stream
 
 log = logging.getLogger(__name__)
 
 MEMORY_BODY_BYTES = 1024 * 1024
 """A request's body over this goes to disk: it may wait there for minutes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """Who and what is at the door. ``body`` has not been read; ``at`` is the clock's seconds."""
-
-    rid: str
-    operation: Operation | Inquiry
-    secret: str | None
-    content_type: str
-    content_encoding: str | None
-    content_length: int | None
-    wish: CacheWish
-    idempotency_key: str | None
-    body: AsyncIterator[bytes]
-    client: Client
-    at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the client gets, and in time the receipt: it waits for the end of the flight, which
-    may be long after the client has left. ``gone`` is the stage at which it left, or empty: there
-    is nobody to send the head to."""
-
-    head: Head
-    receipt: Callable[[], Awaitable[Receipt]]
-    gone: str = ""
 
 
 class Pipeline:
@@ -80,6 +56,10 @@ class Pipeline:
         estimates: Estimates,
         budgets: BudgetView,
         ledger: Ledger,
+        comebacks: Comebacks,
+        results: Results,
+        news: News,
+        patience: Patience,
         rules: ReadRules,
         room: Room,
         flights: Flights,
@@ -93,6 +73,10 @@ class Pipeline:
         self._estimates = estimates
         self._budgets = budgets
         self._ledger = ledger
+        self._comebacks = comebacks
+        self._results = results
+        self._news = news
+        self._patience = patience
         self._rules = rules
         self._room = room
         self._flights = flights
@@ -102,9 +86,8 @@ class Pipeline:
     async def answer(self, arrival: Arrival) -> Answer:
         """The whole story. Whatever can go wrong with a request is an answer too; ``ClientGone``
         is one that nobody will read."""
-        so_far = Receipt(arrival.rid, arrival.operation.value, 0)
+        so_far = Receipt(arrival.rid, arrival.operation.value, 0, retried=arrival.retried)
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
-        said: headers.Headers = ()
         caller: Caller | None = None
         try:
             caller = await self._keyring.identify(arrival.secret)
@@ -113,22 +96,91 @@ class Pipeline:
                 with self._estimates.turn(caller):
                     so_far, call = await self._taken_in(arrival, body, so_far)
                     return await self._estimate(arrival, caller, call, so_far)
+            if not (arrival.retried or arrival.idempotency_key):
+                self._refuse_while_draining()
             so_far, call = await self._taken_in(arrival, body, so_far)
-            plan = await self._planner.plan(caller, call, arrival.wish, self._clock.now())
-            so_far = _with_plan(so_far, plan)
-            said = headers.of_call(arrival.rid, plan, call.stream)
-            if plan.cached is not None:
-                return await self._replay(arrival, plan, plan.cached, so_far, said)
-            flight = self._launch(arrival, plan, body, so_far, said)
+            routed = self._planner.route_call(caller, call)
+            return await self._answer(arrival, routed, body, so_far)
         except GatewayError as error:
-            return _refused(so_far, error, (*said, *await self._unspent(caller, error)))
+            return ended(so_far, error, await self._unspent(caller, error))
         finally:
             body.close()
+
+    async def _answer(
+        self, arrival: Arrival, routed: Routed, body: Spool, so_far: Receipt
+    ) -> Answer:
+        """A call that is read: whose answer it gets."""
+        while True:
+            if earlier := await self._comebacks.earlier(arrival, routed):
+                answer = await self._comebacks.answer(arrival, routed, earlier, so_far)
+                if answer is not None:
+                    return answer
+            plan = await self._planner.plan(routed, arrival.wish, self._clock.now())
+            so_far = _with_plan(so_far, plan)
+            if plan.cached is not None:
+                return await self._replay(arrival, plan, plan.cached, so_far)
+            if orphan := await self._comebacks.earlier(arrival, routed, orphans_only=True):
+                answer = await self._comebacks.answer(arrival, routed, orphan, so_far)
+                if answer is not None:
+                    return answer
+            try:
+                return await self._buy(arrival, plan, body, so_far)
+            except KeyTaken as taken:
+                log.debug("an Idempotency-Key was taken meanwhile", extra={"by": taken.claimed.rid})
+
+    async def _buy(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Answer:
+        """A flight of its own, and a client that watches it. Raises ``KeyTaken``."""
+        self._refuse_while_draining()
+        flight = self._launch(arrival, plan, body, so_far)
+        if arrival.asynchronous:
+            return await self._admitted(arrival, plan, flight, so_far)
+        patience = None if plan.call.stream else self._patience.max_wait_seconds
+
+        def done(delivered: bool) -> None:
+            if flight.seat is not None:
+                flight.seat.leave(delivered=delivered)
+
         try:
-            return Answer(await flight.head(), flight.receipt)
+            shown = await flight.own.shown(arrival.client, patience)
+        except KeyTaken:
+            raise
+        except TimeoutError:
+            head = headers.error_head(still_running(flight.rid), arrival.rid, flight.said)
+            return Answer(head, flight.receipt, done=lambda delivered: done(False))
         except GatewayError as error:
             head = headers.error_head(error, arrival.rid, flight.said)
-            return Answer(head, flight.receipt, _stage(error))
+            return Answer(head, flight.receipt, stage(error), done)
+        return Answer(shown.head(shown.own), flight.receipt, done=done)
+
+    async def _admitted(
+        self, arrival: Arrival, plan: Plan, flight: Flight, so_far: Receipt
+    ) -> Answer:
+        """The answer to a client that does not wait, once the money is held."""
+        await flight.admitted.wait()
+        if flight.answered and flight.seat is None:
+            # It never came so far as to be sent.
+            try:
+                await flight.own.shown(arrival.client)
+            except KeyTaken:
+                raise
+            except GatewayError as error:
+                head = headers.error_head(error, arrival.rid, flight.said)
+                return Answer(head, flight.receipt)
+        flight.own.give_up()
+        head = headers.accepted(flight.notice, self._clock.now(), flight.said)
+        return Answer(head, flight.receipt)
+
+    def _refuse_while_draining(self) -> None:
+        if self._flights.draining:
+            raise Overloaded(
+                "This gateway process is shutting down and takes nothing new. Nothing was bought; "
+                "try again, another one will answer.",
+                code="shutting_down",
+                reason="shutting_down",
+                should_retry=True,
+                retry_after_seconds=1,
+                close=True,
+            )
 
     async def _unspent(self, caller: Caller | None, error: GatewayError) -> headers.Headers:
         """What a refusal says of money: none was spent, and what is left of the budgets."""
@@ -176,7 +228,7 @@ class Pipeline:
         if plan is not None:
             so_far = _with_plan(so_far, plan)
         receipt = replace(so_far, status=head.status)
-        return Answer(head, lambda: _known(receipt))
+        return Answer(head, lambda: known(receipt))
 
     async def _replay(
         self,
@@ -184,7 +236,6 @@ class Pipeline:
         plan: Plan,
         cached: Cached,
         so_far: Receipt,
-        known: headers.Headers,
     ) -> Answer:
         """A kept answer: an upstream whose price is nothing, so nothing has to be held."""
         call, meta, now = plan.call, cached.meta, self._clock.now()
@@ -203,14 +254,16 @@ class Pipeline:
             )
         )
         said = (
-            *known,
+            *headers.of_form(call.stream),
+            *headers.of_request(arrival.rid, plan.cache),
+            *headers.of_way(plan),
             *headers.of_age(meta.stored_at, now),
             *headers.NOTHING_SPENT,
             *headers.of_rates(grant.standings),
             *await self._left(plan.caller),
         )
         if call.stream:
-            head = Head(200, said, None, lambda: _as_stream(call.operation, cached))
+            head = Head(200, said, None, lambda: as_stream(call.operation, cached))
         else:
             head = Head(200, said, meta.size_bytes, cached.chunks)
         receipt = replace(
@@ -222,59 +275,70 @@ class Pipeline:
             price_id=meta.price_id,
             degraded=grant.degraded,
         )
-        return Answer(head, lambda: _known(receipt))
+        return Answer(head, lambda: known(receipt))
 
-    def _launch(
-        self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt, known: headers.Headers
-    ) -> Flight:
+    def _launch(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Flight:
         body.share()
+        caller, call = plan.caller, plan.call
+        notice = FlightNotice(
+            arrival.rid, plan.fingerprint, caller.team.id, caller.key.id, call.operation.value,
+            plan.model.name, call.stream, plan.at,
+        )  # fmt: skip
+        # Who does not wait cannot leave either.
+        client = Client() if arrival.asynchronous else arrival.client
         return self._flights.launch(
-            arrival.rid,
-            arrival.client,
-            lambda flight: self._fly(flight, arrival, plan, body, so_far, known),
+            notice, client, lambda flight: self._fly(flight, arrival, plan, body, so_far)
         )
 
     async def _fly(
-        self,
-        flight: Flight,
-        arrival: Arrival,
-        plan: Plan,
-        body: Spool,
-        so_far: Receipt,
-        known: headers.Headers,
+        self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt
     ) -> Receipt:
-        """From the reservation to the settlement. The client may watch; it cannot cancel.
-
-        ``known`` are the headers that every answer to the call has.
-        """
-        flight.said = (*known, *headers.NOTHING_SPENT)
+        """From the reservation to the settlement. Clients may watch; they cannot cancel."""
+        first = headers.of_request(flight.rid, plan.cache)
+        flight.said = (*first, *headers.NOTHING_SPENT)
+        receipt = so_far
         try:
             grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
             back = headers.given_back(grant.standings, plan.demand)
             flight.said = (*flight.said, *headers.of_rates(back))
             try:
                 held = await self._hold(flight, arrival, plan)
-                flight.said = (*known, *headers.of_rates(grant.standings))
+                flight.said = (*first, *headers.of_rates(grant.standings))
                 reserved = self._clock.monotonic() - arrival.at
                 so_far = replace(
                     so_far,
                     degraded=grant.degraded,
                     timings=replace(so_far.timings, reserving=reserved - so_far.timings.reading),
                 )
-                return await self._purchases.buy(flight, plan, body, held, so_far)
+                keeping = Keeping(
+                    result=self._keeps(arrival), idempotent=arrival.idempotency_key is not None
+                )
+                receipt = await self._purchases.buy(flight, plan, body, held, so_far, keeping)
             finally:
                 await self._leave(flight, plan)
         except GatewayError as error:
-            flight.said = (*flight.said, *await self._left(plan.caller))
+            flight.said = (*flight.said, *headers.of_way(plan), *await self._left(plan.caller))
             flight.refuse(error)
-            return failed_receipt(so_far, error)
+            receipt = failed(so_far, error)
         except Exception:
             log.exception("a flight crashed", extra={"request_id": flight.rid})
             fault = crash(flight.rid)
             flight.refuse(fault)
-            return replace(failed_receipt(so_far, fault), cost=so_far.bound, posted=False)
+            receipt = replace(failed(so_far, fault), cost=so_far.bound, posted=False)
         finally:
             body.close()
+            if flight.seat is None:
+                # Nobody was told of it, so nobody comes back to it.
+                self._flights.close(flight)
+        if arrival.asynchronous and flight.seat is not None:
+            self._news.tell(receipt)
+        return receipt
+
+    def _keeps(self, arrival: Arrival) -> bool:
+        """Whether the answer is kept for who comes back. ``no-store`` is taken at its word, except
+        where the request itself asks to be answered again."""
+        asked = arrival.idempotency_key is not None or arrival.asynchronous
+        return self._results.on and (asked or arrival.wish.write)
 
     async def _hold(self, flight: Flight, arrival: Arrival, plan: Plan) -> Held:
         """The reservation, and the last look at the client before anything is sent.
@@ -287,7 +351,7 @@ class Pipeline:
             # It may yet be written, after nobody waits for it: a void behind it takes it back.
             self._purchases.give_back_later(flight.rid)
             raise
-        if arrival.client.gone.is_set():
+        if flight.client.gone.is_set():
             await self._purchases.give_back(flight.rid)
             raise ClientGone("reserved")
         return held
@@ -329,29 +393,3 @@ def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:
         bound=plan.quote.bound.amount,
         price_id=plan.quote.price_id,
     )
-
-
-def _refused(receipt: Receipt, error: GatewayError, said: headers.Headers) -> Answer:
-    ended = failed_receipt(receipt, error)
-    head = headers.error_head(error, receipt.rid, said)
-    return Answer(head, lambda: _known(ended), _stage(error))
-
-
-def _stage(error: GatewayError) -> str:
-    return error.stage if isinstance(error, ClientGone) else ""
-
-
-async def _as_stream(operation: Operation, cached: Cached) -> AsyncIterator[bytes]:
-    """A kept JSON answer as its one completed event: a look for its small members, then a pass."""
-    meter = JsonMeter(operation, cached.meta.upstream)
-    async for chunk in cached.chunks():
-        meter.feed(chunk)
-    form = replay.completed_event(operation, meter.document())
-    if form is None:
-        raise RuntimeError("only what has the form of a stream is kept as streamable")
-    async for piece in replay.pieces(form, cached.chunks()):
-        yield piece
-
-
-async def _known(receipt: Receipt) -> Receipt:
-    return receipt

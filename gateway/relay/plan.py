@@ -80,6 +80,18 @@ class Plan:
         return self.call.pinned
 
 
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A call, known for what it is: whose, for which model, and under which ``fingerprint`` the
+    same call is found again. ``call`` has what is pinned filled in."""
+
+    caller: Caller
+    call: Call
+    model: Model
+    fingerprint: str
+    cacheable: bool
+
+
 def _as_priced(upstream: str, model: str) -> int:
     return FACTOR_ONE
 
@@ -107,9 +119,9 @@ class Planner:
         self._passing_urls = passing_urls
         self._factor_of = factor_of
 
-    async def plan(self, caller: Caller, call: Call, wish: CacheWish, now: datetime) -> Plan:
-        """Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``,
-        ``UpstreamAccount``."""
+    def route_call(self, caller: Caller, call: Call) -> Routed:
+        """Which model a call is for, and under which name it is known. Raises ``ModelNotFound``,
+        ``ModelNotAllowed``, ``InvalidRequest``."""
         model = self.route(caller, call.model)
         if model.strict:
             validate_strict(call, model.target.model)
@@ -124,7 +136,6 @@ class Planner:
             )
         call = _pinned(call, model.pin)
         upstream = self._upstreams[model.target.upstream]
-        served = model.target.model
         # A picture known by its address alone (it has no size) is fetched by the upstream, and
         # what stands there may change: it is passed on only where that is allowed, never cached.
         linked = any(picture.size_bytes == 0 for picture in call.inputs)
@@ -137,15 +148,24 @@ class Planner:
                 reason="ssrf_blocked",
             )
         mark = fingerprint(
-            call, scope=self._scope(caller), model_served=served, upstream=upstream.name
+            call,
+            scope=self._scope(caller),
+            model_served=model.target.model,
+            upstream=upstream.name,
         )
         switches = (self._policy.enabled, caller.team.cache_enabled, model.cache_enabled)
-        enabled = all(switches) and not linked
+        return Routed(caller, call, model, mark, all(switches) and not linked)
+
+    async def plan(self, routed: Routed, wish: CacheWish, now: datetime) -> Plan:
+        """Raises ``InvalidRequest``, ``UpstreamAccount``."""
+        caller, call, model = routed.caller, routed.call, routed.model
+        mark, enabled = routed.fingerprint, routed.cacheable
+        upstream = self._upstreams[model.target.upstream]
         keep = enabled and wish.write
         cached = None
         if enabled and wish.read:
             cached = await self._look_up(mark, call, wish, now)
-        rates = tuple(limit for limit in caller.limits if limit.unit is not Unit.MONEY)
+        rates = rates_of(caller)
         if cached is not None:
             nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
             return Plan(
@@ -286,6 +306,11 @@ class Planner:
                 reason="unpriced",
             )
         return Bound(most or 0, Confidence.SOFT)
+
+
+def rates_of(caller: Caller) -> tuple[Limit, ...]:
+    """Every limit of the caller's that the gate keeps."""
+    return tuple(limit for limit in caller.limits if limit.unit is not Unit.MONEY)
 
 
 def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:

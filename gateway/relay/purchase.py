@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from gateway.domain.call import Call
+from gateway.domain.call import Call, Span
 from gateway.domain.charge import Ending, charge
 from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable, Overloaded
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
@@ -23,6 +23,7 @@ from gateway.ports import (
     Cache,
     CachedMeta,
     Clock,
+    Form,
     Ledger,
     NotKnown,
     Outgoing,
@@ -31,14 +32,17 @@ from gateway.ports import (
     Safe,
 )
 from gateway.relay import headers, replay
+from gateway.relay.arrival import failed as ended_by
 from gateway.relay.body import Room, Spool, edited, edited_length, spliced
 from gateway.relay.budget import BudgetView
 from gateway.relay.factors import Factors
 from gateway.relay.failover import ERROR_BODY_BYTES, refusal
-from gateway.relay.flights import Flight, Flights, Head
+from gateway.relay.flights import Flight, Flights, Shown
+from gateway.relay.joining import Joining
 from gateway.relay.landing import Landing, failed, land_events, land_json
 from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
 from gateway.relay.plan import CachePolicy, Plan
+from gateway.relay.results import Results, with_meta
 from gateway.relay.skim import Event as SkimmedEvent
 
 log = logging.getLogger(__name__)
@@ -77,6 +81,40 @@ class Marks:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Whether a call's answer is kept for whoever comes back, and whether for an
+    Idempotency-Key, which is longer."""
+
+    result: bool = True
+    idempotent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """Lets clients follow a stream's spool, when called; harmless when they do already."""
+
+    flight: Flight
+    spool: Spool
+    headers: headers.Headers
+    own: headers.Headers
+    keep_alive_seconds: float | None = None
+
+    def __call__(self) -> None:
+        spool = self.spool
+        self.flight.show(
+            Shown(200, self.headers, self.own, None, self._events, spool.share, spool.close)
+        )
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        async with aclosing(self.spool.follow(self.keep_alive_seconds)) as chunks:
+            async for chunk in chunks:
+                yield chunk
+        if self.flight.instead is not None:
+            async for piece in self.flight.instead():
+                yield piece
+
+
 class Purchases:
     """Buys from upstreams, for one pipeline. ``keep`` is how long the ledger remembers a closed
     call; None is for ever."""
@@ -94,9 +132,15 @@ class Purchases:
         clock: Clock,
         budgets: BudgetView,
         factors: Factors,
+        results: Results,
+        joining: Joining,
+        keep_alive_seconds: float | None = None,
         keep: timedelta | None = None,
     ) -> None:
         self._keep_closed = keep
+        self._results = results
+        self._joining = joining
+        self._keep_alive = keep_alive_seconds
         self._factors = factors
         self._ledger = ledger
         self._safe = safe
@@ -116,27 +160,38 @@ class Purchases:
         return self._waiting
 
     async def buy(
-        self, flight: Flight, plan: Plan, body: Spool, held: Held, so_far: Receipt
+        self,
+        flight: Flight,
+        plan: Plan,
+        body: Spool,
+        held: Held,
+        so_far: Receipt,
+        keeping: Keeping,
     ) -> Receipt:
         """What is held becomes a picture, and a receipt. Whatever the upstream does is settled.
 
-        ``flight.said`` are the headers so far: of the call, and of its rates.
+        ``flight.said`` are the headers so far: of the request, and of its rates.
         """
         spool = Spool(self._room)
         marks = Marks(self._clock.monotonic())
         reply: Reply | None = None
-        said = flight.said
+        own, common = flight.said, (*headers.of_form(plan.call.stream), *headers.of_way(plan))
+        early = (
+            *own,
+            *headers.of_bound(plan.quote),
+            *headers.of_budget(plan.lines, held.balances),
+        )
+        joinable = True
+        silence = self._break_silence(plan, self._beginning(flight, spool, common, early))
         try:
+            await self._joining.announce(flight, spool)
             try:
                 reply = await self._open(plan, body)
                 marks.opened = self._clock.monotonic()
-                said = (*said, *headers.of_upstream(reply.headers))
-                early = (
-                    *said,
-                    *headers.of_bound(plan.quote),
-                    *headers.of_budget(plan.lines, held.balances),
-                )
-                landing = await self._land(flight, plan, reply, spool, early, marks)
+                common = (*common, *headers.of_upstream(reply.headers))
+                said = (*common, *headers.of_attempts(1))
+                begin = self._beginning(flight, spool, said, early)
+                landing = await self._land(begin, plan, reply, marks)
             except GatewayError as error:
                 landing = failed(error)
             except Exception:
@@ -150,6 +205,7 @@ class Purchases:
             elif plan.call.stream:
                 marks.first = marks.first or marks.landed
             settlement, entry = await self._book(flight, plan, landing, spool, marks)
+            joinable = settlement.event is not Event.VOID
             receipt = _with_purchase(so_far, reply, settlement, entry, marks.timings(so_far))
             balances = entry.balances if entry else held.balances
             self._budgets.learn(plan.lines, balances)
@@ -157,20 +213,65 @@ class Purchases:
                 *headers.of_cost(receipt.cost, receipt.basis),
                 *headers.of_budget(plan.lines, balances),
             )
+            sent = reply is not None or settlement.event is not Event.VOID
+            common = (*common, *headers.of_attempts(int(sent)))
+            receipt = replace(receipt, attempts=int(sent))
+            await self._keep(flight, plan, landing, spool, settlement, common, keeping)
             if landing.error is not None:
-                sent = reply is not None or settlement.event is not Event.VOID
-                flight.said = (*said, *headers.of_attempts(int(sent)), *spent)
+                flight.said = (*own, *common, *spent)
                 await _break_off(flight, spool, landing.error)
-                return failed_receipt(receipt, landing.error)
-            _hand_over(flight, plan, landing, spool, (*said, *spent))
+                return ended_by(receipt, landing.error)
+            self._hand_over(flight, plan, landing, spool, common, (*own, *spent))
             if landing.rest is not None:
                 await _pass_the_rest(landing.rest, spool)
             return receipt
         finally:
+            if silence is not None:
+                silence.cancel()
+            flight.over.set()
             spool.finish()
             spool.close()
+            self._joining.ended(flight, joinable=joinable)
             if reply is not None:
                 await reply.aclose()
+
+    def _break_silence(self, plan: Plan, begin: Beginning) -> asyncio.TimerHandle | None:
+        """Begins a stream that has nothing to say for so long that something between the client
+        and here could give it up. What goes wrong from then on is an event."""
+        if self._keep_alive is None or not plan.call.stream:
+            return None
+        return asyncio.get_running_loop().call_later(self._keep_alive, begin)
+
+    def _beginning(
+        self, flight: Flight, spool: Spool, common: headers.Headers, own: headers.Headers
+    ) -> Beginning:
+        return Beginning(flight, spool, common, own, self._keep_alive)
+
+    def _hand_over(
+        self,
+        flight: Flight,
+        plan: Plan,
+        landing: Landing,
+        spool: Spool,
+        common: headers.Headers,
+        own: headers.Headers,
+    ) -> None:
+        """Lets the clients have what is verified and settled, in the form that was asked for."""
+        if plan.call.stream and landing.streamed:
+            self._beginning(flight, spool, common, own)()
+            spool.publish(landing.upto)
+            return
+        form = landing.events if plan.call.stream else landing.json
+        if form is None:
+            raise RuntimeError("an answer lands in the form that was asked for, or with an error")
+        if flight.answered:
+            # The silence was broken before the upstream said that it would answer in one piece.
+            flight.instead = lambda: spliced(spool, form)
+            return
+        length = None if plan.call.stream else replay.length(form)
+        flight.show(
+            Shown(200, common, own, length, lambda: spliced(spool, form), spool.share, spool.close)
+        )
 
     async def give_back(self, rid: str) -> None:
         """Voids a hold for which nothing was sent."""
@@ -212,17 +313,10 @@ class Purchases:
                     retry_after_seconds=5,
                 ) from error
 
-    async def _land(
-        self,
-        flight: Flight,
-        plan: Plan,
-        reply: Reply,
-        spool: Spool,
-        said: headers.Headers,
-        marks: Marks,
-    ) -> Landing:
+    async def _land(self, beginning: Beginning, plan: Plan, reply: Reply, marks: Marks) -> Landing:
         """Takes the answer in, whatever its form; only a stream for a stream leaves early."""
         call, upstream = plan.call, plan.upstream.name
+        flight, spool = beginning.flight, beginning.spool
         if reply.status != 200:
             return failed(await _refusal(reply, upstream))
         if not _is_stream(reply):
@@ -233,8 +327,10 @@ class Purchases:
         def begin(event: SkimmedEvent) -> None:
             if is_partial(event):
                 marks.first = marks.first or self._clock.monotonic()
+                flight.partials += 1
+                self._joining.saw_partial(flight)
             if call.stream:
-                _begin_stream(flight, spool, said)
+                beginning()
 
         meter = EventMeter(call.operation, upstream)
         return await land_events(reply, spool, meter, call.n, begin, as_json=not call.stream)
@@ -242,14 +338,13 @@ class Purchases:
     async def _book(
         self, flight: Flight, plan: Plan, landing: Landing, spool: Spool, marks: Marks
     ) -> tuple[Settlement, Entry | None]:
-        """Settles and keeps. A fault of our own in between ends a stream that has begun with an
-        error: it must not look whole."""
+        """Settles. A fault of our own ends a stream that has begun with an error: it must not look
+        whole."""
         try:
             settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
             entry = await self._settle(settlement)
             marks.settled = self._clock.monotonic()
             self._compare(plan, settlement)
-            await self._keep(plan, landing, spool, settlement)
         except Exception:
             await _break_off(flight, spool, crash(flight.rid))
             raise
@@ -365,67 +460,98 @@ class Purchases:
         return keep is not None and at is not None and at < self._clock.now() - keep
 
     async def _keep(
-        self, plan: Plan, landing: Landing, spool: Spool, settlement: Settlement
+        self,
+        flight: Flight,
+        plan: Plan,
+        landing: Landing,
+        spool: Spool,
+        settlement: Settlement,
+        common: headers.Headers,
+        keeping: Keeping,
     ) -> None:
-        """Puts a whole, priced answer into the cache, in its JSON form."""
-        reading, form = landing.reading, landing.json
-        if reading is None or form is None or not plan.keep or reading.hosted:
-            return
-        size = replay.length(form)
-        if settlement.images != plan.call.n or size > self._policy.max_entry_bytes:
-            return
+        """Puts the answer where the next identical request, and who comes back for this one, find
+        it. The flight can be watched until that is done, however long a disk takes."""
+        spool.share()
+
+        async def put() -> None:
+            try:
+                await self._put(flight, plan, landing, spool, settlement, common, keeping)
+            except Exception:
+                log.exception("an answer was not kept", extra={"request_id": flight.rid})
+            finally:
+                self._flights.close(flight)
+                spool.close()
+
+        flight.keeping = self._flights.errand(put())
+        await asyncio.wait({flight.keeping}, timeout=KEEP_SECONDS)
+
+    async def _put(
+        self,
+        flight: Flight,
+        plan: Plan,
+        landing: Landing,
+        spool: Spool,
+        settlement: Settlement,
+        common: headers.Headers,
+        keeping: Keeping,
+    ) -> None:
+        said = tuple(pair for pair in common if pair[0] != "content-type")
         meta = CachedMeta(
             stored_at=self._clock.now(),
             cost=settlement.cost,
             images=settlement.images,
             model_served=plan.model.target.model,
             upstream=plan.upstream.name,
-            size_bytes=size,
-            streamable=landing.events is not None,
+            size_bytes=0,
             usage=settlement.usage,
-            size=reading.answer.size,
-            quality=reading.answer.quality,
             price_id=plan.quote.price_id,
         )
-        spool.share()
+        result = with_meta(
+            meta,
+            team=plan.caller.team.id,
+            operation=plan.call.operation,
+            said=(*said, *headers.of_cost(settlement.cost, settlement.basis)),
+        )
+        reading, form = landing.reading, landing.json
+        if landing.error is not None or reading is None:
+            if keeping.result and landing.error is not None:
+                await self._keep_error(flight.rid, result, landing.error, keeping)
+            return
+        kind, pieces = Form.JSON, form
+        if form is None:
+            kind, pieces = Form.EVENTS, (Span(0, landing.upto),)
+        size = replay.length(pieces)
+        seen = {"size": reading.answer.size, "quality": reading.answer.quality}
+        streamable = landing.events is not None
+        if keeping.result and self._results.takes(size):
+            result = replace(
+                result, size_bytes=size, form=kind, streamable=streamable and form is not None,
+                **seen,
+            )  # fmt: skip
+            async with aclosing(spliced(spool, pieces)) as chunks:
+                await self._results.keep(flight.rid, result, chunks, idempotent=keeping.idempotent)
+        if form is None or not plan.keep or reading.hosted:
+            return
+        if settlement.images != plan.call.n or size > self._policy.max_entry_bytes:
+            return
+        meta = replace(meta, size_bytes=size, streamable=streamable, **seen)
+        async with aclosing(spliced(spool, form)) as chunks:
+            await self._cache.put(plan.fingerprint, meta, chunks, self._policy.ttl_seconds)
 
-        async def put() -> None:
-            try:
-                async with aclosing(spliced(spool, form)) as chunks:
-                    await self._cache.put(plan.fingerprint, meta, chunks, self._policy.ttl_seconds)
-            except Exception:
-                log.exception("an answer was not kept", extra={"key": plan.fingerprint})
-            finally:
-                spool.close()
-
-        await self._flights.within(KEEP_SECONDS, put())
+    async def _keep_error(
+        self, rid: str, meta: CachedMeta, error: GatewayError, keeping: Keeping
+    ) -> None:
+        content = error.content
+        retry = headers.of_advice(error)
+        meta = replace(
+            meta, status=error.status, size_bytes=len(content), headers=(*meta.headers, *retry)
+        )
+        chunks = _once(content)
+        await self._results.keep(rid, meta, chunks, idempotent=keeping.idempotent)
 
 
 def _nothing(rid: str) -> Settlement:
     return Settlement(rid, Event.VOID, Outcome.REFUSED, Basis.NONE)
-
-
-def _hand_over(
-    flight: Flight, plan: Plan, landing: Landing, spool: Spool, said: headers.Headers
-) -> None:
-    """Lets the client have what is verified and settled, in the form it asked for."""
-    if plan.call.stream and landing.streamed:
-        _begin_stream(flight, spool, said)
-        spool.publish(landing.upto)
-        return
-    form = landing.events if plan.call.stream else landing.json
-    if form is None:
-        raise RuntimeError("an answer lands in the form that was asked for, or with an error")
-    spool.share()
-    length = None if plan.call.stream else replay.length(form)
-    flight.answer(Head(200, said, length, lambda: spliced(spool, form), spool.close))
-
-
-def _begin_stream(flight: Flight, spool: Spool, said: headers.Headers) -> None:
-    """Lets the client follow the spool. Harmless when it does already."""
-    if not flight.answered:
-        spool.share()
-        flight.answer(Head(200, said, None, spool.follow, spool.close))
 
 
 async def _break_off(flight: Flight, spool: Spool, error: GatewayError) -> None:
@@ -531,6 +657,5 @@ def _with_purchase(
     )
 
 
-def failed_receipt(receipt: Receipt, error: GatewayError) -> Receipt:
-    """A receipt, ended by an error."""
-    return replace(receipt, status=error.status, reason=error.reason, code=error.code)
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content

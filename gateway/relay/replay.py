@@ -7,11 +7,13 @@ source, and the spans are streamed through. Only the small members are written a
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
 from typing import Any, TypeAlias
 
 from gateway.domain.call import Operation, Span
 from gateway.relay.skim import Hole, Skimmed
+
+Body: TypeAlias = Callable[[], AsyncIterator[bytes]]
 
 Splice: TypeAlias = tuple[bytes | Span, ...]
 """Literal bytes, and spans of the source in ascending order."""

@@ -151,7 +151,8 @@ class Bench:
         )
 
     async def plan(self, call: Call, who: Caller | None = None, wish: Any = None) -> Plan:
-        return await self.planner.plan(who or caller(), call, wish or CacheWish(), NOW)
+        routed = self.planner.route_call(who or caller(), call)
+        return await self.planner.plan(routed, wish or CacheWish(), NOW)
 
     async def refused(
         self, kind: type[GatewayError], call: Call, who: Caller | None = None

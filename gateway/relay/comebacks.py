@@ -1,0 +1,203 @@
+"""Requests that repeat an earlier one: led to its flight, or to what it ended with.
+
+A retry of an SDK, a request under a known Idempotency-Key, and one whose first caller has left
+are one purchase with what came before (money.md 8.3, 8.4). Two live calls that are no retries are
+never made one: who asks twice for the same prompt wants two pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gateway.domain.errors import (
+    GatewayError,
+    ResultExpired,
+    StillRunning,
+    UpstreamUnknown,
+)
+from gateway.domain.ledger import Claimed, Outcome, Replay, State
+from gateway.domain.receipt import CacheResult, Receipt
+from gateway.ports import Books, Clock, FlightNotice, Ledger
+from gateway.relay import headers
+from gateway.relay.admission import Admission, key_of, key_reused
+from gateway.relay.arrival import Answer, Arrival, Patience, ended, known
+from gateway.relay.budget import BudgetView
+from gateway.relay.flights import Flights, Seat
+from gateway.relay.joining import Joining, unknown_outcome
+from gateway.relay.plan import Routed, lines_of
+from gateway.relay.results import Results
+
+
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """The request that another one repeats, and that answers both. ``seat`` is its place there;
+    ``over``: it has ended, and what it ended with is replayed."""
+
+    rid: str
+    seat: Seat | None = None
+    over: bool = False
+
+    def done(self, delivered: bool) -> None:
+        if self.seat is not None:
+            self.seat.leave(delivered=delivered)
+
+
+class Comebacks:
+    """Finds the request that another one repeats, and answers with its answer."""
+
+    def __init__(
+        self,
+        *,
+        joining: Joining,
+        results: Results,
+        admission: Admission,
+        ledger: Ledger,
+        books: Books,
+        budgets: BudgetView,
+        flights: Flights,
+        clock: Clock,
+        patience: Patience,
+    ) -> None:
+        self._joining = joining
+        self._results = results
+        self._admission = admission
+        self._ledger = ledger
+        self._books = books
+        self._budgets = budgets
+        self._flights = flights
+        self._clock = clock
+        self._patience = patience
+
+    async def earlier(
+        self, arrival: Arrival, routed: Routed, *, orphans_only: bool = False
+    ) -> Earlier | None:
+        """The request that this one repeats: that of its Idempotency-Key, where it has one; else a
+        flight of the same call and key, for a retry. ``orphans_only``: else, and only where the
+        client takes kept answers, such a flight that nobody waits for any more.
+
+        Raises ``InvalidRequest`` for a key of another request, ``UpstreamUnknown``.
+        """
+        caller, mark = routed.caller, routed.fingerprint
+        if (key := key_of(routed.call, arrival.idempotency_key)) is not None:
+            if orphans_only:
+                return None
+            claimed = await self._ledger.claimed(caller.team.id, key, mark)
+            return None if claimed is None else self._behind(claimed)
+        if orphans_only == arrival.retried or (orphans_only and not arrival.wish.read):
+            return None
+        rid = await self._joining.find(mark, caller.key.id, orphans_only=orphans_only)
+        return None if rid is None else Earlier(rid, self._joining.seat(rid, arrival.client))
+
+    def _behind(self, claimed: Claimed) -> Earlier | None:
+        """What an Idempotency-Key that is in use stands for."""
+        if not claimed.same_fingerprint:
+            raise key_reused()
+        if claimed.state is not State.EXPIRED:
+            return Earlier(claimed.rid, over=claimed.state is not State.HELD)
+        if self._patience.repeat_unknown:
+            return None
+        raise unknown_outcome(claimed.rid)
+
+    async def answer(
+        self, arrival: Arrival, routed: Routed, earlier: Earlier, so_far: Receipt
+    ) -> Answer | None:
+        """What the earlier request shows, for this one too. Nothing is bought.
+
+        None: its process is gone, and this request is the one that may buy again
+        (``relay.on_unknown: repeat``).
+        """
+        rid, caller, stream = earlier.rid, routed.caller, routed.call.stream
+        cache = CacheResult.HIT if earlier.over else CacheResult.JOIN
+        so_far = replace(so_far, cache=cache, joined=rid)
+        said = (*headers.of_request(arrival.rid, cache), *headers.NOTHING_SPENT)
+        try:
+            if earlier.over:
+                # As a hit of the cache: it costs the team a request, and nothing else.
+                await self._admission.pass_gate_for_replay(arrival.rid, caller)
+                said = (*said, headers.REPLAYED)
+            await self._results.point(
+                arrival.rid,
+                rid,
+                caller.team.id,
+                self._clock.now(),
+                idempotent=arrival.idempotency_key is not None,
+            )
+            if arrival.asynchronous and not earlier.over:
+                return self._accepted(arrival, routed, rid, so_far)
+            shown = await self._joining.follow(
+                rid,
+                caller.team.id,
+                stream=stream,
+                client=arrival.client,
+                patience_seconds=None if stream else self._patience.max_wait_seconds,
+            )
+        except TimeoutError:
+            return ended(so_far, still_running(rid), said, lambda delivered: earlier.done(False))
+        except GatewayError as error:
+            if isinstance(error, UpstreamUnknown) and await self._takes_over(rid):
+                return None
+            if isinstance(error, ResultExpired) and arrival.idempotency_key is not None:
+                error.code = error.reason = "idempotent_result_expired"
+            return ended(so_far, error, said, earlier.done)
+        left = headers.of_budget(*await self._budgets.balances(lines_of(caller, self._clock.now())))
+        receipt = replace(so_far, status=shown.status, outcome=Outcome.REPLAYED)
+        return Answer(
+            shown.head((*said, *left)),
+            lambda: self._receipt(routed, receipt),
+            done=earlier.done,
+        )
+
+    async def _takes_over(self, rid: str) -> bool:
+        """Whether what a dead process left is bought again, by this request and no other. What the
+        first purchase may have cost stays on the books."""
+        if not self._patience.repeat_unknown or not await self._joining.take_over(rid):
+            return False
+        await self._joining.write_off(rid)
+        return True
+
+    def _accepted(self, arrival: Arrival, routed: Routed, rid: str, so_far: Receipt) -> Answer:
+        """For a client that does not wait: where the earlier request's result will be."""
+        now, call, caller = self._clock.now(), routed.call, routed.caller
+        notice = FlightNotice(
+            rid, routed.fingerprint, caller.team.id, caller.key.id, call.operation.value,
+            routed.model.name, call.stream, now,
+        )  # fmt: skip
+        said = (*headers.of_request(arrival.rid, CacheResult.JOIN), *headers.NOTHING_SPENT)
+        receipt = replace(so_far, status=202)
+        return Answer(headers.accepted(notice, now, said), lambda: known(receipt))
+
+    async def _receipt(self, routed: Routed, receipt: Receipt) -> Receipt:
+        """That of an answer which another request has paid for: what it cost is what this one
+        avoided, once it is known."""
+        call, caller = routed.call, routed.caller
+        flight = self._flights.find(receipt.joined)
+        if flight is not None:
+            await flight.receipt()
+        hold = await self._books.find(receipt.joined)
+        delivered = receipt.status == 200
+        receipt = replace(
+            receipt,
+            avoided=hold.cost if hold is not None and delivered else 0,
+            images=call.n if delivered else 0,
+        )
+        await self._ledger.replay(
+            Replay(
+                receipt.rid,
+                caller.team.id,
+                caller.key.id,
+                routed.model.name,
+                call.operation,
+                receipt.images,
+                receipt.avoided,
+                self._clock.now(),
+            )
+        )
+        return receipt
+
+
+def still_running(rid: str) -> StillRunning:
+    """For a client that is not to wait any longer."""
+    return StillRunning(
+        "The picture is still being made, and nothing is lost. Ask for it with GET "
+        f"/v1/images/results/{rid}."
+    )

@@ -1,0 +1,98 @@
+"""Where results are asked for by request id: the kept answer, or how far it is."""
+
+from __future__ import annotations
+
+import asyncio
+
+from gateway.domain.errors import ClientGone, ResultExpired, ResultNotFound
+from gateway.domain.ledger import State
+from gateway.domain.receipt import CacheResult
+from gateway.domain.team import Caller
+from gateway.ports import Books, Clock, FlightBoard, FlightNotice
+from gateway.relay import headers
+from gateway.relay.flights import Client, Flights, Head
+from gateway.relay.joining import KEEPING_SECONDS, POLL_SECONDS, unknown_outcome
+from gateway.relay.results import Results, as_it_is
+
+
+class ResultDesk:
+    """Hands results to the team that they belong to."""
+
+    def __init__(
+        self,
+        *,
+        results: Results,
+        flights: Flights,
+        board: FlightBoard,
+        books: Books,
+        clock: Clock,
+    ) -> None:
+        self._results = results
+        self._flights = flights
+        self._board = board
+        self._books = books
+        self._clock = clock
+
+    async def fetch(self, caller: Caller, rid: str, wait_seconds: float, client: Client) -> Head:
+        """The answer to a request of the caller's team, or, once the wait is over, a 202.
+
+        Raises ``ResultNotFound`` for what is unknown and for what is another team's,
+        ``ResultExpired``, ``UpstreamUnknown``, ``ClientGone``.
+        """
+        team = caller.team.id
+        began = self._clock.monotonic()
+        while True:
+            kept = await self._results.find(rid, team)
+            if kept is not None:
+                said = headers.of_request(rid, CacheResult.HIT)
+                return as_it_is(kept).head(said)
+            waited = self._clock.monotonic() - began
+            notice, partials = await self._running(rid, team)
+            if waited >= wait_seconds:
+                return headers.accepted(notice, self._clock.now(), (), partials)
+            await _pause(client, min(POLL_SECONDS, wait_seconds - waited))
+
+    async def _running(self, rid: str, team: str) -> tuple[FlightNotice, int]:
+        """A flight that has not ended, and how many partial pictures it has shown."""
+        real = await self._results.meaning(rid, team)
+        flight = self._flights.find(real)
+        if flight is not None and flight.notice.team == team:
+            return flight.notice, flight.partials
+        seen = await self._board.look(real)
+        if seen is not None and seen.notice.team == team and not seen.ended:
+            if not seen.alive:
+                raise unknown_outcome(real)
+            return seen.notice, seen.partials
+        hold = await self._books.find(real)
+        if hold is None or hold.team != team:
+            raise ResultNotFound(
+                f"No result {rid} of your team. Results are known by the x-request-id of the "
+                "request that asked for the picture, and kept for a while only."
+            )
+        if hold.state is State.EXPIRED:
+            raise unknown_outcome(real)
+        age = (self._clock.now() - hold.at).total_seconds()
+        if hold.state is State.HELD or (seen is not None and age < KEEPING_SECONDS):
+            return (
+                FlightNotice(
+                    hold.rid, "", team, hold.key_id, hold.operation, hold.model, False, hold.at
+                ),
+                0,
+            )
+        if hold.state is State.VOIDED:
+            raise ResultExpired(
+                f"The request {rid} ended without a picture, and nothing was bought. Send it again."
+            )
+        raise ResultExpired(
+            f"The request {rid} was answered and paid for, and its answer is not kept any more."
+        )
+
+
+async def _pause(client: Client, seconds: float) -> None:
+    """Raises ``ClientGone``."""
+    try:
+        async with asyncio.timeout(seconds):
+            await client.gone.wait()
+    except TimeoutError:
+        return
+    raise ClientGone("upstream")

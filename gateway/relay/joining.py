@@ -1,0 +1,285 @@
+"""Coming back to a flight: which one a call belongs to, and what it shows to who comes late.
+
+A flight of this process is watched where it is. One of another replica is looked at through the
+board: the partial pictures of its stream are passed on by it, and its end is found among the
+results. Where neither knows anything any more, the ledger still knows what became of the money.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
+from dataclasses import replace
+
+from gateway.domain.call import Operation
+from gateway.domain.errors import (
+    ClientGone,
+    GatewayError,
+    ResultExpired,
+    UpstreamUnavailable,
+    UpstreamUnknown,
+)
+from gateway.domain.ledger import Basis, Event, Outcome, Settlement, State
+from gateway.ports import (
+    Books,
+    Cached,
+    Clock,
+    FlightBoard,
+    FlightSeen,
+    Form,
+    Ledger,
+    NotKnown,
+)
+from gateway.relay import headers
+from gateway.relay.body import KEEP_ALIVE, Spool
+from gateway.relay.flights import Client, Flight, Flights, Seat, Shown
+from gateway.relay.meter import error_frame
+from gateway.relay.results import Results, as_stream, shown
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.25
+"""How often another process's flight is looked at: a look costs a look-up, a picture takes 5 s."""
+KEEPING_SECONDS = 10.0
+"""How long after its settlement an answer may still be on its way to where it is kept."""
+PASS_ON_SECONDS = 0.5
+PIECE_BYTES = 256 * 1024
+
+
+class Joining:
+    """Finds flights for those who come back, and shows them."""
+
+    def __init__(
+        self,
+        *,
+        flights: Flights,
+        board: FlightBoard,
+        results: Results,
+        ledger: Ledger,
+        books: Books,
+        clock: Clock,
+        keep_alive_seconds: float,
+        shared: bool,
+    ) -> None:
+        """``shared``: the board is seen by other processes."""
+        self._flights = flights
+        self._board = board
+        self._results = results
+        self._ledger = ledger
+        self._books = books
+        self._clock = clock
+        self._keep_alive = keep_alive_seconds
+        self._shared = shared
+
+    async def find(self, fingerprint: str, key_id: str, *, orphans_only: bool) -> str | None:
+        """The flight that a call comes back to, now watched by it too; ``leave`` ends that."""
+        found = await self._board.join(fingerprint, key_id, orphans_only=orphans_only)
+        return None if found is None else found.rid
+
+    def seat(self, rid: str, client: Client) -> Seat:
+        """The place of one who watches; given up when the client leaves, or has all of it."""
+
+        def leave(delivered: bool) -> None:
+            self._flights.errand(self._board.leave(rid, delivered=delivered))
+
+        seat = Seat(leave)
+        client.when_gone(lambda: seat.leave(delivered=False))
+        return seat
+
+    async def announce(self, flight: Flight, spool: Spool) -> None:
+        """From here on it may be sent, and be joined."""
+        await self._board.announce(flight.notice)
+        flight.seat = self.seat(flight.rid, flight.client)
+        flight.admitted.set()
+        if flight.stream and self._shared:
+            self._flights.errand(self._pass_on(flight, spool))
+
+    def saw_partial(self, flight: Flight) -> None:
+        flight.partials += 1
+        self._flights.errand(self._board.progress(flight.rid, flight.partials))
+
+    def ended(self, flight: Flight, *, joinable: bool) -> None:
+        """Its answer is there, and can be found as soon as it is put away."""
+        self._flights.errand(self._end(flight, joinable))
+
+    async def _end(self, flight: Flight, joinable: bool) -> None:
+        if flight.keeping is not None:
+            await asyncio.wait({flight.keeping})
+        self._flights.close(flight)
+        await self._board.end(flight.rid, joinable=joinable)
+
+    async def take_over(self, rid: str) -> bool:
+        """Whether the caller is the one who may buy again what a dead flight left."""
+        return await self._board.take_over(rid)
+
+    async def write_off(self, rid: str) -> None:
+        """Posts what a dead flight may have cost at its bound, without waiting for the sweep; so
+        its Idempotency-Key comes free. Should it live after all, its settlement corrects that.
+        Raises ``LedgerUnavailable``."""
+        unknown = Settlement(rid, Event.EXPIRE, Outcome.UNKNOWN, Basis.ESTIMATED)
+        with suppress(NotKnown):
+            await self._ledger.settle(replace(unknown, at=self._clock.now()))
+
+    async def follow(
+        self,
+        rid: str,
+        team: str,
+        *,
+        stream: bool,
+        client: Client,
+        patience_seconds: float | None = None,
+    ) -> Shown:
+        """What a flight shows, with a share of it; waits as long as the client does.
+
+        Raises the error that the flight ended in, ``UpstreamUnknown`` where whoever flew it is
+        gone, ``ResultExpired`` where its answer is kept no longer, ``ClientGone``, and
+        ``TimeoutError`` when the patience is over.
+        """
+        flight = self._flights.find(rid)
+        if flight is not None and flight.stream == stream:
+            return await flight.watch().shown(client, patience_seconds)
+        async with asyncio.timeout(patience_seconds):
+            return await self._from_afar(rid, team, stream, client)
+
+    async def _from_afar(self, rid: str, team: str, stream: bool, client: Client) -> Shown:
+        missing_since: float | None = None
+        while True:
+            kept = await self._results.find(rid, team)
+            if kept is not None:
+                return shown(kept, stream=stream)
+            seen = await self._board.look(rid)
+            if seen is not None and not seen.ended:
+                missing_since = None
+                if not seen.alive:
+                    raise unknown_outcome(rid)
+                if stream and self._shared and await self._has_begun(rid):
+                    return self._passed_on(rid, team)
+            else:
+                now = self._clock.monotonic()
+                missing_since = now if missing_since is None else missing_since
+                await self._ask_the_books(rid, team, now - missing_since)
+            await _pause(client)
+
+    async def _has_begun(self, rid: str) -> bool:
+        await self._board.want_events(rid)
+        return bool(await self._board.events(rid, 0))
+
+    async def _ask_the_books(self, rid: str, team: str, seconds: float) -> None:
+        """Raises the truth about a call that no board knows to be running; ``seconds`` ago it was
+        first missed. What is still held may yet end well."""
+        hold = await self._books.find(rid)
+        if hold is None or hold.team != team:
+            raise ResultExpired(f"Nothing is known of {rid} any more.")
+        if hold.state is State.EXPIRED:
+            raise unknown_outcome(rid)
+        if hold.state is State.HELD or seconds < KEEPING_SECONDS:
+            return
+        if hold.state is State.VOIDED:
+            raise UpstreamUnavailable(
+                f"The request {rid} ended without a picture, and nothing was bought; try again.",
+                retry_after_seconds=1,
+            )
+        raise ResultExpired(
+            f"The request {rid} was answered and paid for, and its answer is not kept any more."
+        )
+
+    def _passed_on(self, rid: str, team: str) -> Shown:
+        return Shown(200, headers.of_form(True), (), None, lambda: self._events(rid, team))
+
+    async def _events(self, rid: str, team: str) -> AsyncGenerator[bytes, None]:
+        """The stream of another process's flight: its partial pictures as they come through the
+        board, and its end from the results."""
+        position, quiet_since = 0, self._clock.monotonic()
+        while True:
+            chunk = await self._board.events(rid, position)
+            now = self._clock.monotonic()
+            if chunk:
+                position, quiet_since = position + len(chunk), now
+                yield chunk
+                continue
+            seen = await self._board.look(rid)
+            if seen is None or seen.ended or not seen.alive:
+                break
+            if now - quiet_since >= self._keep_alive:
+                quiet_since = now
+                yield KEEP_ALIVE
+            await asyncio.sleep(POLL_SECONDS)
+        try:
+            kept = await self._at_its_end(rid, team, seen)
+        except GatewayError as error:
+            yield error_frame(error.content)
+            return
+        async with aclosing(_end_of(kept, position)) as rest:
+            async for piece in rest:
+                yield piece
+
+    async def _at_its_end(self, rid: str, team: str, seen: FlightSeen | None) -> Cached:
+        if seen is not None and not seen.ended:
+            raise unknown_outcome(rid)
+        missing_since = self._clock.monotonic()
+        while (kept := await self._results.find(rid, team)) is None:
+            await self._ask_the_books(rid, team, self._clock.monotonic() - missing_since)
+            await asyncio.sleep(POLL_SECONDS)
+        return kept
+
+    async def _pass_on(self, flight: Flight, spool: Spool) -> None:
+        """Lets watchers in other processes have what a running stream publishes. Ends with it."""
+        spool.share()
+        try:
+            await self._pass_on_until_over(flight, spool)
+        finally:
+            spool.close()
+
+    async def _pass_on_until_over(self, flight: Flight, spool: Spool) -> None:
+        position = 0
+        while not flight.over.is_set():
+            try:
+                async with asyncio.timeout(PASS_ON_SECONDS):
+                    await flight.over.wait()
+                    return
+            except TimeoutError:
+                pass
+            if not self._board.wanted(flight.rid):
+                continue
+            while position < spool.published:
+                upto = min(spool.published, position + PIECE_BYTES)
+                async with aclosing(spool.slice(position, upto)) as chunks:
+                    piece = b"".join([chunk async for chunk in chunks])
+                await self._board.add_events(flight.rid, position, piece)
+                position = upto
+
+
+async def _end_of(kept: Cached, position: int) -> AsyncGenerator[bytes, None]:
+    """What a stream still owes to one who has its first ``position`` bytes."""
+    meta = kept.meta
+    if meta.status != 200:
+        yield error_frame(b"".join([chunk async for chunk in kept.chunks()]))
+    elif meta.form is Form.JSON:
+        async for piece in as_stream(Operation(meta.operation), kept):
+            yield piece
+    else:
+        async for chunk in kept.chunks():
+            if len(chunk) > position:
+                yield chunk[position:]
+            position = max(0, position - len(chunk))
+
+
+def unknown_outcome(rid: str) -> UpstreamUnknown:
+    """What is said of a call whose outcome nobody can tell any more."""
+    return UpstreamUnknown(
+        f"The gateway process that had sent the request {rid} upstream is gone. The picture may "
+        "have been made and paid for, so it is not bought again for you; send the request anew to "
+        "buy another one.",
+    )
+
+
+async def _pause(client: Client) -> None:
+    """Raises ``ClientGone``."""
+    try:
+        async with asyncio.timeout(POLL_SECONDS):
+            await client.gone.wait()
+    except TimeoutError:
+        return
+    raise ClientGone("upstream")

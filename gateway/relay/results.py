@@ -1,0 +1,152 @@
+"""Answers that are kept by request id, for whoever comes back for them.
+
+What was paid for stays reachable: by the retry of an SDK that has lost its answer, by a replay
+under an Idempotency-Key, and by ``GET /v1/images/results/{request_id}``. Errors behind which money
+may be gone are kept too, so that nobody has to buy a second time to learn of the first.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from datetime import datetime, timedelta
+
+from gateway.domain.call import Operation
+from gateway.domain.errors import InvalidRequest
+from gateway.ports import Cache, Cached, CachedMeta, Form
+from gateway.relay import headers, replay
+from gateway.relay.flights import Shown
+from gateway.relay.meter import JsonMeter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ResultPolicy:
+    """How long answers are kept: ``ttl``, or ``idempotent_ttl`` under an Idempotency-Key."""
+
+    ttl: timedelta = timedelta(minutes=15)
+    idempotent_ttl: timedelta = timedelta(hours=24)
+    max_entry_bytes: int = 256 * 1024 * 1024
+
+
+class Results:
+    """The kept answers; none where there is no ``store``."""
+
+    def __init__(self, store: Cache | None, policy: ResultPolicy) -> None:
+        self._store = store
+        self._policy = policy
+
+    @property
+    def on(self) -> bool:
+        return self._store is not None
+
+    def takes(self, size_bytes: int) -> bool:
+        return self._store is not None and size_bytes <= self._policy.max_entry_bytes
+
+    async def keep(
+        self, rid: str, meta: CachedMeta, chunks: AsyncIterator[bytes], *, idempotent: bool
+    ) -> None:
+        """Keeps an answer of ``meta.team``. A store that fails is no error of the call."""
+        if self._store is not None:
+            await self._store.put(rid, meta, chunks, self._seconds(idempotent))
+
+    async def point(self, rid: str, to: str, team: str, now: datetime, *, idempotent: bool) -> None:
+        """Lets the answer of one request be found by the id of another that joined it."""
+        meta = CachedMeta(
+            stored_at=now, cost=0, images=0, model_served="", upstream="", size_bytes=0,
+            team=team, same_as=to,
+        )  # fmt: skip
+        if self._store is not None:
+            await self._store.put(rid, meta, _nothing(), self._seconds(idempotent))
+
+    async def find(self, rid: str, team: str) -> Cached | None:
+        """The kept answer of a team's request, errors too. None for other teams'."""
+        found = await self._get(rid, team)
+        if found is not None and found.meta.same_as:
+            return await self._get(found.meta.same_as, team)
+        return found
+
+    async def meaning(self, rid: str, team: str) -> str:
+        """The request under whose id the answer to ``rid`` is, or will be, kept."""
+        found = await self._get(rid, team)
+        return found.meta.same_as if found is not None and found.meta.same_as else rid
+
+    async def _get(self, rid: str, team: str) -> Cached | None:
+        if self._store is None:
+            return None
+        found = await self._store.get(rid)
+        return found if found is not None and found.meta.team == team else None
+
+    def _seconds(self, idempotent: bool) -> float:
+        kept = self._policy.idempotent_ttl if idempotent else self._policy.ttl
+        return kept.total_seconds()
+
+
+def shown(kept: Cached, *, stream: bool) -> Shown:
+    """A kept answer, in the form that is asked for now.
+
+    Raises ``InvalidRequest`` where it has no such form: several pictures as a stream, or a stream
+    of several as JSON.
+    """
+    meta = kept.meta
+    if meta.status != 200:
+        own = (("content-type", headers.JSON), *meta.headers)
+        return Shown(meta.status, own, (), meta.size_bytes, kept.chunks)
+    if stream and meta.form is Form.JSON:
+        if not meta.streamable:
+            raise _other_form("as JSON, and it has no form as events")
+        operation = Operation(meta.operation)
+        return _events(meta, lambda: as_stream(operation, kept))
+    if meta.form is Form.EVENTS:
+        if not stream:
+            raise _other_form("as a stream, and it has no form as JSON")
+        return _events(meta, kept.chunks)
+    return Shown(
+        200, (("content-type", headers.JSON), *meta.headers), (), meta.size_bytes, kept.chunks
+    )
+
+
+def as_it_is(kept: Cached) -> Shown:
+    """A kept answer in the form that it is kept in."""
+    return shown(kept, stream=kept.meta.form is Form.EVENTS)
+
+
+def _events(meta: CachedMeta, body: replay.Body) -> Shown:
+    return Shown(200, (("content-type", headers.EVENTS), *meta.headers), (), None, body)
+
+
+def _other_form(kept_as: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"The answer to the first of these requests is kept {kept_as}. Ask for it as it was first "
+        "asked for, or use a new Idempotency-Key to buy another picture.",
+        status=422,
+        code="idempotency_key_reused",
+        param="stream",
+        reason="idempotency_key_reused",
+    )
+
+
+async def as_stream(operation: Operation, cached: Cached) -> AsyncIterator[bytes]:
+    """A kept JSON answer as its one completed event: a look for its small members, then a pass."""
+    meter = JsonMeter(operation, cached.meta.upstream)
+    async for chunk in cached.chunks():
+        meter.feed(chunk)
+    form = replay.completed_event(operation, meter.document())
+    if form is None:
+        raise RuntimeError("only what has the form of a stream is kept as streamable")
+    async for piece in replay.pieces(form, cached.chunks()):
+        yield piece
+
+
+def with_meta(
+    meta: CachedMeta, *, team: str, operation: Operation, said: headers.Headers
+) -> CachedMeta:
+    """What a kept answer says of itself as a result."""
+    return replace(meta, team=team, operation=operation.value, headers=said)
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    for chunk in ():
+        yield chunk
