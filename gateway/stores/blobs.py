@@ -102,9 +102,9 @@ class DiskCache:
     """Answers in ``folder/<key[:2]>/<key>``, least recently used out first.
 
     ``max_bytes`` bounds the files, headers included, that this process knows: what it found at
-    its first use, put, or read. Larger content than ``max_entry_bytes`` is not kept. Several processes may share a folder; each then keeps its own
-    count. Dates are the clock's, so entries outlive a restart. ``on_error`` hears of each
-    ``OSError``; the caller of the cache does not.
+    its first use, put, or read. Larger content than ``max_entry_bytes`` is not kept. Several
+    processes may share a folder; each then keeps its own count. Dates are the clock's, so entries
+    outlive a restart. ``on_error`` hears of each ``OSError``; the caller of the cache does not.
     """
 
     def __init__(

@@ -153,18 +153,18 @@ async def test_expired_files_are_removed_while_nobody_comes(disk: Disk) -> None:
 
 
 async def test_what_has_expired_makes_room_before_what_has_not(disk: Disk) -> None:
-    cache = disk.cache(max_bytes=7000)
-    await keep(cache, key_of("old"), b"o" * 1200, ttl=86_400)
-    await keep(cache, key_of("brief"), b"b" * 1200, ttl=10)
+    cache = disk.cache(max_bytes=35_000)
+    await keep(cache, key_of("old"), b"o" * 10_000, ttl=86_400)
+    await keep(cache, key_of("brief"), b"b" * 10_000, ttl=10)
     disk.clock.advance(11)
-    await keep(cache, key_of("new"), b"n" * 1200, ttl=900)
+    await keep(cache, key_of("new"), b"n" * 10_000, ttl=900)
     # Less than a minute after the last sweep, and there is no room for one more.
-    await keep(cache, key_of("newer"), b"m" * 1200, ttl=900)
+    await keep(cache, key_of("newer"), b"m" * 10_000, ttl=900)
     there = {path.name for path in files(disk.folder)}
     assert there == {key_of("old"), key_of("new"), key_of("newer")}
-    await keep(cache, key_of("newest"), b"l" * 1200, ttl=900)
+    await keep(cache, key_of("newest"), b"l" * 10_000, ttl=900)
     assert key_of("old") not in {path.name for path in files(disk.folder)}
-    assert cache.bytes_held == held(disk.folder) <= 7000
+    assert cache.bytes_held == held(disk.folder) <= 35_000
 
 
 async def test_what_a_crash_left_behind_is_removed_and_a_live_put_is_not(disk: Disk) -> None:
