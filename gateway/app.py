@@ -19,10 +19,11 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from gateway.api import errors as api_errors
+from gateway.api.door import ASGIApp, Receive, Scope, Send
 from gateway.api.health import Readiness, health_routes, metrics_routes
 from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
-from gateway.api.relayed import ASGIApp, Receive, RelayedRoutes, Scope, Send
+from gateway.api.relayed import RelayedRoutes
 from gateway.assembly import (
     CannotServe,
     declared_keys,

@@ -20,8 +20,8 @@ from typing import Any, cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from gateway.api.door import ABORT, HUNG_UP, ASGIApp, Scope
 from gateway.api.errors import no_http
-from gateway.api.relayed import ABORT, HUNG_UP, ASGIApp, Scope
 
 log = logging.getLogger(__name__)
 

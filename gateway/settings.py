@@ -741,6 +741,19 @@ class CacheSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """Answers by request id: kept for ``ttl``, or ``idempotent_ttl`` where the request had an
+    Idempotency-Key; ``max_bytes`` is on disk. ``webhook`` hears of the end of asynchronous ones."""
+
+    enabled: bool = setting(boolean, True)
+    ttl: timedelta = setting(duration, timedelta(minutes=15))
+    idempotent_ttl: timedelta = setting(duration, timedelta(hours=24))
+    max_bytes: int = setting(size, 10 * 1024 * MIB)
+    webhook: Secret | None = setting(optional(_webhook), None)
+    secret: Secret | None = setting(optional(_webhook_secret), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admin:
     keys: tuple[Secret, ...] = group(listing(_admin_key), ())
 
@@ -758,7 +771,12 @@ class Notify:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relay:
+    """``keep_alive_seconds``: after so long a silence a stream gets a comment. A client that waits
+    for JSON is told to ask again after ``max_wait_seconds``; None: it waits for the whole call."""
+
     log_prompts: bool = setting(boolean, False)
+    keep_alive_seconds: float = setting(seconds(), 15.0)
+    max_wait_seconds: float | None = setting(optional(seconds()), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -905,6 +923,7 @@ class _Document:
     )
     prices: Prices = group(record(Prices), Prices())
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
+    results: Results = group(record(Results), Results())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
@@ -919,6 +938,7 @@ _OVERRIDABLE = MappingProxyType(
         "ledger": names_of(LedgerSettings),
         "prices": names_of(Prices),
         "cache": names_of(CacheSettings),
+        "results": names_of(Results),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
         "relay": names_of(Relay),
@@ -966,6 +986,7 @@ class Settings:
     catalogue: Catalogue
     prices: Prices
     cache: CacheSettings
+    results: Results
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
@@ -1107,6 +1128,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         catalogue=_catalogue(document.models or {}, _names(root, "upstreams")),
         prices=document.prices,
         cache=document.cache,
+        results=document.results,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)
@@ -1141,15 +1163,34 @@ def _check_sections(
             f"is no longer than the longest call ({longest:g} s, total_seconds of an upstream): "
             "calls that still run would be charged at their bound",
         )
-    if document.notify.webhook is not None and document.notify.secret is None:
-        spot.at("notify").at("secret").warn(
-            _place(root, "notify", "webhook"),
-            "is not set: whoever knows the webhook's address can forge messages to it; echo "
-            "whsec_$(openssl rand -base64 32)",
-        )
+    for section, webhook, secret in (
+        ("notify", document.notify.webhook, document.notify.secret),
+        ("results", document.results.webhook, document.results.secret),
+    ):
+        if webhook is not None and secret is None:
+            spot.at(section).at("secret").warn(
+                _place(root, section, "webhook"),
+                "is not set: whoever knows the webhook's address can forge messages to it; echo "
+                "whsec_$(openssl rand -base64 32)",
+            )
+    _check_results(document.results, root, spot.at("results"))
     if not document.models:
         spot.at("models").warn(
             _place(root, "models"), 'no model is routed: every request is refused; add "*"'
+        )
+
+
+def _check_results(results: Results, root: Node, spot: Spot) -> None:
+    if results.ttl > results.idempotent_ttl:
+        spot.at("ttl").warn(
+            _place(root, "results", "ttl"),
+            "is longer than idempotent_ttl: a result would be kept for a shorter time because its "
+            "request had an Idempotency-Key",
+        )
+    if results.webhook is not None and not results.enabled:
+        spot.at("webhook").warn(
+            _place(root, "results", "webhook"),
+            "hears nothing while results.enabled is false: there are no asynchronous requests",
         )
 
 

@@ -87,6 +87,13 @@ KEPT: dict[str, tuple[Edit, list[str]]] = {
         lambda one: one.update(notify={"webhook": "https://h/x", "budget_percent": 70}),
         ["notify.budget_percent", "notify.webhook"],
     ),
+    "results": (
+        lambda one: one.update(
+            results={"ttl": "1h", "enabled": False, "webhook": "https://h/token-5f2c"},
+            relay={"max_wait_seconds": 90, "keep_alive_seconds": 15},
+        ),
+        ["relay.max_wait_seconds", "results.enabled", "results.ttl", "results.webhook"],
+    ),
 }
 
 

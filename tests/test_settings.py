@@ -23,6 +23,7 @@ from gateway.settings import (
     CacheScope,
     ConfigError,
     Kind,
+    Results,
     Secret,
     Settings,
     default_config_path,
@@ -36,6 +37,7 @@ DEFAULT = ROOT / "config" / "gateway.yaml"
 KEY = "igw_test_growth_0123456789abcdef"
 OTHER_KEY = "igw_test_ci_0123456789abcdefghij"
 PROVIDER_KEY = "sk-proj-0123456789abcdefghijklmnop"
+WEBHOOK_SECRET = "whsec_AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
 UPSTREAM = 'upstreams: {openai: {kind: openai, base_url: "https://h/v1", api_keys: [k]}}\n'
 MODELS = UPSTREAM + "models: {art: {upstream: openai}}\n"
@@ -114,6 +116,14 @@ MISTAKES = [
     ("server: {drain_seconds: 10m}", "server.drain_seconds: must be a number of seconds, like 5"),
     ("server: {drain_seconds: -1}", "server.drain_seconds: must be a number of seconds from 0 to"),
     ("cache: {ttl: 1:30}", 'cache.ttl: must be a time, like 30s, 15m, 24h or 7d, not "1:30"'),
+    ("results: {ttl: 0}", "results.ttl: must be a time from 1s to 3650d"),
+    ("results: {max_bytes: lots}", "results.max_bytes: must be a size"),
+    ("results: {webhook: ftp://h}", "results.webhook: must be a url that starts with https://"),
+    ("results: {webhook: http://example.com/x}", "results.webhook: must be https:// on a public"),
+    ("results: {secret: hunter2}", 'results.secret: must be "whsec_" and 24 to 64 bytes in base6'),
+    ("results: {keep: 1d}", "results.keep: "),
+    ("relay: {keep_alive_seconds: 0}", "relay.keep_alive_seconds: must be a number of seconds fr"),
+    ("relay: {max_wait_seconds: soon}", "relay.max_wait_seconds: must be a number of seconds"),
     ("cache: {ttl: 0}", "cache.ttl: must be a time from 1s to 3650d"),
     ("server: {trusted_proxies: 10.0.0.0/8}", "server.trusted_proxies: must be a list: [one, two]"),
     ("server: {trusted_proxies: [10.0.0.1/8]}", "1:28: server.trusted_proxies[0]: has bits set "
@@ -383,7 +393,8 @@ def test_the_shipped_file_loads_with_nothing_set(monkeypatch: pytest.MonkeyPatch
 def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     text = DEFAULT.read_text()
     shown, bare = read(tmp_path, text), read(tmp_path, "")
-    for section in ("server", "storage", "ledger", "prices", "cache", "notify", "relay", "log"):
+    sections = "server storage ledger prices cache results notify relay log"
+    for section in sections.split():
         assert getattr(shown, section) == getattr(bare, section)
         for each in dataclasses.fields(getattr(bare, section)):
             assert re.search(rf"^  {each.name}: ", text, re.MULTILINE), each.name
@@ -406,6 +417,44 @@ def test_the_commented_team_of_the_shipped_file_is_right(tmp_path: Path) -> None
     assert "GROWTH_CI_KEY is empty: this key is left out" in {
         each.message for each in made.warnings
     }
+
+
+def test_how_long_results_are_kept(tmp_path: Path) -> None:
+    made = read(tmp_path, "")
+    assert made.results == Results()
+    assert made.results.enabled
+    assert (made.results.ttl, made.results.idempotent_ttl) == (
+        timedelta(minutes=15),
+        timedelta(hours=24),
+    )
+    assert (made.results.max_bytes, made.results.webhook) == (10 * 1024**3, None)
+    assert (made.relay.keep_alive_seconds, made.relay.max_wait_seconds) == (15, None)
+
+
+@pytest.mark.parametrize(
+    ("written", "warned"),
+    [
+        ("{ttl: 15m, idempotent_ttl: 15m}", {}),
+        ("{ttl: 2d}", {"results.ttl": "is longer than idempotent_ttl"}),
+        (
+            "{webhook: 'https://h.example.com/token-5f2c'}",
+            {"results.secret": "is not set: whoever"},
+        ),
+        (f"{{webhook: 'https://h.example.com/token-5f2c', secret: {WEBHOOK_SECRET}}}", {}),
+        (
+            f"{{enabled: false, webhook: 'https://h.example.com/x', secret: {WEBHOOK_SECRET}}}",
+            {"results.webhook": "hears nothing while results.enabled is false"},
+        ),
+    ],
+)
+def test_what_is_odd_about_results_is_said(
+    tmp_path: Path, written: str, warned: dict[str, str]
+) -> None:
+    made = read(tmp_path, f"results: {written}")
+    found = {one.path: one.message for one in made.warnings if one.path.startswith("results")}
+    assert found.keys() == warned.keys()
+    assert all(found[path].startswith(begin) for path, begin in warned.items())
+    assert not [each for each in found.values() if "token-5f2c" in each or WEBHOOK_SECRET in each]
 
 
 def test_which_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +484,9 @@ def test_the_environment_wins(tmp_path: Path) -> None:
             "GATEWAY_STORAGE__DATABASE": "sqlite:////var/lib/g.db",
             "GATEWAY_CACHE__TTL": "15m",
             "GATEWAY_CACHE__ENABLED": "false",
+            "GATEWAY_RESULTS__IDEMPOTENT_TTL": "2d",
+            "GATEWAY_RESULTS__WEBHOOK": "https://hooks.example.com/x",
+            "GATEWAY_RELAY__MAX_WAIT_SECONDS": "90",
             "GATEWAY_STORAGE__PEPPER": "$${HOME} is not read for references",
             "GATEWAY_CONFIG": "x",
             "GATEWAY_ADMIN_KEY": "no setting",
@@ -445,6 +497,9 @@ def test_the_environment_wins(tmp_path: Path) -> None:
     assert made.storage.redis is None
     assert made.storage.database == Path("/var/lib/g.db")
     assert (made.cache.ttl, made.cache.enabled) == (timedelta(minutes=15), False)
+    assert made.results.idempotent_ttl == timedelta(days=2)
+    assert made.results.webhook == Secret("https://hooks.example.com/x")
+    assert made.relay.max_wait_seconds == 90
     assert made.storage.pepper == Secret("$${HOME} is not read for references")
 
 
@@ -625,6 +680,7 @@ upstreams: {o: {kind: openai, base_url: "https://h/v1", api_keys: [k], headers: 
 models: {m: {upstream: o, model: n, unpriced: allow, validate: strict}}
 prices: {rows: [{model: m}]}
 cache: {ttl: 1h, scope: team, redis: "redis://h"}
+results: {ttl: 1h, webhook: "https://h/x"}
 teams: {t: {keys: [kkkkkkkkkkkkkkkkkkkkkkkk, {key: llllllllllllllllllllllll, name: n,
   models: [m], budget: {day: 1}, expires: 2027-01-01}], models: [m]}}
 admin: {keys: [""]}

@@ -6,7 +6,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from gateway.api.relayed import new_request_id
+from gateway.api.door import new_request_id
 from gateway.domain.errors import GatewayError, Internal, InvalidRequest, NotServed
 from gateway.relay.headers import error_head
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.api.relayed import ASGIApp, Message, Receive, Scope, Send, new_request_id
+from gateway.api.door import ASGIApp, Message, Receive, Scope, Send, new_request_id
 
 
 class RequestId:

@@ -30,7 +30,7 @@ MAGIC = b"gwc1"
 READ_BYTES = 512 * 1024
 MAX_HEADER_BYTES = 1024 * 1024
 SWEEP_SECONDS = 60.0
-_KEY = re.compile(r"[a-z0-9][a-z0-9:-]{2,250}")
+_KEY = re.compile(r"[a-z0-9][a-z0-9:_-]{2,250}")
 _HALF = ".put-"
 
 
@@ -102,9 +102,9 @@ class DiskCache:
     """Answers in ``folder/<key[:2]>/<key>``, least recently used out first.
 
     ``max_bytes`` bounds the files, headers included, that this process knows: what it found at
-    its first use, put, or read. Several processes may share a folder; each then keeps its own
-    count. Dates are the clock's, so entries outlive a restart. ``on_error`` hears of each
-    ``OSError``; the caller of the cache does not.
+    its first use, put, or read. Larger content than ``max_entry_bytes`` is not kept. Several
+    processes may share a folder; each then keeps its own count. Dates are the clock's, so entries
+    outlive a restart. ``on_error`` hears of each ``OSError``; the caller of the cache does not.
     """
 
     def __init__(
@@ -113,17 +113,20 @@ class DiskCache:
         clock: Clock,
         *,
         max_bytes: int,
+        max_entry_bytes: int | None = None,
         on_error: Callable[[OSError], None] | None = None,
     ) -> None:
         self._folder = folder
         self._clock = clock
         self._max_bytes = max_bytes
+        self._max_entry_bytes = max_bytes if max_entry_bytes is None else max_entry_bytes
         self._on_error = on_error
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._bytes = 0
         self._scanned = False
         self._scanning = asyncio.Lock()
         self._next_sweep = 0.0
+        self._sweeping: asyncio.Task[None] | None = None
 
     @property
     def bytes_held(self) -> int:
@@ -132,6 +135,11 @@ class DiskCache:
 
     def __len__(self) -> int:
         return len(self._known)
+
+    def keep_swept(self, every_seconds: float = SWEEP_SECONDS) -> None:
+        """From now on what has expired is deleted though nobody asks, until ``aclose``."""
+        if self._sweeping is None:
+            self._sweeping = asyncio.create_task(self._sweep_for_ever(every_seconds))
 
     async def get(self, key: str) -> Cached | None:
         path = self._path(key)
@@ -167,7 +175,7 @@ class DiskCache:
         header = encode(meta, {"key": key, "expires": expires})
         head = MAGIC + len(header).to_bytes(4, "big") + header
         size = len(head) + meta.size_bytes
-        if size > self._max_bytes:
+        if size > self._max_bytes or meta.size_bytes > self._max_entry_bytes:
             return
         await self._sweep()
         # Counted before it is written, so that half-written files are within the bound too.
@@ -193,12 +201,14 @@ class DiskCache:
         await asyncio.to_thread(_try_to_write, self._folder)
 
     async def aclose(self) -> None:
-        return
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.wait({self._sweeping})
 
     def _path(self, key: str) -> Path:
-        """Raises ``ValueError`` for a key that is not ``[a-z0-9:-]``: it would be a path."""
+        """Raises ``ValueError`` for a key that is not ``[a-z0-9:_-]``: it would be a path."""
         if not _KEY.fullmatch(key):
-            raise ValueError("a cache key is 3 to 251 of a-z, 0-9, colon and hyphen")
+            raise ValueError("a cache key is 3 to 251 of a-z, 0-9, colon, hyphen and underscore")
         return self._folder / key[:2] / key
 
     def _now(self) -> float:
@@ -237,9 +247,22 @@ class DiskCache:
         if now < self._next_sweep:
             return
         self._next_sweep = now + SWEEP_SECONDS
+        await self._drop_expired(now)
+
+    async def _sweep_for_ever(self, every_seconds: float) -> None:
+        while True:
+            await self._scan_once()
+            await self._drop_expired(self._now())
+            await asyncio.sleep(every_seconds)
+
+    async def _drop_expired(self, now: float) -> None:
         await self._drop([key for key, known in self._known.items() if known.expires <= now])
 
     async def _make_room(self) -> None:
+        if self._bytes <= self._max_bytes:
+            return
+        # Nothing that may still be asked for goes before what may not.
+        await self._drop_expired(self._now())
         over = self._bytes - self._max_bytes
         victims = []
         for key, known in self._known.items():

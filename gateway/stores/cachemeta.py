@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gateway.domain.call import SvgUsage, Usage
-from gateway.ports import CachedMeta
+from gateway.ports import CachedMeta, Form
 
 VERSION = 1
 
@@ -47,6 +47,12 @@ def encode(meta: CachedMeta, extra: Mapping[str, int | float | str]) -> bytes:
         "size": meta.size,
         "quality": meta.quality,
         "price_id": meta.price_id,
+        "team": meta.team,
+        "operation": meta.operation,
+        "status": meta.status,
+        "form": meta.form.value,
+        "headers": meta.headers,
+        "same_as": meta.same_as,
     }
     return json.dumps({**extra, "v": VERSION, "meta": fields}, separators=(",", ":")).encode()
 
@@ -81,6 +87,12 @@ def _meta(fields: Mapping[str, Any]) -> CachedMeta:
         size=str(fields.get("size", "")),
         quality=str(fields.get("quality", "")),
         price_id=str(fields.get("price_id", "")),
+        team=str(fields.get("team", "")),
+        operation=str(fields.get("operation", "")),
+        status=int(fields.get("status", 200)),
+        form=Form(fields.get("form", Form.JSON)),
+        headers=tuple((str(name), str(value)) for name, value in fields.get("headers", ())),
+        same_as=str(fields.get("same_as", "")),
     )
 
 

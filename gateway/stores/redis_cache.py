@@ -18,10 +18,11 @@ from gateway.stores.kept import Kept
 from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Reason, Script, Server, StoreAway
 
 DATA_SECONDS = 2.0
-"""What all pieces of an answer that is read may take; each has the deadline of a look-up."""
+"""What all pieces of an answer that is read may take, unless it is told otherwise; each has the
+deadline of a look-up."""
 PIECE_BYTES = 256 * 1024
 """Small enough for its deadline on a slow line, with all that are under way at once."""
-PROBE = "gwc:probe"
+PREFIX = "gwc"
 STAGING_MS = 60_000
 MAX_HELD_BYTES = 1024 * 1024 * 1024
 """Of answers that slow clients are still reading, each a copy; beyond it, misses."""
@@ -40,7 +41,8 @@ class RedisCache:
 
     Each entry has a hash tag of its own: a cluster spreads them over its nodes, and one script
     moves a whole entry. ``server`` is shared with whoever else uses the same Redis. Owns
-    ``client`` and closes it.
+    ``client`` and closes it. ``prefix`` begins its keys: two caches in one Redis differ in it.
+    ``data_seconds`` is what a get may take in all.
     """
 
     def __init__(
@@ -51,6 +53,8 @@ class RedisCache:
         max_entry_bytes: int = 32 * 1024 * 1024,
         piece_bytes: int = PIECE_BYTES,
         deadline_seconds: float = GATE_SECONDS,
+        data_seconds: float = DATA_SECONDS,
+        prefix: str = PREFIX,
         server: Server | None = None,
         on_error: Callable[[Reason, BaseException], None] | None = None,
     ) -> None:
@@ -59,11 +63,13 @@ class RedisCache:
         self._max_entry_bytes = max_entry_bytes
         self._piece_bytes = piece_bytes
         self._deadline = deadline_seconds
+        self._data_seconds = data_seconds
+        self._prefix = prefix
         self._held = 0
 
     @property
     def degraded(self) -> bool:
-        return self._link.breaker(PROBE).failing
+        return self._link.breaker(self._probe).failing
 
     async def get(self, key: str) -> Cached | None:
         try:
@@ -74,7 +80,7 @@ class RedisCache:
             if self._held + meta.size_bytes > MAX_HELD_BYTES:
                 return None
             # One deadline over all pieces: a slow Redis must lose against asking again.
-            async with asyncio.timeout(DATA_SECONDS):
+            async with asyncio.timeout(self._data_seconds):
                 pieces = await self._pieces(key, str(document["put"]), int(document["pieces"]))
         except (StoreAway, ValueError, KeyError, TypeError, TimeoutError):
             return None
@@ -94,16 +100,18 @@ class RedisCache:
     ) -> None:
         if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes:
             return
-        if self._link.breaker(_name(key)).open:
+        if self._link.breaker(self._name(key)).open:
             return
         generation = secrets.token_hex(8)
-        staging = f"{_name(key)}:{generation}"
+        staging = f"{self._name(key)}:{generation}"
         try:
             pieces, size = await self._stage(staging, generation, chunks)
             if size == meta.size_bytes:
                 expires = self._clock.now().timestamp() + ttl_seconds
                 header = encode(meta, {"put": generation, "pieces": pieces, "expires": expires})
-                await self._run(_KEEP, (staging, _name(key)), header, round(ttl_seconds * 1000))
+                await self._run(
+                    _KEEP, (staging, self._name(key)), header, round(ttl_seconds * 1000)
+                )
                 return
         except StoreAway:
             # Whatever was staged ends by its own time to live.
@@ -114,17 +122,25 @@ class RedisCache:
         await self._forget(staging)
 
     async def delete(self, key: str) -> None:
-        await self._forget(_name(key))
+        await self._forget(self._name(key))
 
     async def ping(self) -> None:
         """Raises ``StoreAway``."""
-        await self._link.ping(PROBE)
+        await self._link.ping(self._probe)
 
     async def aclose(self) -> None:
         await self._link.aclose()
 
+    @property
+    def _probe(self) -> str:
+        return f"{self._prefix}:probe"
+
+    def _name(self, key: str) -> str:
+        # The hash tag keeps an entry and its staging key on one node of a cluster.
+        return f"{self._prefix}:{{{key}}}"
+
     async def _read(self, key: str, field: str) -> bytes | None:
-        name = _name(key)
+        name = self._name(key)
         found: bytes | None = await self._link.call(
             name, partial(self._link.client.execute_command, "HGET", name, field), self._deadline
         )
@@ -185,8 +201,3 @@ class _Pieces:
     async def iterate(self) -> AsyncIterator[bytes]:
         for piece in self.pieces:
             yield piece
-
-
-def _name(key: str) -> str:
-    # The hash tag keeps an entry and its staging key on one node of a cluster.
-    return f"gwc:{{{key}}}"

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.api import relayed
-from gateway.api.relayed import ABORT, HUNG_UP, Message, RelayedRoutes, cache_wish
+from gateway.api import door as doors
+from gateway.api.door import ABORT, HUNG_UP, Message
+from gateway.api.relayed import RelayedRoutes, cache_wish
 from gateway.domain.call import Operation
 from gateway.domain.errors import ClientGone, InvalidKey
 from gateway.domain.receipt import Delivery, Receipt
@@ -315,7 +316,7 @@ async def test_the_forms_of_an_idempotency_key(key: str, taken: bool) -> None:
 
 
 def test_ids_of_requests_are_told_apart() -> None:
-    assert len({relayed.new_request_id() for _ in range(1000)}) == 1000
+    assert len({doors.new_request_id() for _ in range(1000)}) == 1000
 
 
 # How it is answered
@@ -464,7 +465,7 @@ async def test_with_the_last_byte_in_hand() -> None:
 async def test_without_taking_anything_any_more(
     monkeypatch: pytest.MonkeyPatch, at: int, bytes_out: int
 ) -> None:
-    monkeypatch.setattr(relayed, "STALL_SECONDS", 0.01)
+    monkeypatch.setattr(doors, "STALL_SECONDS", 0.01)
     relay, client = Relay(), Client(stalls_at=at)
     _, delivery = await through(relay, client)
     assert delivery == Delivery(200, bytes_out, 0.0, gone="stalled")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import json
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gateway.domain.call import SvgUsage, Usage
-from gateway.ports import Cache, Cached, CachedMeta
+from gateway.ports import Cache, Cached, CachedMeta, Form
 from gateway.stores.blobs import DiskCache
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.memory import MemoryCache
@@ -28,6 +29,8 @@ from tests.valkey import Valkey, eventually, pieces
 MIB = 1024 * 1024
 KEY = hashlib.sha256(b"a call").hexdigest()
 OTHER = hashlib.sha256(b"another call").hexdigest()
+RESULT = "req_0123456789abcdef01234567"
+QUARTER_HOUR, DAY = 15 * 60.0, 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -274,6 +277,120 @@ def _open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def result_of(data: bytes, **changes: object) -> CachedMeta:
+    made = dataclasses.replace(
+        meta_of(data),
+        team="growth",
+        operation="generation",
+        form=Form.EVENTS,
+        headers=(("x-cost-usd", "0.041"), ("x-cost-usd", "again"), ("x-gateway-attempts", "1")),
+    )
+    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+
+
+REFUSAL = b'{"error":{"message":"The upstream broke.","type":"server_error"}}'
+
+
+@pytest.mark.parametrize("key", [RESULT, f"growth:{RESULT}", f"my_team-2:{RESULT}"])
+@pytest.mark.parametrize(
+    ("data", "changes"),
+    [
+        (b"event: x\ndata: {}\n\n", {}),
+        (REFUSAL, {"status": 502, "form": Form.JSON, "cost": 0, "images": 0}),
+        (b"", {"same_as": "req_76543210fedcba9876543210", "headers": ()}),
+    ],
+    ids=["a stream", "an error", "the same as another"],
+)
+async def test_a_result_comes_back_with_all_it_says(
+    bench: Bench, key: str, data: bytes, changes: dict[str, object]
+) -> None:
+    meta = result_of(data, **changes)
+    await bench.cache.put(key, meta, pieces(data, 10), QUARTER_HOUR)
+    cached = await bench.cache.get(key)
+    assert cached is not None
+    assert cached.meta == meta
+    assert await content(cached) == data
+    assert await bench.cache.get("req_000000000000000000000000") is None
+
+
+async def test_each_result_has_a_time_of_its_own(bench: Bench) -> None:
+    """A quarter of an hour, or a day where it was bought under an idempotency key."""
+    keyed = RESULT.replace("0", "f")
+    await bench.cache.put(RESULT, result_of(b"short"), pieces(b"short", 10), QUARTER_HOUR)
+    await bench.cache.put(keyed, result_of(b"long"), pieces(b"long", 10), DAY)
+    await bench.advance(QUARTER_HOUR - 1)
+    assert await content(await bench.cache.get(RESULT)) == b"short"
+    await bench.advance(2)
+    assert await bench.cache.get(RESULT) is None
+    # What is put later looks for what has expired: not for this.
+    await keep(bench.cache, OTHER, b"another")
+    assert await content(await bench.cache.get(keyed)) == b"long"
+    await bench.advance(DAY - QUARTER_HOUR - 3)
+    assert await content(await bench.cache.get(keyed)) == b"long"
+    await bench.advance(3)
+    assert await bench.cache.get(keyed) is None
+
+
+@pytest.mark.parametrize("kind", ["disk", "redis"])
+async def test_the_largest_result_is_kept_and_a_larger_one_is_not(
+    kind: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    most, clock = 256 * MIB, StillClock()
+    part = os.urandom(MIB)
+    cache: Cache
+    if kind == "disk":
+        cache = DiskCache(tmp_path, clock, max_bytes=1024 * MIB, max_entry_bytes=most)
+    else:
+        server: Valkey = request.getfixturevalue("valkey")
+        client = connect(server.url, timeout=30.0)
+        await client.execute_command("FLUSHALL")
+        cache = RedisCache(
+            client,
+            clock,
+            max_entry_bytes=most,
+            deadline_seconds=30.0,
+            data_seconds=60.0,
+            prefix="gwr",
+        )
+
+    async def parts(count: int) -> AsyncIterator[bytes]:
+        for _ in range(count):
+            yield part
+        if count * MIB > most:
+            raise AssertionError("it is refused by its size, before it is read")
+
+    for count, kept in ((220, True), (257, False)):
+        meta = dataclasses.replace(result_of(b""), size_bytes=count * MIB)
+        key = f"{RESULT[:-3]}{count}"
+        await cache.put(key, meta, parts(count), QUARTER_HOUR)
+        cached = await cache.get(key)
+        assert (cached is not None) == kept
+        if cached is not None:
+            whole, again = hashlib.sha256(), hashlib.sha256(part * count)
+            async for chunk in cached.chunks():
+                whole.update(chunk)
+            assert whole.digest() == again.digest()
+        await cache.delete(key)
+    await cache.aclose()
+
+
+async def test_two_caches_in_one_redis_do_not_see_each_other(admin: Client, valkey: Valkey) -> None:
+    clock = StillClock()
+    cache = RedisCache(connect(valkey.url, timeout=5.0), clock)
+    results = RedisCache(connect(valkey.url, timeout=5.0), clock, prefix="gwr")
+    await keep(cache, KEY, b"a cached answer")
+    await keep(results, KEY, b"a result")
+    assert await content(await cache.get(KEY)) == b"a cached answer"
+    assert await content(await results.get(KEY)) == b"a result"
+    names = {name.decode() for name in await admin.execute_command("KEYS", "*")}
+    assert names == {f"gwc:{{{KEY}}}", f"gwr:{{{KEY}}}"}
+    await results.delete(KEY)
+    assert await content(await cache.get(KEY)) == b"a cached answer"
+    await results.ping()
+    for one in (cache, results):
+        await one.aclose()
+
+
 async def test_it_answers_a_ping(bench: Bench) -> None:
     await bench.cache.ping()
 
@@ -284,6 +401,15 @@ def test_the_meta_comes_back_as_it_was() -> None:
     assert decode(encode(meta, {"mine": 1}))[1]["mine"] == 1
     bare = CachedMeta(meta.stored_at, 0, 0, "m", "u", 0)
     assert decode(encode(bare, {}))[0] == bare
+    result = result_of(REFUSAL, status=502, same_as=RESULT)
+    assert decode(encode(result, {}))[0] == result
+
+
+def test_what_an_earlier_version_wrote_is_read() -> None:
+    document = json.loads(encode(meta_of(b"data"), {}))
+    for name in ("team", "operation", "status", "form", "headers", "same_as"):
+        del document["meta"][name]
+    assert decode(json.dumps(document).encode())[0] == meta_of(b"data")
 
 
 def test_what_a_later_version_adds_is_ignored() -> None:
@@ -305,6 +431,9 @@ def test_what_a_later_version_adds_is_ignored() -> None:
         b'{"v":1,"meta":{"stored_at":1}}',
         encode(meta_of(b""), {}).replace(b"+00:00", b""),
         encode(meta_of(b""), {}).replace(b"41000000", b'"x"'),
+        encode(meta_of(b""), {}).replace(b'"form":"json"', b'"form":"scroll"'),
+        encode(meta_of(b""), {}).replace(b'"headers":[]', b'"headers":[["x-cache"]]'),
+        encode(meta_of(b""), {}).replace(b'"headers":[]', b'"headers":7'),
         b"\xff",
     ],
 )

@@ -33,7 +33,7 @@ from openai import (
 from openai.types import ImageGenCompletedEvent, ImageGenPartialImageEvent
 from PIL import Image
 
-import gateway.api.relayed
+import gateway.api.door
 import gateway.app
 import gateway.relay.purchase
 from gateway.domain.ledger import Claim, Outcome
@@ -445,7 +445,7 @@ async def test_a_client_that_leaves_within_a_stream_does_not_stop_it(
 async def test_a_client_that_takes_nothing_is_dropped(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gateway.api.relayed, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(gateway.api.door, "STALL_SECONDS", 0.3)
     async with start(BUDGETS) as running:
         running.sandbox.rules.add(Rule(prompt="large", payload_bytes=20_000_000))
         running.sandbox.rules.add(SMALL)

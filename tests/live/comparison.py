@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI
 
-from gateway.api.relayed import Receive, Scope, Send
+from gateway.api.door import Receive, Scope, Send
 from gateway.app import Gateway, open_gateway
 from gateway.clock import SystemClock
 from gateway.domain.money import format_dollars, parse_dollars

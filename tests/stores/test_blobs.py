@@ -18,7 +18,7 @@ import pytest
 from gateway.ports import Cached, CachedMeta
 from gateway.stores.blobs import DiskCache
 from tests.clock import StillClock
-from tests.valkey import pieces
+from tests.valkey import eventually, pieces
 
 KEY = hashlib.sha256(b"a call").hexdigest()
 MIB = 1024 * 1024
@@ -126,6 +126,45 @@ async def test_expired_files_are_removed_without_being_asked_for(disk: Disk) -> 
     disk.clock.advance(61)
     assert await disk.cache().get(key_of("a")) is None
     assert files(disk.folder) == []
+
+
+async def test_expired_files_are_removed_while_nobody_comes(disk: Disk) -> None:
+    """Nobody puts or gets anything: what is private must not stay because it is a quiet night."""
+    cache = disk.cache()
+    await keep(cache, "req_" + "a" * 24, b"a" * 1000, ttl=900)
+    await keep(cache, "req_" + "b" * 24, b"b" * 1000, ttl=86_400)
+    disk.clock.advance(901)
+    cache.keep_swept(0.01)
+    await eventually(lambda: len(files(disk.folder)) == 1)
+    assert await content(await cache.get("req_" + "b" * 24)) == b"b" * 1000
+    assert (len(cache), cache.bytes_held) == (1, held(disk.folder))
+    disk.clock.advance(86_400)
+    await eventually(lambda: not files(disk.folder))
+    assert cache.bytes_held == 0
+    await cache.aclose()
+
+    another = disk.cache()
+    await keep(cache, "req_" + "c" * 24, b"c" * 1000, ttl=900)
+    disk.clock.advance(901)
+    another.keep_swept(0.01)
+    await eventually(lambda: not files(disk.folder))
+    await another.aclose()
+    await another.aclose()
+
+
+async def test_what_has_expired_makes_room_before_what_has_not(disk: Disk) -> None:
+    cache = disk.cache(max_bytes=35_000)
+    await keep(cache, key_of("old"), b"o" * 10_000, ttl=86_400)
+    await keep(cache, key_of("brief"), b"b" * 10_000, ttl=10)
+    disk.clock.advance(11)
+    await keep(cache, key_of("new"), b"n" * 10_000, ttl=900)
+    # Less than a minute after the last sweep, and there is no room for one more.
+    await keep(cache, key_of("newer"), b"m" * 10_000, ttl=900)
+    there = {path.name for path in files(disk.folder)}
+    assert there == {key_of("old"), key_of("new"), key_of("newer")}
+    await keep(cache, key_of("newest"), b"l" * 10_000, ttl=900)
+    assert key_of("old") not in {path.name for path in files(disk.folder)}
+    assert cache.bytes_held == held(disk.folder) <= 35_000
 
 
 async def test_what_a_crash_left_behind_is_removed_and_a_live_put_is_not(disk: Disk) -> None:

@@ -328,7 +328,13 @@ def test_a_client_that_left(outcome: Outcome | None, orphans: int | None) -> Non
 def test_the_reference_names_every_stage_at_which_a_client_can_leave() -> None:
     source = "".join(
         (GATEWAY / name).read_text()
-        for name in ("api/relayed.py", "relay/pipeline.py", "relay/purchase.py", "relay/flights.py")
+        for name in (
+            "api/door.py",
+            "api/relayed.py",
+            "relay/pipeline.py",
+            "relay/purchase.py",
+            "relay/flights.py",
+        )
     )
     stages = set(re.findall(r'(?:left_at|ClientGone)\("(\w+)"', source))
     reference = next(spec.help for spec in TABLE if spec.name == "gateway_client_gone_total")

@@ -1,0 +1,169 @@
+"""One request's two directions at the raw ASGI level, for every door that does not use FastAPI."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+from gateway.domain.errors import ClientGone, Overloaded
+from gateway.relay import headers as answers
+from gateway.relay.flights import Client, Head
+
+Scope: TypeAlias = MutableMapping[str, Any]
+Message: TypeAlias = MutableMapping[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+ASGIApp: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+log = logging.getLogger(__name__)
+
+STALL_SECONDS = 120.0
+"""A client that takes nothing for so long has its connection dropped; its result is kept."""
+HUNG_UP = "gateway.hung_up"
+"""In the scope: an event that is set when the client has closed its sending half."""
+ABORT = "gateway.abort"
+"""In the scope: drops the connection at once, with whatever is still to be sent."""
+
+
+def new_request_id() -> str:
+    """``req_`` and 96 random bits: the name of a request everywhere, in the ledger too."""
+    return f"req_{secrets.token_hex(12)}"
+
+
+class Door:
+    """One request's two directions, and whether the client still stands there."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._hung_up: asyncio.Event | None = scope.get(HUNG_UP)
+        self._abort: Callable[[], None] | None = scope.get(ABORT)
+        self._receive = receive
+        self._send = send
+        self._watch: asyncio.Task[None] | None = None
+        self.client = Client()
+        self.body_read = False
+        self.status = 0
+        self.bytes_out = 0
+        self.gone = ""
+
+    async def body(self) -> AsyncGenerator[bytes, None]:
+        """The request's body as it comes. Raises ``ClientGone``."""
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone("upload")
+            if message.get("body"):
+                yield message["body"]
+            if not message.get("more_body", False):
+                break
+        self.body_read = True
+        self._watch = asyncio.create_task(self._watch_for_the_end())
+
+    async def _watch_for_the_end(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self.client.leave()
+
+    def stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+
+    def left_at(self, stage: str) -> None:
+        self.gone = self.gone or stage
+
+    async def send_head(self, head: Head) -> None:
+        if self.gone:
+            raise ClientGone(self.gone)
+        if self._hung_up is not None and self._hung_up.is_set():
+            # Nobody can say whether it still reads: it is counted as gone, and answered.
+            self.left_at("upstream")
+        self.status = head.status
+        headers = [
+            (name.encode("ascii"), value.encode("ascii"))
+            for name, value in head.headers
+            if value.isascii() and value.isprintable()
+        ]
+        if not self.body_read and all(name != b"connection" for name, _ in headers):
+            # What is still being sent is not wanted: the connection ends with this answer.
+            headers.append((b"connection", b"close"))
+        if head.length is not None:
+            headers.append((b"content-length", str(head.length).encode("ascii")))
+        else:
+            headers.append((b"cache-control", b"no-cache"))
+        await self._put({"type": "http.response.start", "status": head.status, "headers": headers})
+
+    async def send_chunk(self, chunk: bytes) -> None:
+        await self._put({"type": "http.response.body", "body": chunk, "more_body": True})
+        self.bytes_out += len(chunk)
+
+    async def give_up(self, rid: str) -> None:
+        """The last word where nothing was said yet: an SDK must not buy the same again."""
+        if self.status == 0 and not self.gone:
+            head = answers.error_head(
+                Overloaded(
+                    "The gateway is shutting down and could not wait for this answer. If a picture "
+                    f"was bought it stays on the books. Request id: {rid}.",
+                    code="shutting_down",
+                    should_retry=False,
+                ),
+                rid,
+            )
+            await self.send_head(head)
+            async for chunk in head.body():
+                await self.send_chunk(chunk)
+            await self.finish()
+
+    async def abort(self) -> None:
+        """Drops the connection: the answer ends short of its length, so that it looks broken."""
+        if self._abort is not None:
+            self._abort()
+            await asyncio.sleep(0)
+
+    async def finish(self) -> None:
+        if self._hung_up is not None and self._hung_up.is_set():
+            self.left_at("response")
+        await self._put({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _put(self, message: Message) -> None:
+        """Raises ``ClientGone`` when the client has left or takes nothing any more."""
+        if self.client.gone.is_set():
+            raise ClientGone("response")
+        try:
+            async with asyncio.timeout(STALL_SECONDS):
+                await self._send(message)
+        except TimeoutError:
+            await self.abort()
+            raise ClientGone("stalled") from None
+        except OSError:
+            raise ClientGone("response") from None
+
+
+async def deliver(rid: str, head: Head, door: Door) -> None:
+    """Sends an answer as far as the client takes it; how far that was is the door's ``gone``."""
+    try:
+        await door.send_head(head)
+        async with aclosing(_chunks(head)) as chunks:
+            async for chunk in chunks:
+                await door.send_chunk(chunk)
+        await door.finish()
+    except ClientGone as gone:
+        door.left_at(gone.stage)
+    except Exception:
+        # The status has left, so the only honest end is a broken connection.
+        log.exception("an answer broke off", extra={"request_id": rid})
+        door.left_at("broken")
+        await door.abort()
+
+
+async def _chunks(head: Head) -> AsyncGenerator[bytes, None]:
+    """The body; its source ends with it, wherever the client has left it."""
+    body = head.body()
+    try:
+        async for chunk in body:
+            yield chunk
+    finally:
+        if isinstance(body, AsyncGenerator):
+            await body.aclose()
