@@ -92,7 +92,8 @@ class Door:
         if head.length is not None:
             headers.append((b"content-length", str(head.length).encode("ascii")))
         else:
-            headers.append((b"cache-control", b"no-cache"))
+            # The second one is for nginx, which would else keep events until a buffer is full.
+            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._put({"type": "http.response.start", "status": head.status, "headers": headers})
 
     async def send_chunk(self, chunk: bytes) -> None:

@@ -80,7 +80,8 @@ class Call:
     The typed members beside it are those that money and the relay need, with their defaults.
     ``n`` is 1-10, ``partial_images`` 0-3, ``frame_count`` 2-16 (1 where it is not a GIF).
     ``model_span`` is where the model's name lies in the body, quotes excluded. ``value_spans`` is
-    where the values of size and quality lie, as far as they were sent: quotes included in JSON.
+    where the values of size, quality and stream lie, as far as they were sent: quotes included in
+    JSON.
     ``boundary`` is that of a form, without its dashes.
     ``unknown`` names the parameters that the contract does not list: they are forwarded.
     ``pinned`` are sizes and qualities that the client left open and the gateway fills in: what

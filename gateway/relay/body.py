@@ -22,7 +22,7 @@ from gateway.domain.errors import Overloaded
 READ_BYTES = 256 * 1024
 TINY_BYTES = 512
 KEEP_ALIVE = b": keepalive\n\n"
-"""A comment among events: every SDK skips it, and every proxy sees that the answer lives."""
+"""A comment, which both SDKs pass over (contract 4.7)."""
 
 
 class Room:
@@ -78,6 +78,8 @@ class Spool:
         self._holders = 1
         self._finished = False
         self._news = asyncio.Event()
+        self._followers: set[_Follower] = set()
+        self._moves = asyncio.Event()
 
     @property
     def length(self) -> int:
@@ -88,6 +90,11 @@ class Spool:
     def published(self) -> int:
         """Bytes that followers may see."""
         return self._published
+
+    @property
+    def lag(self) -> int:
+        """How many published bytes the slowest follower has not taken; 0 where nobody follows."""
+        return max((self._published - one.taken for one in self._followers), default=0)
 
     @property
     def spilled(self) -> bool:
@@ -133,6 +140,27 @@ class Spool:
         self._on_disk += len(chunk)
         await _in_thread(_write_all, self._file.fileno(), [chunk], self._written)
 
+    async def mend(self, edit: Edit) -> None:
+        """Writes over bytes that nobody could see yet, by as many others.
+
+        Raises ``ValueError`` for any other bytes, ``Overloaded`` when the disk does not take them.
+        """
+        start, end = edit.span
+        if not self._published <= start <= end <= self._written or end - start != len(edit.content):
+            raise ValueError("only what is written and not published is written over")
+        if self._file is not None:
+            try:
+                await _in_thread(_write_all, self._file.fileno(), [edit.content], start)
+            except OSError as error:
+                raise _no_room() from error
+            return
+        while start < end:
+            index = bisect_right(self._starts, start) - 1
+            chunk, offset = self._chunks[index], start - self._starts[index]
+            piece = edit.content[start - edit.span.start :][: len(chunk) - offset]
+            self._chunks[index] = chunk[:offset] + piece + chunk[offset + len(piece) :]
+            start += len(piece)
+
     def publish(self, upto: int | None = None) -> None:
         """Lets followers see the bytes before ``upto`` (default: all that is written)."""
         self._published = max(self._published, self._written if upto is None else upto)
@@ -163,22 +191,41 @@ class Spool:
         self._news = asyncio.Event()
 
     async def follow(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[bytes, None]:
-        """What is published, from the first byte, as it is published, until ``finish``."""
+        """What is published, from the first byte, as it is published, until ``finish``.
+
+        With ``keep_alive_seconds`` a comment after each such silence: only what ends with an event
+        is ever published, so it stands between two of them.
+        """
         self.share()
+        follower = _Follower()
+        self._followers.add(follower)
         try:
-            position = 0
             while True:
                 news = self._news
-                while position < self._published:
-                    chunk = await self._read(position, self._published)
-                    position += len(chunk)
+                while follower.taken < self._published:
+                    chunk = await self._read(follower.taken, self._published)
                     yield chunk
-                if self._finished and position >= self._published:
+                    # Only who comes back for more has taken it.
+                    follower.taken += len(chunk)
+                    self._moved()
+                if self._finished and follower.taken >= self._published:
                     return
-                if news is self._news:
-                    await news.wait()
+                if news is self._news and not await _within(keep_alive_seconds, news):
+                    yield KEEP_ALIVE
         finally:
+            self._followers.discard(follower)
+            self._moved()
             self.close()
+
+    def _moved(self) -> None:
+        self._moves.set()
+        self._moves = asyncio.Event()
+
+    async def caught_up(self, within: int) -> None:
+        """Waits until every follower has taken all but ``within`` of the published bytes; whoever
+        leaves is waited for no longer."""
+        while self.lag > within:
+            await self._moves.wait()
 
     async def slice(self, start: int = 0, end: int | None = None) -> AsyncGenerator[bytes, None]:
         """The bytes ``[start, end)``, published or not; ``end`` defaults to all written now."""
@@ -224,6 +271,25 @@ class Spool:
         self._chunks, self._starts = [], []
         if self._file is not None:
             self._file.close()
+
+
+class _Follower:
+    """One reader of what is published, and how much it has taken."""
+
+    __slots__ = ("taken",)
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+
+async def _within(seconds: float | None, event: asyncio.Event) -> bool:
+    """Whether an event comes in that time."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True
 
 
 def _no_room() -> Overloaded:

@@ -6,6 +6,7 @@ pictures have left by then, the completed one waits in the spool, unpublished.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,15 @@ from gateway.relay.meter import (
 )
 from gateway.relay.replay import Splice
 from gateway.relay.skim import Event
+
+LAG_BYTES = 4 * 1024 * 1024
+"""How far a follower may lag behind what is published before the upstream is not read."""
+CAUGHT_UP_BYTES = 1024 * 1024
+PAUSE_SECONDS = 30.0
+"""The longest pause in a row: a provider that is not read may cut a call that is paid for. Beyond
+it the spool takes what comes."""
+PAUSES_SECONDS = 60.0
+"""All pauses of one call together: its deadline goes on meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +94,17 @@ async def land_events(
     """Takes a stream in, publishing each event as it comes, but not its last picture.
 
     ``begin`` is called before an event with data is published. A stream that breaks lands with
-    its error. ``as_json``: the client asked for JSON, so the events are collapsed.
+    its error. ``as_json``: the client asked for JSON, so the events are collapsed. While a follower
+    is slow the upstream is not read.
     """
     chunks = reply.chunks()
+    brake = _Brake(spool)
     try:
         async for chunk in chunks:
             await _keep(spool, chunk)
             events = meter.feed(chunk)
             for index, event in enumerate(events):
+                await _mend(spool, event)
                 refused = meter.see(event)
                 if refused is not None:
                     return _refused(refused, meter)
@@ -105,7 +118,9 @@ async def land_events(
                     begin(event)
                 # Of several pictures the newest waits: it may be the last.
                 spool.publish(event.start if is_completed(event) else event.end)
+            await brake.hold()
         for event in meter.close():
+            await _mend(spool, event)
             refused = meter.see(event)
             if refused is not None:
                 return _refused(refused, meter)
@@ -126,6 +141,7 @@ async def _rest(
     for event in seen:
         if not _is_harmless(event):
             return
+        await _mend(spool, event)
         yield event.end
         if event.done:
             return
@@ -134,6 +150,7 @@ async def _rest(
         for event in meter.feed(chunk):
             if not _is_harmless(event):
                 return
+            await _mend(spool, event)
             yield event.end
             if event.done:
                 return
@@ -146,17 +163,55 @@ def _is_harmless(event: Event) -> bool:
     return not (error or is_partial(event) or is_completed(event))
 
 
+class _Brake:
+    """Holds the reading of one upstream back while a follower of its stream is slow."""
+
+    def __init__(self, spool: Spool) -> None:
+        self._spool = spool
+        self._patient = True
+        self._left_seconds = PAUSES_SECONDS
+
+    async def hold(self) -> None:
+        """Returns when the upstream is to be read on: at once, mostly."""
+        lag = self._spool.lag
+        if lag <= CAUGHT_UP_BYTES:
+            self._patient = True
+        if lag <= LAG_BYTES or not self._patient:
+            return
+        time = asyncio.get_running_loop().time
+        began = time()
+        try:
+            async with asyncio.timeout(max(0.0, min(PAUSE_SECONDS, self._left_seconds))):
+                await self._spool.caught_up(CAUGHT_UP_BYTES)
+        except TimeoutError:
+            self._patient = False
+        self._left_seconds -= time() - began
+
+
 async def _keep(spool: Spool, chunk: bytes) -> None:
     """Raises ``UpstreamBroken`` where there is no room: the picture was bought all the same."""
     try:
         await spool.write(chunk)
     except Overloaded as error:
-        raise UpstreamBroken(
-            "The picture was made, but this gateway had no room to hold it. It may have been paid "
-            "for, so this is not retried for you.",
-            status=503,
-            code="overloaded",
-        ) from error
+        raise _not_held() from error
+
+
+async def _mend(spool: Spool, event: Event) -> None:
+    """Makes an event one that every SDK can read. Raises like ``_keep``."""
+    try:
+        for edit in event.mends:
+            await spool.mend(edit)
+    except Overloaded as error:
+        raise _not_held() from error
+
+
+def _not_held() -> UpstreamBroken:
+    return UpstreamBroken(
+        "The picture was made, but this gateway had no room to hold it. It may have been paid "
+        "for, so this is not retried for you.",
+        status=503,
+        code="overloaded",
+    )
 
 
 def _ended_early(meter: EventMeter) -> Landing:

@@ -51,8 +51,9 @@ _PRICED_NUMBERS: Mapping[str, tuple[int, int]] = {
     "frame_count": (2, 16),
 }
 _PRICED_TEXTS = ("size", "quality", "output_format")
-_PINNABLE = ("size", "quality")
-"""Where their values lie is told: what a client leaves open may be pinned (money.md 7)."""
+_SPLICED = ("size", "quality", "stream")
+"""Where their values lie is told: what a client leaves open may be pinned (money.md 7), and an
+upstream may be asked for events whatever the client asked for."""
 _FORM_NUMBERS = frozenset({*_PRICED_NUMBERS, "output_compression", "frame_duration_ms"})
 _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_identifier", "user")
 """Fields that come back in an answer's headers or body."""
@@ -190,7 +191,7 @@ class _JsonReader:
             # Not as it was declared: a charset could make another reader see other names.
             content_type=JSON_TYPE,
             model_span=Span(quoted.start + 1, quoted.end - 1),
-            value_spans={name: skimmed.spans[name] for name in _PINNABLE if name in skimmed.spans},
+            value_spans={name: skimmed.spans[name] for name in _SPLICED if name in skimmed.spans},
             fields=parameters,
             inputs=inputs,
             unknown=parameters.keys() - KNOWN,
@@ -357,7 +358,7 @@ class _FormReader:
             ) from None
         if name == "model":
             self._model_span = part.span
-        elif name in _PINNABLE:
+        elif name in _SPLICED:
             self._value_spans[name] = part.span
         _put(self._fields, name, _from_text(name, text))
 

@@ -61,13 +61,17 @@ def completed_event(operation: Operation, answer: Skimmed) -> Splice | None:
 def answer(event: Skimmed) -> Splice | None:
     """The data of a completed event as a JSON answer.
 
-    None where it is not a completed event with a picture, or has a long string beside it.
+    None where it is not a completed event with a picture, or has a long string beside it. Who
+    names the event in its ``event:`` line alone has no ``type``.
     """
     document = event.value
     if not isinstance(document, dict) or document.get("error") is not None:
         return None
     picture = document.get("b64_json")
-    if document.get("type") not in _EVENT_TYPE.values() or not isinstance(picture, str | Hole):
+    kind = document.get("type", _EVENT_TYPE[Operation.GENERATION])
+    if not isinstance(kind, str) or not kind.endswith(".completed"):
+        return None
+    if not isinstance(picture, str | Hole):
         return None
     if picture == "":
         return None

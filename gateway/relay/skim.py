@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.domain.call import Span
+from gateway.domain.call import Edit, Span
 
 _QUOTE, _COLON, _COMMA, _LF, _CR = b'":,\n\r'
 _OPENING, _CLOSING = b"[{", b"]}"
@@ -30,6 +30,10 @@ _BLANK = b" \t\r\n"
 _MARKER = b"NaN"
 _MAX_INTEGER_DIGITS = 100
 _MAX_NAME_BYTES = 1024
+_MAX_MENDS = 1000
+_MAX_ODD_BYTES = 16 * 1024
+_ASCII = bytes(range(128))
+_TO_ASCII = _ASCII + b"?" * 128
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 # Outside strings: a whole short string, the opening quote of any other, a structure byte, or a
@@ -548,6 +552,9 @@ class Event:
     ``data:`` lines, with every offset counted in the stream; None for ``[DONE]`` (then ``done``
     is True), for comments alone and for empty data. ``start`` and ``end`` are its bytes in the
     stream, its blank line included; each event starts where the one before ended.
+
+    ``mends`` are bytes to write over as many of its own, so that no SDK stumbles over what says
+    nothing (contract 4.7): a line without meaning becomes a comment.
     """
 
     name: str
@@ -555,6 +562,7 @@ class Event:
     done: bool
     start: int
     end: int
+    mends: tuple[Edit, ...] = ()
 
 
 class BadEvent(Exception):
@@ -570,10 +578,15 @@ class EventSkimmer:
 
     Lines may end in LF, CRLF or CR, and chunks may be cut anywhere. Fields other than ``data``
     and ``event`` are passed over. ``keep_bytes`` and ``lenient`` are as for ``JsonSkimmer``.
+
+    What Python's SDK cannot read is mended: it takes a block without data for an event (a lone
+    ``retry:``, a name alone), after an ``id:`` every later comment too, and it reads no line that
+    is not UTF-8. All of them mean nothing here, because nobody reconnects to a POST.
     """
 
     __slots__ = (
         "_bare_cr",
+        "_bare_lines",
         "_begun",
         "_data_at",
         "_data_end",
@@ -586,7 +599,10 @@ class EventSkimmer:
         "_lenient",
         "_line",
         "_line_at",
+        "_mends",
         "_name",
+        "_odd",
+        "_odd_at",
         "_position",
         "_skimmer",
         "_start",
@@ -697,6 +713,8 @@ class EventSkimmer:
         self._line_at = position
         self._line = b""
         self._field = ""
+        self._odd = bytearray()  # what is perhaps not UTF-8 outside of data
+        self._odd_at = 0
 
     def _begin_event(self, position: int) -> None:
         self._start = position
@@ -705,6 +723,8 @@ class EventSkimmer:
         self._done = False
         self._skimmer: JsonSkimmer | None = None
         self._waiting = b""  # data that may still turn out to be [DONE]
+        self._bare_lines: list[int] = []  # where fields begin, as long as there is no data
+        self._mends: list[Edit] = []
         self._data_at = 0
         self._data_end = 0
 
@@ -712,13 +732,22 @@ class EventSkimmer:
         """Takes a part of the current line, without its end."""
         if self._field == "data":
             self._take_data(part, position)
-        elif self._field == "":
+            return
+        if self._field == "":
             self._line += part
             # Six bytes tell the field apart, and whether a space follows "data:".
             if len(self._line) >= 6:
                 self._open_field(position + len(part))
         elif self._field == "event" and len(self._line) < _MAX_NAME_BYTES:
             self._line += part
+        if self._field != "data" and (self._odd or not part.isascii()):
+            if not self._odd:
+                odd = part.lstrip(_ASCII)
+                self._odd_at = position + len(part) - len(odd)
+                part = odd
+            self._odd += part
+            if len(self._odd) > _MAX_ODD_BYTES:
+                raise BadEvent(position, "A long line outside of data is not ASCII.")
 
     def _open_field(self, position: int) -> None:
         """Decides what the line is, from its beginning; ``position`` is where that ends."""
@@ -735,6 +764,15 @@ class EventSkimmer:
         else:
             self._field = "event" if line.startswith(b"event:") else "other"
             self._begun = "field"
+            if line.startswith(b"id:"):
+                self._mends.append(_comment(self._line_at))
+        if self._field != "comment" and not self._has_data():
+            self._bare_lines.append(self._line_at)
+        if len(self._mends) + len(self._bare_lines) > _MAX_MENDS:
+            raise BadEvent(self._line_at, "An event has too many lines without data.")
+
+    def _has_data(self) -> bool:
+        return self._skimmer is not None or bool(self._waiting) or self._done
 
     def _open_data(self, position: int) -> None:
         """A ``data:`` line's value begins at ``position``; lines are joined by a line end."""
@@ -781,6 +819,10 @@ class EventSkimmer:
         if self._field == "event":
             name = self._line[len(b"event:") : _MAX_NAME_BYTES]
             self._name = name.removeprefix(b" ").decode(errors="replace")
+        if self._odd and not _is_utf8(self._odd):
+            span = Span(self._odd_at, self._odd_at + len(self._odd))
+            # First of all: that a line becomes a comment is written over it.
+            self._mends.insert(0, Edit(span, bytes(self._odd.translate(_TO_ASCII))))
         blank = self._field == ""
         self._begin_line(end)
         # A blank line with nothing before it belongs to the event that follows.
@@ -795,6 +837,21 @@ class EventSkimmer:
                 data = self._skimmer.close()
             except BadJson as error:
                 raise BadEvent(error.offset, f"An event's data is not JSON: {error}") from None
-        event = Event(self._name, data, self._done, self._start, end)
+        if data is None and not self._done:
+            self._mends += [_comment(line) for line in self._bare_lines]
+        event = Event(self._name, data, self._done, self._start, end, tuple(self._mends))
         self._begin_event(end)
         return event
+
+
+def _comment(line: int) -> Edit:
+    """Makes a comment of the line that begins there."""
+    return Edit(Span(line, line + 1), b":")
+
+
+def _is_utf8(text: bytearray) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

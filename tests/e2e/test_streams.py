@@ -105,6 +105,7 @@ async def test_a_stream_says_its_bound_while_the_cost_is_not_known(
         answer = await http.post("/images/generations", json=asked)
     assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
     assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
     assert answer.headers["x-cost-bound-usd"] == "0.0091"
     assert "x-cost-usd" not in answer.headers
     for name in ("openai-organization", "set-cookie", "x-ratelimit-limit-requests"):
@@ -124,7 +125,7 @@ async def test_a_stream_without_partial_pictures_says_its_exact_cost(
 async def test_the_events_pass_byte_for_byte(gateway: GatewayUnderTest) -> None:
     """Comments, CRLF, odd fields, white space and all."""
     odd = (
-        b": hello\r\n\r\nid: 7\r\nretry: 10\r\n"
+        b": hello\r\n\r\nextra: 7\r\nretry: 10\r\n"
         + PARTIAL_EVENT.replace(b"\n", b"\r\n")
         + b"event: image_generation.hint\ndata: {}\n\n: ping\n\n"
         + COMPLETED_EVENT.replace(b"data: {", b'data:{"odd" : "caf\xc3\xa9",')

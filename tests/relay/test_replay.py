@@ -168,6 +168,15 @@ def test_a_revised_prompt_goes_back_beside_its_picture() -> None:
     assert made(answer(only_event(stream)), stream) == source
 
 
+@pytest.mark.parametrize("kind", [{}, {"type": "image.completed"}], ids=["none", "another"])
+def test_a_picture_without_openai_s_name_for_it_is_one(kind: dict[str, str]) -> None:
+    source = compact({**kind, "b64_json": PICTURE, "created_at": 1})
+    assert json.loads(made(answer(skim(source)), source)) == {
+        "created": 1,
+        "data": [{"b64_json": PICTURE}],
+    }
+
+
 def test_escaped_slashes_pass_as_they_are() -> None:
     source = compact(ANSWER).replace(b"/", b"\\/")
     stream = made(completed_event(Operation.GENERATION, skim(source)), source)

@@ -183,3 +183,87 @@ def test_what_is_pinned_is_spliced_into_a_form(
     parts = email.message_from_bytes(text, policy=email.policy.HTTP).iter_parts()
     names = [part.get_param("name", header="content-disposition") for part in parts]
     assert sorted(map(str, names)) == ["image", "model", "prompt", "quality", "size"]
+
+
+# A stream that the client did not ask for.
+
+ALWAYS = Target("openai", "art", stream_always=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "leaves"),
+    [
+        (b'{"model":"art","prompt":"p"}', b'{"model":"art","stream":true,"prompt":"p"}'),
+        (b'{"prompt":"p","model" : "art"\n}', b'{"prompt":"p","model" : "art","stream":true\n}'),
+        (
+            b'{\n  "stream": false,\n  "model": "art",\n  "prompt": "p"\n}',
+            b'{\n  "stream": true,\n  "model": "art",\n  "prompt": "p"\n}',
+        ),
+        (
+            b'{"model":"art","prompt":"p","stream" :\tnull , "n": 1}',
+            b'{"model":"art","prompt":"p","stream" :\ttrue , "n": 1}',
+        ),
+        (
+            b'{"model":"art","prompt":"p","str\\u0065am":false}',
+            b'{"model":"art","prompt":"p","str\\u0065am":true}',
+        ),
+        (
+            b'{"model":"art","prompt":"\\"stream\\":false","partial_images":2}',
+            b'{"model":"art","stream":true,"prompt":"\\"stream\\":false","partial_images":2}',
+        ),
+        (
+            b'{"user":{"stream":false},"model":"art","prompt":"p"}',
+            b'{"user":{"stream":false},"model":"art","stream":true,"prompt":"p"}',
+        ),
+    ],
+)
+def test_a_stream_is_spliced_into_json(body: bytes, leaves: bytes) -> None:
+    call = read(body)
+    assert sent(body, call, ALWAYS) == leaves
+    assert read(leaves).stream
+    assert "partial_images" not in read(leaves).parameters or b"partial_images" in body
+    headers = dict(request(call, ALWAYS).headers)
+    assert headers["accept"] == "text/event-stream, application/json"
+    assert sent(body, call, replace(ALWAYS, stream_always=False)) == body
+
+
+def test_all_that_is_spliced_stands_beside_each_other() -> None:
+    body = b'{"model":"art","prompt":"p"}'
+    call = replace(read(body), pinned=PINNED)
+    assert sent(body, call, replace(ALWAYS, model="real")) == (
+        b'{"model":"real","size":"1024x1024","quality":"medium","stream":true,"prompt":"p"}'
+    )
+
+
+@pytest.mark.parametrize(
+    "more",
+    [b'"n":2', b'"output_format":"gif"', b'"output_format":"svg"', b'"stream":true'],
+    ids=["n", "gif", "svg", "stream"],
+)
+def test_what_has_no_other_form_is_left_alone(more: bytes) -> None:
+    body = b'{"model":"art","prompt":"p",%b}' % more
+    assert sent(body, read(body), ALWAYS) == body
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        (("model", "art"), ("prompt", "p")),
+        (("prompt", "p"), ("stream", "false"), ("model", "art")),
+        (("stream", "false"), ("n", "1"), ("model", "art"), ("prompt", "p")),
+    ],
+)
+def test_a_stream_is_spliced_into_a_form(fields: tuple[tuple[str, str], ...]) -> None:
+    body = form(*fields)
+    call = read(body, FORM)
+    leaves = sent(body, call, ALWAYS)
+    again = read(leaves, FORM)
+    assert again.stream
+    assert again.parameters == {**call.parameters, "stream": True}
+    assert again.inputs == call.inputs
+    if any(name == "stream" for name, _ in fields):
+        assert leaves == body.replace(b"\r\n\r\nfalse\r\n", b"\r\n\r\ntrue\r\n")
+    else:
+        head = b'Content-Disposition: form-data; name="stream"'
+        part = b"\r\n--%b\r\n%b\r\n\r\ntrue" % (BOUNDARY.encode(), head)
+        assert leaves == body.replace(b"\r\n\r\nart", b"\r\n\r\nart" + part)
