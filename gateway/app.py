@@ -28,9 +28,11 @@ from gateway.assembly import (
     CannotServe,
     declared_keys,
     make_account,
+    make_board,
     make_cache,
     make_folder,
     make_gate,
+    make_results,
     message_id,
     open_notifier,
     open_store,
@@ -59,19 +61,24 @@ from gateway.ports import (
     Telemetry,
 )
 from gateway.relay.admission import Admission
+from gateway.relay.arrival import Patience
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
+from gateway.relay.comebacks import Comebacks
 from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
+from gateway.relay.joining import Joining
 from gateway.relay.keyring import KeyRing
+from gateway.relay.news import News
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
+from gateway.relay.results import ResultPolicy, Results
 from gateway.reload import needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
-from gateway.settings import ConfigError, Kind, Settings
+from gateway.settings import ConfigError, Kind, OnUnknown, Settings
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import Server as RedisServer
 from gateway.stores.redis_link import StoreAway
@@ -175,6 +182,39 @@ async def open_gateway(
         lease = timedelta(seconds=settings.lease_seconds)
         budgets = BudgetView(store.ledger, clock)
         observed = Observed()
+        kept = make_results(settings, clock, metrics, redis)
+        if kept is not None:
+            stack.push_async_callback(kept.aclose)
+        results = Results(kept, ResultPolicy(settings.results.ttl, settings.results.idempotent_ttl))
+        board = make_board(settings, clock, metrics, redis, worker)
+        stack.push_async_callback(board.aclose)
+        joining = Joining(
+            flights=flights,
+            board=board,
+            results=results,
+            ledger=store.ledger,
+            books=store.books,
+            clock=clock,
+            keep_alive_seconds=settings.relay.keep_alive_seconds,
+            shared=settings.storage.redis is not None,
+        )
+        repeat_unknown = settings.relay.on_unknown is OnUnknown.REPEAT
+        patience = Patience(settings.relay.max_wait_seconds, repeat_unknown)
+        admission = Admission(
+            gate, store.ledger, lease, worker, budgets, repeat_unknown=repeat_unknown
+        )
+        news = News()
+        comebacks = Comebacks(
+            joining=joining,
+            results=results,
+            admission=admission,
+            ledger=store.ledger,
+            books=store.books,
+            budgets=budgets,
+            flights=flights,
+            clock=clock,
+            patience=patience,
+        )
         purchases = Purchases(
             ledger=store.ledger,
             safe=safe,
@@ -186,16 +226,23 @@ async def open_gateway(
             clock=clock,
             budgets=budgets,
             factors=factors,
+            results=results,
+            joining=joining,
+            keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
         )
         pipeline = Pipeline(
             keyring=keyring,
             planner=planner,
-            admission=Admission(gate, store.ledger, lease, worker, budgets),
+            admission=admission,
             purchases=purchases,
             estimates=Estimates(planner, budgets, observed, clock),
             budgets=budgets,
             ledger=store.ledger,
+            comebacks=comebacks,
+            results=results,
+            news=news,
+            patience=patience,
             rules=read_rules(settings, bool(passing)),
             room=room,
             flights=flights,

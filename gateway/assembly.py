@@ -39,6 +39,7 @@ from gateway.settings import ImageUrls, Kind, Settings, WithoutRedis, shipped
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.stores.blobs import DiskCache
 from gateway.stores.memory import MemoryCache, MemoryGate
+from gateway.stores.memory_board import MemoryBoard
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import GateListener, RedisGate
@@ -434,3 +435,13 @@ def read_rules(settings: Settings, image_urls: bool) -> ReadRules:
         max_side=server.max_side,
         image_urls_allowed=image_urls,
     )
+
+
+def make_results(settings, clock, metrics, server):
+    return DiskCache(
+        settings.storage.blobs / "results", clock, max_bytes=settings.results.max_bytes
+    )
+
+
+def make_board(settings, clock, metrics, server, worker):
+    return MemoryBoard(clock, ttl_seconds=900)

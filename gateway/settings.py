@@ -185,6 +185,13 @@ class WithoutRedis(StrEnum):
     DENY = "deny"
 
 
+class OnUnknown(StrEnum):
+    """What a retry gets of a call whose outcome nobody knows: its error again, or another call."""
+
+    ERROR = "error"
+    REPEAT = "repeat"
+
+
 class CacheScope(StrEnum):
     """Who shares cached results."""
 
@@ -775,6 +782,7 @@ class Relay:
     for JSON is told to ask again after ``max_wait_seconds``; None: it waits for the whole call."""
 
     log_prompts: bool = setting(boolean, False)
+    on_unknown: OnUnknown = setting(choice(OnUnknown), OnUnknown.ERROR)
     keep_alive_seconds: float = setting(seconds(), 15.0)
     max_wait_seconds: float | None = setting(optional(seconds()), None)
 

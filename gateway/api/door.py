@@ -48,6 +48,12 @@ class Door:
         self.status = 0
         self.bytes_out = 0
         self.gone = ""
+        self._finished = False
+
+    @property
+    def delivered(self) -> bool:
+        """Whether all of the answer has left for a client that was still there."""
+        return self._finished and not self.gone
 
     async def body(self) -> AsyncGenerator[bytes, None]:
         """The request's body as it comes. Raises ``ClientGone``."""
@@ -63,9 +69,20 @@ class Door:
         self._watch = asyncio.create_task(self._watch_for_the_end())
 
     async def _watch_for_the_end(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self.client.leave()
+        hang_up = None
+        if self._hung_up is not None:
+            hang_up = asyncio.create_task(self._watch_for_hanging_up(self._hung_up))
+        try:
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+            self.client.leave()
+        finally:
+            if hang_up is not None:
+                hang_up.cancel()
+
+    async def _watch_for_hanging_up(self, hung_up: asyncio.Event) -> None:
+        await hung_up.wait()
+        self.client.hang_up()
 
     def stop_watching(self) -> None:
         if self._watch is not None:
@@ -127,6 +144,7 @@ class Door:
         if self._hung_up is not None and self._hung_up.is_set():
             self.left_at("response")
         await self._put({"type": "http.response.body", "body": b"", "more_body": False})
+        self._finished = True
 
     async def _put(self, message: Message) -> None:
         """Raises ``ClientGone`` when the client has left or takes nothing any more."""

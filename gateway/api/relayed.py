@@ -19,7 +19,8 @@ from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidReq
 from gateway.domain.receipt import Delivery, Receipt
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
-from gateway.relay.pipeline import Answer, Arrival, Pipeline
+from gateway.relay.arrival import Answer, Arrival
+from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CacheWish
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class RelayedRoutes:
                 await deliver(rid, answer.head, door)
             finally:
                 answer.head.close()
+                answer.done(door.delivered)
             await self._close_books(answer, door, started)
         except asyncio.CancelledError:
             # The server's patience is over; the flight goes on as long as the process does.
@@ -142,7 +144,18 @@ def _arrival(
         body=door.body(),
         client=door.client,
         at=started,
+        retried=headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+        asynchronous=is_asynchronous(headers),
     )
+
+
+def is_asynchronous(headers: Mapping[str, str]) -> bool:
+    """Whether a client asks not to be kept waiting: as RFC 7240 says it, or in one header for who
+    cannot say that."""
+    wishes = {
+        wish.partition(";")[0].strip() for wish in headers.get("prefer", "").lower().split(",")
+    }
+    return "respond-async" in wishes or headers.get("x-gateway-async", "").lower() in ("true", "1")
 
 
 def cache_wish(cache_control: str) -> CacheWish:

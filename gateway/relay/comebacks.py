@@ -81,7 +81,7 @@ class Comebacks:
         if (key := key_of(routed.call, arrival.idempotency_key)) is not None:
             if orphans_only:
                 return None
-            claimed = await self._ledger.claimed(caller.team.id, key, mark)
+            claimed = await self._ledger.claimed(caller.team.id, key, mark, self._clock.now())
             return None if claimed is None else self._behind(claimed)
         if orphans_only == arrival.retried or (orphans_only and not arrival.wish.read):
             return None

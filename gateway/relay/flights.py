@@ -61,20 +61,26 @@ class Client:
 
     def __init__(self) -> None:
         self.gone = asyncio.Event()
-        self._last: list[Callable[[], None]] = []
+        self._away = False
+        self._acts: list[Callable[[], None]] = []
+
+    def hang_up(self) -> None:
+        """It has closed its sending half. Nobody can say whether it still reads: it is answered,
+        but who comes back with the same call is taken for it."""
+        self._away = True
+        while self._acts:
+            self._acts.pop()()
 
     def leave(self) -> None:
-        if not self.gone.is_set():
-            self.gone.set()
-            for act in self._last:
-                act()
+        self.gone.set()
+        self.hang_up()
 
-    def when_gone(self, act: Callable[[], None]) -> None:
-        """Has ``act`` done when the client leaves; at once where it has."""
-        if self.gone.is_set():
+    def when_away(self, act: Callable[[], None]) -> None:
+        """Has ``act`` done when the client leaves or hangs up; at once where it has."""
+        if self._away:
             act()
         else:
-            self._last.append(act)
+            self._acts.append(act)
 
 
 class Seat:

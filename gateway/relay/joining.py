@@ -85,7 +85,7 @@ class Joining:
             self._flights.errand(self._board.leave(rid, delivered=delivered))
 
         seat = Seat(leave)
-        client.when_gone(lambda: seat.leave(delivered=False))
+        client.when_away(lambda: seat.leave(delivered=False))
         return seat
 
     async def announce(self, flight: Flight, spool: Spool) -> None:

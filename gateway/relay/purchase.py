@@ -42,6 +42,7 @@ from gateway.relay.joining import Joining
 from gateway.relay.landing import Landing, failed, land_events, land_json
 from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
 from gateway.relay.plan import CachePolicy, Plan
+from gateway.relay.replay import Splice
 from gateway.relay.results import Results, with_meta
 from gateway.relay.skim import Event as SkimmedEvent
 
@@ -96,14 +97,14 @@ class Beginning:
 
     flight: Flight
     spool: Spool
-    headers: headers.Headers
+    common: headers.Headers
     own: headers.Headers
     keep_alive_seconds: float | None = None
 
     def __call__(self) -> None:
         spool = self.spool
         self.flight.show(
-            Shown(200, self.headers, self.own, None, self._events, spool.share, spool.close)
+            Shown(200, self.common, self.own, None, self._events, spool.share, spool.close)
         )
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -296,7 +297,7 @@ class Purchases:
         request = self._provider(plan.call, plan.model.target)
         async with aclosing(edited(body, request.edits)) as content:
             try:
-                return await plan.upstream.send(
+                return await plan.upstream.send(  # type: ignore
                     Outgoing(
                         "POST",
                         request.path,
@@ -496,6 +497,7 @@ class Purchases:
         keeping: Keeping,
     ) -> None:
         said = tuple(pair for pair in common if pair[0] != "content-type")
+        reading = landing.reading
         meta = CachedMeta(
             stored_at=self._clock.now(),
             cost=settlement.cost,
@@ -504,6 +506,8 @@ class Purchases:
             upstream=plan.upstream.name,
             size_bytes=0,
             usage=settlement.usage,
+            size=reading.answer.size if reading else "",
+            quality=reading.answer.quality if reading else "",
             price_id=plan.quote.price_id,
         )
         result = with_meta(
@@ -512,29 +516,27 @@ class Purchases:
             operation=plan.call.operation,
             said=(*said, *headers.of_cost(settlement.cost, settlement.basis)),
         )
-        reading, form = landing.reading, landing.json
-        if landing.error is not None or reading is None:
-            if keeping.result and landing.error is not None:
+        if landing.error is not None:
+            if keeping.result:
                 await self._keep_error(flight.rid, result, landing.error, keeping)
             return
-        kind, pieces = Form.JSON, form
-        if form is None:
-            kind, pieces = Form.EVENTS, (Span(0, landing.upto),)
+        form, streamable = landing.json, landing.events is not None
+        pieces: Splice = (Span(0, landing.upto),) if form is None else form
         size = replay.length(pieces)
-        seen = {"size": reading.answer.size, "quality": reading.answer.quality}
-        streamable = landing.events is not None
         if keeping.result and self._results.takes(size):
             result = replace(
-                result, size_bytes=size, form=kind, streamable=streamable and form is not None,
-                **seen,
-            )  # fmt: skip
+                result,
+                size_bytes=size,
+                form=Form.EVENTS if form is None else Form.JSON,
+                streamable=streamable and form is not None,
+            )
             async with aclosing(spliced(spool, pieces)) as chunks:
                 await self._results.keep(flight.rid, result, chunks, idempotent=keeping.idempotent)
-        if form is None or not plan.keep or reading.hosted:
+        if form is None or reading is None or not plan.keep or reading.hosted:
             return
         if settlement.images != plan.call.n or size > self._policy.max_entry_bytes:
             return
-        meta = replace(meta, size_bytes=size, streamable=streamable, **seen)
+        meta = replace(meta, size_bytes=size, streamable=streamable)
         async with aclosing(spliced(spool, form)) as chunks:
             await self._cache.put(plan.fingerprint, meta, chunks, self._policy.ttl_seconds)
 

@@ -148,5 +148,6 @@ def with_meta(
 
 
 async def _nothing() -> AsyncIterator[bytes]:
-    for chunk in ():
+    chunks: tuple[bytes, ...] = ()
+    for chunk in chunks:
         yield chunk
