@@ -28,6 +28,7 @@ from gateway.ports import (
     Cache,
     Clock,
     Directory,
+    FlightBoard,
     Gate,
     Notifier,
     Store,
@@ -41,6 +42,7 @@ from gateway.stores.blobs import DiskCache
 from gateway.stores.memory import MemoryCache, MemoryGate
 from gateway.stores.memory_board import MemoryBoard
 from gateway.stores.postgres import PostgresStore
+from gateway.stores.redis_board import RedisBoard
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import GateListener, RedisGate
 from gateway.stores.redis_link import Reason, connect, same_server
@@ -362,6 +364,34 @@ def make_gate(settings: Settings, clock: Clock, metrics: Metrics, server: RedisS
     )
     gate.greet()
     return gate
+
+
+def make_board(
+    settings: Settings,
+    clock: Clock,
+    metrics: Metrics,
+    server: RedisServer,
+    *,
+    worker: str,
+    ttl_seconds: float,
+) -> FlightBoard:
+    """``ttl_seconds`` is how long an answer that nobody took is kept. ``server`` is that of the
+    gate; the gate's news say when it is away, and back."""
+    url = settings.storage.redis
+    if url is None:
+        return MemoryBoard(clock, ttl_seconds=ttl_seconds)
+
+    def failed(reason: Reason, _: BaseException) -> None:
+        metrics.add("gateway_flight_board_errors_total", reason=reason.value)
+
+    return RedisBoard(
+        connect(url.reveal()),
+        clock,
+        worker=worker,
+        ttl_seconds=ttl_seconds,
+        server=server,
+        on_error=failed,
+    )
 
 
 def without_redis(settings: Settings) -> str:

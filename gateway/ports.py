@@ -369,8 +369,8 @@ class FlightNotice:
 @dataclass(frozen=True, slots=True)
 class FlightSeen:
     """A flight as its board has it now. ``watchers`` are clients that still wait for it;
-    ``partials`` were seen so far. ``alive``: whoever flies it has beaten lately; one that is not
-    alive and has not ended has an unknown outcome."""
+    ``partials`` were seen so far. ``alive``: it runs, and whoever flies it has beaten lately; one
+    that is not alive and has not ended has an unknown outcome."""
 
     notice: FlightNotice
     ended: bool

@@ -99,7 +99,8 @@ class Claim:
     worker: str = ""
     repeat_unknown: bool = False
     """The idempotency key may also be taken over from a call whose outcome is unknown
-    (``on_unknown: repeat``): a person has decided that buying it twice is better than not at all."""
+    (``on_unknown: repeat``): a person has decided that to buy it twice is better than not at
+    all."""
 
 
 @dataclass(frozen=True, slots=True)

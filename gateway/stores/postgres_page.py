@@ -438,7 +438,8 @@ class Page:
         }
         self._holds[claim.rid] = _Hold(
             claim.rid, State.HELD, claim.bound, 0, accounts, claim.team, claim.key_id, claim.model,
-            claim.upstream, claim.price_id, claim.fingerprint, claim.idempotency_key, at, day, rest=rest, changed=True,
+            claim.upstream, claim.price_id, claim.fingerprint, claim.idempotency_key, at, day,
+            rest=rest, changed=True,
         )  # fmt: skip
         if claim.idempotency_key is not None:
             self._keys[claim.team, claim.idempotency_key] = claim.rid

@@ -157,6 +157,8 @@ TABLE = (
          "Commands that the shared gate did not serve, by reason."),
     Spec("gateway_gate_restarts_total", Kind.COUNTER, (),
          "Times the shared gate had forgotten what it counted, and limits began anew."),
+    Spec("gateway_flight_board_errors_total", Kind.COUNTER, ("reason",),
+         "Commands that the shared board of flights did not serve, by reason."),
     Spec("gateway_clock_skew_seconds", Kind.GAUGE, (),
          "By how much this machine's clock is ahead of the database's.", mode="scraped"),
     Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers.",

@@ -161,6 +161,7 @@ COMPOSED = {
     "gateway_gate_seconds",
     "gateway_gate_errors_total",
     "gateway_gate_restarts_total",
+    "gateway_flight_board_errors_total",
     "gateway_ledger_open_holds",
     "gateway_ledger_unresolved_usd",
     "gateway_ledger_oldest_hold_seconds",
