@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ from gateway.api.models import router as model_routes
 from gateway.api.relayed import ASGIApp, Receive, RelayedRoutes, Scope, Send
 from gateway.assembly import (
     CannotServe,
+    UpstreamNews,
+    account_keys,
     declared_keys,
     make_account,
     make_cache,
@@ -58,11 +61,13 @@ from gateway.ports import (
     Telemetry,
 )
 from gateway.relay.admission import Admission
+from gateway.relay.attempts import Attempts
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
 from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
+from gateway.relay.health import Health
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
@@ -156,11 +161,21 @@ async def open_gateway(
 
         factors = Factors(store.upkeep, flights, settings.catalogue, tell_ratio)
         await factors.refresh()
+        health = Health(
+            clock.monotonic, random.Random(), UpstreamNews(metrics), settings.lease_seconds
+        )
         planner = Planner(
-            settings.catalogue, accounts, prices, cache, policy, frozenset(passing), factors.of
+            settings.catalogue,
+            accounts,
+            prices,
+            cache,
+            policy,
+            frozenset(passing),
+            factors.of,
+            health.usable,
         )
         keyring = KeyRing(peppers, declared, store.directory, clock)
-        reloading = _Reloading(settings, keyring, accounts, store.directory, metrics)
+        reloading = _Reloading(settings, keyring, accounts, health, store.directory, metrics)
         spools = settings.storage.blobs / "spool"
         make_folder(spools, settings.storage.blobs)
         part = settings.server.workers
@@ -179,7 +194,7 @@ async def open_gateway(
             safe=safe,
             cache=cache,
             policy=policy,
-            provider=openai.request,
+            attempts=Attempts(openai.request, store.ledger, health, clock, settings.relay.attempts),
             room=room,
             flights=flights,
             clock=clock,
@@ -307,12 +322,14 @@ class _Reloading:
         settings: Settings,
         keyring: KeyRing,
         accounts: Mapping[str, Account],
+        health: Health,
         directory: Directory,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._keyring = keyring
         self._accounts = accounts
+        self._health = health
         self._directory = directory
         self._metrics = metrics
         self._turn = asyncio.Lock()
@@ -347,7 +364,8 @@ class _Reloading:
         news = needs_restart(self._settings, found)
         self._keyring.replace(peppers, declared)
         for name, account in self._accounts.items():
-            account.replace_keys(settings.upstreams[name].api_keys)
+            account.replace_keys(account_keys(settings.upstreams[name]))
+            self._health.keep(name, (one.id for one in account.credentials))
         self._settings = settings
         log.info(
             "the configuration was read again",

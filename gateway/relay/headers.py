@@ -11,8 +11,9 @@ from gateway.domain.errors import GatewayError, UpstreamRefused
 from gateway.domain.ledger import Balance, Basis, Line
 from gateway.domain.money import Money, format_dollars
 from gateway.domain.quota import Demand, Standing, Unit
+from gateway.relay.failover import said_wait
 from gateway.relay.flights import Head
-from gateway.relay.plan import Plan
+from gateway.relay.plan import Plan, Way
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -32,10 +33,26 @@ def of_call(rid: str, plan: Plan, stream: bool) -> Headers:
         ("content-type", EVENTS if stream else JSON),
         ("x-request-id", rid),
         ("x-cache", plan.cache.value),
-        ("x-model-served", plan.model.target.model),
+        ("x-model-served", plan.target.model),
         ("x-gateway-upstream", plan.upstream.name),
         *_of_changes(plan.changed),
     )
+
+
+def of_way(said: Headers, plan: Plan, way: Way, attempts: int) -> Headers:
+    """What was said of a call, corrected by the way that it went in the end."""
+    changed = dict(plan.changed)
+    if way.model.name != plan.asked.name:
+        changed["model"] = way.model.name
+    now = dict(
+        (
+            ("x-model-served", way.target.model),
+            ("x-gateway-upstream", way.upstream.name),
+            *_of_changes(changed),
+            *of_attempts(attempts),
+        )
+    )
+    return (*((name, value) for name, value in said if name not in now), *now.items())
 
 
 def of_attempts(count: int) -> Headers:
@@ -53,7 +70,6 @@ def of_upstream(headers: Mapping[str, str]) -> Headers:
     passed = [(name, headers[name]) for name in PASSED_ON if name in headers]
     if "x-request-id" in headers:
         passed.append(("x-upstream-request-id", headers["x-request-id"]))
-    passed += of_attempts(1)
     return tuple((name, value) for name, value in passed if _is_clean(value))
 
 
@@ -133,7 +149,7 @@ def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
     if error.upstream_rid and _is_clean(error.upstream_rid):
         headers["x-upstream-request-id"] = error.upstream_rid
     if isinstance(error, UpstreamRefused):
-        wait = _said_wait(own)
+        wait = said_wait(own)
     elif wait is not None:
         headers["retry-after"] = str(math.ceil(wait))
         headers["retry-after-ms"] = str(math.ceil(wait * 1000))
@@ -144,16 +160,6 @@ def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
     if error.close:
         headers["connection"] = "close"
     return Head(error.status, tuple(headers.items()), len(content), lambda: _once(content))
-
-
-def _said_wait(headers: Mapping[str, str]) -> float | None:
-    """The seconds that an upstream asks to wait for; None where it says none, or a date."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            return float(headers[name]) / unit
-        except (KeyError, ValueError):
-            continue
-    return None
 
 
 async def _once(content: bytes) -> AsyncIterator[bytes]:

@@ -114,7 +114,8 @@ class Pipeline:
                     so_far, call = await self._taken_in(arrival, body, so_far)
                     return await self._estimate(arrival, caller, call, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far)
-            plan = await self._planner.plan(caller, call, arrival.wish, self._clock.now())
+            routed = self._planner.route_call(caller, call)
+            plan = await self._planner.plan(routed, arrival.wish, self._clock.now())
             so_far = _with_plan(so_far, plan)
             said = headers.of_call(arrival.rid, plan, call.stream)
             if plan.cached is not None:
@@ -319,7 +320,7 @@ def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:
     return replace(
         receipt,
         model_label=plan.model.label or plan.model.name,
-        model_served=plan.model.target.model,
+        model_served=plan.target.model,
         upstream=plan.upstream.name,
         # As it is bought: what was left open may be pinned.
         size=plan.call.size,

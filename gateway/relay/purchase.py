@@ -16,7 +16,7 @@ from datetime import timedelta
 
 from gateway.domain.call import Call
 from gateway.domain.charge import Ending, charge
-from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable, Overloaded
+from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
 from gateway.domain.receipt import Receipt, Timings
 from gateway.ports import (
@@ -25,20 +25,18 @@ from gateway.ports import (
     Clock,
     Ledger,
     NotKnown,
-    Outgoing,
-    Provider,
     Reply,
     Safe,
 )
 from gateway.relay import headers, replay
-from gateway.relay.body import Room, Spool, edited, edited_length, spliced
+from gateway.relay.attempts import Attempts, Failed, Opened
+from gateway.relay.body import Room, Spool, spliced
 from gateway.relay.budget import BudgetView
 from gateway.relay.factors import Factors
-from gateway.relay.failover import ERROR_BODY_BYTES, refusal
 from gateway.relay.flights import Flight, Flights, Head
 from gateway.relay.landing import Landing, failed, land_events, land_json
 from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
-from gateway.relay.plan import CachePolicy, Plan
+from gateway.relay.plan import CachePolicy, Plan, Way
 from gateway.relay.skim import Event as SkimmedEvent
 
 log = logging.getLogger(__name__)
@@ -88,7 +86,7 @@ class Purchases:
         safe: Safe,
         cache: Cache,
         policy: CachePolicy,
-        provider: Provider,
+        attempts: Attempts,
         room: Room,
         flights: Flights,
         clock: Clock,
@@ -102,7 +100,7 @@ class Purchases:
         self._safe = safe
         self._cache = cache
         self._policy = policy
-        self._provider = provider
+        self._attempts = attempts
         self._room = room
         self._flights = flights
         self._clock = clock
@@ -125,18 +123,27 @@ class Purchases:
         spool = Spool(self._room)
         marks = Marks(self._clock.monotonic())
         reply: Reply | None = None
+        tried: Opened | Failed | None = None
         said = flight.said
         try:
             try:
-                reply = await self._open(plan, body)
+                tried = await self._attempts.open(flight.rid, plan, body, held)
                 marks.opened = self._clock.monotonic()
-                said = (*said, *headers.of_upstream(reply.headers))
-                early = (
-                    *said,
-                    *headers.of_bound(plan.quote),
-                    *headers.of_budget(plan.lines, held.balances),
-                )
-                landing = await self._land(flight, plan, reply, spool, early, marks)
+                held, way = tried.held, tried.way
+                said = headers.of_way(said, plan, way, tried.attempts)
+                if isinstance(tried, Failed):
+                    said = (*said, *headers.of_upstream(tried.headers))
+                    landing = failed(tried.error)
+                else:
+                    reply = tried.reply
+                    said = (*said, *headers.of_upstream(reply.headers))
+                    early = (
+                        *said,
+                        *headers.of_bound(way.quote),
+                        *headers.of_budget(plan.lines, held.balances),
+                    )
+                    landing = await self._land(flight, plan, way, reply, spool, early, marks)
+                    self._attempts.landed(tried, landing.error)
             except GatewayError as error:
                 landing = failed(error)
             except Exception:
@@ -145,12 +152,14 @@ class Purchases:
                 fault = crash(flight.rid)
                 landing = Landing(Ending(Outcome.UNKNOWN), error=fault)
             marks.landed = self._clock.monotonic()
+            way = tried.way if tried else plan.way
+            so_far = _with_way(so_far, way, tried)
             if landing.error is not None:
-                _name_it(landing.error, flight.rid, _upstream_rid(reply))
+                _name_it(landing.error, flight.rid, so_far.upstream_rid)
             elif plan.call.stream:
                 marks.first = marks.first or marks.landed
-            settlement, entry = await self._book(flight, plan, landing, spool, marks)
-            receipt = _with_purchase(so_far, reply, settlement, entry, marks.timings(so_far))
+            settlement, entry = await self._book(flight, plan, way, landing, spool, marks)
+            receipt = _with_purchase(so_far, settlement, entry, marks.timings(so_far))
             balances = entry.balances if entry else held.balances
             self._budgets.learn(plan.lines, balances)
             spent = (
@@ -158,8 +167,10 @@ class Purchases:
                 *headers.of_budget(plan.lines, balances),
             )
             if landing.error is not None:
-                sent = reply is not None or settlement.event is not Event.VOID
-                flight.said = (*said, *headers.of_attempts(int(sent)), *spent)
+                if tried is None:
+                    sent = settlement.event is not Event.VOID
+                    said = (*said, *headers.of_attempts(int(sent)))
+                flight.said = (*said, *spent)
                 await _break_off(flight, spool, landing.error)
                 return failed_receipt(receipt, landing.error)
             _hand_over(flight, plan, landing, spool, (*said, *spent))
@@ -190,41 +201,18 @@ class Purchases:
     def _void_done(self, _: object) -> None:
         self._voids -= 1
 
-    async def _open(self, plan: Plan, body: Spool) -> Reply:
-        """The upstream's answer, whatever its status. Raises where none came."""
-        request = self._provider(plan.call, plan.model.target)
-        async with aclosing(edited(body, request.edits)) as content:
-            try:
-                return await plan.upstream.send(
-                    Outgoing(
-                        "POST",
-                        request.path,
-                        request.headers,
-                        content,
-                        edited_length(body.length, request.edits),
-                    )
-                )
-            except OSError as error:
-                # The body could not be read back, and not a byte of it has left.
-                raise Overloaded(
-                    "The gateway could not read the request back from its disk. Nothing was "
-                    "bought; try again in a few seconds.",
-                    retry_after_seconds=5,
-                ) from error
-
     async def _land(
         self,
         flight: Flight,
         plan: Plan,
+        way: Way,
         reply: Reply,
         spool: Spool,
         said: headers.Headers,
         marks: Marks,
     ) -> Landing:
         """Takes the answer in, whatever its form; only a stream for a stream leaves early."""
-        call, upstream = plan.call, plan.upstream.name
-        if reply.status != 200:
-            return failed(await _refusal(reply, upstream))
+        call, upstream = plan.call, way.upstream.name
         if not _is_stream(reply):
             return await land_json(
                 reply, spool, JsonMeter(call.operation, upstream), as_stream=call.stream
@@ -240,16 +228,16 @@ class Purchases:
         return await land_events(reply, spool, meter, call.n, begin, as_json=not call.stream)
 
     async def _book(
-        self, flight: Flight, plan: Plan, landing: Landing, spool: Spool, marks: Marks
+        self, flight: Flight, plan: Plan, way: Way, landing: Landing, spool: Spool, marks: Marks
     ) -> tuple[Settlement, Entry | None]:
         """Settles and keeps. A fault of our own in between ends a stream that has begun with an
         error: it must not look whole."""
         try:
-            settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
+            settlement = charge(flight.rid, way.quote, _completed(landing.ending, plan.call))
             entry = await self._settle(settlement)
             marks.settled = self._clock.monotonic()
-            self._compare(plan, settlement)
-            await self._keep(plan, landing, spool, settlement)
+            self._compare(way, settlement)
+            await self._keep(plan, way, landing, spool, settlement)
         except Exception:
             await _break_off(flight, spool, crash(flight.rid))
             raise
@@ -264,11 +252,11 @@ class Purchases:
             )
             self._flights.errand(self._settle_later(settlement, kept=True))
 
-    def _compare(self, plan: Plan, settlement: Settlement) -> None:
+    def _compare(self, way: Way, settlement: Settlement) -> None:
         """Sets what was measured against the bound, for the bounds to come."""
         if settlement.basis is Basis.USAGE:
-            served = plan.model.target.model
-            self._factors.observe(plan.upstream.name, served, plan.quote.base, settlement.cost)
+            served = way.target.model
+            self._factors.observe(way.upstream.name, served, way.quote.base, settlement.cost)
 
     async def _settle(self, settlement: Settlement) -> Entry | None:
         """Books the ending. None: the ledger is away, so the ending is kept on disk and goes on
@@ -365,10 +353,13 @@ class Purchases:
         return keep is not None and at is not None and at < self._clock.now() - keep
 
     async def _keep(
-        self, plan: Plan, landing: Landing, spool: Spool, settlement: Settlement
+        self, plan: Plan, way: Way, landing: Landing, spool: Spool, settlement: Settlement
     ) -> None:
-        """Puts a whole, priced answer into the cache, in its JSON form."""
+        """Puts a whole, priced answer of the model that was asked for into the cache, in its JSON
+        form."""
         reading, form = landing.reading, landing.json
+        if way.model is not plan.asked or way.quote.row is None:
+            return
         if reading is None or form is None or not plan.keep or reading.hosted:
             return
         size = replay.length(form)
@@ -378,14 +369,14 @@ class Purchases:
             stored_at=self._clock.now(),
             cost=settlement.cost,
             images=settlement.images,
-            model_served=plan.model.target.model,
-            upstream=plan.upstream.name,
+            model_served=way.target.model,
+            upstream=way.upstream.name,
             size_bytes=size,
             streamable=landing.events is not None,
             usage=settlement.usage,
             size=reading.answer.size,
             quality=reading.answer.quality,
-            price_id=plan.quote.price_id,
+            price_id=way.quote.price_id,
         )
         spool.share()
 
@@ -461,22 +452,24 @@ def crash(rid: str) -> Internal:
     )
 
 
-async def _refusal(reply: Reply, upstream: str) -> GatewayError:
-    """The error that any answer but a 200 amounts to."""
-    text = b""
-    try:
-        async for chunk in reply.chunks():
-            text += chunk
-            if len(text) > ERROR_BODY_BYTES:
-                break
-    except GatewayError:
-        # The status has been said, and it decides; its text was cut.
-        text = b""
-    return refusal(reply.status, reply.headers, text, upstream)
-
-
-def _upstream_rid(reply: Reply | None) -> str:
-    return reply.headers.get("x-request-id", "")[:128] if reply else ""
+def _with_way(receipt: Receipt, way: Way, tried: Opened | Failed | None) -> Receipt:
+    """What is known of a call once it went out: by which way, and what came back."""
+    status, rid = 0, ""
+    if isinstance(tried, Opened):
+        status, rid = tried.reply.status, tried.reply.headers.get("x-request-id", "")[:128]
+    elif tried is not None:
+        status, rid = tried.status, tried.reply_rid
+    return replace(
+        receipt,
+        model_label=way.model.label or way.model.name,
+        model_served=way.target.model,
+        upstream=way.upstream.name,
+        bound=way.quote.bound.amount,
+        price_id=way.quote.price_id,
+        upstream_status=status,
+        upstream_rid=rid,
+        attempts=tried.attempts if tried else 0,
+    )
 
 
 def _name_it(error: GatewayError, rid: str, upstream_rid: str) -> None:
@@ -510,7 +503,6 @@ def _is_stream(reply: Reply) -> bool:
 
 def _with_purchase(
     receipt: Receipt,
-    reply: Reply | None,
     settlement: Settlement,
     entry: Entry | None,
     timings: Timings,
@@ -518,8 +510,6 @@ def _with_purchase(
     return replace(
         receipt,
         status=200,
-        upstream_status=reply.status if reply else 0,
-        upstream_rid=_upstream_rid(reply),
         outcome=settlement.outcome,
         basis=settlement.basis,
         cost=entry.cost if entry else settlement.cost,
