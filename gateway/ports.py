@@ -127,14 +127,18 @@ class Ledger(Protocol):
 
     async def reserve(self, claim: Claim) -> Held | Denied | Claimed: ...
 
-    async def claimed(self, team: str, idempotency_key: str, fingerprint: str) -> Claimed | None:
-        """Whose an idempotency key is, where ``reserve`` would say so; None where it is free:
-        unknown, older than a day, or that of a call which was surely not billed."""
+    async def claimed(
+        self, team: str, idempotency_key: str, fingerprint: str, at: datetime
+    ) -> Claimed | None:
+        """Whose an idempotency key is, as ``reserve`` would say it at that time; None where it is
+        free: unknown, older than a day, or that of the same request which was surely not billed.
+        It sees what any process has reserved before, and takes nothing."""
 
     async def reroute(self, reroute: Reroute) -> Held | Denied:
         """Another upstream, and room for its bound, durable before anything is sent there. All or
-        nothing; ``Denied`` leaves the hold as it was. Repeating it is harmless. Raises ``NotKnown``
-        where no such call is held (any more)."""
+        nothing; ``Denied`` leaves the hold as it was. Where nothing more has to be held, there is
+        nothing to deny. Repeating it is harmless (``Held.duplicate``). Raises ``NotKnown`` where no
+        such call is held (any more)."""
 
     async def settle(self, settlement: Settlement) -> Entry:
         """Applies SETTLE, VOID or EXPIRE by the table of money.md 3. Idempotent by rid."""

@@ -199,6 +199,18 @@ class _Ledger(_Wrapped):
             "ledger.reserve", lambda: self._target.reserve(claim), _ledger_away
         )
 
+    async def claimed(self, team: str, idempotency_key: str, fingerprint: str, at: Any) -> Any:
+        return await self._faults.through(
+            "ledger.claimed",
+            lambda: self._target.claimed(team, idempotency_key, fingerprint, at),
+            _ledger_away,
+        )
+
+    async def reroute(self, reroute: Any) -> Any:
+        return await self._faults.through(
+            "ledger.reroute", lambda: self._target.reroute(reroute), _ledger_away
+        )
+
     async def settle(self, settlement: Any) -> Any:
         if not self._faults.knows(settlement.rid):
             return await self._target.settle(settlement)

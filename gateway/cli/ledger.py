@@ -45,7 +45,7 @@ EVENTS: Mapping[str, str] = {
     State.VOIDED: "surely not billed: nothing is posted",
     State.EXPIRED: "its outcome is unknown: posted at its bound",
     "A": "adjusted",
-    "B": "its bound was raised",
+    "B": "it went elsewhere",
 }
 BASES: Mapping[str, str] = {
     Basis.USAGE: "cost by its usage",
@@ -460,6 +460,13 @@ def _say(line: JournalLine) -> str:
     said = [EVENTS.get(line.kind, line.kind)]
     if line.kind == "A":
         said = [f"{detail.get('actor', 'somebody')} adjusted it: {detail.get('reason', '')}"]
+    if line.kind == "B":
+        said = [
+            f"sent on to {detail.get('upstream', 'another upstream')}, as "
+            f"{detail.get('model', 'another model')}, by price {detail.get('price_id') or '(none)'}"
+        ]
+        if isinstance(before := detail.get("before"), Mapping):
+            said.append(f"before that {before.get('model')} from {before.get('upstream')}")
     if line.kind == State.POSTED:
         said += [str(detail.get("outcome", "")), BASES.get(str(detail.get("basis")), "")]
     if detail.get("images"):

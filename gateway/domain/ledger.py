@@ -9,6 +9,7 @@
                                │ expire        void(proof)│       │
                                └──────────────► EXPIRED ──┴───────┘
 
+A HELD call may be rerouted: its bound grows where the other way is dearer, or it stays as it is.
 An EXPIRED hold is posted at its bound: the picture has probably been bought. A later truth
 corrects it. Every call is keyed by the request's id and may be repeated.
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from typing import NamedTuple
 
 from gateway.domain.call import Operation, Usage
 from gateway.domain.money import Money
@@ -97,7 +99,8 @@ class Claim:
     worker: str = ""
     repeat_unknown: bool = False
     """The idempotency key may also be taken over from a call whose outcome is unknown
-    (``on_unknown: repeat``): a person has decided that buying it twice is better than not at all."""
+    (``on_unknown: repeat``): a person has decided that to buy it twice is better than not at
+    all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +122,7 @@ class Held:
     rid: str
     balances: tuple[Balance, ...] = ()
     duplicate: bool = False
-    """The same rid was reserved before; nothing was taken twice."""
+    """The same was asked before; nothing was taken twice."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,18 +142,32 @@ class Claimed:
     same_fingerprint: bool
 
 
+class Route(NamedTuple):
+    """Where a held call goes, and by which price it is bounded and settled."""
+
+    model: str
+    upstream: str
+    price_id: str
+
+
 @dataclass(frozen=True, slots=True)
 class Reroute:
     """A held call goes elsewhere than it was reserved for: to ``upstream``, as the configured
     ``model``, under another price. What is held becomes ``bound`` where that is more, never less:
-    what was tried before may yet turn out to cost."""
+    what was tried before may yet turn out to cost. ``lines`` are those of its claim: their limits
+    are looked at again, but the accounts stay those that were reserved."""
 
     rid: str
     model: str
     upstream: str
     price_id: str
     bound: Money
+    lines: tuple[Line, ...]
     at: datetime
+
+    @property
+    def route(self) -> Route:
+        return Route(self.model, self.upstream, self.price_id)
 
 
 @dataclass(frozen=True, slots=True)

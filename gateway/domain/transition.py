@@ -6,13 +6,26 @@ can disagree about money. Nothing here knows where the numbers are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, TypeAlias
 
 from gateway.domain.books import Correction
-from gateway.domain.ledger import Basis, Entry, Event, Outcome, Replay, Settlement, State
+from gateway.domain.ledger import (
+    Balance,
+    Basis,
+    Denied,
+    Entry,
+    Event,
+    Line,
+    Outcome,
+    Replay,
+    Reroute,
+    Route,
+    Settlement,
+    State,
+)
 from gateway.domain.money import Money
 
 KEY_LIFETIME = timedelta(hours=24)
@@ -23,6 +36,9 @@ WORKER_MEMORY = timedelta(days=1)
 
 CORRECTED = "A"
 """The journal's kind of corrections and adjustments."""
+
+REROUTED = "B"
+"""The journal's kind of reroutes, which may raise a bound."""
 
 DOUBTFUL = frozenset({"unpriced", "no_usage", "invalid_usage", "over_bound"})
 """The flags that say a cost may be wrong; ``soft`` alone says only that the bound was a guess."""
@@ -62,6 +78,57 @@ def transition(state: State, event: Event, bound: Money, cost: Money, new_cost: 
             return Move(State.VOIDED, 0, posted=-cost)
         case _:
             return Move(state, cost, applied=False)
+
+
+def no_room(lines: Iterable[Line], balances: Mapping[str, Balance], bound: Money) -> Denied | None:
+    """The first line whose limit ``bound`` does not fit under, beside what its account has."""
+    for line in lines:
+        amount, balance = line.limit.amount, balances[line.account]
+        if amount is not None and balance.used + bound > amount:
+            return Denied(line, balance)
+    return None
+
+
+def yields_key(state: State, same_fingerprint: bool, repeat_unknown: bool = False) -> bool:
+    """Whether a call in ``state`` gives its idempotency key to a new one: only to the same request,
+    where it was surely not billed, or where its outcome is unknown and somebody takes the risk."""
+    free = state is State.VOIDED or (state is State.EXPIRED and repeat_unknown)
+    return same_fingerprint and free
+
+
+@dataclass(frozen=True, slots=True)
+class Bump:
+    """What a reroute changes: the hold goes its route, for ``bound``; ``pending`` is added to every
+    account. Where ``applied`` is False it is a repeat, and nothing moves."""
+
+    bound: Money
+    pending: Money
+    applied: bool = True
+
+
+def rerouted(state: State, bound: Money, route: Route, reroute: Reroute) -> Bump | None:
+    """Moves a hold of ``bound`` that goes ``route``. None where it is not held any more."""
+    if state is not State.HELD:
+        return None
+    new_bound = max(bound, reroute.bound)
+    applied = (route, bound) != (reroute.route, new_bound)
+    return Bump(new_bound, new_bound - bound, applied)
+
+
+def no_room_elsewhere(
+    reroute: Reroute, bump: Bump, accounts: Collection[str], balances: Mapping[str, Balance]
+) -> Denied | None:
+    """Where the hold on ``accounts`` cannot grow. As when it was reserved, each balance is looked
+    at without it, so that its whole bound has to fit; what does not grow always fits."""
+    if not bump.pending:
+        return None
+    held = bump.bound - bump.pending
+    lines = [line for line in reroute.lines if line.account in accounts]
+    without = {
+        account: Balance(balances[account].posted, balances[account].pending - held)
+        for account in {line.account for line in lines}
+    }
+    return no_room(lines, without, bump.bound)
 
 
 def corrected(state: State, cost: Money, new_cost: Money, doubtful: bool) -> Move:

@@ -21,6 +21,7 @@ from gateway.domain.ledger import (
     Held,
     Line,
     Replay,
+    Reroute,
     Settlement,
     State,
     UsageRow,
@@ -28,20 +29,25 @@ from gateway.domain.ledger import (
 from gateway.domain.money import Money
 from gateway.domain.transition import (
     KEY_LIFETIME,
+    REROUTED,
     OnConflict,
     contradicts,
     correction,
     counted_replay,
     expiry,
     ignore_conflict,
+    no_room,
+    no_room_elsewhere,
+    rerouted,
     transition,
     usage_day,
+    yields_key,
 )
 from gateway.ports import NotKnown
 from gateway.stores.memory_books import MemoryBooks, MemoryUpkeep
 from gateway.stores.memory_directory import MemoryDirectory
-from gateway.stores.memory_rows import NOTHING, MemoryHold, MemoryRows
-from gateway.stores.rows import detail_of
+from gateway.stores.memory_rows import MemoryHold, MemoryRows
+from gateway.stores.rows import detail_of, reroute_detail
 
 
 class MemoryStore:
@@ -76,16 +82,14 @@ class MemoryLedger:
         known = self._rows.holds.get(claim.rid)
         if known is not None:
             return Held(claim.rid, self._rows.read(known.accounts), duplicate=True)
-        holder = self._holder_of_key(claim)
-        if holder is not None:
-            same = holder.claim.fingerprint == claim.fingerprint
-            if holder.state is not State.VOIDED or not same:
-                return Claimed(holder.claim.rid, holder.state, same)
-        for line in claim.lines:
-            balance = self._rows.balances.get(line.account, NOTHING)
-            amount = line.limit.amount
-            if amount is not None and balance.used + claim.bound > amount:
-                return Denied(line, balance)
+        if claim.idempotency_key is not None:
+            key = (claim.team, claim.idempotency_key)
+            claimed = self._claimed(key, claim.fingerprint, claim.at, claim.repeat_unknown)
+            if claimed is not None:
+                return claimed
+        denied = no_room(claim.lines, self._balances(claim.lines), claim.bound)
+        if denied is not None:
+            return denied
         hold = MemoryHold(claim, tuple(dict.fromkeys(line.account for line in claim.lines)))
         self._rows.holds[claim.rid] = hold
         if claim.idempotency_key is not None:
@@ -93,6 +97,35 @@ class MemoryLedger:
         self._rows.add(hold.accounts, pending=claim.bound, posted=0)
         self._rows.write_journal(claim.at, claim.rid, State.HELD.value, pending=claim.bound)
         return Held(claim.rid, self._rows.read(line.account for line in claim.lines))
+
+    async def claimed(
+        self, team: str, idempotency_key: str, fingerprint: str, at: datetime
+    ) -> Claimed | None:
+        await asyncio.sleep(0)
+        return self._claimed((team, idempotency_key), fingerprint, at)
+
+    async def reroute(self, reroute: Reroute) -> Held | Denied:
+        if reroute.bound < 0:
+            raise ValueError("a bound is never negative")
+        await asyncio.sleep(0)
+        rid = reroute.rid
+        hold = self._rows.holds.get(rid)
+        bump = None
+        if hold is not None:
+            bump = rerouted(hold.state, hold.claim.bound, hold.route, reroute)
+        if hold is None or bump is None:
+            raise NotKnown(f"no reservation {rid} is held, that could go elsewhere")
+        balances = self._balances(reroute.lines)
+        denied = no_room_elsewhere(reroute, bump, hold.accounts, balances)
+        if denied is not None:
+            return denied
+        if bump.applied:
+            detail = json.loads(reroute_detail(reroute, hold.route))
+            hold.go(reroute.route, bump.bound)
+            self._rows.add(hold.accounts, bump.pending, posted=0)
+            self._rows.write_journal(reroute.at, rid, REROUTED, pending=bump.pending, detail=detail)
+        after = self._rows.read(line.account for line in reroute.lines)
+        return Held(rid, after, duplicate=not bump.applied)
 
     async def settle(self, settlement: Settlement) -> Entry:
         if settlement.cost < 0:
@@ -168,14 +201,22 @@ class MemoryLedger:
     async def aclose(self) -> None:
         await asyncio.sleep(0)
 
-    def _holder_of_key(self, claim: Claim) -> MemoryHold | None:
-        """The hold that the claim's idempotency key stands for, unless that is too long ago."""
-        if claim.idempotency_key is None:
+    def _balances(self, lines: Sequence[Line]) -> dict[str, Balance]:
+        accounts = [line.account for line in lines]
+        return dict(zip(accounts, self._rows.read(accounts), strict=True))
+
+    def _claimed(
+        self, key: tuple[str, str], fingerprint: str, at: datetime, repeat_unknown: bool = False
+    ) -> Claimed | None:
+        """Whose an idempotency key (of a team) is, unless that is too long ago, or it yields."""
+        rid = self._rows.keys.get(key)
+        if rid is None or self._rows.holds[rid].claim.at < at - KEY_LIFETIME:
             return None
-        rid = self._rows.keys.get((claim.team, claim.idempotency_key))
-        if rid is None or self._rows.holds[rid].claim.at < claim.at - KEY_LIFETIME:
+        holder = self._rows.holds[rid]
+        same = holder.claim.fingerprint == fingerprint
+        if yields_key(holder.state, same, repeat_unknown):
             return None
-        return self._rows.holds[rid]
+        return Claimed(rid, holder.state, same)
 
     def _apply(self, hold: MemoryHold, settlement: Settlement, at: datetime | None) -> Entry:
         claim = hold.claim

@@ -8,12 +8,12 @@ its end without a break, which is its lock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from gateway.domain.books import Adjustment, JournalLine
 from gateway.domain.call import Json
-from gateway.domain.ledger import Balance, Basis, Claim, Entry, Outcome, State
+from gateway.domain.ledger import Balance, Basis, Claim, Entry, Outcome, Route, State
 from gateway.domain.money import Money
 from gateway.domain.transition import Counts, Move, usage_day
 
@@ -22,7 +22,8 @@ NOTHING = Balance()
 
 @dataclass(slots=True)
 class MemoryHold:
-    """A claim and where it has got to. ``accounts`` are those of its lines, each once."""
+    """A claim, as it was rerouted last, and where it has got to. ``accounts`` are those of its
+    lines, each once."""
 
     claim: Claim
     accounts: tuple[str, ...]
@@ -36,6 +37,13 @@ class MemoryHold:
     def usage_row(self) -> tuple[str, str, str, str]:
         """Its row of the daily roll-up."""
         return usage_day(self.claim.at), self.claim.team, self.claim.key_id, self.claim.model
+
+    @property
+    def route(self) -> Route:
+        return Route(self.claim.model, self.claim.upstream, self.claim.price_id)
+
+    def go(self, route: Route, bound: Money) -> None:
+        self.claim = replace(self.claim, bound=bound, **route._asdict())
 
 
 @dataclass(slots=True)

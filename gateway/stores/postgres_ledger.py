@@ -15,7 +15,9 @@ from gateway.domain.ledger import (
     Held,
     Line,
     Replay,
+    Reroute,
     Settlement,
+    State,
     UsageRow,
 )
 from gateway.domain.money import Money
@@ -26,6 +28,7 @@ from gateway.domain.transition import (
     counted_replay,
     expiry,
     usage_day,
+    yields_key,
 )
 from gateway.stores.postgres_link import Link
 from gateway.stores.postgres_page import Needs, Page, needs_of
@@ -38,6 +41,8 @@ PING = "SELECT pg_is_in_recovery(), (SELECT account FROM balance LIMIT 1)"
 
 _SPARE = 1000
 """How many lapsed holds a sweep looks at beyond its limit: others may be at the first of them."""
+
+_HOLDER = "SELECT rid, state, fingerprint, at FROM hold WHERE team = %s AND idempotency_key = %s"
 
 _BALANCES = "SELECT account, posted, pending FROM balance WHERE account = ANY(%s::text[])"
 
@@ -95,6 +100,27 @@ class PostgresLedger:
             return page.reserve(claim, transaction.instant(claim.at) + lease)
 
         return await self._writer.decide(needs_of(claim), decide, droppable=True)
+
+    async def claimed(
+        self, team: str, idempotency_key: str, fingerprint: str, at: datetime
+    ) -> Claimed | None:
+        found = await self._reader.run(
+            lambda link: link.execute(_HOLDER, (team, idempotency_key)).fetchone()
+        )
+        if found is None:
+            return None
+        rid, state, same, reserved = found[0], State(found[1]), found[2] == fingerprint, found[3]
+        if reserved < micros(at - KEY_LIFETIME) or yields_key(state, same):
+            return None
+        return Claimed(rid, state, same)
+
+    async def reroute(self, reroute: Reroute) -> Held | Denied:
+        if reroute.bound < 0:
+            raise ValueError("a bound is never negative")
+        accounts = tuple(dict.fromkeys(line.account for line in reroute.lines))
+        return await self._writer.decide(
+            Needs(accounts, (reroute.rid,)), lambda page, _: page.reroute(reroute), droppable=True
+        )
 
     async def settle(self, settlement: Settlement) -> Entry:
         if settlement.cost < 0:

@@ -28,6 +28,8 @@ from gateway.domain.ledger import (
     Entry,
     Event,
     Held,
+    Reroute,
+    Route,
     Settlement,
     State,
 )
@@ -36,13 +38,18 @@ from gateway.domain.transition import (
     CORRECTED,
     DOUBTFUL,
     KEY_LIFETIME,
+    REROUTED,
     Counts,
     Move,
     corrected,
     correction,
     correction_counts,
+    no_room,
+    no_room_elsewhere,
+    rerouted,
     transition,
     usage_day,
+    yields_key,
 )
 from gateway.ports import NotKnown
 from gateway.stores.postgres_link import Link
@@ -53,6 +60,7 @@ from gateway.stores.rows import (
     correction_detail,
     detail_of,
     micros,
+    reroute_detail,
 )
 
 MOST = 2**63 - 1
@@ -73,8 +81,8 @@ SELECT account, posted, pending FROM balance WHERE account = ANY(%s::text[])
 """
 
 _HOLD = (
-    "rid, state, bound, cost, accounts, team, key_id, model, fingerprint, idempotency_key, at, day,"
-    " outcome, basis, flags"
+    "rid, state, bound, cost, accounts, team, key_id, model, upstream, price_id, fingerprint,"
+    " idempotency_key, at, day, outcome, basis, flags"
 )
 
 _LOCK_HOLDS = f"""
@@ -98,7 +106,8 @@ UPDATE balance SET posted = new.posted, pending = new.pending
 
 _WRITE_HOLDS = """
 UPDATE hold SET state = new.state, cost = new.cost, outcome = new.outcome, basis = new.basis,
-       flags = new.flags, idempotency_key = new.idempotency_key
+       flags = new.flags, idempotency_key = new.idempotency_key, bound = new.bound,
+       model = new.model, upstream = new.upstream, price_id = new.price_id
   FROM json_populate_recordset(NULL::hold, %s) AS new WHERE hold.rid = new.rid
 """
 
@@ -166,6 +175,8 @@ class _Hold:
     team: str
     key_id: str
     model: str
+    upstream: str
+    price_id: str
     fingerprint: str
     idempotency_key: str | None
     at: int
@@ -180,12 +191,23 @@ class _Hold:
     def usage_key(self) -> UsageKey:
         return self.day, self.team, self.key_id, self.model
 
+    @property
+    def route(self) -> Route:
+        return Route(self.model, self.upstream, self.price_id)
+
+    def go(self, route: Route, bound: Money) -> None:
+        self.model, self.upstream, self.price_id = route
+        self.bound = bound
+        self.changed = True
+
     def row(self) -> dict[str, Any]:
         """For a hold that is there, what may change; for a new one, everything."""
         row: dict[str, Any] = {
             "rid": self.rid,
             "state": self.state.value,
+            "bound": self.bound,
             "cost": self.cost,
+            **self.route._asdict(),
             "outcome": self.outcome,
             "basis": self.basis,
             "flags": json.dumps(self.flags),
@@ -264,11 +286,9 @@ class Page:
         holder = self._holder_of_key(claim)
         if isinstance(holder, Claimed):
             return holder
-        for line in claim.lines:
-            amount = line.limit.amount
-            balance = self._balances[line.account]
-            if amount is not None and balance.used + claim.bound > amount:
-                return Denied(line, balance)
+        denied = no_room(claim.lines, self._balances, claim.bound)
+        if denied is not None:
+            return denied
         accounts = tuple(accounts_of(claim))
         self._move(accounts, pending=claim.bound, posted=0)
         if holder is not None:
@@ -277,6 +297,25 @@ class Page:
         self._add(claim, accounts, lease_ends)
         self._note(micros(claim.at), claim.rid, State.HELD.value, claim.bound, 0, "{}")
         return Held(claim.rid, self.balances(line.account for line in claim.lines))
+
+    def reroute(self, reroute: Reroute) -> Held | Denied:
+        """Raises ``NotKnown``."""
+        hold = self._holds.get(reroute.rid)
+        bump = None
+        if hold is not None:
+            bump = rerouted(hold.state, hold.bound, hold.route, reroute)
+        if hold is None or bump is None:
+            raise NotKnown(f"no reservation {reroute.rid} is held, that could go elsewhere")
+        denied = no_room_elsewhere(reroute, bump, hold.accounts, self._balances)
+        if denied is not None:
+            return denied
+        if bump.applied:
+            self._move(hold.accounts, bump.pending, posted=0)
+            detail = reroute_detail(reroute, hold.route)
+            self._note(micros(reroute.at), hold.rid, REROUTED, bump.pending, 0, detail)
+            hold.go(reroute.route, bump.bound)
+        after = self.balances(line.account for line in reroute.lines)
+        return Held(hold.rid, after, duplicate=not bump.applied)
 
     def settle(self, settlement: Settlement, at: int | None) -> Entry:
         """``at`` is for the journal, in microseconds. Raises ``NotKnown``."""
@@ -370,7 +409,7 @@ class Page:
 
     def _holder_of_key(self, claim: Claim) -> Claimed | _Hold | None:
         """Who has the claim's idempotency key: a call that keeps it, or the hold of one that
-        yields, because it bought nothing or is of more than a day ago."""
+        ``yields_key``, or has outlived it after a day."""
         if claim.idempotency_key is None:
             return None
         rid = self._keys.get((claim.team, claim.idempotency_key))
@@ -378,22 +417,19 @@ class Page:
             return None
         hold = self._holds[rid]
         same = hold.fingerprint == claim.fingerprint
-        if hold.at < micros(claim.at - KEY_LIFETIME) or (hold.state is State.VOIDED and same):
+        outlived = hold.at < micros(claim.at - KEY_LIFETIME)
+        if outlived or yields_key(hold.state, same, claim.repeat_unknown):
             return hold
         return Claimed(rid, hold.state, same)
 
     def _add(self, claim: Claim, accounts: tuple[str, ...], lease_ends: int) -> None:
         at, day = micros(claim.at), usage_day(claim.at)
         rest: dict[str, Any] = {
-            "bound": claim.bound,
             "accounts": json.dumps(accounts),
             "team": claim.team,
             "key_id": claim.key_id,
-            "model": claim.model,
             "operation": claim.operation.value,
-            "upstream": claim.upstream,
             "images": claim.images,
-            "price_id": claim.price_id,
             "fingerprint": claim.fingerprint,
             "worker": claim.worker,
             "at": at,
@@ -402,7 +438,8 @@ class Page:
         }
         self._holds[claim.rid] = _Hold(
             claim.rid, State.HELD, claim.bound, 0, accounts, claim.team, claim.key_id, claim.model,
-            claim.fingerprint, claim.idempotency_key, at, day, rest=rest, changed=True,
+            claim.upstream, claim.price_id, claim.fingerprint, claim.idempotency_key, at, day,
+            rest=rest, changed=True,
         )  # fmt: skip
         if claim.idempotency_key is not None:
             self._keys[claim.team, claim.idempotency_key] = claim.rid

@@ -14,7 +14,7 @@ from typing import Any
 
 from gateway.domain.books import Adjustment, Correction, Hold, JournalLine
 from gateway.domain.call import Usage
-from gateway.domain.ledger import Basis, Claim, Outcome, Settlement, State
+from gateway.domain.ledger import Basis, Claim, Outcome, Reroute, Route, Settlement, State
 from gateway.domain.money import Money, exact_dollars
 from gateway.domain.team import Key, Limits, Team
 from gateway.domain.transition import usage_day
@@ -79,6 +79,11 @@ def correction_detail(correction: Correction, before: Money) -> str:
             "cost": correction.cost,
         }
     )
+
+
+def reroute_detail(reroute: Reroute, before: Route) -> str:
+    """What the journal keeps of a reroute; ``before`` is the way it went until then."""
+    return json.dumps({**reroute.route._asdict(), "before": before._asdict()})
 
 
 def adjustment_detail(adjustment: Adjustment) -> str:

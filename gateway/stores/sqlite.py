@@ -63,8 +63,13 @@ class SQLiteStore:
         await self._writer.aclose()
 
 
+# A file of an earlier release has no such table before it is brought up to date.
+_HAS_DECLARED = "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'declared_key'"
+
+
 def keys_in(path: Path) -> int:
-    """How many keys the directory in a database file has; 0 where there is no such file yet.
+    """How many keys a database file knows by a digest: those of its directory, and those that the
+    configuration declares; 0 where there is no such file yet.
 
     Raises ``StoreError``.
     """
@@ -72,6 +77,9 @@ def keys_in(path: Path) -> int:
         return 0
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            return one_number(db, "SELECT count(*) FROM key")
+            known = one_number(db, "SELECT count(*) FROM key")
+            if one_number(db, _HAS_DECLARED):
+                known += one_number(db, "SELECT count(DISTINCT id) FROM declared_key")
+            return known
     except sqlite3.Error as error:
         raise StoreError(f"{path} cannot be read: {error}") from error

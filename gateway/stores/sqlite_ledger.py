@@ -18,6 +18,7 @@ from gateway.domain.ledger import (
     Held,
     Line,
     Replay,
+    Reroute,
     Settlement,
     State,
     UsageRow,
@@ -25,16 +26,21 @@ from gateway.domain.ledger import (
 from gateway.domain.money import Money
 from gateway.domain.transition import (
     KEY_LIFETIME,
+    REROUTED,
     OnConflict,
     contradicts,
     correction,
     counted_replay,
     expiry,
+    no_room,
+    no_room_elsewhere,
+    rerouted,
     transition,
     usage_day,
+    yields_key,
 )
 from gateway.ports import NotKnown
-from gateway.stores.rows import USAGE_COLUMNS, claim_row, detail_of, micros
+from gateway.stores.rows import USAGE_COLUMNS, claim_row, detail_of, micros, reroute_detail
 from gateway.stores.sqlite_file import Reader, Writer, one_number
 from gateway.stores.sqlite_rows import (
     PING,
@@ -68,6 +74,20 @@ class SQLiteLedger:
         if claim.bound < 0:
             raise ValueError("a bound is never negative")
         return await self._writer.submit(lambda db: _reserve(db, claim), droppable=True)
+
+    async def claimed(
+        self, team: str, idempotency_key: str, fingerprint: str, at: datetime
+    ) -> Claimed | None:
+        def read(db: sqlite3.Connection) -> Claimed | None:
+            holder = _holder_of_key(db, team, idempotency_key, fingerprint, at)
+            return holder if isinstance(holder, Claimed) else None
+
+        return await self._reader.run(read)
+
+    async def reroute(self, reroute: Reroute) -> Held | Denied:
+        if reroute.bound < 0:
+            raise ValueError("a bound is never negative")
+        return await self._writer.submit(lambda db: _reroute(db, reroute), droppable=True)
 
     async def settle(self, settlement: Settlement) -> Entry:
         if settlement.cost < 0:
@@ -149,14 +169,16 @@ def _reserve(db: sqlite3.Connection, claim: Claim) -> Held | Denied | Claimed:
     if known is not None:
         held = balances_of(db, json.loads(known[0]))
         return Held(claim.rid, tuple(held.values()), duplicate=True)
-    holder = _holder_of_key(db, claim)
-    if isinstance(holder, Claimed):
-        return holder
+    holder = None
+    if claim.idempotency_key is not None:
+        asked = (claim.team, claim.idempotency_key, claim.fingerprint, claim.at)
+        holder = _holder_of_key(db, *asked, claim.repeat_unknown)
+        if isinstance(holder, Claimed):
+            return holder
     found = balances_of(db, (line.account for line in claim.lines))
-    for line in claim.lines:
-        amount = line.limit.amount
-        if amount is not None and found[line.account].used + claim.bound > amount:
-            return Denied(line, found[line.account])
+    denied = no_room(claim.lines, found, claim.bound)
+    if denied is not None:
+        return denied
     if holder is not None:
         db.execute("UPDATE hold SET idempotency_key = NULL WHERE rid = ?", (holder,))
     accounts = json.dumps(list(found))
@@ -176,25 +198,56 @@ def _reserve(db: sqlite3.Connection, claim: Claim) -> Held | Denied | Claimed:
     )
 
 
-def _holder_of_key(db: sqlite3.Connection, claim: Claim) -> Claimed | str | None:
-    """Who has the claim's idempotency key: a call that keeps it, or the rid of one that yields.
-
-    A voided call bought nothing, so the same request may run again under its key; a call of more
-    than a day ago has outlived it.
-    """
-    if claim.idempotency_key is None:
-        return None
+def _holder_of_key(
+    db: sqlite3.Connection,
+    team: str,
+    idempotency_key: str,
+    fingerprint: str,
+    at: datetime,
+    repeat_unknown: bool = False,
+) -> Claimed | str | None:
+    """Who has an idempotency key at that time: a call that keeps it, or the rid of one that
+    ``yields_key``, or has outlived it after a day."""
     found = db.execute(
         "SELECT rid, state, fingerprint, at FROM hold WHERE team = ? AND idempotency_key = ?",
-        (claim.team, claim.idempotency_key),
+        (team, idempotency_key),
     ).fetchone()
     if found is None:
         return None
-    rid, state, fingerprint, at = str(found[0]), State(found[1]), found[2], found[3]
-    same = fingerprint == claim.fingerprint
-    if at < micros(claim.at - KEY_LIFETIME) or (state is State.VOIDED and same):
+    rid, state, same, reserved = str(found[0]), State(found[1]), found[2] == fingerprint, found[3]
+    if reserved < micros(at - KEY_LIFETIME) or yields_key(state, same, repeat_unknown):
         return rid
     return Claimed(rid, state, same)
+
+
+def _reroute(db: sqlite3.Connection, reroute: Reroute) -> Held | Denied:
+    hold = booked(db, reroute.rid)
+    bump = None
+    if hold is not None:
+        bump = rerouted(hold.state, hold.bound, hold.route, reroute)
+    if hold is None or bump is None:
+        raise NotKnown(f"no reservation {reroute.rid} is held, that could go elsewhere")
+    accounts = [line.account for line in reroute.lines]
+    before = balances_of(db, accounts)
+    denied = no_room_elsewhere(reroute, bump, json.loads(hold.accounts), before)
+    if denied is not None:
+        return denied
+    if bump.applied:
+        db.execute(
+            "UPDATE hold SET model = ?, upstream = ?, price_id = ?, bound = ? WHERE rid = ?",
+            (*reroute.route, bump.bound, hold.rid),
+        )
+        move_balances(db, hold.accounts, bump.pending, posted=0)
+        write_journal(
+            db,
+            reroute.at,
+            hold.rid,
+            REROUTED,
+            pending=bump.pending,
+            detail=reroute_detail(reroute, hold.route),
+        )
+    after = balances_of(db, accounts)
+    return Held(hold.rid, tuple(after[account] for account in accounts), duplicate=not bump.applied)
 
 
 def _settle(db: sqlite3.Connection, settlement: Settlement, at: datetime | None) -> Entry:

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import NamedTuple
 
-from gateway.domain.ledger import Balance, Entry, State
+from gateway.domain.ledger import Balance, Entry, Route, State
 from gateway.domain.money import Money
 from gateway.domain.transition import Counts, Move
 from gateway.stores.rows import micros
@@ -32,6 +32,12 @@ class Booked(NamedTuple):
     team: str
     key_id: str
     model: str
+    upstream: str
+    price_id: str
+
+    @property
+    def route(self) -> Route:
+        return Route(self.model, self.upstream, self.price_id)
 
     @property
     def usage_row(self) -> tuple[str, str, str, str]:
@@ -41,8 +47,8 @@ class Booked(NamedTuple):
 
 def booked(db: sqlite3.Connection, rid: str) -> Booked | None:
     found = db.execute(
-        "SELECT rid, state, bound, cost, accounts, flags, day, team, key_id, model"
-        "  FROM hold WHERE rid = ?",
+        "SELECT rid, state, bound, cost, accounts, flags, day, team, key_id, model, upstream,"
+        "       price_id FROM hold WHERE rid = ?",
         (rid,),
     ).fetchone()
     return None if found is None else Booked(found[0], State(found[1]), *found[2:])

@@ -32,6 +32,7 @@ from gateway.domain.ledger import (
     Held,
     Outcome,
     Replay,
+    Reroute,
     Settlement,
     State,
     UsageRow,
@@ -49,13 +50,15 @@ PICKS = st.integers(0, 9)
 """Which of the calls there are, so that most steps are about one of them."""
 WORKERS = ("w1", "w2")
 FLAGS = ((), ("soft",), ("no_usage",), ("soft", "over_bound"))
+MODELS = ("flare", "blaze")
+PRICES = ("p1", "p2")
 IDS = ("c1", "c2", "c3", "c4", "c5", "c6")
 """Of corrections and adjustments alike."""
 
 
 @dataclass
 class Call:
-    """One call, and what it now contributes to the usage of its day."""
+    """One call, as it was rerouted last, and what it now contributes to the usage of its day."""
 
     claim: Claim
     key: str | None
@@ -64,6 +67,7 @@ class Call:
     images: int = 0
     tokens: int = 0
     doubtful: bool = False
+    reroutes: int = 0
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -163,6 +167,7 @@ class LedgerMachine(RuleBasedStateMachine):
         key=st.sampled_from((None, "i", "j")),
         fingerprint=st.sampled_from("fg"),
         worker=st.sampled_from(WORKERS),
+        repeat=st.booleans(),
     )
     def reserve(
         self,
@@ -173,9 +178,10 @@ class LedgerMachine(RuleBasedStateMachine):
         key: str | None,
         fingerprint: str,
         worker: str,
+        repeat: bool,
     ) -> None:
         rid = self.picked(pick) if again else self.fresh()
-        self.reserve_one(rid, bound, amounts, key, fingerprint, worker)
+        self.reserve_one(rid, bound, amounts, key, fingerprint, worker, repeat)
 
     def reserve_one(
         self,
@@ -185,12 +191,14 @@ class LedgerMachine(RuleBasedStateMachine):
         key: str | None,
         fingerprint: str,
         worker: str,
+        repeat: bool = False,
     ) -> None:
         limits = lines(*amounts, at=self.now)
         wanted = replace(
             claim(rid, bound, limits=limits, at=self.now, key=key, fingerprint=fingerprint),
             lease_ends=self.now + 100 * TICK,
             worker=worker,
+            repeat_unknown=repeat,
         )
         self.check(self.expect_reserve(wanted), lambda store: store.ledger.reserve(wanted))
 
@@ -198,17 +206,11 @@ class LedgerMachine(RuleBasedStateMachine):
         known = self.calls.get(wanted.rid)
         if known is not None:
             return Held(wanted.rid, self.entry(known, False).balances, duplicate=True)
-        owner = next(
-            (
-                call
-                for call in self.calls.values()
-                if wanted.idempotency_key is not None and call.key == wanted.idempotency_key
-            ),
-            None,
-        )
+        owner = self.owner(wanted.idempotency_key)
+        free = (V, X) if wanted.repeat_unknown else (V,)
         if owner is not None and wanted.at - owner.claim.at <= DAY:
             same = owner.claim.fingerprint == wanted.fingerprint
-            if not (same and owner.state is V):
+            if not (same and owner.state in free):
                 return Claimed(owner.claim.rid, owner.state, same)
         for line in wanted.lines:
             before = self.balance(line.account)
@@ -219,6 +221,82 @@ class LedgerMachine(RuleBasedStateMachine):
             owner.key = None
         call = self.calls[wanted.rid] = Call(wanted, wanted.idempotency_key)
         return Held(wanted.rid, self.entry(call, True).balances)
+
+    def owner(self, key: str | None) -> Call | None:
+        """The call that a key stands for, however old."""
+        mine = (call for call in self.calls.values() if key is not None and call.key == key)
+        return next(mine, None)
+
+    @rule(key=st.sampled_from("ij"), fingerprint=st.sampled_from("fg"))
+    def ask_for_a_key(self, key: str, fingerprint: str) -> None:
+        owner, expected = self.owner(key), None
+        if owner is not None and self.now - owner.claim.at <= DAY:
+            same = owner.claim.fingerprint == fingerprint
+            if not (same and owner.state is V):
+                expected = Claimed(owner.claim.rid, owner.state, same)
+        self.check(
+            expected, lambda store: store.ledger.claimed("growth", key, fingerprint, self.now)
+        )
+
+    @precondition(lambda self: self.calls)
+    @rule(
+        pick=PICKS,
+        bound=st.integers(0, 6),
+        amounts=st.tuples(*[st.sampled_from((None, 5, 8, 20))] * 3),
+        model=st.sampled_from(MODELS),
+        price_id=st.sampled_from(PRICES),
+        late=st.sampled_from((False, False, True)),
+    )
+    def reroute(
+        self,
+        pick: int,
+        bound: int,
+        amounts: tuple[int | None, int | None, int | None],
+        model: str,
+        price_id: str,
+        late: bool,
+    ) -> None:
+        """``late``: with the lines of now, which may not be all those that it was reserved with."""
+        rid = self.picked(pick)
+        call = self.calls.get(rid)
+        reserved = self.now if call is None or late else call.claim.at
+        limits = lines(*amounts, at=reserved)
+        wanted = Reroute(rid, model, "openai", price_id, bound, limits, self.now)
+        if call is None or call.state is not H:
+            self.refused(lambda store: store.ledger.reroute(wanted))
+            return
+        expected = self.expect_reroute(call, wanted)
+        self.check(expected, lambda store: store.ledger.reroute(wanted))
+        now = call.claim
+
+        async def way(store: Store) -> tuple[str, str, int, int]:
+            found = await store.books.find(rid)
+            assert found is not None
+            kinds = [line.kind for line in await store.books.journal(rid)]
+            return found.model, found.price_id, found.bound, kinds.count("B")
+
+        self.check((now.model, now.price_id, now.bound, call.reroutes), way)
+
+    def expect_reroute(self, call: Call, wanted: Reroute) -> Held | Denied:
+        before = call.claim
+        after = replace(
+            before,
+            model=wanted.model,
+            price_id=wanted.price_id,
+            bound=wanted.bound if wanted.bound > before.bound else before.bound,
+        )
+        more = after.bound - before.bound
+        mine = {line.account for line in before.lines}
+        for line in wanted.lines:
+            amount, there = line.limit.amount, self.balance(line.account)
+            if more == 0 or amount is None or line.account not in mine:
+                continue
+            if there.posted + there.pending + more > amount:
+                return Denied(line, Balance(there.posted, there.pending - before.bound))
+        call.claim = after
+        call.reroutes += after != before
+        balances = tuple(self.balance(line.account) for line in wanted.lines)
+        return Held(wanted.rid, balances, duplicate=after == before)
 
     @precondition(lambda self: self.calls)
     @rule(
@@ -369,12 +447,12 @@ class LedgerMachine(RuleBasedStateMachine):
         self.check(None, lambda store: store.ledger.replay(hit))
 
     def expect_usage(self) -> list[UsageRow]:
-        rows: dict[tuple[str, str], UsageRow] = {}
+        rows: dict[tuple[str, str, str], UsageRow] = {}
 
-        def add(day: str, key_id: str, **counts: int) -> None:
-            row = rows.get((day, key_id), UsageRow(day, "growth", key_id, "flare"))
+        def add(day: str, key_id: str, model: str, **counts: int) -> None:
+            row = rows.get((day, key_id, model), UsageRow(day, "growth", key_id, model))
             sums = {name: getattr(row, name) + number for name, number in counts.items()}
-            rows[day, key_id] = replace(row, **sums)
+            rows[day, key_id, model] = replace(row, **sums)
 
         for call in (*self.calls.values(), *self.forgotten):
             if call.state in (P, X):
@@ -382,6 +460,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 add(
                     call.claim.at.date().isoformat(),
                     "k1",
+                    call.claim.model,
                     requests=1,
                     images=call.images,
                     text_in=call.tokens,
@@ -392,9 +471,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 )
         for hit in self.replays:
             day = hit.at.date().isoformat()
-            add(day, "k1", requests=1, images=1, cached_requests=1, avoided=hit.avoided)
+            add(day, "k1", "flare", requests=1, images=1, cached_requests=1, avoided=hit.avoided)
         for one in self.adjustments:
-            add(one.day, "", cost=one.amount)
+            add(one.day, "", "flare", cost=one.amount)
         return [row for _, row in sorted(rows.items()) if row.requests or row.cost]
 
     @invariant()

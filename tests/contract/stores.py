@@ -16,7 +16,16 @@ from pathlib import Path
 import psycopg
 
 from gateway.domain.call import Operation, Usage
-from gateway.domain.ledger import Basis, Claim, Event, Line, Outcome, Settlement, State
+from gateway.domain.ledger import (
+    Basis,
+    Claim,
+    Event,
+    Line,
+    Outcome,
+    Reroute,
+    Settlement,
+    State,
+)
 from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.domain.transition import OnConflict
 from gateway.ports import Ledger, Store
@@ -127,6 +136,21 @@ def claim(
         fingerprint=fingerprint,
         idempotency_key=key,
         worker=worker,
+    )
+
+
+def elsewhere(
+    rid: str,
+    bound: int = 10,
+    *,
+    limits: tuple[Line, ...] | None = None,
+    at: datetime = NOON,
+    model: str = "flare",
+    upstream: str = "azure",
+    price_id: str = "p2",
+) -> Reroute:
+    return Reroute(
+        rid, model, upstream, price_id, bound, lines(at=at) if limits is None else limits, at
     )
 
 

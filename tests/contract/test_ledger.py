@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import sqlite3
 import unittest
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -13,9 +14,11 @@ from typing import ClassVar
 import pytest
 from hypothesis import HealthCheck, settings
 
+from gateway.domain.books import Adjustment, Correction
 from gateway.domain.call import Operation
 from gateway.domain.ledger import (
     Balance,
+    Claim,
     Claimed,
     Denied,
     Entry,
@@ -27,6 +30,7 @@ from gateway.domain.ledger import (
     UsageRow,
 )
 from gateway.ports import Ledger, NotKnown, Store
+from gateway.stores.memory_ledger import MemoryStore
 from tests.contract.machine import LedgerMachine
 from tests.contract.stores import (
     BACKENDS,
@@ -37,6 +41,7 @@ from tests.contract.stores import (
     V,
     X,
     claim,
+    elsewhere,
     expired,
     lines,
     settled,
@@ -51,6 +56,7 @@ REACHED: dict[State, tuple[list[Settlement], Balance]] = {
     V: ([voided("r")], Balance(0, 0)),
     X: ([expired("r")], Balance(10, 0)),
 }
+SECOND = timedelta(seconds=1)
 EVENTS = {Event.SETTLE: settled("r", 6), Event.VOID: voided("r"), Event.EXPIRE: expired("r")}
 
 
@@ -271,6 +277,317 @@ async def test_an_idempotency_key_lives_for_24_hours(ledger: Ledger, swept: bool
     assert (await ledger.settle(settled("r", 7))).state is P
 
 
+def taking_over(rid: str, fingerprint: str = "f") -> Claim:
+    return replace(claim(rid, key="i", fingerprint=fingerprint), repeat_unknown=True)
+
+
+@pytest.mark.parametrize("fingerprint", ["f", "other"])
+@pytest.mark.parametrize("state", State)
+async def test_a_key_is_taken_over_from_a_call_of_unknown_outcome(
+    store: Store, state: State, fingerprint: str
+) -> None:
+    ledger = store.ledger
+    await ledger.reserve(claim("r", key="i"))
+    for step in REACHED[state][0]:
+        await ledger.settle(step)
+    answer = await ledger.reserve(taking_over("s", fingerprint))
+    same = fingerprint == "f"
+    if state not in (V, X) or not same:
+        assert answer == Claimed("r", state, same)
+        assert await ledger.balances(lines()) == [REACHED[state][1]] * 4
+        return
+    posted = REACHED[state][1].posted
+    assert answer == Held("s", (Balance(posted, 10),) * 4)
+    # It has moved, once: who comes now finds the new call, whatever it is ready to risk.
+    assert await ledger.reserve(taking_over("t")) == Claimed("s", H, same_fingerprint=True)
+    found = [await store.books.find(rid) for rid in "rs"]
+    assert [one and one.idempotency_key for one in found] == [None, "i"]
+    # The first call's late truth still counts, and does not touch the key.
+    entry = await ledger.settle(settled("r", 4))
+    assert (entry.applied, entry.cost) == (state is X, 4 if state is X else 0)
+    assert await ledger.claimed("growth", "i", "f", NOON) == Claimed("s", H, same_fingerprint=True)
+    assert await store.books.audit() == []
+
+
+async def test_a_denied_repeat_leaves_the_key_where_it_was(ledger: Ledger) -> None:
+    await ledger.reserve(claim("r", key="i"))
+    await ledger.settle(expired("r"))
+    tight = replace(taking_over("s"), lines=lines(team_day=19))
+    assert await ledger.reserve(tight) == Denied(tight.lines[2], Balance(10, 0))
+    assert await ledger.claimed("growth", "i", "f", NOON) == Claimed("r", X, same_fingerprint=True)
+
+
+async def test_of_many_that_repeat_at_once_one_does(ledger: Ledger) -> None:
+    await ledger.reserve(claim("r", key="i"))
+    await ledger.settle(expired("r"))
+    answers = await asyncio.gather(*(ledger.reserve(taking_over(f"s{n}")) for n in range(20)))
+    (held,) = (one for one in answers if isinstance(one, Held))
+    others = [one for one in answers if isinstance(one, Claimed)]
+    assert others == [Claimed(held.rid, H, same_fingerprint=True)] * 19
+    assert await ledger.balances(lines()) == [Balance(10, 10)] * 4
+
+
+@pytest.mark.parametrize("fingerprint", ["f", "other"])
+@pytest.mark.parametrize("state", State)
+async def test_whose_a_key_is_can_be_asked(ledger: Ledger, state: State, fingerprint: str) -> None:
+    await ledger.reserve(claim("r", key="i"))
+    for step in REACHED[state][0]:
+        await ledger.settle(step)
+    same = fingerprint == "f"
+    expected = None if state is V and same else Claimed("r", state, same)
+    assert await ledger.claimed("growth", "i", fingerprint, NOON) == expected
+    assert await ledger.claimed("growth", "j", fingerprint, NOON) is None
+    assert await ledger.claimed("art", "i", fingerprint, NOON) is None
+    # Asking takes nothing.
+    assert await ledger.balances(lines()) == [REACHED[state][1]] * 4
+    again = await ledger.reserve(claim("s", key="i", fingerprint=fingerprint))
+    assert again == expected if expected else isinstance(again, Held)
+
+
+@pytest.mark.parametrize("swept", [False, True])
+async def test_whose_a_key_was_a_day_ago_is_not_said(ledger: Ledger, swept: bool) -> None:
+    await ledger.reserve(claim("r", key="i"))
+    await ledger.settle(settled("r", 7))
+    day, moment = timedelta(hours=24), timedelta(microseconds=1)
+    assert await ledger.claimed("growth", "i", "f", NOON + day) == Claimed("r", P, True)
+    if swept:
+        await ledger.sweep(NOON + day + moment)
+    assert await ledger.claimed("growth", "i", "f", NOON + day + moment) is None
+
+
+async def test_a_key_is_known_from_the_moment_it_is_reserved(ledger: Ledger) -> None:
+    async def call(rid: str) -> None:
+        assert isinstance(await ledger.reserve(claim(rid, key=rid)), Held)
+        assert await ledger.claimed("growth", rid, "f", NOON) == Claimed(rid, H, True)
+        await ledger.settle(settled(rid, 3))
+        assert await ledger.claimed("growth", rid, "f", NOON) == Claimed(rid, P, True)
+
+    await asyncio.gather(*(call(f"r{number}") for number in range(50)))
+
+
+# Going elsewhere
+
+
+@pytest.mark.parametrize(("bound", "raised"), [(25, 15), (11, 1), (10, 0), (3, 0), (0, 0)])
+async def test_a_held_call_goes_elsewhere(store: Store, bound: int, raised: int) -> None:
+    await store.ledger.reserve(claim("other", 5))
+    await store.ledger.reserve(claim("r", key="i"))
+    before = await store.books.find("r")
+    after = NOON + SECOND
+    answer = await store.ledger.reroute(
+        elsewhere("r", bound, model="blaze", limits=lines(team_day=100, at=NOON), at=after)
+    )
+    balance = Balance(0, 15 + raised)
+    assert answer == Held("r", (balance,) * 4)
+    assert await store.ledger.balances(lines()) == [balance] * 4
+    assert before is not None
+    now = replace(before, model="blaze", upstream="azure", price_id="p2", bound=10 + raised)
+    assert await store.books.find("r") == now
+    assert await store.ledger.open_holds() == 2
+    first, second = await store.books.journal("r")
+    assert (first.kind, first.pending) == ("H", 10)
+    assert (second.at, second.kind, second.pending, second.posted) == (after, "B", raised, 0)
+    assert second.detail == {
+        "model": "blaze",
+        "upstream": "azure",
+        "price_id": "p2",
+        "before": {"model": "flare", "upstream": "openai", "price_id": "p1"},
+    }
+    assert await store.ledger.claimed("growth", "i", "f", NOON) == Claimed("r", H, True)
+    assert await store.books.audit() == []
+
+
+REROUTED = {
+    P: (settled("r", 7), 7),
+    V: (voided("r"), 0),
+    X: (expired("r"), 25),
+}
+
+
+@pytest.mark.parametrize("state", REROUTED)
+async def test_a_rerouted_call_ends_where_it_went(store: Store, state: State) -> None:
+    """At its raised bound, in the usage of the model that it went to at last."""
+    end, cost = REROUTED[state]
+    await store.ledger.reserve(claim("r"))
+    await store.ledger.reroute(elsewhere("r", 25, model="nova"))
+    await store.ledger.reroute(elsewhere("r", 20, model="blaze"))
+    entry = await store.ledger.settle(end)
+    balances = (Balance(cost, 0),) * 4
+    assert entry == Entry("r", state, 25, cost, applied=True, balances=balances)
+    rows = await store.ledger.usage()
+    counted = [("blaze", 1, cost)] if cost else []
+    assert [(row.model, row.requests, row.cost) for row in rows] == counted
+    assert await store.books.audit() == []
+    await store.books.correct(Correction("c", "r", 9, "the bill", "ann", NOON))
+    assert [(row.model, row.cost) for row in await store.ledger.usage()] == [("blaze", 9)]
+    assert [line.kind for line in await store.books.journal("r")] == [*"HBB", state.value, "A"]
+    assert await store.books.audit() == []
+
+
+async def test_a_sweep_expires_a_rerouted_call_at_its_raised_bound(store: Store) -> None:
+    await store.ledger.reserve(claim("r"))
+    await store.ledger.reroute(elsewhere("r", 25, model="blaze"))
+    (entry,) = await store.ledger.sweep(NOON + 2 * LEASE)
+    assert entry == Entry("r", X, 25, 25, applied=True, balances=(Balance(25, 0),) * 4)
+    (row,) = await store.ledger.usage()
+    assert (row.model, row.cost, row.unresolved_cost) == ("blaze", 25, 25)
+    assert await store.ledger.unresolved() == 25
+    assert (await store.ledger.settle(settled("r", 4))).cost == 4
+    assert await store.books.audit() == []
+    assert await store.upkeep.forget(NOON + 2 * LEASE) == 1
+    assert await store.books.audit() == []
+
+
+async def test_a_reroute_that_does_not_fit_leaves_everything(store: Store) -> None:
+    limits = lines(team_day=20, team_month=24, key_day=100)
+    await store.ledger.reserve(claim("other", 5, limits=limits))
+    await store.ledger.reserve(claim("r", 10, limits=limits))
+    before = await store.books.find("r")
+    # The balance is without this call, as when it was reserved.
+    for bound, line in ((16, limits[2]), (99, limits[0])):
+        denied = await store.ledger.reroute(elsewhere("r", bound, limits=limits))
+        assert denied == Denied(line, Balance(0, 5))
+    looser = lines(team_day=100, team_month=24, key_day=100)
+    denied = await store.ledger.reroute(elsewhere("r", 20, limits=looser))
+    assert denied == Denied(looser[3], Balance(0, 5))
+    assert await store.books.find("r") == before
+    assert len(await store.books.journal("r")) == 1
+    assert await store.ledger.balances(limits) == [Balance(0, 15)] * 4
+    # A refusal is not remembered: what just fits goes.
+    held = await store.ledger.reroute(elsewhere("r", 15, limits=limits))
+    assert held == Held("r", (Balance(0, 20),) * 4)
+    assert await store.books.audit() == []
+
+
+async def test_what_need_not_grow_is_not_denied(ledger: Ledger) -> None:
+    """Another call has cost more than its bound meanwhile; this one's money was set aside."""
+    limits = lines(team_day=20)
+    await ledger.reserve(claim("r", 10, limits=limits))
+    await ledger.reserve(claim("other", 10, limits=limits))
+    await ledger.settle(settled("other", 25, "over_bound"))
+    denied = await ledger.reroute(elsewhere("r", 11, limits=limits))
+    assert denied == Denied(limits[2], Balance(25, 0))
+    assert await ledger.reroute(elsewhere("r", 10, limits=limits)) == Held(
+        "r", (Balance(25, 10),) * 4
+    )
+
+
+async def test_the_accounts_stay_those_that_were_reserved(store: Store) -> None:
+    """Even where somebody comes with other lines, of the next day: they are not moved."""
+    late, tomorrow = lines(team_day=20), lines(team_day=1, at=NOON + timedelta(days=40))
+    await store.ledger.reserve(claim("r", 10, limits=late))
+    once = (late[2], *tomorrow, late[2])
+    assert await store.ledger.reroute(elsewhere("r", 21, limits=once)) == Denied(
+        late[2], Balance(0, 0)
+    )
+    held = await store.ledger.reroute(elsewhere("r", 20, limits=once))
+    there = Balance(0, 20)
+    assert held == Held("r", (there, *[Balance()] * 4, there))
+    assert await store.ledger.balances(late) == [there] * 4
+    assert await store.ledger.balances(tomorrow) == [Balance()] * 4
+    assert await store.books.audit() == []
+
+
+async def test_a_reroute_without_lines_moves_its_accounts_too(store: Store) -> None:
+    await store.ledger.reserve(claim("r", 10))
+    assert await store.ledger.reroute(elsewhere("r", 12, limits=())) == Held("r", ())
+    assert await store.ledger.balances(lines()) == [Balance(0, 12)] * 4
+    await store.ledger.reserve(claim("free", 10, limits=()))
+    assert await store.ledger.reroute(elsewhere("free", 12, limits=())) == Held("free", ())
+    assert await store.books.audit() == []
+
+
+async def test_repeating_a_reroute_changes_nothing(store: Store) -> None:
+    limits = lines(team_day=30)
+    await store.ledger.reserve(claim("r", limits=limits))
+    there = elsewhere("r", 25, limits=limits)
+    first = await store.ledger.reroute(there)
+    assert first == Held("r", (Balance(0, 25),) * 4)
+    answers = await asyncio.gather(*(store.ledger.reroute(there) for _ in range(10)))
+    assert answers == [Held("r", (Balance(0, 25),) * 4, duplicate=True)] * 10
+    # Also where nobody could pay for it any more.
+    await store.books.adjust(
+        Adjustment("a", "growth", "flare", "2026-11-22", 99, (limits[2].account,), "r", "a", NOON)
+    )
+    again = await store.ledger.reroute(there)
+    assert isinstance(again, Held)
+    assert again.duplicate
+    assert [line.kind for line in await store.books.journal("r")] == ["H", "B"]
+    assert await store.books.audit() == []
+
+
+async def test_each_part_of_a_way_counts(store: Store) -> None:
+    """There and back again is no repeat, and another price alone is another way."""
+    await store.ledger.reserve(claim("r"))
+    ways = (
+        elsewhere("r", upstream="azure", price_id="p1"),
+        elsewhere("r", upstream="azure", price_id="p2"),
+        elsewhere("r", upstream="azure", price_id="p2", model="blaze"),
+        elsewhere("r", upstream="openai", price_id="p1"),
+        elsewhere("r", 11, upstream="openai", price_id="p1"),
+    )
+    for way in ways:
+        answer = await store.ledger.reroute(way)
+        assert isinstance(answer, Held)
+        assert not answer.duplicate
+    assert [line.kind for line in await store.books.journal("r")] == list("HBBBBB")
+    found = await store.books.find("r")
+    assert found is not None
+    assert (found.upstream, found.model, found.price_id, found.bound) == (
+        *("openai", "flare", "p1"),
+        11,
+    )
+
+
+@pytest.mark.parametrize("state", [P, V, X])
+async def test_a_call_that_has_ended_goes_nowhere(store: Store, state: State) -> None:
+    await store.ledger.reserve(claim("r"))
+    await store.ledger.reroute(elsewhere("r"))
+    for step in REACHED[state][0]:
+        await store.ledger.settle(step)
+    before = await store.books.find("r")
+    for rid in ("r", "nobody"):
+        with pytest.raises(NotKnown, match=rid):
+            await store.ledger.reroute(elsewhere(rid, 25))
+    # What was rerouted while it was held is not rerouted again, not even by a repeat.
+    with pytest.raises(NotKnown):
+        await store.ledger.reroute(elsewhere("r"))
+    assert await store.books.find("r") == before
+    assert await store.ledger.balances(lines()) == [REACHED[state][1]] * 4
+
+
+async def test_a_negative_bound_of_a_reroute_is_refused(ledger: Ledger) -> None:
+    await ledger.reserve(claim("r"))
+    with pytest.raises(ValueError, match="bound"):
+        await ledger.reroute(elsewhere("r", -1))
+
+
+async def test_a_reroute_that_leaves_64_bits_is_refused(store: Store) -> None:
+    await store.ledger.reserve(claim("other", 2**62))
+    await store.ledger.reserve(claim("r", 10))
+    if isinstance(store, MemoryStore):
+        pytest.skip("Python's numbers have no end")
+    with pytest.raises((OverflowError, sqlite3.IntegrityError)):
+        await store.ledger.reroute(elsewhere("r", 2**63 - 1))
+    assert await store.ledger.balances(lines()) == [Balance(0, 2**62 + 10)] * 4
+    assert await store.books.audit() == []
+
+
+async def test_many_that_grow_at_once_never_pass_a_budget(store: Store) -> None:
+    limits = lines(team_day=150)
+    for number in range(10):
+        await store.ledger.reserve(claim(f"r{number}", 10, limits=limits))
+    answers = await asyncio.gather(
+        *(store.ledger.reroute(elsewhere(f"r{n}", 20, limits=limits)) for n in range(10)),
+        *(store.ledger.reserve(claim(f"s{n}", 10, limits=limits)) for n in range(10)),
+        *(store.ledger.reroute(elsewhere(f"r{n}", 20, limits=limits)) for n in range(10)),
+    )
+    grown = sum(isinstance(one, Held) and not one.duplicate for one in answers)
+    assert grown == 5
+    assert await store.ledger.balances(limits) == [Balance(0, 150)] * 4
+    assert await store.books.audit() == []
+
+
 # Sweeps
 
 
@@ -302,9 +619,6 @@ async def test_a_late_settlement_corrects_what_the_sweep_posted(ledger: Ledger) 
         0,
         0,
     )
-
-
-SECOND = timedelta(seconds=1)
 
 
 async def test_a_sweep_expires_what_dead_workers_hold(store: Store) -> None:

@@ -24,12 +24,13 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from gateway.domain import transition as arithmetic
+from gateway.domain.ledger import State
 from gateway.domain.transition import ignore_conflict
 from gateway.ports import Store
 from gateway.stores import sqlite_books, sqlite_ledger, sqlite_upkeep
 from tests.contract import test_books, test_ledger, test_upkeep
 from tests.contract.machine import LedgerMachine
-from tests.contract.stores import V, X, sqlite
+from tests.contract.stores import H, V, X, sqlite
 
 Test: TypeAlias = Callable[[Store], Coroutine[object, object, None]]
 
@@ -51,6 +52,16 @@ def one_key_one_call(fingerprint: str) -> Test:
     return lambda store: test_ledger.test_an_idempotency_key_stands_for_one_call(
         store.ledger, V, fingerprint
     )
+
+
+def taken_over(state: State) -> Test:
+    return lambda store: test_ledger.test_a_key_is_taken_over_from_a_call_of_unknown_outcome(
+        store, state, "f"
+    )
+
+
+def whose_key(store: Store) -> Coroutine[object, object, None]:
+    return test_ledger.test_whose_a_key_is_can_be_asked(store.ledger, X, "f")
 
 
 def key_for_a_day(store: Store) -> Coroutine[object, object, None]:
@@ -134,15 +145,15 @@ BUGS = (
     ),
     Bug(
         "a budget cannot be spent to its end",
-        sqlite_ledger, "_reserve", "claim.bound > amount", "claim.bound >= amount",
+        arithmetic, "no_room", "bound > amount", "bound >= amount",
     ),
     Bug(
         "what is held does not count against a budget",
-        sqlite_ledger, "_reserve", ".used + claim.bound", ".posted + claim.bound",
+        arithmetic, "no_room", ".used + bound", ".posted + bound",
     ),
     Bug(
         "only the first budget is looked at",
-        sqlite_ledger, "_reserve", "for line in claim.lines:", "for line in claim.lines[:1]:",
+        arithmetic, "no_room", "in lines:", "in tuple(lines)[:1]:",
     ),
     Bug(
         "an idempotency key is not moved on",
@@ -151,13 +162,82 @@ BUGS = (
     ),
     Bug(
         "an idempotency key lives for ever",
-        sqlite_ledger, "_holder_of_key", "at < micros(claim.at - KEY_LIFETIME) or", "",
+        sqlite_ledger, "_holder_of_key", "reserved < micros(at - KEY_LIFETIME) or", "",
         key_for_a_day,
     ),
     Bug(
         "another request takes over the key of a voided call",
-        sqlite_ledger, "_holder_of_key", "state is State.VOIDED and same", "state is State.VOIDED",
+        arithmetic, "yields_key", "same_fingerprint and free", "free",
         one_key_one_call("other"),
+    ),
+    Bug(
+        "a call of unknown outcome is repeated unasked",
+        arithmetic, "yields_key", " and repeat_unknown", "",
+        whose_key,
+    ),
+    Bug(
+        "a running call is repeated",
+        arithmetic, "yields_key", "state is State.EXPIRED and", "state is not State.POSTED and",
+        taken_over(H),
+    ),
+    Bug(
+        "a call of unknown outcome is not repeated though asked",
+        sqlite_ledger, "_reserve", ", claim.repeat_unknown", "",
+        taken_over(X),
+    ),
+    Bug(
+        "a reroute holds nothing more",
+        sqlite_ledger, "_reroute", "bump.pending, posted=0", "0, posted=0",
+    ),
+    Bug(
+        "a reroute holds both bounds",
+        arithmetic, "rerouted", "new_bound - bound", "new_bound",
+    ),
+    Bug(
+        "a cheaper way gives back what was held",
+        arithmetic, "rerouted", "max(bound, reroute.bound)", "reroute.bound",
+    ),
+    Bug(
+        "a reroute is booked again when it is repeated",
+        arithmetic, "rerouted", "(route, bound) != (reroute.route, new_bound)", "True",
+    ),
+    Bug(
+        "only a raised bound makes another way",
+        arithmetic, "rerouted",
+        "(route, bound) != (reroute.route, new_bound)", "bound != new_bound",
+    ),
+    Bug(
+        "a call that has ended is rerouted",
+        arithmetic, "rerouted", "is not State.HELD", "is State.VOIDED",
+    ),
+    Bug(
+        "a reroute passes a budget",
+        arithmetic, "no_room_elsewhere", "no_room(lines, without, bump.bound)", "None",
+    ),
+    Bug(
+        "a reroute has to fit beside itself",
+        arithmetic, "no_room_elsewhere", ".pending - held", ".pending",
+    ),
+    Bug(
+        "a reroute that need not grow is denied",
+        arithmetic, "no_room_elsewhere", "not bump.pending", "not bump.applied",
+    ),
+    Bug(
+        "a reroute asks the budgets of another day",
+        arithmetic, "no_room_elsewhere",
+        "for line in reroute.lines if line.account in accounts", "for line in reroute.lines",
+    ),
+    Bug(
+        "a rerouted call is counted for its first model",
+        sqlite_ledger, "_reroute", "SET model = ?", "SET model = coalesce(model, ?)",
+    ),
+    Bug(
+        "a rerouted call keeps its bound",
+        sqlite_ledger, "_reroute", "bound = ? WHERE", "bound = iif(?, bound, bound) WHERE",
+    ),
+    Bug(
+        "a raised bound is not in the journal",
+        sqlite_ledger, "_reroute", "pending=bump.pending", "pending=0",
     ),
     Bug(
         "a sweep expires a lease at its end, not after it",

@@ -8,8 +8,22 @@ from hypothesis import strategies as st
 
 from gateway.domain.books import Correction
 from gateway.domain.call import Operation, Usage
-from gateway.domain.ledger import Basis, Event, Outcome, Replay, Settlement, State
+from gateway.domain.ledger import (
+    Balance,
+    Basis,
+    Denied,
+    Event,
+    Line,
+    Outcome,
+    Replay,
+    Reroute,
+    Route,
+    Settlement,
+    State,
+)
+from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.domain.transition import (
+    Bump,
     Counts,
     Move,
     contradicts,
@@ -19,8 +33,12 @@ from gateway.domain.transition import (
     counted,
     counted_replay,
     expiry,
+    no_room,
+    no_room_elsewhere,
+    rerouted,
     transition,
     usage_day,
+    yields_key,
 )
 
 H, P, V, X = State.HELD, State.POSTED, State.VOIDED, State.EXPIRED
@@ -144,6 +162,85 @@ def test_a_late_void_takes_back_what_the_expiry_counted() -> None:
     back = correction(X, 10, ("no_usage",), move, settlement(VOID))
     expired = counted(X, 10, settlement(EXPIRE), ("no_usage",))
     assert back.plus(expired) == Counts()
+
+
+# Going elsewhere
+
+HERE, THERE = Route("flare", "openai", "p1"), Route("flare", "azure", "p2")
+NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
+
+
+def line(owner: str, amount: int | None) -> Line:
+    return Line(Limit(Scope.TEAM, owner, Unit.MONEY, Window.DAY, amount), period(Window.DAY, NOON))
+
+
+def reroute(bound: int, *lines: Line, to: Route = THERE) -> Reroute:
+    return Reroute("r", *to, bound, lines, NOON)
+
+
+@pytest.mark.parametrize(
+    ("state", "bound", "to", "new_bound", "bump"),
+    [
+        (H, 10, THERE, 25, Bump(25, 15)),
+        (H, 10, THERE, 10, Bump(10, 0)),
+        (H, 10, THERE, 3, Bump(10, 0)),
+        (H, 0, THERE, 0, Bump(0, 0)),
+        (H, 10, HERE, 11, Bump(11, 1)),
+        (H, 10, HERE, 10, Bump(10, 0, applied=False)),
+        (H, 10, HERE, 9, Bump(10, 0, applied=False)),
+        (H, 10, Route("blaze", "openai", "p1"), 10, Bump(10, 0)),
+        (H, 10, Route("flare", "azure", "p1"), 10, Bump(10, 0)),
+        (H, 10, Route("flare", "openai", "p2"), 10, Bump(10, 0)),
+        (P, 10, THERE, 25, None),
+        (V, 10, THERE, 25, None),
+        (X, 10, THERE, 25, None),
+        (X, 10, HERE, 10, None),
+    ],
+)
+def test_the_table_of_reroutes(
+    state: State, bound: int, to: Route, new_bound: int, bump: Bump | None
+) -> None:
+    assert rerouted(state, bound, HERE, reroute(new_bound, to=to)) == bump
+
+
+@given(bound=amounts, bounds=st.lists(amounts, max_size=5), end=amounts)
+def test_what_reroutes_add_an_end_takes_back(bound: int, bounds: list[int], end: int) -> None:
+    pending, route = bound, HERE
+    for number, new_bound in enumerate(bounds):
+        asked = reroute(new_bound, to=Route("m", "u", f"p{number}"))
+        bump = rerouted(H, bound, route, asked)
+        assert bump is not None
+        assert bump.bound >= bound
+        bound, route, pending = bump.bound, asked.route, pending + bump.pending
+        assert pending == bound
+    assert pending + transition(H, SETTLE, bound, 0, end).pending == 0
+
+
+def test_the_first_line_without_room() -> None:
+    lines = (line("a", None), line("b", 20), line("c", 15))
+    balances = {one.account: Balance(posted=4, pending=6) for one in lines}
+    assert no_room(lines, balances, 5) is None
+    assert no_room(lines, balances, 6) == Denied(lines[2], Balance(4, 6))
+    assert no_room(lines, balances, 11) == Denied(lines[1], Balance(4, 6))
+
+
+def test_a_hold_has_to_fit_whole_where_it_grows() -> None:
+    mine, free, others = line("a", 20), line("b", None), line("c", 0)
+    asked = reroute(16, free, others, mine)
+    balances = {one.account: Balance(posted=4, pending=11) for one in (mine, free, others)}
+    accounts = (mine.account, free.account)
+    # The 11 that are held have 10 of this call: 5 of others and 16 are more than 20.
+    assert no_room_elsewhere(asked, Bump(16, 6), accounts, balances) == Denied(mine, Balance(4, 1))
+    assert no_room_elsewhere(asked, Bump(15, 5), accounts, balances) is None
+    assert no_room_elsewhere(asked, Bump(99, 0), accounts, balances) is None
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("repeat", [False, True])
+def test_who_gives_its_key_away(state: State, same: bool, repeat: bool) -> None:
+    yields = {(V, True, False), (V, True, True), (X, True, True)}
+    assert yields_key(state, same, repeat) is ((state, same, repeat) in yields)
 
 
 # What a person says

@@ -27,6 +27,7 @@ from gateway.domain.ledger import (
     Held,
     Line,
     Replay,
+    Reroute,
     Settlement,
     State,
     UsageRow,
@@ -94,6 +95,14 @@ class Stores:
         if isinstance(self.ledger, Exception):
             raise self.ledger
         return self.ledger
+
+    async def claimed(
+        self, team: str, idempotency_key: str, fingerprint: str, at: datetime
+    ) -> Claimed | None:
+        raise NotImplementedError
+
+    async def reroute(self, reroute: Reroute) -> Held | Denied:
+        raise NotImplementedError
 
     async def settle(self, settlement: Settlement) -> Entry:
         raise NotImplementedError
