@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import random
 import secrets
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -26,6 +27,8 @@ from gateway.api.models import router as model_routes
 from gateway.api.relayed import RelayedRoutes
 from gateway.assembly import (
     CannotServe,
+    UpstreamNews,
+    account_keys,
     declared_keys,
     make_account,
     make_board,
@@ -62,6 +65,7 @@ from gateway.ports import (
 )
 from gateway.relay.admission import Admission
 from gateway.relay.arrival import Patience
+from gateway.relay.attempts import Attempts
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
 from gateway.relay.comebacks import Comebacks
@@ -69,6 +73,7 @@ from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
 from gateway.relay.joining import Joining
+from gateway.relay.health import Health
 from gateway.relay.keyring import KeyRing
 from gateway.relay.news import News
 from gateway.relay.pipeline import Pipeline
@@ -164,11 +169,21 @@ async def open_gateway(
 
         factors = Factors(store.upkeep, flights, settings.catalogue, tell_ratio)
         await factors.refresh()
+        health = Health(
+            clock.monotonic, random.Random(), UpstreamNews(metrics), settings.lease_seconds
+        )
         planner = Planner(
-            settings.catalogue, accounts, prices, cache, policy, frozenset(passing), factors.of
+            settings.catalogue,
+            accounts,
+            prices,
+            cache,
+            policy,
+            frozenset(passing),
+            factors.of,
+            health.usable,
         )
         keyring = KeyRing(peppers, declared, store.directory, clock)
-        reloading = _Reloading(settings, keyring, accounts, store.directory, metrics)
+        reloading = _Reloading(settings, keyring, accounts, health, store.directory, metrics)
         spools = settings.storage.blobs / "spool"
         make_folder(spools, settings.storage.blobs)
         part = settings.server.workers
@@ -220,7 +235,7 @@ async def open_gateway(
             safe=safe,
             cache=cache,
             policy=policy,
-            provider=openai.request,
+            attempts=Attempts(openai.request, store.ledger, health, clock, settings.relay.attempts),
             room=room,
             flights=flights,
             clock=clock,
@@ -355,12 +370,14 @@ class _Reloading:
         settings: Settings,
         keyring: KeyRing,
         accounts: Mapping[str, Account],
+        health: Health,
         directory: Directory,
         metrics: Metrics,
     ) -> None:
         self._settings = settings
         self._keyring = keyring
         self._accounts = accounts
+        self._health = health
         self._directory = directory
         self._metrics = metrics
         self._turn = asyncio.Lock()
@@ -395,7 +412,8 @@ class _Reloading:
         news = needs_restart(self._settings, found)
         self._keyring.replace(peppers, declared)
         for name, account in self._accounts.items():
-            account.replace_keys(settings.upstreams[name].api_keys)
+            account.replace_keys(account_keys(settings.upstreams[name]))
+            self._health.keep(name, (one.id for one in account.credentials))
         self._settings = settings
         log.info(
             "the configuration was read again",

@@ -20,7 +20,7 @@ from gateway.domain import keys
 from gateway.domain.bill import BilledItem
 from gateway.domain.ledger import Entry, Settlement
 from gateway.domain.price import Price, PriceBook
-from gateway.domain.route import WILDCARD, Model, Pin, Unpriced
+from gateway.domain.route import WILDCARD, Model, Pin, Target, Unpriced
 from gateway.domain.team import Declared, Key, Team
 from gateway.notify import PAUSES_SECONDS, Webhooks
 from gateway.ports import (
@@ -35,8 +35,9 @@ from gateway.ports import (
     StoreError,
 )
 from gateway.pricefile import PriceFileError, load_prices
+from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.read import ReadRules
-from gateway.settings import ImageUrls, Kind, Settings, WithoutRedis, shipped
+from gateway.settings import ImageUrls, Kind, Settings, UpstreamKey, WithoutRedis, shipped
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.stores.blobs import DiskCache
 from gateway.stores.memory import MemoryCache, MemoryGate
@@ -50,7 +51,7 @@ from gateway.stores.redis_link import Server as RedisServer
 from gateway.stores.sqlite import SQLiteStore, keys_in
 from gateway.stores.tiered import TieredCache
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.account import Account, AccountOptions, build_account
+from gateway.upstream.account import Account, AccountKey, AccountOptions, build_account
 from gateway.upstream.costs import read_costs
 from gateway.upstream.postbox import WebPostbox
 from gateway.upstream.wire import Timeouts
@@ -94,19 +95,20 @@ def unpriced_models(settings: Settings, book: PriceBook, day: date) -> list[str]
     it of a model."""
     found = []
     for model in settings.catalogue.models.values():
-        upstream = settings.upstreams[model.target.upstream]
-        prices = book.of(upstream.name, upstream.prices, day)
-        row = prices.find(model.target.model)
-        if row is not None:
-            found += _unknown_pin(model, row.price)
-        elif model.unpriced is Unpriced.REFUSE:
-            found.append(
-                f"models.{model.name}: {model.target.model} has no price at {upstream.name}. Add "
-                "a row under prices.rows, or set unpriced: allow"
-            )
+        for target in model.targets:
+            upstream = settings.upstreams[target.upstream]
+            row = book.of(upstream.name, upstream.prices, day).find(target.model)
+            if row is not None:
+                found += _unknown_pin(model, target, row.price)
+            elif model.unpriced is Unpriced.REFUSE:
+                found.append(
+                    f"models.{model.name}: {target.model} has no price at {upstream.name}. Add "
+                    "a row under prices.rows, or set unpriced: allow"
+                )
     rule = settings.catalogue.wildcard
     if rule is not None and rule.pin is not None:
-        found += _unknown_wildcard_pin(settings, book, day, rule.target.upstream, rule.pin)
+        for target in rule.targets:
+            found += _unknown_wildcard_pin(settings, book, day, target.upstream, rule.pin)
     return found
 
 
@@ -123,13 +125,13 @@ def _unknown_wildcard_pin(
     ]
 
 
-def _unknown_pin(model: Model, price: Price) -> list[str]:
+def _unknown_pin(model: Model, target: Target, price: Price) -> list[str]:
     """What is filled in for clients must be what the model draws, at a sure price."""
     pin = model.pin
     if pin is None or price.knows(pin.size, pin.quality):
         return []
     return [
-        f"models.{model.name}.pin: the price of {model.target.model} does not know size "
+        f"models.{model.name}.pin: the price of {target.model} does not know size "
         f"{pin.size} with quality {pin.quality}. Pin what it draws, or set auto: bound"
     ]
 
@@ -276,7 +278,7 @@ async def read_bill(settings: Settings, upstream: str, day: date) -> list[Billed
             f"{settings.file}: upstreams.{upstream}.admin_key is not set, and it is what reads a "
             "bill. Set it, or give the upstream's export with --csv FILE"
         )
-    with_admin_key = replace(configured, api_keys=(configured.admin_key,))
+    with_admin_key = replace(configured, api_keys=(UpstreamKey(key=configured.admin_key),))
     account = make_account(with_admin_key, configured.base_url)
     try:
         found = await read_costs(account, day, day)
@@ -293,6 +295,10 @@ def passes_urls(upstream: UpstreamSettings) -> bool:
     return upstream.image_urls is ImageUrls.PASSTHROUGH
 
 
+def account_keys(configured: UpstreamSettings) -> list[AccountKey]:
+    return [AccountKey(one.key, one.order, one.weight) for one in configured.api_keys]
+
+
 def make_account(configured: UpstreamSettings, base_url: str) -> Account:
     timeouts = configured.timeouts
     return build_account(
@@ -301,7 +307,7 @@ def make_account(configured: UpstreamSettings, base_url: str) -> Account:
             base_url=base_url,
             provider=configured.prices,
             kind=configured.kind.value,
-            keys=configured.api_keys,
+            keys=account_keys(configured),
             timeouts=Timeouts(
                 connect=timeouts.connect_seconds,
                 write=timeouts.write_seconds,
@@ -348,6 +354,61 @@ class _GateNews(GateListener):
             "noeviction, or give the cache a Redis of its own",
             extra={"maxmemory_policy": policy},
         )
+
+
+class UpstreamNews(HealthListener):
+    """How upstreams are doing, as metrics and as lines of the log. That a key is refused is an
+    error: only the owner of the account can mend it."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+
+    def circuit(self, upstream: str, key: str, state: CircuitState) -> None:
+        self._metrics.set("gateway_upstream_circuit_state", state, upstream=upstream, key=key)
+        log.warning(
+            "an upstream's circuit is another",
+            extra={"upstream": upstream, "key": key, "state": state.name.lower()},
+        )
+
+    def cooled(self, upstream: str, key: str, seconds: float) -> None:
+        self._metrics.add("gateway_upstream_cooldowns_total", upstream=upstream)
+        log.warning(
+            "an upstream asks to be left alone",
+            extra={"upstream": upstream, "key": key, "seconds": round(seconds, 3)},
+        )
+
+    def disabled(self, upstream: str, key: str, why: Why, model: str, seconds: float) -> None:
+        self._metrics.set(
+            "gateway_upstream_key_disabled", 1, upstream=upstream, key=key, why=why.value
+        )
+        log.error(
+            "an upstream refuses a key of this gateway; it is left alone for a while",
+            extra={
+                "upstream": upstream,
+                "key": key,
+                "why": why.value,
+                "model": model or "all",
+                "seconds": seconds,
+            },
+        )
+
+    def enabled(self, upstream: str, key: str, why: Why) -> None:
+        self._metrics.set(
+            "gateway_upstream_key_disabled", 0, upstream=upstream, key=key, why=why.value
+        )
+        log.warning(
+            "an upstream's key is used again",
+            extra={"upstream": upstream, "key": key, "why": why.value},
+        )
+
+    def failed(self, upstream: str, kind: str) -> None:
+        self._metrics.add("gateway_upstream_errors_total", upstream=upstream, **{"class": kind})
+
+    def retried(self, upstream: str, outcome: str) -> None:
+        self._metrics.add("gateway_upstream_retries_total", upstream=upstream, outcome=outcome)
+
+    def fell_back(self, model: str, to: str) -> None:
+        self._metrics.add("gateway_fallbacks_total", model=model, to=to)
 
 
 def make_gate(settings: Settings, clock: Clock, metrics: Metrics, server: RedisServer) -> Gate:

@@ -508,8 +508,9 @@ class Upstream(Protocol):
         """Its keys, as they are configured now."""
 
     async def send(self, outgoing: Outgoing, credential: str) -> Reply:
-        """Sends it with the key of that id (any, where it is gone). Raises ``UpstreamUnavailable`` when surely nothing was sent, ``UpstreamUnknown`` once
-        a byte may have left and no answer came."""
+        """Sends it with the key of that id (any, where it is gone). Raises ``UpstreamUnavailable``
+        when surely nothing was sent, ``UpstreamUnknown`` once a byte may have left and no answer
+        came."""
 
     async def aclose(self) -> None: ...
 

@@ -172,6 +172,20 @@ class Auto(StrEnum):
     PIN = "pin"
 
 
+class UpstreamStream(StrEnum):
+    """Whether an upstream is asked for events: always, or where the client asked for them."""
+
+    AS_ASKED = "as_asked"
+    ALWAYS = "always"
+
+
+class OnUnknown(StrEnum):
+    """What a retry gets of a call whose outcome nobody knows: its error again, or another call."""
+
+    ERROR = "error"
+    REPEAT = "repeat"
+
+
 class Validate(StrEnum):
     RELAXED = "relaxed"
     STRICT = "strict"
@@ -183,13 +197,6 @@ class WithoutRedis(StrEnum):
 
     LOCAL = "local"
     DENY = "deny"
-
-
-class OnUnknown(StrEnum):
-    """What a retry gets of a call whose outcome nobody knows: its error again, or another call."""
-
-    ERROR = "error"
-    REPEAT = "repeat"
 
 
 class CacheScope(StrEnum):
@@ -533,7 +540,16 @@ def _keep(node: Node, spot: Spot) -> timedelta:
     return kept
 
 
+def _upstream_key(node: Node, spot: Spot) -> UpstreamKey:
+    """A key alone, or one with its place among the others."""
+    if isinstance(node, Table):
+        return record(UpstreamKey)(node, spot)
+    return UpstreamKey(key=_api_key(node, spot))
+
+
 _PORT = whole(0, 65_535, "a port")
+_ORDER = whole(1, 1000)
+_WEIGHT = whole(1, 1_000_000)
 _COUNT = whole(1, 1_000_000_000)
 _HOST = text(r"[A-Za-z0-9.:_%-]+", "a host or an address")
 
@@ -592,6 +608,15 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UpstreamKey:
+    """One of a provider's keys: of the lowest order first, those of one order by weight."""
+
+    key: Secret = setting(_api_key)
+    weight: int = setting(_WEIGHT, 1)
+    order: int = setting(_ORDER, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Upstream:
     """One provider account.
 
@@ -603,7 +628,7 @@ class Upstream:
     name: str = ""
     kind: Kind = setting(_kind)
     base_url: str = setting(_base_url, "")
-    api_keys: tuple[Secret, ...] = group(listing(_api_key), ())
+    api_keys: tuple[UpstreamKey, ...] = group(listing(_upstream_key), ())
     timeouts: Timeouts = group(record(Timeouts), Timeouts())
     headers: tuple[tuple[str, Secret], ...] = group(_headers, ())
     proxy: Secret | None = setting(optional(_proxy), None)
@@ -624,7 +649,7 @@ def _upstream(node: Node, spot: Spot) -> Upstream:
     """An upstream, its fields checked against each other."""
     upstream = record(Upstream)(node, spot)
     entries = as_table(node).entries
-    keys = tuple(key for key in upstream.api_keys if key)
+    keys = tuple(one for one in upstream.api_keys if one.key)
     if upstream.kind is Kind.SANDBOX:
         if "base_url" in entries:
             spot.at("base_url").wrong(
@@ -643,15 +668,22 @@ def _upstream(node: Node, spot: Spot) -> Upstream:
         spot.wrong(node.place, 'needs "base_url": https://api.openai.com/v1, for example')
     elif upstream.base_url:
         _check_origin(upstream, spot.at("base_url"), entries["base_url"].value.place)
-    if len({key.reveal() for key in keys}) < len(keys):
+    if len({one.key.reveal() for one in keys}) < len(keys):
         spot.at("api_keys").wrong(entries["api_keys"].place, "holds the same key twice")
     if not keys:
         value = entries["api_keys"].value if "api_keys" in entries else None
         items = value.items if isinstance(value, Listing) else ()
-        names = [name for item in items if isinstance(item, Scalar) for name in item.sources]
+        names = [name for item in items for name in _sources_of_key(item)]
         advice = f"set {' or '.join(names)}" if names else 'write api_keys: ["${NAME}"]'
         spot.warn(node.place, f"has no key and is off: {advice}")
     return replace(upstream, api_keys=keys)
+
+
+def _sources_of_key(item: Node) -> tuple[str, ...]:
+    """The variables that a key of an upstream is made of."""
+    if isinstance(item, Table) and "key" in item.entries:
+        item = item.entries["key"].value
+    return item.sources if isinstance(item, Scalar) else ()
 
 
 def _check_origin(upstream: Upstream, spot: Spot, place: Place) -> None:
@@ -778,13 +810,16 @@ class Notify:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Relay:
-    """``keep_alive_seconds``: after so long a silence a stream gets a comment. A client that waits
-    for JSON is told to ask again after ``max_wait_seconds``; None: it waits for the whole call."""
+    """``attempts`` is how often one request is sent upstream at the most, where the attempts
+    before were surely not billed. ``keep_alive_seconds``: after so long a silence a stream gets a
+    comment. A client that waits for JSON is told to ask again after ``max_wait_seconds``; None: it
+    waits for the whole call."""
 
-    log_prompts: bool = setting(boolean, False)
+    attempts: int = setting(whole(1, 5), 2)
     on_unknown: OnUnknown = setting(choice(OnUnknown), OnUnknown.ERROR)
     keep_alive_seconds: float = setting(seconds(), 15.0)
     max_wait_seconds: float | None = setting(optional(seconds()), None)
+    log_prompts: bool = setting(boolean, False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -819,10 +854,37 @@ class _PinEntry:
     quality: str = setting(text(r"[a-z]{1,16}", "a quality, like medium"), "medium")
 
 
+_upstream_name = located(text(r".+", "the name of an upstream"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TargetEntry:
+    """One of several places that serve a model; ``order`` None is its place in the list."""
+
+    upstream: Located[str] = setting(_upstream_name)
+    model: Located[str] | None = setting(optional(located(_model_name)), None)
+    weight: int = setting(_WEIGHT, 1)
+    order: int | None = setting(_ORDER, None)
+    upstream_stream: UpstreamStream | None = setting(choice(UpstreamStream), None)
+
+
+def _target(node: Node, spot: Spot) -> _TargetEntry:
+    if isinstance(node, Table):
+        return record(_TargetEntry)(node, spot)
+    return _TargetEntry(upstream=_upstream_name(node, spot))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _ModelEntry:
-    upstream: Located[str] = setting(located(text(r".+", "the name of an upstream")))
+    upstream: Located[str] | None = setting(_upstream_name, None)
+    upstreams: Located[tuple[_TargetEntry, ...]] | None = group(
+        located(_stated(listing(_target))), None
+    )
     model: Located[str] | None = setting(optional(located(_model_name)), None)
+    upstream_stream: UpstreamStream = setting(choice(UpstreamStream), UpstreamStream.AS_ASKED)
+    fallback: tuple[Located[str], ...] = group(
+        listing(located(text(rf"{_MODEL_NAME}|\*", "a model's name"))), ()
+    )
     unpriced: Unpriced = setting(choice(Unpriced), Unpriced.REFUSE)
     validate: Validate = setting(choice(Validate), Validate.RELAXED)
     unknown_parameters: UnknownParameters = setting(
@@ -831,6 +893,25 @@ class _ModelEntry:
     auto: Auto = setting(choice(Auto), Auto.BOUND)
     pin: Located[_PinEntry] | None = group(located(_stated(record(_PinEntry))), None)
     cache: bool = setting(boolean, True)
+
+
+def _model(node: Node, spot: Spot) -> _ModelEntry:
+    """A model, served by one upstream or by several."""
+    entry = record(_ModelEntry)(node, spot)
+    written = as_table(node).entries
+    if "upstream" in written and "upstreams" in written:
+        spot.at("upstreams").wrong(
+            written["upstreams"].place, 'cannot stand beside "upstream": write all of them here'
+        )
+    if "upstream" not in written and "upstreams" not in written:
+        raise Wrong('needs "upstream"')
+    if entry.upstreams is not None:
+        items = written["upstreams"].value
+        if isinstance(items, Listing) and not items.items:
+            entry.upstreams.wrong("is empty: name one upstream or more")
+    if entry.upstream is None and (entry.upstreams is None or not entry.upstreams.value):
+        raise Reported
+    return entry
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -926,9 +1007,7 @@ class _Document:
     storage: Storage = group(record(Storage), Storage())
     ledger: LedgerSettings = group(record(LedgerSettings), LedgerSettings())
     upstreams: dict[str, Upstream] | None = group(mapping(_upstream, _upstream_objection), None)
-    models: dict[str, _ModelEntry] | None = group(
-        mapping(record(_ModelEntry), _model_objection), None
-    )
+    models: dict[str, _ModelEntry] | None = group(mapping(_model, _model_objection), None)
     prices: Prices = group(record(Prices), Prices())
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
@@ -1133,7 +1212,9 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         ),
         ledger=replace(document.ledger, spool=folder / document.ledger.spool),
         upstreams=MappingProxyType(upstreams),
-        catalogue=_catalogue(document.models or {}, _names(root, "upstreams")),
+        catalogue=_catalogue(
+            document.models or {}, _names(root, "models"), _names(root, "upstreams")
+        ),
         prices=document.prices,
         cache=document.cache,
         results=document.results,
@@ -1242,30 +1323,82 @@ def _longest_call(upstreams: Mapping[str, Upstream]) -> float:
     return max(totals, default=Timeouts().total_seconds)
 
 
-def _catalogue(entries: Mapping[str, _ModelEntry], upstreams: frozenset[str]) -> Catalogue:
+def _catalogue(
+    entries: Mapping[str, _ModelEntry], named: frozenset[str], upstreams: frozenset[str]
+) -> Catalogue:
+    """``named`` are all models of the file, also those that were refused."""
     models: dict[str, Model] = {}
     for name, entry in entries.items():
-        upstream = entry.upstream.value
-        if upstream not in upstreams:
-            shown = f'there is no upstream "{upstream}"' if presentable(upstream) else "no upstream"
-            entry.upstream.wrong(f"{shown}{suggestion(upstream, sorted(upstreams))}")
+        target, *others = _targets(name, entry, upstreams)
         if name == WILDCARD and entry.model is not None:
             entry.model.wrong(f'"{WILDCARD}" passes every name on as it is: remove this')
         if entry.pin is not None and entry.auto is not Auto.PIN:
             entry.pin.warn("does nothing without auto: pin")
+        _check_fallbacks(name, entry, named)
         pin = entry.pin.value if entry.pin is not None else _PinEntry()
         models[name] = Model(
             name=name,
-            target=Target(upstream, entry.model.value if entry.model else name),
+            target=target,
             unpriced=entry.unpriced,
             strict=entry.validate is Validate.STRICT,
             cache_enabled=entry.cache,
             label="other" if name == WILDCARD else name,
             refuse_unknown=entry.unknown_parameters is UnknownParameters.REFUSE,
             pin=Pin(pin.size, pin.quality) if entry.auto is Auto.PIN else None,
+            others=tuple(sorted(others, key=lambda other: other.order)),
+            fallbacks=tuple(fallback.value for fallback in entry.fallback),
         )
     wildcard = models.pop(WILDCARD, None)
     return Catalogue(MappingProxyType(models), wildcard)
+
+
+def _targets(name: str, entry: _ModelEntry, upstreams: frozenset[str]) -> list[Target]:
+    """Where a model is served, as the file lists it."""
+    if entry.upstreams is None:
+        assert entry.upstream is not None, "one of both was written"
+        listed: tuple[_TargetEntry, ...] = (_TargetEntry(upstream=entry.upstream),)
+    else:
+        listed = entry.upstreams.value
+    found: list[Target] = []
+    for place, each in enumerate(listed, 1):
+        upstream = each.upstream.value
+        if upstream not in upstreams:
+            shown = f'there is no upstream "{upstream}"' if presentable(upstream) else "no upstream"
+            each.upstream.wrong(f"{shown}{suggestion(upstream, sorted(upstreams))}")
+        if name == WILDCARD and each.model is not None:
+            each.model.wrong(f'"{WILDCARD}" passes every name on as it is: remove this')
+        served = each.model or entry.model
+        target = Target(
+            upstream,
+            served.value if served else name,
+            each.order or place,
+            each.weight,
+            (each.upstream_stream or entry.upstream_stream) is UpstreamStream.ALWAYS,
+        )
+        if any((one.upstream, one.model) == (upstream, target.model) for one in found):
+            each.upstream.wrong("is listed twice with the same model: give it more weight instead")
+        found.append(target)
+    return found
+
+
+def _check_fallbacks(name: str, entry: _ModelEntry, named: frozenset[str]) -> None:
+    seen: set[str] = set()
+    for fallback in entry.fallback:
+        other = fallback.value
+        if other == WILDCARD:
+            fallback.wrong(f'"{WILDCARD}" is no model: name one that stands under models')
+        elif other == name:
+            fallback.wrong("is this model itself: name another one")
+        elif other not in named:
+            shown = f' "{other}"' if presentable(other) else ""
+            near = suggestion(other, sorted(named - {WILDCARD, name}))
+            fallback.wrong(
+                f"there is no model{shown} under models{near}"
+                + (f'; "{WILDCARD}" does not do for this' if WILDCARD in named else "")
+            )
+        elif other in seen:
+            fallback.wrong("is listed twice")
+        seen.add(other)
 
 
 def _check_teams(
@@ -1311,7 +1444,7 @@ def _check_secrets(teams: Mapping[str, _TeamEntry], upstreams: Mapping[str, Upst
     providers = {
         key.reveal()
         for upstream in upstreams.values()
-        for key in (*upstream.api_keys, upstream.admin_key)
+        for key in (*(one.key for one in upstream.api_keys), upstream.admin_key)
         if key
     }
     first: dict[str, Located[Secret | None]] = {}

@@ -351,7 +351,7 @@ admin:     {keys: ["${GATEWAY_ADMIN_KEY:-}"]}
     upstream = made.upstreams["openai"]
     assert (upstream.name, upstream.kind, upstream.ready) == ("openai", Kind.OPENAI, True)
     assert upstream.base_url == "https://api.openai.com/v1"
-    assert upstream.api_keys == (Secret(PROVIDER_KEY),)
+    assert upstream.api_keys == (UpstreamKey(key=Secret(PROVIDER_KEY)),)
     assert upstream.headers == (("openai-organization", Secret("org-1")),)
     art = made.catalogue.find("team-art")
     assert art is not None
@@ -539,7 +539,7 @@ def test_references(tmp_path: Path) -> None:
     assert made.storage.pepper == Secret("${x} $ $x a: {b: 'c'}\n# ${Q}")
     assert made.storage.redis is None
     assert made.upstreams["a"].verify == tmp_path / "mine.pem"
-    assert made.upstreams["a"].api_keys == (Secret(PROVIDER_KEY),)
+    assert made.upstreams["a"].api_keys == (UpstreamKey(key=Secret(PROVIDER_KEY)),)
     assert made.upstreams["a"].proxy == Secret("http://p:1")
     assert made.declared_keys[0].secret == Secret(KEY)
     assert made.teams["a"].limits.budget_day == 10**8

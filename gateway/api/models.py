@@ -18,7 +18,7 @@ def router(keyring: KeyRing, planner: Planner, clock: Clock) -> APIRouter:
     routes = APIRouter()
 
     def describe(model: Model) -> dict[str, object]:
-        row = planner.prices(model, clock.now()).find(model.target.model)
+        row = planner.row(model, clock.now())
         released = datetime.combine(row.valid_from, time(), UTC) if row else None
         return {
             "id": model.name,

@@ -272,8 +272,11 @@ def warn_of(settings: Settings, limits: Limits, models: frozenset[str] | None) -
         model = settings.catalogue.find(name)
         if model is None:
             continue
-        upstream = settings.upstreams[model.target.upstream]
-        if book.of(upstream.name, upstream.prices, today).find(model.target.model) is None:
+        places = [(settings.upstreams[target.upstream], target) for target in model.targets]
+        if all(
+            book.of(upstream.name, upstream.prices, today).find(target.model) is None
+            for upstream, target in places
+        ):
             near = settings.catalogue.nearest(name)
             asked = f"; did you mean {near.name}?" if near and near.name != name else ""
             click.echo(f"warning: no price is known for {name}{asked}", err=True)

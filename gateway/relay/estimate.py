@@ -84,7 +84,7 @@ class Observed:
     def mean(self, plan: Plan, call: Call) -> Money | None:
         """Of one picture, in nano-dollars; None where none like it was bought yet."""
         kind = (
-            *(plan.upstream.name, plan.model.target.model, plan.quote.price_id),
+            *(plan.upstream.name, plan.target.model, plan.quote.price_id),
             *(call.operation.value, call.size, call.quality, call.output_format),
         )
         costs = self._costs.get(kind)
@@ -136,13 +136,14 @@ class Estimates:
         lines, balances = await self._budgets.budgets(lines_of(caller, now))
         if plan is not None and refusal is None:
             refusal = _never_fits(plan) or _no_room(plan, dict(zip(lines, balances, strict=True)))
+        target = plan.target if plan else model.target if model else None
         described: dict[str, Json] = {
             "object": "image.estimate",
             "request_id": rid,
             "operation": call.operation.value,
             "model": call.model,
-            "model_served": model.target.model if model else None,
-            "upstream": model.target.upstream if model else None,
+            "model_served": target.model if target else None,
+            "upstream": target.upstream if target else None,
             "images": call.n,
             "changed": dict(plan.changed) if plan else {},
             "cache": plan.cache.value if plan else None,
@@ -177,11 +178,7 @@ class Estimates:
         except ModelNotAllowed as error:
             return None, None, error
         try:
-            return (
-                model,
-                await self._planner.plan(self._planner.route_call(caller, call), wish, now),
-                None,
-            )
+            return model, await self._planned(caller, call, wish, now), None
         except UpstreamAccount as error:
             return model, None, error
         except InvalidRequest as error:
@@ -191,11 +188,10 @@ class Estimates:
                 return model, None, error
             # What it would cost is then the very thing to be told.
             lifted = _without_most(caller)
-            return (
-                model,
-                await self._planner.plan(self._planner.route_call(lifted, call), wish, now),
-                error,
-            )
+            return model, await self._planned(lifted, call, wish, now), error
+
+    async def _planned(self, caller: Caller, call: Call, wish: CacheWish, now: datetime) -> Plan:
+        return await self._planner.plan(self._planner.route_call(caller, call), wish, now)
 
     def _costs(self, plan: Plan | None) -> dict[str, Json]:
         if plan is None:

@@ -41,10 +41,10 @@ class Factors:
         self._upkeep = upkeep
         self._flights = flights
         self._tell_ratio = tell_ratio
-        targets = [model.target for model in catalogue.models.values()]
+        targets = [target for model in catalogue.models.values() for target in model.targets]
         self._labels = {(target.upstream, target.model) for target in targets}
         if catalogue.wildcard is not None:
-            self._labels.add((catalogue.wildcard.target.upstream, OTHER))
+            self._labels |= {(target.upstream, OTHER) for target in catalogue.wildcard.targets}
         self._stored: dict[tuple[str, str], int] = {}
         self._unwritten: dict[tuple[str, str], int] = {}
         # A re-read that began before a write must not undo it here.

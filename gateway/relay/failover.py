@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from enum import StrEnum
 from typing import Any
 
 from gateway.domain.errors import (
+    Evidence,
     GatewayError,
     UpstreamAccount,
     UpstreamBroken,
@@ -36,6 +38,103 @@ BILLING_CODES = frozenset(
 )
 EDGE_STATUSES = frozenset({408, 499, 502, 504, *range(520, 531)})
 """A proxy in front of the provider gave up waiting: the provider may have gone on."""
+
+
+class Next(StrEnum):
+    """Where a call may go after an attempt that failed."""
+
+    OTHER_UPSTREAM_FIRST = "other_upstream_first"
+    """The upstream is away, or failed by itself; it may be asked once more, at last."""
+    OTHER_UPSTREAM_ONLY = "other_upstream_only"
+    """Asking this one again would change nothing."""
+    OTHER_HOST_ONLY = "other_host_only"
+    """Nothing is sent to this one again: it cannot be trusted, or has no connection to spare."""
+    OTHER_KEY_FIRST = "other_key_first"
+    """This key has to be left alone; another of the same upstream is as good."""
+    STOP = "stop"
+    """It may have been bought, or is refused for what it asks."""
+
+
+class Kind(StrEnum):
+    """How an attempt failed: the ``class`` of ``gateway_upstream_errors_total``, a closed list."""
+
+    DNS = "dns"
+    CONNECT = "connect"
+    CONNECT_TIMEOUT = "connect_timeout"
+    TLS = "tls"
+    POOL = "pool"
+    WRITE = "write"
+    WRITE_TIMEOUT = "write_timeout"
+    DISCONNECT = "disconnect"
+    READ_TIMEOUT = "read_timeout"
+    PROTOCOL = "protocol"
+    TRUNCATED = "truncated"
+    BODY_TIMEOUT = "body_timeout"
+    TOO_LARGE = "too_large"
+    ENCODING = "encoding"
+    EDGE = "edge"
+    REDIRECT = "redirect"
+    SSE = "sse"
+    MODERATION = "moderation"
+    CLIENT = "4xx"
+    LIMITED = "429"
+    SERVER = "5xx"
+    AUTH = "auth"
+    ACCOUNT = "account"
+    IN_SUCCESS = "200_error"
+    BAD_ANSWER = "bad_answer"
+
+
+_KINDS = {
+    **{kind.value: kind for kind in Kind},
+    "upstream_edge": Kind.EDGE,
+    "upstream_redirect": Kind.REDIRECT,
+    "upstream_sse": Kind.SSE,
+    "upstream_4xx": Kind.CLIENT,
+    "upstream_429": Kind.LIMITED,
+    "upstream_5xx": Kind.SERVER,
+    "upstream_auth": Kind.AUTH,
+    "upstream_account_exhausted": Kind.ACCOUNT,
+    "upstream_200_error": Kind.IN_SUCCESS,
+    "upstream_bad_response": Kind.BAD_ANSWER,
+}
+"""An error's ``reason`` -> what it is counted as."""
+UNREACHED = frozenset({Kind.DNS, Kind.CONNECT, Kind.CONNECT_TIMEOUT, Kind.TLS, Kind.POOL})
+"""Surely nothing was sent."""
+
+
+def kind_of(error: GatewayError) -> Kind | None:
+    """What a failed attempt is counted as; None where the upstream has no part in it."""
+    return _KINDS.get(error.reason)
+
+
+def verdict(error: GatewayError) -> Next:
+    """Where a call may go after this error, and only the proof that nothing was billed lets it go
+    anywhere (money.md 8.1)::
+
+        not sent (dns, connect, connect_timeout)         other upstream first
+        500, 503 with the API's error                    other upstream first
+        not sent (tls; pool: every connection is busy)   another host only
+        404, 413                                         another upstream only
+        401, 402, 403, billing, 429                      other key first
+        400, 422, moderation, every other 4xx, 3xx       stop
+        sent and unknown, an edge's 5xx, after a 200     stop
+    """
+    kind = kind_of(error)
+    if error.evidence is not Evidence.NOT_BILLED or kind is None:
+        return Next.STOP
+    if isinstance(error, UpstreamAccount):
+        return Next.OTHER_KEY_FIRST
+    if kind in (Kind.TLS, Kind.POOL):
+        return Next.OTHER_HOST_ONLY
+    if kind in UNREACHED or kind is Kind.SERVER:
+        return Next.OTHER_UPSTREAM_FIRST
+    if kind is Kind.LIMITED:
+        return Next.OTHER_KEY_FIRST
+    if kind is Kind.CLIENT and error.status in (404, 413):
+        return Next.OTHER_UPSTREAM_ONLY
+    return Next.STOP
+
 
 _ACCOUNT = re.compile(rb"\b(org|proj)[-_][A-Za-z0-9]{6,}")
 """The owner's account, which rate limit texts name (contract 4.5)."""
@@ -86,6 +185,16 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes, upstream: str)
         f"The upstream {upstream} answered {status}, which is no answer to this call. It may have "
         "been paid for, so this is not retried for you.",
     )
+
+
+def said_wait(headers: Mapping[str, str]) -> float | None:
+    """The seconds that an upstream asks to wait for; None where it says none, or a date."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        try:
+            return float(headers[name]) / unit
+        except (KeyError, ValueError):
+            continue
+    return None
 
 
 def error_in_success(error: object, upstream: str) -> GatewayError:

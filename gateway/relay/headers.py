@@ -14,8 +14,9 @@ from gateway.domain.money import Money, format_dollars
 from gateway.domain.quota import Demand, Standing, Unit
 from gateway.domain.receipt import CacheResult
 from gateway.ports import FlightNotice
+from gateway.relay.failover import said_wait
 from gateway.relay.flights import Head
-from gateway.relay.plan import Plan
+from gateway.relay.plan import Plan, Way
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -38,12 +39,15 @@ def of_form(stream: bool) -> Headers:
     return (("content-type", EVENTS if stream else JSON),)
 
 
-def of_way(plan: Plan) -> Headers:
-    """Who made the picture, and what was changed for it."""
+def of_way(plan: Plan, way: Way) -> Headers:
+    """Who makes the picture, and what was changed for it."""
+    changed = dict(plan.changed)
+    if way.model.name != plan.asked.name:
+        changed["model"] = way.model.name
     return (
-        ("x-model-served", plan.model.target.model),
-        ("x-gateway-upstream", plan.upstream.name),
-        *_of_changes(plan.changed),
+        ("x-model-served", way.target.model),
+        ("x-gateway-upstream", way.upstream.name),
+        *_of_changes(changed),
     )
 
 
@@ -174,7 +178,7 @@ def of_advice(error: GatewayError) -> Headers:
     headers = {name: value for name, value in error.headers if _is_clean(value)}
     wait, retry = error.retry_after_seconds, error.should_retry
     if isinstance(error, UpstreamRefused):
-        wait = _said_wait(headers)
+        wait = said_wait(headers)
     elif wait is not None:
         headers["retry-after"] = str(math.ceil(wait))
         headers["retry-after-ms"] = str(math.ceil(wait * 1000))
@@ -183,16 +187,6 @@ def of_advice(error: GatewayError) -> Headers:
     if retry is not None:
         headers["x-should-retry"] = "true" if retry else "false"
     return tuple(headers.items())
-
-
-def _said_wait(headers: Mapping[str, str]) -> float | None:
-    """The seconds that an upstream asks to wait for; None where it says none, or a date."""
-    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
-        try:
-            return float(headers[name]) / unit
-        except (KeyError, ValueError):
-            continue
-    return None
 
 
 async def _once(content: bytes) -> AsyncIterator[bytes]:

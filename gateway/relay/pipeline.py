@@ -256,7 +256,7 @@ class Pipeline:
         said = (
             *headers.of_form(call.stream),
             *headers.of_request(arrival.rid, plan.cache),
-            *headers.of_way(plan),
+            *headers.of_way(plan, plan.way),
             *headers.of_age(meta.stored_at, now),
             *headers.NOTHING_SPENT,
             *headers.of_rates(grant.standings),
@@ -317,7 +317,7 @@ class Pipeline:
             finally:
                 await self._leave(flight, plan)
         except GatewayError as error:
-            flight.said = (*flight.said, *headers.of_way(plan), *await self._left(plan.caller))
+            flight.said = (*flight.said, *headers.of_way(plan, plan.way), *await self._left(plan.caller))
             flight.refuse(error)
             receipt = failed(so_far, error)
         except Exception:
@@ -383,7 +383,7 @@ def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:
     return replace(
         receipt,
         model_label=plan.model.label or plan.model.name,
-        model_served=plan.model.target.model,
+        model_served=plan.target.model,
         upstream=plan.upstream.name,
         # As it is bought: what was left open may be pinned.
         size=plan.call.size,

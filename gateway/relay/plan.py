@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Protocol
 
 from gateway.domain.call import Call
 from gateway.domain.charge import Quote
-from gateway.domain.errors import InvalidRequest, ModelNotAllowed, ModelNotFound, UpstreamAccount
+from gateway.domain.errors import (
+    GatewayError,
+    InvalidRequest,
+    ModelNotAllowed,
+    ModelNotFound,
+    UpstreamAccount,
+)
 from gateway.domain.fingerprint import fingerprint
 from gateway.domain.ledger import Line
 from gateway.domain.money import Money, say_dollars
@@ -21,11 +29,12 @@ from gateway.domain.price import (
     Confidence,
     PriceBook,
     PriceList,
+    PriceRow,
     raised,
 )
 from gateway.domain.quota import Demand, Limit, Scope, Unit
 from gateway.domain.receipt import CacheResult
-from gateway.domain.route import OTHER, Catalogue, Model, Pin, Unpriced
+from gateway.domain.route import OTHER, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
 from gateway.ports import Cache, Cached, Upstream
 from gateway.relay.strict import validate_strict
@@ -51,19 +60,44 @@ class CacheWish:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """One call, decided: whose, from where, at what price, and under which name it is cached.
+class Way:
+    """One way to an answer: the configured model, where it is served, and what it costs there."""
 
-    ``keep``: the answer may be put into the cache, under ``fingerprint``. ``rates`` are the
-    gate's limits, ``lines`` the ledger's accounts in their periods. ``call`` is what is bought:
-    with what is pinned filled in.
-    """
+    model: Model
+    target: Target
+    upstream: Upstream
+    quote: Quote
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """A call whose model is known, before anything is looked up. ``call`` has what is pinned
+    filled in. ``enabled``: it may be looked up in the cache, and kept there under
+    ``fingerprint``, which does not depend on which upstream it will be sent to. ``linked``: it
+    names pictures by their addresses alone."""
 
     caller: Caller
     call: Call
     model: Model
-    upstream: Upstream
-    quote: Quote
+    fingerprint: str
+    enabled: bool
+    linked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One call, decided: whose, from where, at what price, and under which name it is cached.
+
+    ``ways`` are in the order they are to be tried in: those of ``asked``, the model that was asked
+    for, then those of its fallbacks. ``keep``: the answer may be put into the cache, under
+    ``fingerprint``. ``rates`` are the gate's limits, ``lines`` the ledger's accounts in their
+    periods. ``call`` is what is bought: with what is pinned filled in.
+    """
+
+    caller: Caller
+    call: Call
+    asked: Model
+    ways: tuple[Way, ...]
     demand: Demand
     rates: tuple[Limit, ...]
     lines: tuple[Line, ...]
@@ -75,25 +109,44 @@ class Plan:
     cached: Cached | None = None
 
     @property
+    def way(self) -> Way:
+        """The first, which the call is reserved for."""
+        return self.ways[0]
+
+    @property
+    def model(self) -> Model:
+        return self.way.model
+
+    @property
+    def target(self) -> Target:
+        return self.way.target
+
+    @property
+    def upstream(self) -> Upstream:
+        return self.way.upstream
+
+    @property
+    def quote(self) -> Quote:
+        return self.way.quote
+
+    @property
     def changed(self) -> Mapping[str, str]:
         """What the gateway filled in, by name: the client is told."""
         return self.call.pinned
 
 
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """A call, known for what it is: whose, for which model, and under which ``fingerprint`` the
-    same call is found again. ``call`` has what is pinned filled in."""
+class Chooser(Protocol):
+    """``random.Random``, as far as it is used here."""
 
-    caller: Caller
-    call: Call
-    model: Model
-    fingerprint: str
-    cacheable: bool
+    def random(self) -> float: ...
 
 
 def _as_priced(upstream: str, model: str) -> int:
     return FACTOR_ONE
+
+
+def _well(upstream: Upstream, model: str) -> bool:
+    return True
 
 
 class Planner:
@@ -108,9 +161,12 @@ class Planner:
         policy: CachePolicy,
         passing_urls: frozenset[str] = frozenset(),
         factor_of: Callable[[str, str], int] = _as_priced,
+        usable: Callable[[Upstream, str], bool] = _well,
+        chooser: Chooser | None = None,
     ) -> None:
         """``passing_urls`` are the upstreams that may be given addresses of pictures;
-        ``factor_of`` says by what a model's bounds are raised at an upstream, in millionths."""
+        ``factor_of`` says by what a model's bounds are raised at an upstream, in millionths;
+        ``usable`` whether an upstream can be asked for a model of its own now."""
         self._catalogue = catalogue
         self._upstreams = upstreams
         self._prices = prices
@@ -118,28 +174,19 @@ class Planner:
         self._policy = policy
         self._passing_urls = passing_urls
         self._factor_of = factor_of
+        self._usable = usable
+        self._chooser = chooser or random.Random()
 
     def route_call(self, caller: Caller, call: Call) -> Routed:
-        """Which model a call is for, and under which name it is known. Raises ``ModelNotFound``,
-        ``ModelNotAllowed``, ``InvalidRequest``."""
+        """Which model a call is for, and by what name it is known; nothing is looked up. Raises
+        ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
         model = self.route(caller, call.model)
-        if model.strict:
-            validate_strict(call, model.target.model)
-        if model.refuse_unknown and call.unknown:
-            name = min(call.unknown)[:64]
-            raise InvalidRequest(
-                f"Unknown parameter: '{name}'. {model.name} takes only what this gateway knows "
-                "the price of. Remove it.",
-                code="unknown_parameter",
-                param=name,
-                reason="unpriced",
-            )
+        _judge(call, model)
         call = _pinned(call, model.pin)
-        upstream = self._upstreams[model.target.upstream]
         # A picture known by its address alone (it has no size) is fetched by the upstream, and
         # what stands there may change: it is passed on only where that is allowed, never cached.
         linked = any(picture.size_bytes == 0 for picture in call.inputs)
-        if linked and upstream.name not in self._passing_urls:
+        if linked and not any(self._passes(target) for target in model.targets):
             raise InvalidRequest(
                 f"{model.name} does not take addresses of pictures on this gateway. Send the "
                 "picture itself, as a data URL or a file of a multipart form.",
@@ -151,47 +198,38 @@ class Planner:
             call,
             scope=self._scope(caller),
             model_served=model.target.model,
-            upstream=upstream.name,
+            upstream=model.target.upstream,
         )
         switches = (self._policy.enabled, caller.team.cache_enabled, model.cache_enabled)
-        return Routed(caller, call, model, mark, all(switches) and not linked)
+        return Routed(caller, call, model, mark, all(switches) and not linked, linked)
 
     async def plan(self, routed: Routed, wish: CacheWish, now: datetime) -> Plan:
-        """Raises ``InvalidRequest``, ``UpstreamAccount``."""
+        """A kept answer, or the ways to a new one. Raises ``InvalidRequest``,
+        ``UpstreamAccount``."""
         caller, call, model = routed.caller, routed.call, routed.model
-        mark, enabled = routed.fingerprint, routed.cacheable
-        upstream = self._upstreams[model.target.upstream]
-        keep = enabled and wish.write
         cached = None
-        if enabled and wish.read:
-            cached = await self._look_up(mark, call, wish, now)
+        if routed.enabled and wish.read:
+            cached = await self._look_up(routed.fingerprint, call, wish, now)
         rates = rates_of(caller)
         if cached is not None:
             nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
+            kept = Way(model, model.target, self._upstreams[model.target.upstream], nothing)
             return Plan(
-                caller, call, model, upstream, nothing, Demand(), rates, (), mark,
+                caller, call, model, (kept,), Demand(), rates, (), routed.fingerprint,
                 CacheResult.HIT, False, now, cached,
             )  # fmt: skip
-        if not upstream.ready:
-            raise UpstreamAccount(
-                f"This gateway has no key for its upstream {upstream.name} yet, so {model.name} is "
-                "off. The gateway's operator has to configure one.",
-                code="upstream_off",
-                reason="upstream_off",
-            )
-        quote = self._quote(caller, call, model, upstream, now)
+        ways = self._ways(routed, now)
         return Plan(
             caller=caller,
             call=call,
-            model=model,
-            upstream=upstream,
-            quote=quote,
-            demand=Demand(images=call.n, money=quote.bound.amount),
+            asked=model,
+            ways=ways,
+            demand=Demand(images=call.n, money=ways[0].quote.bound.amount),
             rates=rates,
             lines=lines_of(caller, now),
-            fingerprint=mark,
-            cache=CacheResult.MISS if enabled else CacheResult.OFF,
-            keep=keep and quote.row is not None,
+            fingerprint=routed.fingerprint,
+            cache=CacheResult.MISS if routed.enabled else CacheResult.OFF,
+            keep=routed.enabled and wish.write,
             at=now,
         )
 
@@ -227,10 +265,64 @@ class Planner:
             (model for model in known if caller.may_use(model.name)), key=lambda model: model.name
         )
 
-    def prices(self, model: Model, now: datetime) -> PriceList:
-        """What the model's upstream charges today."""
-        upstream = self._upstreams[model.target.upstream]
+    def row(self, model: Model, now: datetime) -> PriceRow | None:
+        """The price of a model today: at the first of its upstreams that has one."""
+        rows = (
+            self._price_list(self._upstreams[target.upstream], now).find(target.model)
+            for target in model.targets
+        )
+        return next((row for row in rows if row is not None), None)
+
+    def _price_list(self, upstream: Upstream, now: datetime) -> PriceList:
         return self._prices.of(upstream.name, upstream.provider, now.date())
+
+    def _passes(self, target: Target) -> bool:
+        return target.upstream in self._passing_urls
+
+    def _ways(self, routed: Routed, now: datetime) -> tuple[Way, ...]:
+        """Every way that is on, has a price and costs no more than a call may, in the order they
+        are to be tried in. Raises what the first of the asked model's own is refused for where
+        none of those is left; what is off alone may be stood in for."""
+        model = routed.model
+        found, refusals = self._ways_of(routed, model, now)
+        if any(not isinstance(error, UpstreamAccount) for error in refusals) and not found:
+            raise next(error for error in refusals if not isinstance(error, UpstreamAccount))
+        for name in model.fallbacks:
+            other = self._catalogue.find(name)
+            if other is None or not routed.caller.may_use(name):
+                continue
+            try:
+                _judge(routed.call, other)
+            except InvalidRequest:
+                continue
+            found += self._ways_of(routed, other, now)[0]
+        if not found:
+            raise refusals[0]
+        return tuple(found)
+
+    def _ways_of(
+        self, routed: Routed, model: Model, now: datetime
+    ) -> tuple[list[Way], list[GatewayError]]:
+        """A model's own ways, and why others of its targets are none."""
+        found: list[Way] = []
+        refusals: list[GatewayError] = []
+        for target in _drawn(model.targets, self._chooser):
+            upstream = self._upstreams[target.upstream]
+            if routed.linked and not self._passes(target):
+                continue
+            if not upstream.ready:
+                refusals.append(_off(model, upstream))
+                continue
+            try:
+                quote = self._quote(routed.caller, routed.call, model, target, now)
+            except InvalidRequest as error:
+                refusals.append(error)
+            else:
+                found.append(Way(model, target, upstream, quote))
+        return sorted(found, key=lambda way: not self._is_usable(way)), refusals
+
+    def _is_usable(self, way: Way) -> bool:
+        return self._usable(way.upstream, way.target.model)
 
     def _allowed(self, caller: Caller) -> str:
         names = [model.name for model in self.models(caller)]
@@ -262,10 +354,10 @@ class Planner:
         return cached if fits and age <= min(limits) else None
 
     def _quote(
-        self, caller: Caller, call: Call, model: Model, upstream: Upstream, now: datetime
+        self, caller: Caller, call: Call, model: Model, target: Target, now: datetime
     ) -> Quote:
-        prices = self.prices(model, now)
-        row = prices.find(model.target.model)
+        prices = self._price_list(self._upstreams[target.upstream], now)
+        row = prices.find(target.model)
         most = caller.max_cost_per_request
         if row is None:
             return Quote(self._unpriced_bound(caller, model, most), prices, None)
@@ -278,7 +370,7 @@ class Planner:
                 param=error.param,
                 reason="unpriced",
             ) from error
-        factor = self._factor_of(upstream.name, model.target.model)
+        factor = self._factor_of(target.upstream, target.model)
         quote = Quote(raised(base, factor), prices, row, base.amount, factor)
         if most is not None and quote.bound.amount > most:
             raise _too_dear(caller, call, quote, most)
@@ -316,6 +408,52 @@ def rates_of(caller: Caller) -> tuple[Limit, ...]:
 def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:
     """Every account of money that the caller draws on now, the key's before the team's."""
     return money_lines(caller.limits, now, caller.team.zone)
+
+
+def drawn(weights: Sequence[int], chooser: Chooser) -> Iterable[int]:
+    """The places of ``weights``, each drawn from those that are left, by its weight."""
+    left = list(range(len(weights)))
+    while len(left) > 1:
+        point = chooser.random() * sum(weights[place] for place in left)
+        for place in left:
+            point -= weights[place]
+            if point < 0:
+                break
+        left.remove(place)
+        yield place
+    yield from left
+
+
+def _drawn(targets: Sequence[Target], chooser: Chooser) -> Iterable[Target]:
+    """By order, and those of one order as they are drawn."""
+    for order in sorted({target.order for target in targets}):
+        equal = [target for target in targets if target.order == order]
+        for place in drawn([target.weight for target in equal], chooser):
+            yield equal[place]
+
+
+def _judge(call: Call, model: Model) -> None:
+    """What a model of the operator's does not take. Raises ``InvalidRequest``."""
+    if model.strict:
+        validate_strict(call, model.target.model)
+    if model.refuse_unknown and call.unknown:
+        name = min(call.unknown)[:64]
+        raise InvalidRequest(
+            f"Unknown parameter: '{name}'. {model.name} takes only what this gateway knows "
+            "the price of. Remove it.",
+            code="unknown_parameter",
+            param=name,
+            reason="unpriced",
+        )
+
+
+def _off(model: Model, upstream: Upstream) -> UpstreamAccount:
+    return UpstreamAccount(
+        f"This gateway has no key for its upstream {upstream.name} yet, so {model.name} is "
+        "off. The gateway's operator has to configure one.",
+        code="upstream_off",
+        reason="upstream_off",
+    )
 
 
 def _pinned(call: Call, pin: Pin | None) -> Call:

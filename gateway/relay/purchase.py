@@ -16,7 +16,7 @@ from datetime import timedelta
 
 from gateway.domain.call import Call, Span
 from gateway.domain.charge import Ending, charge
-from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable, Overloaded
+from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
 from gateway.domain.receipt import Receipt, Timings
 from gateway.ports import (
@@ -26,22 +26,20 @@ from gateway.ports import (
     Form,
     Ledger,
     NotKnown,
-    Outgoing,
-    Provider,
     Reply,
     Safe,
 )
 from gateway.relay import headers, replay
 from gateway.relay.arrival import failed as ended_by
-from gateway.relay.body import Room, Spool, edited, edited_length, spliced
+from gateway.relay.attempts import Attempts, Failed, Opened
+from gateway.relay.body import Room, Spool, spliced
 from gateway.relay.budget import BudgetView
 from gateway.relay.factors import Factors
-from gateway.relay.failover import ERROR_BODY_BYTES, refusal
 from gateway.relay.flights import Flight, Flights, Shown
 from gateway.relay.joining import Joining
 from gateway.relay.landing import Landing, failed, land_events, land_json
 from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
-from gateway.relay.plan import CachePolicy, Plan
+from gateway.relay.plan import CachePolicy, Plan, Way
 from gateway.relay.replay import Splice
 from gateway.relay.results import Results, with_meta
 from gateway.relay.skim import Event as SkimmedEvent
@@ -92,6 +90,20 @@ class Keeping:
 
 
 @dataclass(frozen=True, slots=True)
+class Bought:
+    """A purchase that is over and settled. ``common`` are the headers of its answer, whoever
+    reads it."""
+
+    flight: Flight
+    plan: Plan
+    way: Way
+    landing: Landing
+    spool: Spool
+    settlement: Settlement
+    common: headers.Headers
+
+
+@dataclass(frozen=True, slots=True)
 class Beginning:
     """Lets clients follow a stream's spool, when called; harmless when they do already."""
 
@@ -127,7 +139,7 @@ class Purchases:
         safe: Safe,
         cache: Cache,
         policy: CachePolicy,
-        provider: Provider,
+        attempts: Attempts,
         room: Room,
         flights: Flights,
         clock: Clock,
@@ -147,7 +159,7 @@ class Purchases:
         self._safe = safe
         self._cache = cache
         self._policy = policy
-        self._provider = provider
+        self._attempts = attempts
         self._room = room
         self._flights = flights
         self._clock = clock
@@ -175,24 +187,28 @@ class Purchases:
         """
         spool = Spool(self._room)
         marks = Marks(self._clock.monotonic())
-        reply: Reply | None = None
-        own, common = flight.said, (*headers.of_form(plan.call.stream), *headers.of_way(plan))
-        early = (
-            *own,
-            *headers.of_bound(plan.quote),
-            *headers.of_budget(plan.lines, held.balances),
-        )
-        joinable = True
+        tried: Opened | Failed | None = None
+        form, own, way = headers.of_form(plan.call.stream), flight.said, plan.way
+        common = (*form, *headers.of_way(plan, way))
+        early = self._early(own, plan, way, held)
         silence = self._break_silence(plan, self._beginning(flight, spool, common, early))
+        joinable = True
         try:
             await self._joining.announce(flight, spool)
             try:
-                reply = await self._open(plan, body)
+                tried = await self._attempts.open(flight.rid, plan, body, held)
                 marks.opened = self._clock.monotonic()
-                common = (*common, *headers.of_upstream(reply.headers))
-                said = (*common, *headers.of_attempts(1))
-                begin = self._beginning(flight, spool, said, early)
-                landing = await self._land(begin, plan, reply, marks)
+                held, way = tried.held, tried.way
+                common = (*form, *headers.of_way(plan, way), *headers.of_attempts(tried.attempts))
+                if isinstance(tried, Failed):
+                    common = (*common, *headers.of_upstream(tried.headers))
+                    landing = failed(tried.error)
+                else:
+                    common = (*common, *headers.of_upstream(tried.reply.headers))
+                    early = self._early(own, plan, way, held)
+                    begin = self._beginning(flight, spool, common, early)
+                    landing = await self._land(begin, plan, way, tried.reply, marks)
+                    self._attempts.landed(tried, landing.error)
             except GatewayError as error:
                 landing = failed(error)
             except Exception:
@@ -201,28 +217,29 @@ class Purchases:
                 fault = crash(flight.rid)
                 landing = Landing(Ending(Outcome.UNKNOWN), error=fault)
             marks.landed = self._clock.monotonic()
+            so_far = _with_way(so_far, way, tried)
             if landing.error is not None:
-                _name_it(landing.error, flight.rid, _upstream_rid(reply))
+                _name_it(landing.error, flight.rid, so_far.upstream_rid)
             elif plan.call.stream:
                 marks.first = marks.first or marks.landed
-            settlement, entry = await self._book(flight, plan, landing, spool, marks)
+            settlement, entry = await self._book(flight, plan, way, landing, spool, marks)
             joinable = settlement.event is not Event.VOID
-            receipt = _with_purchase(so_far, reply, settlement, entry, marks.timings(so_far))
+            receipt = _with_purchase(so_far, settlement, entry, marks.timings(so_far))
             balances = entry.balances if entry else held.balances
             self._budgets.learn(plan.lines, balances)
             spent = (
                 *headers.of_cost(receipt.cost, receipt.basis),
                 *headers.of_budget(plan.lines, balances),
             )
-            sent = reply is not None or settlement.event is not Event.VOID
-            common = (*common, *headers.of_attempts(int(sent)))
-            receipt = replace(receipt, attempts=int(sent))
-            await self._keep(flight, plan, landing, spool, settlement, common, keeping)
+            if tried is None:
+                common = (*common, *headers.of_attempts(int(joinable)))
+            bought = Bought(flight, plan, way, landing, spool, settlement, common)
+            await self._keep(bought, keeping)
             if landing.error is not None:
                 flight.said = (*own, *common, *spent)
                 await _break_off(flight, spool, landing.error)
                 return ended_by(receipt, landing.error)
-            self._hand_over(flight, plan, landing, spool, common, (*own, *spent))
+            self._hand_over(bought, (*own, *spent))
             if landing.rest is not None:
                 await _pass_the_rest(landing.rest, spool)
             return receipt
@@ -233,8 +250,18 @@ class Purchases:
             spool.finish()
             spool.close()
             self._joining.ended(flight, joinable=joinable)
-            if reply is not None:
-                await reply.aclose()
+            if isinstance(tried, Opened):
+                await tried.reply.aclose()
+
+    def _early(
+        self, own: headers.Headers, plan: Plan, way: Way, held: Held
+    ) -> headers.Headers:
+        """What a stream says to whom it was bought for, before its cost is known."""
+        return (
+            *own,
+            *headers.of_bound(way.quote),
+            *headers.of_budget(plan.lines, held.balances),
+        )
 
     def _break_silence(self, plan: Plan, begin: Beginning) -> asyncio.TimerHandle | None:
         """Begins a stream that has nothing to say for so long that something between the client
@@ -248,31 +275,27 @@ class Purchases:
     ) -> Beginning:
         return Beginning(flight, spool, common, own, self._keep_alive)
 
-    def _hand_over(
-        self,
-        flight: Flight,
-        plan: Plan,
-        landing: Landing,
-        spool: Spool,
-        common: headers.Headers,
-        own: headers.Headers,
-    ) -> None:
+    def _hand_over(self, bought: Bought, own: headers.Headers) -> None:
         """Lets the clients have what is verified and settled, in the form that was asked for."""
-        if plan.call.stream and landing.streamed:
-            self._beginning(flight, spool, common, own)()
+        flight, spool, landing = bought.flight, bought.spool, bought.landing
+        stream = bought.plan.call.stream
+        if stream and landing.streamed:
+            self._beginning(flight, spool, bought.common, own)()
             spool.publish(landing.upto)
             return
-        form = landing.events if plan.call.stream else landing.json
+        form = landing.events if stream else landing.json
         if form is None:
             raise RuntimeError("an answer lands in the form that was asked for, or with an error")
         if flight.answered:
             # The silence was broken before the upstream said that it would answer in one piece.
             flight.instead = lambda: spliced(spool, form)
             return
-        length = None if plan.call.stream else replay.length(form)
-        flight.show(
-            Shown(200, common, own, length, lambda: spliced(spool, form), spool.share, spool.close)
-        )
+        length = None if stream else replay.length(form)
+
+        def pieces() -> AsyncIterator[bytes]:
+            return spliced(spool, form)
+
+        flight.show(Shown(200, bought.common, own, length, pieces, spool.share, spool.close))
 
     async def give_back(self, rid: str) -> None:
         """Voids a hold for which nothing was sent."""
@@ -292,34 +315,12 @@ class Purchases:
     def _void_done(self, _: object) -> None:
         self._voids -= 1
 
-    async def _open(self, plan: Plan, body: Spool) -> Reply:
-        """The upstream's answer, whatever its status. Raises where none came."""
-        request = self._provider(plan.call, plan.model.target)
-        async with aclosing(edited(body, request.edits)) as content:
-            try:
-                return await plan.upstream.send(  # type: ignore
-                    Outgoing(
-                        "POST",
-                        request.path,
-                        request.headers,
-                        content,
-                        edited_length(body.length, request.edits),
-                    )
-                )
-            except OSError as error:
-                # The body could not be read back, and not a byte of it has left.
-                raise Overloaded(
-                    "The gateway could not read the request back from its disk. Nothing was "
-                    "bought; try again in a few seconds.",
-                    retry_after_seconds=5,
-                ) from error
-
-    async def _land(self, beginning: Beginning, plan: Plan, reply: Reply, marks: Marks) -> Landing:
+    async def _land(
+        self, beginning: Beginning, plan: Plan, way: Way, reply: Reply, marks: Marks
+    ) -> Landing:
         """Takes the answer in, whatever its form; only a stream for a stream leaves early."""
-        call, upstream = plan.call, plan.upstream.name
+        call, upstream = plan.call, way.upstream.name
         flight, spool = beginning.flight, beginning.spool
-        if reply.status != 200:
-            return failed(await _refusal(reply, upstream))
         if not _is_stream(reply):
             return await land_json(
                 reply, spool, JsonMeter(call.operation, upstream), as_stream=call.stream
@@ -328,7 +329,6 @@ class Purchases:
         def begin(event: SkimmedEvent) -> None:
             if is_partial(event):
                 marks.first = marks.first or self._clock.monotonic()
-                flight.partials += 1
                 self._joining.saw_partial(flight)
             if call.stream:
                 beginning()
@@ -337,15 +337,15 @@ class Purchases:
         return await land_events(reply, spool, meter, call.n, begin, as_json=not call.stream)
 
     async def _book(
-        self, flight: Flight, plan: Plan, landing: Landing, spool: Spool, marks: Marks
+        self, flight: Flight, plan: Plan, way: Way, landing: Landing, spool: Spool, marks: Marks
     ) -> tuple[Settlement, Entry | None]:
         """Settles. A fault of our own ends a stream that has begun with an error: it must not look
         whole."""
         try:
-            settlement = charge(flight.rid, plan.quote, _completed(landing.ending, plan.call))
+            settlement = charge(flight.rid, way.quote, _completed(landing.ending, plan.call))
             entry = await self._settle(settlement)
             marks.settled = self._clock.monotonic()
-            self._compare(plan, settlement)
+            self._compare(way, settlement)
         except Exception:
             await _break_off(flight, spool, crash(flight.rid))
             raise
@@ -360,11 +360,11 @@ class Purchases:
             )
             self._flights.errand(self._settle_later(settlement, kept=True))
 
-    def _compare(self, plan: Plan, settlement: Settlement) -> None:
+    def _compare(self, way: Way, settlement: Settlement) -> None:
         """Sets what was measured against the bound, for the bounds to come."""
         if settlement.basis is Basis.USAGE:
-            served = plan.model.target.model
-            self._factors.observe(plan.upstream.name, served, plan.quote.base, settlement.cost)
+            served = way.target.model
+            self._factors.observe(way.upstream.name, served, way.quote.base, settlement.cost)
 
     async def _settle(self, settlement: Settlement) -> Entry | None:
         """Books the ending. None: the ledger is away, so the ending is kept on disk and goes on
@@ -460,23 +460,15 @@ class Purchases:
         keep, at = self._keep_closed, settlement.at
         return keep is not None and at is not None and at < self._clock.now() - keep
 
-    async def _keep(
-        self,
-        flight: Flight,
-        plan: Plan,
-        landing: Landing,
-        spool: Spool,
-        settlement: Settlement,
-        common: headers.Headers,
-        keeping: Keeping,
-    ) -> None:
+    async def _keep(self, bought: Bought, keeping: Keeping) -> None:
         """Puts the answer where the next identical request, and who comes back for this one, find
         it. The flight can be watched until that is done, however long a disk takes."""
+        flight, spool = bought.flight, bought.spool
         spool.share()
 
         async def put() -> None:
             try:
-                await self._put(flight, plan, landing, spool, settlement, common, keeping)
+                await self._put(bought, keeping)
             except Exception:
                 log.exception("an answer was not kept", extra={"request_id": flight.rid})
             finally:
@@ -486,30 +478,22 @@ class Purchases:
         flight.keeping = self._flights.errand(put())
         await asyncio.wait({flight.keeping}, timeout=KEEP_SECONDS)
 
-    async def _put(
-        self,
-        flight: Flight,
-        plan: Plan,
-        landing: Landing,
-        spool: Spool,
-        settlement: Settlement,
-        common: headers.Headers,
-        keeping: Keeping,
-    ) -> None:
-        said = tuple(pair for pair in common if pair[0] != "content-type")
-        reading = landing.reading
+    async def _put(self, bought: Bought, keeping: Keeping) -> None:
+        plan, way, landing, spool = bought.plan, bought.way, bought.landing, bought.spool
+        settlement, reading = bought.settlement, bought.landing.reading
         meta = CachedMeta(
             stored_at=self._clock.now(),
             cost=settlement.cost,
             images=settlement.images,
-            model_served=plan.model.target.model,
-            upstream=plan.upstream.name,
+            model_served=way.target.model,
+            upstream=way.upstream.name,
             size_bytes=0,
             usage=settlement.usage,
             size=reading.answer.size if reading else "",
             quality=reading.answer.quality if reading else "",
-            price_id=plan.quote.price_id,
+            price_id=way.quote.price_id,
         )
+        said = tuple(pair for pair in bought.common if pair[0] != "content-type")
         result = with_meta(
             meta,
             team=plan.caller.team.id,
@@ -518,7 +502,7 @@ class Purchases:
         )
         if landing.error is not None:
             if keeping.result:
-                await self._keep_error(flight.rid, result, landing.error, keeping)
+                await self._keep_error(bought.flight.rid, result, landing.error, keeping)
             return
         form, streamable = landing.json, landing.events is not None
         pieces: Splice = (Span(0, landing.upto),) if form is None else form
@@ -531,8 +515,12 @@ class Purchases:
                 streamable=streamable and form is not None,
             )
             async with aclosing(spliced(spool, pieces)) as chunks:
-                await self._results.keep(flight.rid, result, chunks, idempotent=keeping.idempotent)
-        if form is None or reading is None or not plan.keep or reading.hosted:
+                await self._results.keep(
+                    bought.flight.rid, result, chunks, idempotent=keeping.idempotent
+                )
+        if form is None or reading is None or reading.hosted or not plan.keep:
+            return
+        if way.model is not plan.asked or way.quote.row is None:
             return
         if settlement.images != plan.call.n or size > self._policy.max_entry_bytes:
             return
@@ -589,22 +577,24 @@ def crash(rid: str) -> Internal:
     )
 
 
-async def _refusal(reply: Reply, upstream: str) -> GatewayError:
-    """The error that any answer but a 200 amounts to."""
-    text = b""
-    try:
-        async for chunk in reply.chunks():
-            text += chunk
-            if len(text) > ERROR_BODY_BYTES:
-                break
-    except GatewayError:
-        # The status has been said, and it decides; its text was cut.
-        text = b""
-    return refusal(reply.status, reply.headers, text, upstream)
-
-
-def _upstream_rid(reply: Reply | None) -> str:
-    return reply.headers.get("x-request-id", "")[:128] if reply else ""
+def _with_way(receipt: Receipt, way: Way, tried: Opened | Failed | None) -> Receipt:
+    """What is known of a call once it went out: by which way, and what came back."""
+    status, rid = 0, ""
+    if isinstance(tried, Opened):
+        status, rid = tried.reply.status, tried.reply.headers.get("x-request-id", "")[:128]
+    elif tried is not None:
+        status, rid = tried.status, tried.reply_rid
+    return replace(
+        receipt,
+        model_label=way.model.label or way.model.name,
+        model_served=way.target.model,
+        upstream=way.upstream.name,
+        bound=way.quote.bound.amount,
+        price_id=way.quote.price_id,
+        upstream_status=status,
+        upstream_rid=rid,
+        attempts=tried.attempts if tried else 0,
+    )
 
 
 def _name_it(error: GatewayError, rid: str, upstream_rid: str) -> None:
@@ -638,7 +628,6 @@ def _is_stream(reply: Reply) -> bool:
 
 def _with_purchase(
     receipt: Receipt,
-    reply: Reply | None,
     settlement: Settlement,
     entry: Entry | None,
     timings: Timings,
@@ -646,8 +635,6 @@ def _with_purchase(
     return replace(
         receipt,
         status=200,
-        upstream_status=reply.status if reply else 0,
-        upstream_rid=_upstream_rid(reply),
         outcome=settlement.outcome,
         basis=settlement.basis,
         cost=entry.cost if entry else settlement.cost,

@@ -35,7 +35,7 @@ class Kind(Enum):
     HISTOGRAM = Histogram
 
 
-Mode: TypeAlias = Literal["livesum", "livemostrecent", "scraped"]
+Mode: TypeAlias = Literal["livesum", "livemax", "livemostrecent", "scraped"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class Spec:
     """One metric, as the reference lists it.
 
     ``mode`` says what a gauge of several workers is: the sum over those that live, for what each
-    has of its own; what one of them saw last, for what they share; or ``scraped``, what the worker
-    that is asked has just looked up itself.
+    has of its own, or the most; what one of them saw last, for what they share; or ``scraped``,
+    what the worker that is asked has just looked up itself.
     """
 
     name: str
@@ -115,8 +115,20 @@ TABLE = (
          "Operations of the cache that failed; each was a miss."),
     Spec("gateway_response_bytes_total", Kind.COUNTER, ("endpoint",),
          "Bytes of answers sent to clients."),
-    Spec("gateway_upstream_errors_total", Kind.COUNTER, ("upstream", "reason"),
-         "Calls that an upstream refused or broke."),
+    Spec("gateway_upstream_errors_total", Kind.COUNTER, ("upstream", "class"),
+         "Attempts that an upstream refused or broke, also those that another one made good."),
+    Spec("gateway_upstream_key_disabled", Kind.GAUGE, ("upstream", "key", "why"),
+         "1 while an upstream's key is left alone because it was refused: auth, billing, or "
+         "forbidden (for a model). Keys are numbered in the order of the file.", mode="livemax"),
+    Spec("gateway_upstream_circuit_state", Kind.GAUGE, ("upstream", "key"),
+         "The breaker of an upstream's key: 0 closed, 1 half-open, 2 open.", mode="livemax"),
+    Spec("gateway_upstream_cooldowns_total", Kind.COUNTER, ("upstream",),
+         "Times an upstream asked to be left alone by one of its keys (429)."),
+    Spec("gateway_upstream_retries_total", Kind.COUNTER, ("upstream", "outcome"),
+         "Times an upstream that had failed was asked again: answered or failed; or was not, "
+         "because it has had its share: no_budget."),
+    Spec("gateway_fallbacks_total", Kind.COUNTER, ("model", "to"),
+         "Times a configured model was asked in place of another one."),
     Spec("gateway_usage_missing_total", Kind.COUNTER, ("model",),
          "Answers without a usage, booked at their bound."),
     Spec("gateway_usage_invalid_total", Kind.COUNTER, ("model",),
@@ -344,10 +356,6 @@ class Metrics:
         own = receipt.outcome is None  # An upstream may use the same codes for its own limits.
         if own and receipt.code in ("insufficient_quota", "rate_limit_exceeded"):
             self.add("gateway_quota_rejections_total", team=team, limit=receipt.reason)
-        if receipt.outcome is not None:
-            self.add(
-                "gateway_upstream_errors_total", upstream=receipt.upstream, reason=receipt.reason
-            )
 
     def _count_purchase(self, receipt: Receipt, team: str, model: str) -> None:
         where = {"model": model, "endpoint": receipt.operation}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -21,7 +20,7 @@ from gateway.domain.errors import (
     UpstreamUnavailable,
     UpstreamUnknown,
 )
-from gateway.ports import Outgoing
+from gateway.ports import Credential, Outgoing
 from gateway.upstream.inflate import Inflater
 from gateway.upstream.transport import (
     IDLE_SECONDS,
@@ -46,12 +45,22 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5.0
 SANDBOX_KEY = "sk-sandbox"
+SANDBOX_CREDENTIAL = Credential("-")
 
 
 class SecretLike(Protocol):
     """A value that shows itself only when asked."""
 
     def reveal(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AccountKey:
+    """One of its keys: of the lowest ``order`` first, those of one order by ``weight``."""
+
+    secret: SecretLike
+    order: int = 0
+    weight: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +76,7 @@ class AccountOptions:
     base_url: str
     provider: str = "openai"
     kind: str = "openai"
-    keys: Sequence[SecretLike] = ()
+    keys: Sequence[AccountKey] = ()
     timeouts: Timeouts = field(default_factory=Timeouts)
     headers: Mapping[str, str] = field(default_factory=dict)
     proxy: str | None = None
@@ -113,18 +122,19 @@ def split_base_url(base_url: str) -> tuple[Origin, str]:
 
 
 class Account:
-    """One provider account. Its keys take turns."""
+    """One provider account. Its keys are known by numbers, in the order they were first seen."""
 
     def __init__(self, options: AccountOptions, wire: Wire) -> None:
         self._name = options.name
         self._provider = options.provider
         self._origin, self._base_path = split_base_url(options.base_url)
-        self._keys = tuple(options.keys)
+        self._named = 0
+        self._keys: dict[str, AccountKey] = {}
+        self.replace_keys(options.keys)
         self._sandbox = options.kind == "sandbox"
         self._timeouts = options.timeouts
         self._max_response_bytes = options.max_response_bytes
         self._wire = wire
-        self._turns = count()
         self._headers = (
             ("host", self._origin.authority),
             ("accept-encoding", "identity"),
@@ -143,7 +153,14 @@ class Account:
     def ready(self) -> bool:
         return self._sandbox or bool(self._keys)
 
-    async def send(self, outgoing: Outgoing) -> AccountReply:
+    @property
+    def credentials(self) -> Sequence[Credential]:
+        """As they are configured now; a sandbox, which takes every key, has one without a name."""
+        if not self._keys:
+            return (SANDBOX_CREDENTIAL,) if self._sandbox else ()
+        return tuple(Credential(id, key.order, key.weight) for id, key in self._keys.items())
+
+    async def send(self, outgoing: Outgoing, credential: str) -> AccountReply:
         """Raises ``UpstreamUnavailable`` or ``Overloaded`` when nothing was sent, and
         ``UpstreamUnknown`` afterwards. A body not read to its end is left to its maker."""
         if not self.ready:
@@ -154,7 +171,7 @@ class Account:
         headers = [
             *self._headers,
             *outgoing.headers,
-            ("authorization", f"Bearer {self._next_key()}"),
+            ("authorization", f"Bearer {self._secret(credential)}"),
         ]
         if outgoing.body is not None or outgoing.method != "GET":
             headers.append(("content-length", str(outgoing.length)))
@@ -175,17 +192,27 @@ class Account:
             raise self._lost(error) from error
         return AccountReply(self._name, exchange, self._timeouts, self._max_response_bytes)
 
-    def replace_keys(self, keys: Sequence[SecretLike]) -> None:
-        """From now on these take turns. A call that was sent ends with the key it began with."""
-        self._keys = tuple(keys)
+    def replace_keys(self, keys: Sequence[AccountKey]) -> None:
+        """From now on these are used. One that was there before keeps its id, another gets one that
+        no key had before it; a call that was sent ends with the key it began with."""
+        ids = {key.secret.reveal(): id for id, key in self._keys.items()}
+        found: dict[str, AccountKey] = {}
+        for key in keys:
+            id = ids.get(key.secret.reveal())
+            if id is None:
+                self._named += 1
+                id = str(self._named)
+            found[id] = key
+        self._keys = found
 
     async def aclose(self) -> None:
         await self._wire.aclose()
 
-    def _next_key(self) -> str:
+    def _secret(self, credential: str) -> str:
         if not self._keys:
             return SANDBOX_KEY
-        return self._keys[next(self._turns) % len(self._keys)].reveal()
+        key = self._keys.get(credential) or next(iter(self._keys.values()))
+        return key.secret.reveal()
 
     def _not_sent(self, error: NotSent) -> GatewayError:
         log.warning(

@@ -109,7 +109,8 @@ async def _page(
 async def _once(upstream: Upstream, outgoing: Outgoing) -> Mapping[str, object]:
     """One answer. Raises ``_Passing`` or ``BillUnreadable``."""
     try:
-        reply = await upstream.send(outgoing)
+        key = next((one.id for one in upstream.credentials), "")
+        reply = await upstream.send(outgoing, key)
         body = bytearray()
         try:
             async for chunk in reply.chunks():

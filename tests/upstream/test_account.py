@@ -24,7 +24,13 @@ from gateway.domain.errors import (
     UpstreamUnknown,
 )
 from gateway.ports import Outgoing, Reply, Upstream
-from gateway.upstream.account import Account, AccountOptions, build_account, split_base_url
+from gateway.upstream.account import (
+    Account,
+    AccountKey,
+    AccountOptions,
+    build_account,
+    split_base_url,
+)
 from gateway.upstream.transport import HttpxWire
 from gateway.upstream.wire import Origin, Timeouts
 from tests.upstream.calls import QUICK, pieces, until
@@ -46,7 +52,7 @@ def account(
 ) -> Account:
     host = "localhost" if scheme == "https" else "127.0.0.1"
     base_url = f"{scheme}://{host}:{port}/v1/"
-    chosen: dict[str, Any] = {"keys": (Hidden(KEY),), "timeouts": timeouts} | options
+    chosen: dict[str, Any] = {"keys": (AccountKey(Hidden(KEY)),), "timeouts": timeouts} | options
     return build_account(AccountOptions("openai", base_url, **chosen))
 
 
@@ -83,7 +89,7 @@ async def failing(port: int, **options: Any) -> GatewayError:
     """The error of one call, in sending or in reading."""
     used = account(port, **options)
     with pytest.raises(GatewayError) as caught:
-        await whole(await used.send(outgoing()))
+        await whole(await used.send(outgoing(), "1"))
     await used.aclose()
     check(caught.value, port)
     return caught.value
@@ -100,11 +106,11 @@ async def test_what_is_sent_and_what_comes_back() -> None:
 
     async with raw_server(script) as server:
         used: Upstream = account(
-            server.port, keys=(Hidden("k1"), Hidden("k2")), headers={"OpenAI-Project": "p"}
+            server.port, keys=(AccountKey(Hidden("k1")), AccountKey(Hidden("k2"))), headers={"OpenAI-Project": "p"}
         )
         assert (used.name, used.provider, used.ready) == ("openai", "openai", True)
         for _ in range(3):
-            reply = await used.send(outgoing())
+            reply = await used.send(outgoing(), "1")
             assert reply.status == 200
             assert reply.headers == {
                 "content-length": "5",
@@ -129,10 +135,10 @@ async def test_an_account_without_a_key_is_off() -> None:
         off = account(server.port, keys=())
         assert not off.ready
         with pytest.raises(UpstreamUnavailable):
-            await off.send(outgoing())
+            await off.send(outgoing(), "1")
         sandbox = account(server.port, keys=(), kind="sandbox")
         assert sandbox.ready
-        assert await whole(await sandbox.send(outgoing())) == b"hello"
+        assert await whole(await sandbox.send(outgoing(), "1")) == b"hello"
         assert server.accepted == 1
         await off.aclose()
         await sandbox.aclose()
@@ -151,14 +157,14 @@ async def test_new_keys_are_for_the_next_call() -> None:
             await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello")
 
     async with raw_server(script) as server:
-        used = account(server.port, keys=(Hidden("k1"), Hidden("k2")))
-        first = asyncio.create_task(used.send(outgoing()))
+        used = account(server.port, keys=(AccountKey(Hidden("k1")), AccountKey(Hidden("k2"))))
+        first = asyncio.create_task(used.send(outgoing(), "1"))
         await sent.wait()
         used.replace_keys((Hidden("k3"),))
         going.set()
         assert await whole(await first) == b"hello"
         for _ in range(2):
-            assert await whole(await used.send(outgoing())) == b"hello"
+            assert await whole(await used.send(outgoing(), "1")) == b"hello"
         used.replace_keys(())
         assert not used.ready
         await used.aclose()
@@ -176,7 +182,7 @@ async def test_an_unread_reply_drops_its_connection() -> None:
 
     async with raw_server(script) as server:
         used = account(server.port)
-        reply = await used.send(outgoing())
+        reply = await used.send(outgoing(), "1")
         await reply.aclose()
         await left.wait()
         await used.aclose()
@@ -220,17 +226,17 @@ async def test_an_authority_of_ones_own() -> None:
     with authority.cert_pem.tempfile() as ca_file:
         async with raw_server(hello, tls=tls) as server:
             used = account(server.port, scheme="https", ca_file=ca_file)
-            assert await whole(await used.send(outgoing())) == b"hello"
+            assert await whole(await used.send(outgoing(), "1")) == b"hello"
             await used.aclose()
 
 
 async def test_every_connection_is_busy() -> None:
     async with raw_server(answering(None, Peer.gone)) as server:
         used = account(server.port, max_connections=1, timeouts=replace(QUICK, pool=0.02))
-        running = asyncio.create_task(used.send(outgoing()))
+        running = asyncio.create_task(used.send(outgoing(), "1"))
         await until(lambda: server.accepted == 1)
         with pytest.raises(Overloaded) as caught:
-            await used.send(outgoing())
+            await used.send(outgoing(), "1")
         assert (caught.value.status, caught.value.reason) == (503, "pool")
         running.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -334,7 +340,7 @@ async def test_encodings_are_undone(encoding: str, body: bytes, step: int) -> No
 
     async with raw_server(script) as server:
         used = account(server.port)
-        reply = await used.send(outgoing())
+        reply = await used.send(outgoing(), "1")
         assert "content-encoding" not in reply.headers
         assert await whole(reply) == b"a picture" * 1000
         await used.aclose()
@@ -344,7 +350,7 @@ async def test_an_encoded_answer_without_a_body() -> None:
     answer = b"HTTP/1.1 200 OK\r\ncontent-encoding: gzip\r\ncontent-length: 0\r\n\r\n"
     async with raw_server(answering(answer)) as server:
         used = account(server.port)
-        assert await whole(await used.send(outgoing())) == b""
+        assert await whole(await used.send(outgoing(), "1")) == b""
         await used.aclose()
 
 
@@ -357,7 +363,7 @@ async def test_a_cancelled_reader_closes_the_socket() -> None:
 
     async with raw_server(answering(HEAD + b"content-length: 10\r\n\r\nhello", stay)) as server:
         used = account(server.port)
-        reply = await used.send(outgoing())
+        reply = await used.send(outgoing(), "1")
         chunks = reply.chunks()
         assert await anext(chunks) == b"hello"
         task = asyncio.ensure_future(anext(chunks))
@@ -464,7 +470,7 @@ async def test_what_httpx_raises(
     options = AccountOptions("openai", "http://localhost/v1", keys=(Hidden(KEY),))
     used = Account(options, HttpxWire(httpx.MockTransport(refuse)))
     with pytest.raises(kind) as caught:
-        await used.send(outgoing())
+        await used.send(outgoing(), "1")
     assert caught.value.reason == reason
     check(caught.value, 80)
 
@@ -481,7 +487,7 @@ async def test_a_mocked_upstream() -> None:
 
     options = AccountOptions("openai", "https://a.test/v1", keys=(Hidden(KEY),))
     used = Account(options, HttpxWire(httpx.MockTransport(answer)))
-    reply = await used.send(outgoing())
+    reply = await used.send(outgoing(), "1")
     assert (reply.status, dict(reply.headers)) == (201, {"x-a": "b"})
     assert await whole(reply) == b"hello"
 

@@ -1,0 +1,456 @@
+"""From what is held to an upstream's 200: over the ways and keys that there are, until one answers.
+
+Nothing is ever sent again once a byte of it may have been bought; ``failover.verdict`` is the
+table. Each way that is not the one the call is held for is first put to the ledger, so that what
+is sent is always covered. Nothing is hedged: two attempts never run at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from gateway.domain.errors import (
+    Evidence,
+    GatewayError,
+    LedgerUnavailable,
+    Overloaded,
+    UpstreamAccount,
+    UpstreamUnavailable,
+)
+from gateway.domain.ledger import Denied, Held, Reroute
+from gateway.ports import (
+    Clock,
+    Credential,
+    Ledger,
+    NotKnown,
+    Outgoing,
+    Provider,
+    Reply,
+)
+from gateway.relay.body import Spool, edited, edited_length
+from gateway.relay.failover import (
+    ERROR_BODY_BYTES,
+    UNREACHED,
+    Kind,
+    Next,
+    kind_of,
+    refusal,
+    said_wait,
+    verdict,
+)
+from gateway.relay.health import Chance, Health, Ticket, Why
+from gateway.relay.plan import Plan, Way
+
+log = logging.getLogger(__name__)
+
+MOST = 2
+PAUSE_SECONDS = (0.2, 2.0)
+"""Before an upstream that has failed is asked again: full jitter."""
+UPSTREAM_RID_CHARS = 128
+RETRY_SECONDS = 5.0
+LEAST_WAIT_SECONDS = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An upstream's 200, its body still arriving. ``attempts`` is how often the call was tried
+    upstream, this one in; ``held`` is what covers it now; ``ticket`` who sent it."""
+
+    reply: Reply
+    way: Way
+    attempts: int
+    held: Held
+    ticket: Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """No 200. ``way`` is the one tried last, ``attempts`` how often the call was tried, 0 where
+    nothing was sent; ``status`` and ``headers`` are the last answer's, 0 and empty without one,
+    ``reply_rid`` the provider's name for it."""
+
+    error: GatewayError
+    way: Way
+    attempts: int
+    held: Held
+    reply_rid: str = ""
+    status: int = 0
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Journey:
+    """One call, and what was seen of its ways so far. Ways are told apart by their place in the
+    plan, keys by that and their id."""
+
+    plan: Plan
+    held: Held
+    way: Way
+    """Held for, and tried last."""
+    tried: int = 0
+    was_sent: bool = False
+    counted: int = 0
+    error: GatewayError | None = None
+    last: Reply | None = None
+    spent: set[int] = field(default_factory=set)
+    barred_keys: set[tuple[str, str, str]] = field(default_factory=set)
+    barred_hosts: set[str] = field(default_factory=set)
+    failing: set[str] = field(default_factory=set)
+    """Upstreams that failed: they are asked again only after a pause, and within their budget."""
+    sent: Counter[tuple[int, str]] = field(default_factory=Counter)
+    fallbacks: set[str] = field(default_factory=set)
+    poor: set[str] = field(default_factory=set)
+    """Failed upstreams whose budget of retries is used up."""
+
+
+class Attempts:
+    """Opens answers for one pipeline. At most ``most`` attempts for each call; one that only found
+    out that a key is refused is free, and not counted."""
+
+    def __init__(
+        self,
+        provider: Provider,
+        ledger: Ledger,
+        health: Health,
+        clock: Clock,
+        most: int = MOST,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        chance: Chance | None = None,
+    ) -> None:
+        self._provider = provider
+        self._ledger = ledger
+        self._health = health
+        self._clock = clock
+        self._most = most
+        self._sleep = sleep
+        self._chance = chance or random.Random()
+        self._turns: dict[str, Counter[str]] = {}
+
+    async def open(
+        self,
+        rid: str,
+        plan: Plan,
+        body: Spool,
+        held: Held,
+        begun: Callable[[], None] = lambda: None,
+    ) -> Opened | Failed:
+        """The first 200, or why there is none. ``begun`` is called before anything is sent, once,
+        and not at all where nothing is. Raises ``LedgerUnavailable`` where the first way that is
+        open cannot be held for; whatever else goes wrong is ``Failed``."""
+        journey = _Journey(plan, held, plan.way)
+        while (found := self._next(journey)) is not None:
+            place, credential, ticket, again = found
+            way = plan.ways[place]
+            if not await self._cover(rid, journey, place, ticket):
+                continue
+            if again:
+                # Other upstreams were asked at once; this one has failed a moment ago.
+                try:
+                    await self._sleep(self._chance.uniform(*PAUSE_SECONDS))
+                except BaseException:
+                    self._health.unused(ticket)
+                    raise
+            if not journey.tried:
+                begun()
+            if way.model is not plan.asked and way.model.name not in journey.fallbacks:
+                journey.fallbacks.add(way.model.name)
+                self._health.listener.fell_back(plan.asked.label or plan.asked.name, way.model.name)
+            journey.way = way
+            journey.sent[place, credential.id] += 1
+            reply, error = await self._attempt(plan, way, body, ticket)
+            journey.tried += 1
+            journey.was_sent |= error is None or kind_of(error) not in UNREACHED
+            journey.counted += not isinstance(error, UpstreamAccount)
+            if again:
+                outcome = "failed" if reply is None else "answered"
+                self._health.listener.retried(way.upstream.name, outcome)
+            if reply is not None and error is None:
+                return Opened(reply, way, journey.tried, journey.held, ticket)
+            journey.last, journey.error = reply, error
+            if error is None or not self._goes_on(journey, place, credential, error):
+                break
+        return self._ended(journey)
+
+    def landed(self, opened: Opened, error: GatewayError | None) -> None:
+        """How the body of a 200 ended, for the counts and, where it was an error of the owner's
+        account after all, for the key."""
+        if error is None:
+            return
+        kind = kind_of(error)
+        if kind is None:
+            return
+        if kind is Kind.BAD_ANSWER and _is_stream(opened.reply):
+            kind = Kind.SSE
+        self._health.listener.failed(opened.ticket.upstream, kind.value)
+        if isinstance(error, UpstreamAccount):
+            self._health.refused(opened.ticket, _why(error, opened.reply.status))
+
+    def _next(self, journey: _Journey) -> tuple[int, Credential, Ticket, bool] | None:
+        """Where to go now: the place of a way, a key with leave to be used, and whether its
+        upstream has failed this call before. First ways of upstreams that have not, the asked
+        model's before the others'; of those that have, last of all, whoever was not asked yet."""
+        if journey.counted >= self._most:
+            return None
+        places = [place for place in range(len(journey.plan.ways)) if self._is_open(journey, place)]
+        fresh = [place for place in places if not self._has_failed(journey, place)]
+        for place in fresh:
+            if (found := self._admitted(journey, place)) is not None:
+                return place, *found, False
+        again = [place for place in places if self._has_failed(journey, place)]
+        for place in sorted(again, key=lambda one: self._times(journey, one)):
+            upstream = journey.plan.ways[place].upstream.name
+            if upstream in journey.poor or (found := self._admitted(journey, place)) is None:
+                continue
+            if self._health.take_retry(upstream):
+                return place, *found, True
+            self._health.unused(found[1])
+            journey.poor.add(upstream)
+        return None
+
+    def _is_open(self, journey: _Journey, place: int) -> bool:
+        upstream = journey.plan.ways[place].upstream.name
+        return place not in journey.spent and upstream not in journey.barred_hosts
+
+    def _has_failed(self, journey: _Journey, place: int) -> bool:
+        return journey.plan.ways[place].upstream.name in journey.failing
+
+    def _times(self, journey: _Journey, place: int) -> int:
+        return sum(count for (one, _), count in journey.sent.items() if one == place)
+
+    def _admitted(self, journey: _Journey, place: int) -> tuple[Credential, Ticket] | None:
+        """A key of a way that may be used now: of those sent least in this call, by order, and
+        then in turn."""
+        way = journey.plan.ways[place]
+        name = way.upstream.name
+        left = [
+            one
+            for one in way.upstream.credentials
+            if (name, one.id, way.target.model) not in journey.barred_keys
+        ]
+        while left:
+            least = min((journey.sent[place, one.id], one.order) for one in left)
+            equal = [one for one in left if (journey.sent[place, one.id], one.order) == least]
+            usable = [one for one in equal if not self._health.wait(name, one.id, way.target.model)]
+            if usable:
+                credential = self._turn(name, usable)
+                ticket = self._health.admit(name, credential.id, way.target.model)
+                if ticket is not None:
+                    return credential, ticket
+            left = [one for one in left if one not in equal]
+        return None
+
+    def _turn(self, upstream: str, credentials: Sequence[Credential]) -> Credential:
+        """Keys take turns, in proportion to their weights and as evenly as that goes."""
+        credit = self._turns.setdefault(upstream, Counter())
+        for one in credentials:
+            credit[one.id] += one.weight
+        best = max(credentials, key=lambda one: credit[one.id])
+        credit[best.id] -= sum(one.weight for one in credentials)
+        return best
+
+    async def _cover(self, rid: str, journey: _Journey, place: int, ticket: Ticket) -> bool:
+        """Whether the ledger holds the call for this way. A way that it has no room for is closed;
+        a ledger that cannot be asked closes them all, with the error so far."""
+        way, now = journey.plan.ways[place], journey.way
+        if way is now or (way.model.name, way.upstream.name, way.quote) == (
+            *(now.model.name, now.upstream.name, now.quote),
+        ):
+            return True
+        wanted = Reroute(
+            rid,
+            way.model.name,
+            way.upstream.name,
+            way.quote.price_id,
+            way.quote.bound.amount,
+            self._clock.now(),
+        )
+        covered = False
+        try:
+            answer = await self._ledger.reroute(wanted)
+            covered = isinstance(answer, Held)
+        except (LedgerUnavailable, NotKnown) as error:
+            if journey.error is None:
+                raise LedgerUnavailable(
+                    "The ledger cannot be asked to cover another upstream, and the first one is "
+                    "away. Nothing was bought; try again.",
+                    retry_after_seconds=5,
+                ) from error
+            log.warning(
+                "no other upstream is asked: the ledger cannot cover it",
+                extra={"request_id": rid, "error": str(error)},
+            )
+            journey.spent.update(range(len(journey.plan.ways)))
+            return False
+        finally:
+            if not covered:
+                self._health.unused(ticket)
+        if isinstance(answer, Denied):
+            log.info(
+                "another upstream is not asked: a budget has no room for its price",
+                extra={"request_id": rid, "upstream": way.upstream.name, "model": way.model.name},
+            )
+            journey.spent.add(place)
+            return False
+        journey.held, journey.way = answer, way
+        return True
+
+    async def _attempt(
+        self, plan: Plan, way: Way, body: Spool, ticket: Ticket
+    ) -> tuple[Reply | None, GatewayError | None]:
+        """One exchange, as far as its answer's head; of any but a 200 the error it amounts to, with
+        the answer closed. The key's health hears of it, whatever happens."""
+        heard = False
+        reply: Reply | None = None
+        try:
+            reply, error = await self._send(plan, way, body, ticket)
+            self._learn(ticket, error, reply)
+            heard = True
+            return reply, error
+        finally:
+            if not heard:
+                self._health.unsure(ticket)
+
+    async def _send(
+        self, plan: Plan, way: Way, body: Spool, ticket: Ticket
+    ) -> tuple[Reply | None, GatewayError | None]:
+        request = self._provider(plan.call, way.target)
+        try:
+            async with aclosing(edited(body, request.edits)) as content:
+                try:
+                    reply = await way.upstream.send(
+                        Outgoing(
+                            "POST",
+                            request.path,
+                            request.headers,
+                            content,
+                            edited_length(body.length, request.edits),
+                        ),
+                        ticket.credential,
+                    )
+                except OSError as error:
+                    # The body could not be read back, and not a byte of it has left.
+                    raise Overloaded(
+                        "The gateway could not read the request back from its disk. Nothing was "
+                        "bought; try again in a few seconds.",
+                        retry_after_seconds=5,
+                    ) from error
+        except GatewayError as error:
+            return None, error
+        if reply.status == 200:
+            return reply, None
+        try:
+            return reply, await _refusal(reply, way.upstream.name)
+        finally:
+            await reply.aclose()
+
+    def _learn(self, ticket: Ticket, error: GatewayError | None, reply: Reply | None) -> None:
+        """Tells the key's health how an attempt ended."""
+        if error is None:
+            self._health.succeeded(ticket)
+            return
+        kind = kind_of(error)
+        if kind is not None:
+            self._health.listener.failed(ticket.upstream, kind.value)
+        if kind is None or kind is Kind.POOL:
+            # Ours: our disk, or our own number of connections.
+            self._health.unused(ticket)
+        elif isinstance(error, UpstreamAccount):
+            self._health.refused(ticket, _why(error, reply.status if reply else 0))
+        elif kind in UNREACHED or (kind is Kind.SERVER and error.evidence is Evidence.NOT_BILLED):
+            self._health.failed(ticket)
+        elif kind is Kind.LIMITED:
+            self._health.limited(ticket, said_wait(reply.headers) if reply else None)
+        elif error.evidence is Evidence.NOT_BILLED and kind is not Kind.REDIRECT:
+            self._health.alive(ticket)
+        else:
+            self._health.unsure(ticket)
+
+    def _goes_on(
+        self, journey: _Journey, place: int, credential: Credential, error: GatewayError
+    ) -> bool:
+        """Closes what this error closes. False where nothing more may be sent."""
+        way = journey.plan.ways[place]
+        upstream = way.upstream.name
+        match verdict(error):
+            case Next.STOP:
+                return False
+            case Next.OTHER_HOST_ONLY:
+                journey.barred_hosts.add(upstream)
+            case Next.OTHER_UPSTREAM_ONLY:
+                journey.spent.add(place)
+            case Next.OTHER_KEY_FIRST:
+                journey.barred_keys.add((upstream, credential.id, way.target.model))
+            case Next.OTHER_UPSTREAM_FIRST:
+                journey.failing.add(upstream)
+        return True
+
+    def _ended(self, journey: _Journey) -> Failed:
+        error, reply = journey.error, journey.last
+        if error is None:
+            error = self._nobody(journey)
+        return Failed(
+            error,
+            journey.way,
+            journey.tried if journey.was_sent else 0,
+            journey.held,
+            reply.headers.get("x-request-id", "")[:UPSTREAM_RID_CHARS] if reply else "",
+            reply.status if reply else 0,
+            reply.headers if reply else {},
+        )
+
+    def _nobody(self, journey: _Journey) -> GatewayError:
+        """Every way is to be left alone, or too dear: nothing was sent."""
+        waits: list[float] = []
+        refused: list[Why | None] = []
+        for place, way in enumerate(journey.plan.ways):
+            for one in way.upstream.credentials if place not in journey.spent else ():
+                asked = (way.upstream.name, one.id, way.target.model)
+                waits.append(self._health.wait(*asked))
+                refused.append(self._health.quarantined(*asked))
+        name = journey.plan.asked.name
+        if refused and all(refused):
+            exhausted = set(refused) == {Why.BILLING}
+            return UpstreamAccount(
+                f"Every upstream of {name} "
+                f"{'is out of money or at its limit' if exhausted else 'refuses us'}: this "
+                "gateway's own account is at fault. Your key, your request and your team's budget "
+                "are fine, and nothing was charged. The gateway's operator has to act.",
+                code="upstream_account_exhausted" if exhausted else None,
+                reason="upstream_account_exhausted" if exhausted else "upstream_auth",
+            )
+        wait = min(waits, default=RETRY_SECONDS)
+        return UpstreamUnavailable(
+            f"No upstream of {name} can be asked now. Nothing was bought; try again.",
+            reason="upstream_resting",
+            retry_after_seconds=max(wait, LEAST_WAIT_SECONDS),
+        )
+
+
+def _why(error: UpstreamAccount, status: int) -> Why:
+    if kind_of(error) is Kind.ACCOUNT or status == 402:
+        return Why.BILLING
+    return Why.FORBIDDEN if status == 403 else Why.AUTH
+
+
+def _is_stream(reply: Reply) -> bool:
+    return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")
+
+
+async def _refusal(reply: Reply, upstream: str) -> GatewayError:
+    """The error that any answer but a 200 amounts to."""
+    text = b""
+    try:
+        async for chunk in reply.chunks():
+            text += chunk
+            if len(text) > ERROR_BODY_BYTES:
+                break
+    except GatewayError:
+        # The status has been said, and it decides; its text was cut.
+        text = b""
+    return refusal(reply.status, reply.headers, text, upstream)
