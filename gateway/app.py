@@ -72,8 +72,8 @@ from gateway.relay.comebacks import Comebacks
 from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
-from gateway.relay.joining import Joining
 from gateway.relay.health import Health
+from gateway.relay.joining import Joining
 from gateway.relay.keyring import KeyRing
 from gateway.relay.news import News
 from gateway.relay.pipeline import Pipeline
@@ -201,7 +201,14 @@ async def open_gateway(
         if kept is not None:
             stack.push_async_callback(kept.aclose)
         results = Results(kept, ResultPolicy(settings.results.ttl, settings.results.idempotent_ttl))
-        board = make_board(settings, clock, metrics, redis, worker)
+        board = make_board(
+            settings,
+            clock,
+            metrics,
+            redis,
+            worker=worker,
+            ttl_seconds=settings.results.ttl.total_seconds(),
+        )
         stack.push_async_callback(board.aclose)
         joining = Joining(
             flights=flights,

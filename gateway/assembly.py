@@ -527,12 +527,3 @@ def read_rules(settings: Settings, image_urls: bool) -> ReadRules:
         image_urls_allowed=image_urls,
     )
 
-
-def make_results(settings, clock, metrics, server):
-    return DiskCache(
-        settings.storage.blobs / "results", clock, max_bytes=settings.results.max_bytes
-    )
-
-
-def make_board(settings, clock, metrics, server, worker):
-    return MemoryBoard(clock, ttl_seconds=900)

@@ -268,6 +268,7 @@ class Attempts:
             way.upstream.name,
             way.quote.price_id,
             way.quote.bound.amount,
+            journey.plan.lines,
             self._clock.now(),
         )
         covered = False

@@ -317,7 +317,11 @@ class Pipeline:
             finally:
                 await self._leave(flight, plan)
         except GatewayError as error:
-            flight.said = (*flight.said, *headers.of_way(plan, plan.way), *await self._left(plan.caller))
+            flight.said = (
+                *flight.said,
+                *headers.of_way(plan, plan.way),
+                *await self._left(plan.caller),
+            )
             flight.refuse(error)
             receipt = failed(so_far, error)
         except Exception:

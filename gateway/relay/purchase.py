@@ -253,9 +253,7 @@ class Purchases:
             if isinstance(tried, Opened):
                 await tried.reply.aclose()
 
-    def _early(
-        self, own: headers.Headers, plan: Plan, way: Way, held: Held
-    ) -> headers.Headers:
+    def _early(self, own: headers.Headers, plan: Plan, way: Way, held: Held) -> headers.Headers:
         """What a stream says to whom it was bought for, before its cost is known."""
         return (
             *own,
