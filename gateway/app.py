@@ -24,6 +24,7 @@ from gateway.api.health import Readiness, health_routes, metrics_routes
 from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
 from gateway.api.relayed import RelayedRoutes
+from gateway.api.results import ResultDesk, ResultRoutes
 from gateway.assembly import (
     CannotServe,
     declared_keys,
@@ -68,6 +69,7 @@ from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
+from gateway.relay.running import RESULTS
 from gateway.reload import needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
@@ -359,18 +361,37 @@ class _Reloading:
 
 
 class _Router:
-    """Sends the relayed paths to their own door and everything else to FastAPI."""
+    """Sends the relayed paths and the results to their own doors, everything else to FastAPI."""
 
-    def __init__(self, relayed: RelayedRoutes, rest: ASGIApp) -> None:
+    def __init__(
+        self, relayed: RelayedRoutes, rest: ASGIApp, results: ResultRoutes | None = None
+    ) -> None:
         self._relayed = relayed
         self._rest = rest
+        self._results = results
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        operation = RELAYED.get(scope["path"]) if scope["type"] == "http" else None
-        if operation is None:
-            await self._rest(scope, receive, send)
-        else:
+        path = scope["path"] if scope["type"] == "http" else ""
+        operation = RELAYED.get(path)
+        if operation is not None:
             await self._relayed.handle(operation, scope, receive, send)
+        elif self._results is not None and path.startswith(RESULTS):
+            await self._results.handle(scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
+
+
+def result_routes(
+    desk: ResultDesk, keyring: KeyRing, settings: Settings, metrics: Metrics
+) -> ResultRoutes:
+    """The door of the results that ``desk`` has."""
+    return ResultRoutes(
+        keyring,
+        desk,
+        ttl=settings.results.ttl,
+        idempotent_ttl=settings.results.idempotent_ttl,
+        counted=lambda outcome: metrics.add("gateway_results_total", outcome=outcome),
+    )
 
 
 def _plain_app() -> FastAPI:
