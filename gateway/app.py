@@ -25,6 +25,7 @@ from gateway.api.health import Readiness, health_routes, metrics_routes
 from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
 from gateway.api.relayed import RelayedRoutes
+from gateway.api.results import ResultRoutes
 from gateway.assembly import (
     CannotServe,
     UpstreamNews,
@@ -38,6 +39,7 @@ from gateway.assembly import (
     make_results,
     message_id,
     open_notifier,
+    open_result_news,
     open_store,
     owned_twice,
     passes_urls,
@@ -69,17 +71,18 @@ from gateway.relay.attempts import Attempts
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
 from gateway.relay.comebacks import Comebacks
+from gateway.relay.desk import ResultDesk
 from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
 from gateway.relay.joining import Joining
 from gateway.relay.keyring import KeyRing
-from gateway.relay.news import News
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
 from gateway.relay.results import ResultPolicy, Results
+from gateway.relay.running import RESULTS
 from gateway.reload import needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
@@ -200,7 +203,8 @@ async def open_gateway(
         kept = make_results(settings, clock, metrics, redis)
         if kept is not None:
             stack.push_async_callback(kept.aclose)
-        results = Results(kept, ResultPolicy(settings.results.ttl, settings.results.idempotent_ttl))
+        result_policy = ResultPolicy(settings.results.ttl, settings.results.idempotent_ttl)
+        results = Results(kept, result_policy)
         board = make_board(
             settings,
             clock,
@@ -225,7 +229,9 @@ async def open_gateway(
         admission = Admission(
             gate, store.ledger, lease, worker, budgets, repeat_unknown=repeat_unknown
         )
-        news = News()
+        news = open_result_news(settings, clock, metrics)
+        if news is not None:
+            stack.push_async_callback(news.aclose)
         comebacks = Comebacks(
             joining=joining,
             results=results,
@@ -356,8 +362,20 @@ async def open_gateway(
         monitor.include_router(metrics_routes(exposition))
         if settings.server.metrics_port is None:
             rest.include_router(metrics_routes(exposition))
+        desk = ResultDesk(
+            results=results,
+            flights=flights,
+            board=board,
+            books=store.books,
+            clock=clock,
+            policy=result_policy,
+        )
         yield Gateway(
-            _Router(RelayedRoutes(pipeline, listeners, clock), RequestId(rest)),
+            _Router(
+                RelayedRoutes(pipeline, listeners, clock),
+                RequestId(rest),
+                result_routes(desk, keyring, settings, metrics),
+            ),
             RequestId(monitor),
             store.ledger,
             store.directory,
@@ -431,18 +449,37 @@ class _Reloading:
 
 
 class _Router:
-    """Sends the relayed paths to their own door and everything else to FastAPI."""
+    """Sends the relayed paths and the results to their own doors, everything else to FastAPI."""
 
-    def __init__(self, relayed: RelayedRoutes, rest: ASGIApp) -> None:
+    def __init__(
+        self, relayed: RelayedRoutes, rest: ASGIApp, results: ResultRoutes | None = None
+    ) -> None:
         self._relayed = relayed
         self._rest = rest
+        self._results = results
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        operation = RELAYED.get(scope["path"]) if scope["type"] == "http" else None
-        if operation is None:
-            await self._rest(scope, receive, send)
-        else:
+        path = scope["path"] if scope["type"] == "http" else ""
+        operation = RELAYED.get(path)
+        if operation is not None:
             await self._relayed.handle(operation, scope, receive, send)
+        elif self._results is not None and path.startswith(RESULTS):
+            await self._results.handle(scope, receive, send)
+        else:
+            await self._rest(scope, receive, send)
+
+
+def result_routes(
+    desk: ResultDesk, keyring: KeyRing, settings: Settings, metrics: Metrics
+) -> ResultRoutes:
+    """The door of the results that ``desk`` has."""
+    return ResultRoutes(
+        keyring,
+        desk,
+        ttl=settings.results.ttl,
+        idempotent_ttl=settings.results.idempotent_ttl,
+        counted=lambda outcome: metrics.add("gateway_results_total", outcome=outcome),
+    )
 
 
 def _plain_app() -> FastAPI:

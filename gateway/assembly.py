@@ -36,8 +36,17 @@ from gateway.ports import (
 )
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.health import CircuitState, HealthListener, Why
+from gateway.relay.news import ResultNews
 from gateway.relay.read import ReadRules
-from gateway.settings import ImageUrls, Kind, Settings, UpstreamKey, WithoutRedis, shipped
+from gateway.settings import (
+    ImageUrls,
+    Kind,
+    Secret,
+    Settings,
+    UpstreamKey,
+    WithoutRedis,
+    shipped,
+)
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.stores.blobs import DiskCache
 from gateway.stores.memory import MemoryCache, MemoryGate
@@ -60,6 +69,11 @@ from gateway.yamlfile import plain
 log = logging.getLogger(__name__)
 
 CACHE_TIMEOUT_SECONDS = 1.0
+RESULT_MAX_BYTES = 256 * 1024 * 1024
+"""A larger answer can only be read on the connection that it was asked for on."""
+RESULT_SECONDS = 60.0
+"""What reading a result from Redis may take: it cannot be had in another way, as a cached answer
+can."""
 PEPPER_FILE = "gateway.pepper"
 
 
@@ -493,6 +507,61 @@ def make_cache(
     return TieredCache(front, back), None if same else back
 
 
+def make_results(
+    settings: Settings, clock: Clock, metrics: Metrics, server: RedisServer
+) -> Cache | None:
+    """Answers by request id, in the Redis of the cache, else on disk; None where they are off.
+
+    ``server`` is that of the gate. No tier in memory: hardly any is read twice.
+    """
+    if not settings.results.enabled:
+        return None
+
+    def failed(*_: object) -> None:
+        metrics.add("gateway_results_errors_total", operation="store")
+
+    state = settings.storage.redis
+    url = settings.cache.redis or state
+    if url is None:
+        disk = DiskCache(
+            settings.storage.blobs / "results",
+            clock,
+            max_bytes=settings.results.max_bytes,
+            max_entry_bytes=RESULT_MAX_BYTES,
+            on_error=failed,
+        )
+        metrics.watch("gateway_results_bytes", lambda: disk.bytes_held, where="disk")
+        disk.keep_swept()
+        return disk
+    same = state is not None and same_server(url.reveal(), state.reveal())
+    return RedisCache(
+        connect(url.reveal(), timeout=CACHE_TIMEOUT_SECONDS),
+        clock,
+        max_entry_bytes=RESULT_MAX_BYTES,
+        data_seconds=RESULT_SECONDS,
+        prefix="gwr",
+        server=server if same else None,
+        on_error=failed,
+    )
+
+
+def open_result_news(settings: Settings, clock: Clock, metrics: Metrics) -> ResultNews | None:
+    """Who is told of asynchronous requests that are over; None where no webhook is configured, or
+    there are no results. Raises ``CannotServe``."""
+    results = settings.results
+    if results.webhook is None or not results.enabled:
+        return None
+    news = ResultNews(
+        # It has its own pauses, longer than those of a message.
+        _webhooks(settings, "results.webhook", results.webhook, results.secret, clock, pauses=()),
+        clock,
+        keep_trying_seconds=results.ttl.total_seconds(),
+        counted=lambda outcome: metrics.add("gateway_result_news_total", outcome=outcome),
+    )
+    metrics.watch("gateway_result_news_waiting", lambda: news.waiting)
+    return news
+
+
 def open_notifier(
     settings: Settings, clock: Clock, counted: Callable[[str], None] = lambda outcome: None
 ) -> Notifier | None:
@@ -503,16 +572,31 @@ def open_notifier(
     notify = settings.notify
     if notify.webhook is None:
         return None
+    return _webhooks(
+        settings, "notify.webhook", notify.webhook, notify.secret, clock, counted=counted
+    )
+
+
+def _webhooks(
+    settings: Settings,
+    setting: str,
+    url: Secret,
+    secret: Secret | None,
+    clock: Clock,
+    *,
+    counted: Callable[[str], None] = lambda outcome: None,
+    pauses: Sequence[float] = PAUSES_SECONDS,
+) -> Webhooks:
     try:
-        postbox = WebPostbox(notify.webhook.reveal())
+        postbox = WebPostbox(url.reveal())
     except ValueError as error:
-        raise CannotServe(f"{settings.file}: notify.webhook: {error}") from None
+        raise CannotServe(f"{settings.file}: {setting}: {error}") from None
     return Webhooks(
         postbox,
-        notify.secret.reveal() if notify.secret else None,
+        secret.reveal() if secret else None,
         clock,
         counted=counted,
-        pauses_seconds=PAUSES_SECONDS,
+        pauses_seconds=pauses,
     )
 
 
@@ -526,4 +610,3 @@ def read_rules(settings: Settings, image_urls: bool) -> ReadRules:
         max_side=server.max_side,
         image_urls_allowed=image_urls,
     )
-

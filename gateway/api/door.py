@@ -68,6 +68,12 @@ class Door:
         self.body_read = True
         self._watch = asyncio.create_task(self._watch_for_the_end())
 
+    def ignore_body(self, announced: bool) -> None:
+        """Instead of reading it: watches for the client's end at once. ``announced``: there is a
+        body all the same, so the connection ends with the answer."""
+        self.body_read = not announced
+        self._watch = asyncio.create_task(self._watch_for_the_end())
+
     async def _watch_for_the_end(self) -> None:
         hang_up = None
         if self._hung_up is not None:

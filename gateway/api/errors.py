@@ -34,7 +34,8 @@ async def _http_error(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     known = {
         404: f"This gateway does not serve {request.url.path}. It answers "
-        "/v1/images/generations, /v1/images/edits, /v1/images/estimate and /v1/models.",
+        "/v1/images/generations, /v1/images/edits, /v1/images/estimate, /v1/images/results/{id} "
+        "and /v1/models.",
         405: f"{request.url.path} does not take {request.method}.",
     }
     code = {404: "unknown_url", 405: "method_not_allowed"}.get(status, "invalid_request")

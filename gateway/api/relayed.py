@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from gateway.api import auth
 from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
+from gateway.api.prefer import Preferences, preferences
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
 from gateway.domain.receipt import Delivery, Receipt
@@ -85,7 +86,8 @@ class RelayedRoutes:
             for name, value in scope["headers"]
         }
         try:
-            arrival = _arrival(rid, operation, headers, door, started)
+            wishes = preferences(scope["headers"])
+            arrival = _arrival(rid, operation, headers, wishes, door, started)
             answer = await self._pipeline.answer(arrival)
         except GatewayError as error:
             return _refused(rid, operation, error)
@@ -112,6 +114,7 @@ def _arrival(
     rid: str,
     operation: Operation | Inquiry,
     headers: Mapping[str, str],
+    wishes: Preferences,
     door: Door,
     started: float,
 ) -> Arrival:
@@ -145,17 +148,8 @@ def _arrival(
         client=door.client,
         at=started,
         retried=headers.get("x-stainless-retry-count", "0") not in ("", "0"),
-        asynchronous=is_asynchronous(headers),
+        asynchronous=wishes.respond_async,
     )
-
-
-def is_asynchronous(headers: Mapping[str, str]) -> bool:
-    """Whether a client asks not to be kept waiting: as RFC 7240 says it, or in one header for who
-    cannot say that."""
-    wishes = {
-        wish.partition(";")[0].strip() for wish in headers.get("prefer", "").lower().split(",")
-    }
-    return "respond-async" in wishes or headers.get("x-gateway-async", "").lower() in ("true", "1")
 
 
 def cache_wish(cache_control: str) -> CacheWish:

@@ -16,10 +16,11 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   ├── InvalidKey         401
     │   ├── ModelNotAllowed    403
     │   ├── ModelNotFound      404
+    │   ├── ResultNotFound     404  no such result, or another team's
+    │   ├── ResultExpired      410  it was there, and is kept no longer
+    │   ├── IdempotentResultExpired 410  the same, of the call that has the idempotency key
     │   ├── RateLimited        429  a retry helps after `retry_after_seconds`
-    │   ├── QuotaExceeded      429  `insufficient_quota`; no retry helps
-    │   ├── ResultNotFound     404
-    │   └── ResultExpired      410  was answered, and is kept no longer
+    │   └── QuotaExceeded      429  `insufficient_quota`; no retry helps
     ├── UpstreamFault          the provider, or the way to it
     │   ├── UpstreamRefused    the provider's own status and body, passed on unchanged; not billed
     │   ├── UpstreamUnavailable 503  surely not billed (class N of money.md 8.1)
@@ -171,6 +172,29 @@ class ModelNotFound(TeamFault):
     reason = "model_not_found"
 
 
+class ResultNotFound(TeamFault):
+    """Nothing is known under this request id, or not to this team: both look the same."""
+
+    status = 404
+    code = "result_not_found"
+    reason = "result_not_found"
+
+
+class ResultExpired(TeamFault):
+    status = 410
+    code = "result_expired"
+    reason = "result_expired"
+
+
+class IdempotentResultExpired(TeamFault):
+    """The call was made and booked, and its answer is gone. It is never bought again under its
+    key (money.md 8.4)."""
+
+    status = 410
+    code = "idempotent_result_expired"
+    reason = "idempotent_result_expired"
+
+
 class RateLimited(TeamFault):
     """Too many requests or images a minute, or too many at once. Nothing was taken."""
 
@@ -188,22 +212,6 @@ class QuotaExceeded(TeamFault):
     type = "insufficient_quota"
     code = "insufficient_quota"
     reason = "insufficient_quota"
-
-
-class ResultNotFound(TeamFault):
-    """No such result, or not the caller's: the two look alike."""
-
-    status = 404
-    code = "result_not_found"
-    reason = "result_not_found"
-
-
-class ResultExpired(TeamFault):
-    """The answer was paid for once, and is kept no longer: it is never made anew by itself."""
-
-    status = 410
-    code = "result_expired"
-    reason = "result_expired"
 
 
 class UpstreamFault(GatewayError):

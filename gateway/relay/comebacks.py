@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from gateway.domain.errors import (
     GatewayError,
+    IdempotentResultExpired,
     ResultExpired,
     StillRunning,
     UpstreamUnknown,
@@ -26,6 +27,7 @@ from gateway.relay.flights import Flights, Seat
 from gateway.relay.joining import Joining, unknown_outcome
 from gateway.relay.plan import Routed, lines_of
 from gateway.relay.results import Results
+from gateway.relay.running import APPLIED, running, running_head
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +139,7 @@ class Comebacks:
             if isinstance(error, UpstreamUnknown) and await self._takes_over(rid):
                 return None
             if isinstance(error, ResultExpired) and arrival.idempotency_key is not None:
-                error.code = error.reason = "idempotent_result_expired"
+                error = IdempotentResultExpired(error.message)
             return ended(so_far, error, said, earlier.done)
         left = headers.of_budget(*await self._budgets.balances(lines_of(caller, self._clock.now())))
         receipt = replace(so_far, status=shown.status, outcome=Outcome.REPLAYED)
@@ -164,7 +166,8 @@ class Comebacks:
         )  # fmt: skip
         said = (*headers.of_request(arrival.rid, CacheResult.JOIN), *headers.NOTHING_SPENT)
         receipt = replace(so_far, status=202)
-        return Answer(headers.accepted(notice, now, said), lambda: known(receipt))
+        head = running_head(running(notice, now), (*said, *APPLIED))
+        return Answer(head, lambda: known(receipt))
 
     async def _receipt(self, routed: Routed, receipt: Receipt) -> Receipt:
         """That of an answer which another request has paid for: what it cost is what this one

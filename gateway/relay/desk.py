@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from gateway.domain.errors import ClientGone, ResultExpired, ResultNotFound
+from gateway.domain.errors import ClientGone, ResultExpired
 from gateway.domain.ledger import State
 from gateway.domain.receipt import CacheResult
 from gateway.domain.team import Caller
@@ -12,7 +12,8 @@ from gateway.ports import Books, Clock, FlightBoard, FlightNotice
 from gateway.relay import headers
 from gateway.relay.flights import Client, Flights, Head
 from gateway.relay.joining import KEEPING_SECONDS, POLL_SECONDS, unknown_outcome
-from gateway.relay.results import Results, as_it_is
+from gateway.relay.results import ResultPolicy, Results, as_it_is
+from gateway.relay.running import no_result, running, running_head
 
 
 class ResultDesk:
@@ -26,12 +27,14 @@ class ResultDesk:
         board: FlightBoard,
         books: Books,
         clock: Clock,
+        policy: ResultPolicy,
     ) -> None:
         self._results = results
         self._flights = flights
         self._board = board
         self._books = books
         self._clock = clock
+        self._policy = policy
 
     async def fetch(self, caller: Caller, rid: str, wait_seconds: float, client: Client) -> Head:
         """The answer to a request of the caller's team, or, once the wait is over, a 202.
@@ -49,7 +52,7 @@ class ResultDesk:
             waited = self._clock.monotonic() - began
             notice, partials = await self._running(rid, team)
             if waited >= wait_seconds:
-                return headers.accepted(notice, self._clock.now(), (), partials)
+                return running_head(running(notice, self._clock.now(), partials))
             await _pause(client, min(POLL_SECONDS, wait_seconds - waited))
 
     async def _running(self, rid: str, team: str) -> tuple[FlightNotice, int]:
@@ -65,10 +68,7 @@ class ResultDesk:
             return seen.notice, seen.partials
         hold = await self._books.find(real)
         if hold is None or hold.team != team:
-            raise ResultNotFound(
-                f"No result {rid} of your team. Results are known by the x-request-id of the "
-                "request that asked for the picture, and kept for a while only."
-            )
+            raise no_result(rid, self._policy.ttl, self._policy.idempotent_ttl)
         if hold.state is State.EXPIRED:
             raise unknown_outcome(real)
         age = (self._clock.now() - hold.at).total_seconds()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -13,7 +12,6 @@ from gateway.domain.ledger import Balance, Basis, Line
 from gateway.domain.money import Money, format_dollars
 from gateway.domain.quota import Demand, Standing, Unit
 from gateway.domain.receipt import CacheResult
-from gateway.ports import FlightNotice
 from gateway.relay.failover import said_wait
 from gateway.relay.flights import Head
 from gateway.relay.plan import Plan, Way
@@ -137,28 +135,6 @@ def of_age(stored_at: datetime, now: datetime) -> Headers:
     """How old a kept answer is, in whole seconds."""
     age = max(timedelta(), now - stored_at)
     return (("age", str(int(age.total_seconds()))),)
-
-
-def accepted(notice: FlightNotice, now: datetime, said: Headers, partials: int = 0) -> Head:
-    """Where the result of a running call will be: the answer to who does not wait."""
-    url = f"/v1/images/results/{notice.rid}"
-    document = {
-        "id": notice.rid,
-        "object": "image.result",
-        "status": "in_progress",
-        "created_at": int(notice.at.timestamp()),
-        "operation": notice.operation,
-        "model": notice.model,
-        "progress": {
-            "partial_images": partials,
-            "seconds": max(0.0, round((now - notice.at).total_seconds(), 3)),
-        },
-        "result_url": url,
-    }
-    content = json.dumps(document, separators=(",", ":")).encode()
-    own = (("content-type", JSON), ("location", url), ("retry-after", "2"))
-    headers = {"x-request-id": notice.rid} | dict(said) | dict(own)
-    return Head(202, tuple(headers.items()), len(content), lambda: _once(content))
 
 
 def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:

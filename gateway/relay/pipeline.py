@@ -31,11 +31,12 @@ from gateway.relay.comebacks import Comebacks, still_running
 from gateway.relay.estimate import Estimates, estimate_reader
 from gateway.relay.flights import Client, Flight, Flights, Head
 from gateway.relay.keyring import KeyRing
-from gateway.relay.news import News
+from gateway.relay.news import Finished, ResultNews
 from gateway.relay.plan import Plan, Planner, Routed, lines_of
 from gateway.relay.purchase import Keeping, Purchases, crash
 from gateway.relay.read import ReadRules, reader_for
 from gateway.relay.results import Results, as_stream
+from gateway.relay.running import APPLIED, running, running_head
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Pipeline:
         ledger: Ledger,
         comebacks: Comebacks,
         results: Results,
-        news: News,
+        news: ResultNews | None,
         patience: Patience,
         rules: ReadRules,
         room: Room,
@@ -86,6 +87,9 @@ class Pipeline:
     async def answer(self, arrival: Arrival) -> Answer:
         """The whole story. Whatever can go wrong with a request is an answer too; ``ClientGone``
         is one that nobody will read."""
+        if arrival.asynchronous and not self._results.on:
+            # A preference: without results there is nothing to come back for.
+            arrival = replace(arrival, asynchronous=False)
         so_far = Receipt(arrival.rid, arrival.operation.value, 0, retried=arrival.retried)
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         caller: Caller | None = None
@@ -167,7 +171,8 @@ class Pipeline:
                 head = headers.error_head(error, arrival.rid, flight.said)
                 return Answer(head, flight.receipt)
         flight.own.give_up()
-        head = headers.accepted(flight.notice, self._clock.now(), flight.said)
+        now = self._clock.now()
+        head = running_head(running(flight.notice, now), (*flight.said, *APPLIED))
         return Answer(head, flight.receipt)
 
     def _refuse_while_draining(self) -> None:
@@ -335,8 +340,28 @@ class Pipeline:
                 # Nobody was told of it, so nobody comes back to it.
                 self._flights.close(flight)
         if arrival.asynchronous and flight.seat is not None:
-            self._news.tell(receipt)
+            self._tell(flight, receipt, idempotent=arrival.idempotency_key is not None)
         return receipt
+
+    def _tell(self, flight: Flight, receipt: Receipt, *, idempotent: bool) -> None:
+        """Says that an asynchronous request is over, to who wants to hear of it."""
+        if self._news is None:
+            return
+        now = self._clock.now()
+        self._news.tell(
+            Finished(
+                rid=flight.rid,
+                team=receipt.team,
+                operation=receipt.operation,
+                model=receipt.model,
+                status=receipt.status,
+                code=receipt.code,
+                images=receipt.images,
+                cost=receipt.cost,
+                at=now,
+                expires_at=now + self._results.kept_for(idempotent=idempotent),
+            )
+        )
 
     def _keeps(self, arrival: Arrival) -> bool:
         """Whether the answer is kept for who comes back. ``no-store`` is taken at its word, except

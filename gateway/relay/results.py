@@ -79,9 +79,11 @@ class Results:
         found = await self._store.get(rid)
         return found if found is not None and found.meta.team == team else None
 
+    def kept_for(self, *, idempotent: bool) -> timedelta:
+        return self._policy.idempotent_ttl if idempotent else self._policy.ttl
+
     def _seconds(self, idempotent: bool) -> float:
-        kept = self._policy.idempotent_ttl if idempotent else self._policy.ttl
-        return kept.total_seconds()
+        return self.kept_for(idempotent=idempotent).total_seconds()
 
 
 def shown(kept: Cached, *, stream: bool) -> Shown:

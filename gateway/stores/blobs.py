@@ -114,8 +114,10 @@ class DiskCache:
         *,
         max_bytes: int,
         max_entry_bytes: int | None = None,
+        puts_at_once: int = 16,
         on_error: Callable[[OSError], None] | None = None,
     ) -> None:
+        """Further puts wait: each that runs holds a part of its answer in memory."""
         self._folder = folder
         self._clock = clock
         self._max_bytes = max_bytes
@@ -127,6 +129,7 @@ class DiskCache:
         self._scanning = asyncio.Lock()
         self._next_sweep = 0.0
         self._sweeping: asyncio.Task[None] | None = None
+        self._puts = asyncio.Semaphore(puts_at_once)
 
     @property
     def bytes_held(self) -> int:
@@ -170,6 +173,13 @@ class DiskCache:
         path = self._path(key)
         if ttl_seconds <= 0:
             return
+        async with self._puts:
+            await self._put(path, meta, chunks, ttl_seconds)
+
+    async def _put(
+        self, path: Path, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
+    ) -> None:
+        key = path.name
         await self._scan_once()
         expires = self._now() + ttl_seconds
         header = encode(meta, {"key": key, "expires": expires})

@@ -55,9 +55,11 @@ class RedisCache:
         deadline_seconds: float = GATE_SECONDS,
         data_seconds: float = DATA_SECONDS,
         prefix: str = PREFIX,
+        puts_at_once: int = 16,
         server: Server | None = None,
         on_error: Callable[[Reason, BaseException], None] | None = None,
     ) -> None:
+        """Further puts wait: each that runs holds a part of its answer in memory."""
         self._link = Link(client, server or Server(), on_error=on_error)
         self._clock = clock
         self._max_entry_bytes = max_entry_bytes
@@ -66,6 +68,7 @@ class RedisCache:
         self._data_seconds = data_seconds
         self._prefix = prefix
         self._held = 0
+        self._puts = asyncio.Semaphore(puts_at_once)
 
     @property
     def degraded(self) -> bool:
@@ -100,6 +103,12 @@ class RedisCache:
     ) -> None:
         if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes:
             return
+        async with self._puts:
+            await self._put(key, meta, chunks, ttl_seconds)
+
+    async def _put(
+        self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
+    ) -> None:
         if self._link.breaker(self._name(key)).open:
             return
         generation = secrets.token_hex(8)

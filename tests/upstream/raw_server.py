@@ -66,7 +66,10 @@ Script = Callable[[Peer], Awaitable[None]]
 
 @asynccontextmanager
 async def raw_server(
-    script: Script, tls: ssl.SSLContext | None = None, receive_buffer: int | None = None
+    script: Script,
+    tls: ssl.SSLContext | None = None,
+    receive_buffer: int | None = None,
+    port: int = 0,
 ) -> AsyncIterator[RawServer]:
     """Listens on loopback. A script that fails, other than by the client's leaving, fails the
     test when the block ends; one that still runs is cancelled."""
@@ -85,7 +88,7 @@ async def raw_server(
         server.peers.append(peer)
         tasks.append(asyncio.ensure_future(run(peer)))
 
-    listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+    listener = socket.create_server(("127.0.0.1", port), backlog=1024)
     if receive_buffer is not None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     listening = await asyncio.start_server(connected, sock=listener, ssl=tls, limit=1 << 20)

@@ -1,0 +1,152 @@
+"""`GET /v1/images/results/{request_id}`: what was bought, on another connection than it was asked
+for on. Raw ASGI like the relayed routes, for a result is as large as an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import timedelta
+from typing import Protocol
+
+from gateway.api import auth
+from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
+from gateway.api.prefer import preferences
+from gateway.domain.errors import (
+    ClientGone,
+    GatewayError,
+    IdempotentResultExpired,
+    Internal,
+    InvalidKey,
+    NotServed,
+    Overloaded,
+    ResultExpired,
+    ResultNotFound,
+    UpstreamUnknown,
+)
+from gateway.domain.team import Caller
+from gateway.relay.flights import Client, Head
+from gateway.relay.headers import Headers, error_head
+from gateway.relay.keyring import KeyRing
+from gateway.relay.running import RESULTS, no_result
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(r"req_[0-9a-f]{24}")
+NOT_STORED: Headers = (("cache-control", "no-store"),)
+"""A result is one team's, and over in minutes: no cache between may have it."""
+
+
+class ResultDesk(Protocol):
+    """Who has the results."""
+
+    async def fetch(self, caller: Caller, rid: str, wait_seconds: float, client: Client) -> Head:
+        """The kept answer, or a 202 where the call still runs after ``wait_seconds``.
+
+        Raises ``ResultNotFound`` for what is unknown and, alike in words and time, for what is
+        another team's; ``ResultExpired``; ``UpstreamUnknown`` where nobody knows what became of the
+        call; ``ClientGone``; other errors where it cannot be said now.
+        """
+
+
+class ResultRoutes:
+    """Answers for the results; one coroutine a request."""
+
+    def __init__(
+        self,
+        keyring: KeyRing,
+        desk: ResultDesk,
+        *,
+        ttl: timedelta,
+        idempotent_ttl: timedelta,
+        counted: Callable[[str], None] = lambda outcome: None,
+    ) -> None:
+        """``counted`` hears ``ready``, ``running``, ``gone``, ``unknown``, ``unknown_outcome`` or
+        ``failed`` of each question of somebody who is known."""
+        self._keyring = keyring
+        self._desk = desk
+        self._ttl = ttl
+        self._idempotent_ttl = idempotent_ttl
+        self._counted = counted
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """From the request line to the last byte; the id is what follows ``RESULTS`` in the path.
+
+        Errors have a request id of their own, as every question has one.
+        """
+        own = new_request_id()
+        door = Door(scope, receive, send)
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1")
+            for name, value in scope["headers"]
+        }
+        length = headers.get("content-length", "0")
+        door.ignore_body(length != "0" or "transfer-encoding" in headers)
+        try:
+            head = await self._head(own, scope, headers, door.client)
+            if head.length is not None:
+                head = replace(head, headers=(*head.headers, *NOT_STORED))
+            try:
+                await deliver(own, head, door)
+            finally:
+                head.close()
+        except asyncio.CancelledError:
+            if door.status == 0:
+                await deliver(own, _shutting_down(own), door)
+            raise
+        finally:
+            door.stop_watching()
+
+    async def _head(
+        self, own: str, scope: Scope, headers: Mapping[str, str], client: Client
+    ) -> Head:
+        if scope["method"] != "GET":
+            refused = NotServed(
+                f"{RESULTS}{{request_id}} takes GET, not {scope['method']}.",
+                status=405,
+                code="method_not_allowed",
+            )
+            return error_head(refused, own, (("allow", "GET"),))
+        try:
+            caller = await self._keyring.identify(auth.secret(headers))
+            head = await self._fetch(caller, scope, client)
+        except GatewayError as error:
+            self._count(error)
+            return error_head(error, own)
+        except Exception:
+            log.exception("the question for a result crashed", extra={"request_id": own})
+            self._counted("failed")
+            return error_head(Internal("The gateway failed in a way it should not."), own)
+        self._counted("running" if head.status == 202 else "ready")
+        return head
+
+    async def _fetch(self, caller: Caller, scope: Scope, client: Client) -> Head:
+        rid = str(scope["path"]).removeprefix(RESULTS)
+        if REQUEST_ID.fullmatch(rid) is None:
+            raise no_result(rid, self._ttl, self._idempotent_ttl)
+        wait_seconds = preferences(scope["headers"]).wait_seconds or 0.0
+        return await self._desk.fetch(caller, rid, wait_seconds, client)
+
+    def _count(self, error: GatewayError) -> None:
+        """What went wrong at the door is nobody's result."""
+        if isinstance(error, ResultNotFound):
+            self._counted("unknown")
+        elif isinstance(error, ResultExpired | IdempotentResultExpired):
+            self._counted("gone")
+        elif isinstance(error, UpstreamUnknown):
+            self._counted("unknown_outcome")
+        elif not isinstance(error, InvalidKey | ClientGone):
+            self._counted("failed")
+
+
+def _shutting_down(own: str) -> Head:
+    """Asking again costs nothing, and another process may have it."""
+    error = Overloaded(
+        "The gateway is shutting down. Ask again for this result.",
+        code="shutting_down",
+        should_retry=True,
+        retry_after_seconds=2,
+    )
+    return error_head(error, own)
