@@ -289,6 +289,7 @@ def _arrival(
             reason="bad_header",
         )
     length = headers.get("content-length", "")
+    tries = headers.get("x-stainless-retry-count", "0")
     return Arrival(
         rid=rid,
         operation=operation,
@@ -301,6 +302,7 @@ def _arrival(
         body=door.body(),
         client=door.client,
         at=started,
+        again=key is not None or tries.strip("0") != "",
     )
 
 

@@ -50,6 +50,8 @@ class Flight:
         self.client = client
         self.said: tuple[tuple[str, str], ...] = ()
         """The headers that are known so far, for an error that ends it."""
+        self.stage = "upstream"
+        """Where it is, for a client that leaves."""
         self._head: asyncio.Future[Head] = asyncio.get_running_loop().create_future()
         self._abandoned = False
         self._task: asyncio.Task[Receipt] | None = None
@@ -98,7 +100,7 @@ class Flight:
         if self._head.done():
             return self._head.result()
         self._abandoned = True
-        raise ClientGone("upstream")
+        raise ClientGone(self.stage)
 
     async def receipt(self) -> Receipt:
         """Waits for the end, without being able to bring it about."""
@@ -113,6 +115,9 @@ class Flights:
     def __init__(self) -> None:
         self._running: set[asyncio.Task[Receipt]] = set()
         self._errands: set[asyncio.Task[None]] = set()
+        self._durable: set[asyncio.Task[None]] = set()
+        self.draining = False
+        """Whether the process ends: what flies goes on, nothing new is launched."""
 
     @property
     def count(self) -> int:
@@ -128,10 +133,18 @@ class Flights:
         task.add_done_callback(self._running.discard)
         return flight
 
-    def errand(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work that nobody waits for, but that belongs to this process until it is done."""
+    def errand(
+        self, work: Coroutine[Any, Any, None], *, durable: bool = False
+    ) -> asyncio.Task[None]:
+        """Work that nobody waits for, but that belongs to this process until it is done.
+
+        ``durable``: it is on disk too and the next process goes on with it, so this one may end.
+        """
         task = asyncio.get_running_loop().create_task(work)
         self._errands.add(task)
+        if durable:
+            self._durable.add(task)
+            task.add_done_callback(self._durable.discard)
         task.add_done_callback(self._done)
         return task
 
@@ -143,6 +156,16 @@ class Flights:
     async def within(self, seconds: float, work: Coroutine[Any, Any, None]) -> None:
         """Waits for a piece of work, but not longer than ``seconds``; it then goes on alone."""
         await asyncio.wait({self.errand(work)}, timeout=seconds)
+
+    async def landed(self) -> None:
+        """Waits for the flights that are under way now, not for those that come."""
+        if tasks := set(self._running):
+            await asyncio.wait(tasks)
+
+    async def idle(self) -> None:
+        """Waits until nothing flies and every errand is done but the durable ones."""
+        while tasks := {*self._running, *(self._errands - self._durable)}:
+            await asyncio.wait(tasks)
 
     async def drain(self, seconds: float) -> None:
         """Waits until every flight and errand has ended; after ``seconds`` they are given up, and

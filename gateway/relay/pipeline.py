@@ -25,6 +25,7 @@ from gateway.relay import headers, replay
 from gateway.relay.admission import Admission
 from gateway.relay.body import Room, Spool
 from gateway.relay.budget import BudgetView
+from gateway.relay.drain import shutting_down
 from gateway.relay.estimate import Estimates, estimate_reader
 from gateway.relay.flights import Client, Flight, Flights, Head
 from gateway.relay.keyring import KeyRing
@@ -32,6 +33,7 @@ from gateway.relay.meter import JsonMeter
 from gateway.relay.plan import CacheWish, Plan, Planner, lines_of
 from gateway.relay.purchase import Purchases, crash, failed_receipt
 from gateway.relay.read import ReadRules, reader_for
+from gateway.relay.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ class Arrival:
     body: AsyncIterator[bytes]
     client: Client
     at: float
+    again: bool = False
+    """Whether it may be a try that is not the first: something may be under way for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +88,7 @@ class Pipeline:
         room: Room,
         flights: Flights,
         clock: Clock,
+        turnstile: Turnstile,
         log_prompts: bool = False,
     ) -> None:
         self._keyring = keyring
@@ -97,6 +102,13 @@ class Pipeline:
         self._room = room
         self._flights = flights
         self._clock = clock
+        self._turnstile = turnstile
+        self._log_prompts = log_prompts
+
+    def replace(self, planner: Planner, rules: ReadRules, *, log_prompts: bool) -> None:
+        """From now on these hold. A request that is under way ends with what it began with."""
+        self._planner = planner
+        self._rules = rules
         self._log_prompts = log_prompts
 
     async def answer(self, arrival: Arrival) -> Answer:
@@ -106,19 +118,24 @@ class Pipeline:
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         said: headers.Headers = ()
         caller: Caller | None = None
+        planner, rules = self._planner, self._rules
         try:
+            if self._flights.draining and not arrival.again:
+                raise shutting_down()
             caller = await self._keyring.identify(arrival.secret)
             so_far = replace(so_far, team=caller.team.id, key_id=caller.key.id)
             if isinstance(arrival.operation, Inquiry):
                 with self._estimates.turn(caller):
-                    so_far, call = await self._taken_in(arrival, body, so_far)
-                    return await self._estimate(arrival, caller, call, so_far)
-            so_far, call = await self._taken_in(arrival, body, so_far)
-            plan = await self._planner.plan(caller, call, arrival.wish, self._clock.now())
+                    so_far, call = await self._taken_in(arrival, body, so_far, rules)
+                    return await self._estimate(arrival, planner, caller, call, so_far)
+            so_far, call = await self._taken_in(arrival, body, so_far, rules)
+            plan = await planner.plan(caller, call, arrival.wish, self._clock.now())
             so_far = _with_plan(so_far, plan)
             said = headers.of_call(arrival.rid, plan, call.stream)
             if plan.cached is not None:
                 return await self._replay(arrival, plan, plan.cached, so_far, said)
+            if self._flights.draining:
+                raise shutting_down()
             flight = self._launch(arrival, plan, body, so_far, said)
         except GatewayError as error:
             return _refused(so_far, error, (*said, *await self._unspent(caller, error)))
@@ -145,18 +162,18 @@ class Pipeline:
         return prompt if self._log_prompts and isinstance(prompt, str) else None
 
     async def _taken_in(
-        self, arrival: Arrival, body: Spool, so_far: Receipt
+        self, arrival: Arrival, body: Spool, so_far: Receipt, rules: ReadRules
     ) -> tuple[Receipt, Call]:
-        call = await self._read(arrival, body)
+        call = await self._read(arrival, body, rules)
         seconds = self._clock.monotonic() - arrival.at
         return _with_call(so_far, call, seconds, self._prompt(call)), call
 
-    async def _read(self, arrival: Arrival, body: Spool) -> Call:
+    async def _read(self, arrival: Arrival, body: Spool, rules: ReadRules) -> Call:
         """Takes the body in, once, while the scanners look at it. That of an estimate is not kept:
         nobody reads it again."""
         announced = (
             *(arrival.content_type, arrival.content_encoding),
-            *(arrival.content_length, self._rules),
+            *(arrival.content_length, rules),
         )
         if isinstance(arrival.operation, Inquiry):
             reader = estimate_reader(*announced)
@@ -170,9 +187,9 @@ class Pipeline:
         return reader.close()
 
     async def _estimate(
-        self, arrival: Arrival, caller: Caller, call: Call, so_far: Receipt
+        self, arrival: Arrival, planner: Planner, caller: Caller, call: Call, so_far: Receipt
     ) -> Answer:
-        head, plan = await self._estimates.answer(arrival.rid, caller, call, arrival.wish)
+        head, plan = await self._estimates.answer(arrival.rid, planner, caller, call, arrival.wish)
         if plan is not None:
             so_far = _with_plan(so_far, plan)
         receipt = replace(so_far, status=head.status)
@@ -248,22 +265,15 @@ class Pipeline:
         ``known`` are the headers that every answer to the call has.
         """
         flight.said = (*known, *headers.NOTHING_SPENT)
+        flight.stage, team = "queued", plan.caller.team
+        came = self._clock.monotonic()
+        turn = self._turnstile.turn(team.id, team.weight, plan.upstream.name, arrival.client.gone)
         try:
-            grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
-            back = headers.given_back(grant.standings, plan.demand)
-            flight.said = (*flight.said, *headers.of_rates(back))
-            try:
-                held = await self._hold(flight, arrival, plan)
-                flight.said = (*known, *headers.of_rates(grant.standings))
-                reserved = self._clock.monotonic() - arrival.at
-                so_far = replace(
-                    so_far,
-                    degraded=grant.degraded,
-                    timings=replace(so_far.timings, reserving=reserved - so_far.timings.reading),
-                )
-                return await self._purchases.buy(flight, plan, body, held, so_far)
-            finally:
-                await self._leave(flight, plan)
+            async with turn:
+                flight.stage = "upstream"
+                timings = replace(so_far.timings, queueing=self._clock.monotonic() - came)
+                so_far = replace(so_far, timings=timings)
+                return await self._fly_on(flight, arrival, plan, body, so_far, known)
         except GatewayError as error:
             flight.said = (*flight.said, *await self._left(plan.caller))
             flight.refuse(error)
@@ -275,6 +285,32 @@ class Pipeline:
             return replace(failed_receipt(so_far, fault), cost=so_far.bound, posted=False)
         finally:
             body.close()
+
+    async def _fly_on(
+        self,
+        flight: Flight,
+        arrival: Arrival,
+        plan: Plan,
+        body: Spool,
+        so_far: Receipt,
+        known: headers.Headers,
+    ) -> Receipt:
+        """With a place: the gate, the reservation, the purchase."""
+        grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
+        back = headers.given_back(grant.standings, plan.demand)
+        flight.said = (*flight.said, *headers.of_rates(back))
+        try:
+            held = await self._hold(flight, arrival, plan)
+            flight.said = (*known, *headers.of_rates(grant.standings))
+            before = arrival.at + so_far.timings.reading + so_far.timings.queueing
+            so_far = replace(
+                so_far,
+                degraded=grant.degraded,
+                timings=replace(so_far.timings, reserving=self._clock.monotonic() - before),
+            )
+            return await self._purchases.buy(flight, plan, body, held, so_far)
+        finally:
+            await self._leave(flight, plan)
 
     async def _hold(self, flight: Flight, arrival: Arrival, plan: Plan) -> Held:
         """The reservation, and the last look at the client before anything is sent.

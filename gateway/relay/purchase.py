@@ -101,7 +101,8 @@ class Purchases:
         self._ledger = ledger
         self._safe = safe
         self._cache = cache
-        self._policy = policy
+        self.policy = policy
+        """As of now: another one may be set."""
         self._provider = provider
         self._room = room
         self._flights = flights
@@ -262,7 +263,7 @@ class Purchases:
                 "a settlement that another process left behind is posted now",
                 extra={"request_id": settlement.rid, "cost_nanousd": settlement.cost},
             )
-            self._flights.errand(self._settle_later(settlement, kept=True))
+            self._flights.errand(self._settle_later(settlement, kept=True), durable=True)
 
     def _compare(self, plan: Plan, settlement: Settlement) -> None:
         """Sets what was measured against the bound, for the bounds to come."""
@@ -293,7 +294,7 @@ class Purchases:
                 )
                 break
         kept = await self._put_away(settlement)
-        self._flights.errand(self._settle_later(settlement, kept=kept))
+        self._flights.errand(self._settle_later(settlement, kept=kept), durable=kept)
         return None
 
     async def _put_away(self, settlement: Settlement) -> bool:
@@ -372,7 +373,7 @@ class Purchases:
         if reading is None or form is None or not plan.keep or reading.hosted:
             return
         size = replay.length(form)
-        if settlement.images != plan.call.n or size > self._policy.max_entry_bytes:
+        if settlement.images != plan.call.n or size > self.policy.max_entry_bytes:
             return
         meta = CachedMeta(
             stored_at=self._clock.now(),
@@ -392,7 +393,7 @@ class Purchases:
         async def put() -> None:
             try:
                 async with aclosing(spliced(spool, form)) as chunks:
-                    await self._cache.put(plan.fingerprint, meta, chunks, self._policy.ttl_seconds)
+                    await self._cache.put(plan.fingerprint, meta, chunks, self.policy.ttl_seconds)
             except Exception:
                 log.exception("an answer was not kept", extra={"key": plan.fingerprint})
             finally:
