@@ -27,11 +27,8 @@ from gateway.api.models import router as model_routes
 from gateway.api.relayed import RelayedRoutes
 from gateway.api.results import ResultRoutes
 from gateway.assembly import (
-    CannotServe,
     UpstreamNews,
-    account_keys,
     declared_keys,
-    make_account,
     make_board,
     make_cache,
     make_folder,
@@ -50,6 +47,9 @@ from gateway.assembly import (
     unpriced_models,
     without_redis,
 )
+from gateway.descriptors import limit as fd_limit
+from gateway.descriptors import opened as fds_open
+from gateway.descriptors import shares
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import GatewayError
 from gateway.domain.money import NANOS_PER_DOLLAR
@@ -62,7 +62,6 @@ from gateway.ports import (
     Clock,
     Directory,
     Ledger,
-    StoreError,
     Telemetry,
 )
 from gateway.relay.admission import Admission
@@ -72,6 +71,7 @@ from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
 from gateway.relay.comebacks import Comebacks
 from gateway.relay.desk import ResultDesk
+from gateway.relay.drain import Drain
 from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
@@ -79,22 +79,21 @@ from gateway.relay.health import Health
 from gateway.relay.joining import Joining
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
-from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
 from gateway.relay.results import ResultPolicy, Results
 from gateway.relay.running import RESULTS
-from gateway.reload import needs_restart, swapped
+from gateway.relay.turnstile import Turnstile
 from gateway.reports.budgets import BudgetWatch
-from gateway.sandbox.server import serve_sandbox
-from gateway.settings import ConfigError, Kind, OnUnknown, Settings
+from gateway.settings import OnUnknown, Settings
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import Server as RedisServer
 from gateway.stores.redis_link import StoreAway
 from gateway.stores.safe import SettlementSafe
+from gateway.swap import Parts, Swap, Upstreams, cache_policy, make_planner, places
 from gateway.telemetry.log import RequestLog
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream import openai
-from gateway.upstream.account import Account
+from gateway.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +103,8 @@ LOOK_SECONDS = 1.0
 LAST_SECONDS = 5.0
 """What still runs when the doors are closed has this long; the server drained before."""
 WATCH_SECONDS = 15.0
+MAX_CONNECTIONS = 10_000
+"""Where server.max_connections says nothing, and the file descriptors are enough."""
 RELAYED = {f"/v1{endpoint.path}": endpoint for endpoint in (*Operation, *Inquiry)}
 
 
@@ -119,6 +120,11 @@ class Gateway:
     metrics: Metrics
     budget_watch: BudgetWatch
     factors: Factors
+    drain: Drain
+    max_connections: int
+    """What the file descriptors of this process are enough for, or less if so configured."""
+    connection_refused: Callable[[], None]
+    """Hears of each connection beyond them."""
     reload: Callable[[Callable[[], Awaitable[Settings]]], Awaitable[bool]]
     """Takes over what may change while it runs, all of it or nothing; whether it did."""
 
@@ -144,49 +150,26 @@ async def open_gateway(
         peppers = read_peppers(settings)
         declared = await declared_keys(settings, peppers, store.directory)
         refuse(settings, await owned_twice(settings, peppers, store.directory))
-        accounts: dict[str, Account] = {}
-        for name, configured in settings.upstreams.items():
-            base_url = configured.base_url
-            if configured.kind is Kind.SANDBOX:
-                base_url = (await stack.enter_async_context(serve_sandbox(clock))).base_url
-            upstream = make_account(configured, base_url)
-            stack.push_async_callback(upstream.aclose)
-            accounts[name] = upstream
+        flights = Flights()
+        health = Health(
+            clock.monotonic, random.Random(), UpstreamNews(metrics), settings.lease_seconds
+        )
+        upstreams = Upstreams(clock, flights, health, metrics)
+        stack.push_async_callback(upstreams.aclose)
+        upstreams.take_over(await upstreams.prepare(settings.upstreams), settings.upstreams)
         redis = RedisServer()
         gate = make_gate(settings, clock, metrics, redis)
         stack.push_async_callback(gate.aclose)
         cache, shared_cache = make_cache(settings, clock, metrics, redis)
         stack.push_async_callback(cache.aclose)
 
-        policy = CachePolicy(
-            settings.cache.enabled,
-            settings.cache.scope.value,
-            settings.cache.ttl.total_seconds(),
-            settings.cache.max_entry_bytes,
-        )
-        passing = {name for name, one in settings.upstreams.items() if passes_urls(one)}
-        flights = Flights()
-
         def tell_ratio(model: str, ratio: float) -> None:
             metrics.observe("gateway_bound_ratio", ratio, model=model)
 
         factors = Factors(store.upkeep, flights, settings.catalogue, tell_ratio)
         await factors.refresh()
-        health = Health(
-            clock.monotonic, random.Random(), UpstreamNews(metrics), settings.lease_seconds
-        )
-        planner = Planner(
-            settings.catalogue,
-            accounts,
-            prices,
-            cache,
-            policy,
-            frozenset(passing),
-            factors.of,
-            health.usable,
-        )
+        planner = make_planner(settings, upstreams.accounts, prices, cache, factors, health)
         keyring = KeyRing(peppers, declared, store.directory, clock)
-        reloading = _Reloading(settings, keyring, accounts, health, store.directory, metrics)
         spools = settings.storage.blobs / "spool"
         make_folder(spools, settings.storage.blobs)
         part = settings.server.workers
@@ -247,7 +230,7 @@ async def open_gateway(
             ledger=store.ledger,
             safe=safe,
             cache=cache,
-            policy=policy,
+            policy=cache_policy(settings),
             attempts=Attempts(openai.request, store.ledger, health, clock, settings.relay.attempts),
             room=room,
             flights=flights,
@@ -259,22 +242,43 @@ async def open_gateway(
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
         )
+        share = shares(
+            *(fd_limit(), fds_open()),
+            settings.server.max_connections or MAX_CONNECTIONS,
+            settings.server.max_in_flight,
+        )
+        if share.in_flight < settings.server.max_in_flight:
+            log.warning(
+                "there are not enough file descriptors for server.max_in_flight: raise the limit",
+                extra={"limit": fd_limit(), "max_in_flight": share.in_flight},
+            )
+        turnstile = Turnstile(
+            share.in_flight,
+            per_upstream=places(settings),
+            queue=settings.server.queue,
+            patience_seconds=settings.server.queue_seconds,
+            clock=clock,
+            waited=lambda seconds: metrics.observe("gateway_queue_seconds", seconds),
+        )
+        upstreams.watch(turnstile)
+        passing = any(passes_urls(one) for one in settings.upstreams.values())
         pipeline = Pipeline(
             keyring=keyring,
             planner=planner,
             admission=admission,
             purchases=purchases,
-            estimates=Estimates(planner, budgets, observed, clock),
+            estimates=Estimates(budgets, observed, clock),
             budgets=budgets,
             ledger=store.ledger,
             comebacks=comebacks,
             results=results,
             news=news,
             patience=patience,
-            rules=read_rules(settings, bool(passing)),
+            rules=read_rules(settings, passing),
             room=room,
             flights=flights,
             clock=clock,
+            turnstile=turnstile,
             log_prompts=settings.relay.log_prompts,
         )
         housekeeping = Housekeeping(
@@ -288,19 +292,19 @@ async def open_gateway(
         )
         stack.push_async_callback(_cancel, asyncio.create_task(housekeeping.run()))
         metrics.watch("gateway_inflight_requests", lambda: flights.count)
+        metrics.watch("gateway_queued_requests", lambda: turnstile.waiting)
+        metrics.watch("gateway_fds", fds_open, kind="open")
+        metrics.watch("gateway_fds", fd_limit, kind="limit")
         metrics.watch("gateway_settlements_waiting", lambda: purchases.waiting)
         metrics.watch("gateway_inflight_bytes", lambda: room.memory_used, where="memory")
         metrics.watch("gateway_inflight_bytes", lambda: room.disk_used, where="disk")
         if metrics.shared:
             stack.push_async_callback(_cancel, asyncio.create_task(_look_for_ever(metrics)))
 
-        notifier = open_notifier(
-            settings,
-            clock,
-            lambda outcome: metrics.add("gateway_webhook_total", outcome=outcome),
-        )
-        if notifier is not None:
-            stack.push_async_callback(notifier.aclose)
+        def counted(outcome: str) -> None:
+            metrics.add("gateway_webhook_total", outcome=outcome)
+
+        notifier = open_notifier(settings, clock, counted)
         budget_watch = BudgetWatch(
             ledger=store.ledger,
             upkeep=store.upkeep,
@@ -314,11 +318,38 @@ async def open_gateway(
                 "gateway_budget_notices_total", team=metrics.team(team), mark=mark
             ),
         )
+        parts = Parts(
+            directory=store.directory,
+            cache=cache,
+            upstreams=upstreams,
+            keyring=keyring,
+            admission=admission,
+            purchases=purchases,
+            pipeline=pipeline,
+            factors=factors,
+            health=health,
+            turnstile=turnstile,
+            budget_watch=budget_watch,
+            metrics=metrics,
+            clock=clock,
+            counted=counted,
+        )
+        swap = Swap(settings, planner, notifier, parts)
+        stack.push_async_callback(swap.aclose)
+
+        async def flush() -> None:
+            await budget_watch.flush()
+            if news is not None:
+                await news.drain()
+
+        drain = Drain(flights, flush)
         watching = asyncio.create_task(budget_watch.run(WATCH_SECONDS))
         stack.push_async_callback(_cancel, watching)
         stack.push_async_callback(_cancel, asyncio.create_task(factors.stay_fresh()))
 
         async def look() -> Readiness:
+            if drain.begun:
+                return Readiness(False, {}, {}, draining=True)
             stores = {
                 "ledger": await _answers(store.ledger.ping),
                 "directory": await _answers(store.directory.ping),
@@ -357,8 +388,9 @@ async def open_gateway(
         )
         rest = _plain_app()
         rest.include_router(health_routes(look))
-        rest.include_router(model_routes(keyring, planner, clock))
+        rest.include_router(model_routes(keyring, lambda: swap.planner, clock))
         monitor = _plain_app()
+        monitor.include_router(health_routes(look))
         monitor.include_router(metrics_routes(exposition))
         if settings.server.metrics_port is None:
             rest.include_router(metrics_routes(exposition))
@@ -370,6 +402,10 @@ async def open_gateway(
             clock=clock,
             policy=result_policy,
         )
+        watchdog = Watchdog(
+            clock, lambda seconds: metrics.observe("gateway_loop_lag_seconds", seconds)
+        )
+        await stack.enter_async_context(watchdog.watching())
         yield Gateway(
             _Router(
                 RelayedRoutes(pipeline, listeners, clock),
@@ -383,69 +419,11 @@ async def open_gateway(
             metrics,
             budget_watch,
             factors,
-            reloading.reload,
+            drain,
+            share.connections,
+            lambda: metrics.add("gateway_connections_refused_total"),
+            swap.reload,
         )
-
-
-class _Reloading:
-    """What may change while the gateway runs: keys of upstreams, peppers, and teams of the file."""
-
-    def __init__(
-        self,
-        settings: Settings,
-        keyring: KeyRing,
-        accounts: Mapping[str, Account],
-        health: Health,
-        directory: Directory,
-        metrics: Metrics,
-    ) -> None:
-        self._settings = settings
-        self._keyring = keyring
-        self._accounts = accounts
-        self._health = health
-        self._directory = directory
-        self._metrics = metrics
-        self._turn = asyncio.Lock()
-        metrics.set("gateway_config_reload_failed", 0)
-
-    async def reload(self, read: Callable[[], Awaitable[Settings]]) -> bool:
-        async with self._turn:
-            try:
-                await self._take_over(await read())
-            except (ConfigError, CannotServe, StoreError, GatewayError) as error:
-                for line in str(error).splitlines():
-                    log.error("the configuration is not read again", extra={"error": line})
-                applied = False
-            except Exception:
-                # Whatever it is: the gateway goes on as it was.
-                log.exception("the configuration is not read again")
-                applied = False
-            else:
-                applied = True
-            self._metrics.set("gateway_config_reload_failed", 0 if applied else 1)
-            self._metrics.add(
-                "gateway_config_reloads_total", outcome="applied" if applied else "refused"
-            )
-            return applied
-
-    async def _take_over(self, found: Settings) -> None:
-        """Everything that can fail comes first; then all is swapped without a break."""
-        settings = swapped(self._settings, found)
-        peppers = read_peppers(settings)
-        refuse(found, await owned_twice(settings, peppers, self._directory))
-        declared = await declared_keys(settings, peppers, self._directory)
-        news = needs_restart(self._settings, found)
-        self._keyring.replace(peppers, declared)
-        for name, account in self._accounts.items():
-            account.replace_keys(account_keys(settings.upstreams[name]))
-            self._health.keep(name, (one.id for one in account.credentials))
-        self._settings = settings
-        log.info(
-            "the configuration was read again",
-            extra={"teams": len(declared.teams), "keys": len(declared.keys)},
-        )
-        for name in news:
-            log.warning("a setting needs a restart", extra={"setting": name})
 
 
 class _Router:

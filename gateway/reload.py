@@ -4,30 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from gateway.domain.route import WILDCARD, Model
 from gateway.settings import Settings
 from gateway.yamlfile import plain
 
-UPSTREAM_KEYS = ("api_keys", "admin_key")
 PEPPERS = ("pepper", "old_peppers")
+CACHE_POLICY = ("enabled", "ttl", "scope")
 
 
 def swapped(running: Settings, found: Settings) -> Settings:
-    """The running settings with all of the found ones that may change: keys of the upstreams that
-    are there, peppers, and teams with their keys, limits and budgets."""
-    upstreams = {
-        name: _with(one, found.upstreams[name], UPSTREAM_KEYS) if name in found.upstreams else one
-        for name, one in running.upstreams.items()
-    }
+    """The running settings with all of the found ones that may change: upstreams, models, prices,
+    the policy of the cache, relay and notify, peppers, and teams with their keys and limits."""
     return replace(
         running,
-        upstreams=MappingProxyType(upstreams),
+        upstreams=found.upstreams,
+        catalogue=found.catalogue,
+        prices=found.prices,
+        cache=_with(running.cache, found.cache, CACHE_POLICY),
+        relay=found.relay,
+        notify=found.notify,
         storage=_with(running.storage, found.storage, PEPPERS),
         teams=found.teams,
         declared_keys=found.declared_keys,
+        sources=found.sources,
     )
 
 
@@ -46,7 +47,7 @@ def _sections(settings: Settings) -> dict[str, Any]:
         "file": settings.prices.file,
         "rows": [plain(row) for row in settings.prices.rows],
     }
-    del sections["warnings"]
+    del sections["warnings"], sections["sources"]
     return sections
 
 

@@ -39,6 +39,7 @@ from zoneinfo import available_timezones
 from gateway.domain.money import Money
 from gateway.domain.route import WILDCARD, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Key, Limits, Team
+from gateway.filewatch import Source, source
 from gateway.reading import (
     Located,
     Reader,
@@ -138,9 +139,11 @@ def _octets(value: str) -> bytes:
 class ConfigError(Exception):
     """The configuration cannot be used. ``str()`` has one mistake a line, in the file's order."""
 
-    def __init__(self, mistakes: tuple[Mistake, ...]) -> None:
+    def __init__(self, mistakes: tuple[Mistake, ...], sources: tuple[Source, ...] = ()) -> None:
+        """``sources`` are the files that were read, as they were then."""
         super().__init__("\n".join(str(mistake) for mistake in mistakes))
         self.mistakes = mistakes
+        self.sources = sources
 
 
 class Kind(StrEnum):
@@ -566,6 +569,11 @@ class Server:
     buffer_bytes: int = setting(size, 128 * MIB)
     spool_bytes: int = setting(size, 10 * 1024 * MIB)
     drain_seconds: float = setting(seconds(0), 610.0)
+    watch_seconds: float = setting(seconds(0), 5.0)
+    max_connections: int | None = setting(optional(_COUNT), None)
+    max_in_flight: int = setting(_COUNT, 10_000)
+    queue: int = setting(whole(0, 1_000_000), 1000)
+    queue_seconds: float = setting(seconds(0), 5.0)
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = group(listing(_network), ())
     max_json_bytes: int = setting(size, 4 * MIB)
     max_form_bytes: int = setting(size, 200 * MIB)
@@ -634,6 +642,7 @@ class Upstream:
     proxy: Secret | None = setting(optional(_proxy), None)
     verify: Path | bool = setting(_verify, True)
     max_connections: int = setting(whole(1, 100_000), 1000)
+    max_in_flight: int | None = setting(optional(whole(1, 100_000)), None)
     prices: str = setting(text(r"[a-z0-9][a-z0-9_.-]{0,62}", "a provider's name"), "openai")
     allow_http: bool = setting(boolean, False)
     image_urls: ImageUrls = setting(choice(ImageUrls), ImageUrls.REFUSE)
@@ -643,6 +652,11 @@ class Upstream:
     def ready(self) -> bool:
         """False where it has no key: it is off."""
         return self.kind is Kind.SANDBOX or bool(self.api_keys)
+
+    @property
+    def places(self) -> int:
+        """How many calls may be there at a time."""
+        return self.max_connections if self.max_in_flight is None else self.max_in_flight
 
 
 def _upstream(node: Node, spot: Spot) -> Upstream:
@@ -969,6 +983,7 @@ class _TeamEntry:
     soft_budget: _BudgetEntry = group(_budget, _BudgetEntry())
     time_zone: str = setting(_time_zone, "UTC")
     cache: _TeamCacheEntry = group(_stated(record(_TeamCacheEntry)), _TeamCacheEntry())
+    weight: int = setting(whole(1, 1000), 1)
     disabled: bool = setting(boolean, False)
 
 
@@ -1080,6 +1095,9 @@ class Settings:
     relay: Relay
     log: Log
     warnings: tuple[Mistake, ...] = ()
+    sources: tuple[Source, ...] = ()
+    """The files that all of this was read from, as they were then: of the configuration, of each
+    ``${file:...}``, and of the prices."""
 
     @property
     def lease_seconds(self) -> float:
@@ -1096,16 +1114,22 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
     folder = _folder(path)
     report = Report(folder)
     spot = Spot(report)
-    root = _read(path, References(environ, folder), report)
+    references = References(environ, folder, [source(path)])
+    settings: Settings | None = None
     try:
+        root = _read(path, references, report)
         root = _with_environment(root, environ, report)
         document = spot.read(record(_Document), root)
+        prices = document.prices.file or shipped("prices.yaml")
+        references.sources.append(source(prices))
         settings = _settle(path, document, root, spot)
     except Reported:
-        raise ConfigError(tuple(sorted(set(report.mistakes)))) from None
-    if report.mistakes:
-        raise ConfigError(tuple(sorted(set(report.mistakes))))
-    return replace(settings, warnings=tuple(sorted(set(report.warnings))))
+        pass
+    sources = tuple(references.sources)
+    if report.mistakes or settings is None:
+        raise ConfigError(tuple(sorted(set(report.mistakes))), sources)
+    warnings = tuple(sorted(set(report.warnings)))
+    return replace(settings, warnings=warnings, sources=sources)
 
 
 def default_config_path(environ: Mapping[str, str]) -> Path:
@@ -1142,7 +1166,7 @@ def _read(path: Path, references: References, report: Report) -> Node:
         report.mistakes.append(
             Mistake(str(path), 0, 0, "", f"the file cannot be read ({why}): {advice}")
         )
-        raise ConfigError(tuple(report.mistakes)) from None
+        raise Reported from None
     node, mistakes = parse(content, str(path), references)
     report.mistakes.extend(mistakes)
     return node or Table(Place(str(path), 1, 1), {})
@@ -1263,6 +1287,12 @@ def _check_sections(
                 "whsec_$(openssl rand -base64 32)",
             )
     _check_results(document.results, root, spot.at("results"))
+    for name, upstream in upstreams.items():
+        if upstream.places > upstream.max_connections:
+            spot.at("upstreams").at(name).at("max_in_flight").warn(
+                _place(root, "upstreams", name, "max_in_flight"),
+                f"is over its max_connections ({upstream.max_connections}), which is what holds",
+            )
     if not document.models:
         spot.at("models").warn(
             _place(root, "models"), 'no model is routed: every request is refused; add "*"'
@@ -1468,6 +1498,7 @@ def _team(name: str, entry: _TeamEntry) -> Team:
         disabled=entry.disabled,
         declared=True,
         time_zone=entry.time_zone,
+        weight=entry.weight,
     )
 
 

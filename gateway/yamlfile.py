@@ -23,6 +23,8 @@ from typing import NoReturn, TypeAlias
 
 import yaml
 
+from gateway.filewatch import Source, source
+
 MAX_FILE_BYTES = 1024 * 1024
 MAX_NODES = 50_000
 """After every alias is expanded: a few lines of aliases of aliases can stand for billions."""
@@ -161,6 +163,8 @@ class References:
 
     environ: Mapping[str, str] = field(repr=False)
     folder: Path = Path()
+    sources: list[Source] = field(default_factory=list, compare=False)
+    """The files that were referred to, as they were when they were read."""
 
     def scalar(self, place: Place, text: str, *, quoted: bool) -> Scalar:
         """The scalar with its references replaced. Raises ``Unresolved``."""
@@ -213,6 +217,7 @@ class References:
         shown = name if presentable(name) else "of ${file:...}"
         try:
             path = self.folder / name
+            self.sources.append(source(path))
             if not path.is_file():
                 raise Unresolved(f"the file {shown} does not exist")
             with path.open("rb") as stream:

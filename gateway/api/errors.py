@@ -7,7 +7,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from gateway.api.door import new_request_id
-from gateway.domain.errors import GatewayError, Internal, InvalidRequest, NotServed
+from gateway.domain.errors import GatewayError, Internal, InvalidRequest, NotServed, Overloaded
 from gateway.relay.headers import error_head
 
 
@@ -52,7 +52,22 @@ def no_http() -> bytes:
     error = InvalidRequest(
         "The bytes that came are not a valid HTTP/1.1 request.", code="bad_framing", close=True
     )
+    return _raw(error, "Bad Request")
+
+
+def no_room() -> bytes:
+    """The whole answer to a connection that is one too many."""
+    error = Overloaded(
+        "The gateway has as many connections as it takes. Nothing was bought; try again.",
+        should_retry=True,
+        retry_after_seconds=1,
+        close=True,
+    )
+    return _raw(error, "Service Unavailable")
+
+
+def _raw(error: GatewayError, phrase: str) -> bytes:
     head = error_head(error, new_request_id())
     lines = [f"{name}: {value}" for name, value in head.headers]
-    lines = [f"HTTP/1.1 {head.status} Bad Request", *lines, f"content-length: {head.length}"]
+    lines = [f"HTTP/1.1 {head.status} {phrase}", *lines, f"content-length: {head.length}"]
     return "\r\n".join([*lines, "", ""]).encode("ascii") + error.content

@@ -14,11 +14,13 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 @dataclass(frozen=True, slots=True)
 class Readiness:
-    """Whether traffic should come here: every store's state, and what is degraded and why."""
+    """Whether traffic should come here: every store's state, and what is degraded and why.
+    ``draining``: the process ends, and nobody asked the stores."""
 
     ready: bool
     degraded: Mapping[str, str]
     stores: Mapping[str, bool]
+    draining: bool = False
 
 
 def health_routes(look: Callable[[], Awaitable[Readiness]]) -> APIRouter:
@@ -33,7 +35,7 @@ def health_routes(look: Callable[[], Awaitable[Readiness]]) -> APIRouter:
         state = await look()
         words = "degraded" if state.degraded else "ready"
         content = {
-            "status": words if state.ready else "not ready",
+            "status": words if state.ready else "draining" if state.draining else "not ready",
             "stores": {name: "up" if up else "down" for name, up in state.stores.items()},
             "degraded": dict(state.degraded),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, time
 
 from fastapi import APIRouter, Request
@@ -14,10 +15,11 @@ from gateway.relay.keyring import KeyRing
 from gateway.relay.plan import Planner
 
 
-def router(keyring: KeyRing, planner: Planner, clock: Clock) -> APIRouter:
+def router(keyring: KeyRing, planner_now: Callable[[], Planner], clock: Clock) -> APIRouter:
+    """``planner_now`` is asked at each request: the configuration may have been read again."""
     routes = APIRouter()
 
-    def describe(model: Model) -> dict[str, object]:
+    def describe(planner: Planner, model: Model) -> dict[str, object]:
         row = planner.row(model, clock.now())
         released = datetime.combine(row.valid_from, time(), UTC) if row else None
         return {
@@ -32,14 +34,16 @@ def router(keyring: KeyRing, planner: Planner, clock: Clock) -> APIRouter:
     @routes.get("/v1/models/")
     async def list_models(request: Request) -> dict[str, object]:
         caller = await keyring.identify(auth.secret(request.headers))
-        data = [describe(model) for model in planner.models(caller)]
+        planner = planner_now()
+        data = [describe(planner, model) for model in planner.models(caller)]
         return {"object": "list", "data": data}
 
     @routes.get("/v1/models/{name:path}")
     async def one_model(name: str, request: Request) -> dict[str, object]:
         caller = await keyring.identify(auth.secret(request.headers))
         try:
-            return describe(planner.route(caller, name))
+            planner = planner_now()
+            return describe(planner, planner.route(caller, name))
         except ModelNotFound:
             raise
         except TeamFault:

@@ -135,6 +135,7 @@ def _arrival(
             reason="bad_header",
         )
     length = headers.get("content-length", "")
+    tries = headers.get("x-stainless-retry-count", "0")
     return Arrival(
         rid=rid,
         operation=operation,
@@ -147,7 +148,7 @@ def _arrival(
         body=door.body(),
         client=door.client,
         at=started,
-        retried=headers.get("x-stainless-retry-count", "0") not in ("", "0"),
+        retried=tries.strip("0") != "",
         asynchronous=wishes.respond_async,
     )
 

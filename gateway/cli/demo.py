@@ -124,7 +124,12 @@ async def _run(settings: Settings, home: Path, port: int, *, free: bool) -> None
         gateway = await stack.enter_async_context(open_gateway(settings, SystemClock()))
         secret = await _new_key(settings, gateway)
         base_url = f"{origin_of(listening)}/v1"
-        main = server(gateway.app, drain_seconds=settings.server.drain_seconds, signals=True)
+        main = server(
+            gateway.app,
+            drain_seconds=settings.server.drain_seconds,
+            signals=True,
+            draining=gateway.drain,
+        )
         serving = asyncio.create_task(main.serve([listening]))
         if free:
             await _show_a_picture(base_url, secret, home)

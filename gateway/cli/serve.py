@@ -12,9 +12,8 @@ import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
 
 import click
 
@@ -30,13 +29,20 @@ from gateway.cli.common import (
 )
 from gateway.clock import SystemClock
 from gateway.domain.keys import PepperState, pepper_state
+from gateway.filewatch import FileWatch, look
 from gateway.server import Server, server
-from gateway.settings import Settings, load
+from gateway.settings import ConfigError, Settings, load
 from gateway.supervisor import Inheritance, Supervisor
 from gateway.telemetry.log import configure
 
-Read: TypeAlias = Callable[[], Awaitable[Settings]]
-"""Reads the configuration as this process was started with it."""
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """``read`` reads the configuration as this process was started with it; ``watch`` knows the
+    files that it was read from."""
+
+    read: Callable[[], Awaitable[Settings]]
+    watch: FileWatch
 
 
 @click.command()
@@ -57,8 +63,9 @@ def serve(
     """Serve the gateway until SIGTERM or Ctrl-C.
 
     The first signal lets running requests finish (server.drain_seconds), a second one does not.
-    SIGHUP reads the configuration again: keys of upstreams, peppers, and teams with their keys and
-    limits change at once, everything else with the next start.
+    SIGHUP, or a change of its files, has the configuration read again: upstreams, models, prices,
+    the rules of the cache, relay, notify, peppers, and teams with their keys and limits change at
+    once, all of it or nothing; everything else with the next start.
     """
     # Until there is somebody to hear it: it must not end what only starts.
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -70,17 +77,24 @@ def serve(
     host = settings.server.host if host is None else host
     port = settings.server.port if port is None else port
 
+    watch = FileWatch(settings.sources)
+
     async def read() -> Settings:
-        found = await asyncio.to_thread(load, config, os.environ)
+        try:
+            found = await asyncio.to_thread(load, config, os.environ)
+        except ConfigError as error:
+            watch.read(error.sources)
+            raise
+        watch.only(found.sources)
         return _with_workers(found, workers, quiet=True)
 
     with failures():
         if inherited is not None:
-            asyncio.run(_work(settings, Inheritance.parse(inherited), read))
+            asyncio.run(_work(settings, Inheritance.parse(inherited), Reading(read, watch)))
         elif settings.server.workers > 1:
             sys.exit(asyncio.run(_supervise(settings, host, port)))
         else:
-            asyncio.run(_serve_alone(settings, host, port, read))
+            asyncio.run(_serve_alone(settings, host, port, Reading(read, watch)))
 
 
 def _with_workers(settings: Settings, asked: int | None, *, quiet: bool) -> Settings:
@@ -113,17 +127,17 @@ async def _supervise(settings: Settings, host: str, port: int) -> int:
         return await supervisor.run()
 
 
-async def _work(settings: Settings, inheritance: Inheritance, read: Read) -> None:
+async def _work(settings: Settings, inheritance: Inheritance, reading: Reading) -> None:
     """One of several workers."""
     listening, *monitoring = inheritance.sockets
-    await _serve(settings, listening, monitoring, read, inheritance)
+    await _serve(settings, listening, monitoring, reading, inheritance)
 
 
-async def _serve_alone(settings: Settings, host: str, port: int, read: Read) -> None:
+async def _serve_alone(settings: Settings, host: str, port: int, reading: Reading) -> None:
     raise_file_limit()
     with contextlib.ExitStack() as stack:
         listening, *monitoring = _listen(stack, settings, host, port)
-        await _serve(settings, listening, monitoring, read)
+        await _serve(settings, listening, monitoring, reading)
 
 
 def _listen(
@@ -144,7 +158,7 @@ async def _serve(
     settings: Settings,
     listening: socket.socket,
     monitoring: list[socket.socket],
-    read: Read,
+    reading: Reading,
     inheritance: Inheritance | None = None,
 ) -> None:
     give_memory_back()
@@ -166,7 +180,9 @@ async def _serve(
         told = asyncio.Event()
         # Before anybody hears that it serves: who is told so may send it.
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, told.set)
-        reloading = asyncio.create_task(_reload_when(told, gateway, read))
+        reloading = asyncio.create_task(
+            _reload_when(told, gateway, reading, settings.server.watch_seconds)
+        )
         stack.callback(reloading.cancel)
         # What was built so far lives as long as the process: the collector need not look at it.
         gc.freeze()
@@ -175,6 +191,9 @@ async def _serve(
             drain_seconds=settings.server.drain_seconds,
             signals=True,
             trusted_proxies=[str(network) for network in settings.server.trusted_proxies],
+            draining=gateway.drain,
+            max_connections=gateway.max_connections,
+            refused=gateway.connection_refused,
         )
         if inheritance is None:
             _say_origin(origin_of(listening))
@@ -183,12 +202,21 @@ async def _serve(
         await main.serve([listening])
 
 
-async def _reload_when(told: asyncio.Event, gateway: Gateway, read: Read) -> None:
-    """Reads the configuration again after each SIGHUP; those that come meanwhile are one."""
+async def _reload_when(
+    told: asyncio.Event, gateway: Gateway, reading: Reading, watch_seconds: float
+) -> None:
+    """Reads the configuration again after each SIGHUP, and when one of its files has changed;
+    what comes meanwhile is one. ``watch_seconds`` 0: the files are not looked at."""
     while True:
-        await told.wait()
+        try:
+            async with asyncio.timeout(watch_seconds or None):
+                await told.wait()
+        except TimeoutError:
+            found = await asyncio.to_thread(look, reading.watch.paths)
+            if not reading.watch.changed(found):
+                continue
         told.clear()
-        await gateway.reload(read)
+        await gateway.reload(reading.read)
 
 
 async def _warn_of_old_peppers(settings: Settings, gateway: Gateway) -> None:
@@ -215,7 +243,7 @@ async def _warn_of_old_peppers(settings: Settings, gateway: Gateway) -> None:
 
 def _drain(main: Server) -> None:
     """As the first signal does; one that drains already is not told twice."""
-    if not main.should_exit:
+    if not main.ending:
         main.handle_exit(signal.SIGTERM, None)
 
 

@@ -100,6 +100,8 @@ class Team:
     declared: bool = False
     """Owned by the configuration file; commands may not change it."""
     time_zone: str = "UTC"
+    weight: int = 1
+    """Its share of the places, against the other teams that wait for one."""
 
     @property
     def zone(self) -> tzinfo:

@@ -50,6 +50,10 @@ class Admission:
         self._worker = worker
         self._budgets = budgets
 
+    def replace(self, lease: timedelta) -> None:
+        """How long holds live from now on: no shorter than the longest call."""
+        self._lease = lease
+
     async def pass_gate(self, rid: str, plan: Plan, demand: Demand) -> Grant:
         """Rates and a slot. Raises ``RateLimited``, or ``InvalidRequest`` where it never fits."""
         answer = await self._gate.take(rid, plan.rates, demand)

@@ -11,7 +11,7 @@ from gateway.domain.team import Caller
 from gateway.ports import Books, Clock, FlightBoard, FlightNotice
 from gateway.relay import headers
 from gateway.relay.flights import Client, Flights, Head
-from gateway.relay.joining import KEEPING_SECONDS, POLL_SECONDS, unknown_outcome
+from gateway.relay.joining import KEEPING_SECONDS, POLL_SECONDS, unknown_outcome, unreachable
 from gateway.relay.results import ResultPolicy, Results, as_it_is
 from gateway.relay.running import no_result, running, running_head
 
@@ -83,6 +83,8 @@ class ResultDesk:
             raise ResultExpired(
                 f"The request {rid} ended without a picture, and nothing was bought. Send it again."
             )
+        if not await self._results.reachable():
+            raise unreachable(rid)
         raise ResultExpired(
             f"The request {rid} was answered and paid for, and its answer is not kept any more."
         )

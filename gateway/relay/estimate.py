@@ -94,10 +94,7 @@ class Observed:
 class Estimates:
     """Answers what calls would cost."""
 
-    def __init__(
-        self, planner: Planner, budgets: BudgetView, observed: Observed, clock: Clock
-    ) -> None:
-        self._planner = planner
+    def __init__(self, budgets: BudgetView, observed: Observed, clock: Clock) -> None:
         self._budgets = budgets
         self._observed = observed
         self._clock = clock
@@ -124,7 +121,7 @@ class Estimates:
                 del self._running[key]
 
     async def answer(
-        self, rid: str, caller: Caller, call: Call, wish: CacheWish
+        self, rid: str, planner: Planner, caller: Caller, call: Call, wish: CacheWish
     ) -> tuple[Head, Plan | None]:
         """The estimate, and the plan where the call could be planned.
 
@@ -132,7 +129,7 @@ class Estimates:
         ``InvalidRequest``; and ``LedgerUnavailable``.
         """
         now = self._clock.now()
-        model, plan, refusal = await self._plan(caller, call, wish, now)
+        model, plan, refusal = await _plan(planner, caller, call, wish, now)
         lines, balances = await self._budgets.budgets(lines_of(caller, now))
         if plan is not None and refusal is None:
             refusal = _never_fits(plan) or _no_room(plan, dict(zip(lines, balances, strict=True)))
@@ -168,30 +165,6 @@ class Estimates:
         )
         content = json.dumps(described).encode()
         return Head(200, said, len(content), lambda: _once(content)), plan
-
-    async def _plan(
-        self, caller: Caller, call: Call, wish: CacheWish, now: datetime
-    ) -> tuple[Model | None, Plan | None, GatewayError | None]:
-        """As the call itself would be planned, as far as that goes, and what would refuse it."""
-        try:
-            model = self._planner.route(caller, call.model)
-        except ModelNotAllowed as error:
-            return None, None, error
-        try:
-            return model, await self._planned(caller, call, wish, now), None
-        except UpstreamAccount as error:
-            return model, None, error
-        except InvalidRequest as error:
-            if error.code not in REFUSALS:
-                raise
-            if error.code != "max_cost_exceeded":
-                return model, None, error
-            # What it would cost is then the very thing to be told.
-            lifted = _without_most(caller)
-            return model, await self._planned(lifted, call, wish, now), error
-
-    async def _planned(self, caller: Caller, call: Call, wish: CacheWish, now: datetime) -> Plan:
-        return await self._planner.plan(self._planner.route_call(caller, call), wish, now)
 
     def _costs(self, plan: Plan | None) -> dict[str, Json]:
         if plan is None:
@@ -232,6 +205,34 @@ class Estimates:
                 }
             )
         return found
+
+
+async def _plan(
+    planner: Planner, caller: Caller, call: Call, wish: CacheWish, now: datetime
+) -> tuple[Model | None, Plan | None, GatewayError | None]:
+    """As the call itself would be planned, as far as that goes, and what would refuse it."""
+    try:
+        model = planner.route(caller, call.model)
+    except ModelNotAllowed as error:
+        return None, None, error
+    try:
+        return model, await _planned(planner, caller, call, wish, now), None
+    except UpstreamAccount as error:
+        return model, None, error
+    except InvalidRequest as error:
+        if error.code not in REFUSALS:
+            raise
+        if error.code != "max_cost_exceeded":
+            return model, None, error
+        # What it would cost is then the very thing to be told.
+        lifted = _without_most(caller)
+        return model, await _planned(planner, lifted, call, wish, now), error
+
+
+async def _planned(
+    planner: Planner, caller: Caller, call: Call, wish: CacheWish, now: datetime
+) -> Plan:
+    return await planner.plan(planner.route_call(caller, call), wish, now)
 
 
 def alternatives(call: Call, quote: Quote) -> list[tuple[Mapping[str, str], Call, Money]]:

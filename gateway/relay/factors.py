@@ -41,14 +41,15 @@ class Factors:
         self._upkeep = upkeep
         self._flights = flights
         self._tell_ratio = tell_ratio
-        targets = [target for model in catalogue.models.values() for target in model.targets]
-        self._labels = {(target.upstream, target.model) for target in targets}
-        if catalogue.wildcard is not None:
-            self._labels |= {(target.upstream, OTHER) for target in catalogue.wildcard.targets}
+        self._labels = _labels(catalogue)
         self._stored: dict[tuple[str, str], int] = {}
         self._unwritten: dict[tuple[str, str], int] = {}
         # A re-read that began before a write must not undo it here.
         self._store = asyncio.Lock()
+
+    def replace(self, catalogue: Catalogue) -> None:
+        """From now on these are the models that have labels of their own."""
+        self._labels = _labels(catalogue)
 
     def of(self, upstream: str, model: str) -> int:
         """What the bounds of a model are multiplied by; ``FACTOR_ONE`` where nothing is known."""
@@ -120,3 +121,11 @@ class Factors:
             # It may have been raised again meanwhile; that has an errand of its own.
             if self._unwritten[named] == millionths:
                 del self._unwritten[named]
+
+
+def _labels(catalogue: Catalogue) -> set[tuple[str, str]]:
+    targets = [target for model in catalogue.models.values() for target in model.targets]
+    labels = {(target.upstream, target.model) for target in targets}
+    if catalogue.wildcard is not None:
+        labels |= {(target.upstream, OTHER) for target in catalogue.wildcard.targets}
+    return labels

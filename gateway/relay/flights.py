@@ -99,7 +99,8 @@ class Seat:
 class Watch:
     """One client's look at a flight: what it shows, or the error that it ends in."""
 
-    def __init__(self) -> None:
+    def __init__(self, flight: Flight) -> None:
+        self._flight = flight
         self._shown: asyncio.Future[Shown] = asyncio.get_running_loop().create_future()
         self._given_up = False
 
@@ -135,7 +136,7 @@ class Watch:
             return self._shown.result()
         self.give_up()
         if client.gone.is_set():
-            raise ClientGone("upstream")
+            raise ClientGone(self._flight.stage)
         raise TimeoutError
 
     def give_up(self) -> None:
@@ -155,6 +156,8 @@ class Flight:
         """Partial pictures that were seen so far."""
         self.said: Headers = ()
         """The headers that are known so far, for an error that ends it."""
+        self.stage = "upstream"
+        """Where it is, for a client that leaves."""
         self.admitted = asyncio.Event()
         """Set when its money is held and it is about to be sent, and when it is over."""
         self.over = asyncio.Event()
@@ -196,7 +199,7 @@ class Flight:
         """One more who looks; right until the flight is closed."""
         if self._closed:
             raise RuntimeError("a flight that is closed shows nothing")
-        watch = Watch()
+        watch = Watch(self)
         self._watches.append(watch)
         if self._shown is not None:
             watch.show(self._shown)
@@ -245,11 +248,12 @@ class Flights:
     """Every flight of this process: the strong references, and the count for the drain."""
 
     def __init__(self) -> None:
-        self.draining = False
-        """No new flight begins: this process is about to end."""
         self._running: set[asyncio.Task[Receipt]] = set()
         self._errands: set[asyncio.Task[None]] = set()
         self._open: dict[str, Flight] = {}
+        self._durable: set[asyncio.Task[None]] = set()
+        self.draining = False
+        """Whether the process ends: what flies goes on, nothing new is launched."""
 
     @property
     def count(self) -> int:
@@ -279,10 +283,18 @@ class Flights:
         flight.close()
         self._open.pop(flight.rid, None)
 
-    def errand(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Work that nobody waits for, but that belongs to this process until it is done."""
+    def errand(
+        self, work: Coroutine[Any, Any, None], *, durable: bool = False
+    ) -> asyncio.Task[None]:
+        """Work that nobody waits for, but that belongs to this process until it is done.
+
+        ``durable``: it is on disk too and the next process goes on with it, so this one may end.
+        """
         task = asyncio.get_running_loop().create_task(work)
         self._errands.add(task)
+        if durable:
+            self._durable.add(task)
+            task.add_done_callback(self._durable.discard)
         task.add_done_callback(self._done)
         return task
 
@@ -294,6 +306,16 @@ class Flights:
     async def within(self, seconds: float, work: Coroutine[Any, Any, None]) -> None:
         """Waits for a piece of work, but not longer than ``seconds``; it then goes on alone."""
         await asyncio.wait({self.errand(work)}, timeout=seconds)
+
+    async def landed(self) -> None:
+        """Waits for the flights that are under way now, not for those that come."""
+        if tasks := set(self._running):
+            await asyncio.wait(tasks)
+
+    async def idle(self) -> None:
+        """Waits until nothing flies and every errand is done but the durable ones."""
+        while tasks := {*self._running, *(self._errands - self._durable)}:
+            await asyncio.wait(tasks)
 
     async def drain(self, seconds: float) -> None:
         """Waits until every flight and errand has ended; after ``seconds`` they are given up, and

@@ -17,6 +17,7 @@ from gateway.domain.call import Operation
 from gateway.domain.errors import (
     ClientGone,
     GatewayError,
+    Overloaded,
     ResultExpired,
     UpstreamUnavailable,
     UpstreamUnknown,
@@ -171,7 +172,7 @@ class Joining:
         first missed. What is still held may yet end well."""
         hold = await self._books.find(rid)
         if hold is None or hold.team != team:
-            raise ResultExpired(f"Nothing is known of {rid} any more.")
+            raise ResultExpired(f"Nothing is known of the request {rid} any more.")
         if hold.state is State.EXPIRED:
             raise unknown_outcome(rid)
         if hold.state is State.HELD or seconds < KEEPING_SECONDS:
@@ -181,6 +182,8 @@ class Joining:
                 f"The request {rid} ended without a picture, and nothing was bought; try again.",
                 retry_after_seconds=1,
             )
+        if not await self._results.reachable():
+            raise unreachable(rid)
         raise ResultExpired(
             f"The request {rid} was answered and paid for, and its answer is not kept any more."
         )
@@ -272,6 +275,18 @@ def unknown_outcome(rid: str) -> UpstreamUnknown:
         f"The gateway process that had sent the request {rid} upstream is gone. The picture may "
         "have been made and paid for, so it is not bought again for you; send the request anew to "
         "buy another one.",
+    )
+
+
+def unreachable(rid: str) -> Overloaded:
+    """What is said while the store of the results is away."""
+    return Overloaded(
+        f"The answer to {rid} cannot be fetched now: the store of the results does not answer. "
+        "Nothing is lost and nothing was bought; try again.",
+        code="results_unavailable",
+        reason="results_unavailable",
+        should_retry=True,
+        retry_after_seconds=5,
     )
 
 

@@ -16,7 +16,7 @@ import logging
 from dataclasses import replace
 
 from gateway.domain.call import Call, Inquiry
-from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable, Overloaded
+from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
 from gateway.domain.ledger import Held, Outcome, Replay
 from gateway.domain.quota import Demand
 from gateway.domain.receipt import Receipt, Timings
@@ -28,6 +28,7 @@ from gateway.relay.arrival import Answer, Arrival, Patience, ended, failed, know
 from gateway.relay.body import Room, Spool
 from gateway.relay.budget import BudgetView
 from gateway.relay.comebacks import Comebacks, still_running
+from gateway.relay.drain import shutting_down
 from gateway.relay.estimate import Estimates, estimate_reader
 from gateway.relay.flights import Client, Flight, Flights, Head
 from gateway.relay.keyring import KeyRing
@@ -37,6 +38,7 @@ from gateway.relay.purchase import Keeping, Purchases, crash
 from gateway.relay.read import ReadRules, reader_for
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
+from gateway.relay.turnstile import Turnstile
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,7 @@ class Pipeline:
         room: Room,
         flights: Flights,
         clock: Clock,
+        turnstile: Turnstile,
         log_prompts: bool = False,
     ) -> None:
         self._keyring = keyring
@@ -82,6 +85,13 @@ class Pipeline:
         self._room = room
         self._flights = flights
         self._clock = clock
+        self._turnstile = turnstile
+        self._log_prompts = log_prompts
+
+    def replace(self, planner: Planner, rules: ReadRules, *, log_prompts: bool) -> None:
+        """From now on these hold. A request that is under way ends with what it began with."""
+        self._planner = planner
+        self._rules = rules
         self._log_prompts = log_prompts
 
     async def answer(self, arrival: Arrival) -> Answer:
@@ -93,25 +103,27 @@ class Pipeline:
         so_far = Receipt(arrival.rid, arrival.operation.value, 0, retried=arrival.retried)
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         caller: Caller | None = None
+        planner, rules = self._planner, self._rules
         try:
+            if not (arrival.retried or arrival.idempotency_key):
+                # What may be a try that is not the first is looked at: something may fly for it.
+                self._refuse_while_draining()
             caller = await self._keyring.identify(arrival.secret)
             so_far = replace(so_far, team=caller.team.id, key_id=caller.key.id)
             if isinstance(arrival.operation, Inquiry):
                 with self._estimates.turn(caller):
-                    so_far, call = await self._taken_in(arrival, body, so_far)
-                    return await self._estimate(arrival, caller, call, so_far)
-            if not (arrival.retried or arrival.idempotency_key):
-                self._refuse_while_draining()
-            so_far, call = await self._taken_in(arrival, body, so_far)
-            routed = self._planner.route_call(caller, call)
-            return await self._answer(arrival, routed, body, so_far)
+                    so_far, call = await self._taken_in(arrival, body, so_far, rules)
+                    return await self._estimate(arrival, planner, caller, call, so_far)
+            so_far, call = await self._taken_in(arrival, body, so_far, rules)
+            routed = planner.route_call(caller, call)
+            return await self._answer(arrival, planner, routed, body, so_far)
         except GatewayError as error:
             return ended(so_far, error, await self._unspent(caller, error))
         finally:
             body.close()
 
     async def _answer(
-        self, arrival: Arrival, routed: Routed, body: Spool, so_far: Receipt
+        self, arrival: Arrival, planner: Planner, routed: Routed, body: Spool, so_far: Receipt
     ) -> Answer:
         """A call that is read: whose answer it gets."""
         while True:
@@ -119,7 +131,7 @@ class Pipeline:
                 answer = await self._comebacks.answer(arrival, routed, earlier, so_far)
                 if answer is not None:
                     return answer
-            plan = await self._planner.plan(routed, arrival.wish, self._clock.now())
+            plan = await planner.plan(routed, arrival.wish, self._clock.now())
             so_far = _with_plan(so_far, plan)
             if plan.cached is not None:
                 return await self._replay(arrival, plan, plan.cached, so_far)
@@ -177,15 +189,7 @@ class Pipeline:
 
     def _refuse_while_draining(self) -> None:
         if self._flights.draining:
-            raise Overloaded(
-                "This gateway process is shutting down and takes nothing new. Nothing was bought; "
-                "try again, another one will answer.",
-                code="shutting_down",
-                reason="shutting_down",
-                should_retry=True,
-                retry_after_seconds=1,
-                close=True,
-            )
+            raise shutting_down()
 
     async def _unspent(self, caller: Caller | None, error: GatewayError) -> headers.Headers:
         """What a refusal says of money: none was spent, and what is left of the budgets."""
@@ -202,18 +206,18 @@ class Pipeline:
         return prompt if self._log_prompts and isinstance(prompt, str) else None
 
     async def _taken_in(
-        self, arrival: Arrival, body: Spool, so_far: Receipt
+        self, arrival: Arrival, body: Spool, so_far: Receipt, rules: ReadRules
     ) -> tuple[Receipt, Call]:
-        call = await self._read(arrival, body)
+        call = await self._read(arrival, body, rules)
         seconds = self._clock.monotonic() - arrival.at
         return _with_call(so_far, call, seconds, self._prompt(call)), call
 
-    async def _read(self, arrival: Arrival, body: Spool) -> Call:
+    async def _read(self, arrival: Arrival, body: Spool, rules: ReadRules) -> Call:
         """Takes the body in, once, while the scanners look at it. That of an estimate is not kept:
         nobody reads it again."""
         announced = (
             *(arrival.content_type, arrival.content_encoding),
-            *(arrival.content_length, self._rules),
+            *(arrival.content_length, rules),
         )
         if isinstance(arrival.operation, Inquiry):
             reader = estimate_reader(*announced)
@@ -227,9 +231,9 @@ class Pipeline:
         return reader.close()
 
     async def _estimate(
-        self, arrival: Arrival, caller: Caller, call: Call, so_far: Receipt
+        self, arrival: Arrival, planner: Planner, caller: Caller, call: Call, so_far: Receipt
     ) -> Answer:
-        head, plan = await self._estimates.answer(arrival.rid, caller, call, arrival.wish)
+        head, plan = await self._estimates.answer(arrival.rid, planner, caller, call, arrival.wish)
         if plan is not None:
             so_far = _with_plan(so_far, plan)
         receipt = replace(so_far, status=head.status)
@@ -301,26 +305,16 @@ class Pipeline:
         """From the reservation to the settlement. Clients may watch; they cannot cancel."""
         first = headers.of_request(flight.rid, plan.cache)
         flight.said = (*first, *headers.NOTHING_SPENT)
+        flight.stage, team = "queued", plan.caller.team
+        came = self._clock.monotonic()
+        turn = self._turnstile.turn(team.id, team.weight, plan.upstream.name, flight.client.gone)
         receipt = so_far
         try:
-            grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
-            back = headers.given_back(grant.standings, plan.demand)
-            flight.said = (*flight.said, *headers.of_rates(back))
-            try:
-                held = await self._hold(flight, arrival, plan)
-                flight.said = (*first, *headers.of_rates(grant.standings))
-                reserved = self._clock.monotonic() - arrival.at
-                so_far = replace(
-                    so_far,
-                    degraded=grant.degraded,
-                    timings=replace(so_far.timings, reserving=reserved - so_far.timings.reading),
-                )
-                keeping = Keeping(
-                    result=self._keeps(arrival), idempotent=arrival.idempotency_key is not None
-                )
-                receipt = await self._purchases.buy(flight, plan, body, held, so_far, keeping)
-            finally:
-                await self._leave(flight, plan)
+            async with turn:
+                flight.stage = "upstream"
+                timings = replace(so_far.timings, queueing=self._clock.monotonic() - came)
+                so_far = replace(so_far, timings=timings)
+                receipt = await self._fly_on(flight, arrival, plan, body, so_far)
         except GatewayError as error:
             flight.said = (
                 *flight.said,
@@ -342,6 +336,30 @@ class Pipeline:
         if arrival.asynchronous and flight.seat is not None:
             self._tell(flight, receipt, idempotent=arrival.idempotency_key is not None)
         return receipt
+
+    async def _fly_on(
+        self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt
+    ) -> Receipt:
+        """With a place: the gate, the reservation, the purchase."""
+        first = headers.of_request(flight.rid, plan.cache)
+        grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
+        back = headers.given_back(grant.standings, plan.demand)
+        flight.said = (*flight.said, *headers.of_rates(back))
+        try:
+            held = await self._hold(flight, arrival, plan)
+            flight.said = (*first, *headers.of_rates(grant.standings))
+            before = arrival.at + so_far.timings.reading + so_far.timings.queueing
+            so_far = replace(
+                so_far,
+                degraded=grant.degraded,
+                timings=replace(so_far.timings, reserving=self._clock.monotonic() - before),
+            )
+            keeping = Keeping(
+                result=self._keeps(arrival), idempotent=arrival.idempotency_key is not None
+            )
+            return await self._purchases.buy(flight, plan, body, held, so_far, keeping)
+        finally:
+            await self._leave(flight, plan)
 
     def _tell(self, flight: Flight, receipt: Receipt, *, idempotent: bool) -> None:
         """Says that an asynchronous request is over, to who wants to hear of it."""

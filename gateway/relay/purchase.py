@@ -158,7 +158,8 @@ class Purchases:
         self._ledger = ledger
         self._safe = safe
         self._cache = cache
-        self._policy = policy
+        self.policy = policy
+        """As of now: another one may be set."""
         self._attempts = attempts
         self._room = room
         self._flights = flights
@@ -356,7 +357,7 @@ class Purchases:
                 "a settlement that another process left behind is posted now",
                 extra={"request_id": settlement.rid, "cost_nanousd": settlement.cost},
             )
-            self._flights.errand(self._settle_later(settlement, kept=True))
+            self._flights.errand(self._settle_later(settlement, kept=True), durable=True)
 
     def _compare(self, way: Way, settlement: Settlement) -> None:
         """Sets what was measured against the bound, for the bounds to come."""
@@ -387,7 +388,7 @@ class Purchases:
                 )
                 break
         kept = await self._put_away(settlement)
-        self._flights.errand(self._settle_later(settlement, kept=kept))
+        self._flights.errand(self._settle_later(settlement, kept=kept), durable=kept)
         return None
 
     async def _put_away(self, settlement: Settlement) -> bool:
@@ -520,11 +521,11 @@ class Purchases:
             return
         if way.model is not plan.asked or way.quote.row is None:
             return
-        if settlement.images != plan.call.n or size > self._policy.max_entry_bytes:
+        if settlement.images != plan.call.n or size > self.policy.max_entry_bytes:
             return
         meta = replace(meta, size_bytes=size, streamable=streamable)
         async with aclosing(spliced(spool, form)) as chunks:
-            await self._cache.put(plan.fingerprint, meta, chunks, self._policy.ttl_seconds)
+            await self._cache.put(plan.fingerprint, meta, chunks, self.policy.ttl_seconds)
 
     async def _keep_error(
         self, rid: str, meta: CachedMeta, error: GatewayError, keeping: Keeping

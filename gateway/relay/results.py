@@ -50,7 +50,7 @@ class Results:
     ) -> None:
         """Keeps an answer of ``meta.team``. A store that fails is no error of the call."""
         if self._store is not None:
-            await self._store.put(rid, meta, chunks, self._seconds(idempotent))
+            await self._store.put(_key(meta.team, rid), meta, chunks, self._seconds(idempotent))
 
     async def point(self, rid: str, to: str, team: str, now: datetime, *, idempotent: bool) -> None:
         """Lets the answer of one request be found by the id of another that joined it."""
@@ -59,7 +59,7 @@ class Results:
             team=team, same_as=to,
         )  # fmt: skip
         if self._store is not None:
-            await self._store.put(rid, meta, _nothing(), self._seconds(idempotent))
+            await self._store.put(_key(team, rid), meta, _nothing(), self._seconds(idempotent))
 
     async def find(self, rid: str, team: str) -> Cached | None:
         """The kept answer of a team's request, errors too. None for other teams'."""
@@ -76,8 +76,17 @@ class Results:
     async def _get(self, rid: str, team: str) -> Cached | None:
         if self._store is None:
             return None
-        found = await self._store.get(rid)
-        return found if found is not None and found.meta.team == team else None
+        return await self._store.get(_key(team, rid))
+
+    async def reachable(self) -> bool:
+        """Whether what is not found is not there: a store that is away finds nothing either."""
+        if self._store is None:
+            return True
+        try:
+            await self._store.ping()
+        except Exception:
+            return False
+        return True
 
     def kept_for(self, *, idempotent: bool) -> timedelta:
         return self._policy.idempotent_ttl if idempotent else self._policy.ttl
@@ -147,6 +156,11 @@ def with_meta(
 ) -> CachedMeta:
     """What a kept answer says of itself as a result."""
     return replace(meta, team=team, operation=operation.value, headers=said)
+
+
+def _key(team: str, rid: str) -> str:
+    """Another team's result is not even looked at: it is a miss like any other."""
+    return f"{team}:{rid}"
 
 
 async def _nothing() -> AsyncIterator[bytes]:

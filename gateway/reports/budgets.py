@@ -95,6 +95,7 @@ class BudgetWatch:
         self._notifier = notifier
         self._message_id = message_id
         self._counted = counted
+        self._turn = asyncio.Lock()
         self._rests: dict[tuple[str, str], datetime] = {}
         """Until when a claim needs no question to the books: it is told, or somebody's."""
         self._refused: dict[tuple[Scope, str], Money] = {}
@@ -118,8 +119,28 @@ class BudgetWatch:
                 log.exception("the watch over the budgets failed")
             await asyncio.sleep(pause_seconds)
 
+    def replace(self, warn_percent: int, notifier: Notifier | None) -> None:
+        """Who hears from the next look on, and when."""
+        self._warn_percent = warn_percent
+        self._notifier = notifier
+
+    async def looked(self) -> None:
+        """Waits for the end of a look that is under way: whom it tells is still needed."""
+        async with self._turn:
+            pass
+
+    async def flush(self) -> None:
+        """A last look, if anybody outside hears of it. Raises ``LedgerUnavailable``."""
+        if self._notifier is not None:
+            await self.look()
+
     async def look(self) -> None:
-        """Tells what was passed and nobody has told. Raises ``LedgerUnavailable``."""
+        """Tells what was passed and nobody has told, one look at a time. Raises
+        ``LedgerUnavailable``."""
+        async with self._turn:
+            await self._look()
+
+    async def _look(self) -> None:
         passed = await self._passed()
         for one in passed:
             account, claim = one.line.account, one.mark.claim

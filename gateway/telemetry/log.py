@@ -121,6 +121,7 @@ class RequestLog:
             "bytes_out": delivery.bytes_out,
             "seconds": round(delivery.seconds, 6),
             "read_seconds": round(timings.reading, 6),
+            "queue_seconds": round(timings.queueing, 6),
             "reserve_seconds": round(timings.reserving, 6),
             "upstream_seconds": round(timings.upstream, 6),
             "upstream_first_byte_seconds": round(timings.upstream_first_byte, 6),

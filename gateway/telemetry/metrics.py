@@ -24,6 +24,7 @@ from gateway.domain.receipt import CacheResult, Delivery, Receipt
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
 SMALL_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+LAG_SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 RATIOS = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1, 1.1, 1.25, 1.5, 2, 5)
 MAX_TEAMS = 200
 OTHER = "other"
@@ -72,7 +73,7 @@ TABLE = (
     Spec("gateway_first_image_seconds", Kind.HISTOGRAM, ("model", "endpoint"),
          "From the first byte sent upstream to the first picture of a stream, partial or whole."),
     Spec("gateway_overhead_seconds", Kind.HISTOGRAM, ("endpoint",),
-         "What the gateway itself added: duration less upstream and the reading of the body.",
+         "What the gateway itself added: duration less upstream, queue, and reading of the body.",
          SMALL_SECONDS),
     Spec("gateway_reserve_seconds", Kind.HISTOGRAM, (), "Plan, gate and ledger before a call.",
          SMALL_SECONDS),
@@ -104,6 +105,20 @@ TABLE = (
          "Messages to the webhook: delivered, or failed after all tries; those are told again."),
     Spec("gateway_inflight_requests", Kind.GAUGE, (), "Calls that are with an upstream now.",
          mode="livesum"),
+    Spec("gateway_inflight_upstream_requests", Kind.GAUGE, ("upstream",),
+         "Calls that have a place at an upstream now.", mode="livesum"),
+    Spec("gateway_queued_requests", Kind.GAUGE, (), "Calls that wait for a place.",
+         mode="livesum"),
+    Spec("gateway_queue_seconds", Kind.HISTOGRAM, (),
+         "What a call waited for a place in the process and at its upstream.", SMALL_SECONDS),
+    Spec("gateway_fds", Kind.GAUGE, ("kind",),
+         "File descriptors: those that are open, and the limit of a process.",
+         mode="livesum"),
+    Spec("gateway_connections_refused_total", Kind.COUNTER, (),
+         "Connections that were refused because server.max_connections were open."),
+    Spec("gateway_loop_lag_seconds", Kind.HISTOGRAM, (),
+         "By how much the event loop was late for its watchdog, four times a second.",
+         LAG_SECONDS),
     Spec("gateway_inflight_bytes", Kind.GAUGE, ("where",),
          "Bytes of bodies and answers held now, in memory and in spool files.", mode="livesum"),
     Spec("gateway_cache_total", Kind.COUNTER, ("result",),
@@ -169,7 +184,8 @@ TABLE = (
     Spec("gateway_ledger_oldest_hold_seconds", Kind.GAUGE, (),
          "Age of the open hold whose lease ends first; 0 where none is open.", mode="scraped"),
     Spec("gateway_client_gone_total", Kind.COUNTER, ("stage",),
-         "Clients that left, by stage: upload, reserved, upstream, response, stalled or broken."),
+         "Clients that left, by stage: upload, queued, reserved, upstream, response, stalled, "
+         "broken."),
     Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
          "Pictures bought whose client had left."),
     Spec("gateway_gate_degraded", Kind.GAUGE, (),
@@ -189,7 +205,7 @@ TABLE = (
     Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
          "Times a team was counted as `other` because there are too many teams for labels."),
     Spec("gateway_config_reload_failed", Kind.GAUGE, (),
-         "1 where the configuration could not be read again at the last SIGHUP: nothing changed."),
+         "1 where the configuration could not be read again at the last try: nothing changed."),
     Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
          "Times the configuration was read again while running: applied or refused."),
     Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1.", mode="scraped"),
@@ -344,7 +360,9 @@ class Metrics:
             where = {"model": model, "endpoint": endpoint}
             self.observe("gateway_request_duration_seconds", delivery.seconds, **where)
             self.add("gateway_team_request_seconds_total", delivery.seconds, team=team, **where)
-            own = delivery.seconds - receipt.timings.upstream - receipt.timings.reading
+            timings = receipt.timings
+            waited = timings.reading + timings.queueing + timings.upstream
+            own = delivery.seconds - waited
             self.observe("gateway_overhead_seconds", own, endpoint=endpoint)
             if not asked:
                 self.add("gateway_images_total", receipt.images, team=team, cache=cache, **where)

@@ -1,0 +1,254 @@
+"""Who may fly now: so many calls in this process, so many at each upstream, a short, fair queue.
+
+A *lane* is a number of places and those who wait for one. Every call takes a place in the lane of
+its upstream, then one in that of the process. Within a lane teams take turns (start-time fair
+queueing): each team's head carries a tag, the least tag goes next, and the team's next head is
+tagged ``1 / weight`` later. So a team with a hundred waiting cannot keep out one with a single
+call, and weights of two and one share the places two to one. A team that was away begins at the
+tag that is served now: nobody saves up turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from itertools import count
+from typing import Any
+
+from gateway.domain.errors import ClientGone, Overloaded
+from gateway.ports import Clock
+
+MEASURED = 64
+"""How many places that came free are remembered for the rate."""
+MIN_WAIT_SECONDS = 1.0
+MAX_WAIT_SECONDS = 60.0
+"""SDKs ignore a longer `retry-after`."""
+
+
+@dataclass(slots=True)
+class _Team:
+    """Those of a team that wait in a lane, the first first, and the tag of the first."""
+
+    start: float = 0.0
+    weight: int = 1
+    waiting: OrderedDict[asyncio.Future[None], None] = field(default_factory=OrderedDict)
+    queued: bool = False
+    """Whether the heap has it, perhaps without anybody who still waits."""
+
+
+class _Lane:
+    """``limit`` places. Taking, leaving and handing on cost O(log teams)."""
+
+    def __init__(self, limit: int, clock: Clock) -> None:
+        self.limit = limit
+        self.taken = 0
+        self.waiting = 0
+        self._clock = clock
+        self._now = 0.0
+        """The virtual time: the tag that was served last."""
+        self._heap: list[tuple[float, int, str]] = []
+        self._order = count()
+        self._teams: dict[str, _Team] = {}
+        self._full_since = clock.monotonic()
+        self._freed: deque[float] = deque(maxlen=MEASURED)
+
+    def take(self) -> bool:
+        """A place, if one is free."""
+        if self.taken >= self.limit:
+            return False
+        self.taken += 1
+        if self.taken == self.limit:
+            self._full_since = self._clock.monotonic()
+            self._freed.clear()
+        return True
+
+    def join(self, name: str, weight: int) -> asyncio.Future[None]:
+        """A wait for a place: done when it has one."""
+        team = self._teams.setdefault(name, _Team())
+        team.weight = weight
+        if not team.waiting:
+            team.start = max(team.start, self._now)
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        team.waiting[waiter] = None
+        self.waiting += 1
+        self._queue(name, team)
+        return waiter
+
+    def leave(self, name: str, waiter: asyncio.Future[None]) -> None:
+        """Ends a wait. What it had been given goes to the next."""
+        if waiter.done():
+            self._release()
+            return
+        waiter.cancel()
+        del self._teams[name].waiting[waiter]
+        self.waiting -= 1
+        self._rest()
+
+    def give(self) -> None:
+        """A place comes free."""
+        self._freed.append(self._clock.monotonic())
+        self._release()
+
+    def _release(self) -> None:
+        self.taken -= 1
+        self.hand_on()
+
+    def hand_on(self) -> None:
+        """Gives what is free to those who wait."""
+        while self.taken < self.limit and self.waiting:
+            self._serve()
+        self._rest()
+
+    def wait_seconds(self, otherwise: float) -> float:
+        """When one who came now would have a place: as many as wait must come free before, at the
+        rate at which they did since the lane was full. ``otherwise`` where none has yet."""
+        freed, now = self._freed, self._clock.monotonic()
+        since = freed[0] if len(freed) == MEASURED else self._full_since
+        counted = len(freed) - 1 if len(freed) == MEASURED else len(freed)
+        seconds = otherwise
+        if counted:
+            seconds = (self.waiting + 1) * max(0.0, now - since) / counted
+        return min(MAX_WAIT_SECONDS, max(MIN_WAIT_SECONDS, seconds))
+
+    def _serve(self) -> None:
+        start, _, name = heappop(self._heap)
+        team = self._teams[name]
+        team.queued = False
+        if not team.waiting:
+            # All of them have left: that costs the team no turn.
+            return
+        if team.start != start:
+            # It was empty meanwhile and has begun anew, later.
+            self._queue(name, team)
+            return
+        waiter, _ = team.waiting.popitem(last=False)
+        self.waiting -= 1
+        self.taken += 1
+        self._now = start
+        team.start = start + 1 / team.weight
+        if team.waiting:
+            self._queue(name, team)
+        waiter.set_result(None)
+
+    def _queue(self, name: str, team: _Team) -> None:
+        if not team.queued:
+            team.queued = True
+            heappush(self._heap, (team.start, next(self._order), name))
+
+    def _rest(self) -> None:
+        """Without anybody who waits there is nothing to be fair about: tags begin anew."""
+        if not self.waiting and self._teams:
+            self._heap, self._teams, self._now = [], {}, 0.0
+
+
+class Turnstile:
+    """The places of one process, and those at each of its upstreams."""
+
+    def __init__(
+        self,
+        limit: int,
+        *,
+        per_upstream: Mapping[str, int],
+        queue: int,
+        patience_seconds: float,
+        clock: Clock,
+        waited: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        """``queue`` is how many may wait in this process, ``patience_seconds`` how long each.
+        ``waited`` hears of every call how long it did, those that gave up or left too."""
+        self._clock = clock
+        self._queue = queue
+        self._patience_seconds = patience_seconds
+        self._waited = waited
+        self._waiting = 0
+        self._process = _Lane(limit, clock)
+        self._lanes = {name: _Lane(most, clock) for name, most in per_upstream.items()}
+        self._flying = dict.fromkeys(per_upstream, 0)
+
+    @property
+    def waiting(self) -> int:
+        return self._waiting
+
+    def flying(self, upstream: str) -> int:
+        """How many calls have a turn at an upstream."""
+        return self._flying.get(upstream, 0)
+
+    def replace(self, per_upstream: Mapping[str, int]) -> None:
+        """Other limits, from now on. What flies beyond one stays; an upstream that is gone has the
+        limit that it had until nobody knows it any more."""
+        for name, most in per_upstream.items():
+            if name in self._lanes:
+                self._lanes[name].limit = most
+                self._lanes[name].hand_on()
+            else:
+                self._lanes[name] = _Lane(most, self._clock)
+                self._flying[name] = 0
+
+    @asynccontextmanager
+    async def turn(
+        self, team: str, weight: int, upstream: str, gone: asyncio.Event
+    ) -> AsyncIterator[None]:
+        """Holds a place in the process and at ``upstream`` while the block runs.
+
+        Raises ``Overloaded`` where too many wait or it took too long, and ``ClientGone`` once
+        ``gone`` is set. Nothing is then held.
+        """
+        lane, began = self._lanes[upstream], self._clock.monotonic()
+        until = asyncio.get_running_loop().time() + self._patience_seconds
+        try:
+            await self._enter(lane, team, weight, gone, until)
+            try:
+                await self._enter(self._process, team, weight, gone, until)
+            except BaseException:
+                lane.give()
+                raise
+        finally:
+            self._waited(self._clock.monotonic() - began)
+        self._flying[upstream] += 1
+        try:
+            yield
+        finally:
+            self._flying[upstream] -= 1
+            self._process.give()
+            lane.give()
+
+    async def _enter(
+        self, lane: _Lane, team: str, weight: int, gone: asyncio.Event, until: float
+    ) -> None:
+        if lane.take():
+            return
+        if self._waiting >= self._queue:
+            raise self._overloaded(lane)
+        waiter = lane.join(team, weight)
+        self._waiting += 1
+        left = asyncio.ensure_future(gone.wait())
+        keeps = False
+        try:
+            patience = until - asyncio.get_running_loop().time()
+            either: set[asyncio.Future[Any]] = {waiter, left}
+            await asyncio.wait(
+                either, timeout=max(0.0, patience), return_when=asyncio.FIRST_COMPLETED
+            )
+            if gone.is_set():
+                raise ClientGone("queued")
+            if not waiter.done():
+                raise self._overloaded(lane)
+            keeps = True
+        finally:
+            self._waiting -= 1
+            left.cancel()
+            if not keeps:
+                lane.leave(team, waiter)
+
+    def _overloaded(self, lane: _Lane) -> Overloaded:
+        where = "" if lane is self._process else " with this model's upstream"
+        return Overloaded(
+            f"The gateway has as many requests under way{where} as it takes, and others wait. "
+            "Nothing was bought; try again.",
+            should_retry=True,
+            retry_after_seconds=lane.wait_seconds(self._patience_seconds),
+        )
