@@ -275,6 +275,10 @@ class StoreError(Exception):
     """A database cannot be used, and a person has to look. The message says what to do."""
 
 
+class Unreachable(Exception):
+    """A store does not answer; it may again."""
+
+
 class Safe(Protocol):
     """Settlements that the ledger could not take, on disk until it does (money.md 6a)."""
 

@@ -14,7 +14,7 @@ from datetime import datetime, timedelta
 
 from gateway.domain.call import Operation
 from gateway.domain.errors import InvalidRequest
-from gateway.ports import Cache, Cached, CachedMeta, Form
+from gateway.ports import Cache, Cached, CachedMeta, Form, Unreachable
 from gateway.relay import headers, replay
 from gateway.relay.flights import Shown
 from gateway.relay.meter import JsonMeter
@@ -84,7 +84,7 @@ class Results:
             return True
         try:
             await self._store.ping()
-        except Exception:
+        except (OSError, Unreachable):
             return False
         return True
 

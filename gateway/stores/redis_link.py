@@ -42,6 +42,8 @@ from redis.exceptions import (
     TimeoutError as RedisTimeoutError,
 )
 
+from gateway.ports import Unreachable
+
 T = TypeVar("T")
 
 GATE_SECONDS = 0.3
@@ -197,7 +199,7 @@ class Reason(StrEnum):
     REFUSED = "refused"
 
 
-class StoreAway(Exception):
+class StoreAway(Unreachable):
     """Redis gave no answer in time, or could not be reached, or was not asked: it is down.
 
     ``asked``: the command may have been carried out all the same, or may yet be.
