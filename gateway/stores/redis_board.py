@@ -156,6 +156,7 @@ class RedisBoard:
         self._wake = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
         self._back_at: float | None = None
+        self._since: bytes | None = None
         self._closed = False
 
     @property
@@ -180,13 +181,16 @@ class RedisBoard:
         self, fingerprint: str, key_id: str, *, orphans_only: bool
     ) -> FlightNotice | None:
         watcher = self._watcher()
-        keys = (self._index(fingerprint, key_id), f"{self._prefix}jn:{watcher}")
+        since = self._prefix + "board"
+        keys = (self._index(fingerprint, key_id), f"{self._prefix}jn:{watcher}", since)
         only = "1" if orphans_only else ""
         limits = (round(RUNNING_SECONDS * 1e6), self._ttl_ms * 1000, REMEMBER_MS)
         args = (*self._times(), self._flight(""), watcher, only, *limits)
         notice = None
         try:
-            notice = _read(await self._call(partial(_JOIN.run, self._link.client, keys, *args)))
+            reply = await self._call(partial(_JOIN.run, self._link.client, keys, *args))
+            self._look_at(reply[0])
+            notice = _read(reply[1]) if len(reply) > 1 else None
             stand_in = notice is None and bool(self._owed)
         except StoreAway:
             stand_in = True
@@ -323,7 +327,8 @@ class RedisBoard:
         """Whether Redis knows it now; where it does not, it is told again by the next beats."""
         rid, notice = known.notice.rid, known.notice
         changes, left = known.changes, tuple(known.left)
-        keys = (self._flight(rid), self._index(notice.fingerprint, notice.key_id))
+        index = self._index(notice.fingerprint, notice.key_id)
+        keys = (self._flight(rid), index, self._prefix + "board")
         args = (
             *self._times(),
             rid,
@@ -341,7 +346,7 @@ class RedisBoard:
             *left,
         )
         try:
-            await self._call(partial(_TELL.run, self._link.client, keys, *args))
+            since = await self._call(partial(_TELL.run, self._link.client, keys, *args))
         except StoreAway as error:
             known.heard |= error.asked
             self._owe(known)
@@ -356,6 +361,7 @@ class RedisBoard:
         if known.told == known.changes:
             self._owed.pop(rid, None)
             self._let_go(known)
+        self._look_at(since)
         return True
 
     def _owe(self, known: _Known) -> None:
@@ -405,6 +411,12 @@ class RedisBoard:
         alive = self._clock.monotonic() - since < self._lease
         seen = _last_seen(known)
         return replace(seen, alive=seen.alive and alive)
+
+    def _look_at(self, since: bytes) -> None:
+        if self._since is not None and since != self._since:
+            self._back()
+            self._owed |= dict.fromkeys(rid for rid, each in self._known.items() if each.mine)
+        self._since = since
 
     def _back(self) -> None:
         """Redis answers again, and may have lost what it had."""
@@ -518,10 +530,8 @@ def _written(notice: FlightNotice) -> str:
     return json.dumps(asdict(notice) | {"at": notice.at.isoformat()})
 
 
-def _read(text: bytes | None) -> FlightNotice | None:
-    """None for what another release wrote and this one cannot read, too."""
-    if text is None:
-        return None
+def _read(text: bytes) -> FlightNotice | None:
+    """None for what another release wrote and this one cannot read."""
     try:
         document = json.loads(text)
         return FlightNotice(**document | {"at": datetime.fromisoformat(document["at"])})
