@@ -11,7 +11,7 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
@@ -250,7 +250,7 @@ class RedisBoard:
             seen = replace(
                 seen,
                 ended=seen.ended or mine.ended,
-                alive=seen.alive and mine.alive,
+                alive=mine.alive and not seen.ended,
                 partials=max(seen.partials, mine.partials),
             )
         if known is not None:
@@ -465,6 +465,7 @@ class RedisBoard:
             reply = await self._call(partial(_BEAT.run, self._link.client, keys, *args))
         except StoreAway:
             return False
+        late: list[_Known] = []
         for known, watchers, said in zip(batch, sent, reply, strict=True):
             if said >= 0:
                 known.seen_at = self._clock.monotonic()
@@ -473,11 +474,13 @@ class RedisBoard:
             if said == 1 and known.flown:
                 self._wanted.add(known.notice.rid)
             # Left while the beat was under way: Redis may have seen the beat last.
-            late = [each for each in watchers if each not in known.watchers]
-            if late:
-                known.left += late
+            left = [each for each in watchers if each not in known.watchers]
+            if left:
+                known.left += left
                 known.changes += 1
-                await self._tell(known)
+                late.append(known)
+        for known in late:
+            await self._tell(known)
         return True
 
     async def _pay(self) -> None:
@@ -527,7 +530,8 @@ def _last_seen(known: _Known) -> FlightSeen:
 
 
 def _written(notice: FlightNotice) -> str:
-    return json.dumps(asdict(notice) | {"at": notice.at.isoformat()})
+    members = {each.name: getattr(notice, each.name) for each in fields(notice)}
+    return json.dumps(members | {"at": notice.at.isoformat()})
 
 
 def _read(text: bytes) -> FlightNotice | None:
