@@ -147,12 +147,12 @@ async def test_frozen_it_costs_one_short_wait_in_all(valkey: Valkey, at_once: in
 
 
 async def test_frozen_for_longer_than_a_lease_nobody_is_called_dead(valkey: Valkey) -> None:
-    here, there = (
-        board_at(valkey.url, worker, lease_seconds=1.0, beat_seconds=0.2) for worker in "ab"
-    )
-    await here.announce(notice("a"))
+    """Who flies finds Redis again somewhat later than who looks."""
+    here = board_at(valkey.url, "a", lease_seconds=0.5, server=Server(pause=0.7))
+    there = board_at(valkey.url, "b", lease_seconds=0.5, server=Server(pause=0.05), beat_seconds=1)
+    for rid in ("a", "b"):
+        await here.announce(notice(rid))
     assert await joined(there) == "a"
-    await here.leave("a", delivered=False)
     valkey.freeze()
     began = time.monotonic()
     while time.monotonic() - began < 2.0:
@@ -160,14 +160,57 @@ async def test_frozen_for_longer_than_a_lease_nobody_is_called_dead(valkey: Valk
         assert await is_seen(there, "a", ended=False, alive=True)
         await asyncio.sleep(0.05)
     valkey.thaw()
-    began = time.monotonic()
-    while time.monotonic() - began < 2.0:
-        assert await is_seen(there, "a", ended=False, alive=True)
+    await eventually(lambda: not there.degraded)
+    while here.degraded:
+        for rid in ("a", "b"):
+            assert await is_seen(there, rid, ended=False, alive=True)
         assert await joined(there, orphans_only=True) is None
         await asyncio.sleep(0.02)
-    assert await is_seen(here, "a", watchers=1)
+    await eventually(lambda: is_seen(there, "a", alive=True, watchers=2))
+    await eventually(lambda: is_seen(there, "b", alive=True, watchers=1))
     await here.aclose()
     await there.aclose()
+
+
+async def away_and_back(valkey: Valkey, board: RedisBoard) -> None:
+    valkey.freeze()
+    await board.look("anything")
+    assert board.degraded
+    valkey.thaw()
+    await eventually(lambda: not board.degraded)
+
+
+async def test_just_after_redis_was_away_the_silent_are_given_time(valkey: Valkey) -> None:
+    dead = board_at(valkey.url, "dead")
+    there = board_at(valkey.url, "there", beat_seconds=1.0, offset=lambda: 16.0)
+    await dead.announce(notice("a"))
+    await dead.aclose()
+    assert await is_seen(there, "a", alive=False, watchers=0)
+    await away_and_back(valkey, there)
+    assert await is_seen(there, "a", alive=True, watchers=1)
+    assert await joined(there, orphans_only=True) is None
+    await eventually(lambda: is_seen(there, "a", alive=False, watchers=0))
+    assert await joined(there, orphans_only=True) == "a"
+    await there.aclose()
+
+
+async def test_what_a_failover_lost_of_an_end_is_told_again(valkey: Valkey, admin: Client) -> None:
+    board = board_at(valkey.url)
+    key = "gw:{default}:fl:a"
+    await board.announce(notice("a"))
+    before = await admin.execute_command("DUMP", key)
+    await board.end("a", joinable=True)
+    await board.leave("a", delivered=True)
+    await admin.execute_command("RESTORE", key, 0, before, "REPLACE")
+    assert await is_seen(board, "a", ended=False)
+    await away_and_back(valkey, board)
+
+    async def over() -> bool:
+        return await board.look("a") is None
+
+    await eventually(over)
+    assert await flights_left(admin) == []
+    await board.aclose()
 
 
 async def test_flushed_what_runs_and_is_watched_comes_back(
@@ -243,6 +286,14 @@ async def test_an_answer_that_is_lost_counts_nobody_twice(valkey: Valkey, admin:
         assert await losing(here.events("a", 0)) == b"events"
         await losing(here.end("a", joinable=True))
         await losing(here.leave("a", delivered=True))
+        for rid in ("b", "c"):
+            await here.announce(notice(rid))
+            await here.leave(rid, delivered=False)
+        assert await losing(joined(here, orphans_only=True)) == "b"
+        assert await is_seen(there, "c", watchers=0)
+        for rid in ("b", "c"):
+            await here.leave(rid, delivered=True)
+            await here.end(rid, joinable=True)
         assert await there.look("a") is None
         assert await flights_left(admin) == []
         assert not here.degraded
