@@ -68,9 +68,9 @@ class _Known:
     """What this process knows of a flight, and tells Redis: always all of it, so that a command
     that is lost, late or repeated does no harm.
 
-    ``mine``: it is flown here. ``left`` are watchers that Redis may still count. ``changes`` counts
-    what happened here, ``told`` how much of that Redis knows; ``heard``: it may have heard of this
-    flight at all.
+    ``mine``: it is flown here. ``left`` were watchers, and Redis may still count them. ``changes``
+    counts what happened here, ``told`` how much of that Redis knows; ``heard``: it may have heard
+    of this flight at all.
     """
 
     notice: FlightNotice
@@ -326,7 +326,7 @@ class RedisBoard:
     async def _tell(self, known: _Known) -> bool:
         """Whether Redis knows it now; where it does not, it is told again by the next beats."""
         rid, notice = known.notice.rid, known.notice
-        changes, left = known.changes, tuple(known.left)
+        changes = known.changes
         index = self._index(notice.fingerprint, notice.key_id)
         keys = (self._flight(rid), index, self._prefix + "board")
         args = (
@@ -343,7 +343,7 @@ class RedisBoard:
             self._worker,
             len(known.watchers),
             *known.watchers,
-            *left,
+            *known.left,
         )
         try:
             since = await self._call(partial(_TELL.run, self._link.client, keys, *args))
@@ -357,7 +357,6 @@ class RedisBoard:
             raise
         known.heard = True
         known.told = max(known.told, changes)
-        known.left = [each for each in known.left if each not in left]
         if known.told == known.changes:
             self._owed.pop(rid, None)
             self._let_go(known)
