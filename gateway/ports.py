@@ -414,7 +414,8 @@ class FlightBoard(Protocol):
         """It is over, and its result is kept. ``joinable`` is False where surely nothing was
         billed: a retry is then a new call."""
 
-    async def look(self, rid: str) -> FlightSeen | None: ...
+    async def look(self, rid: str) -> FlightSeen | None:
+        """None for one that nobody knows, or any more: it is over and nobody can join it."""
 
     async def take_over(self, rid: str) -> bool:
         """Whether the caller is the one who may buy again what a dead flight left: once each."""

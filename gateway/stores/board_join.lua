@@ -1,17 +1,23 @@
 #!lua flags=allow-oom
 -- Finds a flight of a call, and counts the caller among its watchers. The same watcher again gets the same flight.
--- KEYS: 1 the flights of the call (zset), 2 what this watcher joined
+-- KEYS: 1 the flights of the call (zset), 2 what this watcher joined, 3 since when this Redis remembers
 -- ARGV: 1 clock offset µs (tests only), 2 lease µs, 3 what a flight's key begins with (same slot), 4 the watcher,
 --       5 orphans only '1' | '', 6 µs that a running one is joined, 7 µs that an ended one is, 8 ms to know the watcher
--- Returns the notice, or nothing.
+-- Returns {since}, or {since, notice}.
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2] + ARGV[1]
 local stale = math.max(0, now - tonumber(ARGV[2]))
 
 local function int(n) return string.format('%.0f', n) end
 
+local since = redis.call('GET', KEYS[3])
+if not since then
+  since = int(now)
+  redis.call('SET', KEYS[3], since)
+end
+
 local before = redis.call('GET', KEYS[2])
-if before then return redis.call('HGET', ARGV[3] .. before, 'notice') end
+if before then return {since, redis.call('HGET', ARGV[3] .. before, 'notice')} end
 
 -- The oldest between two scores. Of more than a hundred, that of the first hundred.
 local function pick(from, to)
@@ -31,8 +37,8 @@ end
 
 local rid, notice = pick('-inf', int(stale))
 if not rid and ARGV[5] ~= '1' then rid, notice = pick('(' .. int(stale), '+inf') end
-if not rid then return false end
+if not rid then return {since} end
 redis.call('HSET', ARGV[3] .. rid, 'w:' .. ARGV[4], int(now))
 redis.call('ZADD', KEYS[1], int(now), rid)
 redis.call('SET', KEYS[2], rid, 'PX', ARGV[8])
-return notice
+return {since, notice}

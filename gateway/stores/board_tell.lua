@@ -1,6 +1,6 @@
 #!lua flags=allow-oom
 -- What a process knows of a flight, told as often as it likes: nothing is counted twice, nothing taken back.
--- KEYS: 1 the flight, 2 the flights of its call (zset)
+-- KEYS: 1 the flight, 2 the flights of its call (zset), 3 since when this Redis remembers
 -- ARGV: 1 clock offset µs (tests only), 2 lease µs, 3 rid, 4 notice ('': somebody else's flight), 5 its age µs,
 --       6 'runs' | 'ended' | 'void' (ended, and nobody joins it), 7 delivered '1' | '', 8 who took it over, or '',
 --       9 ms to keep it while it runs, 10 ms once it has ended, 11 ms to know that it is gone, 12 who flies it,
@@ -9,6 +9,7 @@
 -- taken, and for each watcher w:<name> = its last beat. Where nobody can join or watches it, `gone` is all that is
 -- left, so that a command which comes late does not raise the dead.
 -- The zset has it at its newest watcher's beat, or, where the last one left, at its start - 2^52: orphans first.
+-- Returns since when, which has no end: where it changes, everything was forgotten.
 local time = redis.call('TIME')
 local now = time[1] * 1000000 + time[2] + ARGV[1]
 local stale = math.max(0, now - tonumber(ARGV[2]))
@@ -17,10 +18,16 @@ local staying = tonumber(ARGV[13])
 
 local function int(n) return string.format('%.0f', n) end
 
+local since = redis.call('GET', KEYS[3])
+if not since then
+  since = int(now)
+  redis.call('SET', KEYS[3], since)
+end
+
 local known = redis.call('HMGET', flight, 'notice', 'gone')
-if known[2] then return 0 end
+if known[2] then return since end
 if not known[1] then
-  if ARGV[4] == '' then return 0 end
+  if ARGV[4] == '' then return since end
   redis.call('HSET', flight, 'notice', ARGV[4], 'worker', ARGV[12], 'started', int(now - ARGV[5]), 'beat', int(now),
     'ended', '0')
   redis.call('PEXPIRE', flight, ARGV[9])
@@ -54,4 +61,4 @@ else
     redis.call('PEXPIRE', flight, ARGV[11])
   end
 end
-return 1
+return since

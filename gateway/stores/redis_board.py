@@ -11,7 +11,7 @@ import secrets
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import StrEnum
 from functools import partial
@@ -68,9 +68,9 @@ class _Known:
     """What this process knows of a flight, and tells Redis: always all of it, so that a command
     that is lost, late or repeated does no harm.
 
-    ``mine``: it is flown here. ``left`` are watchers that Redis may still count. ``changes`` counts
-    what happened here, ``told`` how much of that Redis knows; ``heard``: it may have heard of this
-    flight at all.
+    ``mine``: it is flown here. ``left`` were watchers, and Redis may still count them. ``changes``
+    counts what happened here, ``told`` how much of that Redis knows; ``heard``: it may have heard
+    of this flight at all.
     """
 
     notice: FlightNotice
@@ -156,6 +156,7 @@ class RedisBoard:
         self._wake = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
         self._back_at: float | None = None
+        self._since: bytes | None = None
         self._closed = False
 
     @property
@@ -180,13 +181,16 @@ class RedisBoard:
         self, fingerprint: str, key_id: str, *, orphans_only: bool
     ) -> FlightNotice | None:
         watcher = self._watcher()
-        keys = (self._index(fingerprint, key_id), f"{self._prefix}jn:{watcher}")
+        since = self._prefix + "board"
+        keys = (self._index(fingerprint, key_id), f"{self._prefix}jn:{watcher}", since)
         only = "1" if orphans_only else ""
         limits = (round(RUNNING_SECONDS * 1e6), self._ttl_ms * 1000, REMEMBER_MS)
         args = (*self._times(), self._flight(""), watcher, only, *limits)
         notice = None
         try:
-            notice = _read(await self._call(partial(_JOIN.run, self._link.client, keys, *args)))
+            reply = await self._call(partial(_JOIN.run, self._link.client, keys, *args))
+            self._look_at(reply[0])
+            notice = _read(reply[1]) if len(reply) > 1 else None
             stand_in = notice is None and bool(self._owed)
         except StoreAway:
             stand_in = True
@@ -246,7 +250,7 @@ class RedisBoard:
             seen = replace(
                 seen,
                 ended=seen.ended or mine.ended,
-                alive=seen.alive and mine.alive,
+                alive=mine.alive and not seen.ended,
                 partials=max(seen.partials, mine.partials),
             )
         if known is not None:
@@ -322,8 +326,9 @@ class RedisBoard:
     async def _tell(self, known: _Known) -> bool:
         """Whether Redis knows it now; where it does not, it is told again by the next beats."""
         rid, notice = known.notice.rid, known.notice
-        changes, left = known.changes, tuple(known.left)
-        keys = (self._flight(rid), self._index(notice.fingerprint, notice.key_id))
+        changes = known.changes
+        index = self._index(notice.fingerprint, notice.key_id)
+        keys = (self._flight(rid), index, self._prefix + "board")
         args = (
             *self._times(),
             rid,
@@ -338,10 +343,10 @@ class RedisBoard:
             self._worker,
             len(known.watchers),
             *known.watchers,
-            *left,
+            *known.left,
         )
         try:
-            await self._call(partial(_TELL.run, self._link.client, keys, *args))
+            since = await self._call(partial(_TELL.run, self._link.client, keys, *args))
         except StoreAway as error:
             known.heard |= error.asked
             self._owe(known)
@@ -352,10 +357,10 @@ class RedisBoard:
             raise
         known.heard = True
         known.told = max(known.told, changes)
-        known.left = [each for each in known.left if each not in left]
         if known.told == known.changes:
             self._owed.pop(rid, None)
             self._let_go(known)
+        self._look_at(since)
         return True
 
     def _owe(self, known: _Known) -> None:
@@ -406,6 +411,12 @@ class RedisBoard:
         seen = _last_seen(known)
         return replace(seen, alive=seen.alive and alive)
 
+    def _look_at(self, since: bytes) -> None:
+        if self._since is not None and since != self._since:
+            self._back()
+            self._owed |= dict.fromkeys(rid for rid, each in self._known.items() if each.mine)
+        self._since = since
+
     def _back(self) -> None:
         """Redis answers again, and may have lost what it had."""
         now = self._clock.monotonic()
@@ -453,6 +464,7 @@ class RedisBoard:
             reply = await self._call(partial(_BEAT.run, self._link.client, keys, *args))
         except StoreAway:
             return False
+        late: list[_Known] = []
         for known, watchers, said in zip(batch, sent, reply, strict=True):
             if said >= 0:
                 known.seen_at = self._clock.monotonic()
@@ -461,11 +473,13 @@ class RedisBoard:
             if said == 1 and known.flown:
                 self._wanted.add(known.notice.rid)
             # Left while the beat was under way: Redis may have seen the beat last.
-            late = [each for each in watchers if each not in known.watchers]
-            if late:
-                known.left += late
+            left = [each for each in watchers if each not in known.watchers]
+            if left:
+                known.left += left
                 known.changes += 1
-                await self._tell(known)
+                late.append(known)
+        for known in late:
+            await self._tell(known)
         return True
 
     async def _pay(self) -> None:
@@ -515,13 +529,12 @@ def _last_seen(known: _Known) -> FlightSeen:
 
 
 def _written(notice: FlightNotice) -> str:
-    return json.dumps(asdict(notice) | {"at": notice.at.isoformat()})
+    members = {each.name: getattr(notice, each.name) for each in fields(notice)}
+    return json.dumps(members | {"at": notice.at.isoformat()})
 
 
-def _read(text: bytes | None) -> FlightNotice | None:
-    """None for what another release wrote and this one cannot read, too."""
-    if text is None:
-        return None
+def _read(text: bytes) -> FlightNotice | None:
+    """None for what another release wrote and this one cannot read."""
     try:
         document = json.loads(text)
         return FlightNotice(**document | {"at": datetime.fromisoformat(document["at"])})
