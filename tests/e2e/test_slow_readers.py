@@ -40,7 +40,9 @@ class Upstream:
         while True:
             _, body = await peer.request()
             big = json.loads(body)["prompt"] == "big"
-            head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+            head = (
+                b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n"
+            )
             await peer.send(head)
             for _ in range(COUNT if big else 0):
                 await peer.send(BIG)
@@ -139,7 +141,7 @@ async def test_a_client_that_never_reads_pauses_its_upstream_alone(
 
 async def one_byte_at_a_time(sock: socket.socket) -> None:
     loop = asyncio.get_running_loop()
-    while await loop.sock_recv(sock, 1):
+    while await loop.sock_recv(sock, 1):  # noqa: ASYNC110 - this is what it does
         await asyncio.sleep(0.01)
 
 

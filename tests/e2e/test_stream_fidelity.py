@@ -71,7 +71,9 @@ CASES = {
     "behind done": Case(
         BOTH + b"data: [DONE]\n\n" + SECOND + b"{", passes=BOTH + b"data: [DONE]\n\n"
     ),
-    "comments": Case(b": a\n\n:\n\n" + PARTIAL_EVENT + b": b\n: c\n\n" + COMPLETED_EVENT + b": d\n\n"),
+    "comments": Case(
+        b": a\n\n:\n\n" + PARTIAL_EVENT + b": b\n: c\n\n" + COMPLETED_EVENT + b": d\n\n"
+    ),
     "a comment inside an event": Case(PARTIAL_EVENT + b": a\n" + COMPLETED_EVENT),
     "retry alone": Case(
         b"retry: 1000\n\n" + PARTIAL_EVENT + b"retry: 9\n\n" + COMPLETED_EVENT,
@@ -87,9 +89,7 @@ CASES = {
     "empty data": Case(
         b"event: ping\ndata:\n\ndata\n\n" + BOTH, passes=b":vent: ping\n:ata:\n\n:ata\n\n" + BOTH
     ),
-    "garbage between events": Case(
-        b"\xff\xfe<html>\n\n" + BOTH, passes=b":?<html>\n\n" + BOTH
-    ),
+    "garbage between events": Case(b"\xff\xfe<html>\n\n" + BOTH, passes=b":?<html>\n\n" + BOTH),
     "crlf": Case(BOTH.replace(b"\n", b"\r\n")),
     "cr": Case(BOTH.replace(b"\n", b"\r")),
     "no event lines": Case(
@@ -104,9 +104,7 @@ CASES = {
     "an unknown event": Case(
         b'event: hint\ndata: {"type":"hint","deep":{"a":[null]}}\n\n' + BOTH, ("hint", P, C)
     ),
-    "unknown fields": Case(
-        b"extra: 1\n" + BOTH.replace(b'{"type"', b'{"more":{"a":1.50},"type"')
-    ),
+    "unknown fields": Case(b"extra: 1\n" + BOTH.replace(b'{"type"', b'{"more":{"a":1.50},"type"')),
     "two pictures": Case(
         PARTIAL_EVENT + COMPLETED_EVENT + PARTIAL_EVENT + SECOND, (P, C, P, C), n=2, cost=2 * COST
     ),
@@ -116,7 +114,9 @@ CASES = {
         event("partial_image", picture=MEGABYTES) + event("completed", b'"usage":' + USAGE)
     ),
     "a long comment": Case(b": " + MEGABYTES + b"\n\n" + BOTH),
-    "a nested error": Case(PARTIAL_EVENT + b"event: error\ndata: " + NESTED + b"\n\n", (P,), "boom"),
+    "a nested error": Case(
+        PARTIAL_EVENT + b"event: error\ndata: " + NESTED + b"\n\n", (P,), "boom"
+    ),
     "an error without its name": Case(PARTIAL_EVENT + b"data: " + NESTED + b"\n\n", (P,), "boom"),
     "a flat error": Case(
         PARTIAL_EVENT + b'data: {"type":"error","code":"boom","message":"No."}\n\n',
