@@ -205,7 +205,7 @@ class _Door:
         if head.length is not None:
             headers.append((b"content-length", str(head.length).encode("ascii")))
         else:
-            # The second one is for nginx, which would else keep events until a buffer is full.
+            # The second one is for nginx and its kin: they may hold events in buffers otherwise.
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._put({"type": "http.response.start", "status": head.status, "headers": headers})
 

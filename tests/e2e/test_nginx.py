@@ -118,7 +118,7 @@ class Slow:
 async def test_a_stream_passes_event_by_event(
     start: Start, tmp_path: Path, other: dict[str, str]
 ) -> None:
-    """With nginx's defaults too, because the gateway says `x-accel-buffering: no`."""
+    """Also where somebody left nginx at its defaults."""
     upstream = Slow()
     async with (
         raw_server(upstream) as server,
