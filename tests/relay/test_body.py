@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from gateway.domain.call import Edit, Span
 from gateway.domain.errors import Overloaded
 from gateway.relay import body
-from gateway.relay.body import Room, Spool, edited, edited_length, spliced
+from gateway.relay.body import KEEP_ALIVE, Room, Spool, edited, edited_length, spliced
 
 TEXT = bytes(range(97, 123)) * 4
 
@@ -291,6 +291,68 @@ async def test_a_finished_spool_can_be_followed_from_its_first_byte(room: Room, 
     spool.finish()
     assert await all_of(spool.follow()) == b"onet"
     assert await all_of(spool.follow()) == b"onet"
+    spool.close()
+
+
+async def test_a_silence_is_filled_between_what_is_published(room: Room, limit: int) -> None:
+    spool = await full(room, limit, b"one\n\n", b"tw")
+    chunks = spool.follow(0.001)
+    assert [await anext(chunks) for _ in range(2)] == [KEEP_ALIVE] * 2
+    spool.publish(5)
+    seen = b""
+    while len(seen) < 5:
+        seen += await anext(chunks)
+    assert seen == b"one\n\n"
+    assert await anext(chunks) == KEEP_ALIVE
+    await spool.write(b"o\n\n")
+    spool.publish()
+    spool.finish()
+    rest = await all_of(chunks)
+    assert rest.replace(KEEP_ALIVE, b"") == b"two\n\n"
+    assert rest.endswith(b"two\n\n")
+    assert await all_of(spool.follow(0.001)) == b"one\n\ntwo\n\n"
+    spool.close()
+
+
+async def test_the_slowest_follower_is_known(room: Room) -> None:
+    spool = await full(room, MEMORY, *[b"x" * 1000] * 4)
+    assert spool.lag == 0
+    spool.publish(2000)
+    slow, quick = spool.follow(), spool.follow()
+    assert spool.lag == 0
+    await anext(slow)
+    await anext(quick)
+    # What is in hand is not taken yet.
+    assert spool.lag == 2000
+    await anext(quick)
+    assert spool.lag == 2000
+    waiting = asyncio.create_task(spool.caught_up(1500))
+    await _settled(lambda: not waiting.done())
+    await anext(slow)
+    await _settled(waiting.done)
+    assert spool.lag == 1000
+    spool.publish()
+    waiting = asyncio.create_task(spool.caught_up(0))
+    await quick.aclose()
+    await _settled(lambda: not waiting.done())
+    await slow.aclose()
+    await waiting
+    assert spool.lag == 0
+    spool.close()
+
+
+async def test_what_nobody_has_seen_can_be_written_over(room: Room, limit: int) -> None:
+    spool = await full(room, limit, b"one", b"two", b"three")
+    spool.publish(2)
+    await spool.mend(Edit(Span(2, 7), b"E-TWO"))
+    assert await all_of(spool.slice()) == b"onE-TWOhree"
+    await spool.mend(Edit(Span(11, 11), b""))
+    await spool.mend(Edit(Span(10, 11), b"!"))
+    assert await all_of(spool.slice()) == b"onE-TWOhre!"
+    for wrong in (Edit(Span(1, 3), b"xx"), Edit(Span(10, 12), b"xx"), Edit(Span(4, 5), b"xx")):
+        with pytest.raises(ValueError):
+            await spool.mend(wrong)
+    assert await all_of(spool.slice()) == b"onE-TWOhre!"
     spool.close()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,6 +27,7 @@ from gateway.domain.errors import (
     UpstreamUnknown,
 )
 from gateway.domain.ledger import Outcome
+from gateway.relay import landing
 from gateway.relay.body import Room, Spool, spliced
 from gateway.relay.landing import Landing, failed, land_events, land_json
 from gateway.relay.meter import EventMeter, JsonMeter, error_event
@@ -646,3 +647,123 @@ def test_what_an_error_proves(error: GatewayError, outcome: Outcome) -> None:
     landing = failed(error)
     assert (landing.error, landing.ending.outcome, landing.ending.answer) == (error, outcome, None)
     assert (error.evidence is Evidence.NOT_BILLED) == (outcome is Outcome.REFUSED)
+
+
+# Slow readers
+
+
+@dataclass
+class Endless:
+    """Partial pictures of 2 MiB, one at a time; ``asked`` wakes whoever waits for the next one to
+    be asked for."""
+
+    spool: Spool
+    count: int
+    asked: asyncio.Queue[int] = field(default_factory=asyncio.Queue)
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        for number in range(self.count):
+            self.asked.put_nowait(number)
+            yield BIG
+        self.asked.put_nowait(self.count)
+        yield LAST
+
+    async def aclose(self) -> None:
+        return
+
+
+BIG = frame("image_generation.partial_image", b64_json="A" * (2 << 20), partial_image_index=0)
+
+
+@dataclass
+class SlowRoom:
+    """A stream that lands, its first event already in the hands of two followers."""
+
+    spool: Spool
+    upstream: Endless
+    landing: asyncio.Task[Landing]
+    slow: AsyncGenerator[bytes, None]
+    quick: AsyncGenerator[bytes, None]
+
+    async def asked(self) -> int:
+        async with asyncio.timeout(10):
+            return await self.upstream.asked.get()
+
+    async def stands_still(self) -> None:
+        """Everybody had their turn, and the upstream was not asked for more."""
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert self.upstream.asked.empty()
+        assert not self.landing.done()
+
+    async def end(self) -> Landing:
+        async with asyncio.timeout(10):
+            landing = await self.landing
+        for reader in (self.slow, self.quick):
+            await reader.aclose()
+        self.spool.close()
+        return landing
+
+
+async def slow_reader(tmp_path: Path, count: int) -> SlowRoom:
+    spool = Spool(Room(1 << 30, 0, tmp_path))
+    upstream = Endless(spool, count)
+    meter = EventMeter(Operation.GENERATION, "openai")
+    slow, quick = spool.follow(), spool.follow()
+    await spool.write(ALIVE)
+    spool.publish()
+    await anext(slow)
+    await anext(quick)
+    # The meter sees what the spool holds, from its first byte.
+    meter.feed(ALIVE)
+    landing = land_events(upstream, spool, meter, 1, lambda _: None, as_json=False)
+    return SlowRoom(spool, upstream, asyncio.create_task(landing), slow, quick)
+
+
+async def test_a_slow_reader_pauses_the_upstream_until_it_has_caught_up(tmp_path: Path) -> None:
+    case = await slow_reader(tmp_path, 4)
+    assert [await case.asked() for _ in range(2)] == [0, 1]
+    # Two pictures of 2 MiB and a few bytes: over the mark.
+    await case.stands_still()
+    assert case.spool.lag > landing.LAG_BYTES
+    for _ in range(2):
+        await anext(case.quick)
+    await anext(case.slow)
+    await anext(case.slow)
+    await case.stands_still()
+    # Only who asks for the next piece has taken the one before.
+    following = asyncio.ensure_future(anext(case.slow))
+    await case.stands_still()
+    quicker = asyncio.ensure_future(anext(case.quick))
+    assert [await case.asked() for _ in range(2)] == [2, 3]
+    await following
+    await quicker
+    await case.stands_still()
+    await case.slow.aclose()
+    await case.quick.aclose()
+    # A stream that nobody follows is never paused.
+    assert await case.asked() == 4
+    assert (await case.end()).ending.outcome is Outcome.DELIVERED
+
+
+async def test_a_stopped_reader_does_not_hold_a_paid_picture_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(landing, "PAUSE_SECONDS", 0.05)
+    case = await slow_reader(tmp_path, 20)
+    # One pause for all of them, since nothing was taken in between.
+    began = asyncio.get_running_loop().time()
+    assert (await case.end()).ending.outcome is Outcome.DELIVERED
+    assert asyncio.get_running_loop().time() - began >= 0.05
+    assert case.spool.length > 20 * (2 << 20)
+
+
+async def test_all_pauses_of_a_call_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The call's deadline goes on: where no time is left for pauses, there is none."""
+    monkeypatch.setattr(landing, "PAUSES_SECONDS", 0.0)
+    case = await slow_reader(tmp_path, 20)
+    assert (await case.end()).ending.outcome is Outcome.DELIVERED

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from openai._streaming import SSEDecoder
 
 from gateway.domain.call import Span
 from gateway.relay.skim import (
@@ -673,6 +674,98 @@ def test_nothing_else_is_raised(case: tuple[bytes, list[bytes]]) -> None:
         assert 0 <= events.offset <= len(stream)
     else:
         assert events == read([stream])
+
+
+def mended(chunks: list[bytes]) -> bytes:
+    """The stream as it is passed on."""
+    text = bytearray(b"".join(chunks))
+    for event in read(chunks):
+        for span, content in event.mends:
+            assert event.start <= span.start < span.end <= event.end
+            assert len(content) == span.end - span.start
+            text[slice(*span)] = content
+    return bytes(text)
+
+
+def seen_by_the_sdk(stream: bytes) -> list[tuple[str | None, str]]:
+    return [(sse.event, sse.data) for sse in SSEDecoder().iter_bytes(iter([stream]))]
+
+
+KEEP_ALIVE = ": keepalive\n\n"
+
+
+@pytest.mark.parametrize(
+    ("stream", "passes"),
+    [
+        ("retry: 1000\n\n", ":etry: 1000\n\n"),
+        ("id: 7\r\n\r\n", ":d: 7\r\n\r\n"),
+        ("id: 7\rdata: {}\r\r", ":d: 7\rdata: {}\r\r"),
+        ("id\ndata: {}\n\n", "id\ndata: {}\n\n"),
+        ("event: ping\n\n", ":vent: ping\n\n"),
+        ("event: ping\ndata:\ndata: \n\n", ":vent: ping\n:ata:\n:ata: \n\n"),
+        ("garbage\n: a\n\n", ":arbage\n: a\n\n"),
+        ("retry: 1\nextra: 2\ndata: {}\n\n", "retry: 1\nextra: 2\ndata: {}\n\n"),
+        ("event: x\ndata: [DONE]\n\n", "event: x\ndata: [DONE]\n\n"),
+        (": caf\u00e9 \u2028\n\n", ": caf\u00e9 \u2028\n\n"),
+    ],
+)
+def test_a_line_that_says_nothing_becomes_a_comment(stream: str, passes: str) -> None:
+    for chunks in cuts(stream.encode()):
+        assert mended(chunks) == passes.encode()
+    for _, data in seen_by_the_sdk((passes + KEEP_ALIVE).encode()):
+        assert data in ("{}", "[DONE]")
+
+
+@pytest.mark.parametrize(
+    ("stream", "passes"),
+    [
+        (b": \xff\xfe\xc3\xa9.\n\n", b": ????.\n\n"),
+        (b"\xff: 1\n\n", b":: 1\n\n"),
+        (b"event: a\xc3\ndata: {}\n\n", b"event: a?\ndata: {}\n\n"),
+        (b": \xc3 \xa9\ndata: {}\n\n", b": ? ?\ndata: {}\n\n"),
+    ],
+)
+def test_what_is_not_utf8_beside_the_data_is_no_obstacle(stream: bytes, passes: bytes) -> None:
+    for chunks in cuts(stream):
+        assert mended(chunks) == passes
+
+
+noise = st.lists(
+    st.sampled_from([b"id: 7", b"id", b"retry: 1", b"event: a", b"event:", b"data:", b"", b"x"])
+    | st.binary(max_size=9),
+    max_size=6,
+).map(b"\n".join)
+
+
+@given(chunked(st.builds(lambda a, b, c: a + b + b"\n\n" + c, streams(), noise, streams())))
+@settings(max_examples=500, deadline=None)
+def test_the_sdk_reads_all_that_is_passed_on(case: tuple[bytes, list[bytes]]) -> None:
+    """Every event with data, as it came, and no other: also with comments of ours in between."""
+    stream, chunks = case
+    events = outcome(BadEvent, lambda: read(chunks))
+    if isinstance(events, BadEvent):
+        return
+    passed = mended(chunks)
+    assert mended([stream]) == passed
+    pieces = [passed[event.start : event.end] for event in events]
+    if pieces and events[-1].end == len(stream):
+        pieces[-1] += b"\n\n"
+    seen = seen_by_the_sdk(KEEP_ALIVE.encode().join([b"", *pieces, b""]))
+    said = [event for event in events if event.data is not None or event.done]
+    assert [name or "" for name, _ in seen] == [event.name for event in said]
+    for (_, data), event in zip(seen, said, strict=True):
+        assert data.startswith("[DONE]") if event.done else json.loads(data) is not ...
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [b"id: 7\n" * 2000, b"x\n" * 2000, b": " + b"\xc3\xa9" * 10_000 + b"\n"],
+    ids=["ids", "fields", "letters"],
+)
+def test_what_would_be_kept_of_noise_is_bounded(stream: bytes) -> None:
+    for chunks in ([stream], [stream[at : at + 100] for at in range(0, len(stream), 100)]):
+        with pytest.raises(BadEvent):
+            read(chunks)
 
 
 def test_a_line_of_ten_megabytes() -> None:
