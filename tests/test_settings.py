@@ -25,6 +25,7 @@ from gateway.settings import (
     Kind,
     Secret,
     Settings,
+    UpstreamKey,
     default_config_path,
     load,
     shipped,

@@ -26,9 +26,9 @@ from gateway.domain.quota import Demand, Limit, Period, Scope, Standing, Unit, W
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Team
-from gateway.ports import Outgoing, Reply
+from gateway.ports import Credential, Outgoing, Reply
 from gateway.relay import headers
-from gateway.relay.plan import Plan
+from gateway.relay.plan import Plan, Way
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DAY = Period(Window.DAY, "d|2026-11-22", datetime(2026, 11, 23, tzinfo=UTC))
@@ -43,8 +43,9 @@ class Comet:
     name = "comet"
     provider = "openai"
     ready = True
+    credentials = (Credential("1"),)
 
-    async def send(self, outgoing: Outgoing) -> Reply:
+    async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         raise NotImplementedError
 
     async def aclose(self) -> None:
@@ -54,12 +55,12 @@ class Comet:
 CALL = Call(
     Operation.GENERATION, Encoding.JSON, "application/json", "art", Span(0, 0), 3, {"prompt": "cat"}
 )
+ART = Model("art", Target("comet", "gpt-image-2"))
 PLAN = Plan(
     caller=Caller(Team("growth"), Key("k1", "growth")),
     call=CALL,
-    model=Model("art", Target("comet", "gpt-image-2")),
-    upstream=Comet(),
-    quote=QUOTE,
+    asked=ART,
+    ways=(Way(ART, ART.target, Comet(), QUOTE),),
     demand=Demand(),
     rates=(),
     lines=(),
@@ -115,9 +116,8 @@ def test_little_passes_from_an_upstream() -> None:
         ("openai-processing-ms", "1234"),
         ("openai-version", "2020-10-01"),
         ("x-upstream-request-id", "req_upstream"),
-        ("x-gateway-attempts", "1"),
     )
-    assert headers.of_upstream({}) == (("x-gateway-attempts", "1"),)
+    assert headers.of_upstream({}) == ()
 
 
 DIRTY = ["a\r\nset-cookie: b", "a\nb", "a\x00b", "\x7f", "caf\xe9", "\u2028", "a\tb"]
@@ -125,9 +125,7 @@ DIRTY = ["a\r\nset-cookie: b", "a\nb", "a\x00b", "\x7f", "caf\xe9", "\u2028", "a
 
 @pytest.mark.parametrize("value", DIRTY)
 def test_what_could_break_a_header_is_dropped(value: str) -> None:
-    assert headers.of_upstream({"openai-version": value, "x-request-id": value}) == (
-        ("x-gateway-attempts", "1"),
-    )
+    assert headers.of_upstream({"openai-version": value, "x-request-id": value}) == ()
     refused = UpstreamRefused(429, b"{}", code="c", headers=(("retry-after", value),))
     assert "retry-after" not in dict(headers.error_head(refused, "req_1").headers)
 

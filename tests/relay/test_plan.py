@@ -31,7 +31,7 @@ from gateway.domain.quota import Demand, Scope, Unit, Window
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import Caller, Key, Limits, Team
-from gateway.ports import Cached, CachedMeta, Outgoing, Reply
+from gateway.ports import Cached, CachedMeta, Credential, Outgoing, Reply
 from gateway.relay.plan import CachePolicy, CacheWish, Plan, Planner, cheaper
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -46,8 +46,9 @@ class Account:
         self.name = name
         self.provider = "openai"
         self.ready = ready
+        self.credentials = (Credential("1"),)
 
-    async def send(self, outgoing: Outgoing) -> Reply:
+    async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         raise NotImplementedError
 
     async def aclose(self) -> None:
@@ -151,7 +152,9 @@ class Bench:
         )
 
     async def plan(self, call: Call, who: Caller | None = None, wish: Any = None) -> Plan:
-        return await self.planner.plan(who or caller(), call, wish or CacheWish(), NOW)
+        planner = self.planner
+        routed = planner.route_call(who or caller(), call)
+        return await planner.plan(routed, wish or CacheWish(), NOW)
 
     async def refused(
         self, kind: type[GatewayError], call: Call, who: Caller | None = None
@@ -553,7 +556,8 @@ async def test_accounts_are_of_the_day_and_month_of_the_clock(day: Window) -> No
         (late, {Window.DAY: "d|2026-11-30", Window.MONTH: "m|2026-11"}),
         (late + timedelta(seconds=1), {Window.DAY: "d|2026-12-01", Window.MONTH: "m|2026-12"}),
     ):
-        plan = await planner.plan(caller(), a_call(), CacheWish(), instant)
+        routed = planner.route_call(caller(), a_call())
+        plan = await planner.plan(routed, CacheWish(), instant)
         found = {line.limit.window: line.period.label for line in plan.lines}
         assert found[day] == labels[day]
 
