@@ -303,7 +303,11 @@ async def test_what_is_refused_for_what_it_asks_goes_nowhere_else(
 
 @pytest.mark.parametrize(
     "fault",
-    [Rule(status=502, billed=True), Rule(cut_before_headers=True, billed=True), Rule(html_200=True)],
+    [
+        Rule(status=502, billed=True),
+        Rule(cut_before_headers=True, billed=True),
+        Rule(html_200=True),
+    ],
     ids=["edge", "cut", "html"],
 )
 async def test_what_may_have_been_bought_is_never_sent_again(

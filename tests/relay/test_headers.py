@@ -52,6 +52,10 @@ class Comet:
         return
 
 
+class Azure(Comet):
+    name = "azure"
+
+
 CALL = Call(
     Operation.GENERATION, Encoding.JSON, "application/json", "art", Span(0, 0), 3, {"prompt": "cat"}
 )
@@ -346,3 +350,25 @@ async def test_an_error_is_sent_as_it_is() -> None:
     ours = headers.error_head(InvalidRequest("Größe?", param="size"), "req_1")
     (content,) = [chunk async for chunk in ours.body()]
     assert json.loads(content)["error"]["message"] == "Größe?"
+
+
+def test_what_was_said_is_corrected_by_the_way_that_answered() -> None:
+    said = headers.of_call("req_1", PLAN, stream=False)
+    same = headers.of_way(said, PLAN, PLAN.way, 1)
+    assert dict(same) == {**dict(said), "x-gateway-attempts": "1"}
+    spare = Model("spare", Target("azure", "dep-1"))
+    pinned = replace(PLAN, call=replace(CALL, pinned={"size": "1024x1024"}))
+    other = headers.of_way(
+        headers.of_call("req_1", pinned, stream=False),
+        pinned,
+        Way(spare, spare.target, Azure(), QUOTE),
+        3,
+    )
+    assert len(other) == len(dict(other))
+    assert dict(other) == {
+        **dict(said),
+        "x-gateway-upstream": "azure",
+        "x-model-served": "dep-1",
+        "x-gateway-changed": "size=1024x1024, model=spare",
+        "x-gateway-attempts": "3",
+    }
