@@ -275,14 +275,17 @@ class _Safe(_Wrapped):
 
 
 class _Upstream(_Wrapped):
-    async def send(self, outgoing: Outgoing) -> Reply:
+    async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         reply = await self._faults.through(
-            "upstream.send", lambda: self._send(outgoing), self._lost, lose=lambda one: one.aclose()
+            "upstream.send",
+            lambda: self._send(outgoing, credential),
+            self._lost,
+            lose=lambda one: one.aclose(),
         )
         return _Reply(reply, self._faults)
 
-    async def _send(self, outgoing: Outgoing) -> Reply:
-        reply: Reply = await self._target.send(outgoing)
+    async def _send(self, outgoing: Outgoing, credential: str) -> Reply:
+        reply: Reply = await self._target.send(outgoing, credential)
         return reply
 
     @staticmethod

@@ -17,15 +17,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
 from gateway.domain.money import format_dollars
-from gateway.domain.route import Unpriced
+from gateway.domain.route import Target, Unpriced
 from gateway.domain.team import Limits
 from gateway.settings import (
     CacheScope,
     ConfigError,
     Kind,
     Results,
+    OnUnknown,
     Secret,
     Settings,
+    UpstreamKey,
     default_config_path,
     load,
     shipped,
@@ -195,6 +197,47 @@ MISTAKES = [
     (UPSTREAM + "models: {a: {}}", '2:13: models.a: needs "upstream"'),
     (UPSTREAM + 'models: {"*": {upstream: openai, model: m}}', 'models.*.model: "*" passes every'),
     (UPSTREAM + "models: {a: {upstream: openai, unpriced: no}}", "no is a boolean in old YAML"),
+    (UPSTREAM + "models: {a: {upstream: openai, upstreams: [openai]}}",
+     '2:32: models.a.upstreams: cannot stand beside "upstream": write all of them here'),
+    (UPSTREAM + "models: {a: {upstreams: []}}", "models.a.upstreams: is empty: name one upstr"),
+    (UPSTREAM + "models: {a: {upstreams: }}", "models.a.upstreams: is empty: fill it in, or rem"),
+    (UPSTREAM + "models: {a: {upstreams: openai}}", "models.a.upstreams: must be a list"),
+    (UPSTREAM + "models: {a: {upstreams: [opnai]}}", '2:26: models.a.upstreams[0]: there is no '
+     'upstream "opnai"; did you mean "openai"?'),
+    (UPSTREAM + "models: {a: {upstreams: [openai, {upstream: opnai}]}}",
+     '2:45: models.a.upstreams[1].upstream: there is no upstream "opnai"'),
+    (UPSTREAM + "models: {a: {upstreams: [{model: b}]}}", 'models.a.upstreams[0]: needs "upst'),
+    (UPSTREAM + "models: {a: {upstreams: [openai, {upstream: openai, model: a}]}}",
+     "upstreams[1].upstream: is listed twice with the same model: give it more weight instead"),
+    (UPSTREAM + "models: {a: {upstreams: [{upstream: openai, weight: 0}]}}",
+     "models.a.upstreams[0].weight: must be a whole number from 1 to 1000000"),
+    (UPSTREAM + "models: {a: {upstreams: [{upstream: openai, order: 1001}]}}",
+     "models.a.upstreams[0].order: must be a whole number from 1 to 1000"),
+    (UPSTREAM + "models: {a: {upstreams: [{upstream: openai, wieght: 2}]}}",
+     'models.a.upstreams[0].wieght: unknown key; did you mean "weight"?'),
+    (UPSTREAM + "models: {a: {upstream: openai, upstream_stream: never}}",
+     "models.a.upstream_stream: must be"),
+    (UPSTREAM + 'models: {"*": {upstreams: [{upstream: openai, model: m}]}}',
+     'models.*.upstreams[0].model: "*" passes every name on as it is'),
+    (UPSTREAM + "models: {a: {upstream: openai, fallback: [a]}}",
+     "2:43: models.a.fallback[0]: is this model itself: name another one"),
+    (UPSTREAM + "models: {art: {upstream: openai}, b: {upstream: openai, fallback: [arts]}}",
+     'models.b.fallback[0]: there is no model "arts" under models; did you mean "art"?'),
+    (UPSTREAM + "models: {a: {upstream: openai, fallback: ['*']}}",
+     'models.a.fallback[0]: "*" is no model: name one that stands under models'),
+    (UPSTREAM + "models: {a: {upstream: openai, fallback: [b]}, '*': {upstream: openai}}",
+     'models.a.fallback[0]: there is no model "b" under models; "*" does not do for this'),
+    (UPSTREAM + "models: {a: {upstream: openai, fallback: [b, b]}, b: {upstream: openai}}",
+     "models.a.fallback[1]: is listed twice"),
+    ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', api_keys: [{key: k, wait: 2}]}}",
+     'upstreams.a.api_keys[0].wait: unknown key; did you mean "weight"?'),
+    ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', api_keys: [{key: k, weight: 0}]}}",
+     "upstreams.a.api_keys[0].weight: must be a whole number"),
+    ("upstreams: {a: {kind: openai, base_url: 'https://h/v1', api_keys: [k, {key: k}]}}",
+     "upstreams.a.api_keys: holds the same key twice"),
+    ("relay: {attempts: 0}", "relay.attempts: must be a whole number from 1 to 5"),
+    ("relay: {attempts: 6}", "relay.attempts: must be a whole number from 1 to 5"),
+    ("relay: {on_unknown: retry}", "relay.on_unknown: must be"),
     (UPSTREAM + "models: {'a b': {upstream: openai}}", "models.a b: a model's name has letters"),
     # teams
     ("teams: {Growth: {}}", "1:9: teams.Growth: the name of a team has lower-case letters"),
@@ -767,3 +810,50 @@ def test_a_shared_database_is_a_secret(tmp_path: Path, url: str) -> None:
     made = read(tmp_path, f"storage: {{database: '{url}', pepper: {'p' * 32}}}")
     assert made.storage.database == Secret(url)
     assert "p%40" not in repr(made)
+
+
+def test_several_upstreams_of_a_model(tmp_path: Path) -> None:
+    made = read(
+        tmp_path,
+        "upstreams:\n"
+        "  one: {kind: openai, base_url: 'https://h/v1', api_keys: [k, {key: l, weight: 3}]}\n"
+        "  two: {kind: openai, base_url: 'https://i/v1',\n"
+        "    api_keys: [{key: '${KEY:-}', order: 2}, {key: m, order: 3}]}\n"
+        "models:\n"
+        "  plain: {upstream: one}\n"
+        "  list: {upstreams: [one, {upstream: two, model: dep-1, weight: 2}], model: flare}\n"
+        "  order: {upstreams: [{upstream: one, order: 9}, {upstream: two, order: 2},\n"
+        "    {upstream: one, model: x}], upstream_stream: always, fallback: [plain, list]}\n"
+        "  mixed: {upstreams: [{upstream: one, upstream_stream: always}, two]}\n"
+        "  '*': {upstreams: [one, two], fallback: [plain]}\n"
+        "relay: {attempts: 3, on_unknown: repeat}\n",
+    )
+    one, two = made.upstreams["one"].api_keys, made.upstreams["two"].api_keys
+    assert [(key.key.reveal(), key.order, key.weight) for key in one] == [("k", 1, 1), ("l", 1, 3)]
+    assert [(key.key.reveal(), key.order, key.weight) for key in two] == [("m", 3, 1)]
+    models = made.catalogue.models
+    assert models["plain"].targets == (Target("one", "plain", 1),)
+    assert models["list"].targets == (Target("one", "flare", 1), Target("two", "dep-1", 2, 2))
+    always = {"stream_always": True}
+    assert models["order"].targets == (
+        Target("one", "order", 9, **always),
+        Target("two", "order", 2, **always),
+        Target("one", "x", 3, **always),
+    )
+    assert models["order"].fallbacks == ("plain", "list")
+    assert [target.stream_always for target in models["mixed"].targets] == [True, False]
+    found = made.catalogue.find("new")
+    assert found is not None
+    assert found.targets == (Target("one", "new", 1), Target("two", "new", 2))
+    assert found.fallbacks == ("plain",)
+    assert (made.relay.attempts, made.relay.on_unknown) == (3, OnUnknown.REPEAT)
+
+
+def test_an_upstream_whose_keys_are_all_unset_is_off(tmp_path: Path) -> None:
+    made = read(
+        tmp_path,
+        "upstreams: {a: {kind: openai, base_url: 'https://h/v1', "
+        "api_keys: [{key: '${ONE:-}'}, '${TWO:-}']}}\nmodels: {m: {upstream: a}}\n",
+    )
+    assert not made.upstreams["a"].ready
+    assert "set ONE or TWO" in str(made.warnings[0])

@@ -168,7 +168,7 @@ class Attempts:
             journey.was_sent |= error is None or kind_of(error) not in UNREACHED
             journey.counted += not isinstance(error, UpstreamAccount)
             if again:
-                outcome = "failed" if reply is None else "answered"
+                outcome = "answered" if error is None else "failed"
                 self._health.listener.retried(way.upstream.name, outcome)
             if reply is not None and error is None:
                 return Opened(reply, way, journey.tried, journey.held, ticket)
@@ -257,7 +257,8 @@ class Attempts:
     async def _cover(self, rid: str, journey: _Journey, place: int, ticket: Ticket) -> bool:
         """Whether the ledger holds the call for this way. A way that it has no room for is closed;
         a ledger that cannot be asked closes them all, with the error so far."""
-        way, now = journey.plan.ways[place], journey.way
+        plan, now = journey.plan, journey.way
+        way = plan.ways[place]
         if way is now or (way.model.name, way.upstream.name, way.quote) == (
             *(now.model.name, now.upstream.name, now.quote),
         ):
@@ -268,7 +269,7 @@ class Attempts:
             way.upstream.name,
             way.quote.price_id,
             way.quote.bound.amount,
-            journey.plan.lines,
+            plan.lines,
             self._clock.now(),
         )
         covered = False
@@ -416,21 +417,29 @@ class Attempts:
                 refused.append(self._health.quarantined(*asked))
         name = journey.plan.asked.name
         if refused and all(refused):
-            exhausted = set(refused) == {Why.BILLING}
-            return UpstreamAccount(
-                f"Every upstream of {name} "
-                f"{'is out of money or at its limit' if exhausted else 'refuses us'}: this "
-                "gateway's own account is at fault. Your key, your request and your team's budget "
-                "are fine, and nothing was charged. The gateway's operator has to act.",
-                code="upstream_account_exhausted" if exhausted else None,
-                reason="upstream_account_exhausted" if exhausted else "upstream_auth",
-            )
+            return _account_at_fault(name, exhausted=set(refused) == {Why.BILLING})
         wait = min(waits, default=RETRY_SECONDS)
         return UpstreamUnavailable(
             f"No upstream of {name} can be asked now. Nothing was bought; try again.",
             reason="upstream_resting",
             retry_after_seconds=max(wait, LEAST_WAIT_SECONDS),
         )
+
+
+def _account_at_fault(model: str, *, exhausted: bool) -> UpstreamAccount:
+    if exhausted:
+        return UpstreamAccount(
+            f"This gateway's account at every upstream of {model} has run out of money or reached "
+            "its limit. Your team's budget is fine, and nothing was charged. The gateway's "
+            "operator has to act.",
+            code="upstream_account_exhausted",
+            reason="upstream_account_exhausted",
+        )
+    return UpstreamAccount(
+        f"Every upstream of {model} refuses this gateway's own account. Your key and request are "
+        "fine, and nothing was charged. The gateway's operator has to act.",
+        reason="upstream_auth",
+    )
 
 
 def _why(error: UpstreamAccount, status: int) -> Why:

@@ -87,6 +87,8 @@ class Kind(StrEnum):
 
 _KINDS = {
     **{kind.value: kind for kind in Kind},
+    "upstream_unavailable": Kind.CONNECT,
+    "upstream_unknown": Kind.DISCONNECT,
     "upstream_edge": Kind.EDGE,
     "upstream_redirect": Kind.REDIRECT,
     "upstream_sse": Kind.SSE,

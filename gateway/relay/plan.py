@@ -229,7 +229,7 @@ class Planner:
             lines=lines_of(caller, now),
             fingerprint=routed.fingerprint,
             cache=CacheResult.MISS if routed.enabled else CacheResult.OFF,
-            keep=routed.enabled and wish.write,
+            keep=routed.enabled and wish.write and any(way.quote.row for way in ways),
             at=now,
         )
 

@@ -343,7 +343,8 @@ async def test_errors_are_never_kept(
     gateway: GatewayUnderTest, fault: dict[str, Any], sandbox: SandboxServer
 ) -> None:
     sandbox.rules.clear()
-    sandbox.rules.add(Rule(payload_bytes=400, times=1, **fault))
+    attempts = 2 if fault.get("status") == 500 else 1
+    sandbox.rules.add(Rule(payload_bytes=400, times=attempts, **fault))
     sandbox.rules.add(Rule(payload_bytes=400))
     async with gateway.sdk() as sdk:
         with pytest.raises(APIStatusError):
@@ -361,7 +362,8 @@ async def test_streams_that_break_are_never_kept(
     gateway: GatewayUnderTest, fault: dict[str, Any], sandbox: SandboxServer
 ) -> None:
     sandbox.rules.clear()
-    sandbox.rules.add(Rule(payload_bytes=400, times=1, **fault))
+    attempts = 2 if fault.get("status") == 500 else 1
+    sandbox.rules.add(Rule(payload_bytes=400, times=attempts, **fault))
     sandbox.rules.add(Rule(payload_bytes=400))
     async with gateway.sdk() as sdk:
         with pytest.raises(APIError):

@@ -284,13 +284,19 @@ def rules_for(sandbox: SandboxServer, scenario: Scenario, name: str) -> None:
     if scenario.name == "refused":
         body: Json = {"error": {"message": "Slow down.", "type": "requests", "param": None,
                           "code": "rate_limit_exceeded"}}  # fmt: skip
-        sandbox.rules.add(Rule(prompt=name, times=1, status=429, body=body))
+        # Without a rest: the next call is one of its own.
+        advice = {"retry-after-ms": "0"}
+        sandbox.rules.add(Rule(prompt=name, times=1, status=429, body=body, headers=advice))
     sandbox.rules.add(Rule(payload_bytes=400))
 
 
 def configuration(valkey: Valkey, database: str | None = None, **storage: Any) -> dict[str, Any]:
     storage = {"redis": valkey.url, "pepper": PEPPER, **storage}
-    return {"storage": storage | ({"database": database} if database else {}), "ledger": LEASE}
+    return {
+        "storage": storage | ({"database": database} if database else {}),
+        "ledger": LEASE,
+        "relay": {"attempts": 1},
+    }
 
 
 def state_of(books: Ledger, name: str, rid: str) -> str:

@@ -114,6 +114,7 @@ class Ending:
 
 FREE = {"x-cost-usd": "0", "x-cost-basis": "none", "x-gateway-attempts": "0"}
 UNPAID = {**FREE, "x-gateway-attempts": "1"}
+TWICE = {**FREE, "x-gateway-attempts": "2"}
 AT_BOUND = {"x-cost-usd": "0.0061", "x-cost-basis": "estimated", "x-gateway-attempts": "1"}
 UPSTREAM = {"x-model-served": MODEL, "x-gateway-upstream": "openai"}
 TAKEN = {"x-ratelimit-remaining-images": "5", "x-ratelimit-reset-images": "10.000s"}
@@ -158,7 +159,7 @@ ENDINGS = {
         400, {**UNPAID, **TAKEN, **UPSTREAM}, rule={"status": 400, "headers": {"x-a": "b"}}
     ),
     "upstream 429": Ending(429, {**UNPAID, **UPSTREAM}, rule={"status": 429}),
-    "upstream 500": Ending(500, {**UNPAID, **TAKEN, **UPSTREAM}, rule={"status": 500}),
+    "upstream 500": Ending(500, {**TWICE, **TAKEN, **UPSTREAM}, rule={"status": 500}),
     "account refused": Ending(503, {**UNPAID, **UPSTREAM}, rule={"status": 401}),
     "upstream 502": Ending(504, {**AT_BOUND, **UPSTREAM}, rule={"status": 502}),
     "cut before": Ending(502, {**AT_BOUND, **UPSTREAM}, rule={"cut_before_headers": True}),

@@ -110,7 +110,7 @@ async def test_the_metrics_of_known_traffic(start: Start, sandbox: SandboxServer
     assert sample("spend_avoided_usd_total", **flare) == pytest.approx(0.005895)
     assert sample("spend_estimated_usd_total", model=MODEL) == pytest.approx(0.0061)
     assert sample("ledger_unresolved_usd") == pytest.approx(0.0061)
-    assert sample("upstream_errors_total", upstream="openai", reason="upstream_edge") == 1
+    assert sample("upstream_errors_total", **{"upstream": "openai", "class": "edge"}) == 1
     rejected = {"endpoint": "generation"}
     assert sample("requests_rejected_total", **rejected, reason="never_fits") == 1
     assert sample("requests_rejected_total", **rejected, reason="auth_failed") == 1

@@ -48,10 +48,10 @@ from gateway.domain.quota import (
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Limits, Team
-from gateway.ports import Outgoing, Reply
+from gateway.ports import Credential, Outgoing, Reply
 from gateway.relay.admission import Admission
 from gateway.relay.budget import BudgetView
-from gateway.relay.plan import Plan
+from gateway.relay.plan import Plan, Way
 from tests.clock import StillClock
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -149,8 +149,9 @@ class Comet:
     name = "comet"
     provider = "openai"
     ready = True
+    credentials = (Credential("1"),)
 
-    async def send(self, outgoing: Outgoing) -> Reply:
+    async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         raise NotImplementedError
 
     async def aclose(self) -> None:
@@ -189,12 +190,12 @@ def a_plan(
     bound = PRICE.bound(call, prices)
     limits = Limits(60, 20, 10)
     caller = Caller(Team("growth", limits=limits), Key("k1", "growth", key_name))
+    model = Model("art", Target("comet", "flare"))
     return Plan(
         caller=caller,
         call=call,
-        model=Model("art", Target("comet", "flare")),
-        upstream=Comet(),
-        quote=Quote(bound, prices, row if priced else None),
+        asked=model,
+        ways=(Way(model, model.target, Comet(), Quote(bound, prices, row if priced else None)),),
         demand=Demand(images=n, money=bound.amount),
         rates=tuple(limit for limit in caller.limits if limit.unit is not Unit.MONEY),
         lines=lines,

@@ -22,10 +22,10 @@ from gateway.domain.quota import Demand
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Team
-from gateway.ports import Outgoing, Reply
+from gateway.ports import Credential, Outgoing, Reply
 from gateway.relay import estimate
 from gateway.relay.estimate import Observed, alternatives, estimate_reader
-from gateway.relay.plan import Plan
+from gateway.relay.plan import Plan, Way
 from gateway.relay.read import ReadRules, reader_for
 
 SMALL = "1024x1024"
@@ -56,8 +56,9 @@ class Comet:
     name = "comet"
     provider = "openai"
     ready = True
+    credentials = (Credential("1"),)
 
-    async def send(self, outgoing: Outgoing) -> Reply:
+    async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         raise NotImplementedError
 
     async def aclose(self) -> None:
@@ -163,12 +164,13 @@ def a_plan(price_id: str = "") -> Plan:
     row = None
     if price_id:
         row = PriceRow("openai", "flare", date(2026, 1, 1), "list", Cells({}))
+    model = Model("art", Target("comet", "flare"))
+    quote = Quote(Bound(0, Confidence.HARD), PriceList({}), row)
     return Plan(
         caller=Caller(Team("growth"), Key("k1", "growth")),
         call=a_call(),
-        model=Model("art", Target("comet", "flare")),
-        upstream=Comet(),
-        quote=Quote(Bound(0, Confidence.HARD), PriceList({}), row),
+        asked=model,
+        ways=(Way(model, model.target, Comet(), quote),),
         demand=Demand(),
         rates=(),
         lines=(),

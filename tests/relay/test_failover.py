@@ -12,13 +12,25 @@ from hypothesis import strategies as st
 from gateway.domain.errors import (
     Evidence,
     GatewayError,
+    InvalidRequest,
+    Overloaded,
     UpstreamAccount,
     UpstreamBroken,
     UpstreamFault,
     UpstreamRefused,
+    UpstreamUnavailable,
     UpstreamUnknown,
 )
-from gateway.relay.failover import BILLING_CODES, error_in_success, refusal
+from gateway.relay.failover import (
+    BILLING_CODES,
+    Kind,
+    Next,
+    error_in_success,
+    kind_of,
+    refusal,
+    said_wait,
+    verdict,
+)
 
 N, U, B = Evidence.NOT_BILLED, Evidence.UNKNOWN, Evidence.BILLED
 SECRET = "Incorrect API key provided: sk-proj-*********************************9f2c."
@@ -272,3 +284,71 @@ def test_no_error_in_a_200_is_too_odd_to_judge(error: object) -> None:
     found = error_in_success(error, "openai")
     assert found.status in (400, 429, 502, 503)
     assert "error" in json.loads(found.content)
+
+
+# Where a call may go next
+
+
+def unreached(reason: str) -> GatewayError:
+    return UpstreamUnavailable("It was not reached.", reason=reason)
+
+
+NEXT: list[tuple[GatewayError, Next, Kind | None]] = [
+    *((unreached(reason), Next.OTHER_UPSTREAM_FIRST, Kind(reason))
+      for reason in ("dns", "connect", "connect_timeout")),
+    (unreached("upstream_unavailable"), Next.OTHER_UPSTREAM_FIRST, Kind.CONNECT),
+    (unreached("tls"), Next.OTHER_HOST_ONLY, Kind.TLS),
+    (Overloaded("Every connection is busy.", reason="pool"), Next.OTHER_HOST_ONLY, Kind.POOL),
+    (Overloaded("The disk is full."), Next.STOP, None),
+    (refusal(401, {}, PLAIN, "up"), Next.OTHER_KEY_FIRST, Kind.AUTH),
+    (refusal(402, {}, PLAIN, "up"), Next.OTHER_KEY_FIRST, Kind.AUTH),
+    (refusal(403, {}, PLAIN, "up"), Next.OTHER_KEY_FIRST, Kind.AUTH),
+    *((refusal(status, {}, said(code=code), "up"), Next.OTHER_KEY_FIRST, Kind.ACCOUNT)
+      for code in sorted(BILLING_CODES) for status in (400, 429)),
+    (refusal(429, {}, PLAIN, "up"), Next.OTHER_KEY_FIRST, Kind.LIMITED),
+    (refusal(429, {}, HTML, "up"), Next.OTHER_KEY_FIRST, Kind.LIMITED),
+    (refusal(404, {}, PLAIN, "up"), Next.OTHER_UPSTREAM_ONLY, Kind.CLIENT),
+    (refusal(413, {}, HTML, "up"), Next.OTHER_UPSTREAM_ONLY, Kind.CLIENT),
+    *((refusal(status, {}, PLAIN, "up"), Next.STOP, Kind.CLIENT)
+      for status in (400, 405, 409, 415, 422, 451)),
+    (refusal(400, {}, said(code="moderation_blocked"), "up"), Next.STOP, Kind.MODERATION),
+    (refusal(404, {}, said(code="moderation_blocked"), "up"), Next.STOP, Kind.MODERATION),
+    (refusal(307, {}, b"", "up"), Next.STOP, Kind.REDIRECT),
+    (refusal(500, {}, PLAIN, "up"), Next.OTHER_UPSTREAM_FIRST, Kind.SERVER),
+    (refusal(503, {}, PLAIN, "up"), Next.OTHER_UPSTREAM_FIRST, Kind.SERVER),
+    (refusal(500, {}, said(code="moderation_blocked"), "up"), Next.STOP, Kind.MODERATION),
+    *((refusal(status, {}, body, "up"), Next.STOP, Kind.EDGE)
+      for status, body in ((500, HTML), (503, b""), (502, PLAIN), (504, PLAIN), (524, HTML))),
+    *((UpstreamUnknown("It was sent.", reason=reason), Next.STOP, Kind(reason))
+      for reason in ("write", "write_timeout", "disconnect", "read_timeout", "protocol")),
+    *((UpstreamBroken("A 200.", reason=reason), Next.STOP, Kind(reason))
+      for reason in ("truncated", "body_timeout", "too_large", "encoding")),
+    (UpstreamBroken("A 200."), Next.STOP, Kind.BAD_ANSWER),
+    (error_in_success({"code": "rate_limit_exceeded"}, "up"), Next.STOP, Kind.IN_SUCCESS),
+    (InvalidRequest("No."), Next.STOP, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "then", "kind"), NEXT)
+def test_where_a_call_may_go_next(error: GatewayError, then: Next, kind: Kind | None) -> None:
+    assert (verdict(error), kind_of(error)) == (then, kind)
+
+
+@given(st.integers(100, 599), st.sampled_from([PLAIN, HTML, b"", DETAIL]))
+def test_what_may_have_been_bought_is_never_sent_again(status: int, body: bytes) -> None:
+    error = refusal(status, {}, body, "up")
+    if error.evidence is not N:
+        assert verdict(error) is Next.STOP
+
+
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "7", "retry-after-ms": "6500"}, 6.5),
+        ({"retry-after": "soon"}, None),
+    ],
+)
+def test_how_long_an_upstream_asks_to_wait(said: dict[str, str], seconds: float | None) -> None:
+    assert said_wait(said) == seconds

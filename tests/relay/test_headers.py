@@ -26,9 +26,9 @@ from gateway.domain.quota import Demand, Limit, Period, Scope, Standing, Unit, W
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Team
-from gateway.ports import Outgoing, Reply
+from gateway.ports import Credential, Outgoing, Reply
 from gateway.relay import headers
-from gateway.relay.plan import Plan
+from gateway.relay.plan import Plan, Way
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 DAY = Period(Window.DAY, "d|2026-11-22", datetime(2026, 11, 23, tzinfo=UTC))
@@ -43,23 +43,28 @@ class Comet:
     name = "comet"
     provider = "openai"
     ready = True
+    credentials = (Credential("1"),)
 
-    async def send(self, outgoing: Outgoing) -> Reply:
+    async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         raise NotImplementedError
 
     async def aclose(self) -> None:
         return
 
 
+class Azure(Comet):
+    name = "azure"
+
+
 CALL = Call(
     Operation.GENERATION, Encoding.JSON, "application/json", "art", Span(0, 0), 3, {"prompt": "cat"}
 )
+ART = Model("art", Target("comet", "gpt-image-2"))
 PLAN = Plan(
     caller=Caller(Team("growth"), Key("k1", "growth")),
     call=CALL,
-    model=Model("art", Target("comet", "gpt-image-2")),
-    upstream=Comet(),
-    quote=QUOTE,
+    asked=ART,
+    ways=(Way(ART, ART.target, Comet(), QUOTE),),
     demand=Demand(),
     rates=(),
     lines=(),
@@ -115,9 +120,8 @@ def test_little_passes_from_an_upstream() -> None:
         ("openai-processing-ms", "1234"),
         ("openai-version", "2020-10-01"),
         ("x-upstream-request-id", "req_upstream"),
-        ("x-gateway-attempts", "1"),
     )
-    assert headers.of_upstream({}) == (("x-gateway-attempts", "1"),)
+    assert headers.of_upstream({}) == ()
 
 
 DIRTY = ["a\r\nset-cookie: b", "a\nb", "a\x00b", "\x7f", "caf\xe9", "\u2028", "a\tb"]
@@ -125,9 +129,7 @@ DIRTY = ["a\r\nset-cookie: b", "a\nb", "a\x00b", "\x7f", "caf\xe9", "\u2028", "a
 
 @pytest.mark.parametrize("value", DIRTY)
 def test_what_could_break_a_header_is_dropped(value: str) -> None:
-    assert headers.of_upstream({"openai-version": value, "x-request-id": value}) == (
-        ("x-gateway-attempts", "1"),
-    )
+    assert headers.of_upstream({"openai-version": value, "x-request-id": value}) == ()
     refused = UpstreamRefused(429, b"{}", code="c", headers=(("retry-after", value),))
     assert "retry-after" not in dict(headers.error_head(refused, "req_1").headers)
 
@@ -348,3 +350,25 @@ async def test_an_error_is_sent_as_it_is() -> None:
     ours = headers.error_head(InvalidRequest("Größe?", param="size"), "req_1")
     (content,) = [chunk async for chunk in ours.body()]
     assert json.loads(content)["error"]["message"] == "Größe?"
+
+
+def test_what_was_said_is_corrected_by_the_way_that_answered() -> None:
+    said = headers.of_call("req_1", PLAN, stream=False)
+    same = headers.of_way(said, PLAN, PLAN.way, 1)
+    assert dict(same) == {**dict(said), "x-gateway-attempts": "1"}
+    spare = Model("spare", Target("azure", "dep-1"))
+    pinned = replace(PLAN, call=replace(CALL, pinned={"size": "1024x1024"}))
+    other = headers.of_way(
+        headers.of_call("req_1", pinned, stream=False),
+        pinned,
+        Way(spare, spare.target, Azure(), QUOTE),
+        3,
+    )
+    assert len(other) == len(dict(other))
+    assert dict(other) == {
+        **dict(said),
+        "x-gateway-upstream": "azure",
+        "x-model-served": "dep-1",
+        "x-gateway-changed": "size=1024x1024, model=spare",
+        "x-gateway-attempts": "3",
+    }

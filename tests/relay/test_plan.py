@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
@@ -31,8 +33,8 @@ from gateway.domain.quota import Demand, Scope, Unit, Window
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import Caller, Key, Limits, Team
-from gateway.ports import Cached, CachedMeta, Outgoing, Reply
-from gateway.relay.plan import CachePolicy, CacheWish, Plan, Planner, cheaper
+from gateway.ports import Cached, CachedMeta, Credential, Outgoing, Reply, Upstream
+from gateway.relay.plan import CachePolicy, CacheWish, Chooser, Plan, Planner, cheaper, drawn
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 HARD, SOFT = Confidence.HARD, Confidence.SOFT
@@ -46,8 +48,9 @@ class Account:
         self.name = name
         self.provider = "openai"
         self.ready = ready
+        self.credentials = (Credential("1"),)
 
-    async def send(self, outgoing: Outgoing) -> Reply:
+    async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         raise NotImplementedError
 
     async def aclose(self) -> None:
@@ -133,6 +136,8 @@ class Bench:
     wildcard: Model | None = None
     ready: bool = True
     passing_urls: frozenset[str] = frozenset()
+    usable: Callable[[Upstream, str], bool] = lambda upstream, model: True
+    chooser: Chooser = field(default_factory=lambda: random.Random(7))
 
     @property
     def planner(self) -> Planner:
@@ -148,11 +153,14 @@ class Bench:
             self.policy,
             self.passing_urls,
             self.factor_of,
+            self.usable,
+            self.chooser,
         )
 
     async def plan(self, call: Call, who: Caller | None = None, wish: Any = None) -> Plan:
-        routed = self.planner.route_call(who or caller(), call)
-        return await self.planner.plan(routed, wish or CacheWish(), NOW)
+        planner = self.planner
+        routed = planner.route_call(who or caller(), call)
+        return await planner.plan(routed, wish or CacheWish(), NOW)
 
     async def refused(
         self, kind: type[GatewayError], call: Call, who: Caller | None = None
@@ -554,7 +562,8 @@ async def test_accounts_are_of_the_day_and_month_of_the_clock(day: Window) -> No
         (late, {Window.DAY: "d|2026-11-30", Window.MONTH: "m|2026-11"}),
         (late + timedelta(seconds=1), {Window.DAY: "d|2026-12-01", Window.MONTH: "m|2026-12"}),
     ):
-        plan = await planner.plan(caller(), a_call(), CacheWish(), instant)
+        routed = planner.route_call(caller(), a_call())
+        plan = await planner.plan(routed, CacheWish(), instant)
         found = {line.limit.window: line.period.label for line in plan.lines}
         assert found[day] == labels[day]
 
@@ -696,3 +705,113 @@ async def test_the_most_a_request_may_cost_counts_the_factor() -> None:
 async def test_what_would_be_cheaper_counts_the_factor_too() -> None:
     plan = await Bench(factor_of=of_flare).plan(a_call())
     assert cheaper(plan.call, plan.quote) == ("quality=low", 15_000_000)
+
+
+# Several ways
+
+
+def places(*targets: Target, **more: Any) -> Model:
+    first, *others = targets
+    return Model("flare", first, label="flare", others=tuple(others), **more)
+
+
+def ways_of(plan: Plan) -> list[str]:
+    return [f"{way.model.name}: {way.upstream.name}/{way.target.model}" for way in plan.ways]
+
+
+async def test_ways_go_by_order() -> None:
+    model = places(Target("openai", "flare", 2), Target("home", "sd", 3), Target("home", "x", 1))
+    plan = await Bench(models=(replace(model, unpriced=Unpriced.ALLOW),)).plan(a_call())
+    assert ways_of(plan) == ["flare: home/x", "flare: openai/flare", "flare: home/sd"]
+    assert (plan.asked, plan.model, plan.target) == (
+        plan.ways[0].model,
+        plan.asked,
+        model.others[1],
+    )
+    assert plan.keep
+
+
+async def test_the_name_in_the_cache_does_not_depend_on_the_draw() -> None:
+    model = places(Target("openai", "flare", 1), Target("home", "sd", 1))
+    plans = [
+        await Bench(models=(model,), chooser=random.Random(seed)).plan(a_call())
+        for seed in range(20)
+    ]
+    assert {plan.upstream.name for plan in plans} == {"openai", "home"}
+    assert len({plan.fingerprint for plan in plans}) == 1
+    alone = await Bench(models=(FLARE,)).plan(a_call())
+    assert plans[0].fingerprint == alone.fingerprint
+
+
+def test_a_draw_goes_by_weight() -> None:
+    chooser = random.Random(7)
+    firsts = Counter(next(iter(drawn([1, 3, 6], chooser))) for _ in range(10_000))
+    assert [round(firsts[place] / 1000) for place in range(3)] == [1, 3, 6]
+    assert sorted(drawn([1, 3, 6], chooser)) == [0, 1, 2]
+    assert list(drawn([], chooser)) == []
+
+
+async def test_what_cannot_be_asked_now_comes_last() -> None:
+    model = places(Target("openai", "flare", 1), Target("home", "sd", 2), fallbacks=("local",))
+    bench = Bench(models=(model, LOCAL), usable=lambda upstream, name: upstream.name == "home")
+    plan = await bench.plan(a_call())
+    assert ways_of(plan) == ["flare: home/sd", "flare: openai/flare", "local: home/sd"]
+
+
+async def test_a_way_that_is_off_unpriced_or_too_dear_is_left_out() -> None:
+    model = places(Target("openai", "flare", 1), Target("home", "sd", 2), Target("home", "x", 3))
+    assert ways_of(await Bench(models=(model,), ready=False).plan(a_call())) == ["flare: home/sd"]
+    dear = Bench(models=(model,), factor_of=lambda name, model: 9 * 10**6 if name == "home" else 1)
+    who = caller(Limits(max_cost_per_request=100 * CENT))
+    assert ways_of(await dear.plan(a_call(), who)) == ["flare: openai/flare"]
+    error = await dear.refused(InvalidRequest, a_call(), caller(Limits(max_cost_per_request=1)))
+    assert error.code == "max_cost_exceeded"
+    lost = places(Target("openai", "y", 1), Target("home", "x", 2), fallbacks=("local",))
+    refused = await Bench(models=(lost, LOCAL)).refused(InvalidRequest, a_call())
+    assert refused.code == "model_not_priced"
+    off = places(Target("openai", "flare", 1))
+    assert (await Bench(models=(off,), ready=False).refused(UpstreamAccount, a_call())).code == (
+        "upstream_off"
+    )
+
+
+async def test_fallbacks_come_last_and_only_those_that_the_caller_may_use() -> None:
+    model = replace(FLARE, fallbacks=("local", "gpt-image-2", "gone", "dear"))
+    bench = Bench(models=(model, LOCAL, SECOND))
+    every = ["flare: openai/flare", "local: home/sd", "gpt-image-2: openai/gpt-image-2"]
+    assert ways_of(await bench.plan(a_call())) == every
+    who = caller(models=frozenset({"flare", "gpt-image-2"}))
+    assert ways_of(await bench.plan(a_call(), who)) == [every[0], every[2]]
+
+
+async def test_a_fallback_judges_the_call_by_its_own_rules() -> None:
+    model = replace(FLARE, fallbacks=("gpt-image-2", "local"))
+    strict = replace(SECOND, strict=True)
+    known = replace(LOCAL, refuse_unknown=True)
+    call = a_call(size="512x512", unknown=frozenset({"turbo"}))
+    plan = await Bench(models=(model, strict, known)).plan(call)
+    assert ways_of(plan) == ["flare: openai/flare"]
+
+
+async def test_a_model_that_is_off_is_stood_in_for() -> None:
+    model = replace(FLARE, fallbacks=("local",))
+    plan = await Bench(models=(model, LOCAL), ready=False).plan(a_call())
+    assert (ways_of(plan), plan.asked.name) == (["local: home/sd"], "flare")
+
+
+async def test_an_address_of_a_picture_goes_only_where_it_may() -> None:
+    model = places(
+        Target("openai", "flare", 1), Target("home", "sd", 2), fallbacks=("gpt-image-2",)
+    )
+    bench = Bench(models=(model, SECOND), passing_urls=frozenset({"home"}))
+    plan = await bench.plan(replace(a_call(), operation=Operation.EDIT, inputs=(LINKED,)))
+    assert ways_of(plan) == ["flare: home/sd"]
+
+
+async def test_the_price_in_the_list_of_models_is_that_of_any_upstream() -> None:
+    planner = Bench().planner
+    model = places(Target("openai", "unheard-of", 1), Target("home", "sd", 2))
+    row = planner.row(model, NOW)
+    assert row is not None
+    assert row.model == "sd"
+    assert planner.row(DEAR, NOW) is None

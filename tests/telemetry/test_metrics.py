@@ -142,12 +142,18 @@ def test_names_follow_one_convention() -> None:
 def test_labels_come_from_closed_sets() -> None:
     allowed = {"team", "model", "endpoint", "upstream", "status", "cache", "reason", "limit"}
     allowed |= {"direction", "modality", "scope", "owner", "window", "where", "result", "stage"}
-    allowed |= {"operation", "name", "version", "mark", "outcome"}
+    allowed |= {"operation", "name", "version", "mark", "outcome", "class", "key", "why", "to"}
     assert {label for spec in TABLE for label in spec.labels} <= allowed
 
 
 # These are set where the whole gateway is put together, not by a receipt.
 COMPOSED = {
+    "gateway_upstream_errors_total",
+    "gateway_upstream_key_disabled",
+    "gateway_upstream_circuit_state",
+    "gateway_upstream_cooldowns_total",
+    "gateway_upstream_retries_total",
+    "gateway_fallbacks_total",
     "gateway_clock_skew_seconds",
     "gateway_budget_notices_total",
     "gateway_webhook_total",
@@ -285,7 +291,8 @@ def test_a_refusal_by_the_teams_own_limits(receipt: Receipt) -> None:
 @pytest.mark.parametrize("receipt", [UPSTREAM_429, replace(UPSTREAM_429, upstream_status=429)])
 def test_an_upstream_that_is_busy_is_not_the_teams_limit(receipt: Receipt) -> None:
     found = moved(told(receipt))
-    assert found['gateway_upstream_errors_total{reason="upstream_429",upstream="openai"}'] == 1
+    where = 'endpoint="generation",reason="upstream_429"'
+    assert found[f"gateway_requests_rejected_total{{{where}}}"] == 1
     assert not any("quota_rejections" in name for name in found)
 
 
@@ -293,7 +300,8 @@ def test_an_unknown_outcome_is_an_estimated_expense() -> None:
     found = moved(told(UNKNOWN))
     assert found[f"gateway_spend_usd_total{{{TEAM_ART}}}"] == 3.0
     assert found['gateway_spend_estimated_usd_total{model="team-art"}'] == 3.0
-    assert found['gateway_upstream_errors_total{reason="upstream_edge",upstream="openai"}'] == 1
+    where = 'endpoint="generation",reason="upstream_edge"'
+    assert found[f"gateway_requests_rejected_total{{{where}}}"] == 1
     assert not any("images" in name for name in found)
 
 
@@ -503,7 +511,7 @@ def test_a_worker_forgets_a_limit_that_was_taken_away(tmp_path: Path) -> None:
 def test_a_gauge_of_several_workers_forgets_the_dead() -> None:
     for spec in TABLE:
         if spec.kind is Kind.GAUGE:
-            assert spec.mode in ("livesum", "livemostrecent", "scraped"), spec.name
+            assert spec.mode in ("livesum", "livemax", "livemostrecent", "scraped"), spec.name
 
 
 # Bounds

@@ -23,7 +23,7 @@ from gateway.domain.errors import (
     UpstreamUnavailable,
     UpstreamUnknown,
 )
-from gateway.ports import Outgoing, Reply, Upstream
+from gateway.ports import Credential, Outgoing, Reply, Upstream
 from gateway.upstream.account import (
     Account,
     AccountKey,
@@ -106,11 +106,14 @@ async def test_what_is_sent_and_what_comes_back() -> None:
 
     async with raw_server(script) as server:
         used: Upstream = account(
-            server.port, keys=(AccountKey(Hidden("k1")), AccountKey(Hidden("k2"))), headers={"OpenAI-Project": "p"}
+            server.port,
+            keys=(AccountKey(Hidden("k1")), AccountKey(Hidden("k2"), 1, 3)),
+            headers={"OpenAI-Project": "p"},
         )
         assert (used.name, used.provider, used.ready) == ("openai", "openai", True)
-        for _ in range(3):
-            reply = await used.send(outgoing(), "1")
+        assert list(used.credentials) == [Credential("1"), Credential("2", 1, 3)]
+        for credential in ("1", "2", "gone"):
+            reply = await used.send(outgoing(), credential)
             assert reply.status == 200
             assert reply.headers == {
                 "content-length": "5",
@@ -134,10 +137,12 @@ async def test_an_account_without_a_key_is_off() -> None:
     async with raw_server(hello) as server:
         off = account(server.port, keys=())
         assert not off.ready
+        assert off.credentials == ()
         with pytest.raises(UpstreamUnavailable):
             await off.send(outgoing(), "1")
         sandbox = account(server.port, keys=(), kind="sandbox")
         assert sandbox.ready
+        assert sandbox.credentials == (Credential("-"),)
         assert await whole(await sandbox.send(outgoing(), "1")) == b"hello"
         assert server.accepted == 1
         await off.aclose()
@@ -160,7 +165,7 @@ async def test_new_keys_are_for_the_next_call() -> None:
         used = account(server.port, keys=(AccountKey(Hidden("k1")), AccountKey(Hidden("k2"))))
         first = asyncio.create_task(used.send(outgoing(), "1"))
         await sent.wait()
-        used.replace_keys((Hidden("k3"),))
+        used.replace_keys((AccountKey(Hidden("k3")),))
         going.set()
         assert await whole(await first) == b"hello"
         for _ in range(2):
@@ -169,6 +174,16 @@ async def test_new_keys_are_for_the_next_call() -> None:
         assert not used.ready
         await used.aclose()
     assert [head.partition(b"Bearer ")[2][:2] for head in heads] == [b"k1", b"k3", b"k3"]
+
+
+async def test_a_key_keeps_its_name_and_a_new_one_gets_a_new_one() -> None:
+    one, two, three = (AccountKey(Hidden(key)) for key in ("k1", "k2", "k3"))
+    used = account(1, keys=(one, two))
+    used.replace_keys((three, replace(two, weight=5)))
+    assert list(used.credentials) == [Credential("3"), Credential("2", weight=5)]
+    used.replace_keys((one,))
+    assert list(used.credentials) == [Credential("4")]
+    await used.aclose()
 
 
 async def test_an_unread_reply_drops_its_connection() -> None:
@@ -391,13 +406,13 @@ async def test_a_forward_proxy() -> None:
         options = AccountOptions(
             "openai",
             "http://upstream.invalid/v1",
-            keys=(Hidden(KEY),),
+            keys=(AccountKey(Hidden(KEY)),),
             timeouts=QUICK,
             proxy=f"http://127.0.0.1:{server.port}",
         )
         used = build_account(options)
         for _ in range(2):
-            assert await whole(await used.send(outgoing(b"echo"))) == b"echo"
+            assert await whole(await used.send(outgoing(b"echo"), "1")) == b"echo"
         await used.aclose()
         assert server.accepted == 1
     head = seen[0].lower()
@@ -467,7 +482,7 @@ async def test_what_httpx_raises(
     def refuse(request: httpx.Request) -> httpx.Response:
         raise raised(f"http://localhost/ {KEY}")
 
-    options = AccountOptions("openai", "http://localhost/v1", keys=(Hidden(KEY),))
+    options = AccountOptions("openai", "http://localhost/v1", keys=(AccountKey(Hidden(KEY)),))
     used = Account(options, HttpxWire(httpx.MockTransport(refuse)))
     with pytest.raises(kind) as caught:
         await used.send(outgoing(), "1")
@@ -485,7 +500,7 @@ async def test_a_mocked_upstream() -> None:
         assert request.headers["authorization"] == f"Bearer {KEY}"
         return httpx.Response(201, headers={"X-A": "b"}, stream=Body())
 
-    options = AccountOptions("openai", "https://a.test/v1", keys=(Hidden(KEY),))
+    options = AccountOptions("openai", "https://a.test/v1", keys=(AccountKey(Hidden(KEY)),))
     used = Account(options, HttpxWire(httpx.MockTransport(answer)))
     reply = await used.send(outgoing(), "1")
     assert (reply.status, dict(reply.headers)) == (201, {"x-a": "b"})

@@ -17,7 +17,7 @@ from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
 from gateway.upstream import costs
-from gateway.upstream.account import Account, AccountOptions, build_account
+from gateway.upstream.account import Account, AccountKey, AccountOptions, build_account
 from gateway.upstream.costs import ATTEMPTS, read_costs
 from tests.clock import StillClock
 from tests.upstream.calls import QUICK
@@ -44,7 +44,7 @@ def sandbox(clock: StillClock) -> Iterator[SandboxServer]:
 @asynccontextmanager
 async def account(sandbox: SandboxServer, key: str = "sk-admin-1") -> AsyncIterator[Account]:
     made = build_account(
-        AccountOptions("openai", sandbox.base_url, keys=(Hidden(key),), timeouts=QUICK)
+        AccountOptions("openai", sandbox.base_url, keys=(AccountKey(Hidden(key)),), timeouts=QUICK)
     )
     try:
         yield made
