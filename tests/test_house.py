@@ -45,7 +45,7 @@ ROOMS = {
     },
     "app": {
         "api", "assembly", "clock", "descriptors", "domain", "housekeeping", "ports", "relay",
-        "reports", "settings", "stores", "swap", "telemetry", "watchdog",
+        "reports", "settings", "stores", "swap", "telemetry", "upstream", "watchdog",
     },
     "cli": {
         "app", "assembly", "clock", "domain", "filewatch", "ports", "pricefile", "reports",
