@@ -46,14 +46,16 @@ def rename(path: Path) -> None:
     other.rename(path)
 
 
+def link(path: Path) -> None:
+    path.rename(path.with_name("real"))
+    path.symlink_to("real")
+
+
 CHANGES: dict[str, Callable[[Path], object]] = {
     "written in place": lambda path: path.write_text("other text"),
     "as long as before": lambda path: os.utime(path, ns=(0, path.stat().st_mtime_ns + 1)),
     "renamed over, as old and as long": rename,
-    "a link in its place": lambda path: (
-        path.rename(path.with_name("real")),
-        path.symlink_to("real"),
-    ),
+    "a link in its place": link,
 }
 
 

@@ -43,6 +43,14 @@ def told(monkeypatch: pytest.MonkeyPatch) -> Told:
 def the_culprit(told: Told, secret: str) -> None:
     """Blocks until the watchdog has said so."""
     assert told.heard.wait(30), f"nobody heard of {len(secret)} characters"
+    time.sleep(0.1)  # several looks of the thread later it has not said it again
+
+
+def for_good(told: Told) -> None:
+    until = time.monotonic() + 30
+    while not told.events("the event loop is blocked for good"):
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 async def test_a_block_is_told_once_with_its_place_and_no_value(
@@ -61,7 +69,6 @@ async def test_a_block_is_told_once_with_its_place_and_no_value(
     async with Watchdog(TestClock(), observe).watching():
         await asyncio.sleep(0)
         the_culprit(told, SECRET)
-        time.sleep(0.1)  # several looks of the thread later it has not said it again
         async with asyncio.timeout(30):
             await news.wait()
     [record] = told.events("the event loop is blocked")
@@ -81,10 +88,7 @@ async def test_a_block_beyond_all_patience_is_told_once_more(
     monkeypatch.setattr(gateway.watchdog, "DEAD_SECONDS", 0.3)
     async with Watchdog(TestClock(), lambda seconds: None).watching():
         await asyncio.sleep(0)
-        until = time.monotonic() + 30
-        while not told.events("the event loop is blocked for good"):
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        for_good(told)
     [record] = told.events("the event loop is blocked for good")
     assert record.levelno == logging.CRITICAL
     assert len(told.events("the event loop is blocked")) == 1

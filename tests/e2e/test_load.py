@@ -22,6 +22,7 @@ from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
 from tests.e2e.test_endings import connect, leave, metrics_of, read, request, send, soon
 from tests.e2e.test_processes import Answered, check_against, configured, database
+from tests.inbox import SECRET, inbox
 from tests.processes import Books, GatewayProcess, wait_until
 from tests.running import KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start, TestClock
 
@@ -40,7 +41,7 @@ async def waiting(gateway: GatewayUnderTest, count: int) -> None:
         return (await metrics_of(gateway))["gateway_queued_requests"] == count
 
     async with asyncio.timeout(30):
-        while not await there():
+        while not await there():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
@@ -199,6 +200,30 @@ async def test_a_drain_refuses_what_is_new_and_ends_what_runs(
     check_against(books, sandbox_alone, answered)
 
 
+async def test_news_is_sent_before_the_end(tmp_path: Path, sandbox_alone: SandboxServer) -> None:
+    """A budget is used up by the last call, long before the watch would have looked again."""
+    sandbox_alone.rules.add(SMALL)
+    async with inbox() as box:
+        config = configured(
+            tmp_path,
+            sandbox_alone,
+            {},
+            teams={"growth": {"budget": {"day": 0.05}}},
+            notify={"webhook": box.url, "secret": SECRET, "budget_percent": 1},
+        )
+        with GatewayProcess(config) as process:
+            await asyncio.to_thread(process.wait_ready)
+            async with http_of() as http:
+                url = f"{process.base_url}/images/generations"
+                assert (await http.post(url, json=asked("the last one"))).status_code == 200
+            assert box.posts == []
+            process.terminate()
+            assert await asyncio.to_thread(process.wait) == 0
+        [post] = box.posts
+        assert post.json["type"] == "budget.warning"
+        assert post.is_signed
+
+
 def limited(limit: int) -> Any:
     """To be called in the child: it and all that it starts have so many descriptors."""
 
@@ -244,6 +269,7 @@ async def test_with_few_descriptors_the_doors_are_shut_and_the_ledger_works(
 
         for batch in range(10):
             await asyncio.gather(*(knock(30 * batch + number) for number in range(30)))
+        print(statuses)
         assert statuses[200] >= 10, statuses
         assert statuses[503] > 0, statuses
         assert set(statuses) <= {200, 503, 0}, statuses
@@ -316,6 +342,7 @@ async def test_many_large_answers_stay_within_the_budget_of_memory(
             "all is given back",
             60,
         )
+        print(before // MIB, peak // MIB)
         assert peak - before < 8 * budget, (before // MIB, peak // MIB)
         process.terminate()
         assert await asyncio.to_thread(process.wait) == 0

@@ -78,7 +78,7 @@ async def turns() -> None:
 @asynccontextmanager
 async def crowd(
     limit: int = 1,
-    per_upstream: Mapping[str, int] = {"a": 1000, "b": 1000},  # noqa: B006
+    per_upstream: Mapping[str, int] = {"a": 1000, "b": 1000},
     queue: int = 1000,
     patience: float = 60.0,
     clock: Seconds | None = None,
