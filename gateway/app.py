@@ -242,18 +242,17 @@ async def open_gateway(
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
         )
+        wanted = min(settings.server.max_in_flight, sum(places(settings).values()))
         share = shares(
-            *(fd_limit(), fds_open()),
-            settings.server.max_connections or MAX_CONNECTIONS,
-            settings.server.max_in_flight,
+            *(fd_limit(), fds_open()), settings.server.max_connections or MAX_CONNECTIONS, wanted
         )
-        if share.in_flight < settings.server.max_in_flight:
-            log.warning(
-                "there are not enough file descriptors for server.max_in_flight: raise the limit",
+        if share.in_flight < wanted:
+            log.info(
+                "there are file descriptors for fewer calls at once than are configured",
                 extra={"limit": fd_limit(), "max_in_flight": share.in_flight},
             )
         turnstile = Turnstile(
-            share.in_flight,
+            min(settings.server.max_in_flight, share.spare_in_flight),
             per_upstream=places(settings),
             queue=settings.server.queue,
             patience_seconds=settings.server.queue_seconds,

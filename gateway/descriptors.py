@@ -20,10 +20,12 @@ FOLDERS = ("/proc/self/fd", "/dev/fd")
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """The most connections, and the most calls in flight."""
+    """The most connections, the most calls in flight of those that were wanted, and the most of
+    any."""
 
     connections: int
     in_flight: int
+    spare_in_flight: int
 
 
 def limit() -> int:
@@ -44,9 +46,10 @@ def opened() -> int:
 def shares(limit: int, opened: int, connections: int, in_flight: int) -> Shares:
     """What of the wanted numbers fits into ``limit`` beside those that are open, at least 1."""
     if limit == resource.RLIM_INFINITY:
-        return Shares(connections, in_flight)
+        return Shares(connections, in_flight, 2**31)
     room = max(0, limit - opened - LEDGER - AT_THE_DOOR)
     # Half for the doors, half for what flies; what one side does not want the other may have.
     doors = max(room // 4, room // 2 - in_flight)
     connections = max(1, min(connections, doors))
-    return Shares(connections, max(1, min(in_flight, room // 2 - connections)))
+    spare = max(1, room // 2 - connections)
+    return Shares(connections, min(in_flight, spare), spare)

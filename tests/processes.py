@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 from gateway.sandbox.journal import Record
 
@@ -62,9 +62,11 @@ def wait_until(true: Callable[[], bool], what: str, timeout: float = 30) -> floa
 
 class GatewayProcess:
     """One `gateway serve`. The port is the one it says it listens on. Left running when the block
-    ends, it is killed."""
+    ends, it is killed. ``before`` is called in the child, ahead of the gateway."""
 
-    def __init__(self, config: Path, *arguments: str) -> None:
+    def __init__(
+        self, config: Path, *arguments: str, before: Callable[[], None] | None = None
+    ) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gateway", "serve", "--config", str(config), *arguments],
             stdin=subprocess.DEVNULL,
@@ -72,6 +74,7 @@ class GatewayProcess:
             stderr=subprocess.PIPE,
             text=True,
             env=ENVIRONMENT,
+            preexec_fn=before,
         )
         self._said: list[str] = []
         self._news = threading.Condition()
@@ -149,6 +152,16 @@ class GatewayProcess:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=5) as said:
                 return bool(said.status == 200)
+        except (URLError, ConnectionError, TimeoutError):
+            return False
+
+    def drains(self) -> bool:
+        """Whether `/readyz` says that it ends. Of several workers one may have ended before."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=5):
+                return False
+        except HTTPError as error:
+            return error.code == 503 and b'"draining"' in error.read()
         except (URLError, ConnectionError, TimeoutError):
             return False
 

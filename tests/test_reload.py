@@ -45,6 +45,15 @@ SWAPPED: dict[str, Edit] = {
     ),
     "no team": lambda one: one.pop("teams"),
     "a budget": lambda one: one["teams"]["growth"].update(budget={"day": 5}),
+    "a deadline": lambda one: one["upstreams"]["openai"].update(timeouts={"total_seconds": 5}),
+    "another upstream": lambda one: one["upstreams"].update(more={"kind": "sandbox"}),
+    "an upstream less": lambda one: one["upstreams"].pop("free"),
+    "a model": lambda one: one["models"].update(art={"upstream": "openai", "model": "b"}),
+    "no wildcard": lambda one: one["models"].pop("*"),
+    "a price": lambda one: one["prices"]["rows"].append({"model": "b", "note": "two"}),
+    "the cache": lambda one: one.update(cache={"enabled": False, "ttl": "1h", "scope": "key"}),
+    "prompts in the log": lambda one: one.update(relay={"log_prompts": True}),
+    "the webhook": lambda one: one.update(notify={"webhook": "https://h/x", "budget_percent": 70}),
 }
 
 
@@ -57,6 +66,9 @@ def test_what_changes_at_once(tmp_path: Path, how: str) -> None:
     assert after.upstreams == found.upstreams
     assert (after.storage, after.teams) == (found.storage, found.teams)
     assert after.declared_keys == found.declared_keys
+    assert (after.catalogue, after.prices, after.cache, after.relay, after.notify) == (
+        *(found.catalogue, found.prices, found.cache, found.relay, found.notify),
+    )
 
 
 KEPT: dict[str, tuple[Edit, list[str]]] = {
@@ -65,27 +77,9 @@ KEPT: dict[str, tuple[Edit, list[str]]] = {
         lambda one: one["storage"].update(database="sqlite:///other.db"),
         ["storage.database"],
     ),
-    "a deadline": (
-        lambda one: one["upstreams"]["openai"].update(timeouts={"total_seconds": 5}),
-        ["upstreams.openai.timeouts.total_seconds"],
-    ),
-    "another upstream": (
-        lambda one: one["upstreams"].update(more={"kind": "sandbox"}),
-        ["upstreams.more"],
-    ),
-    "an upstream less": (lambda one: one["upstreams"].pop("free"), ["upstreams.free"]),
-    "a model": (
-        lambda one: one["models"].update(art={"upstream": "openai", "model": "b"}),
-        ["models.art"],
-    ),
-    "the wildcard": (lambda one: one["models"].pop("*"), ["models.*"]),
-    "a price": (
-        lambda one: one["prices"]["rows"].append({"model": "b", "note": "two"}),
-        ["prices.rows"],
-    ),
-    "a secret": (
-        lambda one: one.update(notify={"webhook": "https://h/x", "budget_percent": 70}),
-        ["notify.budget_percent", "notify.webhook"],
+    "the room of the cache": (
+        lambda one: one.update(cache={"max_bytes": 1000}),
+        ["cache.max_bytes"],
     ),
     "results": (
         lambda one: one.update(
@@ -94,6 +88,8 @@ KEPT: dict[str, tuple[Edit, list[str]]] = {
         ),
         ["relay.max_wait_seconds", "results.enabled", "results.ttl", "results.webhook"],
     ),
+    "a lease": (lambda one: one.update(ledger={"lease_seconds": 700}), ["ledger.lease_seconds"]),
+    "the log": (lambda one: one.update(log={"level": "debug"}), ["log.level"]),
 }
 
 

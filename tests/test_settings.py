@@ -23,8 +23,8 @@ from gateway.settings import (
     CacheScope,
     ConfigError,
     Kind,
-    Results,
     OnUnknown,
+    Results,
     Secret,
     Settings,
     UpstreamKey,
@@ -116,6 +116,10 @@ MISTAKES = [
     ("server: {buffer_bytes: 128 megs}", 'server.buffer_bytes: must be a size, like 128MiB, 10GiB'),
     ("server: {buffer_bytes: 0}", "server.buffer_bytes: must be a size from 1 byte to 1024TiB"),
     ("server: {drain_seconds: 10m}", "server.drain_seconds: must be a number of seconds, like 5"),
+    ("server: {watch_seconds: -1}", "server.watch_seconds: must be a number of seconds from 0 to"),
+    ("server: {max_in_flight: 0}", "server.max_in_flight: must be a whole number from 1 to"),
+    ("server: {queue: -1}", "server.queue: must be a whole number from 0 to 1000000"),
+    ("teams: {a: {weight: 0}}", "teams.a.weight: must be a whole number from 1 to 1000"),
     ("server: {drain_seconds: -1}", "server.drain_seconds: must be a number of seconds from 0 to"),
     ("cache: {ttl: 1:30}", 'cache.ttl: must be a time, like 30s, 15m, 24h or 7d, not "1:30"'),
     ("results: {ttl: 0}", "results.ttl: must be a time from 1s to 3650d"),
@@ -586,6 +590,17 @@ def test_references(tmp_path: Path) -> None:
     assert made.upstreams["a"].proxy == Secret("http://p:1")
     assert made.declared_keys[0].secret == Secret(KEY)
     assert made.teams["a"].limits.budget_day == 10**8
+
+
+def test_places(tmp_path: Path) -> None:
+    made = read(tmp_path, MODELS + "server: {max_connections: null, queue: 0, queue_seconds: 0}\n")
+    assert made.upstreams["openai"].places == made.upstreams["openai"].max_connections == 1000
+    text = MODELS.replace("api_keys: [k]", "api_keys: [k], max_in_flight: {}, max_connections: 5")
+    assert read(tmp_path, text.replace("{}, max", "3, max")).upstreams["openai"].places == 3
+    [warning] = read(tmp_path, text.replace("{}, max", "6, max")).warnings
+    assert "max_in_flight: is over its max_connections (5)" in str(warning)
+    teams = f"teams: {{growth: {{weight: 3, keys: [{KEY}]}}}}\n"
+    assert read(tmp_path, MODELS + teams).teams["growth"].weight == 3
 
 
 def test_warnings(tmp_path: Path) -> None:

@@ -26,12 +26,12 @@ class Timings:
     picture of a stream was whole; 0 where it never came to that."""
 
     reading: float = 0.0
-    queueing: float = 0.0
     reserving: float = 0.0
     upstream_first_byte: float = 0.0
     first_image: float = 0.0
     upstream: float = 0.0
     settling: float = 0.0
+    queueing: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import asyncio
 
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.watch import Gate
-from tests.running import KEY, MODEL, GatewayUnderTest
+from tests.running import MODEL, GatewayUnderTest
 
 ASKED = {"model": MODEL, "prompt": "A lighthouse", "quality": "low", "size": "1024x1024"}
 FRESH = {"cache-control": "no-cache"}

@@ -50,7 +50,7 @@ def configured(
         folder,
         sandbox.base_url,
         {
-            "server": {"host": "127.0.0.1"},
+            "server": {"host": "127.0.0.1", "watch_seconds": 0},
             "ledger": dict(ledger),
             "cache": {"enabled": False},
             "teams": {"growth": BUDGET},
@@ -319,7 +319,7 @@ async def test_sigterm_answers_what_is_running_and_ends_with_0(
             async with asyncio.timeout(30):
                 await gate.arrived(50)
             process.terminate()
-            await asyncio.to_thread(wait_until, process.refuses, "nothing new is taken")
+            await asyncio.to_thread(wait_until, process.drains, "nothing new is taken")
             assert process.running
             gate.set()
             assert await asyncio.gather(*calls) == [200] * 50
@@ -345,7 +345,7 @@ async def test_sigterm_waits_for_calls_whose_client_has_left(
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
         process.terminate()
-        await asyncio.to_thread(wait_until, process.refuses, "nothing new is taken")
+        await asyncio.to_thread(wait_until, process.drains, "nothing new is taken")
         assert process.running
         gate.set()
         assert await asyncio.to_thread(process.wait) == 0
@@ -370,7 +370,7 @@ async def test_a_second_sigterm_does_not_wait(tmp_path: Path, sandbox: SandboxSe
             async with asyncio.timeout(30):
                 await gate.arrived(5)
             process.terminate()
-            await asyncio.to_thread(wait_until, process.refuses, "nothing new is taken")
+            await asyncio.to_thread(wait_until, process.drains, "nothing new is taken")
             process.terminate()
             assert await asyncio.to_thread(process.wait, 5) != 0
             assert await asyncio.gather(*calls) == [None] * 5

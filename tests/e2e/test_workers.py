@@ -53,7 +53,8 @@ def valkey() -> Iterator[Valkey]:
 def with_workers(
     folder: Path, sandbox: SandboxServer, valkey: Valkey, workers: int, **changes: Any
 ) -> Path:
-    server = {"host": "127.0.0.1", "workers": workers, **changes.pop("server", {})}
+    fixed = {"host": "127.0.0.1", "watch_seconds": 0}
+    server = {**fixed, "workers": workers, **changes.pop("server", {})}
     storage = {"redis": valkey.url, **changes.pop("storage", {})}
     return configured(
         folder, sandbox, server=server, storage=storage, **{"ledger": SHORT, **changes}
@@ -163,7 +164,7 @@ async def test_one_of_four_is_killed_under_load(
             async with asyncio.timeout(30):
                 await making.arrived(12)
             process.terminate()
-            await asyncio.to_thread(wait_until, process.refuses, "nothing new is taken")
+            await asyncio.to_thread(wait_until, process.drains, "nothing new is taken")
             assert process.running
             making.set()
             assert await asyncio.gather(*calls) == [200] * 12
@@ -295,7 +296,7 @@ async def test_a_second_signal_does_not_wait(
             async with asyncio.timeout(30):
                 await gate.arrived(5)
             process.terminate()
-            await asyncio.to_thread(wait_until, process.refuses, "nothing new is taken")
+            await asyncio.to_thread(wait_until, process.drains, "nothing new is taken")
             process.terminate()
             assert await asyncio.to_thread(process.wait, 10) == 128 + signal.SIGTERM
             assert await asyncio.gather(*calls) == [None] * 5

@@ -1,4 +1,4 @@
-"""Who goes next, when there is no room for all: shares, not floods, and a true time to come back."""
+"""Who goes next, when there is no room for all: shares, not floods, and a true time to wait."""
 
 from __future__ import annotations
 
@@ -137,9 +137,7 @@ async def test_places_are_shared_by_weight(how: str) -> None:
 
 async def test_a_team_takes_its_own_in_the_order_in_which_they_came() -> None:
     order: list[int] = []
-    turnstile = Turnstile(
-        1, per_upstream={"a": 9}, queue=9, patience_seconds=60, clock=Seconds()
-    )
+    turnstile = Turnstile(1, per_upstream={"a": 9}, queue=9, patience_seconds=60, clock=Seconds())
 
     async def call(number: int) -> None:
         async with turnstile.turn("team", 1, "a", asyncio.Event()):

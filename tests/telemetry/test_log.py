@@ -118,6 +118,7 @@ def test_the_line_of_a_request(stream: io.StringIO) -> None:
         "bytes_out": 1000,
         "seconds": 5.25,
         "read_seconds": 0.5,
+        "queue_seconds": 0.0,
         "reserve_seconds": 0.002,
         "upstream_seconds": 4.0,
         "upstream_first_byte_seconds": 1.0,

@@ -1,0 +1,263 @@
+"""The configuration changes while requests run: all of it at once, or nothing (reliability.md 4.5,
+rows 83 and 84)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+import gateway.swap
+from gateway.sandbox.rules import Rule
+from gateway.sandbox.server import SandboxServer
+from gateway.sandbox.watch import Gate
+from gateway.settings import Settings, load
+from tests.e2e.test_endings import soon
+from tests.processes import GatewayProcess, wait_until
+from tests.running import KEY, MODEL, GatewayUnderTest, Start, TestClock, config_of
+
+SMALL = Rule(payload_bytes=400)
+NEW_KEY = "growth-key-fedcba9876543210"
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[SandboxServer]:
+    """Another provider."""
+    with SandboxServer(TestClock()) as running:
+        running.rules.add(SMALL)
+        yield running
+
+
+def edit(config: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = yaml.safe_load(config.read_text())
+    change(document)
+    config.write_text(yaml.safe_dump(document))
+
+
+async def again(
+    gateway: GatewayUnderTest, change: Callable[[dict[str, Any]], object] = lambda one: None
+) -> bool:
+    """The file is changed and read again; whether it was taken over."""
+    edit(gateway.config, change)
+
+    async def read() -> Settings:
+        return load(gateway.config, {})
+
+    return await gateway.gateway.reload(read)
+
+
+def asked(name: str, model: str = MODEL) -> dict[str, Any]:
+    return {"model": model, "prompt": name, "quality": "low", "size": "1024x1024"}
+
+
+async def buy(http: httpx.AsyncClient, name: str, model: str = MODEL) -> httpx.Response:
+    return await http.post("/images/generations", json=asked(name, model))
+
+
+async def test_an_upstream_is_changed_under_a_running_call(
+    start: Start, elsewhere: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs ends where it began, what comes goes elsewhere, and the old one is closed then."""
+    monkeypatch.setattr(gateway.swap, "RETIRE_SECONDS", 0)
+    gate = Gate()
+    async with start() as running, running.http() as http:
+        running.sandbox.rules.add(Rule(prompt="making", wait_for=gate, payload_bytes=400))
+        running.sandbox.rules.add(SMALL)
+        call = asyncio.ensure_future(buy(http, "making"))
+        await gate.arrived()
+        port = int(running.sandbox.origin.rpartition(":")[2])
+        assert open_to(port) > 0
+        assert await again(
+            running, lambda one: one["upstreams"]["openai"].update(base_url=elsewhere.base_url)
+        )
+        assert (await buy(http, "next")).status_code == 200
+        assert [record.fields["prompt"] for record in elsewhere.journal] == ["next"]
+        assert not call.done()
+        gate.set()
+        assert (await call).status_code == 200
+        assert [record.fields["prompt"] for record in running.sandbox.journal] == ["making"]
+        await soon(lambda: open_to(port) == 0, "the account that was replaced is closed")
+        assert (await buy(http, "and on")).status_code == 200
+
+
+def open_to(port: int) -> int:
+    """Connections of this process to a port on this machine."""
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return sum(line[2].endswith(f":{port:04X}") and line[3] == "01" for line in lines)
+
+
+async def test_everything_that_may_change_does(start: Start, elsewhere: SandboxServer) -> None:
+    async with start() as running, running.http() as http, running.sdk() as sdk:
+        running.sandbox.rules.add(SMALL)
+        first = await buy(http, "same")
+        assert (await buy(http, "same")).headers["x-cache"] == "hit"
+
+        def change(one: dict[str, Any]) -> None:
+            one["upstreams"]["more"] = {
+                "kind": "openai",
+                "base_url": elsewhere.base_url,
+                "api_keys": ["sk-more"],
+            }
+            one["models"]["fresh"] = {"upstream": "more", "model": "gpt-image-2"}
+            del one["models"]["team-art"]
+            one["cache"] = {"enabled": False}
+            one["upstreams"]["openai"]["max_in_flight"] = 1
+
+        assert await again(running, change)
+        assert [model.id async for model in sdk.models.list()] == [
+            "fresh",
+            "gpt-image-2",
+            MODEL,
+        ]
+        assert (await buy(http, "fresh", "fresh")).status_code == 200
+        assert [record.fields["model"] for record in elsewhere.journal] == ["gpt-image-2"]
+        answer = await buy(http, "same")
+        assert answer.headers["x-cache"] == "off"
+        estimate = await http.post("/images/estimate", json=asked("what", "fresh"))
+        assert estimate.json()["upstream"] == "more"
+        metrics = await running.metrics()
+        assert metrics['gateway_inflight_upstream_requests{upstream="more"}'] == 0
+
+        assert await again(running, lambda one: one.update(prices={"rows": [FLAT]}))
+        assert (await buy(http, "same")).headers["x-cost-usd"] == "7"
+        assert first.headers["x-cost-usd"] != "7"
+
+
+FLAT = {
+    "provider": "openai",
+    "model": MODEL,
+    "valid_from": "2026-10-01",
+    "source": "a contract",
+    "per_image": "7",
+}
+
+
+def without_a_price(one: dict[str, Any]) -> None:
+    one["models"]["mystery"] = {"upstream": "openai"}
+
+
+def broken_ca(one: dict[str, Any]) -> None:
+    Path(one["ca"]).write_text("no certificate")
+    one["upstreams"]["openai"] |= {"base_url": "https://h.test/v1", "verify": one.pop("ca")}
+
+
+REFUSED: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a model without a price": without_a_price,
+    "a CA bundle that is none": broken_ca,
+    "a word that nobody knows": lambda one: one.update(nonsense=1),
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+async def test_with_one_mistake_nothing_changes(start: Start, tmp_path: Path, how: str) -> None:
+    async with start() as running, running.http() as http:
+        running.sandbox.rules.add(SMALL)
+        whole = running.config.read_text()
+
+        def change(one: dict[str, Any]) -> None:
+            one["teams"]["growth"]["keys"] = [NEW_KEY]
+            one["models"]["fresh"] = {"upstream": "openai", "model": "gpt-image-2"}
+            one["cache"] = {"enabled": False}
+            if how == "a CA bundle that is none":
+                one["ca"] = str(tmp_path / "ca.pem")
+            REFUSED[how](one)
+
+        assert not await again(running, change)
+        assert (await running.metrics())["gateway_config_reload_failed"] == 1
+        assert (await buy(http, "as before")).headers["x-cache"] == "miss"
+        assert (await buy(http, "as before")).headers["x-cache"] == "hit"
+        fresh = await buy(http, "fresh", "fresh")
+        assert fresh.status_code != 200
+        async with running.http(NEW_KEY) as other:
+            assert (await buy(other, "new key")).status_code == 401
+        running.config.write_text(whole)
+        assert await again(running)
+        assert (await running.metrics())["gateway_config_reload_failed"] == 0
+
+
+async def status(url: str, key: str, model: str = MODEL) -> int:
+    async with httpx.AsyncClient(headers={"authorization": f"Bearer {key}"}, verify=False) as http:
+        return (await http.get(f"{url}/models/{model}")).status_code
+
+
+def failed(gateway: GatewayProcess) -> float:
+    return gateway.metrics()["gateway_config_reload_failed"]
+
+
+async def test_files_are_watched(tmp_path: Path, sandbox: SandboxServer) -> None:
+    """A ConfigMap that is swapped, a secret that is replaced or lost, a file that is half there."""
+    mount = tmp_path / "mount"
+    secrets = tmp_path / "secrets"
+    for folder in (mount, secrets):
+        folder.mkdir()
+    secret = secrets / "growth"
+    secret.write_text(KEY)
+    source = config_of(
+        tmp_path,
+        sandbox.base_url,
+        {
+            "server": {"host": "127.0.0.1", "watch_seconds": 0.05},
+            "storage": {"database": f"sqlite:///{tmp_path}/data/gateway.db"},
+            "teams": {"growth": {"keys": [f"${{file:{secret}}}"]}},
+        },
+    )
+
+    def publish(number: int) -> None:
+        """As kubelet does it."""
+        folder = mount / f"..{number}"
+        folder.mkdir()
+        (folder / "gateway.yaml").write_text(source.read_text())
+        (mount / "..data_tmp").symlink_to(folder.name)
+        os.rename(mount / "..data_tmp", mount / "..data")
+
+    publish(1)
+    (mount / "gateway.yaml").symlink_to("..data/gateway.yaml")
+    config = mount / "gateway.yaml"
+
+    async def until(true: Callable[[], bool], what: str) -> None:
+        await asyncio.to_thread(wait_until, true, what)
+
+    def applied(gateway: GatewayProcess) -> float:
+        return gateway.metrics().get('gateway_config_reloads_total{outcome="applied"}', 0)
+
+    with GatewayProcess(config) as process:
+        process.wait_ready()
+        url = process.base_url
+        assert await status(url, KEY) == 200
+
+        edit(source, lambda one: one["models"].update(fresh={"upstream": "openai", "model": MODEL}))
+        publish(2)
+        await until(lambda: applied(process) == 1, "the swapped folder is read")
+        assert await status(url, KEY, "fresh") == 200
+
+        other = secrets / "new"
+        other.write_text(NEW_KEY)
+        other.rename(secret)
+        await until(lambda: applied(process) == 2, "the new secret is read")
+        assert await status(url, KEY) == 401
+        assert await status(url, NEW_KEY) == 200
+
+        secret.rename(other)
+        await until(lambda: failed(process) == 1, "the lost secret is told of")
+        assert await status(url, NEW_KEY) == 200, "and the last one goes on"
+        other.rename(secret)
+        await until(lambda: failed(process) == 0, "it is back")
+
+        whole = source.read_text()
+        source.write_text(whole[: len(whole) // 2] + "\n  - [")
+        publish(3)
+        await until(lambda: failed(process) == 1, "half a file is refused")
+        assert await status(url, NEW_KEY, "fresh") == 200
+        in_place = mount / "..3" / "gateway.yaml"
+        in_place.write_text(whole)
+        await until(lambda: failed(process) == 0, "it is whole now")
+        assert await status(url, NEW_KEY, "fresh") == 200
+        assert NEW_KEY not in process.stderr
+        process.terminate()
+        assert await asyncio.to_thread(process.wait) == 0
