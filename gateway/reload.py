@@ -16,7 +16,8 @@ CACHE_POLICY = ("enabled", "ttl", "scope")
 
 def swapped(running: Settings, found: Settings) -> Settings:
     """The running settings with all of the found ones that may change: upstreams, models, prices,
-    the policy of the cache, whether prompts are logged, notify, peppers, and teams with their keys and limits."""
+    the policy of the cache, whether prompts are logged, notify, peppers, and teams with their keys
+    and limits."""
     return replace(
         running,
         upstreams=found.upstreams,
