@@ -13,36 +13,30 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import psycopg
 import pytest
-from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+from openai import AsyncOpenAI
 
 from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Drip, Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
-from tests.balancer import Balancer
 from tests.e2e.test_edits import png
 from tests.e2e.test_node import NODE, SCRIPTS, TOOLS
 from tests.postgres import Postgres
-from tests.processes import GatewayProcess, bill, run
-from tests.redis_servers import say
-from tests.running import KEY, MODEL, OTHER_KEY, TestClock, config_of
+from tests.processes import bill
+from tests.replicas import GENERATIONS, asked, replicas, sdk_of, watchers
+from tests.running import KEY, MODEL, OTHER_KEY, TestClock
 from tests.valkey import Valkey, eventually, run_valkey
 
 PATIENCE_SECONDS = 1.5
 PICTURE_SECONDS = 5.0
 LEASE_SECONDS = 15.0
 """Of the board: a process that is silent for so long is dead to the others."""
-PEPPER = "pepper-0123456789abcdef-0123456789"
-GENERATIONS = "/images/generations"
 RETRY = {"x-stainless-retry-count": "1"}
 
 
@@ -56,113 +50,6 @@ def sandbox() -> Iterator[SandboxServer]:
 def valkey() -> Iterator[Valkey]:
     with run_valkey() as server:
         yield server
-
-
-@dataclass(frozen=True)
-class Hold:
-    """A row of the books."""
-
-    rid: str
-    state: str
-    bound: int
-    cost: int
-
-
-@dataclass(frozen=True)
-class Replicas:
-    """Gateways on the same books, each with a configuration of its own."""
-
-    all: list[GatewayProcess]
-    configs: list[Path]
-    stack: ExitStack
-    database: str
-    sandbox: SandboxServer
-
-    async def start(self, place: int) -> None:
-        """In the place of one that has ended."""
-        self.all[place] = self.stack.enter_context(GatewayProcess(self.configs[place]))
-        await asyncio.to_thread(self.all[place].wait_ready)
-
-    def balancer(self) -> Balancer:
-        return Balancer(lambda: [one.port for one in self.all])
-
-    def http(self, place: int, key: str = KEY, **options: Any) -> httpx.AsyncClient:
-        return httpx.AsyncClient(
-            base_url=self.all[place].base_url,
-            headers={"authorization": f"Bearer {key}"},
-            **{"timeout": 60, "verify": False, **options},
-        )
-
-    def holds(self) -> list[Hold]:
-        with psycopg.connect(self.database) as db:
-            rows = db.execute("SELECT rid, state, bound, cost FROM hold ORDER BY at, rid")
-            return [Hold(*row) for row in rows]
-
-    async def settled(self) -> list[Hold]:
-        """The holds, once none is open."""
-        await eventually(lambda: all(hold.state != "H" for hold in self.holds()), 30)
-        return self.holds()
-
-    async def check(self, purchases: int) -> None:
-        """So many were bought, each is on the books once and exactly, and every sum agrees."""
-        bought = [hold for hold in await self.settled() if hold.state == "P"]
-        billed = [bill(record) for record in self.sandbox.journal.billed]
-        assert len(billed) == purchases
-        assert sorted(hold.cost for hold in bought) == sorted(billed)
-        self.verify()
-
-    def verify(self) -> None:
-        said = run("ledger", "verify", "--config", str(self.configs[0]), "--json")
-        assert said.returncode == 0, said.stdout + said.stderr
-
-    def metric(self, place: int, name: str) -> float:
-        return sum(
-            value for key, value in self.all[place].metrics().items() if key.split("{")[0] == name
-        )
-
-
-@asynccontextmanager
-async def replicas(
-    folder: Path,
-    sandbox: SandboxServer,
-    postgres: Postgres,
-    valkey: Valkey,
-    count: int = 2,
-    **changes: Any,
-) -> AsyncIterator[Replicas]:
-    database = postgres.fresh_database()
-    with ExitStack() as stack:
-        running, configs = [], []
-        for place in range(count):
-            home = folder / f"replica-{place}"
-            home.mkdir()
-            config = config_of(
-                home,
-                sandbox.base_url,
-                {
-                    "server": {"host": "127.0.0.1", "watch_seconds": 0},
-                    "storage": {"database": database, "redis": valkey.url, "pepper": PEPPER},
-                    "cache": {"enabled": False},
-                    "teams": {"growth": {"budget": {"day": 1000}}},
-                    **changes,
-                },
-            )
-            configs.append(config)
-            running.append(stack.enter_context(GatewayProcess(config)))
-        for one in running:
-            await asyncio.to_thread(one.wait_ready)
-        yield Replicas(running, configs, stack, database, sandbox)
-        for one in running:
-            assert "Traceback" not in one.stderr
-
-
-def asked(name: str, **more: Any) -> dict[str, Any]:
-    return {"model": MODEL, "prompt": name, "quality": "low", "size": "1024x1024", **more}
-
-
-def sdk_of(base_url: str, **options: Any) -> AsyncOpenAI:
-    client = DefaultAsyncHttpxClient(verify=False, limits=httpx.Limits(max_connections=1000))
-    return AsyncOpenAI(base_url=base_url, api_key=KEY, http_client=client, **options)
 
 
 async def ask(sdk: AsyncOpenAI, number: int) -> tuple[str, str]:
@@ -180,7 +67,9 @@ async def ask(sdk: AsyncOpenAI, number: int) -> tuple[str, str]:
         assert set(kinds[:-1]) <= {"image_generation.partial_image"}
         return streamed.headers["x-cache"], events[-1].b64_json
     if form == "edit":
-        answer = await sdk.images.with_raw_response.edit(**asked(prompt), image=("a.png", png(), "image/png"))
+        answer = await sdk.images.with_raw_response.edit(
+            **asked(prompt), image=("a.png", png(), "image/png")
+        )
     else:
         answer = await sdk.images.with_raw_response.generate(**asked(prompt))
     data = answer.parse().data
@@ -466,9 +355,7 @@ async def test_the_leader_dies_and_its_followers_are_told_so(
         follower = asyncio.ensure_future(
             other.post(GENERATIONS, json=asked("leader followed"), headers=RETRY)
         )
-        await eventually(
-            lambda: sum(watchers(valkey, hold.rid) for hold in both.holds()) == 3
-        )
+        await eventually(lambda: sum(watchers(valkey, hold.rid) for hold in both.holds()) == 3)
         both.all[0].kill()
         killed = time.monotonic()
         refused = await follower
@@ -493,12 +380,6 @@ async def test_the_leader_dies_and_its_followers_are_told_so(
         assert sorted(hold.state for hold in holds) == ["P", "P", "X", "X"]
         assert all(hold.cost == hold.bound > 0 for hold in holds if hold.state == "X")
         both.verify()
-
-
-def watchers(valkey: Valkey, rid: str) -> int:
-    """How many wait for a flight, as the board has it."""
-    fields = say(valkey.port, "HKEYS", f"gw:{{default}}:fl:{rid}")
-    return sum(name.startswith(b"w:") for name in fields)
 
 
 @pytest.mark.parametrize("named", [False, True], ids=["retry", "key"])
@@ -586,9 +467,7 @@ async def test_a_leader_that_stood_still_for_longer_than_its_lease(
         [held] = both.holds()
         os.kill(both.all[0].pid, signal.SIGSTOP)
         try:
-            second = await other.post(
-                GENERATIONS, json=asked("still"), headers={**named, **RETRY}
-            )
+            second = await other.post(GENERATIONS, json=asked("still"), headers={**named, **RETRY})
             assert (second.status_code, second.headers["x-cache"]) == (200, "off")
             gate.set()
             states = {hold.rid: hold.state for hold in both.holds()}
