@@ -122,7 +122,7 @@ TABLE = (
     Spec("gateway_inflight_bytes", Kind.GAUGE, ("where",),
          "Bytes of bodies and answers held now, in memory and in spool files.", mode="livesum"),
     Spec("gateway_cache_total", Kind.COUNTER, ("result",),
-         "Looks into the cache: hit, miss, or off."),
+         "Looks into the cache: hit, miss, or off; or join, the answer of another request."),
     Spec("gateway_cache_bytes", Kind.GAUGE, ("where",),
          "Bytes of answers kept by this process: in memory, and on disk where it is the cache.",
          mode="livesum"),
@@ -187,7 +187,7 @@ TABLE = (
          "Clients that left, by stage: upload, queued, reserved, upstream, response, stalled, "
          "broken."),
     Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
-         "Purchases whose client had left before it had all of the answer."),
+         "Pictures bought whose client had left; it may have come back for them."),
     Spec("gateway_gate_degraded", Kind.GAUGE, (),
          "1 while the shared gate is away, and storage.without_redis says what holds."),
     Spec("gateway_gate_seconds", Kind.HISTOGRAM, (),
@@ -371,7 +371,8 @@ class Metrics:
             timings = receipt.timings
             waited = timings.reading + timings.queueing + timings.upstream
             own = delivery.seconds - waited
-            self.observe("gateway_overhead_seconds", own, endpoint=endpoint)
+            if receipt.cache is not CacheResult.JOIN:
+                self.observe("gateway_overhead_seconds", own, endpoint=endpoint)
             if not asked:
                 self.add("gateway_images_total", receipt.images, team=team, cache=cache, **where)
         if receipt.joined or found is CacheResult.HIT:

@@ -356,6 +356,56 @@ def test_a_client_that_left(outcome: Outcome | None, orphans: int | None) -> Non
     assert found.get("gateway_orphaned_results_total") == orphans
 
 
+JOINED = replace(
+    BOUGHT,
+    cache=CacheResult.JOIN,
+    outcome=Outcome.REPLAYED,
+    joined="req_0",
+    retried=True,
+    cost=0,
+    avoided=2 * DOLLAR,
+    upstream="",
+    basis=Basis.NONE,
+    usage=Usage(),
+    timings=Timings(reading=0.5),
+    attempts=0,
+)
+
+
+def test_a_picture_of_another_requests_flight() -> None:
+    """It is no purchase, and the time that it took is not the gateway's own."""
+    assert moved(told(JOINED)) == {
+        f'gateway_requests_total{{cache="join",{ART},status="2xx",team="growth"}}': 1,
+        'gateway_response_bytes_total{endpoint="generation"}': 1000,
+        'gateway_cache_total{result="join"}': 1,
+        f"gateway_request_duration_seconds_count{{{ART}}}": 1,
+        f"gateway_request_duration_seconds_sum{{{ART}}}": 5.0,
+        f"gateway_team_request_seconds_total{{{TEAM_ART}}}": 5.0,
+        f'gateway_images_total{{cache="join",{TEAM_ART}}}': 2,
+        f"gateway_spend_avoided_usd_total{{{TEAM_ART}}}": 2.0,
+        'gateway_flight_joins_total{endpoint="generation"}': 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("receipt", "counted"),
+    [
+        (replace(BOUGHT, attempts=1), None),
+        (replace(BOUGHT, attempts=1, retried=True), "gateway_flight_unjoined_retries_total"),
+        (replace(BOUGHT, attempts=0, retried=True), None),
+        (
+            replace(BOUGHT, attempts=1, retried=True, took_over="req_0"),
+            "gateway_flight_takeovers_total",
+        ),
+        (replace(JOINED, status=502), "gateway_flight_joins_total"),
+    ],
+    ids=["first", "unjoined", "refused", "takeover", "join that failed"],
+)
+def test_what_becomes_of_those_who_come_back(receipt: Receipt, counted: str | None) -> None:
+    found = {name.split("{")[0] for name in moved(told(receipt)) if name.startswith("gateway_fli")}
+    assert found == ({counted} if counted else set())
+
+
 def test_the_reference_names_every_stage_at_which_a_client_can_leave() -> None:
     source = "".join(
         (GATEWAY / name).read_text()
