@@ -100,7 +100,13 @@ class Pipeline:
         if arrival.asynchronous and not self._results.on:
             # A preference: without results there is nothing to come back for.
             arrival = replace(arrival, asynchronous=False)
-        so_far = Receipt(arrival.rid, arrival.operation.value, 0, retried=arrival.retried)
+        so_far = Receipt(
+            arrival.rid,
+            arrival.operation.value,
+            0,
+            retried=arrival.retried,
+            asynchronous=arrival.asynchronous,
+        )
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         caller: Caller | None = None
         planner, rules = self._planner, self._rules
