@@ -120,8 +120,7 @@ class Pipeline:
         caller: Caller | None = None
         planner, rules = self._planner, self._rules
         try:
-            if self._flights.draining and not arrival.again:
-                raise shutting_down()
+            self._refuse_if_new(arrival)
             caller = await self._keyring.identify(arrival.secret)
             so_far = replace(so_far, team=caller.team.id, key_id=caller.key.id)
             if isinstance(arrival.operation, Inquiry):
@@ -146,6 +145,11 @@ class Pipeline:
         except GatewayError as error:
             head = headers.error_head(error, arrival.rid, flight.said)
             return Answer(head, flight.receipt, _stage(error))
+
+    def _refuse_if_new(self, arrival: Arrival) -> None:
+        """While the process ends, what is surely new goes elsewhere, the sooner the better."""
+        if self._flights.draining and not arrival.again:
+            raise shutting_down()
 
     async def _unspent(self, caller: Caller | None, error: GatewayError) -> headers.Headers:
         """What a refusal says of money: none was spent, and what is left of the budgets."""
@@ -182,6 +186,7 @@ class Pipeline:
             return reader.close()
         reader = reader_for(arrival.operation, *announced)
         async for chunk in arrival.body:
+            self._refuse_if_new(arrival)
             reader.feed(chunk)
             await body.write(chunk)
         return reader.close()
