@@ -104,7 +104,8 @@ class _Lane:
         self._rest()
 
     def wait_seconds(self, ahead: int, otherwise: float) -> float:
-        """When one behind ``ahead`` others has a place: as many must come free before, at the rate at which they did since the lane was full. ``otherwise`` where none has yet."""
+        """When one behind ``ahead`` others has a place: as many must come free before, at the rate
+        at which they did since the lane was full. ``otherwise`` where none has yet."""
         freed, now = self._freed, self._clock.monotonic()
         since = freed[0] if len(freed) == MEASURED else self._full_since
         counted = len(freed) - 1 if len(freed) == MEASURED else len(freed)
