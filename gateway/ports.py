@@ -456,8 +456,7 @@ class Outgoing:
     """One request to an upstream, without its credentials: the origin's client adds those.
 
     ``path`` is below the upstream's base URL. ``body`` is read once; ``length`` is its size in
-    bytes, known because a request is taken in whole before it is sent on. ``within_seconds`` is
-    what the whole exchange may take, where that is less than what the upstream allows itself.
+    bytes, known because a request is taken in whole before it is sent on.
     """
 
     method: str
@@ -465,7 +464,6 @@ class Outgoing:
     headers: tuple[tuple[str, str], ...]
     body: AsyncIterator[bytes] | None = None
     length: int = 0
-    within_seconds: float | None = None
 
 
 class Reply(Protocol):

@@ -55,10 +55,6 @@ PAUSE_SECONDS = (0.2, 2.0)
 UPSTREAM_RID_CHARS = 128
 RETRY_SECONDS = 5.0
 LEAST_WAIT_SECONDS = 0.05
-LEASE_MARGIN_SECONDS = 30.0
-"""Before a hold's lease ends its call must be over and settled."""
-LEAST_ATTEMPT_SECONDS = 60.0
-"""With less of the lease left than a picture takes, another attempt would only be cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +96,6 @@ class _Journey:
     tried: int = 0
     was_sent: bool = False
     counted: int = 0
-    began: float = 0.0
     error: GatewayError | None = None
     last: Reply | None = None
     spent: set[int] = field(default_factory=set)
@@ -127,10 +122,7 @@ class Attempts:
         most: int = MOST,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         chance: Chance | None = None,
-        lease_seconds: float | None = None,
     ) -> None:
-        """``lease_seconds`` is how long a call is held: all of its attempts end within that."""
-        self._lease_seconds = lease_seconds
         self._provider = provider
         self._ledger = ledger
         self._health = health
@@ -151,7 +143,7 @@ class Attempts:
         """The first 200, or why there is none. ``begun`` is called before anything is sent, once,
         and not at all where nothing is. Raises ``LedgerUnavailable`` where the first way that is
         open cannot be held for; whatever else goes wrong is ``Failed``."""
-        journey = _Journey(plan, held, plan.way, began=self._clock.monotonic())
+        journey = _Journey(plan, held, plan.way)
         while (found := self._next(journey)) is not None:
             place, credential, ticket, again = found
             way = plan.ways[place]
@@ -171,7 +163,7 @@ class Attempts:
                 self._health.listener.fell_back(plan.asked.label or plan.asked.name, way.model.name)
             journey.way = way
             journey.sent[place, credential.id] += 1
-            reply, error = await self._attempt(plan, way, body, ticket, self._left_seconds(journey))
+            reply, error = await self._attempt(plan, way, body, ticket)
             journey.tried += 1
             journey.was_sent |= error is None or kind_of(error) not in UNREACHED
             journey.counted += not isinstance(error, UpstreamAccount)
@@ -203,8 +195,7 @@ class Attempts:
         """Where to go now: the place of a way, a key with leave to be used, and whether its
         upstream has failed this call before. First ways of upstreams that have not, the asked
         model's before the others'; of those that have, last of all, whoever was not asked yet."""
-        left = self._left_seconds(journey)
-        if journey.counted >= self._most or (left is not None and left < LEAST_ATTEMPT_SECONDS):
+        if journey.counted >= self._most:
             return None
         places = [place for place in range(len(journey.plan.ways)) if self._is_open(journey, place)]
         fresh = [place for place in places if not self._has_failed(journey, place)]
@@ -221,13 +212,6 @@ class Attempts:
             self._health.unused(found[1])
             journey.poor.add(upstream)
         return None
-
-    def _left_seconds(self, journey: _Journey) -> float | None:
-        """What another attempt may take; None for the first, which the lease is made for."""
-        if self._lease_seconds is None or not journey.tried:
-            return None
-        passed = self._clock.monotonic() - journey.began
-        return self._lease_seconds - LEASE_MARGIN_SECONDS - passed
 
     def _is_open(self, journey: _Journey, place: int) -> bool:
         upstream = journey.plan.ways[place].upstream.name
@@ -319,14 +303,14 @@ class Attempts:
         return True
 
     async def _attempt(
-        self, plan: Plan, way: Way, body: Spool, ticket: Ticket, within_seconds: float | None
+        self, plan: Plan, way: Way, body: Spool, ticket: Ticket
     ) -> tuple[Reply | None, GatewayError | None]:
         """One exchange, as far as its answer's head; of any but a 200 the error it amounts to, with
         the answer closed. The key's health hears of it, whatever happens."""
         heard = False
         reply: Reply | None = None
         try:
-            reply, error = await self._send(plan, way, body, ticket, within_seconds)
+            reply, error = await self._send(plan, way, body, ticket)
             self._learn(ticket, error, reply)
             heard = True
             return reply, error
@@ -335,7 +319,7 @@ class Attempts:
                 self._health.unsure(ticket)
 
     async def _send(
-        self, plan: Plan, way: Way, body: Spool, ticket: Ticket, within_seconds: float | None
+        self, plan: Plan, way: Way, body: Spool, ticket: Ticket
     ) -> tuple[Reply | None, GatewayError | None]:
         request = self._provider(plan.call, way.target)
         try:
@@ -348,7 +332,6 @@ class Attempts:
                             request.headers,
                             content,
                             edited_length(body.length, request.edits),
-                            within_seconds,
                         ),
                         ticket.credential,
                     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -182,7 +182,7 @@ class Account:
             headers=tuple(headers),
             body=outgoing.body,
             length=outgoing.length,
-            timeouts=_within(self._timeouts, outgoing.within_seconds),
+            timeouts=self._timeouts,
         )
         try:
             exchange = await self._wire.exchange(request)
@@ -254,10 +254,6 @@ class Account:
             status=504 if late else 502,
             reason=error.reason,
         )
-
-
-def _within(timeouts: Timeouts, seconds: float | None) -> Timeouts:
-    return timeouts if seconds is None else replace(timeouts, total=min(timeouts.total, seconds))
 
 
 class AccountReply:
