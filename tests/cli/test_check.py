@@ -68,7 +68,7 @@ def test_every_upstream_of_a_model_needs_a_price(say: Say, tmp_path: Path) -> No
     path = written(
         tmp_path,
         two + "models: {gpt-image-2: {upstreams: [o, {upstream: p, model: dep-1}]},\n"
-        "  '*': {upstreams: [o, p], auto: pin, pin: {size: 1x1}}}\n",
+        "  '*': {upstreams: [o, p], auto: pin, pin: {size: 17x17}}}\n",
     )
     said = say("check", "--config", path)
     assert said.exit_code == 2
