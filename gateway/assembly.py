@@ -197,8 +197,8 @@ def _read_pepper(settings: Settings) -> bytes:
             known = keys_in(database)
             if known:
                 raise StoreError(
-                    f"{path} is missing, and {known} keys in {database} were made "
-                    "with it. Restore it from a backup, or set storage.pepper to what it held"
+                    f"{path} is missing, and {known} keys in {database} are known "
+                    "by it. Restore it from a backup, or set storage.pepper to what it held"
                 )
             _make_pepper(path)
         pepper = path.read_bytes().strip()

@@ -462,8 +462,8 @@ def _say(line: JournalLine) -> str:
         said = [f"{detail.get('actor', 'somebody')} adjusted it: {detail.get('reason', '')}"]
     if line.kind == "B":
         said = [
-            f"sent on to {detail.get('upstream', 'another upstream')}, as "
-            f"{detail.get('model', 'another model')}, by price {detail.get('price_id') or '(none)'}"
+            f"it went on to {detail.get('upstream')} as {detail.get('model')}, "
+            f"by price {detail.get('price_id') or '(none)'}"
         ]
         if isinstance(before := detail.get("before"), Mapping):
             said.append(f"before that {before.get('model')} from {before.get('upstream')}")

@@ -18,7 +18,7 @@ import yaml
 
 from gateway.cli.ledger import team_accounts
 from gateway.domain.call import Operation
-from gateway.domain.ledger import Claim, Line
+from gateway.domain.ledger import Claim, Line, Reroute
 from gateway.domain.money import format_dollars
 from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, period
 from gateway.domain.team import Team
@@ -108,6 +108,44 @@ def test_show(ask: Ask, say: Say, books: Path, lost: str, spent: tuple[Path, lis
         "it ended, and its cost was posted; delivered; cost not said, so its bound; images 1; "
         "flags no_usage"
     ) in silent
+
+
+def test_show_says_where_a_call_went(ask: Ask, say: Say, books: Path) -> None:
+    at = datetime(2026, 11, 20, 13, tzinfo=UTC)
+
+    async def go() -> None:
+        store = SQLiteStore.open(books.parent / DATABASE)
+        await store.ledger.reserve(
+            Claim(
+                *("req_way", "design", "k1", "flare", Operation.GENERATION, "openai", 1),
+                *(40_000_000, (), at, at + timedelta(minutes=11), "p1"),
+            )
+        )
+        await store.ledger.reroute(
+            Reroute("req_way", "blaze", "azure", "p2", 50_000_000, (), at + timedelta(seconds=5))
+        )
+        await store.ledger.reroute(
+            Reroute("req_way", "blaze", "other", "", 1, (), at + timedelta(seconds=9))
+        )
+        await store.aclose()
+
+    asyncio.run(go())
+    said = say("ledger", "show", "req_way", "--config", books).stdout
+    assert "asked for   generation with blaze from other, n=1" in said
+    assert "bound       $0.05, by price (none)" in said
+    table = [" ".join(line.split()) for line in said.splitlines()]
+    assert table[-3:] == [
+        "2026-11-20 13:00:00Z +$0.04 its bound was set aside",
+        "2026-11-20 13:00:05Z +$0.01 it went on to azure as blaze, by price p2; "
+        "before that flare from openai",
+        "2026-11-20 13:00:09Z it went on to other as blaze, by price (none); "
+        "before that blaze from azure",
+    ]
+    found = ask("ledger", "show", "req_way", "--json", "--config", books)
+    assert (found["hold"]["model"], found["hold"]["bound_usd"]) == ("blaze", "0.05")
+    assert [line["kind"] for line in found["journal"]] == ["H", "B", "B"]
+    assert [line["set_aside_usd"] for line in found["journal"]] == ["0.04", "0.01", "0"]
+    assert ask("ledger", "verify", "--json", "--config", books)["ok"]
 
 
 def test_what_is_not_there(say: Say, books: Path) -> None:

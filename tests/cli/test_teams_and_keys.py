@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, datetime
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +356,33 @@ def test_a_pepper_that_is_lost(say: Say, config: Path) -> None:
         assert said.stderr.startswith(f"{pepper} is missing, and 1 keys in ")
     pepper.write_bytes(kept)
     assert say("key", "list", *named).exit_code == 0
+
+
+def test_a_pepper_that_is_lost_where_the_file_declares_all_keys(say: Say, config: Path) -> None:
+    """As behind a restore: the ids of declared keys hang on it."""
+    named = ("--config", str(config))
+    before = say("key", "list", "--json", *named)
+    assert before.exit_code == 0
+    pepper = config.parent / "data" / "gateway.pepper"
+    kept = pepper.read_bytes()
+    pepper.unlink()
+    said = say("key", "list", *named)
+    assert said.exit_code == 1
+    assert said.stderr.startswith(f"{pepper} is missing, and 1 keys in ")
+    assert not pepper.exists()
+    pepper.write_bytes(kept)
+    assert say("key", "list", "--json", *named).stdout == before.stdout
+
+
+def test_a_file_of_the_first_release_without_keys_gets_a_pepper(say: Say, config: Path) -> None:
+    """It has no table of declared keys before it is brought up to date."""
+    folder = config.parent / "data"
+    folder.mkdir()
+    first = resources.files("gateway.stores").joinpath("migrations", "sqlite", "0001_initial.sql")
+    with closing(sqlite3.connect(folder / "gateway.db")) as db:
+        db.executescript(first.read_text(encoding="utf-8") + "PRAGMA user_version = 1;")
+    assert say("key", "list", "--config", config).exit_code == 0
+    assert (folder / "gateway.pepper").exists()
 
 
 def test_a_pepper_that_is_none(say: Say, config: Path) -> None:

@@ -23,7 +23,7 @@ from gateway.stores.postgres import PostgresStore
 from gateway.stores.postgres_backup import postgres_snapshot, restore_postgres
 from gateway.stores.sqlite import SQLiteStore
 from gateway.stores.sqlite_backup import restore_sqlite, sqlite_snapshot
-from tests.contract.stores import NOON, claim, expired, server, settled, voided
+from tests.contract.stores import NOON, claim, elsewhere, expired, server, settled, voided
 
 KINDS = ("sqlite", "postgres")
 Rows = dict[str, list[tuple[Any, ...]]]
@@ -101,6 +101,8 @@ async def fill(store: Store) -> None:
     ledger, books, upkeep, directory = store.ledger, store.books, store.upkeep, store.directory
     for number in range(6):
         await ledger.reserve(claim(f"r{number}", 10 + number, key=f"key-{number} é \U0001f5bc"))
+    for rid in ("r0", "r4"):
+        await ledger.reroute(elsewhere(rid, 20, model="blaze"))
     await ledger.settle(settled("r0", 7))
     await ledger.settle(voided("r1"))
     await ledger.settle(expired("r2"))
@@ -148,6 +150,10 @@ async def test_there_and_back_every_row_is_the_same(make: Make, tmp_path: Path, 
     try:
         assert await store.books.audit() == []
         assert await store.ledger.open_holds() == 2
+        found = await store.books.find("r4")
+        assert found is not None
+        assert (found.model, found.upstream, found.bound) == ("blaze", "azure", 20)
+        assert [line.kind for line in await store.books.journal("r4")] == ["H", "B"]
         # Life goes on: what runs is settled, and the journal goes on behind what was restored.
         await store.ledger.settle(settled("r4", 3))
         await store.ledger.reserve(claim("new"))

@@ -25,6 +25,7 @@ from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import (
     Balance,
     Basis,
+    Claimed,
     Denied,
     Event,
     Held,
@@ -38,7 +39,7 @@ from gateway.ports import BooksChanged, NotKnown, StoreError
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.postgres_schema import upgrade, versions
 from gateway.stores.schema import Versions, migrations
-from tests.contract.stores import LEASE, NOON, claim, lines, settled
+from tests.contract.stores import LEASE, NOON, claim, elsewhere, expired, lines, settled
 from tests.postgres import PASSWORD, USER, CuttingWire, Postgres, run_postgres
 from tests.valkey import eventually
 
@@ -236,13 +237,17 @@ async def test_a_commit_whose_answer_is_lost_happens_once(server: Postgres) -> N
             wire.cut_commits(1)
             assert await store.ledger.reserve(claim("a")) == Held("a", (Balance(0, 10),) * 4)
             wire.cut_commits(1)
+            assert await store.ledger.reroute(elsewhere("a", 15)) == Held(
+                "a", (Balance(0, 15),) * 4
+            )
+            wire.cut_commits(1)
             entry = await store.ledger.settle(settled("a", 7))
             assert (entry.applied, entry.cost) == (True, 7)
             wire.cut_commits(1)
             await store.ledger.replay(
                 Replay("hit", "growth", "k1", "flare", Operation.EDIT, 1, 6, NOON)
             )
-            await eventually(lambda: wire.cut == 3)
+            await eventually(lambda: wire.cut == 4)
             wire.cut_commits(1)
             drift = Adjustment("d", "growth", "flare", "2026-11-22", 5, ACCOUNTS, "r", "ann", NOON)
             assert await store.books.adjust(drift)
@@ -250,8 +255,9 @@ async def test_a_commit_whose_answer_is_lost_happens_once(server: Postgres) -> N
             await store.directory.create_team(Team("design"))
             wire.cut_commits(1)
             assert await store.upkeep.claim_notice("a", "budget:80", NOON, 60)
-            assert wire.cut == 6
+            assert wire.cut == 7
 
+            assert [line.kind for line in await store.books.journal("a")] == ["H", "B", "P"]
             assert await store.ledger.balances(lines()) == [Balance(12, 0)] * 4
             first, second = await store.ledger.usage()
             assert (first.cost, second.requests, second.cached_requests) == (5, 2, 1)
@@ -448,6 +454,11 @@ async def test_whatever_replicas_do_at_once_there_is_no_deadlock(
         async def live(rid: str) -> None:
             some = tuple(chance.sample(every, chance.randint(1, 8)))
             await chance.choice(stores).ledger.reserve(claim(rid, 10, limits=some))
+            if chance.random() < 0.3:
+                others = tuple(chance.sample(every, chance.randint(0, 4)))
+                with contextlib.suppress(NotKnown):
+                    way = elsewhere(rid, chance.randint(5, 15), limits=others)
+                    await chance.choice(stores).ledger.reroute(way)
             if chance.random() < 0.8:
                 await chance.choice(stores).ledger.settle(settled(rid, chance.randint(0, 12)))
             if chance.random() < 0.3:
@@ -484,6 +495,27 @@ async def test_one_key_or_one_rid_at_two_replicas_is_one_call(server: Postgres) 
                 first.ledger.reserve(same[0]), second.ledger.reserve(same[1])
             )
             assert sorted(isinstance(one, Held) and one.duplicate for one in held) == [False, True]
+
+
+async def test_an_unknown_outcome_is_repeated_at_one_of_two_replicas(server: Postgres) -> None:
+    """Even where their accounts differ; and the other one hears of it at once."""
+    url = server.fresh_database()
+    async with opened(url) as first, opened(url) as second:
+        tomorrow = NOON + timedelta(days=40)
+        for number in range(20):
+            key = f"i{number}"
+            await first.ledger.reserve(claim(f"a{number}", key=key))
+            await first.ledger.settle(expired(f"a{number}"))
+            here = replace(claim(f"b{number}", key=key), repeat_unknown=True)
+            there = claim(f"c{number}", key=key, at=tomorrow)
+            there = replace(there, at=NOON, repeat_unknown=True)
+            answers = await asyncio.gather(first.ledger.reserve(here), second.ledger.reserve(there))
+            assert sorted(type(one).__name__ for one in answers) == ["Claimed", "Held"]
+            (held,) = (one for one in answers if isinstance(one, Held))
+            for store in (first, second):
+                known = await store.ledger.claimed("growth", key, "f", NOON)
+                assert known == Claimed(held.rid, State.HELD, same_fingerprint=True)
+        assert await first.books.audit() == []
 
 
 async def test_replicas_that_sweep_at_once_expire_each_hold_once(server: Postgres) -> None:

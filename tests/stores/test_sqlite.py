@@ -30,6 +30,7 @@ from gateway.domain.ledger import (
     Balance,
     Basis,
     Claim,
+    Claimed,
     Denied,
     Event,
     Held,
@@ -706,3 +707,15 @@ async def test_two_stores_in_one_process_share_a_budget(path: Path) -> None:
     for store in stores:
         await store.aclose()
     audit(path)
+
+
+async def test_a_key_that_another_store_has_reserved_is_seen_at_once(path: Path) -> None:
+    first, second = (SQLiteStore.open(path) for _ in range(2))
+    for number in range(20):
+        rid = f"r{number}"
+        assert await second.ledger.claimed("growth", rid, "f", NOON) is None
+        await first.ledger.reserve(claim(rid, key=rid))
+        known = await second.ledger.claimed("growth", rid, "other", NOON)
+        assert known == Claimed(rid, State.HELD, same_fingerprint=False)
+    for store in (first, second):
+        await store.aclose()

@@ -28,6 +28,16 @@ def books() -> tuple[Ledger, Notes, list[tuple[str, int]], dict[str, int]]:
     return ledger, notes, [("one", 7), ("two", 7)], {ACCOUNT: 20}
 
 
+def test_a_call_may_go_elsewhere() -> None:
+    ledger, notes, bill, budgets = books()
+    ways = [("r1", "B", 0, 0), ("r3", "B", 4, 0), ("r3", "B", 1, 0)]
+    ends = [("r1", "P", -10, 7), ("r2", "X", -10, 10), ("r3", "V", -15, 0)]
+    rerouted = replace(ledger, journal=[*ledger.journal[:3], *ways, *ends])
+    assert judge(rerouted, notes, bill, budgets).clean
+    too_late = replace(ledger, journal=[*ledger.journal, ("r1", "B", 0, 0)])
+    assert judge(too_late, notes, bill, budgets).sums_wrong == 1
+
+
 def test_right_books_are_clean() -> None:
     verdict = judge(*books())
     assert verdict.clean
