@@ -151,9 +151,7 @@ async def open_gateway(
         declared = await declared_keys(settings, peppers, store.directory)
         refuse(settings, await owned_twice(settings, peppers, store.directory))
         flights = Flights()
-        health = Health(
-            clock.monotonic, random.Random(), UpstreamNews(metrics), settings.lease_seconds
-        )
+        health = Health(clock.monotonic, random.Random(), UpstreamNews(metrics))
         upstreams = Upstreams(clock, flights, health, metrics)
         stack.push_async_callback(upstreams.aclose)
         upstreams.take_over(await upstreams.prepare(settings.upstreams), settings.upstreams)

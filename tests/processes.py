@@ -197,6 +197,10 @@ class GatewayProcess:
         return self._process.poll() is None
 
 
+KEY_NAME = "substr(idempotency_key, instr(idempotency_key, ':') + 1)"
+"""An idempotency key as its client wrote it: the ledger has its route before it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Hold:
     """A reservation, as the database has it."""
@@ -233,7 +237,7 @@ class Books:
             holds = {
                 rid: Hold(rid, state, bound, cost, tuple(json.loads(accounts)), outcome, key)
                 for rid, state, bound, cost, accounts, outcome, key in db.execute(
-                    "SELECT rid, state, bound, cost, accounts, outcome, idempotency_key FROM hold"
+                    f"SELECT rid, state, bound, cost, accounts, outcome, {KEY_NAME} FROM hold"
                 )
             }
             balances = {
