@@ -197,8 +197,9 @@ class GatewayProcess:
         return self._process.poll() is None
 
 
-KEY_NAME = "substr(idempotency_key, instr(idempotency_key, ':') + 1)"
-"""An idempotency key as its client wrote it: the ledger has its route before it."""
+def key_name(key: str | None) -> str | None:
+    """An idempotency key as its client wrote it: the ledger has its route before it."""
+    return key and key.rpartition(":")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,7 +236,9 @@ class Books:
         with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=10)) as db:
             db.execute("BEGIN")  # one snapshot for all
             holds = {
-                rid: Hold(rid, state, bound, cost, tuple(json.loads(accounts)), outcome, key)
+                rid: Hold(
+                    rid, state, bound, cost, tuple(json.loads(accounts)), outcome, key_name(key)
+                )
                 for rid, state, bound, cost, accounts, outcome, key in db.execute(
                     f"SELECT rid, state, bound, cost, accounts, outcome, {KEY_NAME} FROM hold"
                 )
