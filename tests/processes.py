@@ -240,7 +240,7 @@ class Books:
                     rid, state, bound, cost, tuple(json.loads(accounts)), outcome, key_name(key)
                 )
                 for rid, state, bound, cost, accounts, outcome, key in db.execute(
-                    f"SELECT rid, state, bound, cost, accounts, outcome, {KEY_NAME} FROM hold"
+                    "SELECT rid, state, bound, cost, accounts, outcome, idempotency_key FROM hold"
                 )
             }
             balances = {
