@@ -84,6 +84,8 @@ class Receipt:
     """The client did not wait: it asks for the result."""
     joined: str = ""
     """The request whose flight, or kept answer, this one was answered with."""
+    took_over: str = ""
+    """The request of a process that is gone, which this one bought again."""
     prompt: str | None = None
     """Only where the operator asked for prompts in the log."""
 

@@ -138,6 +138,8 @@ class Comebacks:
             return ended(so_far, still_running(rid), said, lambda delivered: earlier.done(False))
         except GatewayError as error:
             if isinstance(error, UpstreamUnknown) and await self._takes_over(rid):
+                # Nobody else is to be led to what this one makes good.
+                earlier.done(delivered=True)
                 return None
             if isinstance(error, ResultExpired) and arrival.idempotency_key is not None:
                 error = IdempotentResultExpired(error.message)

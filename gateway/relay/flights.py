@@ -52,9 +52,11 @@ class Shown:
     close: Callable[[], None] = lambda: None
 
     def head(self, more: Headers) -> Head:
-        """The answer for one who has a share, under headers of their own too, which go before."""
-        headers = tuple((dict(self.headers) | dict(more)).items())
-        return Head(self.status, headers, self.length, self.body, self.close)
+        """The answer for one who has a share, under headers of their own too. Those say what is
+        true of this request: what it cost is not what the answer had cost."""
+        own = {name for name, _ in more}
+        shared = (pair for pair in self.headers if pair[0] not in own)
+        return Head(self.status, (*shared, *more), self.length, self.body, self.close)
 
 
 class Client:

@@ -135,6 +135,7 @@ class Pipeline:
                 answer = await self._comebacks.answer(arrival, routed, earlier, so_far)
                 if answer is not None:
                     return answer
+                so_far = replace(so_far, took_over=earlier.rid)
             plan = await planner.plan(routed, arrival.wish, self._clock.now())
             so_far = _with_plan(so_far, plan)
             if plan.cached is not None:
@@ -143,6 +144,7 @@ class Pipeline:
                 answer = await self._comebacks.answer(arrival, routed, orphan, so_far)
                 if answer is not None:
                     return answer
+                so_far = replace(so_far, took_over=orphan.rid)
             try:
                 return await self._buy(arrival, plan, body, so_far)
             except KeyTaken as taken:

@@ -86,7 +86,7 @@ TABLE = (
     Spec("gateway_spend_usd_total", Kind.COUNTER, ("team", "model", "endpoint"),
          "Dollars booked. The ledger is exact; this is for dashboards."),
     Spec("gateway_spend_avoided_usd_total", Kind.COUNTER, ("team", "model", "endpoint"),
-         "Dollars that answers from the cache had cost when they were bought."),
+         "Dollars that answers from the cache, or of other requests, had cost when bought."),
     Spec("gateway_spend_estimated_usd_total", Kind.COUNTER, ("model",),
          "Dollars booked without a usage from the upstream."),
     Spec("gateway_budget_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
@@ -187,7 +187,7 @@ TABLE = (
          "Clients that left, by stage: upload, queued, reserved, upstream, response, stalled, "
          "broken."),
     Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
-         "Pictures bought whose client had left."),
+         "Purchases whose client had left before it had all of the answer."),
     Spec("gateway_gate_degraded", Kind.GAUGE, (),
          "1 while the shared gate is away, and storage.without_redis says what holds."),
     Spec("gateway_gate_seconds", Kind.HISTOGRAM, (),
@@ -198,6 +198,14 @@ TABLE = (
          "Times the shared gate had forgotten what it counted, and limits began anew."),
     Spec("gateway_flight_board_errors_total", Kind.COUNTER, ("reason",),
          "Commands that the shared board of flights did not serve, by reason."),
+    Spec("gateway_flight_joins_total", Kind.COUNTER, ("endpoint",),
+         "Requests answered by a flight that another request had launched."),
+    Spec("gateway_flight_takeovers_total", Kind.COUNTER, (),
+         "Purchases made again because the process that made the first one was gone "
+         "(relay.on_unknown: repeat)."),
+    Spec("gateway_flight_unjoined_retries_total", Kind.COUNTER, (),
+         "Retries of an SDK that found no flight, and bought: some for the second time, where "
+         "Redis was away."),
     Spec("gateway_clock_skew_seconds", Kind.GAUGE, (),
          "By how much this machine's clock is ahead of the database's.", mode="scraped"),
     Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers.",
@@ -366,7 +374,7 @@ class Metrics:
             self.observe("gateway_overhead_seconds", own, endpoint=endpoint)
             if not asked:
                 self.add("gateway_images_total", receipt.images, team=team, cache=cache, **where)
-        if found is CacheResult.HIT:
+        if receipt.joined or found is CacheResult.HIT:
             avoided = receipt.avoided / NANOS_PER_DOLLAR
             self.add(
                 "gateway_spend_avoided_usd_total",
@@ -377,6 +385,15 @@ class Metrics:
             )
         elif receipt.outcome is not None:
             self._count_purchase(receipt, team, model)
+        self._count_flight(receipt)
+
+    def _count_flight(self, receipt: Receipt) -> None:
+        if receipt.cache is CacheResult.JOIN:
+            self.add("gateway_flight_joins_total", endpoint=receipt.operation)
+        if receipt.attempts and receipt.took_over:
+            self.add("gateway_flight_takeovers_total")
+        elif receipt.attempts and receipt.retried:
+            self.add("gateway_flight_unjoined_retries_total")
 
     def _count_failure(self, receipt: Receipt, team: str) -> None:
         self.add(
