@@ -58,7 +58,7 @@ def scripted(script: cuts.Script) -> Place:
 
 @asynccontextmanager
 async def unknown_name(folder: Path) -> AsyncIterator[tuple[dict[str, Any], RawServer | None]]:
-    yield {"base_url": "http://nowhere.invalid/v1"}, None
+    yield {"base_url": "https://nowhere.invalid/v1"}, None
 
 
 @asynccontextmanager
