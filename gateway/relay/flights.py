@@ -52,8 +52,9 @@ class Shown:
     close: Callable[[], None] = lambda: None
 
     def head(self, more: Headers) -> Head:
-        """The answer for one who has a share, under headers of their own too."""
-        return Head(self.status, (*self.headers, *more), self.length, self.body, self.close)
+        """The answer for one who has a share, under headers of their own too, which go before."""
+        headers = tuple((dict(self.headers) | dict(more)).items())
+        return Head(self.status, headers, self.length, self.body, self.close)
 
 
 class Client:
