@@ -29,7 +29,7 @@ from gateway import assembly
 from gateway.relay.failover import BILLING_CODES
 from gateway.upstream.account import AccountOptions
 from tests import upstream_cuts as cuts
-from tests.e2e.test_endings import noise, sdk_of
+from tests.e2e.test_endings import noise
 from tests.processes import Books
 from tests.running import MODEL, GatewayUnderTest, TestClock, run_gateway
 from tests.upstream.raw_server import Peer, RawServer, raw_server
@@ -156,9 +156,10 @@ LIMITED = error("requests", "rate_limit_exceeded")
 EDGE_PAGE = b"<html><head><title>502 Bad Gateway</title></head></html>"
 EDGE = ("content-type: text/html", "cf-ray: 8a1b2c3d4e5f-FRA", "server: cloudflare")
 NO_PICTURE = b'{"created":1,"data":[],"usage":%b}' % cuts.USAGE
-EVENT_OF_MODERATION = b"event: error\ndata: %b\n\n" % json.dumps(
-    {"type": "error", "error": MODERATED["error"]}
-).encode()
+EVENT_OF_MODERATION = (
+    b"event: error\ndata: %b\n\n"
+    % json.dumps({"type": "error", "error": MODERATED["error"]}).encode()
+)
 GARBAGE = b"event: image_generation.completed\ndata: {this is no JSON\n\n"
 LONG_LINE = b"data: " + b"x" * 10_000_000 + b"\n\n"
 
