@@ -311,6 +311,10 @@ class Books:
                 continue
             before = moved.get(rid, (0, 0))
             moved[rid] = (before[0] + held, before[1] + spent)
+            if kind == "B":
+                # It is held for another way, at that way's price.
+                assert (kinds.get(rid), spent) == ("H", 0), (rid, kind)
+                continue
             # Held once, and then on to an end; an expiry may be corrected by the call itself, and
             # every end by a person: then it is posted.
             step = kinds.get(rid, "") + kind

@@ -153,6 +153,7 @@ class Pipeline:
     async def _buy(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Answer:
         """A flight of its own, and a client that watches it. Raises ``KeyTaken``."""
         self._refuse_while_draining()
+        self._room.refuse_if_full()
         flight = self._launch(arrival, plan, body, so_far)
         if arrival.asynchronous:
             return await self._admitted(arrival, plan, flight, so_far)
