@@ -165,6 +165,9 @@ class Flight:
         """Set when its money is held and it is about to be sent, and when it is over."""
         self.over = asyncio.Event()
         """Set when no more of its answer will come."""
+        self.ends_at: int | None = None
+        """Where the end of its stream begins. Other processes have that from the results alone:
+        what is passed on and the end are never the same events twice."""
         self.keeping: asyncio.Task[None] | None = None
         """Puts its answer away, once there is one."""
         self.instead: Callable[[], AsyncIterator[bytes]] | None = None

@@ -248,8 +248,9 @@ class Joining:
                 pass
             if not self._board.wanted(flight.rid):
                 continue
-            while position < spool.published:
-                upto = min(spool.published, position + PIECE_BYTES)
+            end = spool.published if flight.ends_at is None else flight.ends_at
+            while position < end:
+                upto = min(end, position + PIECE_BYTES)
                 async with aclosing(spool.slice(position, upto)) as chunks:
                     piece = b"".join([chunk async for chunk in chunks])
                 await self._board.add_events(flight.rid, position, piece)

@@ -282,6 +282,7 @@ class Purchases:
         stream = bought.plan.call.stream
         if stream and landing.streamed:
             self._beginning(flight, spool, bought.common, own)()
+            flight.ends_at = spool.published
             spool.publish(landing.upto)
             return
         form = landing.events if stream else landing.json
@@ -551,6 +552,7 @@ async def _break_off(flight: Flight, spool: Spool, error: GatewayError) -> None:
         flight.refuse(error)
         return
     spool.forget_unpublished()
+    flight.ends_at = spool.published
     try:
         await spool.write(error_event(error))
     except GatewayError:
