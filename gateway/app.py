@@ -151,9 +151,7 @@ async def open_gateway(
         declared = await declared_keys(settings, peppers, store.directory)
         refuse(settings, await owned_twice(settings, peppers, store.directory))
         flights = Flights()
-        health = Health(
-            clock.monotonic, random.Random(), UpstreamNews(metrics), settings.lease_seconds
-        )
+        health = Health(clock.monotonic, random.Random(), UpstreamNews(metrics))
         upstreams = Upstreams(clock, flights, health, metrics)
         stack.push_async_callback(upstreams.aclose)
         upstreams.take_over(await upstreams.prepare(settings.upstreams), settings.upstreams)
@@ -231,7 +229,14 @@ async def open_gateway(
             safe=safe,
             cache=cache,
             policy=cache_policy(settings),
-            attempts=Attempts(openai.request, store.ledger, health, clock, settings.relay.attempts),
+            attempts=Attempts(
+                openai.request,
+                store.ledger,
+                health,
+                clock,
+                settings.relay.attempts,
+                patience_seconds=settings.patience_seconds,
+            ),
             room=room,
             flights=flights,
             clock=clock,

@@ -313,7 +313,12 @@ def account_keys(configured: UpstreamSettings) -> list[AccountKey]:
     return [AccountKey(one.key, one.order, one.weight) for one in configured.api_keys]
 
 
-def make_account(configured: UpstreamSettings, base_url: str) -> Account:
+def make_account(
+    configured: UpstreamSettings,
+    base_url: str,
+    waited: Callable[[float], None] = lambda seconds: None,
+) -> Account:
+    """``waited`` hears how many seconds each request waited for a free connection."""
     timeouts = configured.timeouts
     return build_account(
         AccountOptions(
@@ -332,6 +337,7 @@ def make_account(configured: UpstreamSettings, base_url: str) -> Account:
             proxy=configured.proxy.reveal() if configured.proxy else None,
             ca_file=str(configured.verify) if isinstance(configured.verify, Path) else None,
             max_connections=configured.max_connections,
+            waited=waited,
         )
     )
 

@@ -207,6 +207,11 @@ class Books(Protocol):
         worked out. Raises ``BooksChanged`` where one of these sums is another by now: so of two
         that mend the same difference at once, one does."""
 
+    async def routed(self, day: str) -> list[tuple[str, UsageRow]]:
+        """What closed calls of a UTC day cost, with the upstream that they went to in the end: by
+        upstream, team, key and model; only ``requests``, ``images`` and ``cost`` are set. Without
+        adjustments, and without calls that were forgotten."""
+
     async def audit(self) -> list[Discrepancy]:
         """Adds everything up a second way (I2 of money.md); empty where the books are right.
 

@@ -1104,6 +1104,12 @@ class Settings:
         """How long a hold may live: as set, or the longest call and a minute."""
         return self.ledger.lease_seconds or _longest_call(self.upstreams) + 60
 
+    @property
+    def patience_seconds(self) -> float:
+        """How long after a call's first attempt another one may begin, so that the longest ends
+        before its hold does."""
+        return max(1.0, self.lease_seconds - _longest_call(self.upstreams) - 10)
+
 
 def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
     """The settings of a file (None: ``default_config_path``) and the environment, which wins.

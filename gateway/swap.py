@@ -93,11 +93,18 @@ class Upstreams:
                     found[name] = known
                 else:
                     base_url = await self._base_url(configured)
-                    found[name] = Opened(shape, make_account(configured, base_url))
+                    found[name] = Opened(
+                        shape, make_account(configured, base_url, self._waited(name))
+                    )
         except BaseException:
             await self._close(found)
             raise
         return found
+
+    def _waited(self, name: str) -> Callable[[float], None]:
+        return lambda seconds: self._metrics.observe(
+            "gateway_upstream_pool_wait_seconds", seconds, upstream=name
+        )
 
     async def _close(self, found: Mapping[str, Opened]) -> None:
         """Closes those of ``found`` that are not in use."""

@@ -36,6 +36,7 @@ import gateway.assembly
 import gateway.relay.budget
 import gateway.relay.keyring
 import gateway.relay.purchase
+import gateway.swap
 from gateway.domain.errors import (
     LedgerUnavailable,
     UpstreamBroken,
@@ -349,10 +350,11 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
     patience instead, so that it meets its call on a busy machine too."""
     app: Any = gateway.app
     parts: Any = gateway.assembly
-    open_store, account, cache = app.open_store, app.make_account, app.make_cache
+    swap: Any = gateway.swap
+    open_store, account, cache = app.open_store, swap.make_account, app.make_cache
     connect = parts.connect
     put(app, "open_store", lambda settings: _Store(open_store(settings), faults))
-    put(app, "make_account", lambda *given: _Upstream(account(*given), faults))
+    put(swap, "make_account", lambda *given: _Upstream(account(*given), faults))
     patience = {"timeout": PATIENT_SECONDS} if dying else {}
     put(
         parts,

@@ -197,6 +197,11 @@ class GatewayProcess:
         return self._process.poll() is None
 
 
+def key_name(key: str | None) -> str | None:
+    """An idempotency key as its client wrote it: the ledger has its route before it."""
+    return key and key.rpartition(":")[2]
+
+
 @dataclass(frozen=True, slots=True)
 class Hold:
     """A reservation, as the database has it."""
@@ -231,7 +236,9 @@ class Books:
         with closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=10)) as db:
             db.execute("BEGIN")  # one snapshot for all
             holds = {
-                rid: Hold(rid, state, bound, cost, tuple(json.loads(accounts)), outcome, key)
+                rid: Hold(
+                    rid, state, bound, cost, tuple(json.loads(accounts)), outcome, key_name(key)
+                )
                 for rid, state, bound, cost, accounts, outcome, key in db.execute(
                     "SELECT rid, state, bound, cost, accounts, outcome, idempotency_key FROM hold"
                 )
@@ -304,6 +311,10 @@ class Books:
                 continue
             before = moved.get(rid, (0, 0))
             moved[rid] = (before[0] + held, before[1] + spent)
+            if kind == "B":
+                # It is held for another way, at that way's price.
+                assert (kinds.get(rid), spent) == ("H", 0), (rid, kind)
+                continue
             # Held once, and then on to an end; an expiry may be corrected by the call itself, and
             # every end by a person: then it is posted.
             step = kinds.get(rid, "") + kind

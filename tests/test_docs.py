@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gateway.cli import main
 from gateway.settings import load
@@ -67,12 +68,28 @@ def test_every_make_target_of_the_readme_exists() -> None:
 
 
 def test_the_smallest_useful_file_loads(tmp_path: Path) -> None:
-    [text] = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    text = re.findall(r"```yaml\n(.*?)```", README, re.S)[0]
     path = tmp_path / "gateway.yaml"
     path.write_text(text)
     secrets = {"OPENAI_API_KEY": "sk-test", "GROWTH_KEY": "growth-key-0123456789abcdef"}
     settings = load(path, secrets)
     assert set(settings.teams) == {"growth"}
+
+
+def test_every_example_loads(tmp_path: Path) -> None:
+    """Sections that an example leaves out are those of the first one."""
+    first, *others = re.findall(r"```yaml\n(.*?)```", README, re.S)
+    names = set(re.findall(r"\$\{([A-Z0-9_]+)\}", README))
+    secrets = {name: f"key-of-{name.lower()}-0123456789" for name in names}
+    for number, text in enumerate(others):
+        whole = {**yaml.safe_load(first), **yaml.safe_load(text)}
+        whole["models"] = {**yaml.safe_load(first)["models"], **whole["models"]}
+        named = {one for model in whole["models"].values() for one in model.get("fallback", [])}
+        whole["models"] |= {name: {"upstream": "openai"} for name in named}
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(yaml.safe_dump(whole))
+        assert load(path, secrets).catalogue.models
+    assert others
 
 
 def test_the_shipped_file_loads_with_nothing_set() -> None:

@@ -57,7 +57,8 @@ def focus(
     """Write what each team, key and model cost on each day, as FOCUS 1.2.
 
     FOCUS is the FinOps Open Cost and Usage Specification. The sum of BilledCost is what the ledger
-    posted, to the nano-dollar. Providers are those that serve the models today.
+    posted, to the nano-dollar. Providers are those that serve the models today; of a model that
+    several serve, all of them, joined by +.
     """
     today = SystemClock().now().date()
     since = first.date() if first else today.replace(day=1)
@@ -75,8 +76,13 @@ def focus(
 
     def provider_of(model: str) -> Provider | None:
         found = settings.catalogue.find(model)
-        upstream = settings.upstreams.get(found.target.upstream) if found is not None else None
-        return Provider(upstream.name, upstream.prices) if upstream is not None else None
+        if found is None:
+            return None
+        upstreams = [settings.upstreams[target.upstream] for target in found.targets]
+        # The books have no upstream in a day's sums: of several, all are named.
+        names = dict.fromkeys(upstream.name for upstream in upstreams)
+        prices = dict.fromkeys(upstream.prices for upstream in upstreams)
+        return Provider("+".join(names), "+".join(prices))
 
     made = focus_rows(rows, billing_account, names, provider_of)
     text = as_csv(made) if form == "csv" else as_json(made)

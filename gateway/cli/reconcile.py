@@ -107,18 +107,22 @@ def reconcile(
         click.echo(f"warning: {of_day} is not over in UTC; both sides may still grow", err=True)
     names = _upstreams(settings, asked_for, asked=csv_file is None)
     billed = _bill(settings, names, of_day, csv_file)
-    rows, suspects = with_store(settings, lambda store: _books(store, names, of_day.isoformat()))
+    rows, routed, suspects = with_store(
+        settings, lambda store: _books(store, names, of_day.isoformat())
+    )
     found = compare(
         names,
         of_day.isoformat(),
         billed,
         rows,
-        lambda model: _target(settings, model),
+        lambda model: _targets(settings, model),
         [
-            model.target.model
+            target.model
             for model in settings.catalogue.models.values()
-            if model.target.upstream in names
+            for target in model.targets
+            if target.upstream in names
         ],
+        routed,
     )
     percent = Decimal(str(settings.notify.drift_percent))
     applied = (
@@ -170,15 +174,16 @@ def _bill(
             fail(f"{csv_file}: it is not text in UTF-8", EXIT_FAILED)
 
 
-def _target(settings: Settings, model: str) -> Target | None:
+def _targets(settings: Settings, model: str) -> tuple[Target, ...]:
     found = settings.catalogue.find(model)
-    return None if found is None else found.target
+    return () if found is None else found.targets
 
 
 async def _books(
     store: Store, upstreams: Sequence[str], day: str
-) -> tuple[list[UsageRow], list[Hold]]:
-    """The usage of a day, and its calls at these upstreams whose cost may be wrong."""
+) -> tuple[list[UsageRow], list[tuple[str, UsageRow]], list[Hold]]:
+    """The usage of a day, where its calls went, and those at these upstreams whose cost may be
+    wrong."""
     suspects: list[Hold] = []
     after = ""
     while page := await store.books.unresolved(after=after):
@@ -186,7 +191,7 @@ async def _books(
         suspects += [
             hold for hold in page if hold.upstream in upstreams and usage_day(hold.at) == day
         ]
-    return await store.ledger.usage(day, day), suspects
+    return await store.ledger.usage(day, day), await store.books.routed(day), suspects
 
 
 async def apply_all(store: Store, settings: Settings, found: Reconciliation) -> list[str]:
@@ -223,6 +228,10 @@ def _print(
     if found.unrouted:
         click.echo("\nbooked under names that no entry serves any more, and compared with nothing:")
         for model, booked in found.unrouted:
+            click.echo(f"  {model}  {exact_dollars(booked)}")
+    if found.unattributed:
+        click.echo("\nbooked without a call that says where it went, and compared with nothing:")
+        for model, booked in found.unattributed:
             click.echo(f"  {model}  {exact_dollars(booked)}")
     if suspects:
         click.echo(

@@ -80,6 +80,8 @@ class Receipt:
     """How many times it was sent upstream."""
     retried: bool = False
     """An SDK says that it has sent this before."""
+    asynchronous: bool = False
+    """The client did not wait: it asks for the result."""
     joined: str = ""
     """The request whose flight, or kept answer, this one was answered with."""
     took_over: str = ""

@@ -50,6 +50,8 @@ from gateway.relay.plan import Plan, Way
 log = logging.getLogger(__name__)
 
 MOST = 2
+PATIENCE_SECONDS = 50.0
+"""After the first attempt began; the lease is a minute longer than the longest call."""
 PAUSE_SECONDS = (0.2, 2.0)
 """Before an upstream that has failed is asked again: full jitter."""
 UPSTREAM_RID_CHARS = 128
@@ -93,6 +95,7 @@ class _Journey:
     held: Held
     way: Way
     """Held for, and tried last."""
+    began: float
     tried: int = 0
     was_sent: bool = False
     counted: int = 0
@@ -111,7 +114,8 @@ class _Journey:
 
 class Attempts:
     """Opens answers for one pipeline. At most ``most`` attempts for each call; one that only found
-    out that a key is refused is free, and not counted."""
+    out that a key is refused is free, and not counted. None begins later than ``patience_seconds``
+    after the first: it has to end before its hold does."""
 
     def __init__(
         self,
@@ -122,7 +126,9 @@ class Attempts:
         most: int = MOST,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         chance: Chance | None = None,
+        patience_seconds: float = PATIENCE_SECONDS,
     ) -> None:
+        self._patience_seconds = patience_seconds
         self._provider = provider
         self._ledger = ledger
         self._health = health
@@ -143,7 +149,7 @@ class Attempts:
         """The first 200, or why there is none. ``begun`` is called before anything is sent, once,
         and not at all where nothing is. Raises ``LedgerUnavailable`` where the first way that is
         open cannot be held for; whatever else goes wrong is ``Failed``."""
-        journey = _Journey(plan, held, plan.way)
+        journey = _Journey(plan, held, plan.way, self._clock.monotonic())
         while (found := self._next(journey)) is not None:
             place, credential, ticket, again = found
             way = plan.ways[place]
@@ -195,7 +201,8 @@ class Attempts:
         """Where to go now: the place of a way, a key with leave to be used, and whether its
         upstream has failed this call before. First ways of upstreams that have not, the asked
         model's before the others'; of those that have, last of all, whoever was not asked yet."""
-        if journey.counted >= self._most:
+        late = self._clock.monotonic() - journey.began > self._patience_seconds
+        if journey.counted >= self._most or (journey.tried and late):
             return None
         places = [place for place in range(len(journey.plan.ways)) if self._is_open(journey, place)]
         fresh = [place for place in places if not self._has_failed(journey, place)]

@@ -38,6 +38,12 @@ class Room:
         self.memory_used = 0
         self.disk_used = 0
 
+    def refuse_if_full(self) -> None:
+        """Raises ``Overloaded`` where half of the disk is used: the other half is for the answers
+        to calls that are bought already."""
+        if self.disk_used > self.disk_bytes // 2:
+            raise _no_room()
+
     def take_memory(self, count: int) -> bool:
         if self.memory_used + count > self.memory_bytes:
             return False
@@ -294,8 +300,8 @@ async def _within(seconds: float | None, event: asyncio.Event) -> bool:
 
 def _no_room() -> Overloaded:
     return Overloaded(
-        "The gateway holds as many pictures as it has room for. Nothing was lost; try again in a "
-        "few seconds.",
+        "The gateway holds as many pictures as it has room for. Nothing was bought; try again in "
+        "a few seconds.",
         retry_after_seconds=5,
     )
 

@@ -110,7 +110,8 @@ class Comebacks:
         """
         rid, caller, stream = earlier.rid, routed.caller, routed.call.stream
         cache = CacheResult.HIT if earlier.over else CacheResult.JOIN
-        so_far = replace(so_far, cache=cache, joined=rid)
+        label = routed.model.label or routed.model.name
+        so_far = replace(so_far, cache=cache, joined=rid, model_label=label)
         said = (*headers.of_request(arrival.rid, cache), *headers.NOTHING_SPENT)
         try:
             if earlier.over:

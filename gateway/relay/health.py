@@ -32,8 +32,8 @@ MAX_RETRY_AFTER_SECONDS = 120.0
 """What an upstream asks for beyond it is not believed: a key must not be lost to one header."""
 QUARANTINE_SECONDS = 60.0
 MAX_QUARANTINE_SECONDS = 600.0
-PROBE_SECONDS = 660.0
-"""The longest call, and a minute."""
+PROBE_SECONDS = 10.0
+"""An upstream that cannot be reached, or refuses, has shown it by then; a picture takes longer."""
 MAX_TOKENS = 10.0
 TOKENS_PER_SUCCESS = 0.1
 

@@ -43,8 +43,8 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.25
 """How often another process's flight is looked at: a look costs a look-up, a picture takes 5 s."""
-KEEPING_SECONDS = 10.0
-"""How long after its settlement an answer may still be on its way to where it is kept."""
+KEEPING_SECONDS = 2.0
+"""How long a settled answer that no board knows of may still be on its way to where it is kept."""
 PASS_ON_SECONDS = 0.5
 PIECE_BYTES = 256 * 1024
 
@@ -160,22 +160,23 @@ class Joining:
             else:
                 now = self._clock.monotonic()
                 missing_since = now if missing_since is None else missing_since
-                await self._ask_the_books(rid, team, now - missing_since)
+                over = seen is not None or now - missing_since >= KEEPING_SECONDS
+                await self._ask_the_books(rid, team, over=over)
             await _pause(client)
 
     async def _has_begun(self, rid: str) -> bool:
         await self._board.want_events(rid)
         return bool(await self._board.events(rid, 0))
 
-    async def _ask_the_books(self, rid: str, team: str, seconds: float) -> None:
-        """Raises the truth about a call that no board knows to be running; ``seconds`` ago it was
-        first missed. What is still held may yet end well."""
+    async def _ask_the_books(self, rid: str, team: str, *, over: bool) -> None:
+        """Raises the truth about a call that no board knows to be running. What is still held may
+        yet end well; what is settled may still be put away, unless that is surely ``over``."""
         hold = await self._books.find(rid)
         if hold is None or hold.team != team:
             raise ResultExpired(f"Nothing is known of the request {rid} any more.")
         if hold.state is State.EXPIRED:
             raise unknown_outcome(rid)
-        if hold.state is State.HELD or seconds < KEEPING_SECONDS:
+        if hold.state is State.HELD or not over:
             return
         if hold.state is State.VOIDED:
             raise UpstreamUnavailable(
@@ -223,7 +224,8 @@ class Joining:
             raise unknown_outcome(rid)
         missing_since = self._clock.monotonic()
         while (kept := await self._results.find(rid, team)) is None:
-            await self._ask_the_books(rid, team, self._clock.monotonic() - missing_since)
+            over = self._clock.monotonic() - missing_since >= KEEPING_SECONDS
+            await self._ask_the_books(rid, team, over=over)
             await asyncio.sleep(POLL_SECONDS)
         return kept
 

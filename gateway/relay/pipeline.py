@@ -100,14 +100,18 @@ class Pipeline:
         if arrival.asynchronous and not self._results.on:
             # A preference: without results there is nothing to come back for.
             arrival = replace(arrival, asynchronous=False)
-        so_far = Receipt(arrival.rid, arrival.operation.value, 0, retried=arrival.retried)
+        so_far = Receipt(
+            arrival.rid,
+            arrival.operation.value,
+            0,
+            retried=arrival.retried,
+            asynchronous=arrival.asynchronous,
+        )
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         caller: Caller | None = None
         planner, rules = self._planner, self._rules
         try:
-            if not (arrival.retried or arrival.idempotency_key):
-                # What may be a try that is not the first is looked at: something may fly for it.
-                self._refuse_while_draining()
+            self._refuse_if_new(arrival)
             caller = await self._keyring.identify(arrival.secret)
             so_far = replace(so_far, team=caller.team.id, key_id=caller.key.id)
             if isinstance(arrival.operation, Inquiry):
@@ -149,6 +153,7 @@ class Pipeline:
     async def _buy(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Answer:
         """A flight of its own, and a client that watches it. Raises ``KeyTaken``."""
         self._refuse_while_draining()
+        self._room.refuse_if_full()
         flight = self._launch(arrival, plan, body, so_far)
         if arrival.asynchronous:
             return await self._admitted(arrival, plan, flight, so_far)
@@ -193,6 +198,12 @@ class Pipeline:
         if self._flights.draining:
             raise shutting_down()
 
+    def _refuse_if_new(self, arrival: Arrival) -> None:
+        """While the process ends, what is surely new goes elsewhere, the sooner the better."""
+        again = arrival.retried or arrival.idempotency_key is not None
+        if self._flights.draining and not again:
+            raise shutting_down()
+
     async def _unspent(self, caller: Caller | None, error: GatewayError) -> headers.Headers:
         """What a refusal says of money: none was spent, and what is left of the budgets."""
         if caller is None or isinstance(error, ClientGone):
@@ -228,6 +239,7 @@ class Pipeline:
             return reader.close()
         reader = reader_for(arrival.operation, *announced)
         async for chunk in arrival.body:
+            self._refuse_if_new(arrival)
             reader.feed(chunk)
             await body.write(chunk)
         return reader.close()

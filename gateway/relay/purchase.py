@@ -82,7 +82,7 @@ class Marks:
 
 @dataclass(frozen=True, slots=True)
 class Keeping:
-    """Whether a call's answer is kept for whoever comes back, and whether for an
+    """Whether a call's picture is kept for whoever comes back, and whether for an
     Idempotency-Key, which is longer."""
 
     result: bool = True
@@ -224,7 +224,8 @@ class Purchases:
             elif plan.call.stream:
                 marks.first = marks.first or marks.landed
             settlement, entry = await self._book(flight, plan, way, landing, spool, marks)
-            joinable = settlement.event is not Event.VOID
+            found = landing.error is not None or keeping.result
+            joinable = settlement.event is not Event.VOID and found
             receipt = _with_purchase(so_far, settlement, entry, marks.timings(so_far))
             balances = entry.balances if entry else held.balances
             self._budgets.learn(plan.lines, balances)
@@ -233,7 +234,8 @@ class Purchases:
                 *headers.of_budget(plan.lines, balances),
             )
             if tried is None:
-                common = (*common, *headers.of_attempts(int(joinable)))
+                sent = settlement.event is not Event.VOID
+                common = (*common, *headers.of_attempts(int(sent)))
             bought = Bought(flight, plan, way, landing, spool, settlement, common)
             await self._keep(bought, keeping)
             if landing.error is not None:
@@ -501,8 +503,8 @@ class Purchases:
             said=(*said, *headers.of_cost(settlement.cost, settlement.basis)),
         )
         if landing.error is not None:
-            if keeping.result:
-                await self._keep_error(bought.flight.rid, result, landing.error, keeping)
+            # Has no picture in it, so that nobody minds, and somebody may have paid for it.
+            await self._keep_error(bought.flight.rid, result, landing.error, keeping)
             return
         form, streamable = landing.json, landing.events is not None
         pieces: Splice = (Span(0, landing.upto),) if form is None else form

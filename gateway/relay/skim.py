@@ -819,7 +819,8 @@ class EventSkimmer:
         if self._field == "event":
             name = self._line[len(b"event:") : _MAX_NAME_BYTES]
             self._name = name.removeprefix(b" ").decode(errors="replace")
-        if self._odd and not _is_utf8(self._odd):
+        # A colon over the first byte of a letter would leave the rest of it.
+        if self._odd and (self._odd_at == self._line_at or not _is_utf8(self._odd)):
             span = Span(self._odd_at, self._odd_at + len(self._odd))
             # First of all: that a line becomes a comment is written over it.
             self._mends.insert(0, Edit(span, bytes(self._odd.translate(_TO_ASCII))))

@@ -103,15 +103,15 @@ class _Lane:
             self._serve()
         self._rest()
 
-    def wait_seconds(self, otherwise: float) -> float:
-        """When one who came now would have a place: as many as wait must come free before, at the
-        rate at which they did since the lane was full. ``otherwise`` where none has yet."""
+    def wait_seconds(self, ahead: int, otherwise: float) -> float:
+        """When one behind ``ahead`` others has a place: as many must come free before, at the rate
+        at which they did since the lane was full. ``otherwise`` where none has yet."""
         freed, now = self._freed, self._clock.monotonic()
         since = freed[0] if len(freed) == MEASURED else self._full_since
         counted = len(freed) - 1 if len(freed) == MEASURED else len(freed)
         seconds = otherwise
         if counted:
-            seconds = (self.waiting + 1) * max(0.0, now - since) / counted
+            seconds = (ahead + 1) * max(0.0, now - since) / counted
         return min(MAX_WAIT_SECONDS, max(MIN_WAIT_SECONDS, seconds))
 
     def _serve(self) -> None:
@@ -222,7 +222,7 @@ class Turnstile:
         if lane.take():
             return
         if self._waiting >= self._queue:
-            raise self._overloaded(lane)
+            raise self._overloaded(lane, lane.waiting)
         waiter = lane.join(team, weight)
         self._waiting += 1
         left = asyncio.ensure_future(gone.wait())
@@ -236,7 +236,7 @@ class Turnstile:
             if gone.is_set():
                 raise ClientGone("queued")
             if not waiter.done():
-                raise self._overloaded(lane)
+                raise self._overloaded(lane, lane.waiting - 1)
             keeps = True
         finally:
             self._waiting -= 1
@@ -244,11 +244,11 @@ class Turnstile:
             if not keeps:
                 lane.leave(team, waiter)
 
-    def _overloaded(self, lane: _Lane) -> Overloaded:
+    def _overloaded(self, lane: _Lane, ahead: int) -> Overloaded:
         where = "" if lane is self._process else " with this model's upstream"
         return Overloaded(
             f"The gateway has as many requests under way{where} as it takes, and others wait. "
             "Nothing was bought; try again.",
             should_retry=True,
-            retry_after_seconds=lane.wait_seconds(self._patience_seconds),
+            retry_after_seconds=lane.wait_seconds(ahead, self._patience_seconds),
         )

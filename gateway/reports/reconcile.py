@@ -4,6 +4,11 @@ A line item belongs to the model before its first comma: ``gpt-image-2.5-flare, 
 is a model which the gateway has from this upstream, or a dated version of one
 (``gpt-image-2.5-flare-2026-09-08``); of several the longest. Every other line item is listed, and
 compared with nothing: the account may serve more than this gateway.
+
+A model that is served by this upstream alone is compared with all that is booked under its name.
+Of one that others serve too, only the calls count that went here in the end, which the ledger knows
+of each call; what is booked without a call (adjustments, calls that were forgotten) cannot be laid
+at one door, and is listed. Where the names of a model at its upstreams differ, they are one model.
 """
 
 from __future__ import annotations
@@ -95,6 +100,8 @@ class Reconciliation:
     proposals: tuple[Proposal, ...] = ()
     nobodys: tuple[str, ...] = ()
     seen: tuple[tuple[str, Money], ...] = ()
+    unattributed: tuple[tuple[str, Money], ...] = ()
+    """Booked for models that other upstreams serve too, without a call that says which."""
 
     @property
     def total(self) -> Drift:
@@ -126,31 +133,50 @@ def reconcile(
     day: str,
     billed: Iterable[BilledItem],
     rows: Sequence[UsageRow],
-    served: Callable[[str], Target | None],
+    served: Callable[[str], Sequence[Target]],
     configured: Iterable[str] = (),
+    routed: Iterable[tuple[str, UsageRow]] = (),
 ) -> Reconciliation:
     """Compares. ``upstreams`` are all that are on this bill: a provider's bill is of an
     organization, which may have several keys. ``rows`` are the day's usage of every team,
-    ``served`` says where a configured name is served, ``configured`` are the models that these
-    upstreams may serve, as the provider calls them.
+    ``served`` says where a configured name is served (nowhere: it is no entry any more),
+    ``configured`` are the models that these upstreams may serve, as the provider calls them,
+    ``routed`` the day's calls by the upstream that they went to.
 
     Several configured names may be one model of the provider; their costs are added up.
     """
     upstream = "+".join(upstreams)
     mine: dict[str, list[UsageRow]] = {}
     unrouted: dict[str, Money] = {}
+    shared: dict[str, Money] = {}
+    group = _Groups()
     for row in rows:
-        target = served(row.model)
-        if target is None:
+        targets = served(row.model)
+        here = [target for target in targets if target.upstream in upstreams]
+        group.join(target.model for target in here)
+        if not targets:
             unrouted[row.model] = unrouted.get(row.model, 0) + row.cost
-        elif target.upstream in upstreams:
-            mine.setdefault(target.model, []).append(row)
-    models = {*configured, *mine}
+        elif len(here) == len(targets):
+            mine.setdefault(here[0].model, []).append(row)
+        elif here:
+            shared[row.model] = shared.get(row.model, 0) + row.cost
+    for where, row in routed:
+        if row.model in shared:
+            shared[row.model] -= row.cost
+            names = (target.model for target in served(row.model) if target.upstream == where)
+            if where in upstreams and (name := next(names, None)) is not None:
+                mine.setdefault(name, []).append(row)
+    names_here = {row.model for of_model in mine.values() for row in of_model}
+    models = {*configured, *mine, *group.names}
+    mine = group.merged(mine)
     bill: dict[str, Money] = {}
     other: dict[str, Money] = {}
     for item in billed:
         model = model_of(item.line_item, models)
-        into, name = (other, item.line_item or NO_LINE_ITEM) if model is None else (bill, model)
+        if model is None:
+            into, name = other, item.line_item or NO_LINE_ITEM
+        else:
+            into, name = bill, group.of(model)
         into[name] = into.get(name, 0) + item.amount
     drifts = [
         Drift(model, bill.get(model, 0), sum(row.cost for row in mine.get(model, ())))
@@ -177,8 +203,41 @@ def reconcile(
         tuple(sorted(unrouted.items())),
         tuple(proposals),
         tuple(nobodys),
-        tuple(sorted(_booked(row for of_model in mine.values() for row in of_model).items())),
+        tuple(sorted(_booked(row for row in rows if row.model in names_here).items())),
+        tuple((model, cost) for model, cost in sorted(shared.items()) if cost),
     )
+
+
+class _Groups:
+    """Names of a provider's that are one model here."""
+
+    def __init__(self) -> None:
+        self._above: dict[str, str] = {}
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._above)
+
+    def of(self, name: str) -> str:
+        """What its group is called: by the name that was joined first."""
+        while (above := self._above.get(name, name)) != name:
+            name = above
+        return name
+
+    def join(self, names: Iterable[str]) -> None:
+        first: str | None = None
+        for name in names:
+            self._above.setdefault(name, name)
+            if first is None:
+                first = name
+            elif self.of(name) != self.of(first):
+                self._above[self.of(name)] = self.of(first)
+
+    def merged(self, rows: Mapping[str, Sequence[UsageRow]]) -> dict[str, list[UsageRow]]:
+        found: dict[str, list[UsageRow]] = {}
+        for name, of_name in rows.items():
+            found.setdefault(self.of(name), []).extend(of_name)
+        return found
 
 
 def _booked(rows: Iterable[UsageRow]) -> dict[str, Money]:
@@ -249,6 +308,10 @@ def as_json(
         "other": [
             {"line_item": item.line_item, "billed_usd": format_dollars(item.amount)}
             for item in found.other
+        ],
+        "unattributed": [
+            {"model": model, "booked_usd": format_dollars(cost)}
+            for model, cost in found.unattributed
         ],
         "unrouted": [
             {"model": model, "booked_usd": format_dollars(cost)} for model, cost in found.unrouted

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
-from gateway.domain.ledger import Entry, State
+from gateway.domain.ledger import Entry, State, UsageRow
 from gateway.domain.money import Money
 from gateway.domain.transition import (
     CORRECTED,
@@ -22,7 +22,7 @@ from gateway.domain.transition import (
 )
 from gateway.ports import NotKnown
 from gateway.stores.memory_rows import NOTHING, MemoryHold, MemoryRows
-from gateway.stores.rows import adjustment_detail, compare_booked, correction_detail
+from gateway.stores.rows import adjustment_detail, compare_booked, correction_detail, routed_of
 
 
 class MemoryBooks:
@@ -120,6 +120,17 @@ class MemoryBooks:
             detail=json.loads(adjustment_detail(adjustment)),
         )
         return True
+
+    async def routed(self, day: str) -> list[tuple[str, UsageRow]]:
+        await asyncio.sleep(0)
+        found: dict[tuple[str, str, str, str], tuple[int, int, int]] = {}
+        for hold in self._rows.holds.values():
+            if hold.usage_row[0] == day and hold.state in (State.POSTED, State.EXPIRED):
+                one = self._hold(hold)
+                who = (one.upstream, one.team, one.key_id, one.model)
+                requests, images, cost = found.get(who, (0, 0, 0))
+                found[who] = (requests + 1, images + one.images, cost + one.cost)
+        return [routed_of(day, (*who, *sums)) for who, sums in found.items()]
 
     async def audit(self) -> list[Discrepancy]:
         await asyncio.sleep(0)

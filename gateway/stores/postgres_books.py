@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
-from gateway.domain.ledger import Entry
+from gateway.domain.ledger import Entry, UsageRow
 from gateway.domain.money import Money
 from gateway.domain.transition import DOUBTFUL
 from gateway.stores.audit import AUDIT_JOURNAL, AUDIT_USAGE, discrepancies
@@ -20,6 +20,7 @@ from gateway.stores.rows import (
     compare_booked,
     hold_of,
     journal_line_of,
+    routed_of,
 )
 
 _HOLD = f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = %s"  # noqa: S608 - names of columns
@@ -46,6 +47,11 @@ _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = %s AND rid IS N
 # Whoever compares the books with a bill, one after the other: the next one compares with what the
 # one before has booked. Nobody waits for this lock who has another.
 _TURN = "SELECT pg_advisory_xact_lock(hashtextextended('adjust_all', 0))"
+
+_ROUTED = """
+SELECT upstream, team, key_id, model, count(*), sum(images), sum(cost) FROM hold
+ WHERE day = %s AND state IN ('P', 'X') GROUP BY upstream, team, key_id, model
+"""
 
 _BOOKED = """
 SELECT day, model, sum(cost) FROM usage_daily WHERE day = ANY(%s::text[]) GROUP BY day, model
@@ -136,6 +142,10 @@ class PostgresBooks:
             return _adjust(page, transaction, adjustments)
 
         return await self._writer.run(with_page(take_turn, adjust))
+
+    async def routed(self, day: str) -> list[tuple[str, UsageRow]]:
+        rows = await self._reader.run_long(lambda link: link.execute(_ROUTED, (day,)).fetchall())
+        return [routed_of(day, row) for row in rows]
 
     async def audit(self) -> list[Discrepancy]:
         """Over a connection of its own, for as long as it takes."""

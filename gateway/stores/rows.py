@@ -14,7 +14,7 @@ from typing import Any
 
 from gateway.domain.books import Adjustment, Correction, Hold, JournalLine
 from gateway.domain.call import Usage
-from gateway.domain.ledger import Basis, Claim, Outcome, Reroute, Route, Settlement, State
+from gateway.domain.ledger import Basis, Claim, Outcome, Reroute, Route, Settlement, State, UsageRow
 from gateway.domain.money import Money, exact_dollars
 from gateway.domain.team import Key, Limits, Team
 from gateway.domain.transition import usage_day
@@ -259,3 +259,12 @@ def _limits(text: str) -> Limits:
     """A newer release may have written limits that this one does not know: they do not hold here,
     and are kept where they are."""
     return Limits(**{name: value for name, value in json.loads(text).items() if name in _LIMITS})
+
+
+def routed_of(day: str, row: Sequence[Any]) -> tuple[str, UsageRow]:
+    """What went to one upstream: upstream, team, key, model, calls, images, cost."""
+    upstream, team, key_id, model, requests, images, cost = row
+    found = UsageRow(
+        day, team, key_id, model, requests=int(requests), images=int(images), cost=int(cost)
+    )
+    return upstream, found

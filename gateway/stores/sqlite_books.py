@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
-from gateway.domain.ledger import Entry
+from gateway.domain.ledger import Entry, UsageRow
 from gateway.domain.money import Money
 from gateway.domain.transition import (
     CORRECTED,
@@ -31,6 +31,7 @@ from gateway.stores.rows import (
     hold_of,
     journal_line_of,
     micros,
+    routed_of,
 )
 from gateway.stores.sqlite_file import Reader, Writer
 from gateway.stores.sqlite_rows import (
@@ -91,6 +92,10 @@ class SQLiteBooks:
 
         return await self._writer.submit(adjust)
 
+    async def routed(self, day: str) -> list[tuple[str, UsageRow]]:
+        rows = await self._long_reader.run(lambda db: db.execute(_ROUTED, (day,)).fetchall())
+        return [routed_of(day, row) for row in rows]
+
     async def audit(self) -> list[Discrepancy]:
         return await self._long_reader.run(audit_sums)
 
@@ -123,6 +128,11 @@ VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 _APPLIED = "SELECT 1 FROM adjustment WHERE id = ?"
 
 _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = ? AND rid IS NULL"  # noqa: S608
+
+_ROUTED = """
+SELECT upstream, team, key_id, model, count(*), sum(images), sum(cost) FROM hold
+ WHERE day = ? AND state IN ('P', 'X') GROUP BY upstream, team, key_id, model
+"""
 
 _BOOKED = """
 SELECT day, model, sum(cost) FROM usage_daily

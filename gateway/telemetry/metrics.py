@@ -111,6 +111,8 @@ TABLE = (
          mode="livesum"),
     Spec("gateway_queue_seconds", Kind.HISTOGRAM, (),
          "What a call waited for a place in the process and at its upstream.", SMALL_SECONDS),
+    Spec("gateway_upstream_pool_wait_seconds", Kind.HISTOGRAM, ("upstream",),
+         "What a call waited for one of its upstream's connections to be free.", SMALL_SECONDS),
     Spec("gateway_fds", Kind.GAUGE, ("kind",),
          "File descriptors: those that are open, and the limit of a process.",
          mode="livesum"),

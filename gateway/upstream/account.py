@@ -8,7 +8,7 @@ delivered ``UpstreamBroken`` (money.md 8.1). No text names the upstream's addres
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -69,7 +69,8 @@ class AccountOptions:
 
     ``provider`` is whose price list applies. ``headers`` are added to every request. ``proxy`` is
     a forward proxy's URL, ``ca_file`` a PEM file trusted instead of the usual authorities.
-    ``idle_seconds`` is how long an unused connection is kept.
+    ``idle_seconds`` is how long an unused connection is kept. ``waited`` hears how many seconds
+    each request waited for a free one; through a forward proxy, of none.
     """
 
     name: str
@@ -84,6 +85,7 @@ class AccountOptions:
     max_connections: int = MAX_CONNECTIONS
     idle_seconds: float = IDLE_SECONDS
     max_response_bytes: int = MAX_RESPONSE_BYTES
+    waited: Callable[[float], None] = lambda seconds: None
 
 
 def build_account(options: AccountOptions) -> Account:
@@ -105,6 +107,7 @@ def build_account(options: AccountOptions) -> Account:
             max_connections=options.max_connections,
             idle_seconds=options.idle_seconds,
             max_response_bytes=options.max_response_bytes,
+            waited=options.waited,
         )
     return Account(options, wire)
 
@@ -215,7 +218,9 @@ class Account:
         return key.secret.reveal()
 
     def _not_sent(self, error: NotSent) -> GatewayError:
-        log.warning(
+        # A host that cannot be trusted is an alarm: it may be somebody else's.
+        log.log(
+            logging.ERROR if error.reason is Reason.TLS else logging.WARNING,
             "an upstream was not reached",
             extra={
                 "upstream": self._name,

@@ -62,14 +62,17 @@ class SocketTransport(httpx.AsyncBaseTransport):
         idle_seconds: float = IDLE_SECONDS,
         max_response_bytes: int = MAX_RESPONSE_BYTES,
         timeouts: Timeouts | None = None,
+        waited: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         """``max_connections`` is for each origin. ``timeouts`` are for requests of httpx that
-        bring none. Without ``tls`` the default context is made at the first need."""
+        bring none. Without ``tls`` the default context is made at the first need. ``waited`` hears
+        of each request how many seconds it waited for a free connection, in vain too."""
         self._tls = tls
         self._max_connections = max_connections
         self._idle_seconds = idle_seconds
         self._max_response_bytes = max_response_bytes
         self._timeouts = timeouts if timeouts is not None else Timeouts()
+        self._waited = waited
         self._pools: dict[Origin, Pool] = {}
         self._connections: set[Connection] = set()
         self._closed = False
@@ -84,7 +87,11 @@ class SocketTransport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         total_at = loop.time() + timeouts.total
         pool = self._pool(request.origin)
-        connection = await pool.take(min(timeouts.pool, timeouts.total))
+        began = loop.time()
+        try:
+            connection = await pool.take(min(timeouts.pool, timeouts.total))
+        finally:
+            self._waited(loop.time() - began)
         exchange: SocketExchange | None = None
         try:
             if connection is None:

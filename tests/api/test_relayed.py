@@ -17,8 +17,9 @@ from gateway.domain.call import Operation
 from gateway.domain.errors import ClientGone, InvalidKey
 from gateway.domain.receipt import Delivery, Receipt
 from gateway.relay import headers as answers
+from gateway.relay.arrival import Answer, Arrival
 from gateway.relay.flights import Head
-from gateway.relay.pipeline import Answer, Arrival, Pipeline
+from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CacheWish
 from tests.clock import StillClock
 
@@ -47,6 +48,8 @@ class Relay:
     arrival: Arrival | None = None
     taken: list[bytes] = field(default_factory=list)
     closed: int = 0
+    done: list[bool] = field(default_factory=list)
+    """What the door says at the end: whether the client has got all of it."""
 
     async def answer(self, arrival: Arrival) -> Answer:
         self.arrival = arrival
@@ -57,11 +60,13 @@ class Relay:
             if self.waits is not None:
                 await self._wait(arrival)
         except ClientGone as gone:
-            return Answer(answers.error_head(gone, arrival.rid), self._receipt, gone.stage)
+            return Answer(
+                answers.error_head(gone, arrival.rid), self._receipt, gone.stage, self.done.append
+            )
         if self.error is not None:
             raise self.error
         head = Head(self.status, self.headers, self.length, self._body, self._close)
-        return Answer(head, self._receipt)
+        return Answer(head, self._receipt, done=self.done.append)
 
     async def _wait(self, arrival: Arrival) -> None:
         assert self.waits is not None
@@ -179,7 +184,9 @@ async def through(relay: Relay, client: Client) -> tuple[Receipt, Delivery]:
         await routes(relay, told).handle(
             Operation.GENERATION, client.scope, client.receive, client.send
         )
-    await asyncio.sleep(0)
+    for _ in range(3):
+        # Those who watch the client are told one after the other.
+        await asyncio.sleep(0)
     assert asyncio.all_tasks() == {asyncio.current_task()}
     (request,) = told.requests
     return request
@@ -248,6 +255,37 @@ async def test_what_is_not_said_is_not_known() -> None:
     assert (arrival.secret, arrival.content_type, arrival.content_encoding) == (None, "", None)
     assert (arrival.content_length, arrival.idempotency_key) == (None, None)
     assert arrival.wish == CacheWish()
+    assert (arrival.retried, arrival.asynchronous) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("count", "retried"),
+    [("0", False), ("", False), ("00", False), ("1", True), ("2", True), ("10", True)],
+)
+async def test_an_sdk_says_that_it_comes_again(count: str, retried: bool) -> None:
+    relay = Relay()
+    await through(relay, Client(headers={"x-stainless-retry-count": count}))
+    assert relay.arrival is not None
+    assert relay.arrival.retried is retried
+
+
+@pytest.mark.parametrize(
+    ("said", "asynchronous"),
+    [
+        ({"prefer": "respond-async"}, True),
+        ({"prefer": "wait=5, Respond-Async"}, True),
+        ({"x-gateway-async": "true"}, True),
+        ({"x-gateway-async": "false"}, False),
+        ({"prefer": "wait=5"}, False),
+    ],
+)
+async def test_a_client_that_does_not_wait_says_so(
+    said: dict[str, str], asynchronous: bool
+) -> None:
+    relay = Relay()
+    await through(relay, Client(headers=said))
+    assert relay.arrival is not None
+    assert relay.arrival.asynchronous is asynchronous
 
 
 @pytest.mark.parametrize(
@@ -332,7 +370,7 @@ async def test_an_answer() -> None:
         "content-length": "6",
     }
     assert (receipt, delivery) == (RECEIPT, Delivery(200, 6, 0.0))
-    assert (relay.closed, client.aborted) == (1, 0)
+    assert (relay.closed, client.aborted, relay.done) == (1, 0, [True])
 
 
 async def test_a_stream_has_no_length_and_is_kept_by_nobody() -> None:
@@ -395,7 +433,7 @@ async def test_an_answer_that_breaks_is_a_broken_connection(
     relay, client = Relay(chunks=chunks), Client()
     _, delivery = await through(relay, client)
     assert delivery == Delivery(200, len(body), 0.0, gone="broken")
-    assert (client.aborted, relay.closed) == (1, 1)
+    assert (client.aborted, relay.closed, relay.done) == (1, 1, [False])
     assert client.heard[-1].get("more_body", True), "a cut answer must not look whole"
 
 
@@ -441,6 +479,7 @@ async def test_while_the_picture_is_made(reason: str, gone: str) -> None:
     client = Client([sent(b"{}"), DISCONNECT])
     _, delivery = await through(relay, client)
     assert (delivery, client.heard) == (Delivery(0, 0, 0.0, gone=gone), [])
+    assert relay.done == [False]
 
 
 @pytest.mark.parametrize("how", ["leaves_at", "fails_at"])
@@ -452,13 +491,13 @@ async def test_while_it_is_sent(how: str, at: int, bytes_out: int) -> None:
     if how == "fails_at":
         bytes_out = max(0, bytes_out - 3)
     assert delivery == Delivery(200, bytes_out, 0.0, gone="response")
-    assert (relay.closed, client.aborted) == (1, 0)
+    assert (relay.closed, client.aborted, relay.done) == (1, 0, [False])
 
 
 async def test_with_the_last_byte_in_hand() -> None:
     relay, client = Relay(), Client(leaves_at=3)
     _, delivery = await through(relay, client)
-    assert (delivery.gone, client.body) == ("", b"onetwo")
+    assert (delivery.gone, client.body, relay.done) == ("", b"onetwo", [True])
 
 
 @pytest.mark.parametrize(("at", "bytes_out"), [(0, 0), (1, 0), (2, 3), (3, 6)])
@@ -469,14 +508,14 @@ async def test_without_taking_anything_any_more(
     relay, client = Relay(), Client(stalls_at=at)
     _, delivery = await through(relay, client)
     assert delivery == Delivery(200, bytes_out, 0.0, gone="stalled")
-    assert (client.aborted, relay.closed) == (1, 1)
+    assert (client.aborted, relay.closed, relay.done) == (1, 1, [False])
 
 
 async def test_half_closed_is_counted_as_gone_and_answered() -> None:
-    client = Client(hung_up=True)
-    _, delivery = await through(Relay(), client)
+    relay, client = Relay(), Client(hung_up=True)
+    _, delivery = await through(relay, client)
     assert delivery == Delivery(200, 6, 0.0, gone="upstream")
-    assert client.body == b"onetwo"
+    assert (client.body, relay.done) == (b"onetwo", [False])
 
 
 # The server's patience

@@ -63,6 +63,23 @@ def test_no_such_file(say: Say, tmp_path: Path) -> None:
     assert "--config FILE or GATEWAY_CONFIG" in said.stderr
 
 
+def test_every_upstream_of_a_model_needs_a_price(say: Say, tmp_path: Path) -> None:
+    two = UPSTREAM.replace("upstreams: {", "upstreams: {p: {kind: sandbox}, ")
+    path = written(
+        tmp_path,
+        two + "models: {gpt-image-2: {upstreams: [o, {upstream: p, model: dep-1}]},\n"
+        "  '*': {upstreams: [o, p], auto: pin, pin: {size: 17x17}}}\n",
+    )
+    said = say("check", "--config", path)
+    assert said.exit_code == 2
+    lines = [line.removeprefix(f"{path}: ") for line in said.stderr.splitlines()]
+    lines = [line for line in lines if "warning" not in line]
+    assert lines[0].startswith("models.gpt-image-2: dep-1 has no price at p. Add a row")
+    assert [line.split(" knows")[0] for line in lines[1:]] == [
+        f"models.*.pin: no price at {upstream}" for upstream in ("o", "p")
+    ]
+
+
 def test_a_model_without_a_price_is_refused(say: Say, tmp_path: Path) -> None:
     path = written(tmp_path, UPSTREAM + "models: {a: {upstream: o, model: b}, c: {upstream: o}}\n")
     said = say("check", "--config", path)

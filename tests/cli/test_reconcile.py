@@ -147,7 +147,7 @@ def test_books_that_changed_meanwhile_are_not_adjusted(
     rows = with_store(settings, lambda store: store.ledger.usage(DAY, DAY))
     bill = [BilledItem(MODEL, 5 * ONE)]
     target = Target("openai", MODEL)
-    found = compare(("openai",), DAY, bill, rows, lambda model: target)
+    found = compare(("openai",), DAY, bill, rows, lambda model: (target,))
     assert found.seen == ((MODEL, 2 * ONE), (ALIAS, 2 * ONE))
     say(*shlex.split(found.proposals[0].command)[1:], "--config", books)
     with pytest.raises(SystemExit) as ended:

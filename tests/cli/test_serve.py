@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 from pathlib import Path
 
@@ -16,6 +18,46 @@ def test_it_says_where_it_listens_and_ends_with_0(config: Path) -> None:
         serving.wait_ready()
         assert serving.stderr == f"gateway: serving on http://127.0.0.1:{serving.port}/v1\n"
         serving.terminate()
+        assert serving.wait() == 0
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_with_nothing_under_way_it_ends_at_once(config: Path, how: signal.Signals) -> None:
+    """An idle connection is no reason to wait, and half a request neither."""
+    with GatewayProcess(config) as serving:
+        serving.wait_ready()
+        with (
+            socket.create_connection(("127.0.0.1", serving.port), timeout=5) as idle,
+            socket.create_connection(("127.0.0.1", serving.port), timeout=5) as half,
+        ):
+            idle.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+            assert idle.recv(64).startswith(b"HTTP/1.1 200 OK")
+            half.sendall(b"POST /v1/images/generations HTTP/1.1\r\nhost:")
+            os.kill(serving.pid, how)
+            assert serving.wait(10) == 0
+
+
+def test_an_upload_that_has_begun_is_refused_when_the_drain_does(config: Path) -> None:
+    with GatewayProcess(config) as serving:
+        serving.wait_ready()
+        with socket.create_connection(("127.0.0.1", serving.port), timeout=30) as upload:
+            upload.sendall(
+                b"POST /v1/images/generations HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n"
+                b"authorization: Bearer growth-key-0123456789abcdef\r\n"
+                b"content-type: application/json\r\n\r\n{"
+            )
+            wait_until(
+                lambda: serving.metrics()['gateway_inflight_bytes{where="memory"}'] == 1,
+                "its first byte is there",
+            )
+            serving.terminate()
+            wait_until(serving.drains, "it drains")
+            upload.sendall(b" ")
+            answer = b""
+            while some := upload.recv(65536):
+                answer += some
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b'"shutting_down"' in answer
         assert serving.wait() == 0
 
 

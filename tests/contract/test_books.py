@@ -19,10 +19,12 @@ from gateway.domain.ledger import (
     Entry,
     Held,
     Outcome,
+    Reroute,
     Settlement,
     State,
     UsageRow,
 )
+from gateway.domain.transition import usage_day
 from gateway.ports import Books, BooksChanged, Ledger, NotKnown, Store
 from gateway.stores.memory_ledger import MemoryStore
 from gateway.stores.memory_rows import MemoryRows
@@ -566,3 +568,30 @@ async def test_the_oldest_hold_is_the_one_whose_lease_ends_first(store: Store) -
     assert oldest is not None
     assert oldest == await store.books.find("oldest")
     assert oldest.lease_ends == NOON + timedelta(hours=1) + LEASE
+
+
+async def test_where_the_calls_of_a_day_went(store: Store) -> None:
+    """By the upstream that each went to in the end; what was given back counts nowhere."""
+    ledger = store.ledger
+    for rid, upstream, cost in (("r1", "openai", 3), ("r2", "openai", 4), ("r3", "azure", 5)):
+        await ledger.reserve(replace(claim(rid), upstream=upstream, bound=9))
+        await ledger.settle(settled(rid, cost))
+    await ledger.reserve(replace(claim("r4"), upstream="azure", bound=9))
+    await ledger.settle(voided("r4"))
+    await ledger.reserve(replace(claim("r5"), upstream="openai", bound=9))
+    await ledger.reroute(Reroute("r5", "spare", "azure", "p", 9, claim("r5").lines, claim("r5").at))
+    await ledger.settle(expired("r5"))
+    await ledger.reserve(replace(claim("r6"), upstream="azure", bound=9))
+    await store.books.adjust(adjusted(100))
+    day = usage_day(claim("r1").at)
+    found = {
+        (upstream, row.model, row.team): (row.requests, row.cost)
+        for upstream, row in await store.books.routed(day)
+    }
+    model, team = claim("r1").model, claim("r1").team
+    assert found == {
+        ("openai", model, team): (2, 7),
+        ("azure", model, team): (1, 5),
+        ("azure", "spare", team): (1, 9),
+    }
+    assert await store.books.routed("2001-01-01") == []

@@ -269,7 +269,6 @@ async def test_with_few_descriptors_the_doors_are_shut_and_the_ledger_works(
 
         for batch in range(10):
             await asyncio.gather(*(knock(30 * batch + number) for number in range(30)))
-        print(statuses)
         assert statuses[200] >= 10, statuses
         assert statuses[503] > 0, statuses
         assert set(statuses) <= {200, 503, 0}, statuses
@@ -342,8 +341,7 @@ async def test_many_large_answers_stay_within_the_budget_of_memory(
             "all is given back",
             60,
         )
-        print(before // MIB, peak // MIB)
-        assert peak - before < 8 * budget, (before // MIB, peak // MIB)
+        assert peak - before < 4 * budget, (before // MIB, peak // MIB)
         process.terminate()
         assert await asyncio.to_thread(process.wait) == 0
 

@@ -25,7 +25,7 @@ from gateway.sandbox.watch import Gate
 from tests.contract.stores import server
 from tests.e2e.test_processes import Answered, configured, database
 from tests.e2e.test_workers import wait_for_all, with_workers
-from tests.processes import GatewayProcess, run, wait_until
+from tests.processes import GatewayProcess, key_name, run, wait_until
 from tests.running import KEY, OTHER_KEY, TestClock
 from tests.valkey import Valkey, run_valkey
 
@@ -336,7 +336,8 @@ async def test_a_backup_under_load_goes_on_elsewhere(
     assert "Its books add up." in said
     assert str(tmp_path / "data" / "gateway.pepper") in said
     with closing(sqlite3.connect(file)) as db:
-        costs = dict(db.execute("SELECT idempotency_key, cost FROM hold WHERE state = 'P'"))
+        posted = db.execute("SELECT idempotency_key, cost FROM hold WHERE state = 'P'")
+        costs = {key_name(key): cost for key, cost in posted}
     assert acknowledged.items() <= costs.items()
     assert KEY.encode() not in file.read_bytes()
     assert "is there already" in run("db", "backup", str(file), "--config", str(config)).stderr

@@ -17,6 +17,7 @@ import httpx
 import pytest
 import trustme
 
+from gateway.domain.call import Json
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
@@ -28,8 +29,10 @@ FALLBACK = "gpt-image-2"
 ASKED = {"model": "art", "prompt": "A lighthouse", "quality": "low", "size": "1024x1024"}
 COST, BOUND = 5_895_000, 6_100_000
 FRESH = {"cache-control": "no-cache"}
-BILLING = {"error": {"message": "m", "type": "insufficient_quota", "code": "insufficient_quota"}}
-MODERATION = {"error": {"message": "m", "type": "image_generation_user_error",
+BILLING: Json = {
+    "error": {"message": "m", "type": "insufficient_quota", "code": "insufficient_quota"}
+}
+MODERATION: Json = {"error": {"message": "m", "type": "image_generation_user_error",
                         "code": "moderation_blocked", "param": None}}  # fmt: skip
 DEAR = {
     "upstream": "azure",

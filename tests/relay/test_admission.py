@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from zoneinfo import ZoneInfo
 
@@ -49,7 +49,7 @@ from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Limits, Team
 from gateway.ports import Credential, Outgoing, Reply
-from gateway.relay.admission import Admission
+from gateway.relay.admission import Admission, KeyTaken, key_of, key_reused
 from gateway.relay.budget import BudgetView
 from gateway.relay.plan import Plan, Way
 from tests.clock import StillClock
@@ -280,7 +280,7 @@ async def test_a_claim_says_everything_that_the_books_need() -> None:
         lease_ends=NOW + LEASE,
         price_id="openai/flare@2026-01-01",
         fingerprint="f00",
-        idempotency_key="idem-1",
+        idempotency_key="generation:idem-1",
         worker="pod/1",
     )
 
@@ -490,8 +490,8 @@ async def test_without_a_price_nothing_cheaper_is_known() -> None:
 # Idempotency keys
 
 
-async def test_a_key_that_was_used_for_another_request() -> None:
-    error = await Stores(ledger=Claimed("req_0", State.POSTED, False)).refused(a_plan())
+def test_a_key_that_was_used_for_another_request() -> None:
+    error = key_reused()
     assert type(error) is InvalidRequest
     assert error.message == (
         "This Idempotency-Key was used for another request. Use a new key for each request that "
@@ -503,21 +503,38 @@ async def test_a_key_that_was_used_for_another_request() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("state", "became"),
-    [
-        (State.HELD, "is still running"),
-        (State.POSTED, "was answered and paid for"),
-        (State.EXPIRED, "was sent, and its outcome is unknown"),
-        (State.VOIDED, "was seen"),
-    ],
-)
-async def test_a_key_whose_request_was_made(state: State, became: str) -> None:
-    error = await Stores(ledger=Claimed("req_0", state, True)).refused(a_plan())
-    assert error.message == (
-        f"The request with this Idempotency-Key {became} as req_0. Nothing was bought twice. "
-        "Without the cache its answer is not kept; use a new key to buy another picture."
-    )
-    assert (error.status, error.code) == (409, "idempotency_key_in_use")
-    # The SDKs retry a 409 unless they are told not to (contract 4.4).
-    assert error.should_retry is False
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("state", list(State))
+async def test_a_key_that_is_taken_is_for_others_to_answer(state: State, same: bool) -> None:
+    claimed = Claimed("req_0", state, same)
+    error = await Stores(ledger=claimed).refused(a_plan())
+    assert isinstance(error, KeyTaken)
+    assert error.claimed is claimed
+
+
+def test_each_route_has_keys_of_its_own() -> None:
+    generation = a_plan().call
+    edit = replace(generation, operation=Operation.EDIT)
+    assert key_of(generation, "order-1") == "generation:order-1"
+    assert key_of(edit, "order-1") == "edit:order-1"
+    assert key_of(generation, None) is None
+
+
+@pytest.mark.parametrize("repeat", [True, False])
+async def test_a_claim_says_whether_an_unknown_outcome_may_be_bought_again(repeat: bool) -> None:
+    stores, plan = Stores(), a_plan()
+    budgets = BudgetView(stores, STILL)
+    admission = Admission(stores, stores, LEASE, "pod/1", budgets, repeat_unknown=repeat)
+    await admission.hold("req_1", plan, "idem-1")
+    assert stores.claim is not None
+    assert stores.claim.repeat_unknown is repeat
+
+
+async def test_an_answer_that_is_there_costs_a_request_and_no_place() -> None:
+    stores = Stores()
+    admission = Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL))
+    await admission.pass_gate_for_replay("req_1", a_plan().caller)
+    assert stores.done == ["take req_1 1/0/0"]
+    stores.gate = Refusal(Limit(Scope.TEAM, "growth", Unit.REQUESTS, Window.MINUTE, 60), 1.0)
+    with pytest.raises(RateLimited):
+        await admission.pass_gate_for_replay("req_2", a_plan().caller)

@@ -42,7 +42,7 @@ from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Team
 from gateway.ports import Credential, NotKnown, Outgoing, Reply
-from gateway.relay.attempts import PAUSE_SECONDS, Attempts, Failed, Opened
+from gateway.relay.attempts import PATIENCE_SECONDS, PAUSE_SECONDS, Attempts, Failed, Opened
 from gateway.relay.body import Room, Spool
 from gateway.relay.health import Health, HealthListener, Why
 from gateway.relay.plan import Plan, Way
@@ -392,6 +392,24 @@ async def test_a_second_attempt_at_the_same_upstream_sends_the_same_bytes(tmp_pa
     assert answered(await bench.call(tmp_path)).attempts == 2
     assert upstream.bodies == [BODY, BODY]
     assert bench.heard.news == [("retried", A, "answered")]
+
+
+async def test_no_attempt_begins_that_could_outlive_the_hold(tmp_path: Path) -> None:
+    bench = Bench([Scripted(A), Scripted(B)])
+
+    def late(seconds: float) -> Script:
+        def answer() -> Step | BaseException:
+            bench.clock.seconds += seconds
+            return failing()
+
+        failing = says(500)
+        return answer
+
+    bench.upstreams[0].script.append(late(PATIENCE_SECONDS - 1))
+    assert answered(await bench.call(tmp_path)).attempts == 2
+    bench.upstreams[0].script.append(late(PATIENCE_SECONDS + 1))
+    found = failed(await bench.call(tmp_path, "req_2"))
+    assert (found.error.status, bench.log) == (500, ["a/1"])
 
 
 async def test_refused_keys_are_not_counted(tmp_path: Path) -> None:

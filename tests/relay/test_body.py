@@ -137,7 +137,7 @@ async def test_neither_memory_nor_disk(tmp_path: Path, disk: int, chunks: list[b
     room = Room(4, disk, tmp_path)
     *before, last = chunks
     spool = await full(room, 4, *before)
-    with pytest.raises(Overloaded, match="Nothing was lost; try again in") as refused:
+    with pytest.raises(Overloaded, match="Nothing was bought; try again in") as refused:
         await spool.write(last)
     assert refused.value.retry_after_seconds == 5
     assert await all_of(spool.slice()) == b"".join(before)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 
 import pytest
 
 import gateway.relay.drain
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.receipt import Receipt
+from gateway.ports import FlightNotice
 from gateway.relay.drain import Drain, shutting_down
 from gateway.relay.flights import Client, Flight, Flights
 
 RECEIPT = Receipt("req_1", "generation", 200)
+NOTICE = FlightNotice(
+    "req_1", "f", "growth", "k1", "generation", "art", False, datetime(2026, 11, 22, tzinfo=UTC)
+)
 
 
 async def turns() -> None:
@@ -37,7 +42,7 @@ class Story:
             self.done.append("landed")
             return RECEIPT
 
-        self.flights.launch("req_1", Client(), run)
+        self.flights.launch(NOTICE, Client(), run)
 
     def errand(self, until: asyncio.Event, *, durable: bool = False) -> asyncio.Task[None]:
         async def run() -> None:
@@ -84,7 +89,7 @@ async def test_an_errand_of_a_flight_is_waited_for_too() -> None:
         story.errand(running)
         return RECEIPT
 
-    story.flights.launch("req_1", Client(), run)
+    story.flights.launch(NOTICE, Client(), run)
     over = asyncio.ensure_future(story.drain.over())
     await turns()
     landing.set()

@@ -1,40 +1,56 @@
-"""A flight goes on whatever its client does, and everything it holds is let go once."""
+"""A flight goes on whatever its clients do, and everything it holds is let go once."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from gateway.domain.errors import ClientGone, UpstreamBroken
 from gateway.domain.receipt import Receipt
-from gateway.relay.flights import Client, Flight, Flights, Head
+from gateway.ports import FlightNotice
+from gateway.relay.flights import Client, Flight, Flights, Seat, Shown
 
 RECEIPT = Receipt("req_1", "generation", 200)
 
 
-async def nothing() -> AsyncIterator[bytes]:
-    for chunk in (b"",):
-        yield chunk
+def notice(rid: str = "req_1") -> FlightNotice:
+    at = datetime(2026, 11, 22, tzinfo=UTC)
+    return FlightNotice(rid, "f", "growth", "k1", "generation", "art", True, at)
+
+
+async def content() -> AsyncIterator[bytes]:
+    yield b"picture"
 
 
 @dataclass
 class Story:
-    """A flight that does what the test says, when it says so."""
+    """A flight that does what the test says, when it says so; it counts who holds its answer."""
 
     client: Client = field(default_factory=Client)
+    shared: int = 0
     closed: int = 0
     ended: bool = False
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def head(self) -> Head:
-        return Head(200, (("a", "b"),), None, nothing, self.close)
+    def shown(self) -> Shown:
+        common, own = (("a", "b"),), (("for", "the first"),)
+        return Shown(200, common, own, None, content, self.share, self.close)
+
+    def share(self) -> None:
+        self.shared += 1
 
     def close(self) -> None:
         self.closed += 1
+
+    @property
+    def held(self) -> int:
+        """Shares that were taken and not given back."""
+        return self.shared - self.closed
 
     def run(
         self, *acts: Callable[[Flight], None]
@@ -52,7 +68,7 @@ class Story:
         return flown
 
     def answer(self, flight: Flight) -> None:
-        flight.answer(self.head())
+        flight.show(self.shown())
 
     def refuse(self, flight: Flight) -> None:
         flight.refuse(UpstreamBroken("It broke."))
@@ -66,33 +82,39 @@ async def turns() -> None:
         await asyncio.sleep(0)
 
 
+# The client it was launched for
+
+
 async def test_the_client_has_the_head_before_the_flight_has_ended() -> None:
     story, flights = Story(), Flights()
-    flight = flights.launch("req_1", story.client, story.run(story.answer))
-    head = await flight.head()
-    assert (head.status, head.headers) == (200, (("a", "b"),))
+    flight = flights.launch(notice(), story.client, story.run(story.answer))
+    shown = await flight.own.shown(story.client)
+    head = shown.head(shown.own)
+    assert (head.status, head.headers) == (200, (("a", "b"), ("for", "the first")))
+    assert [chunk async for chunk in head.body()] == [b"picture"]
     assert flight.answered
-    assert (flights.count, story.ended, story.closed) == (1, False, 0)
+    assert (flights.count, story.ended, story.held) == (1, False, 1)
+    head.close()
     story.go_on.set()
     assert await flight.receipt() is RECEIPT
-    assert (flights.count, story.closed) == (0, 0)
+    assert (flights.count, story.shared, story.closed) == (0, 1, 1)
 
 
 async def test_an_error_is_an_answer_and_the_receipt_comes_all_the_same() -> None:
     story, flights = Story(), Flights()
-    flight = flights.launch("req_1", story.client, story.run(story.wait, story.refuse))
+    flight = flights.launch(notice(), story.client, story.run(story.wait, story.refuse))
     assert not flight.answered
     story.go_on.set()
     with pytest.raises(UpstreamBroken):
-        await flight.head()
+        await flight.own.shown(story.client)
     story.go_on.set()
     assert await flight.receipt() is RECEIPT
 
 
 async def test_a_client_that_leaves_does_not_stop_its_flight() -> None:
     story, flights = Story(), Flights()
-    flight = flights.launch("req_1", story.client, story.run(story.wait, story.answer))
-    waiting = asyncio.create_task(flight.head())
+    flight = flights.launch(notice(), story.client, story.run(story.wait, story.answer))
+    waiting = asyncio.create_task(flight.own.shown(story.client))
     await turns()
     story.client.leave()
     with pytest.raises(ClientGone) as gone:
@@ -100,43 +122,83 @@ async def test_a_client_that_leaves_does_not_stop_its_flight() -> None:
     assert gone.value.stage == "upstream"
     story.go_on.set()
     await turns()
-    # The answer that nobody waits for is let go at once.
-    assert (story.closed, flights.count) == (1, 1)
+    # Nobody takes a share of an answer that nobody waits for.
+    assert (story.shared, flights.count) == (0, 1)
     story.go_on.set()
     assert await flight.receipt() is RECEIPT
 
 
+async def test_a_client_that_leaves_is_told_where_its_flight_was() -> None:
+    story, flights = Story(), Flights()
+    flight = flights.launch(notice(), story.client, story.run(story.wait))
+    flight.stage = "queued"
+    story.client.leave()
+    with pytest.raises(ClientGone) as gone:
+        await flight.own.shown(story.client)
+    assert gone.value.stage == "queued"
+    story.go_on.set()
+    await flight.receipt()
+
+
 async def test_a_client_that_leaves_as_the_answer_comes_has_the_answer() -> None:
     story, flights = Story(), Flights()
-    flight = flights.launch("req_1", story.client, story.run(story.answer))
+    flight = flights.launch(notice(), story.client, story.run(story.answer))
     await turns()
     story.client.leave()
-    assert (await flight.head()).status == 200
-    assert story.closed == 0
+    assert (await flight.own.shown(story.client)).status == 200
+    assert story.held == 1
     story.go_on.set()
     await flights.drain(5)
 
 
 async def test_a_door_that_is_cancelled_leaves_nothing_open() -> None:
     story, flights = Story(), Flights()
-    flight = flights.launch("req_1", story.client, story.run(story.wait, story.answer))
-    waiting = asyncio.create_task(flight.head())
+    flight = flights.launch(notice(), story.client, story.run(story.wait, story.answer))
+    waiting = asyncio.create_task(flight.own.shown(story.client))
     await turns()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
     story.go_on.set()
     await turns()
-    assert (story.closed, story.ended) == (1, False)
+    assert (story.held, story.ended) == (0, False)
     story.go_on.set()
     await flights.drain(5)
     assert story.ended
 
 
+async def test_a_door_that_is_cancelled_with_the_answer_in_hand_gives_it_back() -> None:
+    story, flights = Story(), Flights()
+    flight = flights.launch(notice(), story.client, story.run(story.wait))
+    waiting = asyncio.create_task(flight.own.shown(story.client))
+    await turns()
+    story.answer(flight)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert (story.shared, story.held) == (1, 0)
+    story.go_on.set()
+    await flights.drain(5)
+
+
+async def test_patience_has_an_end_and_the_flight_goes_on() -> None:
+    story, flights = Story(), Flights()
+    flight = flights.launch(notice(), story.client, story.run(story.wait, story.answer))
+    with pytest.raises(TimeoutError):
+        await flight.own.shown(story.client, 0.001)
+    story.go_on.set()
+    await turns()
+    assert (story.shared, flights.count) == (0, 1)
+    late = await flight.watch().shown(Client(), 5)
+    assert (late.status, story.held) == (200, 1)
+    story.go_on.set()
+    assert await flight.receipt() is RECEIPT
+
+
 async def test_waiting_for_the_receipt_cannot_stop_the_flight() -> None:
     story, flights = Story(), Flights()
-    flight = flights.launch("req_1", story.client, story.run(story.answer))
-    await flight.head()
+    flight = flights.launch(notice(), story.client, story.run(story.answer))
+    await flight.own.shown(story.client)
     waiting = asyncio.create_task(flight.receipt())
     await turns()
     waiting.cancel()
@@ -150,15 +212,147 @@ async def test_waiting_for_the_receipt_cannot_stop_the_flight() -> None:
 async def test_the_first_answer_stands() -> None:
     story, flights = Story(), Flights()
     flight = flights.launch(
-        "req_1", story.client, story.run(story.answer, story.answer, story.refuse)
+        notice(), story.client, story.run(story.answer, story.answer, story.refuse)
     )
     await turns()
     for _ in range(3):
         story.go_on.set()
         await turns()
-    assert (await flight.head()).status == 200
-    assert story.closed == 1, "the second head is not given to anyone"
+    assert (await flight.own.shown(story.client)).status == 200
+    assert story.shared == 1, "the second answer is not given to anyone"
     await flight.receipt()
+
+
+# Everybody else who watches
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+async def test_everybody_who_watches_has_a_share_of_one_answer(count: int) -> None:
+    story, flights = Story(), Flights()
+    flight = flights.launch(notice(), story.client, story.run(story.wait, story.answer))
+    others = [flight.watch() for _ in range(count)]
+    waiting = [asyncio.create_task(watch.shown(Client())) for watch in (flight.own, *others)]
+    await turns()
+    story.go_on.set()
+    shown = await asyncio.gather(*waiting)
+    assert all(one is shown[0] for one in shown)
+    assert story.held == count + 1
+    for number, one in enumerate(shown):
+        head = one.head((("for", str(number)),))
+        assert head.headers == (("a", "b"), ("for", str(number))), "what is another's stays there"
+        head.close()
+    assert story.held == 0
+    story.go_on.set()
+    await flight.receipt()
+
+
+async def test_one_who_comes_late_has_what_the_first_has() -> None:
+    story, flights = Story(), Flights()
+    flight = flights.launch(notice(), story.client, story.run(story.answer))
+    first = await flight.own.shown(story.client)
+    late = flight.watch()
+    assert story.held == 2, "a share is taken at once: the spool may be given up any moment"
+    assert await late.shown(Client()) is first
+    story.go_on.set()
+    await flight.receipt()
+    assert await flight.watch().shown(Client()) is first, "right until it is closed"
+    assert story.held == 3
+
+
+async def test_one_who_comes_late_to_an_error_has_that() -> None:
+    story, flights = Story(), Flights()
+    flight = flights.launch(notice(), story.client, story.run(story.refuse))
+    await turns()
+    watches = [flight.own, flight.watch(), flight.watch()]
+    for watch in watches:
+        with pytest.raises(UpstreamBroken):
+            await watch.shown(Client())
+    story.go_on.set()
+    await flight.receipt()
+
+
+async def test_who_leaves_takes_nothing_from_those_who_stay() -> None:
+    story, flights = Story(), Flights()
+    flight = flights.launch(notice(), story.client, story.run(story.wait, story.answer))
+    stays, leaves = Client(), Client()
+    staying = asyncio.create_task(flight.watch().shown(stays))
+    leaving = asyncio.create_task(flight.watch().shown(leaves))
+    owning = asyncio.create_task(flight.own.shown(story.client))
+    await turns()
+    story.client.leave()
+    leaves.leave()
+    for task in (owning, leaving):
+        with pytest.raises(ClientGone):
+            await task
+    story.go_on.set()
+    assert (await staying).status == 200
+    assert (story.shared, story.held) == (1, 1)
+    story.go_on.set()
+    await flight.receipt()
+
+
+async def test_a_share_is_given_back_by_who_never_asked_for_it() -> None:
+    story, flights = Story(), Flights()
+    flight = flights.launch(notice(), story.client, story.run(story.answer))
+    await turns()
+    watch = flight.watch()
+    assert story.held == 2
+    watch.give_up()
+    flight.own.give_up()
+    assert (story.shared, story.held) == (2, 0)
+    story.go_on.set()
+    await flight.receipt()
+
+
+async def test_a_flight_is_found_until_it_is_closed() -> None:
+    story, flights = Story(), Flights()
+    flight = flights.launch(notice(), story.client, story.run(story.answer))
+    assert flights.find("req_1") is flight
+    assert flights.find("req_2") is None
+    await turns()
+    story.go_on.set()
+    await flight.receipt()
+    assert (flights.find("req_1"), flights.count, flight.closed) == (flight, 0, False)
+    flights.close(flight)
+    flights.close(flight)
+    assert (flights.find("req_1"), flight.closed) == (None, True)
+    with pytest.raises(RuntimeError, match="closed"):
+        flight.watch()
+
+
+# Who is there
+
+
+def test_who_leaves_or_hangs_up_gives_the_seat_back_once() -> None:
+    left: list[bool] = []
+
+    def leave(delivered: bool) -> None:
+        left.append(delivered)
+
+    seat = Seat(leave)
+    seat.leave(delivered=True)
+    seat.leave(delivered=False)
+    assert left == [True]
+
+
+@pytest.mark.parametrize("gone", [True, False])
+async def test_a_client_that_is_away_is_told_of_once(gone: bool) -> None:
+    client, told = Client(), []
+    client.when_away(lambda: told.append("first"))
+    client.when_away(lambda: told.append("second"))
+    assert told == []
+    for _ in range(2):
+        if gone:
+            client.leave()
+        else:
+            client.hang_up()
+    assert sorted(told) == ["first", "second"]
+    assert client.gone.is_set() is gone
+    client.when_away(lambda: told.append("late"))
+    assert told[-1] == "late"
+
+
+# What goes wrong
 
 
 @pytest.mark.parametrize("crash", [RuntimeError("a bug"), asyncio.CancelledError()])
@@ -167,28 +361,32 @@ async def test_a_flight_that_crashes_leaves_nobody_waiting(crash: BaseException)
         raise crash
 
     flights = Flights()
-    flight = flights.launch("req_1", Client(), crashes)
-    with pytest.raises(type(crash)):
-        await flight.head()
+    flight = flights.launch(notice(), Client(), crashes)
+    other = flight.watch()
+    for watch in (flight.own, other):
+        with pytest.raises(type(crash)):
+            await watch.shown(Client())
     with pytest.raises(type(crash)):
         await flight.receipt()
     assert flights.count == 0
+    assert flight.admitted.is_set()
+    assert flight.over.is_set()
 
 
 async def test_a_flight_that_ends_without_an_answer_leaves_nobody_waiting() -> None:
     async def silent(_: Flight) -> Receipt:
         return RECEIPT
 
-    flight = Flights().launch("req_1", Client(), silent)
+    flight = Flights().launch(notice(), Client(), silent)
     with pytest.raises(asyncio.CancelledError):
-        await flight.head()
+        await flight.own.shown(Client())
 
 
 async def test_an_error_that_nobody_asks_for_is_no_noise() -> None:
     heard: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: heard.append(context))
     story, flights = Story(), Flights()
-    flights.launch("req_1", story.client, story.run(story.refuse))
+    flights.launch(notice(), story.client, story.run(story.refuse)).watch()
     await turns()
     story.go_on.set()
     await flights.drain(5)
@@ -198,13 +396,16 @@ async def test_an_error_that_nobody_asks_for_is_no_noise() -> None:
 
 async def test_a_flight_has_no_receipt_before_it_starts() -> None:
     with pytest.raises(RuntimeError, match="after it has started"):
-        await Flight("req_1", Client()).receipt()
+        await Flight(notice(), Client()).receipt()
+
+
+# The end of the process
 
 
 async def test_a_drain_waits_for_every_flight_and_errand() -> None:
     flights, stories = Flights(), [Story(), Story()]
     for number, story in enumerate(stories):
-        flights.launch(f"req_{number}", story.client, story.run(story.wait))
+        flights.launch(notice(f"req_{number}"), story.client, story.run(story.wait))
     gate, done = asyncio.Event(), asyncio.Event()
 
     async def errand() -> None:
@@ -227,9 +428,9 @@ async def test_flights_that_begin_during_a_drain_are_waited_for() -> None:
     flights, first, second = Flights(), Story(), Story()
 
     def another(_: Flight) -> None:
-        flights.launch("req_2", second.client, second.run(second.wait))
+        flights.launch(notice("req_2"), second.client, second.run(second.wait))
 
-    flights.launch("req_1", first.client, first.run(first.wait, another))
+    flights.launch(notice(), first.client, first.run(first.wait, another))
     draining = asyncio.create_task(flights.drain(5))
     for _ in range(2):
         await turns()
@@ -246,7 +447,7 @@ async def test_an_empty_house_drains_at_once() -> None:
 
 async def test_a_drain_gives_up_what_does_not_end() -> None:
     flights, story = Flights(), Story()
-    flight = flights.launch("req_1", story.client, story.run(story.wait))
+    flight = flights.launch(notice(), story.client, story.run(story.wait))
     errand = flights.errand(asyncio.sleep(60))
     await flights.drain(0.01)
     assert (flights.count, story.ended) == (0, False)

@@ -75,16 +75,24 @@ PLAN = Plan(
 )
 
 
+@pytest.mark.parametrize("cache", list(CacheResult))
+def test_every_answer_says_which_request_it_is_for(cache: CacheResult) -> None:
+    assert headers.of_request("req_1", cache) == (
+        ("x-request-id", "req_1"),
+        ("x-cache", cache.value),
+    )
+
+
 @pytest.mark.parametrize(
     ("stream", "form"),
     [(False, "application/json"), (True, "text/event-stream; charset=utf-8")],
 )
-@pytest.mark.parametrize("cache", list(CacheResult))
-def test_every_answer_says_whose_it_is(stream: bool, form: str, cache: CacheResult) -> None:
-    assert headers.of_call("req_1", replace(PLAN, cache=cache), stream) == (
-        ("content-type", form),
-        ("x-request-id", "req_1"),
-        ("x-cache", cache.value),
+def test_every_answer_says_what_form_it_has(stream: bool, form: str) -> None:
+    assert headers.of_form(stream) == (("content-type", form),)
+
+
+def test_every_answer_says_who_makes_the_picture() -> None:
+    assert headers.of_way(PLAN, PLAN.way) == (
         ("x-model-served", "gpt-image-2"),
         ("x-gateway-upstream", "comet"),
     )
@@ -99,7 +107,7 @@ def test_every_answer_says_whose_it_is(stream: bool, form: str, cache: CacheResu
 )
 def test_what_was_filled_in_is_said(pinned: dict[str, str], said: str) -> None:
     plan = replace(PLAN, call=replace(PLAN.call, pinned=pinned))
-    assert dict(headers.of_call("req_1", plan, False))["x-gateway-changed"] == said
+    assert dict(headers.of_way(plan, plan.way))["x-gateway-changed"] == said
 
 
 def test_little_passes_from_an_upstream() -> None:
@@ -352,23 +360,43 @@ async def test_an_error_is_sent_as_it_is() -> None:
     assert json.loads(content)["error"]["message"] == "Größe?"
 
 
-def test_what_was_said_is_corrected_by_the_way_that_answered() -> None:
-    said = headers.of_call("req_1", PLAN, stream=False)
-    same = headers.of_way(said, PLAN, PLAN.way, 1)
-    assert dict(same) == {**dict(said), "x-gateway-attempts": "1"}
+def test_another_way_than_the_first_is_said_as_it_is() -> None:
     spare = Model("spare", Target("azure", "dep-1"))
     pinned = replace(PLAN, call=replace(CALL, pinned={"size": "1024x1024"}))
-    other = headers.of_way(
-        headers.of_call("req_1", pinned, stream=False),
-        pinned,
-        Way(spare, spare.target, Azure(), QUOTE),
-        3,
+    assert headers.of_way(pinned, Way(spare, spare.target, Azure(), QUOTE)) == (
+        ("x-model-served", "dep-1"),
+        ("x-gateway-upstream", "azure"),
+        ("x-gateway-changed", "size=1024x1024, model=spare"),
     )
-    assert len(other) == len(dict(other))
-    assert dict(other) == {
-        **dict(said),
-        "x-gateway-upstream": "azure",
-        "x-model-served": "dep-1",
-        "x-gateway-changed": "size=1024x1024, model=spare",
-        "x-gateway-attempts": "3",
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_how_often_it_was_sent_is_said(count: int) -> None:
+    assert headers.of_attempts(count) == (("x-gateway-attempts", str(count)),)
+
+
+def test_what_was_never_sent_cost_nothing() -> None:
+    assert dict(headers.NOTHING_SPENT) == {
+        "x-gateway-attempts": "0",
+        "x-cost-usd": "0",
+        "x-cost-basis": "none",
     }
+
+
+def test_the_advice_of_an_error_is_kept_apart_from_its_head() -> None:
+    error = UpstreamUnavailable("No.", retry_after_seconds=90)
+    advice = headers.of_advice(error)
+    assert dict(advice) == {
+        "retry-after": "90",
+        "retry-after-ms": "90000",
+        "x-should-retry": "false",
+    }
+    assert set(advice) <= set(headers.error_head(error, "req_1").headers)
+
+
+def test_what_an_error_says_goes_before_what_is_known_of_the_request() -> None:
+    error = UpstreamUnknown("Perhaps.")
+    head = headers.error_head(error, "req_2", headers.of_request("req_1", CacheResult.JOIN))
+    assert dict(head.headers)["x-request-id"] == "req_2"
+    assert dict(head.headers)["x-cache"] == "join"
+    assert len(head.headers) == len(dict(head.headers))

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.relay.health import (
+    MAX_QUARANTINE_SECONDS,
     MAX_RETRY_AFTER_SECONDS,
     PROBE_SECONDS,
     CircuitState,
@@ -337,7 +338,7 @@ def test_no_key_is_lost_for_ever(steps: list[tuple[str, float]]) -> None:
                 case _:
                     getattr(ward.health, ending)(ticket)
         ward.seconds += seconds
-    assert ward.health.wait(*ONE) <= PROBE_SECONDS
-    ward.seconds += PROBE_SECONDS
+    assert ward.health.wait(*ONE) <= MAX_QUARANTINE_SECONDS
+    ward.seconds += MAX_QUARANTINE_SECONDS
     ward.health.succeeded(ward.leave())
     assert ward.waits() == 0

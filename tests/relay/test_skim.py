@@ -707,6 +707,7 @@ KEEP_ALIVE = ": keepalive\n\n"
         ("retry: 1\nextra: 2\ndata: {}\n\n", "retry: 1\nextra: 2\ndata: {}\n\n"),
         ("event: x\ndata: [DONE]\n\n", "event: x\ndata: [DONE]\n\n"),
         (": caf\u00e9 \u2028\n\n", ": caf\u00e9 \u2028\n\n"),
+        ("\u20acuro: \u00e9\n\n", ":??uro: ??\n\n"),
     ],
 )
 def test_a_line_that_says_nothing_becomes_a_comment(stream: str, passes: str) -> None:
@@ -732,7 +733,8 @@ def test_what_is_not_utf8_beside_the_data_is_no_obstacle(stream: bytes, passes: 
 
 noise = st.lists(
     st.sampled_from([b"id: 7", b"id", b"retry: 1", b"event: a", b"event:", b"data:", b"", b"x"])
-    | st.binary(max_size=9),
+    | st.binary(max_size=9)
+    | st.text(max_size=3).map(lambda text: text.encode("utf-8", "replace")),
     max_size=6,
 ).map(b"\n".join)
 

@@ -25,13 +25,17 @@ def row(team: str, model: str, cost: int, key: str = "k", requests: int = 1) -> 
     return UsageRow(DAY, team, key, model, requests=requests, cost=cost)
 
 
-def served(model: str) -> Target | None:
-    """An alias, a model of another upstream, one that is gone, and a wildcard."""
+def served(model: str) -> tuple[Target, ...]:
+    """An alias, a model of another upstream, one that is gone, one of both, and a wildcard."""
     if model == "gone":
-        return None
+        return ()
     if model == "mountains":
-        return Target("other", "mountain-1")
-    return Target("openai", FLARE if model == "team-art" else model)
+        return (Target("other", "mountain-1"),)
+    if model == "both":
+        return (Target("openai", FLARE), Target("other", "dep-1"))
+    if model == "twice":
+        return (Target("openai", FLARE), Target("openai", "dep-2"))
+    return (Target("openai", FLARE if model == "team-art" else model),)
 
 
 def items(**amounts: int) -> list[BilledItem]:
@@ -261,3 +265,35 @@ def test_as_a_file() -> None:
     report = as_json(found, ONE)
     assert report["drifts"] == [FLARE, "total"]
     assert report["alert_percent"] == "1"
+
+
+def test_of_a_model_of_two_upstreams_only_the_calls_of_this_one_count() -> None:
+    rows = [row("growth", "both", 100), row("design", "both", 50), row("growth", FLARE, 10)]
+    routed = [
+        ("openai", row("growth", "both", 60)),
+        ("other", row("growth", "both", 30)),
+        ("other", row("design", "both", 50)),
+        ("openai", row("growth", FLARE, 10)),
+    ]
+    found = reconcile(["openai"], DAY, [BilledItem(FLARE, 77)], rows, served, (), routed)
+    assert found.models == (Drift(FLARE, 77, 70),)
+    assert found.unattributed == (("both", 10),)
+    assert {(one.team, one.model): one.amount for one in found.proposals} == {
+        ("growth", "both"): 6,
+        ("growth", FLARE): 1,
+    }
+    assert found.seen == (("both", 150), (FLARE, 10))
+    there = reconcile(["other"], DAY, [BilledItem("dep-1", 80)], rows, served, (), routed)
+    assert (there.models, there.proposals) == ((Drift("dep-1", 80, 80),), ())
+    everywhere = reconcile(["openai", "other"], DAY, [BilledItem(FLARE, 90),
+                           BilledItem("dep-1", 80)], rows, served, (), routed)  # fmt: skip
+    assert everywhere.models == (Drift(FLARE, 170, 160),)
+    assert everywhere.unattributed == ()
+    assert as_json(found, ONE)["unattributed"] == [{"model": "both", "booked_usd": "0.00000001"}]
+
+
+def test_two_names_of_one_model_are_one() -> None:
+    rows = [row("growth", "twice", 100), row("growth", "dep-2", 5)]
+    bill = [BilledItem(FLARE, 70), BilledItem("dep-2, image output", 35)]
+    found = reconcile(["openai"], DAY, bill, rows, served)
+    assert found.models == (Drift(FLARE, 105, 105),)

@@ -193,6 +193,7 @@ COMPOSED = {
     "gateway_inflight_upstream_requests",
     "gateway_queued_requests",
     "gateway_queue_seconds",
+    "gateway_upstream_pool_wait_seconds",
     "gateway_fds",
     "gateway_connections_refused_total",
     "gateway_loop_lag_seconds",

@@ -44,7 +44,8 @@ class Ledger:
             holds=[
                 Hold(
                     rid, state, bound, cost, tuple(json.loads(accounts)), tuple(json.loads(flags)),
-                    key,
+                    # As its client wrote it: the ledger has its route before it.
+                    key and key.rpartition(":")[2],
                 )
                 for rid, state, bound, cost, accounts, flags, key in query(
                     "SELECT rid, state, bound, cost, accounts, flags, idempotency_key FROM hold"
