@@ -157,6 +157,12 @@ async def test_what_a_dead_process_left_is_known_to_the_next(
         assert sandbox.journal.received == death.bought, "nothing is bought again"
         assert Books.read(database).spent == hold.cost
 
+        # Who asks without any mark may be told of it once, and then decides: it is bought anew.
+        plain = [await http.post(url(second), json=asked) for _ in range(2)]
+        assert code_of(plain[0]) in (PICTURE, death.result)
+        assert code_of(plain[1]) == PICTURE
+        assert sandbox.journal.received <= death.bought + 1
+
         # Somebody else's call goes as ever.
         other = await http.post(url(second), json={**asked, "prompt": f"{name}, another"})
         assert other.status_code == 200
