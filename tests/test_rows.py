@@ -1,4 +1,4 @@
-"""The table of the fault matrix is true: it has every row, and every test that it names is there."""
+"""The table of the fault matrix is true: it has every row, and all that it names is there."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 
 
 @cache
-def tests_in(file: str) -> frozenset[str]:
+def names_in(file: str) -> frozenset[str]:
     """The names of a file's tests."""
     tree = ast.parse((TESTS / file).read_text())
     found = (ast.AsyncFunctionDef, ast.FunctionDef)
@@ -33,8 +33,8 @@ def test_every_test_that_is_named_is_there(row: int) -> None:
     for name in ROWS[row]:
         file, _, test = name.partition("::")
         assert (TESTS / file).is_file(), f"row {row}: no {file}"
-        assert tests_in(file), f"row {row}: no test in {file}"
-        assert not test or test in tests_in(file), f"row {row}: no {name}"
+        assert names_in(file), f"row {row}: no test in {file}"
+        assert not test or test in names_in(file), f"row {row}: no {name}"
     assert len(set(ROWS[row])) == len(ROWS[row])
 
 

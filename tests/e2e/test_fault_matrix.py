@@ -214,6 +214,7 @@ class Fault:
     cost: int | None = None
     tries: int = 1
     timeouts: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
     """What the client gets, unchanged."""
 
@@ -327,6 +328,11 @@ def _faults() -> list[Fault]:
         for status in (500, 503)
     ]  # fmt: skip
     found += [
+        unsure(58, f"{status} that may be billed", says(f"{status} No", SERVER), "5xx",
+               settings={"bill_on_5xx": "always"})
+        for status in (500, 503)
+    ]  # fmt: skip
+    found += [
         unsure(59, f"{status} of an edge", says(f"{status} No", EDGE_PAGE, *EDGE), "edge",
                status=504)
         for status in (500, 502, 503, 504, 520, 524)
@@ -379,7 +385,7 @@ async def ask(gateway: GatewayUnderTest, form: str = "json", **headers: str) -> 
 
 def upstreams(first: Mapping[str, Any], second: RawServer | None, fault: Fault) -> dict[str, Any]:
     timeouts = {**dict(first.get("timeouts", {})), **fault.timeouts}
-    found = {"openai": {**first, **({"timeouts": timeouts} if timeouts else {})}}
+    found = {"openai": {**first, **fault.settings, **({"timeouts": timeouts} if timeouts else {})}}
     names = ["openai"]
     if second is not None:
         names.append("azure")
