@@ -160,6 +160,13 @@ class ImageUrls(StrEnum):
     PASSTHROUGH = "passthrough"
 
 
+class BillOn5xx(StrEnum):
+    """Whether an upstream's own failure may be on its bill."""
+
+    NEVER = "never"
+    ALWAYS = "always"
+
+
 class UnknownParameters(StrEnum):
     """What to do with a parameter that OpenAI's contract does not list."""
 
@@ -646,6 +653,7 @@ class Upstream:
     prices: str = setting(text(r"[a-z0-9][a-z0-9_.-]{0,62}", "a provider's name"), "openai")
     allow_http: bool = setting(boolean, False)
     image_urls: ImageUrls = setting(choice(ImageUrls), ImageUrls.REFUSE)
+    bill_on_5xx: BillOn5xx = setting(choice(BillOn5xx), BillOn5xx.NEVER)
     admin_key: Secret | None = setting(optional(_provider_admin_key), None)
 
     @property
@@ -1243,7 +1251,12 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         ledger=replace(document.ledger, spool=folder / document.ledger.spool),
         upstreams=MappingProxyType(upstreams),
         catalogue=_catalogue(
-            document.models or {}, _names(root, "models"), _names(root, "upstreams")
+            document.models or {},
+            _names(root, "models"),
+            _names(root, "upstreams"),
+            frozenset(
+                name for name, one in upstreams.items() if one.bill_on_5xx is BillOn5xx.ALWAYS
+            ),
         ),
         prices=document.prices,
         cache=document.cache,
@@ -1360,12 +1373,16 @@ def _longest_call(upstreams: Mapping[str, Upstream]) -> float:
 
 
 def _catalogue(
-    entries: Mapping[str, _ModelEntry], named: frozenset[str], upstreams: frozenset[str]
+    entries: Mapping[str, _ModelEntry],
+    named: frozenset[str],
+    upstreams: frozenset[str],
+    billing: frozenset[str],
 ) -> Catalogue:
-    """``named`` are all models of the file, also those that were refused."""
+    """``named`` are all models of the file, also those that were refused; ``billing`` are the
+    upstreams whose own failures may be on their bill."""
     models: dict[str, Model] = {}
     for name, entry in entries.items():
-        target, *others = _targets(name, entry, upstreams)
+        target, *others = _targets(name, entry, upstreams, billing)
         if name == WILDCARD and entry.model is not None:
             entry.model.wrong(f'"{WILDCARD}" passes every name on as it is: remove this')
         if entry.pin is not None and entry.auto is not Auto.PIN:
@@ -1388,7 +1405,9 @@ def _catalogue(
     return Catalogue(MappingProxyType(models), wildcard)
 
 
-def _targets(name: str, entry: _ModelEntry, upstreams: frozenset[str]) -> list[Target]:
+def _targets(
+    name: str, entry: _ModelEntry, upstreams: frozenset[str], billing: frozenset[str]
+) -> list[Target]:
     """Where a model is served, as the file lists it."""
     if entry.upstreams is None:
         assert entry.upstream is not None, "one of both was written"
@@ -1410,6 +1429,7 @@ def _targets(name: str, entry: _ModelEntry, upstreams: frozenset[str]) -> list[T
             each.order or place,
             each.weight,
             (each.upstream_stream or entry.upstream_stream) is UpstreamStream.ALWAYS,
+            upstream in billing,
         )
         if any((one.upstream, one.model) == (upstream, target.model) for one in found):
             each.upstream.wrong("is listed twice with the same model: give it more weight instead")

@@ -43,7 +43,7 @@ from gateway.relay.turnstile import Turnstile
 from gateway.reload import needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
-from gateway.settings import ConfigError, ImageUrls, Kind, Settings
+from gateway.settings import BillOn5xx, ConfigError, ImageUrls, Kind, Settings
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.account import Account
@@ -172,6 +172,7 @@ def _shape(configured: UpstreamSettings) -> UpstreamSettings:
         max_in_flight=None,
         allow_http=False,
         image_urls=ImageUrls.REFUSE,
+        bill_on_5xx=BillOn5xx.NEVER,
     )
 
 

@@ -864,6 +864,18 @@ def test_several_upstreams_of_a_model(tmp_path: Path) -> None:
     assert (made.relay.attempts, made.relay.on_unknown) == (3, OnUnknown.REPEAT)
 
 
+def test_where_failures_may_be_billed_every_target_knows(tmp_path: Path) -> None:
+    made = read(
+        tmp_path,
+        "upstreams:\n"
+        "  one: {kind: openai, base_url: 'https://h/v1', api_keys: [k], bill_on_5xx: always}\n"
+        "  two: {kind: openai, base_url: 'https://i/v1', api_keys: [k]}\n"
+        "models: {a: {upstreams: [one, two]}}\n",
+    )
+    targets = made.catalogue.models["a"].targets
+    assert [target.failures_billed for target in targets] == [True, False]
+
+
 def test_an_upstream_whose_keys_are_all_unset_is_off(tmp_path: Path) -> None:
     made = read(
         tmp_path,

@@ -25,7 +25,8 @@ class Target:
 
     Of several targets the lowest ``order`` comes first, and those of one order share by
     ``weight``. ``stream_always``: it is asked for events even where the client wants JSON
-    (``upstream_stream: always``), so that no wall on silent answers cuts it.
+    (``upstream_stream: always``), so that no wall on silent answers cuts it. ``failures_billed``:
+    its owner knows that a 500 or a 503 there may be on the bill (``bill_on_5xx: always``).
     """
 
     upstream: str
@@ -33,6 +34,7 @@ class Target:
     order: int = 0
     weight: int = 1
     stream_always: bool = False
+    failures_billed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -354,7 +354,9 @@ class Attempts:
         if reply.status == 200:
             return reply, None
         try:
-            return reply, await _refusal(reply, way.upstream.name)
+            return reply, await _refusal(
+                reply, way.upstream.name, failures_billed=way.target.failures_billed
+            )
         finally:
             await reply.aclose()
 
@@ -371,7 +373,7 @@ class Attempts:
             self._health.unused(ticket)
         elif isinstance(error, UpstreamAccount):
             self._health.refused(ticket, _why(error, reply.status if reply else 0))
-        elif kind in UNREACHED or (kind is Kind.SERVER and error.evidence is Evidence.NOT_BILLED):
+        elif kind in UNREACHED or kind is Kind.SERVER:
             self._health.failed(ticket)
         elif kind is Kind.LIMITED:
             self._health.limited(ticket, said_wait(reply.headers) if reply else None)
@@ -459,7 +461,7 @@ def _is_stream(reply: Reply) -> bool:
     return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")
 
 
-async def _refusal(reply: Reply, upstream: str) -> GatewayError:
+async def _refusal(reply: Reply, upstream: str, *, failures_billed: bool) -> GatewayError:
     """The error that any answer but a 200 amounts to."""
     text = b""
     try:
@@ -470,4 +472,4 @@ async def _refusal(reply: Reply, upstream: str) -> GatewayError:
     except GatewayError:
         # The status has been said, and it decides; its text was cut.
         text = b""
-    return refusal(reply.status, reply.headers, text, upstream)
+    return refusal(reply.status, reply.headers, text, upstream, failures_billed=failures_billed)

@@ -62,17 +62,18 @@ class ResultDesk:
         if flight is not None and flight.notice.team == team:
             return flight.notice, flight.partials
         seen = await self._board.look(real)
-        if seen is not None and seen.notice.team == team and not seen.ended:
-            if not seen.alive:
-                raise unknown_outcome(real)
+        listed = seen is not None and seen.notice.team == team and not seen.ended
+        if seen is not None and listed and seen.alive:
             return seen.notice, seen.partials
         hold = await self._books.find(real)
         if hold is None or hold.team != team:
+            if listed:
+                raise unknown_outcome(real)
             raise no_result(rid, self._policy.ttl, self._policy.idempotent_ttl)
-        if hold.state is State.EXPIRED:
+        if hold.state is State.EXPIRED or (listed and hold.state is State.HELD):
             raise unknown_outcome(real)
         age = (self._clock.now() - hold.at).total_seconds()
-        if hold.state is State.HELD or (seen is not None and age < KEEPING_SECONDS):
+        if hold.state is State.HELD or (seen is not None and not listed and age < KEEPING_SECONDS):
             return (
                 FlightNotice(
                     hold.rid, "", team, hold.key_id, hold.operation, hold.model, False, hold.at

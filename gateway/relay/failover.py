@@ -121,6 +121,7 @@ def verdict(error: GatewayError) -> Next:
         401, 402, 403, billing, 429                      other key first
         400, 422, moderation, every other 4xx, 3xx       stop
         sent and unknown, an edge's 5xx, after a 200     stop
+        500, 503 where ``bill_on_5xx: always``           stop
     """
     kind = kind_of(error)
     if error.evidence is not Evidence.NOT_BILLED or kind is None:
@@ -143,10 +144,18 @@ _ACCOUNT = re.compile(rb"\b(org|proj)[-_][A-Za-z0-9]{6,}")
 RETRY_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
 
 
-def refusal(status: int, headers: Mapping[str, str], body: bytes, upstream: str) -> GatewayError:
+def refusal(
+    status: int,
+    headers: Mapping[str, str],
+    body: bytes,
+    upstream: str,
+    *,
+    failures_billed: bool = False,
+) -> GatewayError:
     """The error that an upstream's answer other than 200 amounts to.
 
-    ``headers`` have lower-case names. The error's ``evidence`` says what the call owes.
+    ``headers`` have lower-case names. The error's ``evidence`` says what the call owes; with
+    ``failures_billed`` a failure of the API itself proves nothing.
     """
     error = _api_error(body)
     if 300 <= status < 400:
@@ -177,6 +186,12 @@ def refusal(status: int, headers: Mapping[str, str], body: bytes, upstream: str)
             "picture may have been made and paid for, so this is not retried for you.",
             status=504,
             reason="upstream_edge",
+        )
+    if status >= 500 and failures_billed:
+        return UpstreamUnknown(
+            f"The upstream {upstream} failed by itself ({status}), and such failures may be on its "
+            "bill: money may have been spent. Sending it again may buy it twice.",
+            reason="upstream_5xx",
         )
     if status >= 500:
         return _passed_on(status, headers, body, error, "upstream_5xx")

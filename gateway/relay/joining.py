@@ -154,6 +154,8 @@ class Joining:
             if seen is not None and not seen.ended:
                 missing_since = None
                 if not seen.alive:
+                    # Its last act may have been to settle.
+                    await self._ask_the_books(rid, team, over=True)
                     raise unknown_outcome(rid)
                 if stream and self._shared and await self._has_begun(rid):
                     return self._passed_on(rid, team)

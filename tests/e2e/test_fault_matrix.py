@@ -7,7 +7,6 @@ another upstream may be asked. ``tests/rows.py`` says which tests prove which ro
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 import re
@@ -37,6 +36,7 @@ from tests.upstream.raw_server import Peer, RawServer, raw_server
 ASKED = {"model": "art", "prompt": "A lighthouse", "quality": "low", "size": "1024x1024"}
 FRESH = {"cache-control": "no-cache"}
 MIB = 1024 * 1024
+LARGE_BYTES = 12_000_000
 METADATA = "http://169.254.169.254/latest/meta-data/"
 
 Place = Callable[[Path], AbstractAsyncContextManager[tuple[dict[str, Any], RawServer | None]]]
@@ -214,6 +214,7 @@ class Fault:
     cost: int | None = None
     tries: int = 1
     timeouts: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
     """What the client gets, unchanged."""
 
@@ -281,8 +282,9 @@ def _faults() -> list[Fault]:
         refused(46, "a failure in a success", says("200 OK", SERVER), 502, "server_error",
                 "200_error", retry="false"),
         broken(50, "an answer without end", endless, "too_large"),
-        broken(51, "a stream that is cut", cuts.cut(cuts.stream_head() + cuts.chunk(cuts.partial())),
-               "truncated", form="stream", partials=1),
+        broken(51, "a stream that is cut",
+               cuts.cut(cuts.stream_head() + cuts.chunk(cuts.partial())), "truncated",
+               form="stream", partials=1),
         broken(51, "a stream without a picture", events(cuts.partial()), "sse", form="stream",
                partials=1),
         broken(51, "an empty stream", events(), "sse", form="stream"),
@@ -326,6 +328,11 @@ def _faults() -> list[Fault]:
         for status in (500, 503)
     ]  # fmt: skip
     found += [
+        unsure(58, f"{status} that may be billed", says(f"{status} No", SERVER), "5xx",
+               settings={"bill_on_5xx": "always"})
+        for status in (500, 503)
+    ]  # fmt: skip
+    found += [
         unsure(59, f"{status} of an edge", says(f"{status} No", EDGE_PAGE, *EDGE), "edge",
                status=504)
         for status in (500, 502, 503, 504, 520, 524)
@@ -348,10 +355,6 @@ def _faults() -> list[Fault]:
     return found
 
 
-PADDING_BYTES = 12_000_000
-LARGE_BYTES = PADDING_BYTES
-
-
 @dataclass(frozen=True)
 class Said:
     """What a client was told."""
@@ -366,7 +369,7 @@ async def ask(gateway: GatewayUnderTest, form: str = "json", **headers: str) -> 
     """One call, and its error where it has one."""
     async with gateway.http(headers={**FRESH, **headers}) as http:
         if form == "large":
-            picture = noise() + bytes(PADDING_BYTES)
+            picture = noise() + bytes(LARGE_BYTES)
             answer = await http.post(
                 "/images/edits", data=ASKED, files={"image": ("a.png", picture, "image/png")}
             )
@@ -382,7 +385,7 @@ async def ask(gateway: GatewayUnderTest, form: str = "json", **headers: str) -> 
 
 def upstreams(first: Mapping[str, Any], second: RawServer | None, fault: Fault) -> dict[str, Any]:
     timeouts = {**dict(first.get("timeouts", {})), **fault.timeouts}
-    found = {"openai": {**first, **({"timeouts": timeouts} if timeouts else {})}}
+    found = {"openai": {**first, **fault.settings, **({"timeouts": timeouts} if timeouts else {})}}
     names = ["openai"]
     if second is not None:
         names.append("azure")

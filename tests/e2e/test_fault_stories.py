@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 import gateway.api.door
 from gateway import assembly
+from gateway.domain.call import Json
 from gateway.domain.ledger import Outcome
 from gateway.domain.money import NANOS_PER_DOLLAR
 from gateway.sandbox.rules import Rule
@@ -100,7 +101,7 @@ async def test_a_client_that_reads_a_byte_at_a_time_is_dropped_and_finds_it_kept
 
         async def dawdle() -> None:
             with suppress(OSError):
-                while await asyncio.get_running_loop().sock_recv(client, 1):
+                while await asyncio.get_running_loop().sock_recv(client, 1):  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
 
         reading = asyncio.create_task(dawdle())
@@ -248,7 +249,7 @@ async def test_whatever_the_bill_says_the_picture_passes_and_money_is_sane(
 
 
 async def test_a_bill_that_cannot_be_is_counted(gateway: GatewayUnderTest) -> None:
-    absurd = {"input_tokens": 3, "output_tokens": 10**18}
+    absurd: Json = {"input_tokens": 3, "output_tokens": 10**18}
     gateway.sandbox.rules.add(Rule(usage=absurd, payload_bytes=400))
     answer = await buy(gateway)
     assert (answer.status_code, answer.headers["x-cost-basis"]) == (200, "estimated")

@@ -129,6 +129,16 @@ def test_an_apis_own_error_passes_byte_for_byte(status: int, spaces: bytes) -> N
     assert error.code == "c"
 
 
+@pytest.mark.parametrize("status", [500, 503])
+def test_a_failure_that_may_be_billed_proves_nothing(status: int) -> None:
+    error = refusal(status, {}, said(code="c"), "openai", failures_billed=True)
+    assert type(error) is UpstreamUnknown
+    assert (error.status, error.should_retry, error.evidence) == (502, False, U)
+    assert (kind_of(error), verdict(error)) == (Kind.SERVER, Next.STOP)
+    limited = refusal(429, {}, said(code="c"), "openai", failures_billed=True)
+    assert limited.evidence is N
+
+
 @pytest.mark.parametrize("status", [401, 402, 403])
 @pytest.mark.parametrize("body", [said(message=SECRET, code="invalid_api_key"), SECRET.encode()])
 def test_what_an_upstream_says_of_the_owners_key_never_passes(status: int, body: bytes) -> None:
