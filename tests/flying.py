@@ -23,9 +23,8 @@ from PIL import Image
 
 import gateway.app
 import gateway.assembly
-from gateway.assembly import Store
 from gateway.domain.ledger import UsageRow
-from gateway.ports import Clock, FlightNotice
+from gateway.ports import Clock, FlightNotice, Store
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.watch import Gate
 from gateway.settings import Settings

@@ -78,7 +78,7 @@ async def leave(house: House, body: dict[str, Any] | None = None, *headers: str)
 async def test_an_impatient_sdk_gets_the_picture_that_it_asked_for_first(house: House) -> None:
     gate = house.hold_back()
     async with house.gateway.sdk(max_retries=8, timeout=IMPATIENT_SECONDS) as sdk:
-        asked = asyncio.create_task(
+        asked = asyncio.ensure_future(
             sdk.images.with_raw_response.generate(**ASKED, extra_headers=FRESH)
         )
         await house.joins(1)
@@ -161,7 +161,7 @@ async def test_an_impatient_edit_with_a_large_picture(house: House) -> None:
     assert len(picture) > 1_700_000
     gate = house.hold_back()
     async with house.gateway.sdk(max_retries=8, timeout=IMPATIENT_SECONDS) as sdk:
-        asked = asyncio.create_task(
+        asked = asyncio.ensure_future(
             sdk.images.with_raw_response.edit(
                 image=("in.png", picture, "image/png"), **ASKED, extra_headers=FRESH
             )
@@ -177,7 +177,7 @@ async def test_an_impatient_edit_with_a_large_picture(house: House) -> None:
 async def test_an_impatient_stream(house: House) -> None:
     gate = house.hold_back()
     async with house.gateway.sdk(max_retries=8, timeout=IMPATIENT_SECONDS) as sdk:
-        asked = asyncio.create_task(
+        asked = asyncio.ensure_future(
             sdk.images.generate(**ASKED, stream=True, partial_images=2, extra_headers=FRESH)
         )
         await house.joins(1)
@@ -226,7 +226,9 @@ async def test_two_that_gave_up_find_their_two_flights(house: House) -> None:
     gate = house.hold_back()
     async with house.gateway.sdk(max_retries=8, timeout=IMPATIENT_SECONDS) as sdk:
         calls = [
-            asyncio.create_task(sdk.images.with_raw_response.generate(**ASKED, extra_headers=FRESH))
+            asyncio.ensure_future(
+                sdk.images.with_raw_response.generate(**ASKED, extra_headers=FRESH)
+            )
             for _ in range(2)
         ]
         await gate.arrived(2)

@@ -35,11 +35,12 @@ SILENCE_SECONDS = 0.2
 
 
 async def post(
-    house: House, body: dict[str, Any] = ASKED, key: str = KEY, **headers: str
+    house: House,
+    body: dict[str, Any] = ASKED,
+    headers: dict[str, str] | None = None,
 ) -> httpx.Response:
-    async with house.gateway.http(key) as http:
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        return await http.post(GENERATIONS, json=body, headers=named)
+    async with house.gateway.http() as http:
+        return await http.post(GENERATIONS, json=body, headers=headers)
 
 
 async def get(house: House, rid: str, key: str = KEY, **headers: str) -> httpx.Response:
@@ -123,7 +124,7 @@ async def test_one_who_joined_finds_it_by_an_id_of_its_own(house: House) -> None
     gate = house.hold_back()
     first = asyncio.create_task(post(house))
     await house.watched_by(1)
-    second = asyncio.create_task(post(house, x_stainless_retry_count="1"))
+    second = asyncio.create_task(post(house, headers={"x-stainless-retry-count": "1"}))
     await house.watched_by(2)
     gate.set()
     answers = await asyncio.gather(first, second)
@@ -158,7 +159,7 @@ async def test_a_refusal_of_the_upstream_is_a_result_too(house: House) -> None:
 async def test_its_time_has_an_end(fly: Fly, keyed: bool) -> None:
     async with fly({"results": {"ttl": "15m", "idempotent_ttl": "24h"}}) as house:
         headers = {"idempotency-key": "order-1"} if keyed else {}
-        rid = (await post(house, **headers)).headers["x-request-id"]
+        rid = (await post(house, headers=headers)).headers["x-request-id"]
         await house.over()
         house.gateway.clock.advance(**({"hours": 23} if keyed else {"minutes": 14}))
         assert (await get(house, rid)).status_code == 200
@@ -184,7 +185,7 @@ async def test_results_are_only_fetched(house: House, method: str) -> None:
 async def test_what_is_not_to_be_stored_is_not_kept(
     house: House, headers: dict[str, str], kept: bool
 ) -> None:
-    answer = await post(house, **{"cache-control": "no-store"}, **headers)
+    answer = await post(house, headers={"cache-control": "no-store", **headers})
     await house.over()
     found = await get(house, answer.headers["x-request-id"], prefer="wait=20")
     assert found.status_code == (200 if kept else 410)
@@ -199,7 +200,7 @@ async def test_who_does_not_wait_is_told_where_it_will_be(
     house: House, headers: dict[str, str]
 ) -> None:
     gate = house.hold_back()
-    answer = await post(house, **headers)
+    answer = await post(house, headers=headers)
     [rid] = house.board.flights
     assert answer.status_code == 202
     assert answer.headers["location"] == f"/v1{RESULTS}{rid}"
@@ -215,9 +216,9 @@ async def test_who_does_not_wait_is_told_where_it_will_be(
 
 async def test_what_is_refused_is_refused_at_once(fly: Fly) -> None:
     async with fly({"teams": {"growth": {"budget": {"day": 0.001}}}}) as house:
-        poor = await post(house, **ASYNC)
+        poor = await post(house, headers=ASYNC)
         assert error_of(poor) == (429, "insufficient_quota", "false")
-        wrong = await post(house, {**ASKED, "n": 0}, **ASYNC)
+        wrong = await post(house, {**ASKED, "n": 0}, ASYNC)
         assert wrong.status_code == 400
         assert house.board.flights == []
         await house.settled(purchases=0, cached=0)
@@ -238,7 +239,7 @@ async def test_who_leaves_after_it_was_accepted_changes_nothing(house: House) ->
 async def test_a_key_that_is_sent_twice_has_one_location(house: House) -> None:
     gate = house.hold_back()
     keyed = {**ASYNC, "idempotency-key": "order-1"}
-    first, second = await post(house, **keyed), await post(house, **keyed)
+    first, second = await post(house, headers=keyed), await post(house, headers=keyed)
     assert first.status_code == second.status_code == 202
     assert first.headers["location"] == second.headers["location"]
     assert second.headers["x-cache"] == "join"
@@ -246,7 +247,7 @@ async def test_a_key_that_is_sent_twice_has_one_location(house: House) -> None:
     rid = first.headers["location"].rpartition("/")[2]
     found = await get(house, rid, prefer="wait=20")
     await house.over()
-    replayed = await post(house, **keyed)
+    replayed = await post(house, headers=keyed)
     assert (replayed.status_code, replayed.content) == (200, found.content)
     assert replayed.headers["idempotent-replayed"] == "true"
     await house.settled(purchases=1, cached=1)
@@ -259,7 +260,7 @@ async def test_the_webhook_hears_of_the_end(fly: Fly, failed: bool) -> None:
         fly({"results": {"webhook": box.url, "secret": SECRET}}) as house,
     ):
         gate = house.hold_back(**({"status": 400} if failed else {}))
-        accepted = await post(house, **ASYNC)
+        accepted = await post(house, headers=ASYNC)
         waited = asyncio.create_task(post(house, {**ASKED, "prompt": "A dune"}))
         await gate.arrived(2)
         assert box.posts == []

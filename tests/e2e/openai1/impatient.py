@@ -14,10 +14,10 @@ answer = sdk.images.with_raw_response.generate(
     size="1024x1024",
     extra_headers={"cache-control": "no-cache"},
 )
-picture = answer.parse().data[0].b64_json
+pictures = answer.parse().data or []
 said = {
     "version": openai.__version__,
-    "b64": picture,
+    "b64": pictures[0].b64_json,
     "cache": answer.headers["x-cache"],
     "attempts": 1 + answer.retries_taken,
 }
