@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gateway.sandbox.server import SandboxServer
+from tests.flying import Fly, House, flier
 from tests.postgres import Postgres, run_postgres
 from tests.running import GatewayUnderTest, Start, TestClock, run_gateway
 
@@ -46,4 +47,17 @@ def start(tmp_path: Path, sandbox: SandboxServer, clock: TestClock) -> Start:
 async def gateway(start: Start) -> AsyncIterator[GatewayUnderTest]:
     """A gateway as it comes: no limits, the cache on."""
     async with start() as running:
+        yield running
+
+
+@pytest.fixture
+def fly(monkeypatch: pytest.MonkeyPatch, start: Start) -> Fly:
+    """Starts a gateway that can be looked into."""
+    return flier(monkeypatch, start)
+
+
+@pytest.fixture
+async def house(fly: Fly) -> AsyncIterator[House]:
+    """Such a gateway, as it comes."""
+    async with fly() as running:
         yield running

@@ -11,7 +11,6 @@ from openai import (
     APIStatusError,
     AsyncOpenAI,
     BadRequestError,
-    ConflictError,
     RateLimitError,
     UnprocessableEntityError,
 )
@@ -21,6 +20,7 @@ from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
+from tests.flying import Fly
 from tests.running import KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start, TestClock
 
 ASKED: dict[str, Any] = {
@@ -366,25 +366,20 @@ async def test_a_key_is_for_one_request(gateway: GatewayUnderTest) -> None:
         await sdk.images.generate(**{**ASKED, "prompt": "A dune"}, **with_key("order-1"))
 
 
-async def test_a_key_in_use_never_buys_a_second_picture(
-    start: Start, sandbox: SandboxServer
-) -> None:
-    gate = Gate()
-    sandbox.rules.clear()
-    sandbox.rules.add(Rule(payload_bytes=400, wait_for=gate))
-    async with start() as gateway, gateway.sdk() as sdk:
-        ask = sdk.images.with_raw_response.generate
-        first = asyncio.create_task(ask(**ASKED, **with_key("order-1")))
+async def test_a_key_in_use_never_buys_a_second_picture(fly: Fly) -> None:
+    async with fly() as house, house.gateway.sdk() as sdk:
+        gate, ask = house.hold_back(), sdk.images.with_raw_response.generate
+        first = asyncio.ensure_future(ask(**ASKED, **with_key("order-1")))
+        await house.watched_by(1)
+        second = asyncio.ensure_future(ask(**ASKED, **with_key("order-1")))
         await gate.arrived()
-        second = asyncio.create_task(ask(**ASKED, **with_key("order-1")))
-        await until_watched(gateway, 2)
         gate.set()
         answers = await asyncio.gather(first, second)
-        assert [answer.headers["x-cache"] for answer in answers] == ["miss", "join"]
+        assert answers[0].headers["x-cache"] == "miss"
+        assert answers[1].headers["x-cost-usd"] == "0"
         assert answers[0].content == answers[1].content
-        await gateway.told.until(2)
-        [row] = await gateway.usage()
-        assert (len(sandbox.journal), row.cost, row.cached) == (1, COST, 1)
+        row = await house.settled(purchases=1, cached=1)
+        assert (row.cost, row.avoided) == (COST, COST)
 
 
 async def test_a_key_whose_request_was_refused_is_free_again(
