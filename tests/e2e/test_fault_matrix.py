@@ -7,7 +7,6 @@ another upstream may be asked. ``tests/rows.py`` says which tests prove which ro
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import json
 import re

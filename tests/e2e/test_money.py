@@ -11,7 +11,6 @@ from openai import (
     APIStatusError,
     AsyncOpenAI,
     BadRequestError,
-    ConflictError,
     RateLimitError,
     UnprocessableEntityError,
 )
