@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import httpx2
 import psycopg
 from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
@@ -128,7 +129,9 @@ def asked(name: str, **more: Any) -> dict[str, Any]:
 
 
 def sdk_of(base_url: str, *, keep_alive: bool = True, **options: Any) -> AsyncOpenAI:
-    limits = httpx.Limits(max_connections=1000, max_keepalive_connections=None if keep_alive else 0)
+    limits = httpx2.Limits(
+        max_connections=1000, max_keepalive_connections=None if keep_alive else 0
+    )
     client = DefaultAsyncHttpxClient(verify=False, limits=limits)
     return AsyncOpenAI(base_url=base_url, api_key=KEY, http_client=client, **options)
 

@@ -98,7 +98,7 @@ async def picture(sdk: AsyncOpenAI, name: str, *, stream: bool) -> str:
             )
         ]
         assert events[-1].type == "image_generation.completed"
-        return events[-1].b64_json
+        return str(events[-1].b64_json)
     data = (await sdk.images.generate(**asked(name))).data
     assert data
     return data[0].b64_json or ""

@@ -202,7 +202,9 @@ COMPOSED = {
 
 def test_no_metric_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_TEAMS", 1)
-    metrics = told(BOUGHT, HIT, UPSTREAM_429, UNKNOWN, QUOTA, RATE, DOOR, DOUBTS)
+    metrics = told(BOUGHT, HIT, UPSTREAM_429, UNKNOWN, QUOTA, RATE, DOOR, DOUBTS, JOINED)
+    metrics.finished(RETRIED, SENT)
+    metrics.finished(TAKEN_OVER, SENT)
     metrics.finished(replace(BOUGHT, team="design"), replace(SENT, gone="response"))
     budget(metrics)
     metrics.dependencies({"ledger": True})
@@ -213,6 +215,23 @@ def test_no_metric_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {name for name in COMPOSED if f'"{name}"' not in source} == set()
     assert samples(metrics)['gateway_build_info{version="1.2.3"}'] == 1
 
+
+JOINED = replace(
+    BOUGHT,
+    cache=CacheResult.JOIN,
+    outcome=Outcome.REPLAYED,
+    joined="req_0",
+    retried=True,
+    cost=0,
+    avoided=2 * DOLLAR,
+    upstream="",
+    basis=Basis.NONE,
+    usage=Usage(),
+    timings=Timings(reading=0.5),
+    attempts=0,
+)
+RETRIED = replace(BOUGHT, attempts=1, retried=True)
+TAKEN_OVER = replace(RETRIED, took_over="req_0")
 
 # What each kind of request moves
 
@@ -357,22 +376,6 @@ def test_a_client_that_left(outcome: Outcome | None, orphans: int | None) -> Non
     assert found.get("gateway_orphaned_results_total") == orphans
 
 
-JOINED = replace(
-    BOUGHT,
-    cache=CacheResult.JOIN,
-    outcome=Outcome.REPLAYED,
-    joined="req_0",
-    retried=True,
-    cost=0,
-    avoided=2 * DOLLAR,
-    upstream="",
-    basis=Basis.NONE,
-    usage=Usage(),
-    timings=Timings(reading=0.5),
-    attempts=0,
-)
-
-
 def test_a_picture_of_another_requests_flight() -> None:
     """It is no purchase, and the time that it took is not the gateway's own."""
     assert moved(told(JOINED)) == {
@@ -392,12 +395,9 @@ def test_a_picture_of_another_requests_flight() -> None:
     ("receipt", "counted"),
     [
         (replace(BOUGHT, attempts=1), None),
-        (replace(BOUGHT, attempts=1, retried=True), "gateway_flight_unjoined_retries_total"),
+        (RETRIED, "gateway_flight_unjoined_retries_total"),
         (replace(BOUGHT, attempts=0, retried=True), None),
-        (
-            replace(BOUGHT, attempts=1, retried=True, took_over="req_0"),
-            "gateway_flight_takeovers_total",
-        ),
+        (TAKEN_OVER, "gateway_flight_takeovers_total"),
         (replace(JOINED, status=502), "gateway_flight_joins_total"),
     ],
     ids=["first", "unjoined", "refused", "takeover", "join that failed"],
