@@ -77,6 +77,7 @@ from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
 from gateway.relay.joining import Joining
+from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.purchase import Purchases
@@ -224,11 +225,17 @@ async def open_gateway(
             clock=clock,
             patience=patience,
         )
+        keeper = Keeper(
+            cache=cache,
+            policy=cache_policy(settings),
+            results=results,
+            flights=flights,
+            room=room,
+            clock=clock,
+        )
         purchases = Purchases(
             ledger=store.ledger,
             safe=safe,
-            cache=cache,
-            policy=cache_policy(settings),
             attempts=Attempts(
                 openai.request,
                 store.ledger,
@@ -242,8 +249,8 @@ async def open_gateway(
             clock=clock,
             budgets=budgets,
             factors=factors,
-            results=results,
             joining=joining,
+            keeper=keeper,
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
         )
@@ -275,6 +282,7 @@ async def open_gateway(
             budgets=budgets,
             ledger=store.ledger,
             comebacks=comebacks,
+            joining=joining,
             results=results,
             news=news,
             patience=patience,
@@ -328,7 +336,7 @@ async def open_gateway(
             upstreams=upstreams,
             keyring=keyring,
             admission=admission,
-            purchases=purchases,
+            keeper=keeper,
             pipeline=pipeline,
             factors=factors,
             health=health,
@@ -403,6 +411,7 @@ async def open_gateway(
             flights=flights,
             board=board,
             books=store.books,
+            joining=joining,
             clock=clock,
             policy=result_policy,
         )

@@ -354,6 +354,10 @@ class Cache(Protocol):
     ) -> None:
         """Keeps an answer. Nothing is visible to ``get`` before the last chunk is stored."""
 
+    async def holds(self, key: str) -> bool:
+        """Whether it is there, though ``get`` may be too busy to hand it out. Unlike ``get`` it
+        raises where that cannot be said: ``Unreachable``, ``OSError``."""
+
     async def delete(self, key: str) -> None: ...
 
     async def ping(self) -> None: ...

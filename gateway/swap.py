@@ -35,10 +35,10 @@ from gateway.relay.admission import Admission
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
+from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
-from gateway.relay.purchase import Purchases
 from gateway.relay.turnstile import Turnstile
 from gateway.reload import needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
@@ -185,7 +185,7 @@ class Parts:
     upstreams: Upstreams
     keyring: KeyRing
     admission: Admission
-    purchases: Purchases
+    keeper: Keeper
     pipeline: Pipeline
     factors: Factors
     health: Health
@@ -294,7 +294,7 @@ class Swap:
         parts.keyring.replace(peppers, declared)
         parts.admission.replace(timedelta(seconds=settings.lease_seconds))
         parts.factors.replace(settings.catalogue)
-        parts.purchases.policy = cache_policy(settings)
+        parts.keeper.policy = cache_policy(settings)
         self.planner = make_planner(
             settings, parts.upstreams.accounts, prices, parts.cache, parts.factors, parts.health
         )

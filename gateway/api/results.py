@@ -30,7 +30,7 @@ from gateway.domain.team import Caller
 from gateway.relay.flights import Client, Head
 from gateway.relay.headers import Headers, error_head
 from gateway.relay.keyring import KeyRing
-from gateway.relay.running import RESULTS, no_result
+from gateway.relay.running import RESULTS, Fetched, no_result
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ NOT_STORED: Headers = (("cache-control", "no-store"),)
 class ResultDesk(Protocol):
     """Who has the results."""
 
-    async def fetch(self, caller: Caller, rid: str, wait_seconds: float, client: Client) -> Head:
+    async def fetch(self, caller: Caller, rid: str, wait_seconds: float, client: Client) -> Fetched:
         """The kept answer, or a 202 where the call still runs after ``wait_seconds``.
 
         Raises ``ResultNotFound`` for what is unknown and, alike in words and time, for what is
@@ -85,13 +85,15 @@ class ResultRoutes:
         length = headers.get("content-length", "0")
         door.ignore_body(length != "0" or "transfer-encoding" in headers)
         try:
-            head = await self._head(own, scope, headers, door.client)
+            fetched = await self._answer(own, scope, headers, door.client)
+            head = fetched.head
             if head.length is not None:
                 head = replace(head, headers=(*head.headers, *NOT_STORED))
             try:
                 await deliver(own, head, door)
             finally:
                 head.close()
+                fetched.done(door.delivered)
         except asyncio.CancelledError:
             if door.status == 0:
                 await deliver(own, _shutting_down(own), door)
@@ -99,30 +101,31 @@ class ResultRoutes:
         finally:
             door.stop_watching()
 
-    async def _head(
+    async def _answer(
         self, own: str, scope: Scope, headers: Mapping[str, str], client: Client
-    ) -> Head:
+    ) -> Fetched:
         if scope["method"] != "GET":
             refused = NotServed(
                 f"{RESULTS}{{request_id}} takes GET, not {scope['method']}.",
                 status=405,
                 code="method_not_allowed",
             )
-            return error_head(refused, own, (("allow", "GET"),))
+            return Fetched(error_head(refused, own, (("allow", "GET"),)))
         try:
             caller = await self._keyring.identify(auth.secret(headers))
-            head = await self._fetch(caller, scope, client)
+            fetched = await self._fetch(caller, scope, client)
         except GatewayError as error:
             self._count(error)
-            return error_head(error, own)
+            return Fetched(error_head(error, own))
         except Exception:
             log.exception("the question for a result crashed", extra={"request_id": own})
             self._counted("failed")
-            return error_head(Internal("The gateway failed in a way it should not."), own)
-        self._counted("running" if head.status == 202 else "ready")
-        return head
+            fault = Internal("The gateway failed in a way it should not.")
+            return Fetched(error_head(fault, own))
+        self._counted("running" if fetched.head.status == 202 else "ready")
+        return fetched
 
-    async def _fetch(self, caller: Caller, scope: Scope, client: Client) -> Head:
+    async def _fetch(self, caller: Caller, scope: Scope, client: Client) -> Fetched:
         rid = str(scope["path"]).removeprefix(RESULTS)
         if REQUEST_ID.fullmatch(rid) is None:
             raise no_result(rid, self._ttl, self._idempotent_ttl)

@@ -100,8 +100,12 @@ class Admission:
                 case held:
                     return held
         except GatewayError:
-            await self._gate.undo(rid, plan.rates, plan.demand)
+            await self.undo(rid, plan)
             raise
+
+    async def undo(self, rid: str, plan: Plan) -> None:
+        """Gives rates and slot back: for a call that was let in and then came to nothing."""
+        await self._gate.undo(rid, plan.rates, plan.demand)
 
     async def leave(self, rid: str, plan: Plan) -> None:
         """Gives the slot back."""

@@ -44,6 +44,11 @@ class Room:
         if self.disk_used > self.disk_bytes // 2:
             raise _no_room()
 
+    @property
+    def is_tight(self) -> bool:
+        """Whether half of the disk is used: what can be given up should be."""
+        return self.disk_used > self.disk_bytes // 2
+
     def take_memory(self, count: int) -> bool:
         if self.memory_used + count > self.memory_bytes:
             return False

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from gateway.domain.errors import (
+    ClientGone,
     GatewayError,
     IdempotentResultExpired,
     ResultExpired,
@@ -24,7 +25,7 @@ from gateway.relay.admission import Admission, key_of, key_reused
 from gateway.relay.arrival import Answer, Arrival, Patience, ended, known
 from gateway.relay.budget import BudgetView
 from gateway.relay.flights import Flights, Seat
-from gateway.relay.joining import Joining, unknown_outcome
+from gateway.relay.joining import Joining, NeverSent, unknown_outcome
 from gateway.relay.plan import Routed, lines_of
 from gateway.relay.results import Results
 from gateway.relay.running import APPLIED, running, running_head
@@ -36,12 +37,12 @@ class Earlier:
     ``over``: it has ended, and what it ended with is replayed."""
 
     rid: str
-    seat: Seat | None = None
+    seat: Seat
     over: bool = False
 
     def done(self, delivered: bool) -> None:
-        if self.seat is not None:
-            self.seat.leave(delivered=delivered)
+        """Its client has all that it came for, or has left without."""
+        self.seat.leave(delivered=delivered)
 
 
 class Comebacks:
@@ -87,7 +88,9 @@ class Comebacks:
             return None if claimed is None else self._behind(claimed)
         if orphans_only == arrival.retried or (orphans_only and not arrival.wish.read):
             return None
-        rid = await self._joining.find(mark, caller.key.id, orphans_only=orphans_only)
+        rid = await self._joining.find(
+            mark, caller.key.id, stream=routed.call.stream, orphans_only=orphans_only
+        )
         return None if rid is None else Earlier(rid, self._joining.seat(rid, arrival.client))
 
     def _behind(self, claimed: Claimed) -> Earlier | None:
@@ -95,7 +98,8 @@ class Comebacks:
         if not claimed.same_fingerprint:
             raise key_reused()
         if claimed.state is not State.EXPIRED:
-            return Earlier(claimed.rid, over=claimed.state is not State.HELD)
+            over = claimed.state is not State.HELD
+            return Earlier(claimed.rid, self._joining.reader(claimed.rid), over)
         if self._patience.repeat_unknown:
             return None
         raise unknown_outcome(claimed.rid)
@@ -105,8 +109,8 @@ class Comebacks:
     ) -> Answer | None:
         """What the earlier request shows, for this one too. Nothing is bought.
 
-        None: its process is gone, and this request is the one that may buy again
-        (``relay.on_unknown: repeat``).
+        None: it came to nothing before anything was sent; or its process is gone, and this request
+        is the one that may buy again (``relay.on_unknown: repeat``).
         """
         rid, caller, stream = earlier.rid, routed.caller, routed.call.stream
         cache = CacheResult.HIT if earlier.over else CacheResult.JOIN
@@ -126,7 +130,7 @@ class Comebacks:
                 idempotent=arrival.idempotency_key is not None,
             )
             if arrival.asynchronous and not earlier.over:
-                return self._accepted(arrival, routed, rid, so_far)
+                return self._accepted(arrival, routed, earlier, so_far)
             shown = await self._joining.follow(
                 rid,
                 caller.team.id,
@@ -136,41 +140,53 @@ class Comebacks:
             )
         except TimeoutError:
             return ended(so_far, still_running(rid), said, lambda delivered: earlier.done(False))
+        except NeverSent:
+            earlier.done(delivered=True)
+            return None
         except GatewayError as error:
+            if isinstance(error, ClientGone) and not arrival.client.gone.is_set():
+                # It is the first one's client that has left, before anything was sent.
+                earlier.done(delivered=True)
+                return None
             if isinstance(error, UpstreamUnknown) and await self._takes_over(rid):
                 # Nobody else is to be led to what this one makes good.
                 earlier.done(delivered=True)
                 return None
             if isinstance(error, ResultExpired) and arrival.idempotency_key is not None:
                 error = IdempotentResultExpired(error.message)
-            return ended(so_far, error, said, earlier.done)
+            # What is to be tried again has not been answered yet.
+            final = error.should_retry is False
+            return ended(so_far, error, said, lambda told: earlier.done(told and final))
         left = headers.of_budget(*await self._budgets.balances(lines_of(caller, self._clock.now())))
         receipt = replace(so_far, status=shown.status, outcome=Outcome.REPLAYED)
         return Answer(
-            shown.head((*said, *left)),
-            lambda: self._receipt(routed, receipt),
-            done=earlier.done,
+            shown.head((*said, *left)), lambda: self._receipt(routed, receipt), done=earlier.done
         )
 
     async def _takes_over(self, rid: str) -> bool:
         """Whether what a dead process left is bought again, by this request and no other. What the
         first purchase may have cost stays on the books."""
-        if not self._patience.repeat_unknown or not await self._joining.take_over(rid):
+        if not self._patience.repeat_unknown:
             return False
         await self._joining.write_off(rid)
-        return True
+        return await self._joining.take_over(rid)
 
-    def _accepted(self, arrival: Arrival, routed: Routed, rid: str, so_far: Receipt) -> Answer:
+    def _accepted(
+        self, arrival: Arrival, routed: Routed, earlier: Earlier, so_far: Receipt
+    ) -> Answer:
         """For a client that does not wait: where the earlier request's result will be."""
         now, call, caller = self._clock.now(), routed.call, routed.caller
+        flight = self._flights.find(earlier.rid)
+        if flight is not None:
+            flight.awaited, flight.tells = False, True
         notice = FlightNotice(
-            rid, routed.fingerprint, caller.team.id, caller.key.id, call.operation.value,
+            earlier.rid, routed.fingerprint, caller.team.id, caller.key.id, call.operation.value,
             routed.model.name, call.stream, now,
         )  # fmt: skip
         said = (*headers.of_request(arrival.rid, CacheResult.JOIN), *headers.NOTHING_SPENT)
         receipt = replace(so_far, status=202)
         head = running_head(running(notice, now), (*said, *APPLIED))
-        return Answer(head, lambda: known(receipt))
+        return Answer(head, lambda: known(receipt), done=earlier.done)
 
     async def _receipt(self, routed: Routed, receipt: Receipt) -> Receipt:
         """That of an answer which another request has paid for: what it cost is what this one

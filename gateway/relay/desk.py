@@ -10,10 +10,16 @@ from gateway.domain.receipt import CacheResult
 from gateway.domain.team import Caller
 from gateway.ports import Books, Clock, FlightBoard, FlightNotice
 from gateway.relay import headers
-from gateway.relay.flights import Client, Flights, Head
-from gateway.relay.joining import KEEPING_SECONDS, POLL_SECONDS, unknown_outcome, unreachable
+from gateway.relay.flights import Client, Flights
+from gateway.relay.joining import (
+    KEEPING_SECONDS,
+    POLL_SECONDS,
+    Joining,
+    unknown_outcome,
+    unreachable,
+)
 from gateway.relay.results import ResultPolicy, Results, as_it_is
-from gateway.relay.running import no_result, running, running_head
+from gateway.relay.running import Fetched, no_result, running, running_head
 
 
 class ResultDesk:
@@ -26,6 +32,7 @@ class ResultDesk:
         flights: Flights,
         board: FlightBoard,
         books: Books,
+        joining: Joining,
         clock: Clock,
         policy: ResultPolicy,
     ) -> None:
@@ -33,10 +40,11 @@ class ResultDesk:
         self._flights = flights
         self._board = board
         self._books = books
+        self._joining = joining
         self._clock = clock
         self._policy = policy
 
-    async def fetch(self, caller: Caller, rid: str, wait_seconds: float, client: Client) -> Head:
+    async def fetch(self, caller: Caller, rid: str, wait_seconds: float, client: Client) -> Fetched:
         """The answer to a request of the caller's team, or, once the wait is over, a 202.
 
         Raises ``ResultNotFound`` for what is unknown and for what is another team's,
@@ -48,11 +56,12 @@ class ResultDesk:
             kept = await self._results.find(rid, team)
             if kept is not None:
                 said = headers.of_request(rid, CacheResult.HIT)
-                return as_it_is(kept).head(said)
+                seat = self._joining.reader(await self._results.meaning(rid, team))
+                return Fetched(as_it_is(kept).head(said), seat.tell)
             waited = self._clock.monotonic() - began
             notice, partials = await self._running(rid, team)
             if waited >= wait_seconds:
-                return running_head(running(notice, self._clock.now(), partials))
+                return Fetched(running_head(running(notice, self._clock.now(), partials)))
             await _pause(client, min(POLL_SECONDS, wait_seconds - waited))
 
     async def _running(self, rid: str, team: str) -> tuple[FlightNotice, int]:
@@ -84,7 +93,7 @@ class ResultDesk:
             raise ResultExpired(
                 f"The request {rid} ended without a picture, and nothing was bought. Send it again."
             )
-        if not await self._results.reachable():
+        if not await self._results.is_gone(real, team):
             raise unreachable(rid)
         raise ResultExpired(
             f"The request {rid} was answered and paid for, and its answer is not kept any more."

@@ -66,6 +66,7 @@ class Client:
         self.gone = asyncio.Event()
         self._away = False
         self._acts: list[Callable[[], None]] = []
+        self._last_acts: list[Callable[[], object]] = []
 
     def hang_up(self) -> None:
         """It has closed its sending half. Nobody can say whether it still reads: it is answered,
@@ -77,6 +78,15 @@ class Client:
     def leave(self) -> None:
         self.gone.set()
         self.hang_up()
+        while self._last_acts:
+            self._last_acts.pop()()
+
+    def when_gone(self, act: Callable[[], object]) -> None:
+        """Has ``act`` done when the client has surely left; at once where it has."""
+        if self.gone.is_set():
+            act()
+        else:
+            self._last_acts.append(act)
 
     def when_away(self, act: Callable[[], None]) -> None:
         """Has ``act`` done when the client leaves or hangs up; at once where it has."""
@@ -94,9 +104,13 @@ class Seat:
         self._left = False
 
     def leave(self, *, delivered: bool) -> None:
+        """It has the whole answer (``delivered``), or does not wait for it any more."""
         if not self._left:
             self._left = True
             self._leave(delivered)
+
+    def tell(self, delivered: bool) -> None:
+        self.leave(delivered=delivered)
 
 
 class Watch:
@@ -161,6 +175,14 @@ class Flight:
         """The headers that are known so far, for an error that ends it."""
         self.stage = "upstream"
         """Where it is, for a client that leaves."""
+        self.deserted = asyncio.Event()
+        """Nobody waits for it any more: it ends, unless it has been sent."""
+        self.joinable = False
+        """What it ends with is there for a retry: it may have been bought."""
+        self.awaited = True
+        """Whether it needs somebody who waits: one who asks later for its result does not."""
+        self.tells = False
+        """Somebody wants to be told of its end."""
         self.admitted = asyncio.Event()
         """Set when its money is held and it is about to be sent, and when it is over."""
         self.over = asyncio.Event()
@@ -238,6 +260,11 @@ class Flight:
             self._error = error
             for watch in self._watches:
                 watch.refuse(error)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What it has ended in, in place of an answer."""
+        return self._error
 
     @property
     def answered(self) -> bool:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from typing import NoReturn
 
 from gateway.domain.call import Operation
 from gateway.domain.errors import (
@@ -19,7 +20,6 @@ from gateway.domain.errors import (
     GatewayError,
     Overloaded,
     ResultExpired,
-    UpstreamUnavailable,
     UpstreamUnknown,
 )
 from gateway.domain.ledger import Basis, Event, Outcome, Settlement, State
@@ -28,7 +28,6 @@ from gateway.ports import (
     Cached,
     Clock,
     FlightBoard,
-    FlightSeen,
     Form,
     Ledger,
     NotKnown,
@@ -47,6 +46,11 @@ KEEPING_SECONDS = 2.0
 """How long a settled answer that no board knows of may still be on its way to where it is kept."""
 PASS_ON_SECONDS = 0.5
 PIECE_BYTES = 256 * 1024
+
+
+class NeverSent(Exception):
+    """An earlier request has ended, or died, without anything being sent: whoever came back for it
+    is the first."""
 
 
 class Joining:
@@ -74,9 +78,12 @@ class Joining:
         self._keep_alive = keep_alive_seconds
         self._shared = shared
 
-    async def find(self, fingerprint: str, key_id: str, *, orphans_only: bool) -> str | None:
-        """The flight that a call comes back to, now watched by it too; ``leave`` ends that."""
-        found = await self._board.join(fingerprint, key_id, orphans_only=orphans_only)
+    async def find(
+        self, fingerprint: str, key_id: str, *, stream: bool, orphans_only: bool
+    ) -> str | None:
+        """The flight that a call comes back to, now watched by it too; a ``seat`` ends that."""
+        mark = flight_mark(fingerprint, stream=stream)
+        found = await self._board.join(mark, key_id, orphans_only=orphans_only)
         return None if found is None else found.rid
 
     def seat(self, rid: str, client: Client) -> Seat:
@@ -89,10 +96,36 @@ class Joining:
         client.when_away(lambda: seat.leave(delivered=False))
         return seat
 
-    async def announce(self, flight: Flight, spool: Spool) -> None:
-        """From here on it may be sent, and be joined."""
+    def reader(self, rid: str) -> Seat:
+        """The place of one who was not counted, because the ledger or an id led it there."""
+
+        def leave(delivered: bool) -> None:
+            if delivered:
+                self._flights.errand(self._board.leave(rid, delivered=True))
+
+        return Seat(leave)
+
+    async def announce(self, flight: Flight) -> None:
+        """From here on it can be joined."""
         await self._board.announce(flight.notice)
         flight.seat = self.seat(flight.rid, flight.client)
+        flight.client.when_gone(lambda: self._flights.errand(self._desert(flight)))
+
+    async def _desert(self, flight: Flight) -> None:
+        """Its client has gone. Who came back for it meanwhile keeps it flying."""
+        if await self.is_deserted(flight):
+            flight.deserted.set()
+
+    async def is_deserted(self, flight: Flight) -> bool:
+        """Whether nobody waits for a flight any more."""
+        if not (flight.awaited and flight.client.gone.is_set()):
+            return False
+        seen = await self._board.look(flight.rid)
+        return seen is None or not seen.watchers
+
+    def begun(self, flight: Flight, spool: Spool) -> None:
+        """It is about to be sent: from here on it flies to its end, whoever leaves."""
+        flight.joinable = True
         flight.admitted.set()
         if flight.stream and self._shared:
             self._flights.errand(self._pass_on(flight, spool))
@@ -101,15 +134,15 @@ class Joining:
         flight.partials += 1
         self._flights.errand(self._board.progress(flight.rid, flight.partials))
 
-    def ended(self, flight: Flight, *, joinable: bool) -> None:
-        """Its answer is there, and can be found as soon as it is put away."""
-        self._flights.errand(self._end(flight, joinable))
+    def ended(self, flight: Flight) -> None:
+        """It is over. What it ended with can be found as soon as it is put away."""
+        self._flights.errand(self._end(flight))
 
-    async def _end(self, flight: Flight, joinable: bool) -> None:
+    async def _end(self, flight: Flight) -> None:
         if flight.keeping is not None:
             await asyncio.wait({flight.keeping})
         self._flights.close(flight)
-        await self._board.end(flight.rid, joinable=joinable)
+        await self._board.end(flight.rid, joinable=flight.joinable)
 
     async def take_over(self, rid: str) -> bool:
         """Whether the caller is the one who may buy again what a dead flight left."""
@@ -136,7 +169,7 @@ class Joining:
 
         Raises the error that the flight ended in, ``UpstreamUnknown`` where whoever flew it is
         gone, ``ResultExpired`` where its answer is kept no longer, ``ClientGone``, and
-        ``TimeoutError`` when the patience is over.
+        ``TimeoutError`` when the patience is over; ``NeverSent``.
         """
         flight = self._flights.find(rid)
         if flight is not None and flight.stream == stream:
@@ -145,26 +178,25 @@ class Joining:
             return await self._from_afar(rid, team, stream, client)
 
     async def _from_afar(self, rid: str, team: str, stream: bool, client: Client) -> Shown:
-        missing_since: float | None = None
+        began, missing_since = self._clock.monotonic(), 0.0
         while True:
             kept = await self._results.find(rid, team)
             if kept is not None:
                 return shown(kept, stream=stream)
-            seen = await self._board.look(rid)
-            if seen is not None and not seen.ended:
-                missing_since = None
-                if not seen.alive:
-                    # Its last act may have been to settle.
-                    await self._ask_the_books(rid, team, over=True)
-                    raise unknown_outcome(rid)
-                if stream and self._shared and await self._has_begun(rid):
+            missing_since = await self._goes_on(rid, team, missing_since)
+            if stream and self._shared and not missing_since:
+                silent = self._clock.monotonic() - began >= self._keep_alive
+                if await self._has_begun(rid) or silent:
                     return self._passed_on(rid, team)
-            else:
-                now = self._clock.monotonic()
-                missing_since = now if missing_since is None else missing_since
-                over = seen is not None or now - missing_since >= KEEPING_SECONDS
-                await self._ask_the_books(rid, team, over=over)
             await _pause(client)
+
+    async def _left_by_the_dead(self, rid: str, team: str) -> NoReturn:
+        """Raises what became of a call whose process is gone. Its last act may have been to settle;
+        where it had not even reserved, nothing was sent."""
+        if await self._books.find(rid) is None:
+            raise NeverSent
+        await self._ask_the_books(rid, team, over=True)
+        raise unknown_outcome(rid)
 
     async def _has_begun(self, rid: str) -> bool:
         await self._board.want_events(rid)
@@ -175,17 +207,14 @@ class Joining:
         yet end well; what is settled may still be put away, unless that is surely ``over``."""
         hold = await self._books.find(rid)
         if hold is None or hold.team != team:
-            raise ResultExpired(f"Nothing is known of the request {rid} any more.")
+            raise NeverSent
         if hold.state is State.EXPIRED:
             raise unknown_outcome(rid)
         if hold.state is State.HELD or not over:
             return
         if hold.state is State.VOIDED:
-            raise UpstreamUnavailable(
-                f"The request {rid} ended without a picture, and nothing was bought; try again.",
-                retry_after_seconds=1,
-            )
-        if not await self._results.reachable():
+            raise NeverSent
+        if not await self._results.is_gone(rid, team):
             raise unreachable(rid)
         raise ResultExpired(
             f"The request {rid} was answered and paid for, and its answer is not kept any more."
@@ -197,7 +226,7 @@ class Joining:
     async def _events(self, rid: str, team: str) -> AsyncGenerator[bytes, None]:
         """The stream of another process's flight: its partial pictures as they come through the
         board, and its end from the results."""
-        position, quiet_since = 0, self._clock.monotonic()
+        position, quiet_since, missing_since = 0, self._clock.monotonic(), 0.0
         while True:
             chunk = await self._board.events(rid, position)
             now = self._clock.monotonic()
@@ -205,31 +234,35 @@ class Joining:
                 position, quiet_since = position + len(chunk), now
                 yield chunk
                 continue
-            seen = await self._board.look(rid)
-            if seen is None or seen.ended or not seen.alive:
+            kept = await self._results.find(rid, team)
+            if kept is not None:
                 break
+            try:
+                missing_since = await self._goes_on(rid, team, missing_since)
+            except NeverSent:
+                yield error_frame(unknown_outcome(rid).content)
+                return
+            except GatewayError as error:
+                yield error_frame(error.content)
+                return
             if now - quiet_since >= self._keep_alive:
                 quiet_since = now
                 yield KEEP_ALIVE
             await asyncio.sleep(POLL_SECONDS)
-        try:
-            kept = await self._at_its_end(rid, team, seen)
-        except GatewayError as error:
-            yield error_frame(error.content)
-            return
         async with aclosing(_end_of(kept, position)) as rest:
             async for piece in rest:
                 yield piece
 
-    async def _at_its_end(self, rid: str, team: str, seen: FlightSeen | None) -> Cached:
+    async def _goes_on(self, rid: str, team: str, missing_since: float) -> float:
+        """Since when a flight is missing, 0 where it is not. Raises what became of it."""
+        seen, now = await self._board.look(rid), self._clock.monotonic()
         if seen is not None and not seen.ended:
-            raise unknown_outcome(rid)
-        missing_since = self._clock.monotonic()
-        while (kept := await self._results.find(rid, team)) is None:
-            over = self._clock.monotonic() - missing_since >= KEEPING_SECONDS
-            await self._ask_the_books(rid, team, over=over)
-            await asyncio.sleep(POLL_SECONDS)
-        return kept
+            if not seen.alive:
+                await self._left_by_the_dead(rid, team)
+            return 0.0
+        missing_since = missing_since or now
+        await self._ask_the_books(rid, team, over=now - missing_since >= KEEPING_SECONDS)
+        return missing_since
 
     async def _pass_on(self, flight: Flight, spool: Spool) -> None:
         """Lets watchers in other processes have what a running stream publishes. Ends with it."""
@@ -274,12 +307,17 @@ async def _end_of(kept: Cached, position: int) -> AsyncGenerator[bytes, None]:
             position = max(0, position - len(chunk))
 
 
+def flight_mark(fingerprint: str, *, stream: bool) -> str:
+    """What a retry and its flight have in common: the form too, for it asks as it asked before."""
+    return f"{fingerprint}:{'events' if stream else 'json'}"
+
+
 def unknown_outcome(rid: str) -> UpstreamUnknown:
     """What is said of a call whose outcome nobody can tell any more."""
     return UpstreamUnknown(
-        f"The gateway process that had sent the request {rid} upstream is gone. The picture may "
-        "have been made and paid for, so it is not bought again for you; send the request anew to "
-        "buy another one.",
+        f"The request {rid} was sent upstream, and nobody can tell any more what became of it. "
+        "The picture may have been made and paid for, so it is not bought again for you. To buy "
+        "another one, send it anew (with another Idempotency-Key, if it has one).",
     )
 
 

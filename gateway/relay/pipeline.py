@@ -13,6 +13,7 @@ flight, one whose picture is there already gets that, and for everybody else a f
 from __future__ import annotations
 
 import logging
+from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from gateway.domain.call import Call, Inquiry
@@ -31,10 +32,12 @@ from gateway.relay.comebacks import Comebacks, still_running
 from gateway.relay.drain import shutting_down
 from gateway.relay.estimate import Estimates, estimate_reader
 from gateway.relay.flights import Client, Flight, Flights, Head
+from gateway.relay.joining import Joining, flight_mark
+from gateway.relay.keeping import Keeping
 from gateway.relay.keyring import KeyRing
 from gateway.relay.news import Finished, ResultNews
 from gateway.relay.plan import Plan, Planner, Routed, lines_of
-from gateway.relay.purchase import Keeping, Purchases, crash
+from gateway.relay.purchase import Purchases, crash
 from gateway.relay.read import ReadRules, reader_for
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
@@ -60,6 +63,7 @@ class Pipeline:
         budgets: BudgetView,
         ledger: Ledger,
         comebacks: Comebacks,
+        joining: Joining,
         results: Results,
         news: ResultNews | None,
         patience: Patience,
@@ -78,6 +82,7 @@ class Pipeline:
         self._budgets = budgets
         self._ledger = ledger
         self._comebacks = comebacks
+        self._joining = joining
         self._results = results
         self._news = news
         self._patience = patience
@@ -168,6 +173,8 @@ class Pipeline:
         except KeyTaken:
             raise
         except TimeoutError:
+            # It is told that the picture comes: from now on it may leave.
+            flight.awaited = False
             head = headers.error_head(still_running(flight.rid), arrival.rid, flight.said)
             return Answer(head, flight.receipt, done=lambda delivered: done(False))
         except GatewayError as error:
@@ -180,15 +187,11 @@ class Pipeline:
     ) -> Answer:
         """The answer to a client that does not wait, once the money is held."""
         await flight.admitted.wait()
-        if flight.answered and flight.seat is None:
-            # It never came so far as to be sent.
-            try:
-                await flight.own.shown(arrival.client)
-            except KeyTaken:
-                raise
-            except GatewayError as error:
-                head = headers.error_head(error, arrival.rid, flight.said)
-                return Answer(head, flight.receipt)
+        if isinstance(flight.error, KeyTaken):
+            raise flight.error
+        if isinstance(flight.error, GatewayError):
+            head = headers.error_head(flight.error, arrival.rid, flight.said)
+            return Answer(head, flight.receipt)
         flight.own.give_up()
         now = self._clock.now()
         head = running_head(running(flight.notice, now), (*flight.said, *APPLIED))
@@ -304,8 +307,8 @@ class Pipeline:
         body.share()
         caller, call = plan.caller, plan.call
         notice = FlightNotice(
-            arrival.rid, plan.fingerprint, caller.team.id, caller.key.id, call.operation.value,
-            plan.model.name, call.stream, plan.at,
+            arrival.rid, flight_mark(plan.fingerprint, stream=call.stream), caller.team.id,
+            caller.key.id, call.operation.value, plan.model.name, call.stream, plan.at,
         )  # fmt: skip
         # Who does not wait cannot leave either.
         client = Client() if arrival.asynchronous else arrival.client
@@ -317,18 +320,21 @@ class Pipeline:
         self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt
     ) -> Receipt:
         """From the reservation to the settlement. Clients may watch; they cannot cancel."""
+        flight.tells, flight.awaited = arrival.asynchronous, not arrival.asynchronous
         first = headers.of_request(flight.rid, plan.cache)
         flight.said = (*first, *headers.NOTHING_SPENT)
-        flight.stage, team = "queued", plan.caller.team
-        came = self._clock.monotonic()
-        turn = self._turnstile.turn(team.id, team.weight, plan.upstream.name, flight.client.gone)
         receipt = so_far
         try:
-            async with turn:
-                flight.stage = "upstream"
-                timings = replace(so_far.timings, queueing=self._clock.monotonic() - came)
-                so_far = replace(so_far, timings=timings)
-                receipt = await self._fly_on(flight, arrival, plan, body, so_far)
+            grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
+            back = headers.given_back(grant.standings, plan.demand)
+            flight.said = (*flight.said, *headers.of_rates(back))
+            so_far = replace(so_far, degraded=grant.degraded)
+            try:
+                await self._joining.announce(flight)
+                said = (*first, *headers.of_rates(grant.standings))
+                receipt = await self._with_a_place(flight, arrival, plan, body, so_far, said)
+            finally:
+                await self._leave(flight, plan)
         except GatewayError as error:
             flight.said = (
                 *flight.said,
@@ -344,36 +350,49 @@ class Pipeline:
             receipt = replace(failed(so_far, fault), cost=so_far.bound, posted=False)
         finally:
             body.close()
-            if flight.seat is None:
-                # Nobody was told of it, so nobody comes back to it.
-                self._flights.close(flight)
-        if arrival.asynchronous and flight.seat is not None:
+            self._joining.ended(flight)
+        if flight.tells and flight.joinable:
             self._tell(flight, receipt, idempotent=arrival.idempotency_key is not None)
+        if arrival.asynchronous and flight.seat is not None:
+            # It is asked for by its id: the same call anew wants another picture.
+            flight.seat.leave(delivered=True)
         return receipt
 
-    async def _fly_on(
-        self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt
+    async def _with_a_place(
+        self,
+        flight: Flight,
+        arrival: Arrival,
+        plan: Plan,
+        body: Spool,
+        so_far: Receipt,
+        said: headers.Headers,
     ) -> Receipt:
-        """With a place: the gate, the reservation, the purchase."""
-        first = headers.of_request(flight.rid, plan.cache)
-        grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
-        back = headers.given_back(grant.standings, plan.demand)
-        flight.said = (*flight.said, *headers.of_rates(back))
-        try:
+        """The queue, the reservation, the purchase. ``said`` are the headers of a call that was
+        let in."""
+        came, team = self._clock.monotonic(), plan.caller.team
+        flight.stage = "queued"
+        turn = self._turnstile.turn(team.id, team.weight, plan.upstream.name, flight.deserted)
+        async with AsyncExitStack() as stack:
+            try:
+                await stack.enter_async_context(turn)
+            except GatewayError:
+                await self._admission.undo(flight.rid, plan)
+                raise
+            flight.stage = "upstream"
+            queueing = self._clock.monotonic() - came
             held = await self._hold(flight, arrival, plan)
-            flight.said = (*first, *headers.of_rates(grant.standings))
-            before = arrival.at + so_far.timings.reading + so_far.timings.queueing
-            so_far = replace(
-                so_far,
-                degraded=grant.degraded,
-                timings=replace(so_far.timings, reserving=self._clock.monotonic() - before),
+            flight.said = said
+            reserved = self._clock.monotonic() - arrival.at
+            timings = replace(
+                so_far.timings,
+                queueing=queueing,
+                reserving=reserved - so_far.timings.reading - queueing,
             )
             keeping = Keeping(
                 result=self._keeps(arrival), idempotent=arrival.idempotency_key is not None
             )
+            so_far = replace(so_far, timings=timings)
             return await self._purchases.buy(flight, plan, body, held, so_far, keeping)
-        finally:
-            await self._leave(flight, plan)
 
     def _tell(self, flight: Flight, receipt: Receipt, *, idempotent: bool) -> None:
         """Says that an asynchronous request is over, to who wants to hear of it."""
@@ -412,7 +431,7 @@ class Pipeline:
             # It may yet be written, after nobody waits for it: a void behind it takes it back.
             self._purchases.give_back_later(flight.rid)
             raise
-        if flight.client.gone.is_set():
+        if await self._joining.is_deserted(flight):
             await self._purchases.give_back(flight.rid)
             raise ClientGone("reserved")
         return held

@@ -14,16 +14,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from gateway.domain.call import Call, Span
+from gateway.domain.call import Call
 from gateway.domain.charge import Ending, charge
 from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
 from gateway.domain.receipt import Receipt, Timings
 from gateway.ports import (
-    Cache,
-    CachedMeta,
     Clock,
-    Form,
     Ledger,
     NotKnown,
     Reply,
@@ -37,11 +34,10 @@ from gateway.relay.budget import BudgetView
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flight, Flights, Shown
 from gateway.relay.joining import Joining
+from gateway.relay.keeping import Bought, Keeper, Keeping
 from gateway.relay.landing import Landing, failed, land_events, land_json
 from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
-from gateway.relay.plan import CachePolicy, Plan, Way
-from gateway.relay.replay import Splice
-from gateway.relay.results import Results, with_meta
+from gateway.relay.plan import Plan, Way
 from gateway.relay.skim import Event as SkimmedEvent
 
 log = logging.getLogger(__name__)
@@ -53,8 +49,6 @@ MAX_PAUSE_SECONDS = 30.0
 SAFE_SECONDS = 5.0
 """How long an answer waits for a disk that takes its settlement while the ledger is away."""
 MAX_VOIDS = 1000
-KEEP_SECONDS = 0.5
-"""How long an answer waits for the cache, so that the next identical request finds it there."""
 REST_SECONDS = 5.0
 """How long a stream may stay open behind its last picture."""
 
@@ -78,29 +72,6 @@ class Marks:
             upstream=self.landed - self.started,
             settling=self.settled - self.landed,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Keeping:
-    """Whether a call's picture is kept for whoever comes back, and whether for an
-    Idempotency-Key, which is longer."""
-
-    result: bool = True
-    idempotent: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Bought:
-    """A purchase that is over and settled. ``common`` are the headers of its answer, whoever
-    reads it."""
-
-    flight: Flight
-    plan: Plan
-    way: Way
-    landing: Landing
-    spool: Spool
-    settlement: Settlement
-    common: headers.Headers
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,29 +108,24 @@ class Purchases:
         *,
         ledger: Ledger,
         safe: Safe,
-        cache: Cache,
-        policy: CachePolicy,
         attempts: Attempts,
         room: Room,
         flights: Flights,
         clock: Clock,
         budgets: BudgetView,
         factors: Factors,
-        results: Results,
         joining: Joining,
+        keeper: Keeper,
         keep_alive_seconds: float | None = None,
         keep: timedelta | None = None,
     ) -> None:
         self._keep_closed = keep
-        self._results = results
         self._joining = joining
+        self._keeper = keeper
         self._keep_alive = keep_alive_seconds
         self._factors = factors
         self._ledger = ledger
         self._safe = safe
-        self._cache = cache
-        self.policy = policy
-        """As of now: another one may be set."""
         self._attempts = attempts
         self._room = room
         self._flights = flights
@@ -193,9 +159,8 @@ class Purchases:
         common = (*form, *headers.of_way(plan, way))
         early = self._early(own, plan, way, held)
         silence = self._break_silence(plan, self._beginning(flight, spool, common, early))
-        joinable = True
         try:
-            await self._joining.announce(flight, spool)
+            self._joining.begun(flight, spool)
             try:
                 tried = await self._attempts.open(flight.rid, plan, body, held)
                 marks.opened = self._clock.monotonic()
@@ -225,7 +190,7 @@ class Purchases:
                 marks.first = marks.first or marks.landed
             settlement, entry = await self._book(flight, plan, way, landing, spool, marks)
             found = landing.error is not None or keeping.result
-            joinable = settlement.event is not Event.VOID and found
+            flight.joinable = settlement.event is not Event.VOID and found
             receipt = _with_purchase(so_far, settlement, entry, marks.timings(so_far))
             balances = entry.balances if entry else held.balances
             self._budgets.learn(plan.lines, balances)
@@ -237,7 +202,7 @@ class Purchases:
                 sent = settlement.event is not Event.VOID
                 common = (*common, *headers.of_attempts(int(sent)))
             bought = Bought(flight, plan, way, landing, spool, settlement, common)
-            await self._keep(bought, keeping)
+            await self._keeper.keep(bought, keeping)
             if landing.error is not None:
                 flight.said = (*own, *common, *spent)
                 await _break_off(flight, spool, landing.error)
@@ -252,7 +217,6 @@ class Purchases:
             flight.over.set()
             spool.finish()
             spool.close()
-            self._joining.ended(flight, joinable=joinable)
             if isinstance(tried, Opened):
                 await tried.reply.aclose()
 
@@ -462,85 +426,6 @@ class Purchases:
         keep, at = self._keep_closed, settlement.at
         return keep is not None and at is not None and at < self._clock.now() - keep
 
-    async def _keep(self, bought: Bought, keeping: Keeping) -> None:
-        """Puts the answer where the next identical request, and who comes back for this one, find
-        it. The flight can be watched until that is done, however long a disk takes."""
-        flight, spool = bought.flight, bought.spool
-        spool.share()
-
-        async def put() -> None:
-            try:
-                await self._put(bought, keeping)
-            except Exception:
-                log.exception("an answer was not kept", extra={"request_id": flight.rid})
-            finally:
-                self._flights.close(flight)
-                spool.close()
-
-        flight.keeping = self._flights.errand(put())
-        await asyncio.wait({flight.keeping}, timeout=KEEP_SECONDS)
-
-    async def _put(self, bought: Bought, keeping: Keeping) -> None:
-        plan, way, landing, spool = bought.plan, bought.way, bought.landing, bought.spool
-        settlement, reading = bought.settlement, bought.landing.reading
-        meta = CachedMeta(
-            stored_at=self._clock.now(),
-            cost=settlement.cost,
-            images=settlement.images,
-            model_served=way.target.model,
-            upstream=way.upstream.name,
-            size_bytes=0,
-            usage=settlement.usage,
-            size=reading.answer.size if reading else "",
-            quality=reading.answer.quality if reading else "",
-            price_id=way.quote.price_id,
-        )
-        said = tuple(pair for pair in bought.common if pair[0] != "content-type")
-        result = with_meta(
-            meta,
-            team=plan.caller.team.id,
-            operation=plan.call.operation,
-            said=(*said, *headers.of_cost(settlement.cost, settlement.basis)),
-        )
-        if landing.error is not None:
-            # Has no picture in it, so that nobody minds, and somebody may have paid for it.
-            await self._keep_error(bought.flight.rid, result, landing.error, keeping)
-            return
-        form, streamable = landing.json, landing.events is not None
-        pieces: Splice = (Span(0, landing.upto),) if form is None else form
-        size = replay.length(pieces)
-        if keeping.result and self._results.takes(size):
-            result = replace(
-                result,
-                size_bytes=size,
-                form=Form.EVENTS if form is None else Form.JSON,
-                streamable=streamable and form is not None,
-            )
-            async with aclosing(spliced(spool, pieces)) as chunks:
-                await self._results.keep(
-                    bought.flight.rid, result, chunks, idempotent=keeping.idempotent
-                )
-        if form is None or reading is None or reading.hosted or not plan.keep:
-            return
-        if way.model is not plan.asked or way.quote.row is None:
-            return
-        if settlement.images != plan.call.n or size > self.policy.max_entry_bytes:
-            return
-        meta = replace(meta, size_bytes=size, streamable=streamable)
-        async with aclosing(spliced(spool, form)) as chunks:
-            await self._cache.put(plan.fingerprint, meta, chunks, self.policy.ttl_seconds)
-
-    async def _keep_error(
-        self, rid: str, meta: CachedMeta, error: GatewayError, keeping: Keeping
-    ) -> None:
-        content = error.content
-        retry = headers.of_advice(error)
-        meta = replace(
-            meta, status=error.status, size_bytes=len(content), headers=(*meta.headers, *retry)
-        )
-        chunks = _once(content)
-        await self._results.keep(rid, meta, chunks, idempotent=keeping.idempotent)
-
 
 def _nothing(rid: str) -> Settlement:
     return Settlement(rid, Event.VOID, Outcome.REFUSED, Basis.NONE)
@@ -647,7 +532,3 @@ def _with_purchase(
         posted=entry is not None,
         timings=timings,
     )
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content

@@ -47,10 +47,20 @@ class Results:
 
     async def keep(
         self, rid: str, meta: CachedMeta, chunks: AsyncIterator[bytes], *, idempotent: bool
-    ) -> None:
-        """Keeps an answer of ``meta.team``. A store that fails is no error of the call."""
-        if self._store is not None:
-            await self._store.put(_key(meta.team, rid), meta, chunks, self._seconds(idempotent))
+    ) -> bool:
+        """Keeps an answer of ``meta.team``; whether it did. A store that fails is no error of the
+        call."""
+        if self._store is None:
+            return False
+        key = _key(meta.team, rid)
+        await self._store.put(key, meta, chunks, self._seconds(idempotent))
+        return not await self._is_missing(key)
+
+    async def _is_missing(self, key: str) -> bool:
+        try:
+            return self._store is None or not await self._store.holds(key)
+        except (OSError, Unreachable):
+            return True
 
     async def point(self, rid: str, to: str, team: str, now: datetime, *, idempotent: bool) -> None:
         """Lets the answer of one request be found by the id of another that joined it."""
@@ -78,15 +88,15 @@ class Results:
             return None
         return await self._store.get(_key(team, rid))
 
-    async def reachable(self) -> bool:
-        """Whether what is not found is not there: a store that is away finds nothing either."""
+    async def is_gone(self, rid: str, team: str) -> bool:
+        """Whether an answer that was not found is surely not there: a store that is away, or too
+        busy to hand it out, finds nothing either."""
         if self._store is None:
             return True
         try:
-            await self._store.ping()
+            return not await self._store.holds(_key(team, rid))
         except (OSError, Unreachable):
             return False
-        return True
 
     def kept_for(self, *, idempotent: bool) -> timedelta:
         return self._policy.idempotent_ttl if idempotent else self._policy.ttl

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -30,6 +30,14 @@ class Running:
     created_at: datetime
     seconds: float
     partials: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """What somebody gets who asks for a result. ``done`` is told whether all of it arrived."""
+
+    head: Head
+    done: Callable[[bool], None] = lambda delivered: None
 
 
 def running(notice: FlightNotice, now: datetime, partials: int = 0) -> Running:

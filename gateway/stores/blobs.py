@@ -201,6 +201,10 @@ class DiskCache:
             self._learn(key, _Known(size, expires))
             await self._make_room()
 
+    async def holds(self, key: str) -> bool:
+        await self.ping()
+        return await self.get(key) is not None
+
     async def delete(self, key: str) -> None:
         path = self._path(key)
         self._forget(key)

@@ -288,6 +288,9 @@ class MemoryCache:
         self._bytes += meta.size_bytes
         self._make_room()
 
+    async def holds(self, key: str) -> bool:
+        return await self.get(key) is not None
+
     async def delete(self, key: str) -> None:
         self._drop(key)
 

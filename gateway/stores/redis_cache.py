@@ -130,6 +130,13 @@ class RedisCache:
             raise
         await self._forget(staging)
 
+    async def holds(self, key: str) -> bool:
+        header = await self._read(key, "meta")
+        if header is None:
+            return False
+        _, document = decode(header)
+        return float(document["expires"]) > self._clock.now().timestamp()
+
     async def delete(self, key: str) -> None:
         await self._forget(self._name(key))
 

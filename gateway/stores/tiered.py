@@ -76,6 +76,9 @@ class TieredCache:
                 task.cancel()
             await asyncio.gather(*puts, return_exceptions=True)
 
+    async def holds(self, key: str) -> bool:
+        return await self._front.holds(key) or await self._back.holds(key)
+
     async def delete(self, key: str) -> None:
         await self._front.delete(key)
         await self._back.delete(key)

@@ -1,0 +1,208 @@
+"""Putting an answer where it is found again: by the next identical request, and by who comes back.
+
+Nobody waits for it for long, and no answer fails because of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from gateway.domain.call import Span
+from gateway.domain.errors import GatewayError
+from gateway.domain.ledger import Settlement
+from gateway.ports import Cache, CachedMeta, Clock, Form
+from gateway.relay import headers, replay
+from gateway.relay.body import Room, Spool, spliced
+from gateway.relay.flights import Flight, Flights
+from gateway.relay.landing import Landing
+from gateway.relay.plan import CachePolicy, Plan, Way
+from gateway.relay.replay import Splice
+from gateway.relay.results import Results, with_meta
+
+log = logging.getLogger(__name__)
+
+KEEP_SECONDS = 0.5
+"""How long an answer waits for the cache, so that the next identical request finds it there."""
+PAUSE_SECONDS = 5.0
+"""Before a result that could not be kept is tried again."""
+LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """Whether a call's picture is kept for whoever comes back, and whether for an
+    Idempotency-Key, which is longer."""
+
+    result: bool = True
+    idempotent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Bought:
+    """A purchase that is over and settled. ``common`` are the headers of its answer, whoever
+    reads it."""
+
+    flight: Flight
+    plan: Plan
+    way: Way
+    landing: Landing
+    spool: Spool
+    settlement: Settlement
+    common: headers.Headers
+
+
+class Keeper:
+    """Keeps answers for one pipeline."""
+
+    def __init__(
+        self,
+        *,
+        cache: Cache,
+        policy: CachePolicy,
+        results: Results,
+        flights: Flights,
+        room: Room,
+        clock: Clock,
+    ) -> None:
+        self._cache = cache
+        self.policy = policy
+        """As of now: another one may be set."""
+        self._results = results
+        self._flights = flights
+        self._room = room
+        self._clock = clock
+
+    async def keep(self, bought: Bought, keeping: Keeping) -> None:
+        """Puts the answer away. Its flight can be watched until that is done, however long a store
+        takes; the caller waits for a moment only."""
+        flight, spool = bought.flight, bought.spool
+        spool.share()
+
+        async def put() -> None:
+            try:
+                await self._put(bought, keeping)
+            except Exception:
+                log.exception("an answer was not kept", extra={"request_id": flight.rid})
+            finally:
+                self._flights.close(flight)
+                spool.close()
+
+        flight.keeping = self._flights.errand(put())
+        await asyncio.wait({flight.keeping}, timeout=KEEP_SECONDS)
+
+    async def _put(self, bought: Bought, keeping: Keeping) -> None:
+        meta = _meta(bought, self._clock)
+        error = bought.landing.error
+        if error is not None:
+            # Has no picture in it, so that nobody minds, and somebody may have paid for it.
+            await self._results.keep(
+                bought.flight.rid,
+                _of_error(bought, meta, error),
+                _once(error.content),
+                idempotent=keeping.idempotent,
+            )
+            return
+        kept = not keeping.result or await self._keep_result(bought, meta, keeping)
+        await self._keep_cached(bought, meta)
+        if not kept:
+            await self._keep_trying(bought, meta, keeping)
+
+    async def _keep_result(self, bought: Bought, meta: CachedMeta, keeping: Keeping) -> bool:
+        """Whether it is kept, or never can be."""
+        landing = bought.landing
+        pieces: Splice = landing.json or (Span(0, landing.upto),)
+        size = replay.length(pieces)
+        if not self._results.takes(size):
+            return True
+        meta = replace(
+            _as_result(bought, meta),
+            size_bytes=size,
+            form=Form.EVENTS if landing.json is None else Form.JSON,
+            streamable=landing.events is not None and landing.json is not None,
+        )
+        async with aclosing(spliced(bought.spool, pieces)) as chunks:
+            return await self._results.keep(
+                bought.flight.rid, meta, chunks, idempotent=keeping.idempotent
+            )
+
+    async def _keep_trying(self, bought: Bought, meta: CachedMeta, keeping: Keeping) -> None:
+        """What was paid for waits here for its store to come back, as long as it would be kept
+        there: who comes back to this process gets it meanwhile. A process that ends, or runs out
+        of room, waits for nobody."""
+        log.warning(
+            "a result cannot be kept yet; it can be had from this process",
+            extra={"request_id": bought.flight.rid},
+        )
+        seconds = self._results.kept_for(idempotent=False).total_seconds()
+        until = next_try = self._clock.monotonic()
+        until += seconds
+        next_try += PAUSE_SECONDS
+        while (now := self._clock.monotonic()) < until:
+            if self._flights.draining or self._room.is_tight:
+                break
+            if now >= next_try:
+                if await self._keep_result(bought, meta, keeping):
+                    return
+                next_try = now + PAUSE_SECONDS
+            await asyncio.sleep(LOOK_SECONDS)
+        log.error("a result was never kept", extra={"request_id": bought.flight.rid})
+
+    async def _keep_cached(self, bought: Bought, meta: CachedMeta) -> None:
+        """A whole, priced answer of the model that was asked for, in its JSON form."""
+        plan, way, landing = bought.plan, bought.way, bought.landing
+        form, reading = landing.json, landing.reading
+        if form is None or reading is None or reading.hosted or not plan.keep:
+            return
+        if way.model is not plan.asked or way.quote.row is None:
+            return
+        size = replay.length(form)
+        if bought.settlement.images != plan.call.n or size > self.policy.max_entry_bytes:
+            return
+        meta = replace(meta, size_bytes=size, streamable=landing.events is not None)
+        async with aclosing(spliced(bought.spool, form)) as chunks:
+            await self._cache.put(plan.fingerprint, meta, chunks, self.policy.ttl_seconds)
+
+
+def _meta(bought: Bought, clock: Clock) -> CachedMeta:
+    way, settlement, reading = bought.way, bought.settlement, bought.landing.reading
+    return CachedMeta(
+        stored_at=clock.now(),
+        cost=settlement.cost,
+        images=settlement.images,
+        model_served=way.target.model,
+        upstream=way.upstream.name,
+        size_bytes=0,
+        usage=settlement.usage,
+        size=reading.answer.size if reading else "",
+        quality=reading.answer.quality if reading else "",
+        price_id=way.quote.price_id,
+    )
+
+
+def _as_result(bought: Bought, meta: CachedMeta) -> CachedMeta:
+    settlement = bought.settlement
+    said = tuple(pair for pair in bought.common if pair[0] != "content-type")
+    return with_meta(
+        meta,
+        team=bought.plan.caller.team.id,
+        operation=bought.plan.call.operation,
+        said=(*said, *headers.of_cost(settlement.cost, settlement.basis)),
+    )
+
+
+def _of_error(bought: Bought, meta: CachedMeta, error: GatewayError) -> CachedMeta:
+    result = _as_result(bought, meta)
+    return replace(
+        result,
+        status=error.status,
+        size_bytes=len(error.content),
+        headers=(*result.headers, *headers.of_advice(error)),
+    )
+
+
+async def _once(content: bytes) -> AsyncIterator[bytes]:
+    yield content
