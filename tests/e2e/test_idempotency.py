@@ -129,7 +129,7 @@ async def test_what_was_answered_is_answered_again(
             assert again.headers["x-cost-usd"] == "0"
             assert again.headers["content-type"] == first.headers["content-type"]
             assert again.headers["x-request-id"] != first.headers["x-request-id"]
-            # Of a stream its end, which is all that is paid for: the pictures before it were previews.
+            # Of a stream its end: the pictures before it were previews.
             assert first.content.endswith(again.content)
             assert len(again.content) > PICTURE_BYTES
         await house.settled(purchases=1, cached=3)
