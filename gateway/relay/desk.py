@@ -50,7 +50,14 @@ class ResultDesk:
                 said = headers.of_request(rid, CacheResult.HIT)
                 return as_it_is(kept).head(said)
             waited = self._clock.monotonic() - began
-            notice, partials = await self._running(rid, team)
+            try:
+                notice, partials = await self._running(rid, team)
+            except ResultExpired:
+                # It may have been put away, and have ended, between the two looks.
+                kept = await self._results.find(rid, team)
+                if kept is None:
+                    raise
+                continue
             if waited >= wait_seconds:
                 return running_head(running(notice, self._clock.now(), partials))
             await _pause(client, min(POLL_SECONDS, wait_seconds - waited))

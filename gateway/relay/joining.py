@@ -163,6 +163,9 @@ class Joining:
                 now = self._clock.monotonic()
                 missing_since = now if missing_since is None else missing_since
                 over = seen is not None or now - missing_since >= KEEPING_SECONDS
+                if over and (kept := await self._results.find(rid, team)) is not None:
+                    # It was put away, and ended, between the two looks.
+                    return shown(kept, stream=stream)
                 await self._ask_the_books(rid, team, over=over)
             await _pause(client)
 
@@ -178,7 +181,9 @@ class Joining:
             raise ResultExpired(f"Nothing is known of the request {rid} any more.")
         if hold.state is State.EXPIRED:
             raise unknown_outcome(rid)
-        if hold.state is State.HELD or not over:
+        if hold.state is State.HELD:
+            return
+        if not over and self._clock.now() < hold.lease_ends:
             return
         if hold.state is State.VOIDED:
             raise UpstreamUnavailable(
