@@ -202,6 +202,9 @@ class Comebacks:
             avoided=hold.cost if hold is not None and delivered else 0,
             images=call.n if delivered else 0,
         )
+        if not delivered:
+            # As where it is heard while the flight still runs: an error is no cached answer.
+            return receipt
         await self._ledger.replay(
             Replay(
                 receipt.rid,

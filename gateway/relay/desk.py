@@ -59,7 +59,14 @@ class ResultDesk:
                 seat = self._joining.reader(await self._results.meaning(rid, team))
                 return Fetched(as_it_is(kept).head(said), seat.tell)
             waited = self._clock.monotonic() - began
-            notice, partials = await self._running(rid, team)
+            try:
+                notice, partials = await self._running(rid, team)
+            except ResultExpired:
+                # It may have been put away, and have ended, between the two looks.
+                kept = await self._results.find(rid, team)
+                if kept is None:
+                    raise
+                continue
             if waited >= wait_seconds:
                 return Fetched(running_head(running(notice, self._clock.now(), partials)))
             await _pause(client, min(POLL_SECONDS, wait_seconds - waited))

@@ -210,7 +210,9 @@ class Joining:
             raise NeverSent
         if hold.state is State.EXPIRED:
             raise unknown_outcome(rid)
-        if hold.state is State.HELD or not over:
+        if hold.state is State.HELD:
+            return
+        if not over and self._clock.now() < hold.lease_ends:
             return
         if hold.state is State.VOIDED:
             raise NeverSent

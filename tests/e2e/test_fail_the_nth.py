@@ -76,7 +76,7 @@ class Scenario:
     away: Mapping[str, int] = field(default_factory=dict)
 
 
-ADMITTED = ("directory.find_key", "cache.get", "gate.take", "ledger.reserve")
+ADMITTED = ("directory.find_key", "ledger.claimed", "cache.get", "gate.take", "ledger.reserve")
 BOUGHT = (*ADMITTED, "upstream.send", "reply.chunk", "reply.chunk", "reply.chunk")
 SCENARIOS = [
     Scenario("json", [*BOUGHT, "ledger.settle", "cache.put", "gate.release"]),
@@ -123,6 +123,7 @@ LEDGER_AWAY = "ledger_unavailable"
 ENDINGS: Mapping[tuple[str, Way], Ending] = {
     # Nothing was sent: 503, and an SDK may try again. A hold whose answer was lost is voided.
     **{("directory.find_key", way): Ending(503, LEDGER_AWAY, "") for way in ERRORS},
+    **{("ledger.claimed", way): Ending(503, LEDGER_AWAY, "") for way in ERRORS},
     ("ledger.reserve", Way.BEFORE): Ending(503, LEDGER_AWAY, ""),
     ("ledger.reserve", Way.HANG): Ending(503, LEDGER_AWAY, ""),
     ("ledger.reserve", Way.AFTER): Ending(503, LEDGER_AWAY, "V"),
@@ -395,10 +396,13 @@ class Story:
 
         if call.startswith("gate."):
             await eventually(let_in)
-        if state == "X" or (state == "P" and call == "cache.put" and not way.made):
-            assert (again.status, again.code) == (409, "idempotency_key_in_use")
+        if state == "X":
+            assert (again.status, again.code) == (502, "upstream_outcome_unknown")
         elif self.scenario.name == POOR:
             assert again.code == "insufficient_quota"
+        elif state == "P" and call.startswith("gate.") and again.status != 200:
+            # Redis was taken for away meanwhile, and it is where answers are kept.
+            assert (again.status, again.code) == (410, "idempotent_result_expired")
         else:
             assert (again.status, again.whole) == (200, True)
             replayed = state == "P" or self.scenario.name == "hit"
@@ -652,7 +656,8 @@ async def after(
     await eventually(served)
     again = await client.ask(clean.base_url, key(team), scenario, name)
     answered = "hit" if again.headers.get("x-cache") == "hit" else str(again.code or again.status)
-    allowed = {"X": {"idempotency_key_in_use"}, "P": {"idempotency_key_in_use", "hit"}}.get(
+    # What was paid for by a process that died before it had put it away is gone, and says so.
+    allowed = {"X": {"upstream_outcome_unknown"}, "P": {"idempotent_result_expired", "hit"}}.get(
         state, {POOR: {"insufficient_quota"}, "hit": {"hit"}}.get(scenario.name, {"200"})
     )
     if answered not in allowed:

@@ -115,9 +115,8 @@ class Crowd:
                 return
             error = answer.json()["error"]
             self.answers[error["code"]] += 1
-            # 409: a hold whose answer was lost, and which nobody has voided yet.
-            assert error["code"] in ("ledger_unavailable", "idempotency_key_in_use"), error
-            assert answer.headers.get("x-should-retry") != "false" or answer.status_code == 409
+            assert error["code"] == "ledger_unavailable", error
+            assert answer.headers.get("x-should-retry") != "false"
             await asyncio.sleep(0.05)
         raise AssertionError(f"{name} never came: {dict(self.answers)}")
 

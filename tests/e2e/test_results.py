@@ -11,6 +11,8 @@ import httpx
 import pytest
 from openai import APIError, APIStatusError
 
+from gateway.ports import Cached
+from gateway.relay.results import Results
 from gateway.sandbox.rules import Drip, Rule
 from tests.flying import (
     ASKED,
@@ -190,6 +192,37 @@ async def test_what_is_not_to_be_stored_is_not_kept(
     found = await get(house, answer.headers["x-request-id"], prefer="wait=20")
     assert found.status_code == (200 if kept else 410)
     await house.settled(purchases=1, cached=0)
+
+
+@pytest.mark.parametrize("asked", ["by its id", "again"])
+async def test_what_is_put_away_while_it_is_looked_for_is_found(
+    fly: Fly, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    """The first look comes too early, the second, at the flight, too late: it has ended."""
+    async with fly({"cache": {"enabled": False}}) as house:
+        gate = house.hold_back()
+        asking = asyncio.create_task(post(house))
+        [rid] = await house.flying()
+        asking.cancel()
+        await house.watched_by(0)
+        gate.set()
+        await house.over()
+        house.gateway.clock.advance(seconds=60)
+        find, looks = Results.find, 0
+
+        async def too_early(results: Results, rid: str, team: str) -> Cached | None:
+            nonlocal looks
+            looks += 1
+            return None if looks == 1 else await find(results, rid, team)
+
+        monkeypatch.setattr(Results, "find", too_early)
+        if asked == "again":
+            found = await post(house, headers={"x-stainless-retry-count": "1"})
+        else:
+            found = await get(house, rid)
+        assert (found.status_code, looks) == (200, 2 if asked == "again" else 3)
+        assert found.json()["data"][0]["b64_json"]
+        await house.settled(purchases=1, cached=int(asked == "again"))
 
 
 # Not waited for
