@@ -652,7 +652,9 @@ async def after(
     await eventually(served)
     again = await client.ask(clean.base_url, key(team), scenario, name)
     answered = "hit" if again.headers.get("x-cache") == "hit" else str(again.code or again.status)
-    allowed = {"X": {"idempotency_key_in_use"}, "P": {"idempotency_key_in_use", "hit"}}.get(
+    # What was settled and not put away is paid for, and gone.
+    settled = {"hit", "idempotent_result_expired"}
+    allowed = {"X": {"upstream_outcome_unknown"}, "P": settled}.get(
         state, {POOR: {"insufficient_quota"}, "hit": {"hit"}}.get(scenario.name, {"200"})
     )
     if answered not in allowed:
