@@ -45,15 +45,25 @@ class ResultDesk:
         team = caller.team.id
         began = self._clock.monotonic()
         while True:
-            kept = await self._results.find(rid, team)
-            if kept is not None:
-                said = headers.of_request(rid, CacheResult.HIT)
-                return as_it_is(kept).head(said)
+            if (head := await self._kept(rid, team)) is not None:
+                return head
             waited = self._clock.monotonic() - began
-            notice, partials = await self._running(rid, team)
+            try:
+                notice, partials = await self._running(rid, team)
+            except ResultExpired:
+                # It may have been put away after it was looked for, and before the board was.
+                if (head := await self._kept(rid, team)) is not None:
+                    return head
+                raise
             if waited >= wait_seconds:
                 return running_head(running(notice, self._clock.now(), partials))
             await _pause(client, min(POLL_SECONDS, wait_seconds - waited))
+
+    async def _kept(self, rid: str, team: str) -> Head | None:
+        kept = await self._results.find(rid, team)
+        if kept is None:
+            return None
+        return as_it_is(kept).head(headers.of_request(rid, CacheResult.HIT))
 
     async def _running(self, rid: str, team: str) -> tuple[FlightNotice, int]:
         """A flight that has not ended, and how many partial pictures it has shown."""

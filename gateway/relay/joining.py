@@ -161,8 +161,10 @@ class Joining:
                     return self._passed_on(rid, team)
             else:
                 now = self._clock.monotonic()
+                # It may have been put away after it was looked for, and before the board was.
+                again = missing_since is not None
                 missing_since = now if missing_since is None else missing_since
-                over = seen is not None or now - missing_since >= KEEPING_SECONDS
+                over = (again and seen is not None) or now - missing_since >= KEEPING_SECONDS
                 await self._ask_the_books(rid, team, over=over)
             await _pause(client)
 
