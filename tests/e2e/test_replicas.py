@@ -382,6 +382,40 @@ async def test_the_leader_dies_and_its_followers_are_told_so(
         both.verify()
 
 
+async def test_the_leader_of_a_stream_dies_between_two_of_its_pictures(
+    tmp_path: Path, sandbox: SandboxServer, postgres: Postgres, valkey: Valkey
+) -> None:
+    """Who follows at another replica keeps what came, and is told how it ended."""
+    sandbox.rules.add(Rule(payload_bytes=4000, drip=Drip(3000, 3.0)))
+    ledger = {"lease_seconds": 25, "sweep_seconds": 0.5}
+    async with (
+        replicas(tmp_path, sandbox, postgres, valkey, ledger=ledger) as both,
+        both.http(0) as one,
+        both.http(1) as other,
+    ):
+        body = asked("cut", stream=True, partial_images=2)
+        lost = asyncio.ensure_future(one.post(GENERATIONS, json=body))
+        async with asyncio.timeout(30):
+            await sandbox.journal.until(lambda: len(sandbox.journal) == 1)
+        async with other.stream("POST", GENERATIONS, json=body, headers=RETRY) as answer:
+            assert (answer.status_code, answer.headers["x-cache"]) == (200, "join")
+            heard, pieces = b"", answer.aiter_bytes()
+            async for chunk in pieces:
+                heard += chunk
+                if b"\n\n" in heard:
+                    break
+            assert b"partial_image" in heard
+            both.all[0].kill()
+            heard += b"".join([chunk async for chunk in pieces])
+        await asyncio.gather(lost, return_exceptions=True)
+        assert heard.count(b"event: image_generation.partial_image") == 1
+        last = heard.rstrip().rpartition(b"data: ")[2]
+        assert json.loads(last)["error"]["code"] == "upstream_outcome_unknown"
+        assert len(sandbox.journal) == 1
+        await eventually(lambda: all(hold.state == "X" for hold in both.holds()), 40)
+        both.verify()
+
+
 @pytest.mark.parametrize("named", [False, True], ids=["retry", "key"])
 async def test_where_the_owner_wants_it_a_follower_buys_again_once(
     tmp_path: Path, sandbox: SandboxServer, postgres: Postgres, valkey: Valkey, named: bool
