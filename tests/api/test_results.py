@@ -28,7 +28,7 @@ from gateway.domain.errors import (
 from gateway.domain.team import Caller, Declared, Key, Team
 from gateway.relay.flights import Client, Head
 from gateway.relay.keyring import KeyRing
-from gateway.relay.running import RESULTS, Running, no_result, running_head
+from gateway.relay.running import RESULTS, Fetched, Running, no_result, running_head
 from gateway.server import listen, server
 from gateway.stores.memory_ledger import MemoryStore
 from tests.running import KEY, OTHER_KEY, TODAY, TestClock
@@ -51,16 +51,20 @@ class Desk:
     asked: list[tuple[str, str, float]] = field(default_factory=list)
     left: asyncio.Event = field(default_factory=asyncio.Event)
     closed: int = 0
+    delivered: list[bool] = field(default_factory=list)
 
-    async def fetch(self, caller: Caller, rid: str, wait_seconds: float, client: Client) -> Head:
+    async def fetch(self, caller: Caller, rid: str, wait_seconds: float, client: Client) -> Fetched:
         self.asked.append((caller.team.id, rid, wait_seconds))
         if (caller.team.id, rid) != ("growth", RID):
             raise no_result(rid, TTL, KEYED_TTL)
         if self.landed is not None and not await self._lands(wait_seconds, client):
-            return running_head(RUNNING)
+            return Fetched(running_head(RUNNING), self._done)
         if isinstance(self.answer, Exception):
             raise self.answer
-        return self.answer or self.ready(200, PICTURE)
+        return Fetched(self.answer or self.ready(200, PICTURE), self._done)
+
+    def _done(self, delivered: bool) -> None:
+        self.delivered.append(delivered)
 
     async def _lands(self, wait_seconds: float, client: Client) -> bool:
         assert self.landed is not None

@@ -113,17 +113,29 @@ async def test_the_desk_looks_again_before_it_says_that_a_result_is_gone(
     settled = Settlement("req_1", Event.SETTLE, Outcome.DELIVERED, Basis.USAGE, cost=10)
     await store.ledger.settle(replace(settled, at=clock.now()))
     clock.advance(KEEPING_SECONDS + 1)
+    flights = Flights()
+    passing = Joining(
+        flights=flights,
+        board=board,
+        results=results,
+        ledger=store.ledger,
+        books=store.books,
+        clock=clock,
+        keep_alive_seconds=15,
+        shared=True,
+    )
     desk = ResultDesk(
         results=results,
-        flights=Flights(),
+        flights=flights,
         board=board,
         books=store.books,
+        joining=passing,
         clock=clock,
         policy=ResultPolicy(),
     )
     fetches = desk.fetch(Caller(Team("growth"), Key("k1", "growth")), "req_1", 0.0, Client())
     if is_kept:
-        head = await fetches
+        head = (await fetches).head
         assert head.status == 200
         assert b"".join([chunk async for chunk in head.body()]) == PICTURE
     else:
@@ -150,7 +162,8 @@ async def test_the_end_of_a_stream_is_not_passed_on(
     )
     flight = Flight(notice_of(clock), Client())
     spool = Spool(Room(10_000, 10_000, tmp_path))
-    await passing.announce(flight, spool)
+    await passing.announce(flight)
+    passing.begun(flight, spool)
     await board.want_events("req_1")
     await spool.write(PARTIAL)
     spool.publish()

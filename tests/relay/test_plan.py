@@ -99,6 +99,9 @@ class OneAnswer:
     ) -> None:
         raise NotImplementedError
 
+    async def holds(self, key: str) -> bool:
+        return self.stored is not None
+
     async def delete(self, key: str) -> None:
         raise NotImplementedError
 
