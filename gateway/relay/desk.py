@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from gateway.domain.errors import ClientGone, ResultExpired
+from gateway.domain.errors import ClientGone, Overloaded, ResultExpired
 from gateway.domain.ledger import State
 from gateway.domain.receipt import CacheResult
 from gateway.domain.team import Caller
@@ -61,7 +61,7 @@ class ResultDesk:
             waited = self._clock.monotonic() - began
             try:
                 notice, partials = await self._running(rid, team)
-            except ResultExpired:
+            except (ResultExpired, Overloaded):
                 # It may have been put away, and have ended, between the two looks.
                 kept = await self._results.find(rid, team)
                 if kept is None:

@@ -178,13 +178,14 @@ class Joining:
             return await self._from_afar(rid, team, stream, client)
 
     async def _from_afar(self, rid: str, team: str, stream: bool, client: Client) -> Shown:
-        began, missing_since = self._clock.monotonic(), 0.0
+        began = self._clock.monotonic()
+        missing_since: float | None = None
         while True:
             kept = await self._results.find(rid, team)
             if kept is not None:
                 return shown(kept, stream=stream)
             missing_since = await self._goes_on(rid, team, missing_since)
-            if stream and self._shared and not missing_since:
+            if stream and self._shared and missing_since is None:
                 silent = self._clock.monotonic() - began >= self._keep_alive
                 if await self._has_begun(rid) or silent:
                     return self._passed_on(rid, team)
@@ -217,6 +218,8 @@ class Joining:
         if hold.state is State.VOIDED:
             raise NeverSent
         if not await self._results.is_gone(rid, team):
+            if await self._results.find(rid, team) is not None:
+                return  # It has been put away between the two looks.
             raise unreachable(rid)
         raise ResultExpired(
             f"The request {rid} was answered and paid for, and its answer is not kept any more."
@@ -228,7 +231,8 @@ class Joining:
     async def _events(self, rid: str, team: str) -> AsyncGenerator[bytes, None]:
         """The stream of another process's flight: its partial pictures as they come through the
         board, and its end from the results."""
-        position, quiet_since, missing_since = 0, self._clock.monotonic(), 0.0
+        position, quiet_since = 0, self._clock.monotonic()
+        missing_since: float | None = None
         while True:
             chunk = await self._board.events(rid, position)
             now = self._clock.monotonic()
@@ -255,14 +259,14 @@ class Joining:
             async for piece in rest:
                 yield piece
 
-    async def _goes_on(self, rid: str, team: str, missing_since: float) -> float:
-        """Since when a flight is missing, 0 where it is not. Raises what became of it."""
+    async def _goes_on(self, rid: str, team: str, missing_since: float | None) -> float | None:
+        """Since when a flight is missing; None where it is not. Raises what became of it."""
         seen, now = await self._board.look(rid), self._clock.monotonic()
         if seen is not None and not seen.ended:
             if not seen.alive:
                 await self._left_by_the_dead(rid, team)
-            return 0.0
-        missing_since = missing_since or now
+            return None
+        missing_since = now if missing_since is None else missing_since
         await self._ask_the_books(rid, team, over=now - missing_since >= KEEPING_SECONDS)
         return missing_since
 

@@ -32,6 +32,7 @@ from gateway.domain.errors import (
     RateLimited,
     ResultExpired,
     ResultNotFound,
+    StillRunning,
     TeamFault,
     UnsupportedMedia,
     UpstreamAccount,
@@ -100,6 +101,7 @@ TABLE: list[tuple[type[GatewayError], int, str, str, bool | None, Evidence]] = [
     (LedgerUnavailable, 503, "server_error", "ledger_unavailable", None, NOT_BILLED),
     (GateUnavailable, 503, "server_error", "gate_unavailable", True, NOT_BILLED),
     (Overloaded, 503, "server_error", "overloaded", None, NOT_BILLED),
+    (StillRunning, 504, "server_error", "still_running", False, NOT_BILLED),
     (Internal, 500, "server_error", "internal_error", None, NOT_BILLED),
 ]
 BRANCHES = {ClientFault, TeamFault, UpstreamFault, GatewayFault}

@@ -76,6 +76,8 @@ async def test_what_is_put_away_between_two_looks_is_found(
 ) -> None:
     """The results are asked first, then the board, which says that it is over: it is not lost."""
     monkeypatch.setattr(joining, "POLL_SECONDS", 0.01)
+    # The clock stands still: nobody waits longer for what is being put away.
+    monkeypatch.setattr(joining, "KEEPING_SECONDS", 0.0)
     clock, flights, store = StillClock(), Flights(), MemoryStore()
     results = Results(DiskCache(tmp_path, clock, max_bytes=MIB), ResultPolicy())
     board = Late(clock, results if is_kept else None)
