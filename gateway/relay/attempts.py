@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from gateway.domain.errors import (
     Evidence,
@@ -114,7 +115,7 @@ class _Journey:
 
 class Attempts:
     """Opens answers for one pipeline. At most ``most`` attempts for each call; one that only found
-    out that a key is refused is free, and not counted. None begins later than ``patience_seconds``
+    out that a key is refused for everything is free, and not counted. None begins later than ``patience_seconds``
     after the first: it has to end before its hold does."""
 
     def __init__(
@@ -172,7 +173,7 @@ class Attempts:
             reply, error = await self._attempt(plan, way, body, ticket)
             journey.tried += 1
             journey.was_sent |= error is None or kind_of(error) not in UNREACHED
-            journey.counted += not isinstance(error, UpstreamAccount)
+            journey.counted += not _is_free(error, reply)
             if again:
                 outcome = "answered" if error is None else "failed"
                 self._health.listener.retried(way.upstream.name, outcome)
@@ -376,8 +377,8 @@ class Attempts:
         elif kind in UNREACHED or kind is Kind.SERVER:
             self._health.failed(ticket)
         elif kind is Kind.LIMITED:
-            self._health.limited(ticket, said_wait(reply.headers) if reply else None)
-        elif error.evidence is Evidence.NOT_BILLED and kind is not Kind.REDIRECT:
+            self._health.limited(ticket, _wait(reply, self._clock.now()))
+        elif error.evidence is Evidence.NOT_BILLED and kind not in (Kind.REDIRECT, Kind.EDGE):
             self._health.alive(ticket)
         else:
             self._health.unsure(ticket)
@@ -455,6 +456,18 @@ def _why(error: UpstreamAccount, status: int) -> Why:
     if kind_of(error) is Kind.ACCOUNT or status == 402:
         return Why.BILLING
     return Why.FORBIDDEN if status == 403 else Why.AUTH
+
+
+def _is_free(error: GatewayError | None, reply: Reply | None) -> bool:
+    """Whether an attempt only found out that a key is good for nothing: that bounds itself, for
+    the key rests. What is forbidden for one model may be so with every key."""
+    if not isinstance(error, UpstreamAccount):
+        return False
+    return _why(error, reply.status if reply else 0) is not Why.FORBIDDEN
+
+
+def _wait(reply: Reply | None, now: datetime) -> float | None:
+    return None if reply is None else said_wait(reply.headers, now)
 
 
 def _is_stream(reply: Reply) -> bool:

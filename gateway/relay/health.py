@@ -28,6 +28,8 @@ OPEN_SECONDS = 5.0
 MAX_OPEN_SECONDS = 60.0
 COOL_SECONDS = 1.0
 MAX_COOL_SECONDS = 60.0
+LEAST_COOL_SECONDS = 0.5
+"""A 429 that says "at once", or a time that is over, is still one."""
 MAX_RETRY_AFTER_SECONDS = 120.0
 """What an upstream asks for beyond it is not believed: a key must not be lost to one header."""
 QUARANTINE_SECONDS = 60.0
@@ -226,7 +228,7 @@ class Health:
         key, now = self._key(ticket), self._now()
         self._answers(ticket, key)
         if retry_after_seconds is not None:
-            seconds = min(max(0.0, retry_after_seconds), MAX_RETRY_AFTER_SECONDS)
+            seconds = min(max(LEAST_COOL_SECONDS, retry_after_seconds), MAX_RETRY_AFTER_SECONDS)
         else:
             # Of many that were under way together only the first doubles it.
             if ticket.at >= key.cool_until:

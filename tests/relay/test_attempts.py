@@ -324,6 +324,8 @@ ONE_KEY: list[tuple[str, Script, list[str], int]] = [
     ("pool", lambda: Overloaded("Busy.", reason="pool"), ["a/1", "b/1"], 200),
     ("401", says(401), ["a/1", "b/1"], 200),
     ("403", says(403), ["a/1", "b/1"], 200),
+    ("403 html", html(403), ["a/1", "b/1"], 200),
+    ("403 moderation", says(403, "content_policy_violation"), ["a/1"], 403),
     ("billing", says(429, "insufficient_quota"), ["a/1", "b/1"], 200),
     ("billing as 400", says(400, "billing_hard_limit_reached"), ["a/1", "b/1"], 200),
     ("404", says(404), ["a/1", "b/1"], 200),
@@ -371,6 +373,7 @@ ALONE: list[tuple[str, Script, list[str], int, int]] = [
     ("429", says(429, retry_after="7"), ["a/1"], 429, 1),
     ("429 at once", says(429, retry_after="0"), ["a/1"], 429, 1),
     ("401", says(401), ["a/1"], 503, 1),
+    ("403 html", html(403), ["a/1"], 502, 1),
 ]
 
 
@@ -425,6 +428,30 @@ async def test_refused_keys_are_not_counted(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert answered(await bench.call(tmp_path, "req_2")).attempts == 1
     assert bench.log == ["a/5"]
+
+
+async def test_what_is_forbidden_counts(tmp_path: Path) -> None:
+    """A model that the account may not use is so with every key: not all of them are asked."""
+    bench = Bench([Scripted(A, *[says(403)] * 5, keys=5)])
+    assert failed(await bench.call(tmp_path)).attempts == 2
+    assert bench.log == ["a/1", "a/2"]
+
+
+@pytest.mark.parametrize("script", [html(403), says(403, "moderation_blocked")])
+async def test_a_403_about_one_request_takes_no_model_away(tmp_path: Path, script: Script) -> None:
+    bench = Bench([Scripted(A, script)])
+    failed(await bench.call(tmp_path))
+    assert bench.health.quarantined(A, "1", "flare") is None
+    assert bench.heard.news == []
+    answered(await bench.call(tmp_path, "req_2"))
+    assert bench.log == ["a/1"]
+
+
+async def test_a_limit_until_a_date(tmp_path: Path) -> None:
+    until = (NOW + timedelta(seconds=30)).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    bench = Bench([Scripted(A, says(429, retry_after=until))])
+    failed(await bench.call(tmp_path))
+    assert bench.health.wait(A, "1", "flare") == 30
 
 
 async def test_a_limited_key_is_left_alone_and_another_is_asked(tmp_path: Path) -> None:
