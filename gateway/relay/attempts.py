@@ -319,7 +319,7 @@ class Attempts:
         reply: Reply | None = None
         try:
             reply, error = await self._send(plan, way, body, ticket)
-            self._learn(ticket, error, reply)
+            self._learn(plan, ticket, error, reply)
             heard = True
             return reply, error
         finally:
@@ -361,7 +361,9 @@ class Attempts:
         finally:
             await reply.aclose()
 
-    def _learn(self, ticket: Ticket, error: GatewayError | None, reply: Reply | None) -> None:
+    def _learn(
+        self, plan: Plan, ticket: Ticket, error: GatewayError | None, reply: Reply | None
+    ) -> None:
         """Tells the key's health how an attempt ended."""
         if error is None:
             self._health.succeeded(ticket)
@@ -374,8 +376,11 @@ class Attempts:
             self._health.unused(ticket)
         elif isinstance(error, UpstreamAccount):
             self._health.refused(ticket, _why(error, reply.status if reply else 0))
-        elif kind in UNREACHED or kind is Kind.SERVER:
+        elif kind in UNREACHED:
             self._health.failed(ticket)
+        elif kind is Kind.SERVER:
+            # Perhaps of what this one asks for.
+            self._health.failed(ticket, plan.fingerprint)
         elif kind is Kind.LIMITED:
             self._health.limited(ticket, _wait(reply, self._clock.now()))
         elif error.evidence is Evidence.NOT_BILLED and kind not in (Kind.REDIRECT, Kind.EDGE):

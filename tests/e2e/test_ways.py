@@ -380,12 +380,13 @@ async def test_a_breaker_opens_and_one_real_request_is_its_probe(
     tmp_path: Path, sandboxes: tuple[SandboxServer, SandboxServer]
 ) -> None:
     alone = {"models": {"art": {"upstream": "openai", "model": MODEL}}, "relay": {"attempts": 1}}
-    async with two(tmp_path, sandboxes, alone, Rule(times=5, status=503)) as bench:
-        for _ in range(5):
+    async with two(tmp_path, sandboxes, alone, Rule(times=7, status=503)) as bench:
+        for _ in range(6):
             assert (await bench.ask()).status_code == 503
-        assert bench.sent == (5, 0)
+        assert bench.sent == (6, 0), "one request alone closes nothing for the others"
+        assert (await bench.ask(prompt="Another cat")).status_code == 503
         refused = await bench.ask()
-        assert (refused.status_code, bench.sent) == (503, (5, 0))
+        assert (refused.status_code, bench.sent) == (503, (7, 0))
         assert int(refused.headers["retry-after"]) <= 5
         state = 'gateway_upstream_circuit_state{key="1",upstream="openai"}'
         assert (await bench.gateway.metrics())[state] == 2
@@ -398,7 +399,7 @@ async def test_a_breaker_opens_and_one_real_request_is_its_probe(
         assert (await bench.gateway.metrics())[state] == 1
         others = await asyncio.gather(*(bench.ask() for _ in range(10)))
         assert [other.status_code for other in others] == [503] * 10
-        assert bench.sent == (6, 0)
+        assert bench.sent == (8, 0)
         gate.set()
         assert (await probe).status_code == 200
         assert (await bench.gateway.metrics())[state] == 0

@@ -226,6 +226,7 @@ class Bench:
     heard: Heard = field(default_factory=Heard)
     slept: list[float] = field(default_factory=list)
     begun: int = 0
+    fingerprint: str = "f"
 
     def __post_init__(self) -> None:
         self.health = Health(self.clock.monotonic, Most(), self.heard)
@@ -260,7 +261,7 @@ class Bench:
             ways.append(Way(model, Target(upstream.name, "flare"), upstream, a_quote(cents)))
         return Plan(
             Caller(Team("growth"), Key("k1", "growth")), CALL, FLARE, tuple(ways),
-            Demand(), (), self.ledger.lines, "f", CacheResult.OFF, False, NOW,
+            Demand(), (), self.ledger.lines, self.fingerprint, CacheResult.OFF, False, NOW,
         )  # fmt: skip
 
     async def call(self, folder: Path, rid: str = RID) -> Opened | Failed:
@@ -542,6 +543,17 @@ async def test_a_breaker_lets_one_real_probe_through(tmp_path: Path) -> None:
     assert bench.log == ["a/1"]
     answered(await bench.call(tmp_path, "req_closed"))
     assert bench.log == ["a/1"]
+
+
+async def test_one_poisoned_request_opens_no_breaker(tmp_path: Path) -> None:
+    bench = Bench([Scripted(A, *[says(500)] * 20)])
+    for number in range(4):
+        failed(await bench.call(tmp_path, f"req_{number}"))
+        assert bench.log == ["a/1", "a/1"]
+    assert bench.health.wait(A, "1", "flare") == 0
+    bench.fingerprint = "another"
+    failed(await bench.call(tmp_path, "req_other"))
+    assert bench.health.wait(A, "1", "flare") == 5
 
 
 async def test_a_crash_in_between_leaves_no_probe_behind(tmp_path: Path) -> None:
