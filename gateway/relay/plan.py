@@ -105,7 +105,7 @@ class Plan:
     cache: CacheResult
     keep: bool
     at: datetime
-    """The one instant that its periods, its day of usage and its lease are counted from."""
+    """The one instant that its periods and its day of usage are counted from."""
     cached: Cached | None = None
 
     @property
