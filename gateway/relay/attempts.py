@@ -103,6 +103,8 @@ class _Journey:
     error: GatewayError | None = None
     last: Reply | None = None
     spent: set[int] = field(default_factory=set)
+    shut: set[int] = field(default_factory=set)
+    """Ways that may not be entered, whatever their keys are good for."""
     barred_keys: set[tuple[str, str, str]] = field(default_factory=set)
     barred_hosts: set[str] = field(default_factory=set)
     failing: set[str] = field(default_factory=set)
@@ -115,8 +117,8 @@ class _Journey:
 
 class Attempts:
     """Opens answers for one pipeline. At most ``most`` attempts for each call; one that only found
-    out that a key is refused for everything is free, and not counted. None begins later than ``patience_seconds``
-    after the first: it has to end before its hold does."""
+    out that a key is refused for everything is free, and not counted. None begins later than
+    ``patience_seconds`` after the first: it has to end before its hold does."""
 
     def __init__(
         self,
@@ -146,14 +148,20 @@ class Attempts:
         body: Spool,
         held: Held,
         begun: Callable[[], None] = lambda: None,
+        enter: Callable[[Way], bool] = lambda way: True,
     ) -> Opened | Failed:
         """The first 200, or why there is none. ``begun`` is called before anything is sent, once,
-        and not at all where nothing is. Raises ``LedgerUnavailable`` where the first way that is
-        open cannot be held for; whatever else goes wrong is ``Failed``."""
+        and not at all where nothing is. ``enter`` is asked before each attempt whether it may go
+        that way; a way that it may not is passed over. Raises ``LedgerUnavailable`` where the first
+        way that is open cannot be held for; whatever else goes wrong is ``Failed``."""
         journey = _Journey(plan, held, plan.way, self._clock.monotonic())
         while (found := self._next(journey)) is not None:
             place, credential, ticket, again = found
             way = plan.ways[place]
+            if not enter(way):
+                self._health.unused(ticket)
+                journey.shut.add(place)
+                continue
             if not await self._cover(rid, journey, place, ticket):
                 continue
             if again:
@@ -223,7 +231,8 @@ class Attempts:
 
     def _is_open(self, journey: _Journey, place: int) -> bool:
         upstream = journey.plan.ways[place].upstream.name
-        return place not in journey.spent and upstream not in journey.barred_hosts
+        closed = journey.spent | journey.shut
+        return place not in closed and upstream not in journey.barred_hosts
 
     def _has_failed(self, journey: _Journey, place: int) -> bool:
         return journey.plan.ways[place].upstream.name in journey.failing
@@ -426,6 +435,10 @@ class Attempts:
         waits: list[float] = []
         refused: list[Why | None] = []
         for place, way in enumerate(journey.plan.ways):
+            if place in journey.shut:
+                waits.append(RETRY_SECONDS)
+                refused.append(None)
+                continue
             for one in way.upstream.credentials if place not in journey.spent else ():
                 asked = (way.upstream.name, one.id, way.target.model)
                 waits.append(self._health.wait(*asked))

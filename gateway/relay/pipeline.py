@@ -38,7 +38,7 @@ from gateway.relay.purchase import Keeping, Purchases, crash
 from gateway.relay.read import ReadRules, reader_for
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
-from gateway.relay.turnstile import Turnstile
+from gateway.relay.turnstile import Place, Turnstile
 
 log = logging.getLogger(__name__)
 
@@ -321,14 +321,15 @@ class Pipeline:
         flight.said = (*first, *headers.NOTHING_SPENT)
         flight.stage, team = "queued", plan.caller.team
         came = self._clock.monotonic()
-        turn = self._turnstile.turn(team.id, team.weight, plan.upstream.name, flight.client.gone)
+        turn = self._turnstile.turn(team.id, team.weight, plan.entrances, flight.client.gone)
         receipt = so_far
         try:
-            async with turn:
+            async with turn as place:
                 flight.stage = "upstream"
+                plan = plan.entered_at(place.upstream)
                 timings = replace(so_far.timings, queueing=self._clock.monotonic() - came)
-                so_far = replace(so_far, timings=timings)
-                receipt = await self._fly_on(flight, arrival, plan, body, so_far)
+                so_far = replace(_with_plan(so_far, plan), timings=timings)
+                receipt = await self._fly_on(flight, arrival, plan, body, so_far, place)
         except GatewayError as error:
             flight.said = (
                 *flight.said,
@@ -352,7 +353,13 @@ class Pipeline:
         return receipt
 
     async def _fly_on(
-        self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt
+        self,
+        flight: Flight,
+        arrival: Arrival,
+        plan: Plan,
+        body: Spool,
+        so_far: Receipt,
+        place: Place,
     ) -> Receipt:
         """With a place: the gate, the reservation, the purchase."""
         first = headers.of_request(flight.rid, plan.cache)
@@ -371,7 +378,7 @@ class Pipeline:
             keeping = Keeping(
                 result=self._keeps(arrival), idempotent=arrival.idempotency_key is not None
             )
-            return await self._purchases.buy(flight, plan, body, held, so_far, keeping)
+            return await self._purchases.buy(flight, plan, body, held, so_far, keeping, place)
         finally:
             await self._leave(flight, plan)
 

@@ -42,7 +42,14 @@ from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Team
 from gateway.ports import Credential, NotKnown, Outgoing, Reply
-from gateway.relay.attempts import PATIENCE_SECONDS, PAUSE_SECONDS, Attempts, Failed, Opened
+from gateway.relay.attempts import (
+    PATIENCE_SECONDS,
+    PAUSE_SECONDS,
+    RETRY_SECONDS,
+    Attempts,
+    Failed,
+    Opened,
+)
 from gateway.relay.body import Room, Spool
 from gateway.relay.health import Health, HealthListener, Why
 from gateway.relay.plan import Plan, Way
@@ -227,6 +234,9 @@ class Bench:
     slept: list[float] = field(default_factory=list)
     begun: int = 0
     fingerprint: str = "f"
+    shut: frozenset[str] = frozenset()
+    """Upstreams that may not be gone to."""
+    entered: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.health = Health(self.clock.monotonic, Most(), self.heard)
@@ -247,6 +257,10 @@ class Bench:
     async def _sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
         self.clock.seconds += seconds
+
+    def _enter(self, way: Way) -> bool:
+        self.entered.append(way.upstream.name)
+        return way.upstream.name not in self.shut
 
     def _begin(self) -> None:
         self.begun += 1
@@ -279,7 +293,7 @@ class Bench:
         await body.write(BODY)
         self.log.clear()
         try:
-            found = await self.attempts.open(rid, plan, body, held, self._begin)
+            found = await self.attempts.open(rid, plan, body, held, self._begin, self._enter)
         finally:
             body.close()
         if isinstance(found, Opened):
@@ -569,6 +583,43 @@ async def test_a_crash_in_between_leaves_no_probe_behind(tmp_path: Path) -> None
     assert bench.health.wait(A, "1", "flare") == 10
     bench.clock.seconds += 10
     answered(await bench.call(tmp_path, "req_probe"))
+
+
+# Where it may not go
+
+
+async def test_a_way_that_may_not_be_entered_is_passed_over(tmp_path: Path) -> None:
+    upstreams = [Scripted(A, says(500)), Scripted(B), Scripted("c")]
+    bench = Bench(upstreams, shut=frozenset({B}))
+    assert answered(await bench.call(tmp_path)).way.upstream.name == "c"
+    assert (bench.log, bench.entered) == (["a/1", "c/1"], [A, B, "c"])
+    assert [one.upstream for one in bench.ledger.reroutes] == ["c"]
+
+
+async def test_the_first_error_is_answered_where_no_other_way_may_be_entered(
+    tmp_path: Path,
+) -> None:
+    bench = Bench([Scripted(A, says(404)), Scripted(B)], shut=frozenset({B}))
+    assert failed(await bench.call(tmp_path)).error.status == 404
+    assert bench.ledger.reroutes == []
+
+
+async def test_where_no_way_may_be_entered_it_is_worth_another_try(tmp_path: Path) -> None:
+    bench = Bench([Scripted(A, says(401)), Scripted(B)], most=1, shut=frozenset({B}))
+    failed(await bench.call(tmp_path))
+    found = failed(await bench.call(tmp_path, "req_2"))
+    assert (bench.log, found.error.code, found.attempts) == ([], "upstream_unavailable", 0)
+    assert found.error.retry_after_seconds == RETRY_SECONDS
+
+
+async def test_a_probe_that_may_not_be_sent_leaves_its_place(tmp_path: Path) -> None:
+    bench = Bench([Scripted(A, *[unreached("connect")] * 5)], most=1)
+    for number in range(5):
+        await bench.call(tmp_path, f"req_{number}")
+    bench.clock.seconds += 5
+    bench.shut = frozenset({A})
+    failed(await bench.call(tmp_path, "req_shut"))
+    assert bench.health.wait(A, "1", "flare") == 0
 
 
 # Money
