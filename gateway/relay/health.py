@@ -30,8 +30,8 @@ OPEN_SECONDS = 5.0
 MAX_OPEN_SECONDS = 60.0
 COOL_SECONDS = 1.0
 MAX_COOL_SECONDS = 60.0
-LEAST_COOL_SECONDS = 0.5
-"""A 429 that says "at once", or a time that is over, is still one."""
+AT_ONCE_SECONDS = 0.5
+"""What a 429 gets that asks for nothing, or for a time that is over: it is still one."""
 MAX_RETRY_AFTER_SECONDS = 120.0
 """What an upstream asks for beyond it is not believed: a key must not be lost to one header."""
 QUARANTINE_SECONDS = 60.0
@@ -258,7 +258,8 @@ class Health:
             del key.cool[model]
         cool = key.cool.setdefault(ticket.model, _Cool())
         if retry_after_seconds is not None:
-            seconds = min(max(LEAST_COOL_SECONDS, retry_after_seconds), MAX_RETRY_AFTER_SECONDS)
+            said = retry_after_seconds if retry_after_seconds > 0 else AT_ONCE_SECONDS
+            seconds = min(said, MAX_RETRY_AFTER_SECONDS)
         else:
             # Of many that were under way together only the first doubles it.
             if ticket.at >= cool.until:

@@ -238,7 +238,7 @@ def test_what_a_429_asks_for(ward: Ward) -> None:
 @pytest.mark.parametrize(
     ("asked", "seconds"),
     [(3600, MAX_RETRY_AFTER_SECONDS), (float("inf"), MAX_RETRY_AFTER_SECONDS),
-     (0, 0.5), (-5, 0.5), (float("nan"), 0.5), (0.75, 0.75)],
+     (0, 0.5), (-5, 0.5), (float("nan"), 0.5), (0.25, 0.25)],
 )  # fmt: skip
 def test_what_a_429_asks_for_is_not_believed_beyond_reason(
     ward: Ward, asked: float, seconds: float
