@@ -209,7 +209,7 @@ async def open_gateway(
         repeat_unknown = settings.relay.on_unknown is OnUnknown.REPEAT
         patience = Patience(settings.relay.max_wait_seconds, repeat_unknown)
         admission = Admission(
-            gate, store.ledger, lease, worker, budgets, repeat_unknown=repeat_unknown
+            gate, store.ledger, lease, worker, budgets, clock, repeat_unknown=repeat_unknown
         )
         news = open_result_news(settings, clock, metrics)
         if news is not None:

@@ -10,10 +10,11 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import date
+from itertools import count
 from pathlib import Path
 
 from gateway.domain import keys
@@ -317,8 +318,10 @@ def make_account(
     configured: UpstreamSettings,
     base_url: str,
     waited: Callable[[float], None] = lambda seconds: None,
+    numbers: Iterator[int] | None = None,
 ) -> Account:
-    """``waited`` hears how many seconds each request waited for a free connection."""
+    """``waited`` hears how many seconds each request waited for a free connection. ``numbers`` go
+    on where those of an account of this name ended."""
     timeouts = configured.timeouts
     return build_account(
         AccountOptions(
@@ -338,6 +341,7 @@ def make_account(
             ca_file=str(configured.verify) if isinstance(configured.verify, Path) else None,
             max_connections=configured.max_connections,
             waited=waited,
+            numbers=count(1) if numbers is None else numbers,
         )
     )
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import count
 
 from gateway.assembly import (
     CannotServe,
@@ -75,6 +76,7 @@ class Upstreams:
         self._stack = AsyncExitStack()
         self._retiring: dict[asyncio.Task[None], Account] = {}
         self._watched: set[str] = set()
+        self._numbers: dict[str, Iterator[int]] = {}
 
     @property
     def accounts(self) -> Mapping[str, Account]:
@@ -93,8 +95,9 @@ class Upstreams:
                     found[name] = known
                 else:
                     base_url = await self._base_url(configured)
+                    numbers = self._numbers.setdefault(name, count(1))
                     found[name] = Opened(
-                        shape, make_account(configured, base_url, self._waited(name))
+                        shape, make_account(configured, base_url, self._waited(name), numbers)
                     )
         except BaseException:
             await self._close(found)
@@ -120,6 +123,8 @@ class Upstreams:
         for name, one in self._opened.items():
             one.account.replace_keys(account_keys(wanted[name]))
             self._health.keep(name, (each.id for each in one.account.credentials))
+        for name in before.keys() - self._opened.keys():
+            self._health.keep(name, ())
         for name, one in before.items():
             if self._opened.get(name) is not one:
                 task = asyncio.get_running_loop().create_task(self._retire(one.account))

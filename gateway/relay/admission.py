@@ -19,7 +19,7 @@ from gateway.domain.quota import (
     Window,
 )
 from gateway.domain.team import Caller
-from gateway.ports import Gate, Ledger
+from gateway.ports import Clock, Gate, Ledger
 from gateway.relay import headers
 from gateway.relay.budget import BudgetView
 from gateway.relay.plan import Plan, rates_of, say_cheaper, say_owner
@@ -38,6 +38,7 @@ class Admission:
         lease: timedelta,
         worker: str,
         budgets: BudgetView,
+        clock: Clock,
         *,
         repeat_unknown: bool = False,
     ) -> None:
@@ -49,6 +50,7 @@ class Admission:
         self._lease = lease
         self._worker = worker
         self._budgets = budgets
+        self._clock = clock
 
     def replace(self, lease: timedelta) -> None:
         """How long holds live from now on: no shorter than the longest call."""
@@ -83,7 +85,7 @@ class Admission:
             bound=plan.quote.bound.amount,
             lines=plan.lines,
             at=plan.at,
-            lease_ends=plan.at + self._lease,
+            lease_ends=self._clock.now() + self._lease,
             price_id=plan.quote.price_id,
             fingerprint=plan.fingerprint,
             idempotency_key=key_of(call, idempotency_key),

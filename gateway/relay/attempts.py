@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from datetime import datetime
 
 from gateway.domain.errors import (
     Evidence,
@@ -102,6 +103,8 @@ class _Journey:
     error: GatewayError | None = None
     last: Reply | None = None
     spent: set[int] = field(default_factory=set)
+    shut: set[int] = field(default_factory=set)
+    """Ways that may not be entered, whatever their keys are good for."""
     barred_keys: set[tuple[str, str, str]] = field(default_factory=set)
     barred_hosts: set[str] = field(default_factory=set)
     failing: set[str] = field(default_factory=set)
@@ -114,8 +117,8 @@ class _Journey:
 
 class Attempts:
     """Opens answers for one pipeline. At most ``most`` attempts for each call; one that only found
-    out that a key is refused is free, and not counted. None begins later than ``patience_seconds``
-    after the first: it has to end before its hold does."""
+    out that a key is refused for everything is free, and not counted. None begins later than
+    ``patience_seconds`` after the first: it has to end before its hold does."""
 
     def __init__(
         self,
@@ -145,14 +148,20 @@ class Attempts:
         body: Spool,
         held: Held,
         begun: Callable[[], None] = lambda: None,
+        enter: Callable[[Way], bool] = lambda way: True,
     ) -> Opened | Failed:
         """The first 200, or why there is none. ``begun`` is called before anything is sent, once,
-        and not at all where nothing is. Raises ``LedgerUnavailable`` where the first way that is
-        open cannot be held for; whatever else goes wrong is ``Failed``."""
+        and not at all where nothing is. ``enter`` is asked before each attempt whether it may go
+        that way; a way that it may not is passed over. Raises ``LedgerUnavailable`` where the first
+        way that is open cannot be held for; whatever else goes wrong is ``Failed``."""
         journey = _Journey(plan, held, plan.way, self._clock.monotonic())
         while (found := self._next(journey)) is not None:
             place, credential, ticket, again = found
             way = plan.ways[place]
+            if not enter(way):
+                self._health.unused(ticket)
+                journey.shut.add(place)
+                continue
             if not await self._cover(rid, journey, place, ticket):
                 continue
             if again:
@@ -172,7 +181,7 @@ class Attempts:
             reply, error = await self._attempt(plan, way, body, ticket)
             journey.tried += 1
             journey.was_sent |= error is None or kind_of(error) not in UNREACHED
-            journey.counted += not isinstance(error, UpstreamAccount)
+            journey.counted += not _is_free(error, reply)
             if again:
                 outcome = "answered" if error is None else "failed"
                 self._health.listener.retried(way.upstream.name, outcome)
@@ -222,7 +231,8 @@ class Attempts:
 
     def _is_open(self, journey: _Journey, place: int) -> bool:
         upstream = journey.plan.ways[place].upstream.name
-        return place not in journey.spent and upstream not in journey.barred_hosts
+        closed = journey.spent | journey.shut
+        return place not in closed and upstream not in journey.barred_hosts
 
     def _has_failed(self, journey: _Journey, place: int) -> bool:
         return journey.plan.ways[place].upstream.name in journey.failing
@@ -318,7 +328,7 @@ class Attempts:
         reply: Reply | None = None
         try:
             reply, error = await self._send(plan, way, body, ticket)
-            self._learn(ticket, error, reply)
+            self._learn(plan, ticket, error, reply)
             heard = True
             return reply, error
         finally:
@@ -360,7 +370,9 @@ class Attempts:
         finally:
             await reply.aclose()
 
-    def _learn(self, ticket: Ticket, error: GatewayError | None, reply: Reply | None) -> None:
+    def _learn(
+        self, plan: Plan, ticket: Ticket, error: GatewayError | None, reply: Reply | None
+    ) -> None:
         """Tells the key's health how an attempt ended."""
         if error is None:
             self._health.succeeded(ticket)
@@ -373,11 +385,14 @@ class Attempts:
             self._health.unused(ticket)
         elif isinstance(error, UpstreamAccount):
             self._health.refused(ticket, _why(error, reply.status if reply else 0))
-        elif kind in UNREACHED or kind is Kind.SERVER:
+        elif kind in UNREACHED:
             self._health.failed(ticket)
+        elif kind is Kind.SERVER:
+            # Perhaps of what this one asks for.
+            self._health.failed(ticket, plan.fingerprint)
         elif kind is Kind.LIMITED:
-            self._health.limited(ticket, said_wait(reply.headers) if reply else None)
-        elif error.evidence is Evidence.NOT_BILLED and kind is not Kind.REDIRECT:
+            self._health.limited(ticket, _wait(reply, self._clock.now()))
+        elif error.evidence is Evidence.NOT_BILLED and kind not in (Kind.REDIRECT, Kind.EDGE):
             self._health.alive(ticket)
         else:
             self._health.unsure(ticket)
@@ -420,6 +435,10 @@ class Attempts:
         waits: list[float] = []
         refused: list[Why | None] = []
         for place, way in enumerate(journey.plan.ways):
+            if place in journey.shut:
+                waits.append(RETRY_SECONDS)
+                refused.append(None)
+                continue
             for one in way.upstream.credentials if place not in journey.spent else ():
                 asked = (way.upstream.name, one.id, way.target.model)
                 waits.append(self._health.wait(*asked))
@@ -455,6 +474,18 @@ def _why(error: UpstreamAccount, status: int) -> Why:
     if kind_of(error) is Kind.ACCOUNT or status == 402:
         return Why.BILLING
     return Why.FORBIDDEN if status == 403 else Why.AUTH
+
+
+def _is_free(error: GatewayError | None, reply: Reply | None) -> bool:
+    """Whether an attempt only found out that a key is good for nothing: that bounds itself, for
+    the key rests. What is forbidden for one model may be so with every key."""
+    if not isinstance(error, UpstreamAccount):
+        return False
+    return _why(error, reply.status if reply else 0) is not Why.FORBIDDEN
+
+
+def _wait(reply: Reply | None, now: datetime) -> float | None:
+    return None if reply is None else said_wait(reply.headers, now)
 
 
 def _is_stream(reply: Reply) -> bool:

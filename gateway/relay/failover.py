@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from enum import StrEnum
 from typing import Any
 
@@ -117,7 +119,7 @@ def verdict(error: GatewayError) -> Next:
         not sent (dns, connect, connect_timeout)         other upstream first
         500, 503 with the API's error                    other upstream first
         not sent (tls; pool: every connection is busy)   another host only
-        404, 413                                         another upstream only
+        404, 413; 403 without the API's error            another upstream only
         401, 402, 403, billing, 429                      other key first
         400, 422, moderation, every other 4xx, 3xx       stop
         sent and unknown, an edge's 5xx, after a 200     stop
@@ -134,7 +136,7 @@ def verdict(error: GatewayError) -> Next:
         return Next.OTHER_UPSTREAM_FIRST
     if kind is Kind.LIMITED:
         return Next.OTHER_KEY_FIRST
-    if kind is Kind.CLIENT and error.status in (404, 413):
+    if kind is Kind.EDGE or (kind is Kind.CLIENT and error.status in (404, 413)):
         return Next.OTHER_UPSTREAM_ONLY
     return Next.STOP
 
@@ -166,13 +168,25 @@ def refusal(
             reason="upstream_redirect",
             should_retry=False,
         )
-    if status in (401, 402, 403):
+    if status == 403 and error is None:
+        return UpstreamFault(
+            f"Something in front of the upstream {upstream} refused this request (403), perhaps a "
+            "firewall. The upstream has not seen it, so nothing was charged. If that goes on, ask "
+            "the gateway's operator.",
+            code="upstream_forbidden",
+            reason="upstream_edge",
+            should_retry=False,
+        )
+    if status == 403 and error is not None and _is_moderation(error):
+        return _passed_on(status, headers, body, error, "moderation")
+    billing = 400 <= status < 500 and error is not None and _is_billing(error)
+    if status in (401, 402, 403) and not billing:
         return UpstreamAccount(
             f"The upstream {upstream} refused this gateway's own account ({status}). Your key and "
             "request are fine, and nothing was charged. The gateway's operator has to act.",
             reason="upstream_auth",
         )
-    if 400 <= status < 500 and error is not None and _is_billing(error):
+    if billing:
         return UpstreamAccount(
             f"This gateway's account at the upstream {upstream} has run out of money or reached "
             "its limit. Your team's budget is fine, and nothing was charged. The gateway's "
@@ -204,14 +218,23 @@ def refusal(
     )
 
 
-def said_wait(headers: Mapping[str, str]) -> float | None:
-    """The seconds that an upstream asks to wait for; None where it says none, or a date."""
+def said_wait(headers: Mapping[str, str], now: datetime | None = None) -> float | None:
+    """The seconds that an upstream asks to wait for; None where it says none, or nothing that can
+    be understood. A date, which counts from ``now``, is not without it."""
     for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
         try:
             return float(headers[name]) / unit
         except (KeyError, ValueError):
             continue
-    return None
+    if now is None or "retry-after" not in headers:
+        return None
+    try:
+        until = parsedate_to_datetime(headers["retry-after"])
+    except (ValueError, OverflowError, IndexError):
+        return None
+    if until.tzinfo is None:
+        until = until.replace(tzinfo=UTC)
+    return (until - now).total_seconds()
 
 
 def error_in_success(error: object, upstream: str) -> GatewayError:
@@ -238,6 +261,12 @@ def _is_billing(error: Mapping[str, Any]) -> bool:
     """Whether the owner's account has no money. Its codes grow, their type stays (contract 4.2);
     `billing_hard_limit_reached` comes with a 400."""
     return error.get("type") == "insufficient_quota" or str(error.get("code")) in BILLING_CODES
+
+
+def _is_moderation(error: Mapping[str, Any]) -> bool:
+    """Whether an error is about what one request asks for."""
+    about = str(error.get("code")).startswith(("moderation", "content_policy"))
+    return about or error.get("type") == "image_generation_user_error"
 
 
 def _passed_on(

@@ -3,13 +3,15 @@
 Pure state of one process: it is told what happened and answers whether a key may be asked now. Of
 each upstream's key it knows three things::
 
-    breaker      5 failures in a row, within 10 s: nothing is sent for 5 s, doubling to 60 s
-    cool-down    what a 429 asks for, or 1 s doubling to 60 s
+    breaker      5 failures in a row of two calls at least, within 10 s: nothing is sent for 5 s,
+                 doubling to 60 s
+    cool-down    what a 429 asks for, or 1 s doubling to 60 s, for the model that was asked for
     quarantine   the owner's key or account is refused: 60 s doubling to 10 min; a 403 holds for
                  the one model
 
 Where the time of a breaker or of a quarantine is over, one real request goes out as a probe, and
-only its success lets the others follow. A probe that nobody answers for is forgotten in time.
+what it finds lets the others follow. A breaker's probe that has not failed in 10 s has got through;
+a quarantine's that nobody answers for is forgotten then.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ OPEN_SECONDS = 5.0
 MAX_OPEN_SECONDS = 60.0
 COOL_SECONDS = 1.0
 MAX_COOL_SECONDS = 60.0
+AT_ONCE_SECONDS = 0.5
+"""What a 429 gets that asks for nothing, or for a time that is over: it is still one."""
 MAX_RETRY_AFTER_SECONDS = 120.0
 """What an upstream asks for beyond it is not believed: a key must not be lost to one header."""
 QUARANTINE_SECONDS = 60.0
@@ -90,7 +94,7 @@ class Chance(Protocol):
 
 @dataclass(slots=True)
 class _Rest:
-    """A time to be left alone that doubles with each repeat, and the one probe that ends it."""
+    """A time to be left alone that doubles with each repeat, and the probe that ends it."""
 
     first: float
     most: float
@@ -106,6 +110,10 @@ class _Rest:
     def end(self) -> None:
         self.seconds, self.until, self.probe_at = 0.0, None, None
 
+    def follows(self, at: float) -> bool:
+        """Whether what was sent ``at`` was sent before this rest, and says nothing of it."""
+        return self.until is not None and at < self.until
+
     def wait(self, now: float, probe_seconds: float) -> float:
         """Seconds until a request may go out; 0 where one may, if only as a probe."""
         if self.until is None:
@@ -116,15 +124,31 @@ class _Rest:
 
 
 @dataclass(slots=True)
-class _Key:
-    """What is known of one credential. ``refused`` is by model; the empty one is for all."""
+class _Cool:
+    """How long a key is left alone for one model, and how long it was the last time that nobody
+    said for how long."""
 
-    failures: deque[float] = field(default_factory=lambda: deque(maxlen=FAILURES))
+    seconds: float = 0.0
+    until: float = 0.0
+
+
+@dataclass(slots=True)
+class _Key:
+    """What is known of one credential. ``failures`` are when, and of which call; ``cool`` and
+    ``refused`` are by model, where ``refused`` has an empty one for all."""
+
+    failures: deque[tuple[float, str]] = field(default_factory=lambda: deque(maxlen=FAILURES))
     breaker: _Rest = field(default_factory=lambda: _Rest(OPEN_SECONDS, MAX_OPEN_SECONDS))
     state: CircuitState = CircuitState.CLOSED
-    cool_seconds: float = 0.0
-    cool_until: float = 0.0
+    cool: dict[str, _Cool] = field(default_factory=dict)
     refused: dict[str, tuple[_Rest, Why]] = field(default_factory=dict)
+
+    def is_failing(self, now: float) -> bool:
+        """Whether its last failures are enough to open its breaker."""
+        if len(self.failures) < FAILURES or now - self.failures[0][0] > FAILURE_SECONDS:
+            return False
+        whose = {who for _, who in self.failures}
+        return "" in whose or len(whose) > 1
 
     def rests(self, model: str) -> list[_Rest]:
         """Those that stand between a request for ``model`` and this key."""
@@ -157,6 +181,7 @@ class Health:
         self._chance = chance
         self._probe_seconds = probe_seconds
         self._keys: dict[tuple[str, str], _Key] = {}
+        self._kept: dict[str, frozenset[str]] = {}
         self._tokens: dict[str, float] = {}
         self.listener = listener or HealthListener()
 
@@ -166,8 +191,11 @@ class Health:
         if key is None:
             return 0.0
         now = self._now()
+        self._look_at_probe(upstream, credential, key, now)
         waits = [rest.wait(now, self._probe_seconds) for rest in key.rests(model)]
-        return max((key.cool_until - now, 0.0, *waits))
+        if model in key.cool:
+            waits.append(key.cool[model].until - now)
+        return max((0.0, *waits))
 
     def quarantined(self, upstream: str, credential: str, model: str) -> Why | None:
         """Why the key is refused for ``model``, until a probe has shown otherwise."""
@@ -197,58 +225,69 @@ class Health:
         """The upstream answered as it should: the key is well, and has earned a bit of a retry."""
         tokens = self._tokens.get(ticket.upstream, MAX_TOKENS)
         self._tokens[ticket.upstream] = min(MAX_TOKENS, tokens + TOKENS_PER_SUCCESS)
-        self.alive(ticket)
+        self._take(ticket, paid=True)
 
     def alive(self, ticket: Ticket) -> None:
         """The upstream took the key and judged the request, whatever it said of that."""
-        key = self._keys.get((ticket.upstream, ticket.credential))
+        self._take(ticket, paid=False)
+
+    def failed(self, ticket: Ticket, who: str = "") -> None:
+        """It could not be reached, or failed by itself: enough of these open its breaker. ``who``
+        names the call where that may be what it failed of: one call alone is not enough."""
+        key, now = self._key(ticket), self._now()
         if key is None:
             return
-        self._answers(ticket, key)
-        if ticket.at >= key.cool_until:
-            key.cool_seconds = 0.0
-
-    def failed(self, ticket: Ticket) -> None:
-        """It could not be reached, or failed by itself: enough of these open its breaker."""
-        key, now = self._key(ticket), self._now()
         self._free_quarantine(key, ticket)
         if key.breaker.until is not None:
-            if ticket.probe:
+            if ticket.probe and not key.breaker.follows(ticket.at):
                 self._open(ticket, key, now)
             return
-        key.failures.append(now)
-        if len(key.failures) == FAILURES and now - key.failures[0] <= FAILURE_SECONDS:
+        key.failures.append((now, who))
+        if key.is_failing(now):
             key.failures.clear()
             self._open(ticket, key, now)
 
     def limited(self, ticket: Ticket, retry_after_seconds: float | None) -> None:
-        """It asked to be left alone (429), for so long, or without saying for how long."""
+        """It asked to be left alone (429), for so long, or without saying for how long. That is
+        for one model: the limits of others are their own."""
         key, now = self._key(ticket), self._now()
-        self._answers(ticket, key)
+        if key is None:
+            return
+        self._answers(ticket, key, paid=False)
+        for model in [name for name, one in key.cool.items() if _is_past(one, now)]:
+            del key.cool[model]
+        cool = key.cool.setdefault(ticket.model, _Cool())
         if retry_after_seconds is not None:
-            seconds = min(max(0.0, retry_after_seconds), MAX_RETRY_AFTER_SECONDS)
+            said = retry_after_seconds if retry_after_seconds > 0 else AT_ONCE_SECONDS
+            seconds = min(said, MAX_RETRY_AFTER_SECONDS)
         else:
             # Of many that were under way together only the first doubles it.
-            if ticket.at >= key.cool_until:
-                doubled = min(2 * key.cool_seconds, MAX_COOL_SECONDS)
-                key.cool_seconds = doubled or COOL_SECONDS
-            seconds = self._chance.uniform(key.cool_seconds / 2, key.cool_seconds)
-        key.cool_until = max(key.cool_until, now + seconds)
+            if ticket.at >= cool.until:
+                doubled = min(2 * cool.seconds, MAX_COOL_SECONDS)
+                cool.seconds = doubled or COOL_SECONDS
+            seconds = self._chance.uniform(cool.seconds / 2, cool.seconds)
+        cool.until = max(cool.until, now + seconds)
         self.listener.cooled(ticket.upstream, ticket.credential, seconds)
 
     def refused(self, ticket: Ticket, why: Why) -> None:
         """The owner's key or account was refused: for one model where it is forbidden, else for
         all."""
         key, now = self._key(ticket), self._now()
+        if key is None:
+            return
         model = ticket.model if why is Why.FORBIDDEN else ""
-        rest, _ = key.refused.get(model, (_Rest(QUARANTINE_SECONDS, MAX_QUARANTINE_SECONDS), why))
-        fresh = rest.until is None or ticket.at >= rest.until
-        if fresh:
+        fresh = _Rest(QUARANTINE_SECONDS, MAX_QUARANTINE_SECONDS)
+        rest, before = key.refused.get(model, (fresh, why))
+        if not rest.follows(ticket.at):
             # Of many that were under way together only the first counts.
+            if before is not why:
+                self._enable(ticket.upstream, ticket.credential, key, model)
             rest.begin(now)
             key.refused[model] = (rest, why)
             self.listener.disabled(ticket.upstream, ticket.credential, why, model, rest.seconds)
-        self._free_breaker(ticket, key)
+        if ticket.probe:
+            # That is an answer: the upstream is there again.
+            self._close(ticket.upstream, ticket.credential, key, ticket.at)
 
     def unsure(self, ticket: Ticket) -> None:
         """It was sent, and nothing is known of the key from how it ended."""
@@ -256,7 +295,7 @@ class Health:
         if key is None:
             return
         self._free_quarantine(key, ticket)
-        if ticket.probe and key.breaker.until is not None:
+        if ticket.probe and key.breaker.until is not None and not key.breaker.follows(ticket.at):
             # Whoever swallows requests has not come back.
             self._open(ticket, key, self._now())
 
@@ -280,8 +319,9 @@ class Health:
         return True
 
     def keep(self, upstream: str, credentials: Iterable[str]) -> None:
-        """These are its keys now: what is known of others is forgotten."""
-        left = set(credentials)
+        """These are its keys now: what is known of others is forgotten, and what is heard of
+        them later is not listened to."""
+        left = self._kept[upstream] = frozenset(credentials)
         for name, credential in list(self._keys):
             if name == upstream and credential not in left:
                 key = self._keys.pop((name, credential))
@@ -289,18 +329,48 @@ class Health:
                 for model in list(key.refused):
                     self._enable(name, credential, key, model)
 
-    def _key(self, ticket: Ticket) -> _Key:
+    def _key(self, ticket: Ticket) -> _Key | None:
+        """None where the key is its upstream's no more."""
+        kept = self._kept.get(ticket.upstream)
+        if kept is not None and ticket.credential not in kept:
+            return None
         return self._keys.setdefault((ticket.upstream, ticket.credential), _Key())
 
-    def _answers(self, ticket: Ticket, key: _Key) -> None:
-        """What a probe has shown. Others began before the rest that they would end."""
+    def _take(self, ticket: Ticket, *, paid: bool) -> None:
+        key = self._keys.get((ticket.upstream, ticket.credential))
+        if key is None:
+            return
+        self._answers(ticket, key, paid=paid)
+        cool = key.cool.get(ticket.model)
+        if cool is not None and ticket.at >= cool.until:
+            del key.cool[ticket.model]
+
+    def _answers(self, ticket: Ticket, key: _Key, *, paid: bool) -> None:
+        """What a probe has shown. Others began before the rest that they would end, and who was
+        not served has not shown that there is money again."""
         key.failures.clear()
         if not ticket.probe:
             return
-        key.breaker.end()
-        self._turn(ticket.upstream, ticket.credential, key, CircuitState.CLOSED)
+        self._close(ticket.upstream, ticket.credential, key, ticket.at)
         for model in ("", ticket.model):
-            self._enable(ticket.upstream, ticket.credential, key, model)
+            rest, why = key.refused.get(model, (None, None))
+            if rest is None or rest.follows(ticket.at):
+                continue
+            if why is Why.BILLING and not paid:
+                rest.probe_at = None
+            else:
+                self._enable(ticket.upstream, ticket.credential, key, model)
+
+    def _look_at_probe(self, upstream: str, credential: str, key: _Key, now: float) -> None:
+        """A breaker is about who can be reached. What is under way for so long has been."""
+        probe_at = key.breaker.probe_at
+        if probe_at is not None and now - probe_at >= self._probe_seconds:
+            self._close(upstream, credential, key, probe_at)
+
+    def _close(self, upstream: str, credential: str, key: _Key, at: float) -> None:
+        if not key.breaker.follows(at):
+            key.breaker.end()
+            self._turn(upstream, credential, key, CircuitState.CLOSED)
 
     def _open(self, ticket: Ticket, key: _Key, now: float) -> None:
         key.breaker.begin(now)
@@ -323,8 +393,7 @@ class Health:
                 if model in key.refused:
                     key.refused[model][0].probe_at = None
 
-    def _free_breaker(self, ticket: Ticket, key: _Key) -> None:
-        """A refusal of the key is an answer: the upstream is there again."""
-        if ticket.probe and key.breaker.until is not None:
-            key.breaker.end()
-            self._turn(ticket.upstream, ticket.credential, key, CircuitState.CLOSED)
+
+def _is_past(cool: _Cool, now: float) -> bool:
+    """So long ago that the next one begins anew."""
+    return now - cool.until > MAX_COOL_SECONDS

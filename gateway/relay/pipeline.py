@@ -371,14 +371,16 @@ class Pipeline:
         let in."""
         came, team = self._clock.monotonic(), plan.caller.team
         flight.stage = "queued"
-        turn = self._turnstile.turn(team.id, team.weight, plan.upstream.name, flight.deserted)
+        turn = self._turnstile.turn(team.id, team.weight, plan.entrances, flight.deserted)
         async with AsyncExitStack() as stack:
             try:
-                await stack.enter_async_context(turn)
+                place = await stack.enter_async_context(turn)
             except GatewayError:
                 await self._admission.undo(flight.rid, plan)
                 raise
             flight.stage = "upstream"
+            plan = plan.entered_at(place.upstream)
+            so_far = _with_plan(so_far, plan)
             queueing = self._clock.monotonic() - came
             held = await self._hold(flight, arrival, plan)
             flight.said = said
@@ -392,7 +394,7 @@ class Pipeline:
                 result=self._keeps(arrival), idempotent=arrival.idempotency_key is not None
             )
             so_far = replace(so_far, timings=timings)
-            return await self._purchases.buy(flight, plan, body, held, so_far, keeping)
+            return await self._purchases.buy(flight, plan, body, held, so_far, keeping, place)
 
     def _tell(self, flight: Flight, receipt: Receipt, *, idempotent: bool) -> None:
         """Says that an asynchronous request is over, to who wants to hear of it."""

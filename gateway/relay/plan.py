@@ -61,12 +61,14 @@ class CacheWish:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to an answer: the configured model, where it is served, and what it costs there."""
+    """One way to an answer: the configured model, where it is served, and what it costs there.
+    ``rests``: when it was planned, each key of its upstream was to be left alone."""
 
     model: Model
     target: Target
     upstream: Upstream
     quote: Quote
+    rests: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class Plan:
     cache: CacheResult
     keep: bool
     at: datetime
-    """The one instant that its periods, its day of usage and its lease are counted from."""
+    """The one instant that its periods and its day of usage are counted from."""
     cached: Cached | None = None
 
     @property
@@ -128,6 +130,24 @@ class Plan:
     @property
     def quote(self) -> Quote:
         return self.way.quote
+
+    @property
+    def entrances(self) -> tuple[str, ...]:
+        """The upstreams that the call may go to first, in order: those of the first model that do
+        not rest, or the first there is. For a crowd alone nobody is given another model."""
+        awake = [way for way in self.ways if way.model is self.model and not way.rests]
+        return tuple(dict.fromkeys(way.upstream.name for way in awake or self.ways[:1]))
+
+    def entered_at(self, upstream: str) -> Plan:
+        """The same, the first way of the first model that goes there before all others."""
+        first = next(
+            way for way in self.ways if way.model is self.model and way.upstream.name == upstream
+        )
+        if first is self.way:
+            return self
+        ways = (first, *(way for way in self.ways if way is not first))
+        demand = replace(self.demand, money=first.quote.bound.amount)
+        return replace(self, ways=ways, demand=demand)
 
     @property
     def changed(self) -> Mapping[str, str]:
@@ -318,11 +338,9 @@ class Planner:
             except InvalidRequest as error:
                 refusals.append(error)
             else:
-                found.append(Way(model, target, upstream, quote))
-        return sorted(found, key=lambda way: not self._is_usable(way)), refusals
-
-    def _is_usable(self, way: Way) -> bool:
-        return self._usable(way.upstream, way.target.model)
+                rests = not self._usable(upstream, target.model)
+                found.append(Way(model, target, upstream, quote, rests))
+        return sorted(found, key=lambda way: way.rests), refusals
 
     def _allowed(self, caller: Caller) -> str:
         names = [model.name for model in self.models(caller)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -39,6 +39,7 @@ from gateway.relay.landing import Landing, failed, land_events, land_json
 from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
 from gateway.relay.plan import Plan, Way
 from gateway.relay.skim import Event as SkimmedEvent
+from gateway.relay.turnstile import Place
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,25 @@ class Marks:
             upstream=self.landed - self.started,
             settling=self.settled - self.landed,
         )
+
+
+class Course:
+    """Where a purchase goes now, and whether it may go elsewhere."""
+
+    def __init__(self, flight: Flight, place: Place, way: Way) -> None:
+        self._flight = flight
+        self._place = place
+        self.way = way
+
+    def enter(self, way: Way) -> bool:
+        """Whether an attempt may go there, with a place. The headers of a stream that has begun
+        have named its model."""
+        if self._flight.answered and way.model is not self.way.model:
+            return False
+        if not self._place.move(way.upstream.name):
+            return False
+        self.way = way
+        return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,22 +167,30 @@ class Purchases:
         held: Held,
         so_far: Receipt,
         keeping: Keeping,
+        place: Place,
     ) -> Receipt:
         """What is held becomes a picture, and a receipt. Whatever the upstream does is settled.
 
-        ``flight.said`` are the headers so far: of the request, and of its rates.
+        ``flight.said`` are the headers so far: of the request, and of its rates. ``place`` is
+        where the plan begins, and goes along to where the call is sent.
         """
         spool = Spool(self._room)
         marks = Marks(self._clock.monotonic())
         tried: Opened | Failed | None = None
         form, own, way = headers.of_form(plan.call.stream), flight.said, plan.way
         common = (*form, *headers.of_way(plan, way))
-        early = self._early(own, plan, way, held)
-        silence = self._break_silence(plan, self._beginning(flight, spool, common, early))
+        course = Course(flight, place, way)
+
+        def break_silence() -> None:
+            said = (*form, *headers.of_way(plan, course.way))
+            early = self._early(own, plan, course.way, held)
+            self._beginning(flight, spool, said, early)()
+
+        silence = self._break_silence(plan, break_silence)
         try:
             self._joining.begun(flight, spool)
             try:
-                tried = await self._attempts.open(flight.rid, plan, body, held)
+                tried = await self._attempts.open(flight.rid, plan, body, held, enter=course.enter)
                 marks.opened = self._clock.monotonic()
                 held, way = tried.held, tried.way
                 common = (*form, *headers.of_way(plan, way), *headers.of_attempts(tried.attempts))
@@ -228,7 +256,7 @@ class Purchases:
             *headers.of_budget(plan.lines, held.balances),
         )
 
-    def _break_silence(self, plan: Plan, begin: Beginning) -> asyncio.TimerHandle | None:
+    def _break_silence(self, plan: Plan, begin: Callable[[], None]) -> asyncio.TimerHandle | None:
         """Begins a stream that has nothing to say for so long that something between the client
         and here could give it up. What goes wrong from then on is an event."""
         if self._keep_alive is None or not plan.call.stream:

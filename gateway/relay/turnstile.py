@@ -1,7 +1,8 @@
 """Who may fly now: so many calls in this process, so many at each upstream, a short, fair queue.
 
 A *lane* is a number of places and those who wait for one. Every call takes a place in the lane of
-its upstream, then one in that of the process. Within a lane teams take turns (start-time fair
+its upstream, then one in that of the process; where another attempt goes elsewhere, the first moves
+along. Within a lane teams take turns (start-time fair
 queueing): each team's head carries a tag, the least tag goes next, and the team's next head is
 tagged ``1 / weight`` later. So a team with a hundred waiting cannot keep out one with a single
 call, and weights of two and one share the places two to one. A team that was away begins at the
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -56,9 +57,13 @@ class _Lane:
         self._full_since = clock.monotonic()
         self._freed: deque[float] = deque(maxlen=MEASURED)
 
+    @property
+    def has_room(self) -> bool:
+        return self.taken < self.limit
+
     def take(self) -> bool:
         """A place, if one is free."""
-        if self.taken >= self.limit:
+        if not self.has_room:
             return False
         self.taken += 1
         if self.taken == self.limit:
@@ -99,7 +104,7 @@ class _Lane:
 
     def hand_on(self) -> None:
         """Gives what is free to those who wait."""
-        while self.taken < self.limit and self.waiting:
+        while self.has_room and self.waiting:
             self._serve()
         self._rest()
 
@@ -143,6 +148,32 @@ class _Lane:
         """Without anybody who waits there is nothing to be fair about: tags begin anew."""
         if not self.waiting and self._teams:
             self._heap, self._teams, self._now = [], {}, 0.0
+
+
+class Place:
+    """A turn: a place in the process, and one at ``upstream``."""
+
+    def __init__(self, lanes: Mapping[str, _Lane], flying: dict[str, int], upstream: str) -> None:
+        self._lanes = lanes
+        self._flying = flying
+        self.upstream = upstream
+        self._flying[upstream] += 1
+
+    def move(self, upstream: str) -> bool:
+        """Takes a place at another upstream for the one it has, without waiting; whether there
+        was one. Nothing changes where there was none."""
+        if upstream == self.upstream:
+            return True
+        if not self._lanes[upstream].take():
+            return False
+        self.leave()
+        self.upstream = upstream
+        self._flying[upstream] += 1
+        return True
+
+    def leave(self) -> None:
+        self._flying[self.upstream] -= 1
+        self._lanes[self.upstream].give()
 
 
 class Turnstile:
@@ -190,13 +221,15 @@ class Turnstile:
 
     @asynccontextmanager
     async def turn(
-        self, team: str, weight: int, upstream: str, gone: asyncio.Event
-    ) -> AsyncIterator[None]:
-        """Holds a place in the process and at ``upstream`` while the block runs.
+        self, team: str, weight: int, upstreams: Sequence[str], gone: asyncio.Event
+    ) -> AsyncIterator[Place]:
+        """Holds a place in the process and at the first of ``upstreams`` that has one while the
+        block runs. Where all of them are full it waits for one at the first.
 
         Raises ``Overloaded`` where too many wait or it took too long, and ``ClientGone`` once
         ``gone`` is set. Nothing is then held.
         """
+        upstream = next((one for one in upstreams if self._lanes[one].has_room), upstreams[0])
         lane, began = self._lanes[upstream], self._clock.monotonic()
         until = asyncio.get_running_loop().time() + self._patience_seconds
         try:
@@ -208,13 +241,12 @@ class Turnstile:
                 raise
         finally:
             self._waited(self._clock.monotonic() - began)
-        self._flying[upstream] += 1
+        place = Place(self._lanes, self._flying, upstream)
         try:
-            yield
+            yield place
         finally:
-            self._flying[upstream] -= 1
             self._process.give()
-            lane.give()
+            place.leave()
 
     async def _enter(
         self, lane: _Lane, team: str, weight: int, gone: asyncio.Event, until: float

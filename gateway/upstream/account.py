@@ -8,8 +8,9 @@ delivered ``UpstreamBroken`` (money.md 8.1). No text names the upstream's addres
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -70,7 +71,8 @@ class AccountOptions:
     ``provider`` is whose price list applies. ``headers`` are added to every request. ``proxy`` is
     a forward proxy's URL, ``ca_file`` a PEM file trusted instead of the usual authorities.
     ``idle_seconds`` is how long an unused connection is kept. ``waited`` hears how many seconds
-    each request waited for a free one; through a forward proxy, of none.
+    each request waited for a free one; through a forward proxy, of none. ``numbers`` are what its
+    keys are called by: an account that replaces another goes on with its.
     """
 
     name: str
@@ -86,6 +88,7 @@ class AccountOptions:
     idle_seconds: float = IDLE_SECONDS
     max_response_bytes: int = MAX_RESPONSE_BYTES
     waited: Callable[[float], None] = lambda seconds: None
+    numbers: Iterator[int] = field(default_factory=lambda: count(1))
 
 
 def build_account(options: AccountOptions) -> Account:
@@ -131,7 +134,7 @@ class Account:
         self._name = options.name
         self._provider = options.provider
         self._origin, self._base_path = split_base_url(options.base_url)
-        self._named = 0
+        self._numbers = options.numbers
         self._keys: dict[str, AccountKey] = {}
         self.replace_keys(options.keys)
         self._sandbox = options.kind == "sandbox"
@@ -203,8 +206,7 @@ class Account:
         for key in keys:
             id = ids.get(key.secret.reveal())
             if id is None:
-                self._named += 1
-                id = str(self._named)
+                id = str(next(self._numbers))
             found[id] = key
         self._keys = found
 

@@ -317,8 +317,12 @@ def _faults() -> list[Fault]:
         for status in (401, 403)
     ]  # fmt: skip
     found += [
+        refused(56, "a 403 of an edge", says("403 Forbidden", EDGE_PAGE, *EDGE), 502,
+                "upstream_forbidden", "edge", retry="false", moves=True),
         refused(57, "moderation", says("400 Bad Request", MODERATED), 400, "moderation_blocked",
                 "moderation", body=MODERATED),
+        refused(57, "moderation as 403", says("403 Forbidden", MODERATED), 403,
+                "moderation_blocked", "moderation", body=MODERATED),
         refused(57, "invalid", says("400 Bad Request", error("invalid_request_error", "bad")),
                 400, "bad", "4xx", body=error("invalid_request_error", "bad")),
     ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,58 @@ async def test_an_upstream_is_changed_under_a_running_call(
         assert [record.fields["prompt"] for record in running.sandbox.journal] == ["making"]
         await soon(lambda: open_to(port) == 0, "the account that was replaced is closed")
         assert (await buy(http, "and on")).status_code == 200
+
+
+async def test_what_an_upstream_says_late_is_not_held_against_the_one_in_its_place(
+    start: Start, elsewhere: SandboxServer
+) -> None:
+    gate = Gate()
+    async with start() as running, running.http() as http:
+        running.sandbox.rules.add(Rule(prompt="refused", wait_for=gate, status=401))
+        call = asyncio.ensure_future(buy(http, "refused"))
+        await gate.arrived()
+        assert await again(
+            running, lambda one: one["upstreams"]["openai"].update(base_url=elsewhere.base_url)
+        )
+        gate.set()
+        assert (await call).status_code == 503
+        assert (await buy(http, "next")).status_code == 200
+        assert disabled(await running.metrics()) == {}
+
+
+async def test_an_upstream_that_is_gone_worries_nobody(
+    start: Start, elsewhere: SandboxServer
+) -> None:
+    more = {"kind": "openai", "base_url": elsewhere.base_url, "api_keys": ["sk-more"]}
+    async with start() as running, running.http() as http:
+
+        def add(one: dict[str, Any]) -> None:
+            one["upstreams"]["more"] = more
+            one["models"]["fresh"] = {"upstream": "more", "model": "gpt-image-2"}
+
+        def remove(one: dict[str, Any]) -> None:
+            del one["upstreams"]["more"], one["models"]["fresh"]
+
+        assert await again(running, add)
+        elsewhere.rules.clear()
+        elsewhere.rules.add(Rule(times=1, status=401))
+        elsewhere.rules.add(SMALL)
+        assert (await buy(http, "refused", "fresh")).status_code == 503
+        assert disabled(await running.metrics()) == {"1": 1.0}
+        assert await again(running, remove)
+        assert disabled(await running.metrics()) == {"1": 0.0}
+        assert await again(running, add)
+        assert (await buy(http, "again", "fresh")).status_code == 200
+
+
+def disabled(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Whether keys are refused, by their numbers."""
+    name = "gateway_upstream_key_disabled{"
+    return {
+        key.partition('key="')[2].partition('"')[0]: value
+        for key, value in metrics.items()
+        if key.startswith(name)
+    }
 
 
 def open_to(port: int) -> int:

@@ -7,7 +7,7 @@ import asyncio
 import logging
 import socket
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import pytest
 import trustme
 
 from gateway.domain.call import Json
+from gateway.relay.purchase import Purchases
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
@@ -380,12 +381,13 @@ async def test_a_breaker_opens_and_one_real_request_is_its_probe(
     tmp_path: Path, sandboxes: tuple[SandboxServer, SandboxServer]
 ) -> None:
     alone = {"models": {"art": {"upstream": "openai", "model": MODEL}}, "relay": {"attempts": 1}}
-    async with two(tmp_path, sandboxes, alone, Rule(times=5, status=503)) as bench:
-        for _ in range(5):
+    async with two(tmp_path, sandboxes, alone, Rule(times=7, status=503)) as bench:
+        for _ in range(6):
             assert (await bench.ask()).status_code == 503
-        assert bench.sent == (5, 0)
+        assert bench.sent == (6, 0), "one request alone closes nothing for the others"
+        assert (await bench.ask(prompt="Another cat")).status_code == 503
         refused = await bench.ask()
-        assert (refused.status_code, bench.sent) == (503, (5, 0))
+        assert (refused.status_code, bench.sent) == (503, (7, 0))
         assert int(refused.headers["retry-after"]) <= 5
         state = 'gateway_upstream_circuit_state{key="1",upstream="openai"}'
         assert (await bench.gateway.metrics())[state] == 2
@@ -398,7 +400,7 @@ async def test_a_breaker_opens_and_one_real_request_is_its_probe(
         assert (await bench.gateway.metrics())[state] == 1
         others = await asyncio.gather(*(bench.ask() for _ in range(10)))
         assert [other.status_code for other in others] == [503] * 10
-        assert bench.sent == (6, 0)
+        assert bench.sent == (8, 0)
         gate.set()
         assert (await probe).status_code == 200
         assert (await bench.gateway.metrics())[state] == 0
@@ -443,3 +445,114 @@ async def test_what_was_bought_anywhere_is_kept_for_all(
         assert said(bought, "gateway-upstream", "cache") == ("azure", "miss")
         assert said(again, "cache") == ("hit",)
         assert again.content == bought.content
+
+
+# Places
+
+
+FLYING = 'gateway_inflight_upstream_requests{{upstream="{}"}}'
+
+
+def narrow(sandboxes: tuple[SandboxServer, SandboxServer], **more: Any) -> dict[str, Any]:
+    """One place at each of them."""
+    azure = upstream(sandboxes[1].base_url, max_in_flight=1)
+    return {"upstreams": {"openai": {"max_in_flight": 1}, "azure": azure}, **more}
+
+
+async def test_where_the_first_is_full_the_second_is_asked_at_once(
+    tmp_path: Path, sandboxes: tuple[SandboxServer, SandboxServer]
+) -> None:
+    gate = Gate()
+    slow = Rule(times=1, wait_for=gate, payload_bytes=400)
+    async with two(tmp_path, sandboxes, narrow(sandboxes), slow) as bench:
+        first = asyncio.create_task(bench.ask())
+        await gate.arrived()
+        answer = await bench.ask()
+        assert said(answer, *ROUTE) == ("azure", MODEL, "1", None)
+        assert float(answer.headers["x-cost-usd"]) > 0
+        metrics = await bench.gateway.metrics()
+        assert metrics[FLYING.format("openai")] == 1
+        assert metrics[FLYING.format("azure")] == 0
+        gate.set()
+        assert said(await first, *ROUTE) == ("openai", MODEL, "1", None)
+
+
+async def test_another_attempt_takes_a_place_where_it_goes_or_does_not_go_there(
+    tmp_path: Path, sandboxes: tuple[SandboxServer, SandboxServer]
+) -> None:
+    gate = Gate()
+    failing = Rule(prompt="fails", status=404)
+    async with two(tmp_path, sandboxes, narrow(sandboxes), failing) as bench:
+        bench.azure.rules.clear()
+        bench.azure.rules.add(Rule(times=1, wait_for=gate, payload_bytes=400))
+        bench.azure.rules.add(Rule(payload_bytes=400))
+        moved = asyncio.create_task(bench.ask(prompt="fails"))
+        await gate.arrived()
+        metrics = await bench.gateway.metrics()
+        assert metrics[FLYING.format("openai")] == 0, "it has given its first place back"
+        assert metrics[FLYING.format("azure")] == 1
+        refused = await bench.ask(prompt="fails")
+        assert (refused.status_code, bench.sent) == (404, (2, 1))
+        gate.set()
+        assert said(await moved, *ROUTE) == ("azure", MODEL, "2", None)
+        metrics = await bench.gateway.metrics()
+        assert [metrics[FLYING.format(name)] for name in ("openai", "azure")] == [0, 0]
+
+
+# A stream whose headers have left
+
+
+@pytest.mark.parametrize(("models", "goes"), [(SPARE, False), (BOTH, True)], ids=["model", "host"])
+async def test_a_stream_that_has_begun_is_of_one_model(
+    tmp_path: Path,
+    sandboxes: tuple[SandboxServer, SandboxServer],
+    models: dict[str, Any],
+    goes: bool,
+) -> None:
+    gate = Gate()
+    changes = {"models": models, "relay": {"keep_alive_seconds": 0.05}}
+    fault = Rule(status=500, wait_for=gate)
+    async with (
+        two(tmp_path, sandboxes, changes, fault) as bench,
+        bench.gateway.http() as http,
+        http.stream(
+            "POST", "/images/generations", json={**ASKED, "stream": True}, headers=FRESH
+        ) as answer,
+    ):
+        assert said(answer, *ROUTE)[:2] == ("openai", MODEL)
+        await gate.arrived()
+        gate.set()
+        text = (await answer.aread()).decode()
+        assert ("image_generation.completed" in text) is goes
+        assert ("event: error" in text) is not goes
+        assert bench.sent == ((1, 1) if goes else (2, 0))
+
+
+async def test_a_stream_that_begins_at_a_fallback_says_so(
+    tmp_path: Path,
+    sandboxes: tuple[SandboxServer, SandboxServer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begins: list[Callable[[], None]] = []
+    monkeypatch.setattr(Purchases, "_break_silence", lambda self, plan, begin: begins.append(begin))
+    gate = Gate()
+    async with two(tmp_path, sandboxes, {"models": SPARE}, Rule(status=500)) as bench:
+        bench.azure.rules.clear()
+        bench.azure.rules.add(Rule(wait_for=gate, payload_bytes=400))
+
+        async def break_silence() -> None:
+            await gate.arrived()
+            [begin] = begins
+            begin()
+
+        silence = asyncio.create_task(break_silence())
+        asked = {**ASKED, "stream": True}
+        async with (
+            bench.gateway.http() as http,
+            http.stream("POST", "/images/generations", json=asked, headers=FRESH) as answer,
+        ):
+            await silence
+            assert said(answer, *ROUTE) == ("azure", FALLBACK, None, "model=spare")
+            gate.set()
+            assert "image_generation.completed" in (await answer.aread()).decode()
+        assert bench.sent == (1, 1)

@@ -135,7 +135,7 @@ class Stores:
 
     async def admit(self, plan: Plan, idempotency_key: str | None = None) -> Held:
         """As the relay does: the gate, then the ledger."""
-        admission = Admission(self, self, LEASE, "pod/1", BudgetView(self, STILL))
+        admission = Admission(self, self, LEASE, "pod/1", BudgetView(self, STILL), STILL)
         await admission.pass_gate("req_1", plan, plan.demand)
         return await admission.hold("req_1", plan, idempotency_key)
 
@@ -249,14 +249,14 @@ async def test_what_the_gate_gave_is_given_back_when_the_ledger_refuses(
 
 async def test_a_degraded_grant_says_so() -> None:
     stores = Stores(gate=Grant(degraded=True))
-    admission = Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL))
+    admission = Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL), STILL)
     plan = a_plan()
     assert (await admission.pass_gate("req_1", plan, plan.demand)).degraded
 
 
 async def test_a_slot_is_given_back() -> None:
     stores = Stores()
-    await Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL)).leave(
+    await Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL), STILL).leave(
         "req_1", a_plan()
     )
     assert stores.done == ["release req_1"]
@@ -283,6 +283,15 @@ async def test_a_claim_says_everything_that_the_books_need() -> None:
         idempotency_key="generation:idem-1",
         worker="pod/1",
     )
+
+
+async def test_a_lease_counts_from_the_hold() -> None:
+    """Not from the plan: minutes may lie between, in the queue."""
+    stores, late = Stores(), StillClock(NOW + timedelta(minutes=3))
+    admission = Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, late), late)
+    await admission.hold("req_1", a_plan(), None)
+    assert stores.claim is not None
+    assert (stores.claim.at, stores.claim.lease_ends) == (NOW, NOW + timedelta(minutes=3) + LEASE)
 
 
 # Rates
@@ -476,7 +485,7 @@ async def test_what_the_ledger_said_of_a_budget_need_not_be_asked_again() -> Non
     stores = Stores(ledger=Denied(line, Balance(90 * CENT)))
     view = BudgetView(stores, STILL)
     with pytest.raises(QuotaExceeded):
-        await Admission(stores, stores, LEASE, "pod/1", view).hold("r", a_plan(), None)
+        await Admission(stores, stores, LEASE, "pod/1", view, STILL).hold("r", a_plan(), None)
     # ``Stores`` cannot be asked for balances.
     assert await view.balances([line]) == ([line], [Balance(90 * CENT)])
 
@@ -524,7 +533,7 @@ def test_each_route_has_keys_of_its_own() -> None:
 async def test_a_claim_says_whether_an_unknown_outcome_may_be_bought_again(repeat: bool) -> None:
     stores, plan = Stores(), a_plan()
     budgets = BudgetView(stores, STILL)
-    admission = Admission(stores, stores, LEASE, "pod/1", budgets, repeat_unknown=repeat)
+    admission = Admission(stores, stores, LEASE, "pod/1", budgets, STILL, repeat_unknown=repeat)
     await admission.hold("req_1", plan, "idem-1")
     assert stores.claim is not None
     assert stores.claim.repeat_unknown is repeat
@@ -532,7 +541,7 @@ async def test_a_claim_says_whether_an_unknown_outcome_may_be_bought_again(repea
 
 async def test_an_answer_that_is_there_costs_a_request_and_no_place() -> None:
     stores = Stores()
-    admission = Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL))
+    admission = Admission(stores, stores, LEASE, "pod/1", BudgetView(stores, STILL), STILL)
     await admission.pass_gate_for_replay("req_1", a_plan().caller)
     assert stores.done == ["take req_1 1/0/0"]
     stores.gate = Refusal(Limit(Scope.TEAM, "growth", Unit.REQUESTS, Window.MINUTE, 60), 1.0)

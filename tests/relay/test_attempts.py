@@ -42,7 +42,14 @@ from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Team
 from gateway.ports import Credential, NotKnown, Outgoing, Reply
-from gateway.relay.attempts import PATIENCE_SECONDS, PAUSE_SECONDS, Attempts, Failed, Opened
+from gateway.relay.attempts import (
+    PATIENCE_SECONDS,
+    PAUSE_SECONDS,
+    RETRY_SECONDS,
+    Attempts,
+    Failed,
+    Opened,
+)
 from gateway.relay.body import Room, Spool
 from gateway.relay.health import Health, HealthListener, Why
 from gateway.relay.plan import Plan, Way
@@ -226,6 +233,10 @@ class Bench:
     heard: Heard = field(default_factory=Heard)
     slept: list[float] = field(default_factory=list)
     begun: int = 0
+    fingerprint: str = "f"
+    shut: frozenset[str] = frozenset()
+    """Upstreams that may not be gone to."""
+    entered: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.health = Health(self.clock.monotonic, Most(), self.heard)
@@ -247,6 +258,10 @@ class Bench:
         self.slept.append(seconds)
         self.clock.seconds += seconds
 
+    def _enter(self, way: Way) -> bool:
+        self.entered.append(way.upstream.name)
+        return way.upstream.name not in self.shut
+
     def _begin(self) -> None:
         self.begun += 1
         assert self.log == []
@@ -260,7 +275,7 @@ class Bench:
             ways.append(Way(model, Target(upstream.name, "flare"), upstream, a_quote(cents)))
         return Plan(
             Caller(Team("growth"), Key("k1", "growth")), CALL, FLARE, tuple(ways),
-            Demand(), (), self.ledger.lines, "f", CacheResult.OFF, False, NOW,
+            Demand(), (), self.ledger.lines, self.fingerprint, CacheResult.OFF, False, NOW,
         )  # fmt: skip
 
     async def call(self, folder: Path, rid: str = RID) -> Opened | Failed:
@@ -278,7 +293,7 @@ class Bench:
         await body.write(BODY)
         self.log.clear()
         try:
-            found = await self.attempts.open(rid, plan, body, held, self._begin)
+            found = await self.attempts.open(rid, plan, body, held, self._begin, self._enter)
         finally:
             body.close()
         if isinstance(found, Opened):
@@ -324,6 +339,8 @@ ONE_KEY: list[tuple[str, Script, list[str], int]] = [
     ("pool", lambda: Overloaded("Busy.", reason="pool"), ["a/1", "b/1"], 200),
     ("401", says(401), ["a/1", "b/1"], 200),
     ("403", says(403), ["a/1", "b/1"], 200),
+    ("403 html", html(403), ["a/1", "b/1"], 200),
+    ("403 moderation", says(403, "content_policy_violation"), ["a/1"], 403),
     ("billing", says(429, "insufficient_quota"), ["a/1", "b/1"], 200),
     ("billing as 400", says(400, "billing_hard_limit_reached"), ["a/1", "b/1"], 200),
     ("404", says(404), ["a/1", "b/1"], 200),
@@ -371,6 +388,7 @@ ALONE: list[tuple[str, Script, list[str], int, int]] = [
     ("429", says(429, retry_after="7"), ["a/1"], 429, 1),
     ("429 at once", says(429, retry_after="0"), ["a/1"], 429, 1),
     ("401", says(401), ["a/1"], 503, 1),
+    ("403 html", html(403), ["a/1"], 502, 1),
 ]
 
 
@@ -425,6 +443,30 @@ async def test_refused_keys_are_not_counted(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert answered(await bench.call(tmp_path, "req_2")).attempts == 1
     assert bench.log == ["a/5"]
+
+
+async def test_what_is_forbidden_counts(tmp_path: Path) -> None:
+    """A model that the account may not use is so with every key: not all of them are asked."""
+    bench = Bench([Scripted(A, *[says(403)] * 5, keys=5)])
+    assert failed(await bench.call(tmp_path)).attempts == 2
+    assert bench.log == ["a/1", "a/2"]
+
+
+@pytest.mark.parametrize("script", [html(403), says(403, "moderation_blocked")])
+async def test_a_403_about_one_request_takes_no_model_away(tmp_path: Path, script: Script) -> None:
+    bench = Bench([Scripted(A, script)])
+    failed(await bench.call(tmp_path))
+    assert bench.health.quarantined(A, "1", "flare") is None
+    assert bench.heard.news == []
+    answered(await bench.call(tmp_path, "req_2"))
+    assert bench.log == ["a/1"]
+
+
+async def test_a_limit_until_a_date(tmp_path: Path) -> None:
+    until = (NOW + timedelta(seconds=30)).strftime("%a, %d %b %Y %H:%M:%S GMT")
+    bench = Bench([Scripted(A, says(429, retry_after=until))])
+    failed(await bench.call(tmp_path))
+    assert bench.health.wait(A, "1", "flare") == 30
 
 
 async def test_a_limited_key_is_left_alone_and_another_is_asked(tmp_path: Path) -> None:
@@ -517,6 +559,17 @@ async def test_a_breaker_lets_one_real_probe_through(tmp_path: Path) -> None:
     assert bench.log == ["a/1"]
 
 
+async def test_one_poisoned_request_opens_no_breaker(tmp_path: Path) -> None:
+    bench = Bench([Scripted(A, *[says(500)] * 20)])
+    for number in range(4):
+        failed(await bench.call(tmp_path, f"req_{number}"))
+        assert bench.log == ["a/1", "a/1"]
+    assert bench.health.wait(A, "1", "flare") == 0
+    bench.fingerprint = "another"
+    failed(await bench.call(tmp_path, "req_other"))
+    assert bench.health.wait(A, "1", "flare") == 5
+
+
 async def test_a_crash_in_between_leaves_no_probe_behind(tmp_path: Path) -> None:
     bench = Bench([Scripted(A, *[unreached("connect")] * 5)], most=1)
     for number in range(5):
@@ -530,6 +583,43 @@ async def test_a_crash_in_between_leaves_no_probe_behind(tmp_path: Path) -> None
     assert bench.health.wait(A, "1", "flare") == 10
     bench.clock.seconds += 10
     answered(await bench.call(tmp_path, "req_probe"))
+
+
+# Where it may not go
+
+
+async def test_a_way_that_may_not_be_entered_is_passed_over(tmp_path: Path) -> None:
+    upstreams = [Scripted(A, says(500)), Scripted(B), Scripted("c")]
+    bench = Bench(upstreams, shut=frozenset({B}))
+    assert answered(await bench.call(tmp_path)).way.upstream.name == "c"
+    assert (bench.log, bench.entered) == (["a/1", "c/1"], [A, B, "c"])
+    assert [one.upstream for one in bench.ledger.reroutes] == ["c"]
+
+
+async def test_the_first_error_is_answered_where_no_other_way_may_be_entered(
+    tmp_path: Path,
+) -> None:
+    bench = Bench([Scripted(A, says(404)), Scripted(B)], shut=frozenset({B}))
+    assert failed(await bench.call(tmp_path)).error.status == 404
+    assert bench.ledger.reroutes == []
+
+
+async def test_where_no_way_may_be_entered_it_is_worth_another_try(tmp_path: Path) -> None:
+    bench = Bench([Scripted(A, says(401)), Scripted(B)], most=1, shut=frozenset({B}))
+    failed(await bench.call(tmp_path))
+    found = failed(await bench.call(tmp_path, "req_2"))
+    assert (bench.log, found.error.code, found.attempts) == ([], "upstream_unavailable", 0)
+    assert found.error.retry_after_seconds == RETRY_SECONDS
+
+
+async def test_a_probe_that_may_not_be_sent_leaves_its_place(tmp_path: Path) -> None:
+    bench = Bench([Scripted(A, *[unreached("connect")] * 5)], most=1)
+    for number in range(5):
+        await bench.call(tmp_path, f"req_{number}")
+    bench.clock.seconds += 5
+    bench.shut = frozenset({A})
+    failed(await bench.call(tmp_path, "req_shut"))
+    assert bench.health.wait(A, "1", "flare") == 0
 
 
 # Money

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -63,6 +64,24 @@ TABLE: list[tuple[int, bytes, type[GatewayError], Evidence, int, bool | None, st
     (401, HTML, UpstreamAccount, N, 503, False, "upstream_auth"),
     (402, PLAIN, UpstreamAccount, N, 503, False, "upstream_auth"),
     (403, PLAIN, UpstreamAccount, N, 503, False, "upstream_auth"),
+    (403, b'{"error": "no"}', UpstreamAccount, N, 503, False, "upstream_auth"),
+    *(
+        (
+            *(status, said(code="insufficient_quota"), UpstreamAccount),
+            *(N, 503, False, "upstream_account_exhausted"),
+        )
+        for status in (401, 402, 403)
+    ),
+    # A 403 about what is asked is the request's; one without the API's error is an edge's.
+    *(
+        (403, said(code=code), UpstreamRefused, N, 403, None, "moderation")
+        for code in ("moderation_blocked", "moderation_failed", "content_policy_violation")
+    ),
+    (
+        *(403, said(type="image_generation_user_error", code=None), UpstreamRefused),
+        *(N, 403, None, "moderation"),
+    ),
+    *((403, body, UpstreamFault, N, 502, False, "upstream_edge") for body in (HTML, b"", DETAIL)),
     *(
         (429, said(code=code), UpstreamAccount, N, 503, False, "upstream_account_exhausted")
         for code in sorted(BILLING_CODES)
@@ -145,7 +164,7 @@ def test_what_an_upstream_says_of_the_owners_key_never_passes(status: int, body:
     content = refusal(status, {}, body, "openai").content
     for secret in (b"sk-", b"9f2c", b"Incorrect API key", b"invalid_api_key"):
         assert secret not in content
-    assert b"operator has to act" in content
+    assert b"gateway's operator" in content
     assert b"nothing was charged" in content
 
 
@@ -313,6 +332,8 @@ NEXT: list[tuple[GatewayError, Next, Kind | None]] = [
     (refusal(401, {}, PLAIN, "up"), Next.OTHER_KEY_FIRST, Kind.AUTH),
     (refusal(402, {}, PLAIN, "up"), Next.OTHER_KEY_FIRST, Kind.AUTH),
     (refusal(403, {}, PLAIN, "up"), Next.OTHER_KEY_FIRST, Kind.AUTH),
+    (refusal(403, {}, HTML, "up"), Next.OTHER_UPSTREAM_ONLY, Kind.EDGE),
+    (refusal(403, {}, said(code="content_policy_violation"), "up"), Next.STOP, Kind.MODERATION),
     *((refusal(status, {}, said(code=code), "up"), Next.OTHER_KEY_FIRST, Kind.ACCOUNT)
       for code in sorted(BILLING_CODES) for status in (400, 429)),
     (refusal(429, {}, PLAIN, "up"), Next.OTHER_KEY_FIRST, Kind.LIMITED),
@@ -351,6 +372,9 @@ def test_what_may_have_been_bought_is_never_sent_again(status: int, body: bytes)
         assert verdict(error) is Next.STOP
 
 
+NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
+
+
 @pytest.mark.parametrize(
     ("said", "seconds"),
     [
@@ -358,7 +382,23 @@ def test_what_may_have_been_bought_is_never_sent_again(status: int, body: bytes)
         ({"retry-after": "7"}, 7.0),
         ({"retry-after": "7", "retry-after-ms": "6500"}, 6.5),
         ({"retry-after": "soon"}, None),
+        ({"retry-after": "Sun, 22 Nov 2026 12:00:30 GMT"}, 30.0),
+        ({"retry-after": "Sun, 22 Nov 2026 12:00:30 -0000"}, 30.0),
+        ({"retry-after": "Sun, 22 Nov 2026 11:59:00 GMT"}, -60.0),
+        ({"retry-after": "Sun, 22 Nov 2026 12:00:30 GMT", "retry-after-ms": "soon"}, 30.0),
+        ({"retry-after": "Sun, 99 Nov 2026 12:00:30 GMT"}, None),
+        ({"retry-after": "Sun, 22 Nov 99999999999999999999 12:00:30 GMT"}, None),
     ],
 )
 def test_how_long_an_upstream_asks_to_wait(said: dict[str, str], seconds: float | None) -> None:
-    assert said_wait(said) == seconds
+    assert said_wait(said, NOON) == seconds
+
+
+def test_a_date_says_nothing_to_who_has_none() -> None:
+    assert said_wait({"retry-after": "Sun, 22 Nov 2026 12:00:30 GMT"}) is None
+
+
+@given(st.text(st.characters(max_codepoint=255)) | st.from_regex(
+    r"\w{3}, \d{1,3} (Nov|\w+) \d{1,30} \d{1,9}(:\d{1,30})* ([+-]\d{1,30}|GMT)"))  # fmt: skip
+def test_no_time_to_wait_is_too_odd(text: str) -> None:
+    assert isinstance(said_wait({"retry-after": text}, NOON), float | None)

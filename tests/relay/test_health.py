@@ -159,12 +159,62 @@ def test_a_probe_that_was_not_sent_leaves_its_place(ward: Ward) -> None:
     assert [news[2] for news in ward.told()] == ["OPEN", "HALF_OPEN", "OPEN", "HALF_OPEN"]
 
 
-def test_a_probe_that_nobody_answers_for_is_forgotten(ward: Ward) -> None:
+def test_a_probe_that_is_still_under_way_has_got_through(ward: Ward) -> None:
     ward.fail(5)
     ward.seconds += 5
+    probe = ward.leave()
+    ward.seconds += PROBE_SECONDS - 1
+    assert ward.waits() == 1
+    ward.seconds += 1
+    assert ward.waits() == 0
+    assert [news[2] for news in ward.told()] == ["OPEN", "HALF_OPEN", "CLOSED"]
+    assert not ward.leave().probe
+    ward.health.failed(probe)
+    assert ward.waits() == 0, "one failure like any other"
+    ward.fail(4)
+    assert ward.waits() == 5, "and its time begins anew"
+
+
+@pytest.mark.parametrize("ending", ["succeeded", "failed", "unsure", "refused"])
+def test_a_probe_of_an_earlier_rest_says_nothing_of_a_later_one(ward: Ward, ending: str) -> None:
+    ward.fail(5)
+    ward.seconds += 5
+    probe = ward.leave()
+    ward.seconds += PROBE_SECONDS
+    ward.fail(5)
+    assert ward.waits() == 5
+    ward.told()
+    if ending == "refused":
+        ward.health.refused(probe, Why.FORBIDDEN)
+    else:
+        getattr(ward.health, ending)(probe)
+    assert ward.waits(("openai", "1", "sunburst")) == 5
+    assert [news for news in ward.told() if news[2] in CircuitState.__members__] == []
+
+
+def test_a_quarantines_probe_that_nobody_answers_for_is_forgotten(ward: Ward) -> None:
+    ward.health.refused(ward.leave(), Why.AUTH)
+    ward.seconds += 60
     ward.leave()
     ward.seconds += PROBE_SECONDS
     assert ward.leave().probe
+    assert ward.health.quarantined(*ONE) is Why.AUTH
+
+
+@pytest.mark.parametrize(
+    ("calls", "seconds"),
+    [
+        (["x"] * 50, 0),
+        ([""] * 5, 5),
+        (["x", "x", "y", "x", "x"], 5),
+        (["x", "x", "x", "x", ""], 5),
+        (["y", *["x"] * 4], 5),
+    ],
+)
+def test_one_request_alone_does_not_open_it(ward: Ward, calls: list[str], seconds: float) -> None:
+    for who in calls:
+        ward.health.failed(ward.leave(), who)
+    assert ward.waits() == seconds
 
 
 def test_a_refusal_of_the_request_shows_that_it_is_there(ward: Ward) -> None:
@@ -187,8 +237,8 @@ def test_what_a_429_asks_for(ward: Ward) -> None:
 
 @pytest.mark.parametrize(
     ("asked", "seconds"),
-    [(3600, MAX_RETRY_AFTER_SECONDS), (float("inf"), MAX_RETRY_AFTER_SECONDS), (0, 0), (-5, 0),
-     (float("nan"), 0)],
+    [(3600, MAX_RETRY_AFTER_SECONDS), (float("inf"), MAX_RETRY_AFTER_SECONDS),
+     (0, 0.5), (-5, 0.5), (float("nan"), 0.5), (0.25, 0.25)],
 )  # fmt: skip
 def test_what_a_429_asks_for_is_not_believed_beyond_reason(
     ward: Ward, asked: float, seconds: float
@@ -212,6 +262,26 @@ def test_many_at_once_double_it_once(ward: Ward) -> None:
     for ticket in tickets:
         ward.health.limited(ticket, None)
     assert ward.waits() == 1
+
+
+def test_a_limit_is_of_one_model(ward: Ward) -> None:
+    other = ("openai", "1", "sunburst")
+    ward.health.limited(ward.leave(), None)
+    assert (ward.waits(), ward.waits(other)) == (1, 0)
+    ward.health.succeeded(ward.leave(other))
+    ward.health.limited(ward.leave(other), None)
+    ward.seconds += 1
+    ward.health.limited(ward.leave(), None)
+    assert (ward.waits(), ward.waits(other)) == (2, 0)
+
+
+def test_limits_of_long_ago_are_forgotten(ward: Ward) -> None:
+    for number in range(100):
+        ward.health.limited(ward.leave(("openai", "1", f"model-{number}")), 10)
+        ward.seconds += 10
+    assert len(ward.health._keys["openai", "1"].cool) <= 8
+    ward.health.limited(ward.leave(("openai", "1", "model-0")), None)
+    assert ward.waits(("openai", "1", "model-0")) == 1
 
 
 def test_a_shorter_word_does_not_shorten_a_longer_one(ward: Ward) -> None:
@@ -273,6 +343,52 @@ def test_a_429_shows_that_a_key_is_known_again(ward: Ward) -> None:
     ward.seconds += 60
     ward.health.limited(ward.leave(), 3)
     assert (ward.waits(), ward.health.quarantined(*ONE)) == (3, None)
+
+
+@pytest.mark.parametrize("ending", ["alive", "limited"])
+def test_only_a_picture_shows_that_there_is_money_again(ward: Ward, ending: str) -> None:
+    ward.health.refused(ward.leave(), Why.BILLING)
+    ward.seconds += 60
+    if ending == "limited":
+        ward.health.limited(ward.leave(), 1)
+    else:
+        ward.health.alive(ward.leave())
+    assert ward.health.quarantined(*ONE) is Why.BILLING
+    ward.seconds += 1
+    probe = ward.leave()
+    assert probe.probe
+    ward.health.succeeded(probe)
+    assert ward.health.quarantined(*ONE) is None
+    assert ward.told()[-1] == ("openai", "1", "billing", "over")
+
+
+def test_a_key_that_is_refused_for_another_reason(ward: Ward) -> None:
+    ward.health.refused(ward.leave(), Why.AUTH)
+    ward.seconds += 60
+    ward.health.refused(ward.leave(), Why.BILLING)
+    assert ward.health.quarantined(*ONE) is Why.BILLING
+    assert ward.told() == [
+        ("openai", "1", "auth", "", 60),
+        ("openai", "1", "auth", "over"),
+        ("openai", "1", "billing", "", 120),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["failed", "refused", "limited"])
+def test_what_is_heard_of_a_key_that_is_gone(ward: Ward, ending: str) -> None:
+    tickets = [ward.leave() for _ in range(5)]
+    ward.health.keep("openai", ["2"])
+    for ticket in tickets:
+        match ending:
+            case "failed":
+                ward.health.failed(ticket)
+            case "refused":
+                ward.health.refused(ticket, Why.AUTH)
+            case _:
+                ward.health.limited(ticket, 30)
+    assert (ward.waits(), ward.told()) == (0, [])
+    ward.health.limited(ward.leave(TWO), 30)
+    assert ward.waits(TWO) == 30
 
 
 def test_keys_that_are_gone_are_forgotten(ward: Ward) -> None:

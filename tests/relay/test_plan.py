@@ -761,6 +761,27 @@ async def test_what_cannot_be_asked_now_comes_last() -> None:
     assert ways_of(plan) == ["flare: home/sd", "flare: openai/flare", "local: home/sd"]
 
 
+async def test_a_call_may_enter_at_each_way_of_its_model_that_does_not_rest() -> None:
+    model = places(
+        *(Target("openai", "flare", 1), Target("home", "sd", 2), Target("home", "x", 3)),
+        fallbacks=("local",),
+        unpriced=Unpriced.ALLOW,
+    )
+    plan = await Bench(models=(model, LOCAL)).plan(a_call())
+    assert plan.entrances == ("openai", "home")
+    assert plan.entered_at("openai") is plan
+    moved = plan.entered_at("home")
+    assert ways_of(moved) == [
+        "flare: home/sd", "flare: openai/flare", "flare: home/x", "local: home/sd",
+    ]  # fmt: skip
+    assert moved.demand == replace(plan.demand, money=moved.quote.bound.amount)
+    assert moved.quote != plan.quote
+    awake = Bench(models=(model, LOCAL), usable=lambda upstream, name: upstream.name == "openai")
+    assert (await awake.plan(a_call())).entrances == ("openai",)
+    nobody = Bench(models=(model, LOCAL), usable=lambda upstream, name: False)
+    assert (await nobody.plan(a_call())).entrances == ("openai",)
+
+
 async def test_a_way_that_is_off_unpriced_or_too_dear_is_left_out() -> None:
     model = places(Target("openai", "flare", 1), Target("home", "sd", 2), Target("home", "x", 3))
     assert ways_of(await Bench(models=(model,), ready=False).plan(a_call())) == ["flare: home/sd"]

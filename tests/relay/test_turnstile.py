@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 import pytest
 
 from gateway.domain.errors import ClientGone, Overloaded
-from gateway.relay.turnstile import MAX_WAIT_SECONDS, Turnstile
+from gateway.relay.turnstile import MAX_WAIT_SECONDS, Place, Turnstile
 
 TODAY = datetime(2026, 11, 22, tzinfo=UTC)
 
@@ -38,19 +38,25 @@ class Crowd:
         self.refused: list[Exception] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.gone: list[asyncio.Event] = []
+        self.places: list[Place] = []
         self._ends: list[asyncio.Event] = []
 
     async def come(self, *teams: str, weight: int = 1, upstream: str = "a") -> None:
+        """``upstream`` is one, or several with commas."""
         for team in teams:
             gone = asyncio.Event()
             self.gone.append(gone)
-            self.tasks.append(asyncio.ensure_future(self._call(team, weight, upstream, gone)))
+            upstreams = upstream.split(",")
+            self.tasks.append(asyncio.ensure_future(self._call(team, weight, upstreams, gone)))
             await turns()
 
-    async def _call(self, team: str, weight: int, upstream: str, gone: asyncio.Event) -> None:
+    async def _call(
+        self, team: str, weight: int, upstreams: Sequence[str], gone: asyncio.Event
+    ) -> None:
         try:
-            async with self.turnstile.turn(team, weight, upstream, gone):
+            async with self.turnstile.turn(team, weight, upstreams, gone) as place:
                 self.served.append(team)
+                self.places.append(place)
                 end = asyncio.Event()
                 self._ends.append(end)
                 await end.wait()
@@ -140,7 +146,7 @@ async def test_a_team_takes_its_own_in_the_order_in_which_they_came() -> None:
     turnstile = Turnstile(1, per_upstream={"a": 9}, queue=9, patience_seconds=60, clock=Seconds())
 
     async def call(number: int) -> None:
-        async with turnstile.turn("team", 1, "a", asyncio.Event()):
+        async with turnstile.turn("team", 1, ["a"], asyncio.Event()):
             order.append(number)
             await turns()
 
@@ -194,6 +200,35 @@ async def test_an_upstream_that_is_full_keeps_nobody_from_another() -> None:
         await running.come("x", "y", upstream="b")
         assert running.turnstile.flying("b") == 2
         assert running.served == ["x", "x", "y"]
+
+
+async def test_who_may_go_to_several_goes_where_there_is_room() -> None:
+    async with crowd(limit=100, per_upstream={"a": 1, "b": 1}) as running:
+        await running.come("x", "x", "x", upstream="a,b")
+        assert [place.upstream for place in running.places] == ["a", "b"]
+        assert running.turnstile.waiting == 1
+        await running.end()
+        assert [place.upstream for place in running.places] == ["a", "b", "a"]
+        assert running.turnstile.waiting == 0
+
+
+async def test_a_place_moves_along_without_waiting() -> None:
+    async with crowd(limit=100, per_upstream={"a": 2, "b": 1}) as running:
+        await running.come("x", "x")
+        flying = running.turnstile.flying
+        first, second = running.places
+        assert first.move("a")
+        assert first.move("b")
+        assert (first.upstream, flying("a"), flying("b")) == ("b", 1, 1)
+        assert not second.move("b")
+        assert (second.upstream, flying("a"), flying("b")) == ("a", 1, 1)
+        await running.come("y", "z")
+        assert (running.served, running.turnstile.waiting) == (["x", "x", "y"], 1)
+        await running.come("w", upstream="b")
+        assert running.served[3:] == []
+        assert not first.move("a"), "it has been taken meanwhile"
+        await running.end()
+        assert running.served[3:] == ["w"], "what is given back is the place it had in the end"
 
 
 async def test_both_limits_hold_at_once() -> None:

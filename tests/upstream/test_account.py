@@ -9,6 +9,7 @@ import ssl
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import httpx
@@ -184,6 +185,18 @@ async def test_a_key_keeps_its_name_and_a_new_one_gets_a_new_one() -> None:
     used.replace_keys((one,))
     assert list(used.credentials) == [Credential("4")]
     await used.aclose()
+
+
+async def test_an_account_that_replaces_another_goes_on_with_its_numbers() -> None:
+    numbers = count(1)
+    keys = (AccountKey(Hidden("k1")), AccountKey(Hidden("k2")))
+    before, after = (account(port, keys=keys, numbers=numbers) for port in (1, 2))
+    assert [one.id for one in before.credentials] == ["1", "2"]
+    assert [one.id for one in after.credentials] == ["3", "4"]
+    before.replace_keys((AccountKey(Hidden("k3")),))
+    assert [one.id for one in before.credentials] == ["5"]
+    for one in (before, after):
+        await one.aclose()
 
 
 async def test_an_unread_reply_drops_its_connection() -> None:
