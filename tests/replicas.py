@@ -75,9 +75,24 @@ class Replicas:
         """So many were bought, each is on the books once and exactly, and every sum agrees."""
         bought = [hold for hold in await self.settled() if hold.state == "P"]
         billed = [bill(record) for record in self.sandbox.journal.billed]
-        assert len(billed) == purchases
-        assert sorted(hold.cost for hold in bought) == sorted(billed)
+        assert len(billed) == purchases, f"{len(billed)} bought, not {purchases}: {self.doubles()}"
+        posted = sorted(hold.cost for hold in bought)
+        assert posted == sorted(billed), f"posted {posted}, billed {sorted(billed)}"
         self.verify()
+
+    def doubles(self) -> list[object]:
+        """What the logs say of calls that were bought more than once."""
+        with psycopg.connect(self.database) as db:
+            rows = db.execute(
+                "SELECT rid, at, state FROM hold WHERE fingerprint IN (SELECT fingerprint FROM hold"
+                " WHERE state <> 'V' GROUP BY fingerprint HAVING count(*) > 1) ORDER BY at"
+            ).fetchall()
+        rids = {rid for rid, _, _ in rows}
+        lines = [line for one in self.all for line in one.log]
+        return [
+            *rows,
+            *(line for line in lines if rids & {line.get("request_id"), line.get("joined")}),
+        ]
 
     def verify(self) -> None:
         said = run("ledger", "verify", "--config", str(self.configs[0]), "--json")
@@ -121,7 +136,7 @@ async def replicas(
             await asyncio.to_thread(one.wait_ready)
         yield Replicas(running, configs, stack, database, sandbox)
         for one in running:
-            assert "Traceback" not in one.stderr
+            assert "Traceback" not in one.stderr, one.stderr
 
 
 def asked(name: str, **more: Any) -> dict[str, Any]:

@@ -156,7 +156,7 @@ async def test_a_hundred_impatient_calls_are_a_hundred_purchases(
     tmp_path: Path, sandbox: SandboxServer, postgres: Postgres, valkey: Valkey
 ) -> None:
     sandbox.rules.add(Rule(delay_seconds=4, payload_bytes=4000))
-    runs, at_once = 100, asyncio.Semaphore(50)
+    runs, at_once = 100, asyncio.Semaphore(25)
     async with (
         replicas(tmp_path, sandbox, postgres, valkey) as both,
         both.balancer() as balancer,
