@@ -83,6 +83,7 @@ from gateway.relay.purchase import Purchases
 from gateway.relay.results import ResultPolicy, Results
 from gateway.relay.running import RESULTS
 from gateway.relay.turnstile import Turnstile
+from gateway.reload import Reloaded
 from gateway.reports.budgets import BudgetWatch
 from gateway.settings import OnUnknown, Settings
 from gateway.stores.redis_gate import RedisGate
@@ -125,7 +126,7 @@ class Gateway:
     """What the file descriptors of this process are enough for, or less if so configured."""
     connection_refused: Callable[[], None]
     """Hears of each connection beyond them."""
-    reload: Callable[[Callable[[], Awaitable[Settings]]], Awaitable[bool]]
+    reload: Callable[[Callable[[], Awaitable[Settings]]], Awaitable[Reloaded]]
     """Takes over what may change while it runs, all of it or nothing; whether it did."""
 
 

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from ssl import SSLError
 
 from gateway.assembly import (
     CannotServe,
@@ -40,7 +41,7 @@ from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
 from gateway.relay.turnstile import Turnstile
-from gateway.reload import needs_restart, swapped
+from gateway.reload import Reloaded, needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
 from gateway.settings import BillOn5xx, ConfigError, ImageUrls, Kind, Settings
@@ -52,6 +53,11 @@ log = logging.getLogger(__name__)
 
 RETIRE_SECONDS = 60.0
 """Longer than any request is planned: after that only flights know an account that was replaced."""
+
+
+def _tell(error: Exception) -> None:
+    for line in str(error).splitlines():
+        log.error("the configuration is not read again", extra={"error": line})
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,28 +252,26 @@ class Swap:
         self._retiring: set[asyncio.Task[None]] = set()
         parts.metrics.set("gateway_config_reload_failed", 0)
 
-    async def reload(self, read: Callable[[], Awaitable[Settings]]) -> bool:
+    async def reload(self, read: Callable[[], Awaitable[Settings]]) -> Reloaded:
         """Takes over what is read, all of it or nothing; whether it did."""
         async with self._turn:
             try:
                 await self._take_over(await read())
-            except (
-                *(ConfigError, CannotServe, PriceFileError, StoreError, GatewayError),
-                *(OSError, ValueError),
-            ) as error:
-                for line in str(error).splitlines():
-                    log.error("the configuration is not read again", extra={"error": line})
-                applied = False
+                ended = Reloaded.APPLIED
+            except (ConfigError, CannotServe, PriceFileError, SSLError, ValueError) as error:
+                _tell(error)
+                ended = Reloaded.REFUSED
+            except (StoreError, GatewayError, OSError) as error:
+                _tell(error)
+                ended = Reloaded.POSTPONED
             except Exception:
                 # Whatever it is: the gateway goes on as it was.
                 log.exception("the configuration is not read again")
-                applied = False
-            else:
-                applied = True
+                ended = Reloaded.POSTPONED
             metrics = self._parts.metrics
-            metrics.set("gateway_config_reload_failed", 0 if applied else 1)
-            metrics.add("gateway_config_reloads_total", outcome="applied" if applied else "refused")
-            return applied
+            metrics.set("gateway_config_reload_failed", 0 if ended is Reloaded.APPLIED else 1)
+            metrics.add("gateway_config_reloads_total", outcome=ended.value)
+            return ended
 
     async def _take_over(self, found: Settings) -> None:
         """Everything that can fail comes first; then all is swapped without a break."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator
+import sqlite3
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,10 @@ import httpx
 import pytest
 import yaml
 
+import gateway.reload
 import gateway.swap
+from gateway.filewatch import FileWatch, look, source
+from gateway.reload import Reloaded, reload_when
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
@@ -43,13 +49,15 @@ def edit(config: Path, change: Callable[[dict[str, Any]], object]) -> None:
 async def again(
     gateway: GatewayUnderTest, change: Callable[[dict[str, Any]], object] = lambda one: None
 ) -> bool:
-    """The file is changed and read again; whether it was taken over."""
+    """The file is changed and read again; whether it was taken over. What is not is a mistake."""
     edit(gateway.config, change)
 
     async def read() -> Settings:
         return load(gateway.config, {})
 
-    return await gateway.gateway.reload(read)
+    ended = await gateway.gateway.reload(read)
+    assert ended is not Reloaded.POSTPONED
+    return ended is Reloaded.APPLIED
 
 
 def asked(name: str, model: str = MODEL) -> dict[str, Any]:
@@ -261,3 +269,110 @@ async def test_files_are_watched(tmp_path: Path, sandbox: SandboxServer) -> None
         assert NEW_KEY not in process.stderr
         process.terminate()
         assert await asyncio.to_thread(process.wait) == 0
+
+
+async def test_what_only_the_database_kept_from_being_read_is_read_later(
+    tmp_path: Path, sandbox: SandboxServer
+) -> None:
+    """The file is changed once, while nobody can write to the database."""
+    database = tmp_path / "data" / "gateway.db"
+    config = config_of(
+        tmp_path,
+        sandbox.base_url,
+        {
+            "server": {"host": "127.0.0.1", "watch_seconds": 0.05},
+            "storage": {"database": f"sqlite:///{database}"},
+            "teams": {"growth": {"keys": [KEY]}},
+        },
+    )
+
+    def reloads(gateway: GatewayProcess, outcome: str) -> float:
+        return gateway.metrics().get(f'gateway_config_reloads_total{{outcome="{outcome}"}}', 0)
+
+    with GatewayProcess(config) as process:
+        process.wait_ready()
+        with closing(sqlite3.connect(database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            edit(config, lambda one: one["teams"]["growth"].update(keys=[KEY, NEW_KEY]))
+            await asyncio.to_thread(
+                wait_until, lambda: reloads(process, "postponed") > 0, "it cannot be taken over"
+            )
+            assert failed(process) == 1
+            assert await status(process.base_url, KEY) == 200
+            assert await status(process.base_url, NEW_KEY) == 401
+        await asyncio.to_thread(
+            wait_until, lambda: reloads(process, "applied") == 1, "it is taken over by itself"
+        )
+        assert failed(process) == 0
+        assert await status(process.base_url, NEW_KEY) == 200
+        assert reloads(process, "refused") == 0
+
+
+class Readings:
+    """Readings of a configuration that end as the test says, in turn; applied when it says nothing
+    more."""
+
+    def __init__(self, *ends: Reloaded) -> None:
+        self.at: list[float] = []
+        self._ends = list(ends)
+        self._news = asyncio.Event()
+
+    async def reload(self) -> Reloaded:
+        self.at.append(asyncio.get_running_loop().time())
+        self._news.set()
+        return self._ends.pop(0) if self._ends else Reloaded.APPLIED
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.at) < count:
+                self._news.clear()
+                await self._news.wait()
+
+
+@asynccontextmanager
+async def reading_again(
+    readings: Readings, watch: FileWatch, watch_seconds: float
+) -> AsyncIterator[asyncio.Event]:
+    told = asyncio.Event()
+    task = asyncio.create_task(reload_when(told, readings.reload, watch, watch_seconds))
+    try:
+        yield told
+    finally:
+        task.cancel()
+
+
+async def test_what_passes_is_tried_again_with_growing_pauses() -> None:
+    readings = Readings(*[Reloaded.POSTPONED] * 4)
+    async with reading_again(readings, FileWatch([]), 0.05) as told:
+        told.set()
+        await readings.until(5)
+    pauses = [after - before for before, after in pairwise(readings.at)]
+    assert all(pause >= 0.05 * 2**number for number, pause in enumerate(pauses)), pauses
+
+
+async def test_pauses_have_an_end_without_a_watch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.reload, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(gateway.reload, "MAX_PAUSE_SECONDS", 0.02)
+    readings = Readings(*[Reloaded.POSTPONED] * 12)
+    async with reading_again(readings, FileWatch([]), 0) as told:
+        told.set()
+        await readings.until(13)
+
+
+async def test_a_mistake_is_not_tried_again_and_a_change_does_not_wait(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text("one")
+    watch, readings = FileWatch([source(path)]), Readings(Reloaded.REFUSED)
+    async with reading_again(readings, watch, 0.01) as told:
+        told.set()
+        await readings.until(1)
+        path.write_text("another")
+        await readings.until(2)
+    assert not watch.changed(look([path])), "the second reading was that of the change"
+    postponed = Readings(Reloaded.POSTPONED)
+    async with reading_again(postponed, watch, 0) as told:
+        told.set()
+        await postponed.until(1)
+        told.set()
+        await postponed.until(2)
+    assert postponed.at[1] - postponed.at[0] < gateway.reload.PAUSE_SECONDS
