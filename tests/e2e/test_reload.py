@@ -4,6 +4,7 @@ rows 83 and 84)."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -26,6 +27,7 @@ from gateway.sandbox.watch import Gate
 from gateway.settings import Settings, load
 from tests.e2e.test_endings import soon
 from tests.processes import GatewayProcess, wait_until
+from tests.raw import JSON, RawClient
 from tests.running import KEY, MODEL, GatewayUnderTest, Start, TestClock, config_of
 
 SMALL = Rule(payload_bytes=400)
@@ -92,6 +94,38 @@ async def test_an_upstream_is_changed_under_a_running_call(
         assert [record.fields["prompt"] for record in running.sandbox.journal] == ["making"]
         await soon(lambda: open_to(port) == 0, "the account that was replaced is closed")
         assert (await buy(http, "and on")).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["generations", "estimate"])
+async def test_a_slow_upload_is_planned_with_what_holds_when_it_is_read(
+    start: Start, elsewhere: SandboxServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The upstream that it would have gone to when it began is closed by then."""
+    monkeypatch.setattr(gateway.swap, "RETIRE_SECONDS", 0)
+    body = json.dumps(asked("slow")).encode()
+    async with start() as running, running.http() as http, RawClient.to(running.port, KEY) as slow:
+        running.sandbox.rules.add(SMALL)
+        assert (await buy(http, "before")).status_code == 200
+        port = int(running.sandbox.origin.rpartition(":")[2])
+        await slow.head(f"/v1/images/{path}", (JSON, f"content-length: {len(body)}"))
+        await slow.send(body[:10])
+        await soon(lambda: bool(running.gateway.flights._until_draining), "it is being read")
+
+        def move(one: dict[str, Any]) -> None:
+            one["upstreams"]["other"] = {**one["upstreams"].pop("openai")}
+            one["upstreams"]["other"]["base_url"] = elsewhere.base_url
+            for model in one["models"].values():
+                model["upstream"] = "other"
+
+        assert await again(running, move)
+        await soon(lambda: open_to(port) == 0, "the account that was replaced is closed")
+        await slow.send(body[10:])
+        answer = await slow.answer()
+        assert answer.status == 200
+        if path == "estimate":
+            assert answer.json["upstream"] == "other"
+        else:
+            assert [record.fields["prompt"] for record in elsewhere.journal] == ["slow"]
 
 
 def open_to(port: int) -> int:
