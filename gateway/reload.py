@@ -33,15 +33,14 @@ class Reloaded(StrEnum):
 
 def swapped(running: Settings, found: Settings) -> Settings:
     """The running settings with all of the found ones that may change: upstreams, models, prices,
-    the policy of the cache, whether prompts are logged, notify, peppers, and teams with their keys
-    and limits."""
+    the policy of the cache, relay, notify, peppers, and teams with their keys and limits."""
     return replace(
         running,
         upstreams=found.upstreams,
         catalogue=found.catalogue,
         prices=found.prices,
         cache=_with(running.cache, found.cache, CACHE_POLICY),
-        relay=_with(running.relay, found.relay, ("log_prompts",)),
+        relay=found.relay,
         notify=found.notify,
         storage=_with(running.storage, found.storage, PEPPERS),
         teams=found.teams,

@@ -12,7 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from ssl import SSLError
+from typing import TypeAlias
 
 from gateway.assembly import (
     CannotServe,
@@ -22,6 +24,7 @@ from gateway.assembly import (
     open_notifier,
     owned_twice,
     passes_urls,
+    patience_of,
     price_book,
     read_peppers,
     read_rules,
@@ -30,12 +33,16 @@ from gateway.assembly import (
 )
 from gateway.domain.errors import GatewayError
 from gateway.domain.price import PriceBook
+from gateway.filewatch import Stamp, stamp
 from gateway.ports import Cache, Clock, Directory, Notifier, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.relay.admission import Admission
+from gateway.relay.attempts import Attempts
+from gateway.relay.comebacks import Comebacks
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
+from gateway.relay.joining import Joining
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
@@ -64,7 +71,7 @@ def _tell(error: Exception) -> None:
 class Opened:
     """An account, and what it was made from."""
 
-    made_from: UpstreamSettings
+    made_from: _Shape
     account: Account
 
 
@@ -169,9 +176,14 @@ class Upstreams:
         await account.aclose()
 
 
-def _shape(configured: UpstreamSettings) -> UpstreamSettings:
-    """What an account is made from, without what may change in one that is open."""
-    return replace(
+_Shape: TypeAlias = tuple[UpstreamSettings, Stamp | None]
+
+
+def _shape(configured: UpstreamSettings) -> _Shape:
+    """What an account is made from, without what may change in one that is open; and its CA bundle,
+    as it is now."""
+    bundle = stamp(configured.verify) if isinstance(configured.verify, Path) else None
+    lasting = replace(
         configured,
         api_keys=(),
         admin_key=None,
@@ -180,6 +192,7 @@ def _shape(configured: UpstreamSettings) -> UpstreamSettings:
         image_urls=ImageUrls.REFUSE,
         bill_on_5xx=BillOn5xx.NEVER,
     )
+    return lasting, bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +204,9 @@ class Parts:
     upstreams: Upstreams
     keyring: KeyRing
     admission: Admission
+    attempts: Attempts
+    joining: Joining
+    comebacks: Comebacks
     purchases: Purchases
     pipeline: Pipeline
     factors: Factors
@@ -296,7 +312,13 @@ class Swap:
         parts.turnstile.replace(places(settings))
         parts.upstreams.watch(parts.turnstile)
         parts.keyring.replace(peppers, declared)
-        parts.admission.replace(timedelta(seconds=settings.lease_seconds))
+        patience, relay = patience_of(settings), settings.relay
+        lease = timedelta(seconds=settings.lease_seconds)
+        parts.admission.replace(lease, repeat_unknown=patience.repeat_unknown)
+        parts.attempts.replace(relay.attempts, settings.patience_seconds)
+        parts.comebacks.patience = patience
+        parts.joining.keep_alive_seconds = relay.keep_alive_seconds
+        parts.purchases.keep_alive_seconds = relay.keep_alive_seconds
         parts.factors.replace(settings.catalogue)
         parts.purchases.policy = cache_policy(settings)
         self.planner = make_planner(
@@ -304,7 +326,10 @@ class Swap:
         )
         passing = any(passes_urls(one) for one in settings.upstreams.values())
         parts.pipeline.replace(
-            self.planner, read_rules(settings, passing), log_prompts=settings.relay.log_prompts
+            self.planner,
+            read_rules(settings, passing),
+            patience,
+            log_prompts=relay.log_prompts,
         )
         parts.budget_watch.replace(settings.notify.budget_percent, notifier)
         before, self._notifier = self._notifier, notifier

@@ -68,7 +68,8 @@ class Comebacks:
         self._budgets = budgets
         self._flights = flights
         self._clock = clock
-        self._patience = patience
+        self.patience = patience
+        """As of now: another one may be set."""
 
     async def earlier(
         self, arrival: Arrival, routed: Routed, *, orphans_only: bool = False
@@ -96,7 +97,7 @@ class Comebacks:
             raise key_reused()
         if claimed.state is not State.EXPIRED:
             return Earlier(claimed.rid, over=claimed.state is not State.HELD)
-        if self._patience.repeat_unknown:
+        if self.patience.repeat_unknown:
             return None
         raise unknown_outcome(claimed.rid)
 
@@ -132,7 +133,7 @@ class Comebacks:
                 caller.team.id,
                 stream=stream,
                 client=arrival.client,
-                patience_seconds=None if stream else self._patience.max_wait_seconds,
+                patience_seconds=None if stream else self.patience.max_wait_seconds,
             )
         except TimeoutError:
             return ended(so_far, still_running(rid), said, lambda delivered: earlier.done(False))
@@ -155,7 +156,7 @@ class Comebacks:
     async def _takes_over(self, rid: str) -> bool:
         """Whether what a dead process left is bought again, by this request and no other. What the
         first purchase may have cost stays on the books."""
-        if not self._patience.repeat_unknown or not await self._joining.take_over(rid):
+        if not self.patience.repeat_unknown or not await self._joining.take_over(rid):
             return False
         await self._joining.write_off(rid)
         return True

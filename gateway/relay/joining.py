@@ -71,7 +71,8 @@ class Joining:
         self._ledger = ledger
         self._books = books
         self._clock = clock
-        self._keep_alive = keep_alive_seconds
+        self.keep_alive_seconds = keep_alive_seconds
+        """As of now: another one may be set."""
         self._shared = shared
 
     async def find(self, fingerprint: str, key_id: str, *, orphans_only: bool) -> str | None:
@@ -208,7 +209,7 @@ class Joining:
             seen = await self._board.look(rid)
             if seen is None or seen.ended or not seen.alive:
                 break
-            if now - quiet_since >= self._keep_alive:
+            if now - quiet_since >= self.keep_alive_seconds:
                 quiet_since = now
                 yield KEEP_ALIVE
             await asyncio.sleep(POLL_SECONDS)

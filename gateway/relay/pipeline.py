@@ -88,10 +88,13 @@ class Pipeline:
         self._turnstile = turnstile
         self._log_prompts = log_prompts
 
-    def replace(self, planner: Planner, rules: ReadRules, *, log_prompts: bool) -> None:
+    def replace(
+        self, planner: Planner, rules: ReadRules, patience: Patience, *, log_prompts: bool
+    ) -> None:
         """From now on these hold. A call that is planned ends with what it was planned with."""
         self._planner = planner
         self._rules = rules
+        self._patience = patience
         self._log_prompts = log_prompts
 
     async def answer(self, arrival: Arrival) -> Answer:

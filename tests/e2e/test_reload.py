@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import sqlite3
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import trustme
 import yaml
 
 import gateway.reload
@@ -29,6 +31,7 @@ from tests.e2e.test_endings import soon
 from tests.processes import GatewayProcess, wait_until
 from tests.raw import JSON, RawClient
 from tests.running import KEY, MODEL, GatewayUnderTest, Start, TestClock, config_of
+from tests.upstream.raw_server import Peer, raw_server
 
 SMALL = Rule(payload_bytes=400)
 NEW_KEY = "growth-key-fedcba9876543210"
@@ -169,6 +172,63 @@ async def test_everything_that_may_change_does(start: Start, elsewhere: SandboxS
         assert await again(running, lambda one: one.update(prices={"rows": [FLAT]}))
         assert (await buy(http, "same")).headers["x-cost-usd"] == "7"
         assert first.headers["x-cost-usd"] != "7"
+
+
+async def test_how_requests_are_relayed_changes_too(start: Start) -> None:
+    gate = Gate()
+    async with start() as running, running.http() as http:
+        running.sandbox.rules.add(Rule(prompt="slow", wait_for=gate, payload_bytes=400))
+        running.sandbox.rules.add(Rule(prompt="refused", status=503))
+        relay = {"attempts": 1, "max_wait_seconds": 0.05, "keep_alive_seconds": 0.05}
+        assert await again(running, lambda one: one.update(relay=relay))
+        waited = await buy(http, "slow json")
+        assert (waited.status_code, waited.json()["error"]["code"]) == (504, "still_running")
+        async with http.stream(
+            "POST", "/images/generations", json={**asked("slow stream"), "stream": True}
+        ) as answer:
+            lines = answer.aiter_lines()
+            assert await anext(lines) == ": keepalive"
+            gate.set()
+            assert [line async for line in lines]
+        assert (await buy(http, "refused")).status_code == 503
+        prompts = [record.fields["prompt"] for record in running.sandbox.journal]
+        assert prompts.count("refused") == 1
+        assert await again(running, lambda one: one.update(relay={"attempts": 2}))
+        assert (await buy(http, "refused again")).status_code == 503
+        prompts = [record.fields["prompt"] for record in running.sandbox.journal]
+        assert prompts.count("refused again") == 2
+
+
+HEARD = b'{"error": {"message": "heard it"}}'
+
+
+async def test_a_ca_bundle_is_read_again(start: Start, tmp_path: Path) -> None:
+    """An authority is replaced under the same name: connections trust the new one from then on."""
+    old, new = trustme.CA(), trustme.CA()
+    bundle = tmp_path / "ca.pem"
+    old.cert_pem.write_to_path(str(bundle))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    new.issue_cert("127.0.0.1").configure_cert(context)
+
+    async def refuse(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(HEARD), HEARD)
+        )
+
+    async with raw_server(refuse, tls=context) as server:
+        upstream = {"base_url": f"https://127.0.0.1:{server.port}/v1", "verify": str(bundle)}
+        async with start({"upstreams": {"openai": upstream}}) as running, running.http() as http:
+            answer = await buy(http, "not trusted")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_tls")
+            watch = FileWatch(load(running.config, {}).sources)
+            new.cert_pem.write_to_path(str(bundle))
+            assert watch.changed(look(watch.paths))
+            assert await again(running)
+            answer = await buy(http, "trusted")
+            assert answer.status_code == 400
+            assert "heard it" in answer.json()["error"]["message"]
 
 
 FLAT = {
