@@ -40,6 +40,7 @@ from gateway.assembly import (
     open_store,
     owned_twice,
     passes_urls,
+    patience_of,
     price_book,
     read_peppers,
     read_rules,
@@ -65,7 +66,6 @@ from gateway.ports import (
     Telemetry,
 )
 from gateway.relay.admission import Admission
-from gateway.relay.arrival import Patience
 from gateway.relay.attempts import Attempts
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
@@ -84,8 +84,9 @@ from gateway.relay.purchase import Purchases
 from gateway.relay.results import ResultPolicy, Results
 from gateway.relay.running import RESULTS
 from gateway.relay.turnstile import Turnstile
+from gateway.reload import Reloaded
 from gateway.reports.budgets import BudgetWatch
-from gateway.settings import OnUnknown, Settings
+from gateway.settings import Settings
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import Server as RedisServer
 from gateway.stores.redis_link import StoreAway
@@ -126,7 +127,7 @@ class Gateway:
     """What the file descriptors of this process are enough for, or less if so configured."""
     connection_refused: Callable[[], None]
     """Hears of each connection beyond them."""
-    reload: Callable[[Callable[[], Awaitable[Settings]]], Awaitable[bool]]
+    reload: Callable[[Callable[[], Awaitable[Settings]]], Awaitable[Reloaded]]
     """Takes over what may change while it runs, all of it or nothing; whether it did."""
 
 
@@ -206,10 +207,15 @@ async def open_gateway(
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             shared=settings.storage.redis is not None,
         )
-        repeat_unknown = settings.relay.on_unknown is OnUnknown.REPEAT
-        patience = Patience(settings.relay.max_wait_seconds, repeat_unknown)
+        patience = patience_of(settings)
         admission = Admission(
-            gate, store.ledger, lease, worker, budgets, clock, repeat_unknown=repeat_unknown
+            gate,
+            store.ledger,
+            lease,
+            worker,
+            budgets,
+            clock,
+            repeat_unknown=patience.repeat_unknown,
         )
         news = open_result_news(settings, clock, metrics)
         if news is not None:
@@ -233,17 +239,18 @@ async def open_gateway(
             room=room,
             clock=clock,
         )
+        attempts = Attempts(
+            openai.request,
+            store.ledger,
+            health,
+            clock,
+            settings.relay.attempts,
+            patience_seconds=settings.patience_seconds,
+        )
         purchases = Purchases(
             ledger=store.ledger,
             safe=safe,
-            attempts=Attempts(
-                openai.request,
-                store.ledger,
-                health,
-                clock,
-                settings.relay.attempts,
-                patience_seconds=settings.patience_seconds,
-            ),
+            attempts=attempts,
             room=room,
             flights=flights,
             clock=clock,
@@ -337,6 +344,10 @@ async def open_gateway(
             keyring=keyring,
             admission=admission,
             keeper=keeper,
+            attempts=attempts,
+            joining=joining,
+            comebacks=comebacks,
+            purchases=purchases,
             pipeline=pipeline,
             factors=factors,
             health=health,

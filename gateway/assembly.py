@@ -36,12 +36,14 @@ from gateway.ports import (
     StoreError,
 )
 from gateway.pricefile import PriceFileError, load_prices
+from gateway.relay.arrival import Patience
 from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.news import ResultNews
 from gateway.relay.read import ReadRules
 from gateway.settings import (
     ImageUrls,
     Kind,
+    OnUnknown,
     Secret,
     Settings,
     UpstreamKey,
@@ -608,6 +610,11 @@ def _webhooks(
         counted=counted,
         pauses_seconds=pauses,
     )
+
+
+def patience_of(settings: Settings) -> Patience:
+    """How long clients wait, and what those get who come back."""
+    return Patience(settings.relay.max_wait_seconds, settings.relay.on_unknown is OnUnknown.REPEAT)
 
 
 def read_rules(settings: Settings, image_urls: bool) -> ReadRules:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 from gateway.domain.money import Money, parse_dollars
+from gateway.filewatch import Source
 from gateway.yamlfile import Listing, Mistake, Node, Place, Scalar, Table, presentable, step
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ class Reported(Exception):
 
 @dataclass(slots=True)
 class Report:
-    """Where mistakes and warnings are gathered. Relative paths start at ``folder``."""
+    """Where mistakes and warnings are gathered, and the files that were read or are named, as they
+    were then. Relative paths start at ``folder``."""
 
     folder: Path = field(default_factory=Path)
     mistakes: list[Mistake] = field(default_factory=list)
     warnings: list[Mistake] = field(default_factory=list)
+    sources: list[Source] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

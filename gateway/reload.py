@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 from gateway.domain.route import WILDCARD, Model
+from gateway.filewatch import FileWatch, look
 from gateway.settings import Settings
 from gateway.yamlfile import plain
 
 PEPPERS = ("pepper", "old_peppers")
 CACHE_POLICY = ("enabled", "ttl", "scope")
 
+PAUSE_SECONDS, MAX_PAUSE_SECONDS = 5.0, 60.0
+"""Before a reading that was postponed is tried again, the first time where the files are not
+watched, and at the most."""
+
+
+class Reloaded(StrEnum):
+    """How a reading ended. REFUSED: the files are wrong, and only another change of them helps.
+    POSTPONED: something else was in the way, a database that is away for example, and passes."""
+
+    APPLIED = "applied"
+    REFUSED = "refused"
+    POSTPONED = "postponed"
+
 
 def swapped(running: Settings, found: Settings) -> Settings:
     """The running settings with all of the found ones that may change: upstreams, models, prices,
-    the policy of the cache, whether prompts are logged, notify, peppers, and teams with their keys
-    and limits."""
+    the policy of the cache, relay, notify, peppers, and teams with their keys and limits."""
     return replace(
         running,
         upstreams=found.upstreams,
         catalogue=found.catalogue,
         prices=found.prices,
         cache=_with(running.cache, found.cache, CACHE_POLICY),
-        relay=_with(running.relay, found.relay, ("log_prompts",)),
+        relay=found.relay,
         notify=found.notify,
         storage=_with(running.storage, found.storage, PEPPERS),
         teams=found.teams,
@@ -72,3 +88,31 @@ def _differences(path: str, running: Any, found: Any) -> list[str]:
         for below, one, other in pairs
         for name in _differences(f"{path}.{below}" if path else below, one, other)
     ]
+
+
+async def reload_when(
+    told: asyncio.Event,
+    reload: Callable[[], Awaitable[Reloaded]],
+    watch: FileWatch,
+    watch_seconds: float,
+) -> None:
+    """Reads the configuration again after each SIGHUP, and when one of its files has changed;
+    what comes meanwhile is one. What something else than the files kept from being taken over is
+    tried again by itself. ``watch_seconds`` 0: the files are not looked at."""
+    loop = asyncio.get_running_loop()
+    pause, due = 0.0, math.inf
+    while True:
+        until = min(loop.time() + (watch_seconds or math.inf), due)
+        try:
+            async with asyncio.timeout_at(until if until < math.inf else None):
+                await told.wait()
+        except TimeoutError:
+            news = watch_seconds > 0 and watch.changed(await asyncio.to_thread(look, watch.paths))
+            if not news and loop.time() < due:
+                continue
+        told.clear()
+        if await reload() is Reloaded.POSTPONED:
+            pause = min(MAX_PAUSE_SECONDS, 2 * pause or watch_seconds or PAUSE_SECONDS)
+            due = loop.time() + pause
+        else:
+            pause, due = 0.0, math.inf

@@ -245,6 +245,7 @@ def _local(name: str, spot: Spot) -> Path:
 
 def _existing_file(node: Node, spot: Spot) -> Path:
     path = _path(node, spot)
+    spot.report.sources.append(source(path))
     if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
         raise Wrong(f"there is no such file{but_is(scalar(node)).replace(', not', ':')}")
     return path
@@ -1105,7 +1106,7 @@ class Settings:
     warnings: tuple[Mistake, ...] = ()
     sources: tuple[Source, ...] = ()
     """The files that all of this was read from, as they were then: of the configuration, of each
-    ``${file:...}``, and of the prices."""
+    ``${file:...}``, of the prices, and each CA bundle."""
 
     @property
     def lease_seconds(self) -> float:
@@ -1128,18 +1129,19 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
     folder = _folder(path)
     report = Report(folder)
     spot = Spot(report)
-    references = References(environ, folder, [source(path)])
+    references = References(environ, folder, report.sources)
+    report.sources.append(source(path))
     settings: Settings | None = None
     try:
         root = _read(path, references, report)
         root = _with_environment(root, environ, report)
         document = spot.read(record(_Document), root)
-        prices = document.prices.file or shipped("prices.yaml")
-        references.sources.append(source(prices))
+        if document.prices.file is None:
+            report.sources.append(source(shipped("prices.yaml")))
         settings = _settle(path, document, root, spot)
     except Reported:
         pass
-    sources = tuple(references.sources)
+    sources = tuple(report.sources)
     if report.mistakes or settings is None:
         raise ConfigError(tuple(sorted(set(report.mistakes))), sources)
     warnings = tuple(sorted(set(report.warnings)))
@@ -1294,6 +1296,12 @@ def _check_sections(
             _place(root, "ledger", "lease_seconds"),
             f"is no longer than the longest call ({longest:g} s, total_seconds of an upstream): "
             "calls that still run would be charged at their bound",
+        )
+    if server.drain_seconds < longest:
+        spot.at("server").at("drain_seconds").warn(
+            _place(root, "server", "drain_seconds"),
+            f"is shorter than the longest call ({longest:g} s, total_seconds of an upstream): "
+            "calls that run at a SIGTERM would be given up, and charged at their bound",
         )
     for section, webhook, secret in (
         ("notify", document.notify.webhook, document.notify.secret),

@@ -32,7 +32,9 @@ SERVING = b"serving\n"
 QUICK_SECONDS = 5.0
 """A worker that ends before it has served for so long has died at once."""
 MAX_QUICK_DEATHS = 3
+"""So many of them, one after the other, end the gateway, unless another worker serves."""
 BACK_OFF_SECONDS = 0.5
+MAX_BACK_OFF_SECONDS = 30.0
 RETRY_SECONDS = 5.0
 KILL_SECONDS = 5.0
 """How long a worker may take to obey the second signal."""
@@ -209,14 +211,20 @@ class Supervisor:
         since = worker.serves_since
         quick = since is None or self._clock.monotonic() - since < QUICK_SECONDS
         deaths = worker.deaths + 1 if quick else 0
-        said = {"worker": worker.number, "pid": worker.pid, "code": code}
-        if deaths >= MAX_QUICK_DEATHS or (code == REFUSED and not self._served):
+        said: dict[str, float] = {"worker": worker.number, "pid": worker.pid, "code": code}
+        hopeless = deaths >= MAX_QUICK_DEATHS
+        others = any(one.serves_since is not None for one in self._workers.values())
+        if (hopeless and not others) or (code == REFUSED and not self._served):
             log.error("a worker cannot be started: the gateway ends", extra=said)
             self._exit_code = _shell_code(code) or 1
             self._stop(signal.SIGTERM)
             return
-        pause = BACK_OFF_SECONDS * 2 ** (deaths - 1) if deaths else 0.0
-        log.error("a worker has ended and is replaced", extra={**said, "pause_seconds": pause})
+        pause = _pause(deaths)
+        said["pause_seconds"] = pause
+        if hopeless:
+            log.error("a worker cannot be started: it is tried again, others serve", extra=said)
+        else:
+            log.error("a worker has ended and is replaced", extra=said)
         asyncio.get_running_loop().call_later(pause, self._start, worker.number, deaths)
 
     def _pass_on(self) -> None:
@@ -278,6 +286,13 @@ def _metrics_folder() -> Iterator[Path]:
             yield Path(folder)
         finally:
             os.close(descriptor)
+
+
+def _pause(deaths: int) -> float:
+    """Seconds before another one is started in the place of those that died at once."""
+    if not deaths:
+        return 0.0
+    return min(MAX_BACK_OFF_SECONDS, BACK_OFF_SECONDS * 2.0 ** min(deaths - 1, 10))
 
 
 def _shell_code(code: int) -> int:

@@ -13,6 +13,9 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import count
+from pathlib import Path
+from ssl import SSLError
+from typing import TypeAlias
 
 from gateway.assembly import (
     CannotServe,
@@ -22,6 +25,7 @@ from gateway.assembly import (
     open_notifier,
     owned_twice,
     passes_urls,
+    patience_of,
     price_book,
     read_peppers,
     read_rules,
@@ -30,18 +34,23 @@ from gateway.assembly import (
 )
 from gateway.domain.errors import GatewayError
 from gateway.domain.price import PriceBook
+from gateway.filewatch import Stamp, stamp
 from gateway.ports import Cache, Clock, Directory, Notifier, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.relay.admission import Admission
+from gateway.relay.attempts import Attempts
+from gateway.relay.comebacks import Comebacks
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
+from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
+from gateway.relay.purchase import Purchases
 from gateway.relay.turnstile import Turnstile
-from gateway.reload import needs_restart, swapped
+from gateway.reload import Reloaded, needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
 from gateway.settings import BillOn5xx, ConfigError, ImageUrls, Kind, Settings
@@ -55,11 +64,16 @@ RETIRE_SECONDS = 60.0
 """Longer than any request is planned: after that only flights know an account that was replaced."""
 
 
+def _tell(error: Exception) -> None:
+    for line in str(error).splitlines():
+        log.error("the configuration is not read again", extra={"error": line})
+
+
 @dataclass(frozen=True, slots=True)
 class Opened:
     """An account, and what it was made from."""
 
-    made_from: UpstreamSettings
+    made_from: _Shape
     account: Account
 
 
@@ -168,9 +182,14 @@ class Upstreams:
         await account.aclose()
 
 
-def _shape(configured: UpstreamSettings) -> UpstreamSettings:
-    """What an account is made from, without what may change in one that is open."""
-    return replace(
+_Shape: TypeAlias = tuple[UpstreamSettings, Stamp | None]
+
+
+def _shape(configured: UpstreamSettings) -> _Shape:
+    """What an account is made from, without what may change in one that is open; and its CA bundle,
+    as it is now."""
+    bundle = stamp(configured.verify) if isinstance(configured.verify, Path) else None
+    lasting = replace(
         configured,
         api_keys=(),
         admin_key=None,
@@ -179,6 +198,7 @@ def _shape(configured: UpstreamSettings) -> UpstreamSettings:
         image_urls=ImageUrls.REFUSE,
         bill_on_5xx=BillOn5xx.NEVER,
     )
+    return lasting, bundle
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +211,10 @@ class Parts:
     keyring: KeyRing
     admission: Admission
     keeper: Keeper
+    attempts: Attempts
+    joining: Joining
+    comebacks: Comebacks
+    purchases: Purchases
     pipeline: Pipeline
     factors: Factors
     health: Health
@@ -251,28 +275,26 @@ class Swap:
         self._retiring: set[asyncio.Task[None]] = set()
         parts.metrics.set("gateway_config_reload_failed", 0)
 
-    async def reload(self, read: Callable[[], Awaitable[Settings]]) -> bool:
+    async def reload(self, read: Callable[[], Awaitable[Settings]]) -> Reloaded:
         """Takes over what is read, all of it or nothing; whether it did."""
         async with self._turn:
             try:
                 await self._take_over(await read())
-            except (
-                *(ConfigError, CannotServe, PriceFileError, StoreError, GatewayError),
-                *(OSError, ValueError),
-            ) as error:
-                for line in str(error).splitlines():
-                    log.error("the configuration is not read again", extra={"error": line})
-                applied = False
+                ended = Reloaded.APPLIED
+            except (ConfigError, CannotServe, PriceFileError, SSLError, ValueError) as error:
+                _tell(error)
+                ended = Reloaded.REFUSED
+            except (StoreError, GatewayError, OSError) as error:
+                _tell(error)
+                ended = Reloaded.POSTPONED
             except Exception:
                 # Whatever it is: the gateway goes on as it was.
                 log.exception("the configuration is not read again")
-                applied = False
-            else:
-                applied = True
+                ended = Reloaded.POSTPONED
             metrics = self._parts.metrics
-            metrics.set("gateway_config_reload_failed", 0 if applied else 1)
-            metrics.add("gateway_config_reloads_total", outcome="applied" if applied else "refused")
-            return applied
+            metrics.set("gateway_config_reload_failed", 0 if ended is Reloaded.APPLIED else 1)
+            metrics.add("gateway_config_reloads_total", outcome=ended.value)
+            return ended
 
     async def _take_over(self, found: Settings) -> None:
         """Everything that can fail comes first; then all is swapped without a break."""
@@ -297,7 +319,13 @@ class Swap:
         parts.turnstile.replace(places(settings))
         parts.upstreams.watch(parts.turnstile)
         parts.keyring.replace(peppers, declared)
-        parts.admission.replace(timedelta(seconds=settings.lease_seconds))
+        patience, relay = patience_of(settings), settings.relay
+        lease = timedelta(seconds=settings.lease_seconds)
+        parts.admission.replace(lease, repeat_unknown=patience.repeat_unknown)
+        parts.attempts.replace(relay.attempts, settings.patience_seconds)
+        parts.comebacks.patience = patience
+        parts.joining.keep_alive_seconds = relay.keep_alive_seconds
+        parts.purchases.keep_alive_seconds = relay.keep_alive_seconds
         parts.factors.replace(settings.catalogue)
         parts.keeper.policy = cache_policy(settings)
         self.planner = make_planner(
@@ -305,7 +333,10 @@ class Swap:
         )
         passing = any(passes_urls(one) for one in settings.upstreams.values())
         parts.pipeline.replace(
-            self.planner, read_rules(settings, passing), log_prompts=settings.relay.log_prompts
+            self.planner,
+            read_rules(settings, passing),
+            patience,
+            log_prompts=relay.log_prompts,
         )
         parts.budget_watch.replace(settings.notify.budget_percent, notifier)
         before, self._notifier = self._notifier, notifier

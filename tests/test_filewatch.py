@@ -127,7 +127,8 @@ def test_what_changes_while_it_is_read_is_seen_again(tmp_path: Path) -> None:
 
 
 CONFIG = """\
-upstreams: {openai: {kind: openai, base_url: "https://h/v1", api_keys: ["${file:key}"]}}
+upstreams: {openai: {kind: openai, base_url: "https://h/v1", api_keys: ["${file:key}"],
+  verify: ca.pem}}
 models: {art: {upstream: openai}}
 prices: {file: prices.yaml}
 """
@@ -138,15 +139,21 @@ def test_the_settings_say_what_they_were_read_from(tmp_path: Path) -> None:
     path.write_text(CONFIG)
     (tmp_path / "key").write_text("sk-1\n")
     (tmp_path / "prices.yaml").write_text("[]")
+    (tmp_path / "ca.pem").write_text("a bundle")
     found = load(path, {})
     assert [one.path for one in found.sources] == [
-        tmp_path / name for name in ("gateway.yaml", "key", "prices.yaml")
+        tmp_path / name for name in ("gateway.yaml", "key", "ca.pem", "prices.yaml")
     ]
     assert all(one.stamp is not None for one in found.sources)
     (tmp_path / "key").unlink()
     with pytest.raises(ConfigError) as caught:
         load(path, {})
     assert {one.path.name: one.stamp is None for one in caught.value.sources}["key"]
+    (tmp_path / "key").write_text("sk-1\n")
+    (tmp_path / "ca.pem").unlink()
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    assert {one.path.name: one.stamp is None for one in caught.value.sources}["ca.pem"]
     path.unlink()
     with pytest.raises(ConfigError) as caught:
         load(path, {})

@@ -52,7 +52,15 @@ SWAPPED: dict[str, Edit] = {
     "no wildcard": lambda one: one["models"].pop("*"),
     "a price": lambda one: one["prices"]["rows"].append({"model": "b", "note": "two"}),
     "the cache": lambda one: one.update(cache={"enabled": False, "ttl": "1h", "scope": "key"}),
-    "prompts in the log": lambda one: one.update(relay={"log_prompts": True}),
+    "relay": lambda one: one.update(
+        relay={
+            "log_prompts": True,
+            "attempts": 3,
+            "on_unknown": "repeat",
+            "max_wait_seconds": 90,
+            "keep_alive_seconds": 20,
+        }
+    ),
     "the webhook": lambda one: one.update(notify={"webhook": "https://h/x", "budget_percent": 70}),
 }
 
@@ -83,10 +91,9 @@ KEPT: dict[str, tuple[Edit, list[str]]] = {
     ),
     "results": (
         lambda one: one.update(
-            results={"ttl": "1h", "enabled": False, "webhook": "https://h/token-5f2c"},
-            relay={"max_wait_seconds": 90, "keep_alive_seconds": 15},
+            results={"ttl": "1h", "enabled": False, "webhook": "https://h/token-5f2c"}
         ),
-        ["relay.max_wait_seconds", "results.enabled", "results.ttl", "results.webhook"],
+        ["results.enabled", "results.ttl", "results.webhook"],
     ),
     "a lease": (lambda one: one.update(ledger={"lease_seconds": 700}), ["ledger.lease_seconds"]),
     "the log": (lambda one: one.update(log={"level": "debug"}), ["log.level"]),

@@ -620,6 +620,25 @@ def test_warnings(tmp_path: Path) -> None:
     assert made.lease_seconds == 30
 
 
+@pytest.mark.parametrize(
+    ("server", "total_seconds", "line"),
+    [
+        ("{}", 600, None),
+        ("{drain_seconds: 600}", 600, None),
+        ("{drain_seconds: 599}", 600, 3),
+        ("{}", 611, 3),
+    ],
+)
+def test_a_drain_is_as_long_as_the_longest_call(
+    tmp_path: Path, server: str, total_seconds: int, line: int | None
+) -> None:
+    timeouts = f"[k], timeouts: {{total_seconds: {total_seconds}}}"
+    made = read(tmp_path, MODELS.replace("[k]", timeouts) + f"server: {server}\n")
+    found = [f"{each.line} {each.path}" for each in made.warnings]
+    assert found == ([] if line is None else [f"{line} server.drain_seconds"])
+    assert all(f"({total_seconds} s, total_seconds" in each.message for each in made.warnings)
+
+
 def test_each_worker_has_its_own_limits_without_redis(tmp_path: Path) -> None:
     [warning] = read(tmp_path, MODELS + "server: {workers: 4}\n").warnings
     assert str(warning).partition(": ")[2].startswith("server.workers: is over 1 without storage.r")

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from gateway.domain.errors import ClientGone, Overloaded
 from gateway.relay import headers as answers
+from gateway.relay.drain import shutting_down
 from gateway.relay.flights import Client, Head
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -124,21 +125,22 @@ class Door:
         self.bytes_out += len(chunk)
 
     async def give_up(self, rid: str) -> None:
-        """The last word where nothing was said yet: an SDK must not buy the same again."""
-        if self.status == 0 and not self.gone:
-            head = answers.error_head(
-                Overloaded(
-                    "The gateway is shutting down and could not wait for this answer. If a picture "
-                    f"was bought it stays on the books. Request id: {rid}.",
-                    code="shutting_down",
-                    should_retry=False,
-                ),
-                rid,
+        """The last word where the server waits no longer. Where nothing was said yet: what was not
+        even read may be sent elsewhere, what may have been bought an SDK must not buy again. An
+        answer that is half sent is broken off."""
+        if self.status != 0 or self.gone:
+            if not self._finished:
+                await self.abort()
+            return
+        error = shutting_down()
+        if self.body_read:
+            error = Overloaded(
+                "The gateway is shutting down and could not wait for this answer. If a picture "
+                f"was bought it stays on the books. Request id: {rid}.",
+                code="shutting_down",
+                should_retry=False,
             )
-            await self.send_head(head)
-            async for chunk in head.body():
-                await self.send_chunk(chunk)
-            await self.finish()
+        await deliver(rid, answers.error_head(error, rid), self)
 
     async def abort(self) -> None:
         """Drops the connection: the answer ends short of its length, so that it looks broken."""

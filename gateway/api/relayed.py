@@ -10,7 +10,6 @@ import asyncio
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 
 from gateway.api import auth
 from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
@@ -56,9 +55,8 @@ class RelayedRoutes:
         except asyncio.CancelledError:
             # The server's patience is over; the flight goes on as long as the process does.
             log.warning("a request was given up at the end", extra={"request_id": rid})
-            with suppress(ClientGone):
-                await door.give_up(rid)
-            raise
+            # It ends here: whatever is raised, the server takes for a crash.
+            await door.give_up(rid)
         finally:
             door.stop_watching()
 

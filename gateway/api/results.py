@@ -95,9 +95,11 @@ class ResultRoutes:
                 head.close()
                 fetched.done(door.delivered)
         except asyncio.CancelledError:
+            # It ends here: whatever is raised, the server takes for a crash.
             if door.status == 0:
                 await deliver(own, _shutting_down(own), door)
-            raise
+            elif not door.delivered:
+                await door.abort()
         finally:
             door.stop_watching()
 

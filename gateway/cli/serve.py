@@ -29,7 +29,8 @@ from gateway.cli.common import (
 )
 from gateway.clock import SystemClock
 from gateway.domain.keys import PepperState, pepper_state
-from gateway.filewatch import FileWatch, look
+from gateway.filewatch import FileWatch
+from gateway.reload import reload_when
 from gateway.server import Server, server
 from gateway.settings import ConfigError, Settings, load
 from gateway.supervisor import Inheritance, Supervisor
@@ -181,7 +182,12 @@ async def _serve(
         # Before anybody hears that it serves: who is told so may send it.
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, told.set)
         reloading = asyncio.create_task(
-            _reload_when(told, gateway, reading, settings.server.watch_seconds)
+            reload_when(
+                told,
+                lambda: gateway.reload(reading.read),
+                reading.watch,
+                settings.server.watch_seconds,
+            )
         )
         stack.callback(reloading.cancel)
         # What was built so far lives as long as the process: the collector need not look at it.
@@ -200,23 +206,6 @@ async def _serve(
         else:
             inheritance.serve(lambda: _drain(main))
         await main.serve([listening])
-
-
-async def _reload_when(
-    told: asyncio.Event, gateway: Gateway, reading: Reading, watch_seconds: float
-) -> None:
-    """Reads the configuration again after each SIGHUP, and when one of its files has changed;
-    what comes meanwhile is one. ``watch_seconds`` 0: the files are not looked at."""
-    while True:
-        try:
-            async with asyncio.timeout(watch_seconds or None):
-                await told.wait()
-        except TimeoutError:
-            found = await asyncio.to_thread(look, reading.watch.paths)
-            if not reading.watch.changed(found):
-                continue
-        told.clear()
-        await gateway.reload(reading.read)
 
 
 async def _warn_of_old_peppers(settings: Settings, gateway: Gateway) -> None:

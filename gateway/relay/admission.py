@@ -52,9 +52,10 @@ class Admission:
         self._budgets = budgets
         self._clock = clock
 
-    def replace(self, lease: timedelta) -> None:
-        """How long holds live from now on: no shorter than the longest call."""
+    def replace(self, lease: timedelta, *, repeat_unknown: bool) -> None:
+        """From now on these hold; ``lease`` is no shorter than the longest call."""
         self._lease = lease
+        self._repeat_unknown = repeat_unknown
 
     async def pass_gate(self, rid: str, plan: Plan, demand: Demand) -> Grant:
         """Rates and a slot. Raises ``RateLimited``, or ``InvalidRequest`` where it never fits."""

@@ -141,6 +141,11 @@ class Attempts:
         self._chance = chance or random.Random()
         self._turns: dict[str, Counter[str]] = {}
 
+    def replace(self, most: int, patience_seconds: float) -> None:
+        """From now on these hold, for what is under way too."""
+        self._most = most
+        self._patience_seconds = patience_seconds
+
     async def open(
         self,
         rid: str,

@@ -69,7 +69,8 @@ class Comebacks:
         self._budgets = budgets
         self._flights = flights
         self._clock = clock
-        self._patience = patience
+        self.patience = patience
+        """As of now: another one may be set."""
 
     async def earlier(
         self, arrival: Arrival, routed: Routed, *, orphans_only: bool = False
@@ -100,7 +101,7 @@ class Comebacks:
         if claimed.state is not State.EXPIRED:
             over = claimed.state is not State.HELD
             return Earlier(claimed.rid, self._joining.reader(claimed.rid), over)
-        if self._patience.repeat_unknown:
+        if self.patience.repeat_unknown:
             return None
         raise unknown_outcome(claimed.rid)
 
@@ -136,7 +137,7 @@ class Comebacks:
                 caller.team.id,
                 stream=stream,
                 client=arrival.client,
-                patience_seconds=None if stream else self._patience.max_wait_seconds,
+                patience_seconds=None if stream else self.patience.max_wait_seconds,
             )
         except TimeoutError:
             return ended(so_far, still_running(rid), said, lambda delivered: earlier.done(False))
@@ -166,7 +167,7 @@ class Comebacks:
     async def _takes_over(self, rid: str) -> bool:
         """Whether what a dead process left is bought again, by this request and no other. What the
         first purchase may have cost stays on the books."""
-        if not self._patience.repeat_unknown:
+        if not self.patience.repeat_unknown:
             return False
         await self._joining.write_off(rid)
         return await self._joining.take_over(rid)

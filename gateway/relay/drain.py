@@ -28,8 +28,8 @@ class Drain:
         return self._flights.draining
 
     def begin(self) -> None:
-        """From now on nothing new is launched, and `/readyz` says so."""
-        self._flights.draining = True
+        """From now on nothing new is taken in or launched, and `/readyz` says so."""
+        self._flights.begin_draining()
 
     async def over(self) -> None:
         """Waits until all that flew has landed and is settled, and the errands are done."""

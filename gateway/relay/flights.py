@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -285,12 +286,35 @@ class Flights:
         self._errands: set[asyncio.Task[None]] = set()
         self._open: dict[str, Flight] = {}
         self._durable: set[asyncio.Task[None]] = set()
-        self.draining = False
-        """Whether the process ends: what flies goes on, nothing new is launched."""
+        self._draining = False
+        self._until_draining: set[asyncio.Timeout] = set()
 
     @property
     def count(self) -> int:
         return len(self._running)
+
+    @property
+    def draining(self) -> bool:
+        """Whether the process ends: what flies goes on, nothing new is launched."""
+        return self._draining
+
+    def begin_draining(self) -> None:
+        """From now on the process ends."""
+        self._draining = True
+        for one in self._until_draining:
+            one.reschedule(asyncio.get_running_loop().time())
+        self._until_draining.clear()
+
+    @asynccontextmanager
+    async def until_draining(self) -> AsyncIterator[None]:
+        """Breaks the block off with ``TimeoutError`` where the process ends meanwhile."""
+        async with asyncio.timeout(0 if self._draining else None) as end:
+            if not self._draining:
+                self._until_draining.add(end)
+            try:
+                yield
+            finally:
+                self._until_draining.discard(end)
 
     def find(self, rid: str) -> Flight | None:
         """A flight that can still be watched here."""

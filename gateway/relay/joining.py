@@ -75,7 +75,8 @@ class Joining:
         self._ledger = ledger
         self._books = books
         self._clock = clock
-        self._keep_alive = keep_alive_seconds
+        self.keep_alive_seconds = keep_alive_seconds
+        """As of now: another one may be set."""
         self._shared = shared
 
     async def find(
@@ -186,7 +187,7 @@ class Joining:
                 return shown(kept, stream=stream)
             missing_since = await self._goes_on(rid, team, missing_since)
             if stream and self._shared and missing_since is None:
-                silent = self._clock.monotonic() - began >= self._keep_alive
+                silent = self._clock.monotonic() - began >= self.keep_alive_seconds
                 if await self._has_begun(rid) or silent:
                     return self._passed_on(rid, team)
             await _pause(client)
@@ -251,7 +252,7 @@ class Joining:
             except GatewayError as error:
                 yield error_frame(error.content)
                 return
-            if now - quiet_since >= self._keep_alive:
+            if now - quiet_since >= self.keep_alive_seconds:
                 quiet_since = now
                 yield KEEP_ALIVE
             await asyncio.sleep(POLL_SECONDS)

@@ -93,10 +93,13 @@ class Pipeline:
         self._turnstile = turnstile
         self._log_prompts = log_prompts
 
-    def replace(self, planner: Planner, rules: ReadRules, *, log_prompts: bool) -> None:
-        """From now on these hold. A request that is under way ends with what it began with."""
+    def replace(
+        self, planner: Planner, rules: ReadRules, patience: Patience, *, log_prompts: bool
+    ) -> None:
+        """From now on these hold. A call that is planned ends with what it was planned with."""
         self._planner = planner
         self._rules = rules
+        self._patience = patience
         self._log_prompts = log_prompts
 
     async def answer(self, arrival: Arrival) -> Answer:
@@ -114,16 +117,19 @@ class Pipeline:
         )
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         caller: Caller | None = None
-        planner, rules = self._planner, self._rules
+        rules = self._rules
         try:
-            self._refuse_if_new(arrival)
+            if not _is_again(arrival):
+                self._refuse_while_draining()
             caller = await self._keyring.identify(arrival.secret)
             so_far = replace(so_far, team=caller.team.id, key_id=caller.key.id)
             if isinstance(arrival.operation, Inquiry):
                 with self._estimates.turn(caller):
                     so_far, call = await self._taken_in(arrival, body, so_far, rules)
-                    return await self._estimate(arrival, planner, caller, call, so_far)
+                    return await self._estimate(arrival, self._planner, caller, call, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
+            # Not before: an upload may take longer than what it would have been planned with lives.
+            planner = self._planner
             routed = planner.route_call(caller, call)
             return await self._answer(arrival, planner, routed, body, so_far)
         except GatewayError as error:
@@ -201,12 +207,6 @@ class Pipeline:
         if self._flights.draining:
             raise shutting_down()
 
-    def _refuse_if_new(self, arrival: Arrival) -> None:
-        """While the process ends, what is surely new goes elsewhere, the sooner the better."""
-        again = arrival.retried or arrival.idempotency_key is not None
-        if self._flights.draining and not again:
-            raise shutting_down()
-
     async def _unspent(self, caller: Caller | None, error: GatewayError) -> headers.Headers:
         """What a refusal says of money: none was spent, and what is left of the budgets."""
         if caller is None or isinstance(error, ClientGone):
@@ -224,7 +224,15 @@ class Pipeline:
     async def _taken_in(
         self, arrival: Arrival, body: Spool, so_far: Receipt, rules: ReadRules
     ) -> tuple[Receipt, Call]:
-        call = await self._read(arrival, body, rules)
+        if _is_again(arrival):
+            call = await self._read(arrival, body, rules)
+        else:
+            try:
+                async with self._flights.until_draining():
+                    call = await self._read(arrival, body, rules)
+            except TimeoutError:
+                self._refuse_while_draining()
+                raise
         seconds = self._clock.monotonic() - arrival.at
         return _with_call(so_far, call, seconds, self._prompt(call)), call
 
@@ -242,7 +250,6 @@ class Pipeline:
             return reader.close()
         reader = reader_for(arrival.operation, *announced)
         async for chunk in arrival.body:
-            self._refuse_if_new(arrival)
             reader.feed(chunk)
             await body.write(chunk)
         return reader.close()
@@ -444,6 +451,12 @@ class Pipeline:
             await self._admission.leave(flight.rid, plan)
         except Exception:
             log.exception("a slot was not given back", extra={"request_id": flight.rid})
+
+
+def _is_again(arrival: Arrival) -> bool:
+    """Whether an earlier request of this process may answer it. While the process ends, what is
+    surely new goes elsewhere, the sooner the better."""
+    return arrival.retried or arrival.idempotency_key is not None
 
 
 def _with_call(receipt: Receipt, call: Call, seconds: float, prompt: str | None) -> Receipt:

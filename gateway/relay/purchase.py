@@ -142,7 +142,8 @@ class Purchases:
         self._keep_closed = keep
         self._joining = joining
         self._keeper = keeper
-        self._keep_alive = keep_alive_seconds
+        self.keep_alive_seconds = keep_alive_seconds
+        """As of now: another one may be set."""
         self._factors = factors
         self._ledger = ledger
         self._safe = safe
@@ -259,14 +260,14 @@ class Purchases:
     def _break_silence(self, plan: Plan, begin: Callable[[], None]) -> asyncio.TimerHandle | None:
         """Begins a stream that has nothing to say for so long that something between the client
         and here could give it up. What goes wrong from then on is an event."""
-        if self._keep_alive is None or not plan.call.stream:
+        if self.keep_alive_seconds is None or not plan.call.stream:
             return None
-        return asyncio.get_running_loop().call_later(self._keep_alive, begin)
+        return asyncio.get_running_loop().call_later(self.keep_alive_seconds, begin)
 
     def _beginning(
         self, flight: Flight, spool: Spool, common: headers.Headers, own: headers.Headers
     ) -> Beginning:
-        return Beginning(flight, spool, common, own, self._keep_alive)
+        return Beginning(flight, spool, common, own, self.keep_alive_seconds)
 
     def _hand_over(self, bought: Bought, own: headers.Headers) -> None:
         """Lets the clients have what is verified and settled, in the form that was asked for."""

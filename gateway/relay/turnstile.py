@@ -7,12 +7,16 @@ queueing): each team's head carries a tag, the least tag goes next, and the team
 tagged ``1 / weight`` later. So a team with a hundred waiting cannot keep out one with a single
 call, and weights of two and one share the places two to one. A team that was away begins at the
 tag that is served now: nobody saves up turns.
+
+The queue has an end, and its places are shared too: where it is full, the team that waits the most,
+for its weight, gives one up for a team that waits less; of its own upstreams, the one that it waits
+for the most.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -44,11 +48,15 @@ class _Team:
 class _Lane:
     """``limit`` places. Taking, leaving and handing on cost O(log teams)."""
 
-    def __init__(self, limit: int, clock: Clock) -> None:
+    def __init__(
+        self, limit: int, clock: Clock, served: Callable[[asyncio.Future[None]], None]
+    ) -> None:
+        """``served`` hears of each wait that ends with a place."""
         self.limit = limit
         self.taken = 0
         self.waiting = 0
         self._clock = clock
+        self._served = served
         self._now = 0.0
         """The virtual time: the tag that was served last."""
         self._heap: list[tuple[float, int, str]] = []
@@ -84,7 +92,9 @@ class _Lane:
         return waiter
 
     def leave(self, name: str, waiter: asyncio.Future[None]) -> None:
-        """Ends a wait. What it had been given goes to the next."""
+        """Ends a wait, which is then cancelled. What it had been given goes to the next."""
+        if waiter.cancelled():
+            return
         if waiter.done():
             self._release()
             return
@@ -138,6 +148,7 @@ class _Lane:
         if team.waiting:
             self._queue(name, team)
         waiter.set_result(None)
+        self._served(waiter)
 
     def _queue(self, name: str, team: _Team) -> None:
         if not team.queued:
@@ -176,6 +187,82 @@ class Place:
         self._lanes[self.upstream].give()
 
 
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Who wants a place, and where."""
+
+    team: str
+    weight: int
+    upstream: str
+
+    @property
+    def crowd(self) -> tuple[str, str]:
+        """Those it waits among."""
+        return self.team, self.upstream
+
+
+class _Queue:
+    """Who waits in this process, in whichever lane."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._waiting: dict[asyncio.Future[None], tuple[_Call, _Lane]] = {}
+        self._crowds: dict[tuple[str, str], OrderedDict[asyncio.Future[None], _Call]] = {}
+
+    @property
+    def length(self) -> int:
+        return len(self._waiting)
+
+    def has_room(self, newcomer: _Call) -> bool:
+        """Whether one more may wait. Where there are too many, the newest of those who take up the
+        most has to go for it, unless it would be one of them itself."""
+        if self.length < self._limit:
+            return True
+        most = self._most(newcomer)
+        if most == newcomer.crowd:
+            return False
+        waiter = next(reversed(self._crowds[most]))
+        _, lane = self._waiting[waiter]
+        self.leave(waiter)
+        lane.leave(most[0], waiter)
+        return True
+
+    def _most(self, newcomer: _Call) -> tuple[str, str]:
+        """The team that waits the most for its weight, and the upstream that it waits for the most.
+        Where teams are equal, it is the one at the upstream that most wait for."""
+        each = Counter({crowd: len(waiting) for crowd, waiting in self._crowds.items()})
+        each[newcomer.crowd] += 1
+        of_team, of_upstream = Counter[str](), Counter[str]()
+        for (team, upstream), calls in each.items():
+            of_team[team] += calls
+            of_upstream[upstream] += calls
+        newest = [next(reversed(waiting.values())) for waiting in self._crowds.values()]
+        weights = {call.team: call.weight for call in (*newest, newcomer)}
+        return max(
+            each,
+            key=lambda crowd: (
+                of_team[crowd[0]] / weights[crowd[0]],
+                each[crowd],
+                of_upstream[crowd[1]],
+                crowd == newcomer.crowd,
+            ),
+        )
+
+    def join(self, call: _Call, waiter: asyncio.Future[None], lane: _Lane) -> None:
+        self._waiting[waiter] = call, lane
+        self._crowds.setdefault(call.crowd, OrderedDict())[waiter] = call
+
+    def leave(self, waiter: asyncio.Future[None]) -> None:
+        """Its wait is over, however it ended. Nothing happens where it has left already."""
+        if waiter not in self._waiting:
+            return
+        call, _ = self._waiting.pop(waiter)
+        crowd = self._crowds[call.crowd]
+        del crowd[waiter]
+        if not crowd:
+            del self._crowds[call.crowd]
+
+
 class Turnstile:
     """The places of one process, and those at each of its upstreams."""
 
@@ -189,20 +276,23 @@ class Turnstile:
         clock: Clock,
         waited: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """``queue`` is how many may wait in this process, ``patience_seconds`` how long each.
-        ``waited`` hears of every call how long it did, those that gave up or left too."""
+        """``queue`` is how many may wait in this process, teams having their shares of it, and
+        ``patience_seconds`` how long each. ``waited`` hears of every call how long it did, those
+        that gave up or left too."""
         self._clock = clock
-        self._queue = queue
+        self._queue = _Queue(queue)
         self._patience_seconds = patience_seconds
         self._waited = waited
-        self._waiting = 0
-        self._process = _Lane(limit, clock)
-        self._lanes = {name: _Lane(most, clock) for name, most in per_upstream.items()}
+        self._process = self._lane(limit)
+        self._lanes = {name: self._lane(most) for name, most in per_upstream.items()}
         self._flying = dict.fromkeys(per_upstream, 0)
+
+    def _lane(self, limit: int) -> _Lane:
+        return _Lane(limit, self._clock, self._queue.leave)
 
     @property
     def waiting(self) -> int:
-        return self._waiting
+        return self._queue.length
 
     def flying(self, upstream: str) -> int:
         """How many calls have a turn at an upstream."""
@@ -216,7 +306,7 @@ class Turnstile:
                 self._lanes[name].limit = most
                 self._lanes[name].hand_on()
             else:
-                self._lanes[name] = _Lane(most, self._clock)
+                self._lanes[name] = self._lane(most)
                 self._flying[name] = 0
 
     @asynccontextmanager
@@ -226,16 +316,17 @@ class Turnstile:
         """Holds a place in the process and at the first of ``upstreams`` that has one while the
         block runs. Where all of them are full it waits for one at the first.
 
-        Raises ``Overloaded`` where too many wait or it took too long, and ``ClientGone`` once
-        ``gone`` is set. Nothing is then held.
+        Raises ``Overloaded`` where it took too long or too many wait, also later, when this is one
+        of the team that waits the most; ``ClientGone`` once ``gone`` is set. Nothing is then held.
         """
         upstream = next((one for one in upstreams if self._lanes[one].has_room), upstreams[0])
         lane, began = self._lanes[upstream], self._clock.monotonic()
+        call = _Call(team, weight, upstream)
         until = asyncio.get_running_loop().time() + self._patience_seconds
         try:
-            await self._enter(lane, team, weight, gone, until)
+            await self._enter(lane, call, gone, until)
             try:
-                await self._enter(self._process, team, weight, gone, until)
+                await self._enter(self._process, call, gone, until)
             except BaseException:
                 lane.give()
                 raise
@@ -248,15 +339,13 @@ class Turnstile:
             self._process.give()
             place.leave()
 
-    async def _enter(
-        self, lane: _Lane, team: str, weight: int, gone: asyncio.Event, until: float
-    ) -> None:
+    async def _enter(self, lane: _Lane, call: _Call, gone: asyncio.Event, until: float) -> None:
         if lane.take():
             return
-        if self._waiting >= self._queue:
+        if not self._queue.has_room(call):
             raise self._overloaded(lane, lane.waiting)
-        waiter = lane.join(team, weight)
-        self._waiting += 1
+        waiter = lane.join(call.team, call.weight)
+        self._queue.join(call, waiter, lane)
         left = asyncio.ensure_future(gone.wait())
         keeps = False
         try:
@@ -267,14 +356,17 @@ class Turnstile:
             )
             if gone.is_set():
                 raise ClientGone("queued")
+            if waiter.cancelled():
+                # Its place in the queue was given to a team that waits less.
+                raise self._overloaded(lane, lane.waiting)
             if not waiter.done():
                 raise self._overloaded(lane, lane.waiting - 1)
             keeps = True
         finally:
-            self._waiting -= 1
+            self._queue.leave(waiter)
             left.cancel()
             if not keeps:
-                lane.leave(team, waiter)
+                lane.leave(call.team, waiter)
 
     def _overloaded(self, lane: _Lane, ahead: int) -> Overloaded:
         where = "" if lane is self._process else " with this model's upstream"

@@ -217,7 +217,7 @@ TABLE = (
     Spec("gateway_config_reload_failed", Kind.GAUGE, (),
          "1 where the configuration could not be read again at the last try: nothing changed."),
     Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
-         "Times the configuration was read again while running: applied or refused."),
+         "Times the configuration was read again while running: applied, refused, or postponed."),
     Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1.", mode="scraped"),
 )  # fmt: skip
 

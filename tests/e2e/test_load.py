@@ -24,6 +24,7 @@ from tests.e2e.test_endings import connect, leave, metrics_of, read, request, se
 from tests.e2e.test_processes import Answered, check_against, configured, database
 from tests.inbox import SECRET, inbox
 from tests.processes import Books, GatewayProcess, wait_until
+from tests.raw import FORM, JSON, RawClient
 from tests.running import KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start, TestClock
 
 SMALL = Rule(payload_bytes=400)
@@ -198,6 +199,51 @@ async def test_a_drain_refuses_what_is_new_and_ends_what_runs(
     assert books.open == []
     assert len(books.of("P")) == count
     check_against(books, sandbox_alone, answered)
+
+
+@pytest.mark.parametrize(
+    ("path", "form"), [("generations", JSON), ("edits", FORM), ("estimate", FORM)]
+)
+async def test_an_upload_that_stalls_is_sent_elsewhere_at_once(
+    start: Start, path: str, form: str
+) -> None:
+    async with start() as gateway, RawClient.to(gateway.port, KEY) as client:
+        await client.head(f"/v1/images/{path}", (form, "content-length: 100000"))
+        idle = asyncio.ensure_future(client.answer())
+        await soon(lambda: bool(gateway.gateway.flights._until_draining), "it is being read")
+        assert not idle.done()
+        gateway.gateway.drain.begin()
+        answer = await idle
+        assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+        assert answer.header("x-should-retry") == "true"
+        assert answer.header("connection") == "close"
+        await gateway.gateway.drain.over()
+
+
+async def test_a_retry_that_stalls_is_told_the_truth_when_it_is_given_up(
+    tmp_path: Path, sandbox_alone: SandboxServer
+) -> None:
+    """Its first try may be here, so it is read on; nothing of it was sent when the time is up."""
+    config = configured(
+        tmp_path, sandbox_alone, {}, server={"host": "127.0.0.1", "drain_seconds": 0.5}
+    )
+    with GatewayProcess(config) as process:
+        await asyncio.to_thread(process.wait_ready)
+        async with RawClient.to(process.port, KEY) as client:
+            await client.head(
+                "/v1/images/generations",
+                (JSON, "content-length: 1000", "x-stainless-retry-count: 1"),
+            )
+            await client.send(b'{"prompt": "')
+            process.terminate()
+            answer = await client.answer()
+            assert (answer.status, answer.error["code"]) == (503, "shutting_down")
+            assert answer.header("x-should-retry") == "true"
+            assert "Nothing was bought" in answer.error["message"]
+        assert await asyncio.to_thread(process.wait) == 0
+        assert "Traceback" not in process.stderr
+        assert "a request was given up at the end" in process.stderr
+    assert Books.read(database(config)).open == []
 
 
 async def test_news_is_sent_before_the_end(tmp_path: Path, sandbox_alone: SandboxServer) -> None:

@@ -408,6 +408,7 @@ async def test_a_drain_that_takes_too_long_ends_and_no_client_buys_again(
         assert raised.value.response.headers["x-should-retry"] == "false"
         assert raised.value.response.headers["x-request-id"] in raised.value.message
         assert await asyncio.to_thread(process.wait) == 0
+        assert "Traceback" not in process.stderr
     gate.set()
     with GatewayProcess(config) as process:
         process.wait_ready()

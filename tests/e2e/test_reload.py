@@ -4,23 +4,34 @@ rows 83 and 84)."""
 from __future__ import annotations
 
 import asyncio
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import sqlite3
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, closing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import trustme
 import yaml
 
+import gateway.reload
 import gateway.swap
+from gateway.filewatch import FileWatch, look, source
+from gateway.reload import Reloaded, reload_when
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
 from gateway.settings import Settings, load
 from tests.e2e.test_endings import soon
 from tests.processes import GatewayProcess, wait_until
+from tests.raw import JSON, RawClient
 from tests.running import KEY, MODEL, GatewayUnderTest, Start, TestClock, config_of
+from tests.upstream.raw_server import Peer, raw_server
 
 SMALL = Rule(payload_bytes=400)
 NEW_KEY = "growth-key-fedcba9876543210"
@@ -43,13 +54,15 @@ def edit(config: Path, change: Callable[[dict[str, Any]], object]) -> None:
 async def again(
     gateway: GatewayUnderTest, change: Callable[[dict[str, Any]], object] = lambda one: None
 ) -> bool:
-    """The file is changed and read again; whether it was taken over."""
+    """The file is changed and read again; whether it was taken over. What is not is a mistake."""
     edit(gateway.config, change)
 
     async def read() -> Settings:
         return load(gateway.config, {})
 
-    return await gateway.gateway.reload(read)
+    ended = await gateway.gateway.reload(read)
+    assert ended is not Reloaded.POSTPONED
+    return ended is Reloaded.APPLIED
 
 
 def asked(name: str, model: str = MODEL) -> dict[str, Any]:
@@ -138,6 +151,38 @@ def disabled(metrics: Mapping[str, float]) -> dict[str, float]:
     }
 
 
+@pytest.mark.parametrize("path", ["generations", "estimate"])
+async def test_a_slow_upload_is_planned_with_what_holds_when_it_is_read(
+    start: Start, elsewhere: SandboxServer, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The upstream that it would have gone to when it began is closed by then."""
+    monkeypatch.setattr(gateway.swap, "RETIRE_SECONDS", 0)
+    body = json.dumps(asked("slow")).encode()
+    async with start() as running, running.http() as http, RawClient.to(running.port, KEY) as slow:
+        running.sandbox.rules.add(SMALL)
+        assert (await buy(http, "before")).status_code == 200
+        port = int(running.sandbox.origin.rpartition(":")[2])
+        await slow.head(f"/v1/images/{path}", (JSON, f"content-length: {len(body)}"))
+        await slow.send(body[:10])
+        await soon(lambda: bool(running.gateway.flights._until_draining), "it is being read")
+
+        def move(one: dict[str, Any]) -> None:
+            one["upstreams"]["other"] = {**one["upstreams"].pop("openai")}
+            one["upstreams"]["other"]["base_url"] = elsewhere.base_url
+            for model in one["models"].values():
+                model["upstream"] = "other"
+
+        assert await again(running, move)
+        await soon(lambda: open_to(port) == 0, "the account that was replaced is closed")
+        await slow.send(body[10:])
+        answer = await slow.answer()
+        assert answer.status == 200
+        if path == "estimate":
+            assert answer.json["upstream"] == "other"
+        else:
+            assert [record.fields["prompt"] for record in elsewhere.journal] == ["slow"]
+
+
 def open_to(port: int) -> int:
     """Connections of this process to a port on this machine."""
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -179,6 +224,63 @@ async def test_everything_that_may_change_does(start: Start, elsewhere: SandboxS
         assert await again(running, lambda one: one.update(prices={"rows": [FLAT]}))
         assert (await buy(http, "same")).headers["x-cost-usd"] == "7"
         assert first.headers["x-cost-usd"] != "7"
+
+
+async def test_how_requests_are_relayed_changes_too(start: Start) -> None:
+    gate = Gate()
+    async with start() as running, running.http() as http:
+        running.sandbox.rules.add(Rule(prompt="slow", wait_for=gate, payload_bytes=400))
+        running.sandbox.rules.add(Rule(prompt="refused", status=503))
+        relay = {"attempts": 1, "max_wait_seconds": 0.05, "keep_alive_seconds": 0.05}
+        assert await again(running, lambda one: one.update(relay=relay))
+        waited = await buy(http, "slow json")
+        assert (waited.status_code, waited.json()["error"]["code"]) == (504, "still_running")
+        async with http.stream(
+            "POST", "/images/generations", json={**asked("slow stream"), "stream": True}
+        ) as answer:
+            lines = answer.aiter_lines()
+            assert await anext(lines) == ": keepalive"
+            gate.set()
+            assert [line async for line in lines]
+        assert (await buy(http, "refused")).status_code == 503
+        prompts = [record.fields["prompt"] for record in running.sandbox.journal]
+        assert prompts.count("refused") == 1
+        assert await again(running, lambda one: one.update(relay={"attempts": 2}))
+        assert (await buy(http, "refused again")).status_code == 503
+        prompts = [record.fields["prompt"] for record in running.sandbox.journal]
+        assert prompts.count("refused again") == 2
+
+
+HEARD = b'{"error": {"message": "heard it"}}'
+
+
+async def test_a_ca_bundle_is_read_again(start: Start, tmp_path: Path) -> None:
+    """An authority is replaced under the same name: connections trust the new one from then on."""
+    old, new = trustme.CA(), trustme.CA()
+    bundle = tmp_path / "ca.pem"
+    old.cert_pem.write_to_path(str(bundle))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    new.issue_cert("127.0.0.1").configure_cert(context)
+
+    async def refuse(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(
+            b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\n\r\n%b" % (len(HEARD), HEARD)
+        )
+
+    async with raw_server(refuse, tls=context) as server:
+        upstream = {"base_url": f"https://127.0.0.1:{server.port}/v1", "verify": str(bundle)}
+        async with start({"upstreams": {"openai": upstream}}) as running, running.http() as http:
+            answer = await buy(http, "not trusted")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (502, "upstream_tls")
+            watch = FileWatch(load(running.config, {}).sources)
+            new.cert_pem.write_to_path(str(bundle))
+            assert watch.changed(look(watch.paths))
+            assert await again(running)
+            answer = await buy(http, "trusted")
+            assert answer.status_code == 400
+            assert "heard it" in answer.json()["error"]["message"]
 
 
 FLAT = {
@@ -313,3 +415,110 @@ async def test_files_are_watched(tmp_path: Path, sandbox: SandboxServer) -> None
         assert NEW_KEY not in process.stderr
         process.terminate()
         assert await asyncio.to_thread(process.wait) == 0
+
+
+async def test_what_only_the_database_kept_from_being_read_is_read_later(
+    tmp_path: Path, sandbox: SandboxServer
+) -> None:
+    """The file is changed once, while nobody can write to the database."""
+    database = tmp_path / "data" / "gateway.db"
+    config = config_of(
+        tmp_path,
+        sandbox.base_url,
+        {
+            "server": {"host": "127.0.0.1", "watch_seconds": 0.05},
+            "storage": {"database": f"sqlite:///{database}"},
+            "teams": {"growth": {"keys": [KEY]}},
+        },
+    )
+
+    def reloads(gateway: GatewayProcess, outcome: str) -> float:
+        return gateway.metrics().get(f'gateway_config_reloads_total{{outcome="{outcome}"}}', 0)
+
+    with GatewayProcess(config) as process:
+        process.wait_ready()
+        with closing(sqlite3.connect(database, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            edit(config, lambda one: one["teams"]["growth"].update(keys=[KEY, NEW_KEY]))
+            await asyncio.to_thread(
+                wait_until, lambda: reloads(process, "postponed") > 0, "it cannot be taken over"
+            )
+            assert failed(process) == 1
+            assert await status(process.base_url, KEY) == 200
+            assert await status(process.base_url, NEW_KEY) == 401
+        await asyncio.to_thread(
+            wait_until, lambda: reloads(process, "applied") == 1, "it is taken over by itself"
+        )
+        assert failed(process) == 0
+        assert await status(process.base_url, NEW_KEY) == 200
+        assert reloads(process, "refused") == 0
+
+
+class Readings:
+    """Readings of a configuration that end as the test says, in turn; applied when it says nothing
+    more."""
+
+    def __init__(self, *ends: Reloaded) -> None:
+        self.at: list[float] = []
+        self._ends = list(ends)
+        self._news = asyncio.Event()
+
+    async def reload(self) -> Reloaded:
+        self.at.append(asyncio.get_running_loop().time())
+        self._news.set()
+        return self._ends.pop(0) if self._ends else Reloaded.APPLIED
+
+    async def until(self, count: int) -> None:
+        async with asyncio.timeout(10):
+            while len(self.at) < count:
+                self._news.clear()
+                await self._news.wait()
+
+
+@asynccontextmanager
+async def reading_again(
+    readings: Readings, watch: FileWatch, watch_seconds: float
+) -> AsyncIterator[asyncio.Event]:
+    told = asyncio.Event()
+    task = asyncio.create_task(reload_when(told, readings.reload, watch, watch_seconds))
+    try:
+        yield told
+    finally:
+        task.cancel()
+
+
+async def test_what_passes_is_tried_again_with_growing_pauses() -> None:
+    readings = Readings(*[Reloaded.POSTPONED] * 4)
+    async with reading_again(readings, FileWatch([]), 0.05) as told:
+        told.set()
+        await readings.until(5)
+    pauses = [after - before for before, after in pairwise(readings.at)]
+    assert all(pause >= 0.05 * 2**number for number, pause in enumerate(pauses)), pauses
+
+
+async def test_pauses_have_an_end_without_a_watch_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway.reload, "PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(gateway.reload, "MAX_PAUSE_SECONDS", 0.02)
+    readings = Readings(*[Reloaded.POSTPONED] * 12)
+    async with reading_again(readings, FileWatch([]), 0) as told:
+        told.set()
+        await readings.until(13)
+
+
+async def test_a_mistake_is_not_tried_again_and_a_change_does_not_wait(tmp_path: Path) -> None:
+    path = tmp_path / "gateway.yaml"
+    path.write_text("one")
+    watch, readings = FileWatch([source(path)]), Readings(Reloaded.REFUSED)
+    async with reading_again(readings, watch, 0.01) as told:
+        told.set()
+        await readings.until(1)
+        path.write_text("another")
+        await readings.until(2)
+    assert not watch.changed(look([path])), "the second reading was that of the change"
+    postponed = Readings(Reloaded.POSTPONED)
+    async with reading_again(postponed, watch, 0) as told:
+        told.set()
+        await postponed.until(1)
+        told.set()
+        await postponed.until(2)
+    assert postponed.at[1] - postponed.at[0] < gateway.reload.PAUSE_SECONDS

@@ -21,7 +21,7 @@ from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
-from gateway.supervisor import METRICS_FOLDER
+from gateway.supervisor import METRICS_FOLDER, _pause
 from tests.e2e.test_processes import (
     BUDGET,
     LEASE_SECONDS,
@@ -340,6 +340,34 @@ def test_a_worker_that_dies_at_once_three_times_ends_all(
     assert ended.returncode == 1
     assert ended.stderr.count(f"{database(config)} cannot be used") == 3
     assert "a worker cannot be started: the gateway ends" in ended.stderr
+
+
+def test_a_worker_that_cannot_be_started_ends_none_of_those_that_serve(
+    tmp_path: Path, sandbox: SandboxServer, valkey: Valkey
+) -> None:
+    config = with_workers(tmp_path, sandbox, valkey, 2)
+    whole = config.read_text()
+    with GatewayProcess(config) as process:
+        wait_for_all(config, process, 2)
+        [first, second] = children(process)
+        config.write_text("nonsense: 1")
+        os.kill(first, signal.SIGKILL)
+        wait_until(
+            lambda: "it is tried again, others serve" in process.stderr, "it has died thrice", 60
+        )
+        assert process.is_ready()
+        assert second in children(process)
+        known = len(beating(config))
+        config.write_text(whole)
+        wait_until(lambda: len(beating(config)) > known, "another one serves", 60)
+        assert len(children(process)) == 2
+        process.terminate()
+        assert process.wait() == 0
+
+
+def test_pauses_between_starts_have_an_end() -> None:
+    pauses = [_pause(deaths) for deaths in (0, 1, 2, 3, 7, 8, 5000)]
+    assert pauses == [0, 0.5, 1, 2, 30, 30, 30]
 
 
 def test_a_worker_that_is_told_to_end_is_replaced(

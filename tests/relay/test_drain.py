@@ -137,3 +137,23 @@ def test_the_refusal_sends_clients_elsewhere_at_once() -> None:
     error = shutting_down()
     assert (error.status, error.code, error.should_retry) == (503, "shutting_down", True)
     assert (error.retry_after_seconds, error.close) == (1, True)
+
+
+async def test_what_waits_for_the_end_of_a_client_is_broken_off() -> None:
+    story, entered = Story(), asyncio.Event()
+
+    async def upload() -> None:
+        async with story.flights.until_draining():
+            entered.set()
+            await asyncio.Event().wait()
+
+    async with story.flights.until_draining():
+        pass
+    uploading = asyncio.create_task(upload())
+    await entered.wait()
+    story.drain.begin()
+    story.drain.begin()
+    with pytest.raises(TimeoutError):
+        await uploading
+    with pytest.raises(TimeoutError):
+        await upload()

@@ -257,6 +257,76 @@ async def test_a_queue_that_is_full_refuses_at_once() -> None:
         assert (error.status, error.code, error.should_retry) == (503, "overloaded", True)
 
 
+def teams_of(running: Crowd) -> Counter[tuple[str, str]]:
+    """How many wait, by team and upstream."""
+    crowds = running.turnstile._queue._crowds
+    return Counter({crowd: len(waiting) for crowd, waiting in crowds.items()})
+
+
+async def test_a_flood_gives_places_in_a_full_queue_up_to_other_teams() -> None:
+    async with crowd(queue=10) as running:
+        await running.come("first", *["flood"] * 20)
+        assert len(running.refused) == 10, "those beyond the queue"
+        await running.come(*["quiet"] * 3)
+        assert teams_of(running) == {("flood", "a"): 7, ("quiet", "a"): 3}
+        assert len(running.refused) == 13
+        error = running.refused[-1]
+        assert isinstance(error, Overloaded)
+        assert (error.status, error.code, error.should_retry) == (503, "overloaded", True)
+        assert [task.done() for task in running.tasks[1:11]] == [False] * 7 + [True] * 3, (
+            "the newest of the flood"
+        )
+        await running.end(2)
+        assert "quiet" in running.served
+
+
+async def test_nobody_is_turned_out_for_a_team_that_waits_as_much() -> None:
+    async with crowd(queue=10) as running:
+        await running.come("first", *["one", "other"] * 5)
+        await running.come("one", "other", "one", "other")
+        assert teams_of(running) == {("one", "a"): 5, ("other", "a"): 5}
+        assert all(task.done() for task in running.tasks[11:]), "each newcomer, and nobody else"
+
+
+async def test_the_queue_is_shared_by_weight() -> None:
+    async with crowd(queue=9) as running:
+        await running.come("first")
+        await running.come(*["light"] * 20)
+        await running.come(*["heavy"] * 20, weight=2)
+        assert teams_of(running) == {("light", "a"): 3, ("heavy", "a"): 6}
+
+
+async def test_those_who_wait_for_a_hung_upstream_leave_room_for_another() -> None:
+    """Many teams, each no flood: the upstream is what has them wait."""
+    per_upstream = {"hung": 1, "b": 1}
+    async with crowd(limit=100, per_upstream=per_upstream, queue=8) as running:
+        await running.come("t0", *[f"t{number}" for number in range(8)], upstream="hung")
+        await running.come("t0", "t1", "new", "t2", upstream="b")
+        assert running.served == ["t0", "t0"], "one at each upstream"
+        waiting = teams_of(running)
+        assert waiting.total() == 8
+        assert {team for team, upstream in waiting if upstream == "b"} == {"t1", "new", "t2"}
+
+
+async def test_a_team_that_floods_one_upstream_gets_to_another() -> None:
+    async with crowd(limit=100, per_upstream={"hung": 1, "b": 1}, queue=6) as running:
+        await running.come(*["flood"] * 10, upstream="hung")
+        await running.come(*["flood"] * 10, upstream="b")
+        assert teams_of(running) == {("flood", "hung"): 3, ("flood", "b"): 3}
+
+
+async def test_who_has_just_been_given_a_place_keeps_it() -> None:
+    async with crowd(queue=2) as running:
+        await running.come("first", "flood", "flood")
+        # In one turn of the loop: a place comes free, is handed on, and two more want to wait.
+        running._ends.pop(0).set()
+        await running.tasks[0]
+        await running.come("quiet", "third")
+        assert running.served == ["first", "flood"]
+        assert teams_of(running) == {("flood", "a"): 1, ("quiet", "a"): 1}
+        assert running.turnstile.flying("a") == 1
+
+
 async def test_patience_ends() -> None:
     async with crowd(patience=0.01) as running:
         await running.come("x", "x")
