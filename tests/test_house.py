@@ -48,8 +48,8 @@ ROOMS = {
         "reload", "reports", "settings", "stores", "swap", "telemetry", "upstream", "watchdog",
     },
     "cli": {
-        "app", "assembly", "clock", "domain", "filewatch", "ports", "pricefile", "reload", "reports",
-        "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
+        "app", "assembly", "clock", "domain", "filewatch", "ports", "pricefile", "reload",
+        "reports", "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip
