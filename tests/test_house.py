@@ -49,8 +49,7 @@ ROOMS = {
     },
     "cli": {
         "app", "assembly", "clock", "domain", "filewatch", "ports", "pricefile", "reload",
-        "reports",
-        "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
+        "reports", "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -231,7 +231,7 @@ async def test_how_requests_are_relayed_changes_too(start: Start) -> None:
     async with start() as running, running.http() as http:
         running.sandbox.rules.add(Rule(prompt="slow", wait_for=gate, payload_bytes=400))
         running.sandbox.rules.add(Rule(prompt="refused", status=503))
-        relay = {"attempts": 1, "max_wait_seconds": 0.05, "keep_alive_seconds": 0.05}
+        relay = {"max_wait_seconds": 0.05, "keep_alive_seconds": 0.05}
         assert await again(running, lambda one: one.update(relay=relay))
         waited = await buy(http, "slow json")
         assert (waited.status_code, waited.json()["error"]["code"]) == (504, "still_running")
@@ -242,6 +242,7 @@ async def test_how_requests_are_relayed_changes_too(start: Start) -> None:
             assert await anext(lines) == ": keepalive"
             gate.set()
             assert [line async for line in lines]
+        assert await again(running, lambda one: one.update(relay={"attempts": 1}))
         assert (await buy(http, "refused")).status_code == 503
         prompts = [record.fields["prompt"] for record in running.sandbox.journal]
         assert prompts.count("refused") == 1
