@@ -207,6 +207,7 @@ async def open_gateway(
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             shared=settings.storage.redis is not None,
         )
+        stack.push_async_callback(joining.aclose)
         patience = patience_of(settings)
         admission = Admission(
             gate,

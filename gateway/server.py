@@ -23,7 +23,7 @@ from typing import Any, Protocol, cast
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from gateway.api.door import ABORT, HUNG_UP, ASGIApp, Scope
+from gateway.api.door import ABORT, CLOSED, HUNG_UP, ASGIApp, Scope
 from gateway.api.errors import no_http, no_room
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ class Connection(HttpToolsProtocol):
     """One client's connection."""
 
     _real: asyncio.Transport
+    _closed: asyncio.Event
     _door: Door | None = None
     _turned_away = False
     _unwanted_bytes = 0
@@ -107,6 +108,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._real = transport
+        self._closed = asyncio.Event()
         door = self._door
         if door is not None and door.limit is not None and len(self.connections) >= door.limit:
             self._turned_away = True
@@ -119,6 +121,7 @@ class Connection(HttpToolsProtocol):
         # Requests are parsed one after the other, so this scope is the one that began just now.
         scope = cast(Scope, self.scope)
         scope[HUNG_UP] = asyncio.Event()
+        scope[CLOSED] = self._closed
         scope[ABORT] = self._real.abort
 
     def _linger(self) -> bool:
@@ -158,6 +161,7 @@ class Connection(HttpToolsProtocol):
             self._real.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._closed.set()
         if self._turned_away:
             if self._door is not None:
                 self._door.left(self._real)
@@ -176,6 +180,7 @@ class Connection(HttpToolsProtocol):
         left until something is written, so it is noted, and answered."""
         cycle = cast(RequestResponseCycle | None, self.cycle)
         if self._turned_away or cycle is None or cycle.response_complete or cycle.more_body:
+            self._closed.set()
             self._real.close()
             return None
         cycle.keep_alive = False

@@ -26,6 +26,8 @@ STALL_SECONDS = 120.0
 """A client that takes nothing for so long has its connection dropped; its result is kept."""
 HUNG_UP = "gateway.hung_up"
 """In the scope: an event that is set when the client has closed its sending half."""
+CLOSED = "gateway.closed"
+"""In the scope: an event that is set when the client has closed the connection, or it broke."""
 ABORT = "gateway.abort"
 """In the scope: drops the connection at once, with whatever is still to be sent."""
 
@@ -44,7 +46,7 @@ class Door:
         self._receive = receive
         self._send = send
         self._watch: asyncio.Task[None] | None = None
-        self.client = Client()
+        self.client = Client(scope.get(CLOSED))
         self.body_read = False
         self.status = 0
         self.bytes_out = 0

@@ -63,7 +63,9 @@ class Shown:
 class Client:
     """Whether the client is still there; told by the door, read by the flight."""
 
-    def __init__(self) -> None:
+    def __init__(self, closed: asyncio.Event | None = None) -> None:
+        """``closed`` is set when its connection ends, which may be after all was said."""
+        self.closed = closed
         self.gone = asyncio.Event()
         self._away = False
         self._acts: list[Callable[[], None]] = []
@@ -178,6 +180,8 @@ class Flight:
         """Where it is, for a client that leaves."""
         self.deserted = asyncio.Event()
         """Nobody waits for it any more: it ends, unless it has been sent."""
+        self.begun = False
+        """It is, or was, sent."""
         self.joinable = False
         """What it ends with is there for a retry: it may have been bought."""
         self.awaited = True

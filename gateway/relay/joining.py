@@ -44,6 +44,10 @@ POLL_SECONDS = 0.25
 """How often another process's flight is looked at: a look costs a look-up, a picture takes 5 s."""
 KEEPING_SECONDS = 2.0
 """How long a settled answer that no board knows of may still be on its way to where it is kept."""
+DOUBT_SECONDS = 0.5
+"""Who still has its connection open so long after its answer has read it."""
+RETRY_SECONDS = 5.0
+"""How long after giving up an SDK sends its next try: half a second, then one, then two."""
 PASS_ON_SECONDS = 0.5
 PIECE_BYTES = 256 * 1024
 
@@ -78,6 +82,7 @@ class Joining:
         self.keep_alive_seconds = keep_alive_seconds
         """As of now: another one may be set."""
         self._shared = shared
+        self._doubts: dict[str, asyncio.Task[None]] = {}
 
     async def find(
         self, fingerprint: str, key_id: str, *, stream: bool, orphans_only: bool
@@ -91,11 +96,39 @@ class Joining:
         """The place of one who watches; given up when the client leaves, or has all of it."""
 
         def leave(delivered: bool) -> None:
-            self._flights.errand(self._board.leave(rid, delivered=delivered))
+            if delivered and client.closed is not None:
+                self._make_sure(rid, client.closed)
+            else:
+                self._flights.errand(self._board.leave(rid, delivered=delivered))
 
         seat = Seat(leave)
         client.when_away(lambda: seat.leave(delivered=False))
         return seat
+
+    def _make_sure(self, rid: str, closed: asyncio.Event) -> None:
+        """A client that closes its connection right behind its answer may have given up a moment
+        before it came: its retry is still led to it, for as long as it takes to be sent."""
+
+        async def wait() -> None:
+            try:
+                async with asyncio.timeout(DOUBT_SECONDS):
+                    await closed.wait()
+            except TimeoutError:
+                pass
+            else:
+                await asyncio.sleep(RETRY_SECONDS)
+            await self._board.leave(rid, delivered=True)
+
+        task = asyncio.create_task(wait())
+        self._doubts[rid] = task
+        task.add_done_callback(lambda done: self._doubts.pop(rid, None))
+
+    async def aclose(self) -> None:
+        """Whoever may still come back does so to another process."""
+        doubts = dict(self._doubts)
+        for task in doubts.values():
+            task.cancel()
+        await asyncio.gather(*(self._board.leave(rid, delivered=True) for rid in doubts))
 
     def reader(self, rid: str) -> Seat:
         """The place of one who was not counted, because the ledger or an id led it there."""
@@ -126,7 +159,7 @@ class Joining:
 
     def begun(self, flight: Flight, spool: Spool) -> None:
         """It is about to be sent: from here on it flies to its end, whoever leaves."""
-        flight.joinable = True
+        flight.begun = flight.joinable = True
         flight.admitted.set()
         if flight.stream and self._shared:
             self._flights.errand(self._pass_on(flight, spool))

@@ -195,7 +195,7 @@ class Pipeline:
         await flight.admitted.wait()
         if isinstance(flight.error, KeyTaken):
             raise flight.error
-        if isinstance(flight.error, GatewayError):
+        if isinstance(flight.error, GatewayError) and not flight.begun:
             head = headers.error_head(flight.error, arrival.rid, flight.said)
             return Answer(head, flight.receipt)
         flight.own.give_up()
@@ -358,7 +358,7 @@ class Pipeline:
         finally:
             body.close()
             self._joining.ended(flight)
-        if flight.tells and flight.joinable:
+        if flight.tells and flight.begun:
             self._tell(flight, receipt, idempotent=arrival.idempotency_key is not None)
         if arrival.asynchronous and flight.seat is not None:
             # It is asked for by its id: the same call anew wants another picture.

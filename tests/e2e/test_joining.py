@@ -251,6 +251,7 @@ async def test_a_plain_client_that_left_joins_what_it_left(house: House, how: st
     gate = house.hold_back()
     async with leaver(house) as client:
         await house.watched_by(1)
+        await gate.arrived()
         if how == "reset":
             reset(client)
         else:
@@ -340,7 +341,10 @@ async def test_an_edit_of_a_plain_client_is_found_by_its_pictures(house: House) 
 # What ended while nobody was there
 
 
-async def test_what_landed_while_nobody_was_there_is_kept_for_who_comes_back(fly: Fly) -> None:
+async def test_what_landed_while_nobody_was_there_is_kept_for_who_comes_back(
+    fly: Fly, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "RETRY_SECONDS", 0)
     async with fly({"cache": {"enabled": False}}) as house:
         gate = house.hold_back()
         await leave(house)
@@ -350,12 +354,16 @@ async def test_what_landed_while_nobody_was_there_is_kept_for_who_comes_back(fly
         assert (kept.status_code, kept.headers["x-cache"]) == (200, "join")
         await house.settled(purchases=1, cached=1)
         # It has been handed over: who asks now wants another picture.
+        await house.watched_by(0)
         fresh = await post(house, ASKED, **AGAIN)
         assert fresh.headers["x-cache"] == "off"
         await house.settled(purchases=2, cached=1)
 
 
-async def test_with_the_cache_on_a_retry_that_wants_a_fresh_one_buys_it_once(house: House) -> None:
+async def test_with_the_cache_on_a_retry_that_wants_a_fresh_one_buys_it_once(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "RETRY_SECONDS", 0)
     gate = house.hold_back()
     await leave(house, None, "cache-control: no-cache")
     gate.set()
@@ -363,7 +371,22 @@ async def test_with_the_cache_on_a_retry_that_wants_a_fresh_one_buys_it_once(hou
     for expected in ("join", "miss"):
         answer = await post(house, ASKED, **AGAIN, **FRESH)
         assert answer.headers["x-cache"] == expected
+        await house.watched_by(0)
     await house.settled(purchases=2, cached=1)
+
+
+async def test_an_sdk_that_gave_up_as_its_picture_came_gets_it(fly: Fly) -> None:
+    """Its answer was written to a socket that it does not read any more, and then it asks again."""
+    async with fly({"cache": {"enabled": False}}) as house:
+        house.rule()
+        late = await post(house, ASKED)
+        assert (late.status_code, late.headers["x-cache"]) == (200, "off")
+        again = await post(house, ASKED, **AGAIN)
+        assert (again.headers["x-cache"], again.content) == ("join", late.content)
+        # The end of a script looks the same, and another run of it wants another picture.
+        another = await post(house, ASKED)
+        assert another.headers["x-cache"] == "off"
+        await house.settled(purchases=2, cached=1)
 
 
 async def test_a_stream_that_landed_while_nobody_was_there(fly: Fly) -> None:
