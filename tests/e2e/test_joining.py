@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.relay import joining
 from tests.flying import ASKED, COST, FRESH, GENERATIONS, PARTIAL, Fly, House, a_picture
 from tests.raw import FORM, JSON, Field, RawClient, form, texts
 from tests.running import KEY, OTHER_KEY
