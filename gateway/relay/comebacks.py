@@ -45,6 +45,14 @@ class Earlier:
         self.seat.leave(delivered=delivered)
 
 
+@dataclass(frozen=True, slots=True)
+class Vacant:
+    """No answer: the request is made as if it were the first. ``took_over`` is the one of a dead
+    process that it makes good, where that is why (``relay.on_unknown: repeat``)."""
+
+    took_over: str = ""
+
+
 class Comebacks:
     """Finds the request that another one repeats, and answers with its answer."""
 
@@ -107,12 +115,9 @@ class Comebacks:
 
     async def answer(
         self, arrival: Arrival, routed: Routed, earlier: Earlier, so_far: Receipt
-    ) -> Answer | None:
-        """What the earlier request shows, for this one too. Nothing is bought.
-
-        None: it came to nothing before anything was sent; or its process is gone, and this request
-        is the one that may buy again (``relay.on_unknown: repeat``).
-        """
+    ) -> Answer | Vacant:
+        """What the earlier request shows, for this one too; nothing is bought. ``Vacant`` where it
+        came to nothing before anything was sent, too."""
         rid, caller, stream = earlier.rid, routed.caller, routed.call.stream
         cache = CacheResult.HIT if earlier.over else CacheResult.JOIN
         label = routed.model.label or routed.model.name
@@ -142,17 +147,13 @@ class Comebacks:
         except TimeoutError:
             return ended(so_far, still_running(rid), said, lambda delivered: earlier.done(False))
         except NeverSent:
-            earlier.done(delivered=True)
-            return None
+            return await self._vacated(earlier)
         except GatewayError as error:
             if isinstance(error, ClientGone) and not arrival.client.gone.is_set():
                 # It is the first one's client that has left, before anything was sent.
-                earlier.done(delivered=True)
-                return None
+                return await self._vacated(earlier)
             if isinstance(error, UpstreamUnknown) and await self._takes_over(rid):
-                # Nobody else is to be led to what this one makes good.
-                earlier.done(delivered=True)
-                return None
+                return replace(await self._vacated(earlier), took_over=rid)
             if isinstance(error, ResultExpired) and arrival.idempotency_key is not None:
                 error = IdempotentResultExpired(error.message)
             # What is to be tried again has not been answered yet.
@@ -163,6 +164,12 @@ class Comebacks:
         return Answer(
             shown.head((*said, *left)), lambda: self._receipt(routed, receipt), done=earlier.done
         )
+
+    async def _vacated(self, earlier: Earlier) -> Vacant:
+        """Nobody else is led to an earlier request that has no answer."""
+        await self._joining.forget(earlier.rid)
+        earlier.seat.leave(delivered=False)
+        return Vacant()
 
     async def _takes_over(self, rid: str) -> bool:
         """Whether what a dead process left is bought again, by this request and no other. What the

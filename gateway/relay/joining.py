@@ -178,6 +178,10 @@ class Joining:
         self._flights.close(flight)
         await self._board.end(flight.rid, joinable=flight.joinable)
 
+    async def forget(self, rid: str) -> None:
+        """Nobody is led to this flight any more."""
+        await self._board.leave(rid, delivered=True)
+
     async def take_over(self, rid: str) -> bool:
         """Whether the caller is the one who may buy again what a dead flight left."""
         return await self._board.take_over(rid)

@@ -36,7 +36,7 @@ from gateway.relay.joining import Joining, flight_mark
 from gateway.relay.keeping import Keeping
 from gateway.relay.keyring import KeyRing
 from gateway.relay.news import Finished, ResultNews
-from gateway.relay.plan import Plan, Planner, Routed, lines_of
+from gateway.relay.plan import Plan, Planner, lines_of
 from gateway.relay.purchase import Purchases, crash
 from gateway.relay.read import ReadRules, reader_for
 from gateway.relay.results import Results, as_stream
@@ -128,37 +128,45 @@ class Pipeline:
                     so_far, call = await self._taken_in(arrival, body, so_far, rules)
                     return await self._estimate(arrival, self._planner, caller, call, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
-            # Not before: an upload may take longer than what it would have been planned with lives.
-            planner = self._planner
-            routed = planner.route_call(caller, call)
-            return await self._answer(arrival, planner, routed, body, so_far)
+            return await self._answer(arrival, caller, call, body, so_far)
         except GatewayError as error:
             return ended(so_far, error, await self._unspent(caller, error))
         finally:
             body.close()
 
     async def _answer(
-        self, arrival: Arrival, planner: Planner, routed: Routed, body: Spool, so_far: Receipt
+        self, arrival: Arrival, caller: Caller, call: Call, body: Spool, so_far: Receipt
     ) -> Answer:
-        """A call that is read: whose answer it gets."""
+        """A call that is read: whose answer it gets. What is configured now plans it, also where
+        it was read, or has waited for another one, for longer than anything else lives."""
+        vacant: set[str] = set()
         while True:
-            if earlier := await self._comebacks.earlier(arrival, routed):
+            planner = self._planner
+            routed = planner.route_call(caller, call)
+            earlier = await self._comebacks.earlier(arrival, routed)
+            if earlier is not None and earlier.rid not in vacant:
                 answer = await self._comebacks.answer(arrival, routed, earlier, so_far)
-                if answer is not None:
+                if isinstance(answer, Answer):
                     return answer
-                so_far = replace(so_far, took_over=earlier.rid)
+                vacant.add(earlier.rid)
+                so_far = replace(so_far, took_over=answer.took_over or so_far.took_over)
+                continue
             plan = await planner.plan(routed, arrival.wish, self._clock.now())
             so_far = _with_plan(so_far, plan)
             if plan.cached is not None:
                 return await self._replay(arrival, plan, plan.cached, so_far)
-            if orphan := await self._comebacks.earlier(arrival, routed, orphans_only=True):
+            orphan = await self._comebacks.earlier(arrival, routed, orphans_only=True)
+            if orphan is not None and orphan.rid not in vacant:
                 answer = await self._comebacks.answer(arrival, routed, orphan, so_far)
-                if answer is not None:
+                if isinstance(answer, Answer):
                     return answer
-                so_far = replace(so_far, took_over=orphan.rid)
+                vacant.add(orphan.rid)
+                so_far = replace(so_far, took_over=answer.took_over or so_far.took_over)
+                continue
             try:
                 return await self._buy(arrival, plan, body, so_far)
             except KeyTaken as taken:
+                vacant.discard(taken.claimed.rid)
                 log.debug("an Idempotency-Key was taken meanwhile", extra={"by": taken.claimed.rid})
 
     async def _buy(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Answer:
