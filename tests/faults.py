@@ -34,6 +34,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 import gateway.app
 import gateway.assembly
 import gateway.relay.budget
+import gateway.relay.keeping
 import gateway.relay.keyring
 import gateway.relay.purchase
 import gateway.swap
@@ -379,7 +380,7 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
         put(gateway.relay.purchase, "SAFE_SECONDS", HANG_SECONDS / 2)
     put(parts, "RedisGate", quick)
     put(gateway.relay.purchase, "SETTLE_PAUSES_SECONDS", (0.01, 0.01, 0.01))
-    put(gateway.relay.purchase, "KEEP_SECONDS", HANG_SECONDS / 2)
+    put(gateway.relay.keeping, "KEEP_SECONDS", HANG_SECONDS / 2)
     put(gateway.relay.budget, "PATIENCE_SECONDS", HANG_SECONDS / 2)
     # Nothing is remembered: each request makes every call.
     put(gateway.relay.budget, "KNOWN_SECONDS", 0.0)

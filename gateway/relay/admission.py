@@ -102,7 +102,7 @@ class Admission:
                     raise KeyTaken(claimed)
                 case held:
                     return held
-        except GatewayError:
+        except (GatewayError, KeyTaken):
             await self.undo(rid, plan)
             raise
 
@@ -190,8 +190,9 @@ def _when(period: Period) -> str:
             return "in all"
 
 
-class KeyTaken(GatewayError):
-    """An Idempotency-Key belongs to another call already: who looks there answers this one."""
+class KeyTaken(Exception):
+    """An Idempotency-Key belongs to another call already: who looks there answers this one. No
+    answer by itself, so it is none of the tree's errors."""
 
     def __init__(self, claimed: Claimed) -> None:
         super().__init__(f"The key belongs to {claimed.rid}.")

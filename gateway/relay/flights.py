@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gateway.domain.errors import ClientGone, GatewayError
+from gateway.domain.errors import ClientGone
 from gateway.domain.receipt import Receipt
 from gateway.ports import FlightNotice
 
@@ -224,7 +224,7 @@ class Flight:
 
     def _ended(self, task: asyncio.Task[Receipt]) -> None:
         error = None if task.cancelled() else task.exception()
-        self._refuse(error or asyncio.CancelledError())
+        self.refuse(error or asyncio.CancelledError())
         self.admitted.set()
         self.over.set()
 
@@ -256,11 +256,8 @@ class Flight:
             for watch in self._watches:
                 watch.show(shown)
 
-    def refuse(self, error: GatewayError) -> None:
+    def refuse(self, error: BaseException) -> None:
         """Lets everybody who watches have an error in place of an answer."""
-        self._refuse(error)
-
-    def _refuse(self, error: BaseException) -> None:
         if not self.answered:
             self._error = error
             for watch in self._watches:

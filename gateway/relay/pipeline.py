@@ -184,8 +184,6 @@ class Pipeline:
 
         try:
             shown = await flight.own.shown(arrival.client, patience)
-        except KeyTaken:
-            raise
         except TimeoutError:
             # It is told that the picture comes: from now on it may leave.
             flight.awaited = False
@@ -358,6 +356,8 @@ class Pipeline:
             )
             flight.refuse(error)
             receipt = failed(so_far, error)
+        except KeyTaken as taken:
+            flight.refuse(taken)
         except Exception:
             log.exception("a flight crashed", extra={"request_id": flight.rid})
             fault = crash(flight.rid)

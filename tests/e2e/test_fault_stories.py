@@ -135,7 +135,8 @@ async def test_a_full_pool_is_no_fault_of_the_call(
         await peer.send(cuts.json_head(len(cuts.answer())) + cuts.answer())
 
     async with raw_server(slow) as narrow:
-        azure = upstream(f"http://127.0.0.1:{narrow.port}/v1", max_connections=1)
+        origin = f"http://127.0.0.1:{narrow.port}/v1"
+        azure = upstream(origin, max_connections=1, max_in_flight=2)
         changes = {
             "upstreams": {"azure": azure},
             "models": {"art": {"upstreams": ["openai", "azure"], "model": MODEL}},

@@ -153,7 +153,8 @@ async def test_one_of_four_is_killed_under_load(
                 for name, value in metrics.items()
                 if name.startswith("gateway_requests_total") and 'status="2xx"' in name
             )
-            assert statuses[200] <= counted <= statuses[200] + statuses.get(None, 0)
+            # One of each of the six may have been told, and killed before it was counted.
+            assert statuses[200] - 6 <= counted <= statuses[200] + statuses.get(None, 0)
             [line] = [one for one in process.log if one["event"].startswith("a worker has ended")]
             assert (line["pid"], line["code"]) == (victim, -signal.SIGKILL)
             # And then they end together, after what they have begun.
@@ -224,28 +225,31 @@ async def test_each_worker_is_asked_for_the_metrics_of_all(
     with GatewayProcess(config) as process:
         await asyncio.to_thread(wait_for_all, config, process, 3)
         async with client() as http:
-            calls = [
-                asyncio.ensure_future(answered.call(http, process.base_url, f"making-{number}"))
-                for number in range(24)
-            ]
-            async with asyncio.timeout(30):
-                await making.arrived(24)
+            calls: list[asyncio.Future[int | None]] = []
+            # Which worker takes a connection is the system's choice.
+            while len(calls) < 24 or (len(served(config)) < 2 and len(calls) < 96):
+                call = answered.call(http, process.base_url, f"making-{len(calls)}")
+                calls.append(asyncio.ensure_future(call))
+                async with asyncio.timeout(30):
+                    await making.arrived(len(calls))
+            count = len(calls)
             assert len(served(config)) > 1, "one worker had all of them"
 
             async def everyone_counts() -> bool:
                 told = [await metrics(http) for _ in range(6)]
                 return all(
-                    (one["gateway_inflight_requests"], one["gateway_ledger_open_holds"]) == (24, 24)
+                    (one["gateway_inflight_requests"], one["gateway_ledger_open_holds"])
+                    == (count, count)
                     for one in told
                 )
 
             await eventually(everyone_counts, 30)
             making.set()
-            assert await asyncio.gather(*calls) == [200] * 24
+            assert await asyncio.gather(*calls) == [200] * count
             told = [await metrics(http) for _ in range(6)]
         where = 'cache="off",endpoint="generation",model="gpt-image-2.5-flare"'
         name = f'gateway_requests_total{{{where},status="2xx",team="growth"}}'
-        assert [one[name] for one in told] == [24] * 6
+        assert [one[name] for one in told] == [count] * 6
         [build] = {name for one in told for name in one if name.startswith("gateway_build_info")}
         assert [one[build] for one in told] == [1] * 6
         budget = 'gateway_budget_limit_usd{owner="growth",scope="team",window="day"}'
