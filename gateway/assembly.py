@@ -597,7 +597,7 @@ def _webhooks(
     clock: Clock,
     *,
     counted: Callable[[str], None] = lambda outcome: None,
-    pauses: Sequence[float] = PAUSES_SECONDS,
+    pauses: Sequence[float] | None = None,
 ) -> Webhooks:
     try:
         postbox = WebPostbox(url.reveal())
@@ -608,7 +608,7 @@ def _webhooks(
         secret.reveal() if secret else None,
         clock,
         counted=counted,
-        pauses_seconds=pauses,
+        pauses_seconds=PAUSES_SECONDS if pauses is None else pauses,
     )
 
 
