@@ -285,8 +285,8 @@ def rules_for(sandbox: SandboxServer, scenario: Scenario, name: str) -> None:
     if scenario.name == "refused":
         body: Json = {"error": {"message": "Slow down.", "type": "requests", "param": None,
                           "code": "rate_limit_exceeded"}}  # fmt: skip
-        # Without a rest: the next call is one of its own.
-        advice = {"retry-after-ms": "0"}
+        # Hardly a rest: the next call is one of its own.
+        advice = {"retry-after-ms": "1"}
         sandbox.rules.add(Rule(prompt=name, times=1, status=429, body=body, headers=advice))
     sandbox.rules.add(Rule(payload_bytes=400))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-import gateway.api.relayed
+import gateway.api.door
 from gateway.domain.receipt import Delivery, Receipt
 from gateway.relay import landing
 from gateway.relay.body import Spool
@@ -158,7 +158,7 @@ async def test_a_paid_picture_does_not_wait_for_a_slow_reader_for_ever(
 ) -> None:
     """A provider that is not read may cut the call. The client is dropped later, by itself."""
     monkeypatch.setattr(landing, "PAUSE_SECONDS", 0.2)
-    monkeypatch.setattr(gateway.api.relayed, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(gateway.api.door, "STALL_SECONDS", 2.0)
     upstream = Upstream()
     async with raw_server(upstream) as server, start(at(server.port)) as running:
         client = await slow_client(running)
