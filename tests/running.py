@@ -110,8 +110,16 @@ class GatewayUnderTest:
     async def usage(self) -> list[UsageRow]:
         return await self.gateway.ledger.usage()
 
+    async def put_away(self) -> None:
+        """Where nothing flies: waits for a moment until what flew has been put away too."""
+        if self.gateway.flights.count == 0:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2):
+                    await self.gateway.flights.idle()
+
     async def metrics(self) -> dict[str, float]:
         """Every sample of /metrics, as ``name{labels}`` -> value."""
+        await self.put_away()
         async with httpx.AsyncClient(base_url=self.origin, verify=False) as http:
             text = (await http.get("/metrics")).text
         samples = (line.rpartition(" ") for line in text.splitlines() if line[:1] not in ("#", ""))

@@ -216,6 +216,7 @@ def sdk_of(gateway: GatewayUnderTest, max_retries: int = 2) -> AsyncOpenAI:
 
 
 async def metrics_of(gateway: GatewayUnderTest) -> dict[str, float]:
+    await gateway.put_away()
     async with plain(gateway) as http:
         text = (await http.get(f"{gateway.origin}/metrics")).text
     samples = (line.rpartition(" ") for line in text.splitlines() if line[:1] not in ("#", ""))

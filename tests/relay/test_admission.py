@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -139,8 +140,9 @@ class Stores:
         await admission.pass_gate("req_1", plan, plan.demand)
         return await admission.hold("req_1", plan, idempotency_key)
 
-    async def refused(self, plan: Plan) -> GatewayError:
-        with pytest.raises(GatewayError) as refused:
+    async def refused(self, plan: Plan) -> Any:
+        """A ``GatewayError``, or ``KeyTaken``."""
+        with pytest.raises((GatewayError, KeyTaken)) as refused:
             await self.admit(plan)
         return refused.value
 
