@@ -196,7 +196,7 @@ async def test_lost_answers_of_redis_count_nothing_twice(
             with contextlib.suppress(AssertionError):
                 await eventually(lambda: (counted(), slots()) == (degraded[False], 0))
             assert counted() == degraded[False]
-            # Of some calls a slot is left, which in real time its lease ends: here time stands still.
+            # A slot may be left, which in real time its lease ends: here time stands still.
             assert slots() <= REDIS_REQUESTS // 100
             assert (int(say(valkey.port, "GET", PICTURES)) - before) % UNIT_US == 0
 
