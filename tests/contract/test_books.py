@@ -544,14 +544,17 @@ async def test_the_audit_finds_damage(
 
 
 async def test_an_audit_while_money_moves_sees_one_instant(store: Store) -> None:
+    looks = 0
+
     async def spend(name: str) -> None:
-        for turn in range(10):
+        turn = 0
+        while turn < 10 or looks < 2:
             rid = f"{name}-{turn}"
             await store.ledger.reserve(claim(rid))
             await store.ledger.settle(settled(rid, turn) if turn % 2 else expired(rid))
+            turn += 1
 
     spending = asyncio.gather(*(spend(f"s{number}") for number in range(8)))
-    looks = 0
     while not spending.done():
         assert await store.books.audit() == []
         looks += 1
