@@ -53,14 +53,14 @@ class ResultDesk:
         team = caller.team.id
         began = self._clock.monotonic()
         while True:
-            kept = await self._results.find(rid, team)
+            real, kept = await self._results.locate(rid, team)
             if kept is not None:
                 said = headers.of_request(rid, CacheResult.HIT)
-                seat = self._joining.reader(await self._results.meaning(rid, team))
+                seat = self._joining.reader(real)
                 return Fetched(as_it_is(kept).head(said), seat.tell)
             waited = self._clock.monotonic() - began
             try:
-                notice, partials = await self._running(rid, team)
+                notice, partials = await self._running(rid, real, team)
             except (ResultExpired, Overloaded):
                 # It may have been put away, and have ended, between the two looks.
                 kept = await self._results.find(rid, team)
@@ -71,9 +71,9 @@ class ResultDesk:
                 return Fetched(running_head(running(notice, self._clock.now(), partials)))
             await _pause(client, min(POLL_SECONDS, wait_seconds - waited))
 
-    async def _running(self, rid: str, team: str) -> tuple[FlightNotice, int]:
-        """A flight that has not ended, and how many partial pictures it has shown."""
-        real = await self._results.meaning(rid, team)
+    async def _running(self, rid: str, real: str, team: str) -> tuple[FlightNotice, int]:
+        """A flight that has not ended, and how many partial pictures it has shown. ``real`` is its
+        id, ``rid`` the one it is asked for by."""
         flight = self._flights.find(real)
         if flight is not None and flight.notice.team == team:
             return flight.notice, flight.partials

@@ -73,15 +73,14 @@ class Results:
 
     async def find(self, rid: str, team: str) -> Cached | None:
         """The kept answer of a team's request, errors too. None for other teams'."""
+        return (await self.locate(rid, team))[1]
+
+    async def locate(self, rid: str, team: str) -> tuple[str, Cached | None]:
+        """As ``find``, and the request under whose id the answer is, or will be, kept."""
         found = await self._get(rid, team)
         if found is not None and found.meta.same_as:
-            return await self._get(found.meta.same_as, team)
-        return found
-
-    async def meaning(self, rid: str, team: str) -> str:
-        """The request under whose id the answer to ``rid`` is, or will be, kept."""
-        found = await self._get(rid, team)
-        return found.meta.same_as if found is not None and found.meta.same_as else rid
+            return found.meta.same_as, await self._get(found.meta.same_as, team)
+        return rid, found
 
     async def _get(self, rid: str, team: str) -> Cached | None:
         if self._store is None:

@@ -208,14 +208,14 @@ async def test_what_is_put_away_while_it_is_looked_for_is_found(
         gate.set()
         await house.over()
         house.gateway.clock.advance(seconds=60)
-        find, looks = Results.find, 0
+        locate, looks = Results.locate, 0
 
-        async def too_early(results: Results, rid: str, team: str) -> Cached | None:
+        async def too_early(results: Results, rid: str, team: str) -> tuple[str, Cached | None]:
             nonlocal looks
             looks += 1
-            return None if looks == 1 else await find(results, rid, team)
+            return (rid, None) if looks == 1 else await locate(results, rid, team)
 
-        monkeypatch.setattr(Results, "find", too_early)
+        monkeypatch.setattr(Results, "locate", too_early)
         if asked == "again":
             found = await post(house, headers={"x-stainless-retry-count": "1"})
         else:
