@@ -69,6 +69,22 @@ soak: $(DEV) ## Hours: 50,000 runs of the ledger against its model, then an hour
 	@SOAK=1 $(IN_VENV) -m pytest tests/contract/test_ledger.py -k Model
 	@$(IN_VENV) -m tests.torture --minutes 60
 
+.PHONY: chart
+chart: $(DEV) ## Render the chart with every helm, and check it against every Kubernetes.
+	@$(IN_VENV) -m pytest -n 2 -m chart tests/ops $(ARGS)
+
+.PHONY: image
+image: $(DEV) ## Build the image and run it (buildah, podman).
+	@$(IN_VENV) -m pytest -s -m image tests/ops $(ARGS)
+
+.PHONY: dashboards
+dashboards: $(DEV) ## Ask a real Prometheus every question of the dashboards and the alerts.
+	@$(IN_VENV) -m pytest -s -m dashboards tests/ops $(ARGS)
+
+.PHONY: docs
+docs: $(DEV) ## Write the reference pages anew (gateway/docs).
+	@$(IN_VENV) -m tests.reference
+
 .PHONY: live
 live: $(DEV) ## Compare the real OpenAI with what we assume; needs OPENAI_API_KEY, spends under $0.02.
 	@LIVE=1 $(IN_VENV) -m pytest -s -m live tests/live
