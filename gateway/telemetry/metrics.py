@@ -198,11 +198,12 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
         Spec("gateway_budget_soft_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
              "The soft budget of a team.", mode="scraped"),
         Spec("gateway_budget_spent_usd", Kind.GAUGE, ("scope", "owner", "window"),
-             "What is posted against a team's account in the running period.", mode="scraped"),
+             "What a team has spent in the running period, also where it has no budget.",
+             mode="scraped"),
         Spec("gateway_budget_reserved_usd", Kind.GAUGE, ("scope", "owner", "window"),
-             "What running calls hold of a team's account in the running period.", mode="scraped"),
+             "What running calls hold of a budget in the running period.", mode="scraped"),
         Spec("gateway_budget_reset_timestamp_seconds", Kind.GAUGE, ("scope", "owner", "window"),
-             "When the running period ends, as a Unix time.", mode="scraped"),
+             "When the running period of a budget ends, as a Unix time.", mode="scraped"),
         Spec("gateway_budget_notices_total", Kind.COUNTER, ("team", "mark"),
              "Budgets of a team or its keys seen to be used up to a mark, hard or soft, in %."),
         Spec("gateway_webhook_total", Kind.COUNTER, ("outcome",),
@@ -646,6 +647,8 @@ class Metrics:
             if limit.soft is not None:
                 self.set("gateway_budget_soft_limit_usd", _dollars(limit.soft), **where)
             self.set("gateway_budget_spent_usd", _dollars(balance.posted), **where)
+            if limit.amount is None and limit.soft is None:
+                continue
             self.set("gateway_budget_reserved_usd", _dollars(balance.pending), **where)
             if ends is not None:
                 self.set("gateway_budget_reset_timestamp_seconds", ends.timestamp(), **where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from gateway.domain.quota import Limit, Period, Scope, Unit, Window
 from gateway.domain.receipt import CacheResult, Delivery, Receipt, Timings
 from gateway.supervisor import METRICS_FOLDER
 from gateway.telemetry import metrics as module
-from gateway.telemetry.metrics import TABLE, Kind, Metrics
+from gateway.telemetry.metrics import TABLE, Kind, Metrics, label_of
 
 GATEWAY = Path(__file__).parents[2] / "gateway"
 DOLLAR = 10**9
@@ -485,10 +486,7 @@ def test_a_limit_that_was_taken_away_is_gone() -> None:
     total = Limit(Scope.TEAM, "growth", Unit.MONEY, Window.TOTAL, None)
     metrics.budgets([(Line(total, Period(Window.TOTAL, "t|all", None)), Balance(DOLLAR, 0))])
     where = 'owner="growth",scope="team",window="total"'
-    assert moved(metrics) == {
-        f"gateway_budget_spent_usd{{{where}}}": 1.0,
-        f"gateway_budget_reserved_usd{{{where}}}": 0.0,
-    }
+    assert moved(metrics) == {f"gateway_budget_spent_usd{{{where}}}": 1.0}
 
 
 def test_dependencies() -> None:
@@ -524,11 +522,15 @@ def test_two_gateways_in_one_process_do_not_meet() -> None:
 
 WORKER = """
 import os, sys
+from gateway.machine import memory_bytes
 from gateway.telemetry.metrics import Metrics
 
 number = int(sys.argv[1])
 metrics = Metrics("1.2.3")
 metrics.watch("gateway_inflight_requests", lambda: number)
+metrics.watch("gateway_workers", lambda: 1)
+metrics.watch("gateway_memory_bytes", memory_bytes)
+metrics.follow("gateway_cpu_seconds_total", lambda: 10.0 * number)
 metrics.set("gateway_ledger_open_holds", number)
 metrics.add("gateway_orphaned_results_total", number)
 metrics.observe("gateway_settle_seconds", 0.002)
@@ -560,15 +562,22 @@ def test_each_worker_tells_what_all_of_them_have(tmp_path: Path) -> None:
             found["gateway_ledger_open_holds"],
             found["gateway_orphaned_results_total"],
             found["gateway_settle_seconds_count"],
+            found["gateway_workers"],
+            found["gateway_cpu_seconds_total"],
             found['gateway_build_info{version="1.2.3"}'],
         )
 
     first = told_by(3)
-    assert said(first) == (3, 3, 3, 1, 1)
-    assert said(told_by(5)) == (8, 5, 8, 2, 1)
+    second = told_by(5)
+    assert said(first) == (3, 3, 3, 1, 1, 30, 1)
+    assert said(second) == (8, 5, 8, 2, 2, 80, 1)
+    assert second["gateway_memory_bytes"] > first["gateway_memory_bytes"] > 1_000_000
     # The supervisor says that the first is dead: what it had is gone, what it did is not.
     mark_process_dead(int(first["pid"]), str(tmp_path))  # type: ignore[no-untyped-call]
-    assert said(told_by(2)) == (7, 2, 10, 3, 1)
+    third = told_by(2)
+    assert said(third) == (7, 2, 10, 3, 2, 100, 1)
+    gone, new = first["gateway_memory_bytes"], third["gateway_memory_bytes"]
+    assert new < second["gateway_memory_bytes"] + gone
 
 
 FORGETFUL = """
@@ -598,10 +607,7 @@ def test_a_worker_forgets_a_limit_that_was_taken_away(tmp_path: Path) -> None:
     assert ended.stderr == ""
     found = {line for line in ended.stdout.splitlines() if line.startswith("gateway_budget_")}
     where = 'owner="growth",scope="team",window="day"'
-    assert found == {
-        f"gateway_budget_spent_usd{{{where}}} 0.0",
-        f"gateway_budget_reserved_usd{{{where}}} 0.0",
-    }
+    assert found == {f"gateway_budget_spent_usd{{{where}}} 0.0"}
     kept = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert b"gateway_inflight_requests" in kept
     assert b"gateway_budget_" not in kept
@@ -704,6 +710,77 @@ def test_whatever_is_asked_the_series_are_bounded(
         }
         most = math.prod(DOMAINS.get(label, 1) for label in spec.labels)
         assert len(series) <= most, spec.name
+
+
+MODELS = [*LABELS[1:3], "flare-2", "other"]
+UPSTREAMS = ["openai", "comet"]
+KINDS = [BOUGHT, HIT, JOINED, UPSTREAM_429, UNKNOWN, QUOTA, RATE, DOUBTS, DOOR]
+
+
+def exposed(metrics: Metrics) -> list[str]:
+    """Every series that Prometheus would keep, buckets too."""
+    lines = metrics.exposition().decode().splitlines()
+    return [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            replace,
+            st.sampled_from(KINDS),
+            operation=st.sampled_from(["generation", "edit"]),
+            quality=text,
+            upstream=st.sampled_from(UPSTREAMS),
+            reason=st.sampled_from(REASONS),
+            rid=text,
+        ),
+        max_size=60,
+    ),
+    st.lists(st.sampled_from(STAGES), min_size=1),
+)
+def test_a_team_with_one_model_is_forty_series(requests: list[Receipt], stages: list[str]) -> None:
+    metrics = Metrics("1.2.3")
+    for place, receipt in enumerate(requests):
+        known = replace(receipt, team="growth", model_label="flare" if receipt.model_label else "")
+        metrics.finished(known, replace(SENT, gone=stages[place % len(stages)]))
+    windows = (Window.DAY, Window.WEEK, Window.MONTH, Window.TOTAL)
+    limits = [Limit(Scope.TEAM, "growth", Unit.MONEY, one, None) for one in windows]
+    limits[2] = replace(limits[2], amount=DOLLAR)
+    metrics.budgets((Line(limit, DAY), Balance()) for limit in limits)
+    assert sum('"growth"' in one for one in exposed(metrics)) <= 40
+
+
+def test_all_that_can_happen_is_fifteen_hundred_series() -> None:
+    """Four models at two upstreams with two keys each, and each label with each of its values."""
+    metrics = Metrics("1.2.3")
+    configured = {
+        "model": MODELS,
+        "to": MODELS,
+        "upstream": UPSTREAMS,
+        "key": ["1", "2"],
+        "mark": ["budget:80", "budget:100", "soft_budget:80", "soft_budget:100"],
+        "version": ["1.2.3"],
+        "reason": [f"reason_{number}" for number in range(60)],
+    }
+    for spec in TABLE:
+        if {"team", "owner"} & set(spec.labels):
+            continue
+        domains: list[list[str]] = []
+        for name in spec.labels:
+            found = list(label_of(spec, name).values) or configured[name]
+            # What an estimate asks never goes upstream.
+            bought = "upstream" in spec.labels or spec.name == "gateway_first_image_seconds"
+            domains.append([one for one in found if not (bought and one == "estimate")])
+        for values in itertools.product(*domains):
+            labels = dict(zip(spec.labels, values, strict=True))
+            if spec.kind is Kind.COUNTER:
+                metrics.add(spec.name, 1, **labels)
+            elif spec.kind is Kind.GAUGE:
+                metrics.set(spec.name, 1, **labels)
+            else:
+                metrics.observe(spec.name, 1, **labels)
+    assert 1000 < len(exposed(metrics)) <= 1500
 
 
 @pytest.mark.parametrize(
