@@ -54,7 +54,8 @@ scrape_configs:
 never from what a client sends: no key, no user, no prompt, no request id. A process tells the
 first {MAX_TEAMS} teams apart and counts the others as `{OTHER}`
 (`gateway_metrics_label_overflow_total` says how often). Teams are labels of counters and gauges,
-not of histograms. Expect up to 1,500 series, and about 40 for each team.
+not of histograms. With four models at two upstreams expect up to 1,500 series, and beside them 40
+for each team, or 30 more for each further model that the team uses.
 
 **Several workers** (`server.workers`) answer as one: whichever is asked tells the counters and
 histograms of all, also of those that have ended, and of each gauge what its entry below says.
