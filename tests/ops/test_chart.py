@@ -21,6 +21,10 @@ import yaml
 from gateway.cli import main
 from gateway.reload import needs_restart
 from gateway.settings import Secret, Settings, _Document, load
+from tests.postgres import run_postgres
+from tests.processes import GatewayProcess
+from tests.processes import run as run_gateway
+from tests.valkey import start_valkey
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "helm" / "gateway"
@@ -239,25 +243,29 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 # What the gateway makes of it
 
 
-def configured(values: str, folder: Path, *arguments: str) -> Settings:
-    """The rendered configuration as a pod reads it, its files in a folder."""
-    found = rendered(values, *arguments)
-    data = the(found, "ConfigMap")["data"]
+def written(found: tuple[Document, ...], folder: Path, contents: Mapping[str, str]) -> Path:
+    """The files that a pod sees, in a folder in place of its root; the configuration's path."""
     secrets = folder / "secrets"
     secrets.mkdir(exist_ok=True)
     volumes = the(found, "Deployment")["spec"]["template"]["spec"]["volumes"]
     for volume in volumes:
         for source in volume.get("projected", {}).get("sources", []):
             for item in source["secret"]["items"]:
-                text = CONTENTS.get(item["path"], f"key-of-{item['path']}-0123456789")
+                text = contents.get(item["path"], f"key-of-{item['path']}-0123456789")
                 (secrets / item["path"]).write_text(f"{text}\n")
-    for name, text in data.items():
+    for name, text in the(found, "ConfigMap")["data"].items():
         local = text.replace(f"{SECRETS}/", f"{secrets}/").replace("/etc/gateway/", f"{folder}/")
         (folder / name).write_text(local)
+    return folder / "gateway.yaml"
+
+
+def configured(values: str, folder: Path, *arguments: str) -> Settings:
+    """The rendered configuration as the gateway of a pod reads it."""
+    found = rendered(values, *arguments)
     container = the_container(the(found, "Deployment")["spec"]["template"])
     environ = {variable["name"]: variable.get("value", "") for variable in container["env"]}
     assert environ.pop("GATEWAY_CONFIG") == "/etc/gateway/gateway.yaml"
-    return load(folder / "gateway.yaml", environ)
+    return load(written(found, folder, CONTENTS), environ)
 
 
 def test_the_gateway_reads_what_the_embedded_chart_writes(tmp_path: Path) -> None:
@@ -271,6 +279,15 @@ def test_the_gateway_reads_what_the_embedded_chart_writes(tmp_path: Path) -> Non
     assert (settings.server.workers, settings.server.replicas) == (1, 1)
     assert settings.upstreams["openai"].ready
     assert "gpt-image-2.5-flare" in settings.catalogue.models
+
+
+def test_one_gateway_may_have_several_workers_with_a_redis(tmp_path: Path) -> None:
+    settings = configured(
+        "embedded", tmp_path, "--set", "workers=3", "--set", "secrets.redis.name=redis"
+    )
+    assert settings.warnings == ()
+    assert settings.server.workers == 3
+    assert isinstance(settings.storage.database, Path)
 
 
 def test_the_gateway_reads_what_the_distributed_chart_writes(tmp_path: Path) -> None:
@@ -866,6 +883,33 @@ def test_prometheus_takes_the_rules_that_are_rendered(tmp_path: Path) -> None:
                     "https://git.example.com/gateway/blob/main/gateway/docs/runbooks.md#"
                 )
                 assert rule["labels"]["team"] == "platform"
+
+
+@pytest.mark.chart
+def test_a_release_of_several_starts_on_an_empty_database(tmp_path: Path) -> None:
+    """The hook, and then two gateways, on a real PostgreSQL and a real Valkey."""
+    found = rendered("distributed")
+    with run_postgres() as postgres, start_valkey() as redis:
+        contents = {**CONTENTS, "database": postgres.empty_database(), "redis": redis}
+        folders = [tmp_path / name for name in ("one", "two")]
+        for folder in folders:
+            folder.mkdir()
+            config = written(found, folder, contents)
+            text = config.read_text().replace("/var/lib/", f"{folder}/")
+            config.write_text(text.replace("metrics_port: 9090", "metrics_port: 0"))
+        one, two = (folder / "gateway.yaml" for folder in folders)
+        job = the(found, "Job", f"{NAME}-migration")
+        done = run_gateway(*the_container(job["spec"]["template"])["args"], "--config", str(one))
+        assert (done.returncode, done.stderr) == (0, "")
+        with (
+            GatewayProcess(one, "--port", "0") as first,
+            GatewayProcess(two, "--port", "0") as other,
+        ):
+            first.wait_ready()
+            other.wait_ready()
+            other.terminate()
+            assert other.wait() == 0
+            assert first.is_ready()
 
 
 @pytest.mark.chart
