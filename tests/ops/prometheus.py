@@ -72,8 +72,9 @@ class Prometheus:
         return [float(value) for series in found["result"] for _, value in series["values"]]
 
     def values_of(self, label: str, selector: str) -> list[str]:
-        found = self._http.get(f"/api/v1/label/{label}/values", params={"match[]": selector})
-        values: list[str] = found.json()["data"]
+        found = self._http.get(f"/api/v1/label/{label}/values", params={"match[]": selector}).json()
+        assert found["status"] == "success", (selector, found)
+        values: list[str] = found["data"]
         return values
 
 
