@@ -22,6 +22,7 @@ ROOMS = {
     "yamlfile": {"filewatch"},
     "reading": {"filewatch", "yamlfile", "domain"},
     "settings": {"filewatch", "reading", "yamlfile", "domain"},
+    "healthcheck": {"settings"},
     "pricefile": {"domain"},
     "notify": {"ports", "domain"},
     "upstream": {"ports", "domain"},
@@ -48,8 +49,8 @@ ROOMS = {
         "reload", "reports", "settings", "stores", "swap", "telemetry", "upstream", "watchdog",
     },
     "cli": {
-        "app", "assembly", "clock", "domain", "filewatch", "ports", "pricefile", "reload",
-        "reports", "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
+        "app", "assembly", "clock", "domain", "filewatch", "healthcheck", "ports", "pricefile",
+        "reload", "reports", "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip
