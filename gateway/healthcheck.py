@@ -1,7 +1,7 @@
 """`python -m gateway.healthcheck`: does the gateway of this container live? For HEALTHCHECK.
 
-Run twice a minute in each container, so it imports little: 0.2 s of CPU, where `gateway` takes 1.5 s
-to know all of its commands. ``gateway health`` asks in the same way, and more.
+Run twice a minute in each container, so it imports little: 0.2 s of CPU, where `gateway` takes
+1.5 s to know all of its commands. ``gateway health`` asks in the same way, and more.
 """
 
 from __future__ import annotations
