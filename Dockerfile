@@ -14,13 +14,13 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_ROOT_U
 WORKDIR /build
 
 # What runs is one environment, what builds is another, which stays behind.
-COPY requirements.lock requirements-build.lock ./
+COPY requirements.txt requirements-build.txt ./
 RUN python -m venv tools \
  && python -m venv --without-pip /opt/gateway \
  && tools/bin/python -m pip install --quiet --require-hashes --only-binary :all: \
-      --requirement requirements-build.lock \
+      --requirement requirements-build.txt \
  && tools/bin/python -m pip --python /opt/gateway/bin/python install --quiet --no-compile \
-      --require-hashes --only-binary :all: --requirement requirements.lock
+      --require-hashes --only-binary :all: --requirement requirements.txt
 
 COPY . source
 RUN tools/bin/python -m pip wheel --quiet --no-index --no-deps --no-build-isolation \

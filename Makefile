@@ -91,9 +91,9 @@ docs: $(DEV) ## Write the reference pages anew (gateway/docs).
 .PHONY: lock
 lock: $(DEV) ## Lock what the image installs, by hash (uv); UPGRADE=1 takes the newest of everything.
 	@$(FIND_PYTHON); $(PIP_INSTALL) uv
-	@$(LOCK) --extra otel --output-file requirements.lock pyproject.toml
+	@$(LOCK) --extra otel --output-file requirements.txt pyproject.toml
 	@sed -n '/^\[build-system\]/,/^$$/s/^requires = \["\(.*\)"\]/\1/p' pyproject.toml | \
-		$(LOCK) --output-file requirements-build.lock -
+		$(LOCK) --output-file requirements-build.txt -
 
 .PHONY: live
 live: $(DEV) ## Compare the real OpenAI with what we assume; needs OPENAI_API_KEY, spends under $0.02.

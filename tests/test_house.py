@@ -255,7 +255,7 @@ def test_the_top_level_is_the_design_card() -> None:
     """Packages and places that the design card names; beside them only what it allows."""
     allowed = {
         "pyproject.toml", "gateway", "config", "tests", "helm", "Dockerfile", "README.md",
-        "CHANGELOG.md", "Makefile", "LICENSE", "requirements.txt", "requirements-dev.txt",
+        "CHANGELOG.md", "Makefile", "LICENSE", "requirements.txt", "requirements-build.txt",
     }  # fmt: skip
     ignored = {"dist", "build", "node_modules"}
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}

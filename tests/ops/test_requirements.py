@@ -21,7 +21,7 @@ PIN = re.compile(r"^([a-z0-9][a-z0-9._-]*)==([^ ;\\]+)", re.M)
 HASH = re.compile(r"^ +--hash=sha256:[0-9a-f]{64}(?: \\)?$", re.M)
 
 each_lock = pytest.mark.parametrize(
-    ("name", "wanted"), [("requirements.lock", RUNS), ("requirements-build.lock", BUILDS)]
+    ("name", "wanted"), [("requirements.txt", RUNS), ("requirements-build.txt", BUILDS)]
 )
 
 
@@ -55,5 +55,5 @@ def test_each_line_is_a_version_or_its_hash(name: str, wanted: list[str]) -> Non
 
 def test_what_only_tests_need_is_not_in_the_image() -> None:
     assert not {"pytest", "hypothesis", "openai", "uv", "hatchling"} & set(
-        locked("requirements.lock")
+        locked("requirements.txt")
     )
