@@ -35,6 +35,9 @@ FIND_PYTHON = \
 
 PIP_INSTALL = "$$python" -m pip --python $(IN_VENV) --disable-pip-version-check --no-input install --quiet
 
+LOCK = $(IN_VENV) -m uv pip compile --generate-hashes --no-emit-index-url --universal --quiet \
+	--python-version 3.11 --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
+
 .PHONY: help
 help: ## Print this list.
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
@@ -84,6 +87,13 @@ dashboards: $(DEV) ## Ask a real Prometheus every question of the dashboards and
 .PHONY: docs
 docs: $(DEV) ## Write the reference pages anew (gateway/docs).
 	@$(IN_VENV) -m tests.reference
+
+.PHONY: lock
+lock: $(DEV) ## Lock what the image installs, by hash (uv); UPGRADE=1 takes the newest of everything.
+	@$(FIND_PYTHON); $(PIP_INSTALL) uv
+	@$(LOCK) --extra otel --output-file requirements.txt pyproject.toml
+	@sed -n '/^\[build-system\]/,/^$$/s/^requires = \["\(.*\)"\]/\1/p' pyproject.toml | \
+		$(LOCK) --output-file requirements-build.txt -
 
 .PHONY: live
 live: $(DEV) ## Compare the real OpenAI with what we assume; needs OPENAI_API_KEY, spends under $0.02.

@@ -17,6 +17,7 @@ import hmac
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from difflib import get_close_matches
@@ -1146,6 +1147,22 @@ def load(path: Path | None, environ: Mapping[str, str]) -> Settings:
         raise ConfigError(tuple(sorted(set(report.mistakes))), sources)
     warnings = tuple(sorted(set(report.warnings)))
     return replace(settings, warnings=warnings, sources=sources)
+
+
+def listening(path: Path | None, environ: Mapping[str, str]) -> Server:
+    """Where the gateway of a file and the environment listens, whatever is wrong with the rest of
+    them: one that runs goes on with what it read before. What cannot be read has its default."""
+    path = path or default_config_path(environ)
+    report = Report(_folder(path))
+    spot = Spot(report)
+    root: Node = Table(Place(str(path), 1, 1), {})
+    with suppress(Reported):
+        root = _read(path, References(environ, report.folder, report.sources), report)
+    with suppress(Reported, Wrong):
+        entry = as_table(_with_environment(root, environ, report)).entries.get("server")
+        if entry is not None:
+            return spot.at("server").read(record(Server), entry.value)
+    return Server()
 
 
 def default_config_path(environ: Mapping[str, str]) -> Path:

@@ -23,6 +23,7 @@ ROOMS = {
     "yamlfile": {"filewatch"},
     "reading": {"filewatch", "yamlfile", "domain"},
     "settings": {"filewatch", "reading", "yamlfile", "domain"},
+    "healthcheck": {"settings"},
     "pricefile": {"domain"},
     "notify": {"ports", "domain"},
     "upstream": {"ports", "domain"},
@@ -50,8 +51,8 @@ ROOMS = {
         "watchdog",
     },
     "cli": {
-        "app", "assembly", "clock", "domain", "filewatch", "ports", "pricefile", "reload",
-        "reports", "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
+        "app", "assembly", "clock", "domain", "filewatch", "healthcheck", "ports", "pricefile",
+        "reload", "reports", "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip
@@ -256,7 +257,7 @@ def test_the_top_level_is_the_design_card() -> None:
     """Packages and places that the design card names; beside them only what it allows."""
     allowed = {
         "pyproject.toml", "gateway", "config", "tests", "helm", "Dockerfile", "README.md",
-        "CHANGELOG.md", "Makefile", "LICENSE", "requirements.txt", "requirements-dev.txt",
+        "CHANGELOG.md", "Makefile", "LICENSE", "requirements.txt", "requirements-build.txt",
     }  # fmt: skip
     ignored = {"dist", "build", "node_modules"}
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}

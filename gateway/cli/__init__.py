@@ -8,6 +8,7 @@ from gateway.cli.check import check
 from gateway.cli.db import db
 from gateway.cli.demo import demo
 from gateway.cli.export import export
+from gateway.cli.health import health
 from gateway.cli.keys import key
 from gateway.cli.ledger import ledger
 from gateway.cli.reconcile import reconcile
@@ -23,5 +24,18 @@ def main() -> None:
     """A gateway for images that speaks OpenAI: team keys, exact money, cached results."""
 
 
-for _command in (serve, check, demo, sandbox, team, key, usage, ledger, reconcile, export, db):
+for _command in (
+    serve,
+    check,
+    health,
+    demo,
+    sandbox,
+    team,
+    key,
+    usage,
+    ledger,
+    reconcile,
+    export,
+    db,
+):
     main.add_command(_command)

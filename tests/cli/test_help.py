@@ -45,6 +45,7 @@ def test_these_are_the_commands() -> None:
         "demo",
         "export",
         "export focus",
+        "health",
         "key",
         "key create",
         "key list",
