@@ -64,7 +64,7 @@ _FORMS: Mapping[str, str] = MappingProxyType(
 _NAMED = frozenset({"upstreams", "models", "teams"})
 """Sections that are tables of names that the operator chooses."""
 
-_MORE: Mapping[str, str] = MappingProxyType(
+MORE: Mapping[str, str] = MappingProxyType(
     {
         "server.host": "the address to listen on; `::` for IPv6",
         "server.port": "0: any free one",
@@ -179,7 +179,7 @@ def meanings() -> dict[str, str]:
 
 
 def page() -> str:
-    said = {**meanings(), **_MORE}
+    said = {**meanings(), **MORE}
     by_section: dict[str, list[Row]] = {}
     for row in rows():
         by_section.setdefault(row.path.partition(".")[0], []).append(row)

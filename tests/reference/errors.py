@@ -43,7 +43,7 @@ _GROUPS: Mapping[type[GatewayError], str] = MappingProxyType(
     }
 )
 
-_SAID: Mapping[tuple[str, str], str] = MappingProxyType(
+SAID: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         ("BodyTooLarge", "request_too_large"): "The body, or one of its pictures, is over "
         "`server.max_json_bytes`, `max_form_bytes` or `max_file_bytes`. Send less.",
@@ -328,7 +328,7 @@ def _titled(group: type[GatewayError]) -> str:
 
 def _row(case: Case) -> tuple[str, ...]:
     kind = case.kind
-    said = _SAID.get((kind.__name__, case.code))
+    said = SAID.get((kind.__name__, case.code))
     assert said, f"say what to do about {kind.__name__} {case.code} in {Path(__file__).name}"
     statuses = ", ".join(str(status) for status in sorted(case.statuses))
     retries = {None: "by status", True: "`true`", False: "`false`"}
