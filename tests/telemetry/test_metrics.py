@@ -41,6 +41,8 @@ BOUGHT = Receipt(
     upstream="openai",
     upstream_rid="req_up",
     upstream_status=200,
+    quality="low",
+    bytes_in=300,
     cache=CacheResult.MISS,
     outcome=Outcome.DELIVERED,
     basis=Basis.USAGE,
@@ -154,6 +156,7 @@ def test_labels_come_from_closed_sets() -> None:
         "to",
         "kind",
         "folder",
+        "quality",
     }
     assert {label for spec in TABLE for label in spec.labels} <= allowed
 
@@ -254,6 +257,7 @@ TEAM_ART = f'{ART},team="growth"'
 def test_a_picture_that_was_bought() -> None:
     assert moved(told(BOUGHT)) == {
         f'gateway_requests_total{{cache="miss",{ART},status="2xx",team="growth"}}': 1,
+        'gateway_request_bytes_total{endpoint="generation"}': 300,
         'gateway_response_bytes_total{endpoint="generation"}': 1000,
         'gateway_cache_total{result="miss"}': 1,
         f"gateway_request_duration_seconds_count{{{ART}}}": 1,
@@ -262,6 +266,7 @@ def test_a_picture_that_was_bought() -> None:
         'gateway_overhead_seconds_count{endpoint="generation"}': 1,
         'gateway_overhead_seconds_sum{endpoint="generation"}': 0.5,
         f'gateway_images_total{{cache="miss",{TEAM_ART}}}': 2,
+        'gateway_image_qualities_total{model="team-art",quality="low"}': 2,
         "gateway_reserve_seconds_count": 1,
         "gateway_reserve_seconds_sum": 0.002,
         "gateway_settle_seconds_count": 1,
@@ -289,6 +294,7 @@ def test_a_picture_that_was_bought() -> None:
 def test_a_picture_from_the_cache() -> None:
     assert moved(told(HIT)) == {
         f'gateway_requests_total{{cache="hit",{ART},status="2xx",team="growth"}}': 1,
+        'gateway_request_bytes_total{endpoint="generation"}': 300,
         'gateway_response_bytes_total{endpoint="generation"}': 1000,
         'gateway_cache_total{result="hit"}': 1,
         f"gateway_request_duration_seconds_count{{{ART}}}": 1,
@@ -309,6 +315,7 @@ def test_an_estimate_is_no_look_and_no_picture(cache: CacheResult) -> None:
     where = 'endpoint="estimate",model="team-art"'
     assert moved(told(asked)) == {
         f'gateway_requests_total{{cache="off",{where},status="2xx",team="growth"}}': 1,
+        'gateway_request_bytes_total{endpoint="estimate"}': 0,
         'gateway_response_bytes_total{endpoint="estimate"}': 1000,
         f"gateway_request_duration_seconds_count{{{where}}}": 1,
         f"gateway_request_duration_seconds_sum{{{where}}}": 5.0,
@@ -322,6 +329,7 @@ def test_a_stranger_at_the_door_has_no_labels_of_its_own() -> None:
     assert moved(told(DOOR, delivery=Delivery(401, 150, 0.001))) == {
         'gateway_requests_total{cache="off",endpoint="edit",model="none",status="4xx",team="none"}'
         "": 1,
+        'gateway_request_bytes_total{endpoint="edit"}': 0,
         'gateway_response_bytes_total{endpoint="edit"}': 150,
         'gateway_requests_rejected_total{endpoint="edit",reason="auth_failed"}': 1,
     }
@@ -342,6 +350,17 @@ def test_an_upstream_that_is_busy_is_not_the_teams_limit(receipt: Receipt) -> No
     where = 'endpoint="generation",reason="upstream_429"'
     assert found[f"gateway_requests_rejected_total{{{where}}}"] == 1
     assert not any("quota_rejections" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [("high", "high"), ("auto", "auto"), ("", "none"), ("ultra-7f3a", "other")],
+)
+def test_a_quality_is_one_of_a_list(said: str, label: str) -> None:
+    found = moved(told(replace(BOUGHT, quality=said)))
+    assert {name: count for name, count in found.items() if "quality" in name} == {
+        f'gateway_image_qualities_total{{model="team-art",quality="{label}"}}': 2
+    }
 
 
 def test_an_unknown_outcome_is_an_estimated_expense() -> None:
@@ -391,6 +410,7 @@ def test_a_picture_of_another_requests_flight() -> None:
     """It is no purchase, and the time that it took is not the gateway's own."""
     assert moved(told(JOINED)) == {
         f'gateway_requests_total{{cache="join",{ART},status="2xx",team="growth"}}': 1,
+        'gateway_request_bytes_total{endpoint="generation"}': 300,
         'gateway_response_bytes_total{endpoint="generation"}': 1000,
         'gateway_cache_total{result="join"}': 1,
         f"gateway_request_duration_seconds_count{{{ART}}}": 1,
@@ -690,7 +710,7 @@ def test_whatever_is_asked_the_series_are_bounded(
     "name",
     [
         *("rid", "key_id", "model", "model_served", "upstream_rid", "code"),
-        *("price_id", "prompt"),
+        *("price_id", "prompt", "size", "quality", "output_format"),
     ],
 )
 def test_nothing_that_a_client_chose_becomes_a_label(name: str) -> None:
