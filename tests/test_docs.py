@@ -8,12 +8,14 @@ import subprocess
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 
 from gateway.cli import main
 from gateway.domain.errors import GatewayError, UpstreamRefused
 from gateway.settings import load
+from gateway.telemetry.metrics import TABLE
 from tests.reference import cli, config, errors
 from tests.reference.pages import DOCS, PAGES
 
@@ -90,6 +92,43 @@ def test_every_link_leads_somewhere(document: Path) -> None:
         page = document.parent / file if file else document
         assert page.exists(), target
         assert not anchor or anchor in anchors(page.read_text()), target
+
+
+# The changelog speaks of what was, too.
+@pytest.mark.parametrize(
+    "document",
+    [path for path in DOCUMENTS if path.name != "CHANGELOG.md"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_name_in_a_document_exists(document: Path) -> None:
+    """Of metrics, settings and commands, wherever they are spoken of."""
+    text = document.read_text()
+    metrics = {re.sub("_(bucket|sum|count)$", "", name) for name in spoken("gateway_[a-z_]+", text)}
+    assert metrics <= {spec.name for spec in TABLE}
+    for name in spoken(r"[a-z]+\.[a-z_.]+(?=[:`])", text) - {"budget.warning", "budget.reached"}:
+        is_file = name.endswith((".py", ".yaml", ".md"))
+        assert is_file or name.partition(".")[0] not in SECTIONS or is_setting(name), name
+    for words in spoken("gateway [a-z]+(?: [a-z]+)?", text):
+        _, name, *sub = words.split()
+        command = main.commands[name]
+        if sub and isinstance(command, click.Group):
+            assert sub[0] in command.commands, words
+
+
+def spoken(pattern: str, text: str) -> set[str]:
+    """What a document writes as code, as far as it begins like this."""
+    return set(re.findall(f"`({pattern})", text))
+
+
+SECTIONS = {row.path.partition(".")[0] for row in config.rows()}
+
+
+def is_setting(name: str) -> bool:
+    """Whether it is the path of a setting, or of a table of them, or the end of one."""
+    said = re.sub(r"^(upstreams|models|teams)\.\w+", r"\1.NAME", name)
+    every = {row.path.replace("[]", "") for row in config.rows()}
+    every |= {path.rpartition(".")[0] for path in every}
+    return any(path == said or path.endswith(f".{said}") for path in every)
 
 
 def test_every_setting_is_on_the_page() -> None:

@@ -96,9 +96,7 @@ class RelayedRoutes:
             door.left_at(answer.gone)
         return answer
 
-    async def _close_books(
-        self, answer: Answer, door: Door, started: float, address: str
-    ) -> None:
+    async def _close_books(self, answer: Answer, door: Door, started: float, address: str) -> None:
         """Waits for the end of the flight, which the client may not have, and tells of it."""
         seconds = self._clock.monotonic() - started
         receipt = await answer.receipt()

@@ -6,11 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from tests.reference import cli, config, errors
+from tests.reference import cli, config, errors, metrics
 
 DOCS = Path(__file__).parents[2] / "gateway" / "docs"
 
 PAGES: Mapping[str, Callable[[], str]] = MappingProxyType(
-    {"cli.md": cli.page, "config.md": config.page, "errors.md": errors.page}
+    {
+        "cli.md": cli.page,
+        "config.md": config.page,
+        "errors.md": errors.page,
+        "metrics.md": metrics.page,
+    }
 )
 """File -> its text."""
