@@ -50,7 +50,9 @@ def test_every_file_has_one_line_in_the_floor_plan() -> None:
 def test_every_decision_has_a_date() -> None:
     decisions = FLOOR_PLAN.partition("## Decisions")[2].strip().split("\n\n")
     for decision in decisions:
-        assert re.match(r"\*\*\d{4}-\d\d-\d\d\. ", decision), decision[:60]
+        dates = re.findall(r"^\*\*\d{4}-\d\d-\d\d\. ", decision, re.M)
+        assert len(dates) == 1, decision[:60]
+        assert decision.startswith(dates[0]), decision[:60]
 
 
 @pytest.mark.parametrize("name", sorted(PAGES))
@@ -120,14 +122,14 @@ def spoken(pattern: str, text: str) -> set[str]:
     return set(re.findall(f"`({pattern})", text))
 
 
-SECTIONS = {row.path.partition(".")[0] for row in config.rows()}
+SETTINGS = {row.path.replace("[]", "") for row in config.rows()}
+SECTIONS = {path.partition(".")[0] for path in SETTINGS}
 
 
 def is_setting(name: str) -> bool:
     """Whether it is the path of a setting, or of a table of them, or the end of one."""
     said = re.sub(r"^(upstreams|models|teams)\.\w+", r"\1.NAME", name)
-    every = {row.path.replace("[]", "") for row in config.rows()}
-    every |= {path.rpartition(".")[0] for path in every}
+    every = SETTINGS | {path.rpartition(".")[0] for path in SETTINGS}
     return any(path == said or path.endswith(f".{said}") for path in every)
 
 
