@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -230,14 +231,13 @@ class Case:
 def cases() -> list[Case]:
     """Every error that is made anywhere, by the order of the tree and by code."""
     found: dict[tuple[str, str], Case] = {}
-    for file in _sources():
-        for call in ast.walk(ast.parse((PACKAGE / file).read_text())):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
-                kind = getattr(errors, call.func.id, None)
-                if isinstance(kind, type) and issubclass(kind, GatewayError):
-                    for code in _codes(file, call, kind):
-                        case = found.setdefault((kind.__name__, code), Case(kind, code))
-                        _add(case, call)
+    for file, node in _nodes():
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            kind = getattr(errors, node.func.id, None)
+            if isinstance(kind, type) and issubclass(kind, GatewayError):
+                for code in _codes(file, node, kind):
+                    case = found.setdefault((kind.__name__, code), Case(kind, code))
+                    _add(case, node)
     tree = list(vars(errors).values())
     return sorted(found.values(), key=lambda case: (tree.index(case.kind), case.code))
 
@@ -245,13 +245,12 @@ def cases() -> list[Case]:
 def headers() -> frozenset[str]:
     """The names of our own headers, wherever the code writes one."""
     found: set[str] = set()
-    for file in _sources():
-        for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
-            value = node.value if isinstance(node, ast.Constant) else None
-            text = value.decode("latin-1") if isinstance(value, bytes) else value
-            if isinstance(text, str) and re.fullmatch(r"x-[a-z][a-z-]*", text):
-                units = ("requests", "images") if text.endswith("-") else ("",)
-                found |= {text + unit for unit in units}
+    for _, node in _nodes():
+        value = node.value if isinstance(node, ast.Constant) else None
+        text = value.decode("latin-1") if isinstance(value, bytes) else value
+        if isinstance(text, str) and re.fullmatch(r"x-[a-z][a-z-]*", text):
+            units = ("requests", "images") if text.endswith("-") else ("",)
+            found |= {text + unit for unit in units}
     return frozenset(found - _NO_HEADERS)
 
 
@@ -343,12 +342,19 @@ def _row(case: Case) -> tuple[str, ...]:
     return f"`{case.code}`", f"{statuses} `{kind.type}`", retry + wait, billed, reasons, said
 
 
-def _sources() -> Iterator[str]:
-    """Of all that answers clients."""
+@cache
+def _nodes() -> tuple[tuple[str, ast.Call | ast.Constant], ...]:
+    """File -> each call and each constant of it, in all that answers clients."""
+    found: list[tuple[str, ast.Call | ast.Constant]] = []
     for path in sorted(PACKAGE.rglob("*.py")):
         file = path.relative_to(PACKAGE)
         if file.parts[0] not in ("sandbox", "cli"):
-            yield str(file)
+            found += [
+                (str(file), node)
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Call | ast.Constant)
+            ]
+    return tuple(found)
 
 
 def _codes(file: str, call: ast.Call, kind: type[GatewayError]) -> tuple[str, ...]:
