@@ -183,7 +183,6 @@ def test_every_example_of_a_command_is_understood() -> None:
             assert given[: len(words.split())] == words.split()
             with command.make_context(words, given[len(words.split()) :]):
                 pass
-    assert set(cli.EXAMPLES) <= {words for words, _ in cli.commands()}
 
 
 def test_every_error_says_what_to_do() -> None:

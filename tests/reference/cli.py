@@ -18,6 +18,8 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "serve": ("gateway serve --config gateway.yaml --workers 4",),
         "check": ("gateway check --config gateway.yaml",),
+        "doctor": ("gateway doctor --json",),
+        "health": ("gateway health --ready",),
         "demo": ("gateway demo --upstream openai --port 9000",),
         "sandbox": ("gateway sandbox --port 8090 --control",),
         "team create": (
@@ -51,7 +53,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "db restore": ("gateway db restore books.backup",),
     }
 )
-"""Command -> how it is called, for each of them."""
+"""Command -> how it is called; every command has one."""
 
 
 def commands(

@@ -33,6 +33,8 @@ _FORMS: Mapping[str, str] = MappingProxyType(
         "_api_key": "a key",
         "_base_url": "a url",
         "_blobs": "a folder",
+        "_collector": "a url",
+        "_collector_headers": "a table of names and values",
         "_database": "a url: `sqlite:///`, `postgresql://`",
         "_existing_file": "a file that exists",
         "_header_value": "a line of ASCII",
@@ -56,6 +58,7 @@ _FORMS: Mapping[str, str] = MappingProxyType(
         "duration": "a time",
         "instant": "a day or a moment",
         "percent": "0 to 100",
+        "share": "0 to 1",
         "size": "a size",
     }
 )
@@ -77,8 +80,8 @@ MORE: Mapping[str, str] = MappingProxyType(
         "upstreams.NAME.timeouts.total_seconds": "from the request's first byte to the last one of "
         "the answer",
         "upstreams.NAME.proxy": "a forward proxy: `http://user:password@proxy:3128`",
-        "upstreams.NAME.verify": "TLS is always verified: `true` by the authorities of the system, "
-        "a path by this CA bundle, which is read again when it changes",
+        "upstreams.NAME.verify": "TLS is always verified: `true` by the authorities of certifi "
+        "(`SSL_CERT_FILE` names others), a path by this CA bundle, which is read again when it changes",
         "upstreams.NAME.max_connections": "open there at once, in each process",
         "models.NAME.upstream": "one that stands under `upstreams`; this or `upstreams` is needed",
         "models.NAME.model": "its name at the upstream; left out: the name itself",
