@@ -81,7 +81,8 @@ MORE: Mapping[str, str] = MappingProxyType(
         "the answer",
         "upstreams.NAME.proxy": "a forward proxy: `http://user:password@proxy:3128`",
         "upstreams.NAME.verify": "TLS is always verified: `true` by the authorities of certifi "
-        "(`SSL_CERT_FILE` names others), a path by this CA bundle, which is read again when it changes",
+        "(`SSL_CERT_FILE` names others), a path by this CA bundle, which is read again when it "
+        "changes",
         "upstreams.NAME.max_connections": "open there at once, in each process",
         "models.NAME.upstream": "one that stands under `upstreams`; this or `upstreams` is needed",
         "models.NAME.model": "its name at the upstream; left out: the name itself",
