@@ -1382,8 +1382,8 @@ def _check_storage(document: _Document, root: Node, spot: Spot) -> None:
     if server.workers > 1 and storage.redis is None:
         spot.at("server").at("workers").warn(
             _place(root, "server", "workers"),
-            "is over 1 without storage.redis: each worker then keeps its share of the limits, "
-            "whatever the others do",
+            "is over 1 without storage.redis, through which workers share their limits: one "
+            "will run",
         )
     if storage.pepper and storage.pepper in storage.old_peppers:
         spot.at("storage").at("old_peppers").wrong(

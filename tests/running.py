@@ -169,7 +169,8 @@ async def run_gateway(
     settings = load(config, {})
     with listen("127.0.0.1", 0) as listening:
         async with open_gateway(settings, clock, [told]) as gateway:
-            running = server(gateway.app, drain_seconds=20)
+            trusted = [str(network) for network in settings.server.trusted_proxies]
+            running = server(gateway.app, drain_seconds=20, trusted_proxies=trusted)
             serving = asyncio.create_task(running.serve([listening]))
             try:
                 origin = f"http://127.0.0.1:{listening.getsockname()[1]}"

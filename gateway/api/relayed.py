@@ -51,7 +51,7 @@ class RelayedRoutes:
             finally:
                 answer.head.close()
                 answer.done(door.delivered)
-            await self._close_books(answer, door, started)
+            await self._close_books(answer, door, started, _address(scope))
         except asyncio.CancelledError:
             # The server's patience is over; the flight goes on as long as the process does.
             log.warning("a request was given up at the end", extra={"request_id": rid})
@@ -96,16 +96,22 @@ class RelayedRoutes:
             door.left_at(answer.gone)
         return answer
 
-    async def _close_books(self, answer: Answer, door: Door, started: float) -> None:
+    async def _close_books(self, answer: Answer, door: Door, started: float, address: str) -> None:
         """Waits for the end of the flight, which the client may not have, and tells of it."""
         seconds = self._clock.monotonic() - started
         receipt = await answer.receipt()
         if door.gone == "upstream" and receipt.reason == ClientGone.reason:
             # The flight saw it in time: nothing was sent.
             door.gone = "reserved"
-        delivery = Delivery(door.status, door.bytes_out, seconds, door.gone)
+        delivery = Delivery(door.status, door.bytes_out, seconds, door.gone, address)
         for listener in self._telemetry:
             listener.finished(receipt, delivery)
+
+
+def _address(scope: Scope) -> str:
+    """Where the client is; behind a trusted proxy, where that one says."""
+    client = scope.get("client")
+    return str(client[0]) if client else ""
 
 
 def _arrival(

@@ -92,9 +92,11 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """How the answer left. ``gone`` is the stage at which the client left, or empty."""
+    """How the answer left. ``gone`` is the stage at which the client left, or empty;
+    ``client_address`` is where it is, as far as a trusted proxy or the connection says."""
 
     status: int
     bytes_out: int
     seconds: float
     gone: str = ""
+    client_address: str = ""

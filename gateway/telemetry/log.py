@@ -132,6 +132,7 @@ class RequestLog:
             "first_image_seconds": round(timings.first_image, 6),
             "settle_seconds": round(timings.settling, 6),
             "client_gone": delivery.gone,
+            "client_address": delivery.client_address,
             "degraded": receipt.degraded,
         }
         if receipt.prompt is not None:

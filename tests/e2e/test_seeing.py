@@ -217,6 +217,28 @@ async def test_the_metrics_can_have_a_port_of_their_own(start: Start) -> None:
 # The log.
 
 
+@pytest.mark.parametrize(
+    ("trusted", "told", "address"),
+    [
+        ([], "203.0.113.9", "127.0.0.1"),
+        (["127.0.0.1"], "203.0.113.9", "203.0.113.9"),
+        # What stands left of a proxy that is not ours, the client wrote itself.
+        (["127.0.0.1", "10.0.0.0/8"], "198.51.100.1, 203.0.113.9, 10.1.2.3", "203.0.113.9"),
+        (["127.0.0.1"], "203.0.113.9, 10.1.2.3", "10.1.2.3"),
+        (["127.0.0.1"], "", "127.0.0.1"),
+    ],
+)
+async def test_where_a_client_is_says_a_trusted_proxy(
+    start: Start, log: io.StringIO, trusted: list[str], told: str, address: str
+) -> None:
+    async with start({"server": {"trusted_proxies": trusted}}) as gateway:
+        async with gateway.http(headers={"x-forwarded-for": told}) as http:
+            await http.post("/images/generations", json={**ASKED, "model": "none/such"})
+        await gateway.told.until(1)
+    [line] = lines_of(log)
+    assert line["client_address"] == address
+
+
 async def test_one_line_a_request(start: Start, log: io.StringIO) -> None:
     async with start() as gateway:
         async with gateway.sdk() as sdk:
