@@ -39,6 +39,11 @@ ROOMS = {
         "domain", "notify", "ports", "pricefile", "relay", "settings", "stores", "telemetry",
         "upstream", "yamlfile",
     },
+    # It looks at what the parts need, each by itself: so it sits beside them, above the stores.
+    "doctor": {
+        "assembly", "descriptors", "domain", "ports", "pricefile", "relay", "settings", "stores",
+        "upstream", "yamlfile",
+    },
     "swap": {
         "assembly", "domain", "filewatch", "ports", "pricefile", "relay", "reload", "reports",
         "sandbox", "settings", "telemetry", "upstream",
@@ -48,7 +53,7 @@ ROOMS = {
         "reload", "reports", "settings", "stores", "swap", "telemetry", "upstream", "watchdog",
     },
     "cli": {
-        "app", "assembly", "clock", "domain", "filewatch", "ports", "pricefile", "reload",
+        "app", "assembly", "clock", "doctor", "domain", "filewatch", "ports", "pricefile", "reload",
         "reports", "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},

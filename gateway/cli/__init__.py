@@ -7,6 +7,7 @@ import click
 from gateway.cli.check import check
 from gateway.cli.db import db
 from gateway.cli.demo import demo
+from gateway.cli.doctor import doctor
 from gateway.cli.export import export
 from gateway.cli.keys import key
 from gateway.cli.ledger import ledger
@@ -23,5 +24,7 @@ def main() -> None:
     """A gateway for images that speaks OpenAI: team keys, exact money, cached results."""
 
 
-for _command in (serve, check, demo, sandbox, team, key, usage, ledger, reconcile, export, db):
+for _command in (
+    serve, check, doctor, demo, sandbox, team, key, usage, ledger, reconcile, export, db,
+):  # fmt: skip
     main.add_command(_command)

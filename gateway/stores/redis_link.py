@@ -557,9 +557,16 @@ async def eviction_policy(client: Client) -> str | None:
 
     From INFO, because a managed Redis forbids CONFIG. None where it does not say.
     """
-    options = {"target_nodes": "primaries"} if isinstance(client, _Clustered) else {}
+    options, _ = on_every_master(client)
     said = await client.execute_command("INFO", "memory", **options)
     while isinstance(said, dict) and said and "maxmemory_policy" not in said:
         said = next(iter(said.values()))
     policy = said.get("maxmemory_policy") if isinstance(said, dict) else None
     return str(policy) if policy else None
+
+
+def on_every_master(client: Client) -> tuple[dict[str, str], dict[str, str]]:
+    """The options of a command that every master, and of one that any of them, is asked."""
+    if isinstance(client, _Clustered):
+        return {"target_nodes": "primaries"}, {"target_nodes": "random"}
+    return {}, {}
