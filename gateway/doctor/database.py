@@ -31,6 +31,7 @@ from gateway.stores.sqlite_glance import (
 CHECK_SECONDS = 6.0
 LARGE_WAL_BYTES = 256 * 1024 * 1024
 SOON = timedelta(days=14)
+GRANT = "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO its role"
 EACH_PROCESS = 2
 """Connections: the writer's and the reader's."""
 
@@ -132,10 +133,9 @@ async def postgres(settings: Settings, url: str, clock: Clock) -> Check:
     try:
         found = await asyncio.to_thread(glance_at_postgres, url, APPLICATION)
     except StoreError as error:
-        yield topic.fail(
-            str(error).removeprefix(f"{place(url)} "),
-            "mend storage.database, or the server: psql with the same url must work from here",
-        )
+        says = str(error).removeprefix(f"{place(url)} ")
+        reached = "mend storage.database, or the server: psql with the same url must work from here"
+        yield topic.fail(says, GRANT if "permission denied" in says else reached)
         return
     took = clock.monotonic() - began
     processes = settings.server.replicas * settings.server.workers
@@ -161,7 +161,7 @@ def judge_postgres(topic: Topic, found: PostgresGlance, processes: int) -> Itera
     elif found.forbidden:
         yield topic.fail(
             f"the role may not read and write {', '.join(found.forbidden)}",
-            "GRANT SELECT, INSERT, UPDATE, DELETE ON ALL TABLES IN SCHEMA public TO the role",
+            GRANT,
         )
     elif found.refused:
         yield topic.fail(f"cannot be written: {found.refused}", "look into the log of the server")

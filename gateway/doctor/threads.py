@@ -21,6 +21,8 @@ class AbandonableThreads(ThreadPoolExecutor):
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         future: Future[T] = Future()
+        # From now on it cannot be cancelled: who gives up only stops listening.
+        future.set_running_or_notify_cancel()
 
         def work() -> None:
             try:

@@ -13,7 +13,7 @@ from urllib.parse import unquote, urlsplit
 
 from redis.exceptions import RedisClusterException, RedisError
 
-from gateway.stores.redis_link import connect, on_every_master
+from gateway.stores.redis_link import connect, is_refused, on_every_master
 
 PINGS = 3
 SECTIONS = ("server", "memory", "persistence", "replication", "cluster")
@@ -118,6 +118,8 @@ def _node(name: str, said: Mapping[str, Any]) -> RedisNode:
 
 
 def _said(error: BaseException, url: str) -> str:
+    if is_refused(error):
+        return "nobody listens there"
     text = " ".join(str(error).split()) or type(error).__name__
     with suppress(ValueError):
         for secret in (urlsplit(url).password, unquote(urlsplit(url).password or "")):

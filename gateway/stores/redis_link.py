@@ -431,7 +431,7 @@ class Link:
 
     def _failed(self, key: str, breaker: Breaker, reason: Reason, error: BaseException) -> None:
         self._tell(reason, error)
-        breaker.failed(reason, at_once=reason is Reason.TIMEOUT or _is_refused(error))
+        breaker.failed(reason, at_once=reason is Reason.TIMEOUT or is_refused(error))
         if not breaker.probed and not self._closed:
             breaker.probed = True
             prober = asyncio.create_task(self._probe(key, breaker))
@@ -516,7 +516,7 @@ async def _translated(command: Callable[[], Awaitable[T]]) -> T:
         reason, name = _reason(error), type(error).__name__
         if isinstance(error, ResponseError) and not isinstance(error, _NOT_SERVING):
             raise StoreRefused(name, reason) from error
-        raise StoreAway(name, reason, asked=not _is_refused(error)) from error
+        raise StoreAway(name, reason, asked=not is_refused(error)) from error
 
 
 _NOT_SERVING = (ClusterDownError, MasterDownError)
@@ -542,7 +542,7 @@ def _reason(error: BaseException) -> Reason:
     return next((reason for kind, reason in _REASONS if isinstance(error, kind)), Reason.CONNECTION)
 
 
-def _is_refused(error: BaseException) -> bool:
+def is_refused(error: BaseException) -> bool:
     """Nobody listens there: another try would find nobody either."""
     seen: BaseException | None = error
     while seen is not None:
