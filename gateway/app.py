@@ -45,6 +45,8 @@ from gateway.assembly import (
     read_peppers,
     read_rules,
     refuse,
+    stored_in,
+    tell_prices,
     unpriced_models,
     without_redis,
 )
@@ -59,6 +61,7 @@ from gateway.domain.price import FACTOR_ONE
 from gateway.domain.quota import Scope as Owner
 from gateway.domain.team import Team
 from gateway.housekeeping import Housekeeping, Pace
+from gateway.machine import Disks, cpu_seconds, memory_bytes
 from gateway.ports import (
     Clock,
     Directory,
@@ -94,6 +97,7 @@ from gateway.stores.safe import SettlementSafe
 from gateway.swap import Parts, Swap, Upstreams, cache_policy, make_planner, places
 from gateway.telemetry.log import RequestLog
 from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.timed import TimedLedger
 from gateway.upstream import openai
 from gateway.watchdog import Watchdog
 
@@ -147,8 +151,16 @@ async def open_gateway(
         metrics = Metrics(version(DISTRIBUTION))
         prices = price_book(settings)
         refuse(settings, unpriced_models(settings, prices, clock.now().date()))
+        tell_prices(metrics, settings, prices, clock.now().date())
         store = open_store(settings)
         stack.push_async_callback(store.aclose)
+        ledger = TimedLedger(
+            store.ledger,
+            clock,
+            lambda operation, seconds: metrics.observe(
+                "gateway_ledger_seconds", seconds, operation=operation
+            ),
+        )
         peppers = read_peppers(settings)
         declared = await declared_keys(settings, peppers, store.directory)
         refuse(settings, await owned_twice(settings, peppers, store.directory))
@@ -201,7 +213,7 @@ async def open_gateway(
             flights=flights,
             board=board,
             results=results,
-            ledger=store.ledger,
+            ledger=ledger,
             books=store.books,
             clock=clock,
             keep_alive_seconds=settings.relay.keep_alive_seconds,
@@ -211,7 +223,7 @@ async def open_gateway(
         patience = patience_of(settings)
         admission = Admission(
             gate,
-            store.ledger,
+            ledger,
             lease,
             worker,
             budgets,
@@ -242,14 +254,14 @@ async def open_gateway(
         )
         attempts = Attempts(
             openai.request,
-            store.ledger,
+            ledger,
             health,
             clock,
             settings.relay.attempts,
             patience_seconds=settings.patience_seconds,
         )
         purchases = Purchases(
-            ledger=store.ledger,
+            ledger=ledger,
             safe=safe,
             attempts=attempts,
             room=room,
@@ -315,6 +327,9 @@ async def open_gateway(
         metrics.watch("gateway_queued_requests", lambda: turnstile.waiting)
         metrics.watch("gateway_fds", fds_open, kind="open")
         metrics.watch("gateway_fds", fd_limit, kind="limit")
+        metrics.watch("gateway_workers", lambda: 1)
+        metrics.watch("gateway_memory_bytes", memory_bytes)
+        metrics.follow("gateway_cpu_seconds_total", cpu_seconds)
         metrics.watch("gateway_settlements_waiting", lambda: purchases.waiting)
         metrics.watch("gateway_inflight_bytes", lambda: room.memory_used, where="memory")
         metrics.watch("gateway_inflight_bytes", lambda: room.disk_used, where="disk")
@@ -371,6 +386,8 @@ async def open_gateway(
         stack.push_async_callback(_cancel, watching)
         stack.push_async_callback(_cancel, asyncio.create_task(factors.stay_fresh()))
 
+        disks = Disks(stored_in(settings))
+
         async def look() -> Readiness:
             if drain.begun:
                 return Readiness(False, {}, {}, draining=True)
@@ -393,6 +410,10 @@ async def open_gateway(
 
         async def exposition() -> bytes:
             await look()
+            free = await disks.free()
+            metrics.replace(
+                "gateway_disk_free_bytes", {(name,): float(left) for name, left in free.items()}
+            )
             for (upstream, model), factor in factors.by_label().items():
                 metrics.set(
                     "gateway_bound_factor", factor / FACTOR_ONE, upstream=upstream, model=model

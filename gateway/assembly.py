@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import date
+from datetime import UTC, date, datetime, time
 from itertools import count
 from pathlib import Path
 
@@ -62,8 +62,14 @@ from gateway.stores.redis_link import Reason, connect, same_server
 from gateway.stores.redis_link import Server as RedisServer
 from gateway.stores.sqlite import SQLiteStore, keys_in
 from gateway.stores.tiered import TieredCache
-from gateway.telemetry.metrics import Metrics
-from gateway.upstream.account import Account, AccountKey, AccountOptions, build_account
+from gateway.telemetry.metrics import Metrics, status_class
+from gateway.upstream.account import (
+    Account,
+    AccountKey,
+    AccountNews,
+    AccountOptions,
+    build_account,
+)
 from gateway.upstream.costs import read_costs
 from gateway.upstream.postbox import WebPostbox
 from gateway.upstream.wire import Timeouts
@@ -88,14 +94,41 @@ def price_book(settings: Settings) -> PriceBook:
     """The prices that apply. Raises ``PriceFileError``."""
     own = [plain(row) for row in settings.prices.rows]
     try:
-        return PriceBook(
-            load_prices(
-                settings.prices.file or shipped("prices.yaml"),
-                [row for row in own if isinstance(row, dict)],
-            )
+        found = load_prices(
+            settings.prices.file or shipped("prices.yaml"),
+            [row for row in own if isinstance(row, dict)],
         )
     except PriceFileError as error:
         raise PriceFileError([_placed(mistake, settings) for mistake in error.mistakes]) from None
+    return PriceBook(found.rows, found.compiled)
+
+
+def shutdowns(settings: Settings, book: PriceBook, day: date) -> dict[tuple[str, ...], date]:
+    """When configured models shut down, by their label and upstream; the first of several."""
+    found: dict[tuple[str, ...], date] = {}
+    for model in settings.catalogue.models.values():
+        for target in model.targets:
+            upstream = settings.upstreams[target.upstream]
+            row = book.of(upstream.name, upstream.prices, day).find(target.model)
+            if row is not None and row.shuts_down is not None:
+                where = (model.label or model.name, upstream.name)
+                found[where] = min(row.shuts_down, found.get(where, row.shuts_down))
+    return found
+
+
+def tell_prices(metrics: Metrics, settings: Settings, book: PriceBook, day: date) -> None:
+    """Sets the gauges of the price table's age and of the models that shut down."""
+    known: dict[tuple[str, ...], float] = {}
+    if book.compiled is not None:
+        known[()] = _midnight(book.compiled)
+    metrics.replace("gateway_prices_compiled_timestamp_seconds", known)
+    ends = {where: _midnight(end) for where, end in shutdowns(settings, book, day).items()}
+    metrics.replace("gateway_model_shutdown_timestamp_seconds", ends)
+
+
+def _midnight(day: date) -> float:
+    """The beginning of a UTC day, as a Unix time."""
+    return datetime.combine(day, time(), UTC).timestamp()
 
 
 def _placed(mistake: str, settings: Settings) -> str:
@@ -185,6 +218,15 @@ def open_store(settings: Settings) -> Store:
     if isinstance(database, Path):
         return SQLiteStore.open(database, on_conflict=_conflict)
     return PostgresStore.open(database.reveal(), on_conflict=_conflict)
+
+
+def stored_in(settings: Settings) -> dict[str, Path]:
+    """The folders that this gateway writes to, by what they hold."""
+    storage = settings.storage
+    folders = {"blobs": storage.blobs, "settlements": settings.ledger.spool}
+    if isinstance(storage.database, Path):
+        folders["database"] = storage.database.parent
+    return folders
 
 
 def _conflict(entry: Entry, settlement: Settlement) -> None:
@@ -319,11 +361,10 @@ def account_keys(configured: UpstreamSettings) -> list[AccountKey]:
 def make_account(
     configured: UpstreamSettings,
     base_url: str,
-    waited: Callable[[float], None] = lambda seconds: None,
+    news: AccountNews | None = None,
     numbers: Iterator[int] | None = None,
 ) -> Account:
-    """``waited`` hears how many seconds each request waited for a free connection. ``numbers`` go
-    on where those of an account of this name ended."""
+    """``numbers`` go on where those of an account of this name ended."""
     timeouts = configured.timeouts
     return build_account(
         AccountOptions(
@@ -342,7 +383,7 @@ def make_account(
             proxy=configured.proxy.reveal() if configured.proxy else None,
             ca_file=str(configured.verify) if isinstance(configured.verify, Path) else None,
             max_connections=configured.max_connections,
-            waited=waited,
+            news=news or AccountNews(),
             numbers=count(1) if numbers is None else numbers,
         )
     )
@@ -426,6 +467,13 @@ class UpstreamNews(HealthListener):
             "an upstream's key is used again",
             extra={"upstream": upstream, "key": key, "why": why.value},
         )
+
+    def answered(self, upstream: str, status: int, seconds: float) -> None:
+        self._metrics.add(
+            "gateway_upstream_requests_total", upstream=upstream, status=status_class(status)
+        )
+        if status:
+            self._metrics.observe("gateway_upstream_first_byte_seconds", seconds, upstream=upstream)
 
     def failed(self, upstream: str, kind: str) -> None:
         self._metrics.add("gateway_upstream_errors_total", upstream=upstream, **{"class": kind})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -57,10 +58,21 @@ class PriceFileError(Exception):
         self.mistakes = tuple(mistakes)
 
 
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """The rows of a price file and of an operator, and the day on which the file was compiled: None
+    where it does not say."""
+
+    rows: tuple[PriceRow, ...]
+    compiled: date | None = None
+
+
 def load_prices(
     text_or_path: str | Path, extra_rows: Sequence[Mapping[str, object]] = ()
-) -> tuple[PriceRow, ...]:
+) -> Prices:
     """Every row of a price file (a ``Path``, or the text itself), then the operator's.
+
+    A file is ``{compiled: 2026-11-22, rows: [...]}``, or the list of rows alone.
 
     ``extra_rows`` are parsed already; their money is text, ``Decimal`` or a whole number, never a
     float. Raises ``PriceFileError``.
@@ -71,7 +83,9 @@ def load_prices(
 
     def say_of_file(spot: Spot, text: str) -> None:
         known = next(spot[:end] for end in range(len(spot), -1, -1) if spot[:end] in lines)
-        mistakes.append(f"{label} {lines[known]}: {_dotted(spot[1:], text)}")
+        # The line says which row it is.
+        row = next((at for at, part in enumerate(spot) if isinstance(part, int)), -1)
+        mistakes.append(f"{label} {lines[known]}: {_dotted(spot[row + 1 :], text)}")
 
     def say_of_operator(spot: Spot, text: str) -> None:
         mistakes.append(_dotted((f"prices.rows[{spot[0]}]", *spot[1:]), text))
@@ -88,19 +102,28 @@ def load_prices(
         raise PriceFileError([f"{where}: this is not YAML: {problem}"]) from None
     lines[()] = 1
     plain = _plain(root, (), lines, say_of_file) if root else []
+    compiled: date | None = None
+    listed: Spot = ()
+    if isinstance(plain, dict) and plain.keys() & {"compiled", "rows"}:
+        listed = ("rows",)
+        fields = _fields(plain, (), ("compiled", "rows"), say_of_file)
+        if "compiled" in fields:
+            compiled = _date(fields["compiled"], (), "compiled", say_of_file)
+        plain = fields.get("rows")
     if not isinstance(plain, list):
-        say_of_file((), "a price file is a list of rows")
+        say_of_file(listed, "a price file is a list of rows")
         plain = []
     rows: dict[str, PriceRow] = {}
-    for items, say in ((plain, say_of_file), (extra_rows, say_of_operator)):
+    for items, place, say in ((plain, listed, say_of_file), (extra_rows, (), say_of_operator)):
         for index, raw in enumerate(items):
-            for row in _rows(raw, (index,), say):
+            spot = (*place, index)
+            for row in _rows(raw, spot, say):
                 if row.id in rows:
-                    say((index,), f"{row.model} has another price from {row.valid_from} on")
+                    say(spot, f"{row.model} has another price from {row.valid_from} on")
                 rows[row.id] = row
     if mistakes:
         raise PriceFileError(mistakes)
-    return tuple(rows.values())
+    return Prices(tuple(rows.values()), compiled)
 
 
 def _dotted(spot: Spot, text: str) -> str:

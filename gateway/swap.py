@@ -30,6 +30,7 @@ from gateway.assembly import (
     read_peppers,
     read_rules,
     refuse,
+    tell_prices,
     unpriced_models,
 )
 from gateway.domain.errors import GatewayError
@@ -56,7 +57,7 @@ from gateway.sandbox.server import serve_sandbox
 from gateway.settings import BillOn5xx, ConfigError, ImageUrls, Kind, Settings
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.account import Account
+from gateway.upstream.account import Account, AccountNews
 
 log = logging.getLogger(__name__)
 
@@ -111,16 +112,21 @@ class Upstreams:
                     base_url = await self._base_url(configured)
                     numbers = self._numbers.setdefault(name, count(1))
                     found[name] = Opened(
-                        shape, make_account(configured, base_url, self._waited(name), numbers)
+                        shape, make_account(configured, base_url, self._news(name), numbers)
                     )
         except BaseException:
             await self._close(found)
             raise
         return found
 
-    def _waited(self, name: str) -> Callable[[float], None]:
-        return lambda seconds: self._metrics.observe(
-            "gateway_upstream_pool_wait_seconds", seconds, upstream=name
+    def _news(self, name: str) -> AccountNews:
+        metrics, traffic = self._metrics, "gateway_upstream_bytes_total"
+        return AccountNews(
+            waited=lambda seconds: metrics.observe(
+                "gateway_upstream_pool_wait_seconds", seconds, upstream=name
+            ),
+            sent=lambda count: metrics.add(traffic, count, upstream=name, direction="sent"),
+            received=lambda count: metrics.add(traffic, count, upstream=name, direction="received"),
         )
 
     async def _close(self, found: Mapping[str, Opened]) -> None:
@@ -328,6 +334,7 @@ class Swap:
         parts.purchases.keep_alive_seconds = relay.keep_alive_seconds
         parts.factors.replace(settings.catalogue)
         parts.keeper.policy = cache_policy(settings)
+        tell_prices(parts.metrics, settings, prices, parts.clock.now().date())
         self.planner = make_planner(
             settings, parts.upstreams.accounts, prices, parts.cache, parts.factors, parts.health
         )

@@ -18,6 +18,7 @@ ROOMS = {
     "clock": set[str](),
     "filewatch": set[str](),
     "descriptors": set[str](),
+    "machine": set[str](),
     "watchdog": {"ports"},
     "yamlfile": {"filewatch"},
     "reading": {"filewatch", "yamlfile", "domain"},
@@ -49,8 +50,8 @@ ROOMS = {
         "sandbox", "settings", "telemetry", "upstream",
     },
     "app": {
-        "api", "assembly", "clock", "descriptors", "domain", "housekeeping", "ports", "relay",
-        "reload", "reports", "settings", "stores", "swap", "telemetry", "upstream", "watchdog",
+        "api", "assembly", "clock", "descriptors", "domain", "housekeeping", "machine", "ports",
+        "relay", "reload", "reports", "settings", "stores", "swap", "telemetry", "upstream", "watchdog",
     },
     "cli": {
         "app", "assembly", "clock", "doctor", "domain", "filewatch", "ports", "pricefile", "reload",

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from gateway.domain.price import BySize, PriceBook, PriceRow
+from gateway.domain.price import BySize, PriceBook
 from gateway.domain.price_images import ImagePrice
 from gateway.domain.price_tokens import TokenPrice
-from gateway.pricefile import PriceFileError, load_prices
+from gateway.pricefile import PriceFileError, Prices, load_prices
 
 PRICES = Path(__file__).parents[1] / "config" / "prices.yaml"
 FIELD = Path(__file__).parent / "data" / "litellm-openai-images-2026-11.csv"
-ROWS = load_prices(PRICES)
+ROWS = load_prices(PRICES).rows
 BY_MODEL = {row.model: row for row in ROWS}
 TODAY = date(2026, 11, 22)
 
@@ -158,7 +158,7 @@ OWN: list[Mapping[str, object]] = [
 
 
 def test_an_operators_rows_go_beside_the_file_and_before_it() -> None:
-    rows = load_prices(PRICES, OWN)
+    rows = load_prices(PRICES, OWN).rows
     assert rows[: len(ROWS)] == ROWS
     flat, first, second, author = rows[len(ROWS) :]
     assert flat.id == "own:comet/gpt-image-2@2000-01-01"
@@ -298,5 +298,32 @@ def test_all_mistakes_come_at_once(tmp_path: Path) -> None:
 def test_a_file_that_is_not_there_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(PriceFileError, match="cannot be read"):
         load_prices(tmp_path / "none.yaml")
-    nothing: tuple[PriceRow, ...] = ()
-    assert load_prices("") == nothing
+    assert load_prices("") == load_prices("rows: []") == Prices(())
+
+
+def test_a_file_can_say_when_it_was_compiled() -> None:
+    row = f"{HEAD}, per_image: 1}}"
+    alone, dated = load_prices(row), load_prices(f"compiled: 2026-11-22\nrows:\n{row}\n")
+    assert alone.compiled is None
+    assert dated == Prices(alone.rows, date(2026, 11, 22))
+    assert load_prices(PRICES).compiled is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("compiled: soon\nrows: []", "line 1: compiled: a day is written 2026-11-22"),
+        ("compiled:\nrows: []", "line 1: compiled is missing"),
+        ("rows: []\nrow: 1", "line 2: row: unknown field; rows?"),
+        ("compiled: 2026-11-22", "line 1: rows: a price file is a list of rows"),
+        ("rows:\n  model: 1", "line 1: rows: a price file is a list of rows"),
+        (f"rows:\n{HEAD}, per_image: x}}", "line 2: per_image: a price is written in plain"),
+        (f"rows:\n{HEAD}, per_image: {{big: 1}}}}", "line 2: per_image.big: a size is written"),
+        (f"rows:\n{HEAD}, per_image: 1}}\n{HEAD}, per_image: 2}}", "line 3: m has another"),
+        (f"- compiled: 2026-11-22\n{HEAD}, per_image: 1}}", "line 1: compiled: unknown field"),
+    ],
+)
+def test_a_mistake_around_the_rows_says_where_it_is(text: str, mistake: str) -> None:
+    with pytest.raises(PriceFileError) as caught:
+        load_prices(text)
+    assert any(said.startswith(mistake) for said in caught.value.mistakes), caught.value.mistakes

@@ -177,9 +177,13 @@ class PriceList:
 
 
 class PriceBook:
-    """Every dated row. An upstream's own rows go before those of its provider."""
+    """Every dated row. An upstream's own rows go before those of its provider.
 
-    def __init__(self, rows: Iterable[PriceRow]) -> None:
+    ``compiled`` is the day on which somebody last looked all of them up; None is not known.
+    """
+
+    def __init__(self, rows: Iterable[PriceRow], compiled: date | None = None) -> None:
+        self.compiled = compiled
         # The last of a model wins: the operator's after the list's, the newer after the older.
         self._rows = tuple(sorted(rows, key=lambda row: (row.own, row.valid_from)))
         self._lists: dict[tuple[str, str, date], PriceList] = {}

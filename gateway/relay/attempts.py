@@ -344,6 +344,7 @@ class Attempts:
         self, plan: Plan, way: Way, body: Spool, ticket: Ticket
     ) -> tuple[Reply | None, GatewayError | None]:
         request = self._provider(plan.call, way.target)
+        began = self._clock.monotonic()
         try:
             async with aclosing(edited(body, request.edits)) as content:
                 try:
@@ -365,7 +366,10 @@ class Attempts:
                         retry_after_seconds=5,
                     ) from error
         except GatewayError as error:
+            if kind_of(error) not in (None, Kind.POOL):
+                self._health.listener.answered(ticket.upstream, 0, self._seconds_since(began))
             return None, error
+        self._health.listener.answered(ticket.upstream, reply.status, self._seconds_since(began))
         if reply.status == 200:
             return reply, None
         try:
@@ -374,6 +378,9 @@ class Attempts:
             )
         finally:
             await reply.aclose()
+
+    def _seconds_since(self, began: float) -> float:
+        return self._clock.monotonic() - began
 
     def _learn(
         self, plan: Plan, ticket: Ticket, error: GatewayError | None, reply: Reply | None

@@ -75,6 +75,10 @@ class HealthListener:
     def enabled(self, upstream: str, key: str, why: Why) -> None:
         """It is in no quarantine for this any more."""
 
+    def answered(self, upstream: str, status: int, seconds: float) -> None:
+        """An attempt came to the head of an answer within so long; status 0 is none, where it may
+        have been sent or could not be."""
+
     def failed(self, upstream: str, kind: str) -> None:
         """An attempt failed; ``kind`` is from the closed list of ``failover.Kind``."""
 

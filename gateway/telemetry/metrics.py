@@ -143,6 +143,14 @@ TABLE = (
          "Such messages that the webhook has not taken yet.", mode="livesum"),
     Spec("gateway_response_bytes_total", Kind.COUNTER, ("endpoint",),
          "Bytes of answers sent to clients."),
+    Spec("gateway_upstream_requests_total", Kind.COUNTER, ("upstream", "status"),
+         "Calls sent to an upstream, by class of its answer: 2xx, 4xx, 429 apart from them, 5xx, "
+         "other, or none. Each attempt counts, also one that another made good."),
+    Spec("gateway_upstream_first_byte_seconds", Kind.HISTOGRAM, ("upstream",),
+         "From the beginning of an attempt to the head of its answer, whatever that was; the "
+         "first byte of a stream's pictures comes later."),
+    Spec("gateway_upstream_bytes_total", Kind.COUNTER, ("upstream", "direction"),
+         "Bytes of bodies sent to an upstream, and received from it."),
     Spec("gateway_upstream_errors_total", Kind.COUNTER, ("upstream", "class"),
          "Attempts that an upstream refused or broke, also those that another one made good."),
     Spec("gateway_upstream_key_disabled", Kind.GAUGE, ("upstream", "key", "why"),
@@ -174,6 +182,9 @@ TABLE = (
          mode="scraped"),
     Spec("gateway_bound_soft_total", Kind.COUNTER, ("model",),
          "Calls whose bound may be passed: the provider does not publish enough to be sure."),
+    Spec("gateway_ledger_seconds", Kind.HISTOGRAM, ("operation",),
+         "One transaction of the ledger as a call waited for it, also where it failed: reserve, "
+         "reroute, or settle.", SMALL_SECONDS),
     Spec("gateway_ledger_unresolved_usd", Kind.GAUGE, (),
          "Dollars posted at the bound because the outcome is unknown.", mode="scraped"),
     Spec("gateway_ledger_open_holds", Kind.GAUGE, (), "Reservations that have not ended.",
@@ -218,6 +229,20 @@ TABLE = (
          "1 where the configuration could not be read again at the last try: nothing changed."),
     Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
          "Times the configuration was read again while running: applied, refused, or postponed."),
+    Spec("gateway_prices_compiled_timestamp_seconds", Kind.GAUGE, (),
+         "The day on which the price table was compiled, as a Unix time; absent where a price file "
+         "does not say it.", mode="scraped"),
+    Spec("gateway_model_shutdown_timestamp_seconds", Kind.GAUGE, ("model", "upstream"),
+         "When the provider stops serving a configured model, as a Unix time; only where the "
+         "price table knows it.", mode="scraped"),
+    Spec("gateway_disk_free_bytes", Kind.GAUGE, ("folder",),
+         "Bytes that may still be written: beside the database (SQLite), the blobs, and the "
+         "settlements that wait.", mode="scraped"),
+    Spec("gateway_workers", Kind.GAUGE, (), "Processes that serve.", mode="livesum"),
+    Spec("gateway_memory_bytes", Kind.GAUGE, (), "Resident memory of the processes that serve.",
+         mode="livesum"),
+    Spec("gateway_cpu_seconds_total", Kind.COUNTER, (),
+         "Processor time of the processes that serve, and of those that did."),
     Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1.", mode="scraped"),
 )  # fmt: skip
 
@@ -245,6 +270,9 @@ class _Scraped(Collector):
     def clear(self) -> None:
         self._series = {} if self._spec.labels else {(): 0.0}
 
+    def replace(self, series: Mapping[tuple[str, ...], float]) -> None:
+        self._series = dict(series)
+
     def collect(self) -> Iterable[GaugeMetricFamily]:
         family = GaugeMetricFamily(self._spec.name, self._spec.help, labels=self._spec.labels)
         for labels, value in self._series.items():
@@ -266,6 +294,7 @@ class Metrics:
         self.shared = bool(values.ValueClass._multiprocess)
         self._own = CollectorRegistry() if self.shared else self.registry
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
+        self._followed: dict[Counter, tuple[Callable[[], float], float]] = {}
         self._metrics: dict[str, Counter | Gauge | Histogram] = {}
         self._scraped: dict[str, _Scraped] = {}
         for spec in TABLE:
@@ -319,10 +348,26 @@ class Metrics:
         else:
             gauge.set_function(look)
 
+    def follow(self, name: str, look: Callable[[], float], /) -> None:
+        """A counter without labels that goes by what ``look`` says, a sum that only grows."""
+        metric = self._metrics[name]
+        if not isinstance(metric, Counter):
+            raise TypeError(f"{name} is not a counter")
+        self._followed[metric] = (look, 0.0)
+
+    def replace(self, name: str, series: Mapping[tuple[str, ...], float], /) -> None:
+        """Sets every series of a gauge that is looked up at each scrape: the values of its labels,
+        in their order, and the gauge's. Those that are not given are forgotten."""
+        self._scraped[name].replace(series)
+
     def look(self) -> None:
-        """Writes down what is watched, for whichever worker is asked next."""
+        """Writes down what is watched and followed, for whichever worker is asked next."""
         for gauge, look in self._watched:
             gauge.set(look())
+        for counter, (look, known) in self._followed.items():
+            now = max(known, look())
+            counter.inc(now - known)
+            self._followed[counter] = (look, now)
 
     def observe(self, name: str, value: float, /, **labels: str) -> None:
         """Adds to a histogram."""
@@ -489,14 +534,21 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """The Prometheus text format."""
+        self.look()
         if not self.shared:
             return prometheus_client.generate_latest(self.registry)
-        self.look()
         everyone = CollectorRegistry()
         MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]
         return prometheus_client.generate_latest(everyone) + prometheus_client.generate_latest(
             self._own
         )
+
+
+def status_class(status: int) -> str:
+    """An upstream's answer as a label: 429 is apart from the other 4xx; 0 is none."""
+    if status == 429:
+        return "429"
+    return {0: "none", 2: "2xx", 4: "4xx", 5: "5xx"}.get(status // 100, OTHER)
 
 
 def _dollars(nanousd: Money) -> float:

@@ -65,14 +65,23 @@ class AccountKey:
 
 
 @dataclass(frozen=True, slots=True)
+class AccountNews:
+    """Who hears of its traffic: how many seconds each request waited for a free connection (through
+    a forward proxy, of none), and the bytes of bodies as they go and come."""
+
+    waited: Callable[[float], None] = lambda seconds: None
+    sent: Callable[[int], None] = lambda count: None
+    received: Callable[[int], None] = lambda count: None
+
+
+@dataclass(frozen=True, slots=True)
 class AccountOptions:
     """What the configuration says of one upstream.
 
     ``provider`` is whose price list applies. ``headers`` are added to every request. ``proxy`` is
     a forward proxy's URL, ``ca_file`` a PEM file trusted instead of the usual authorities.
-    ``idle_seconds`` is how long an unused connection is kept. ``waited`` hears how many seconds
-    each request waited for a free one; through a forward proxy, of none. ``numbers`` are what its
-    keys are called by: an account that replaces another goes on with its.
+    ``idle_seconds`` is how long an unused connection is kept. ``numbers`` are what its keys are
+    called by: an account that replaces another goes on with its.
     """
 
     name: str
@@ -87,7 +96,7 @@ class AccountOptions:
     max_connections: int = MAX_CONNECTIONS
     idle_seconds: float = IDLE_SECONDS
     max_response_bytes: int = MAX_RESPONSE_BYTES
-    waited: Callable[[float], None] = lambda seconds: None
+    news: AccountNews = AccountNews()
     numbers: Iterator[int] = field(default_factory=lambda: count(1))
 
 
@@ -110,7 +119,7 @@ def build_account(options: AccountOptions) -> Account:
             max_connections=options.max_connections,
             idle_seconds=options.idle_seconds,
             max_response_bytes=options.max_response_bytes,
-            waited=options.waited,
+            waited=options.news.waited,
         )
     return Account(options, wire)
 
@@ -141,6 +150,7 @@ class Account:
         self._timeouts = options.timeouts
         self._max_response_bytes = options.max_response_bytes
         self._wire = wire
+        self._news = options.news
         self._headers = (
             ("host", self._origin.authority),
             ("accept-encoding", "identity"),
@@ -186,7 +196,7 @@ class Account:
             origin=self._origin,
             target=self._base_path + outgoing.path,
             headers=tuple(headers),
-            body=outgoing.body,
+            body=None if outgoing.body is None else _Counted(outgoing.body, self._news.sent),
             length=outgoing.length,
             timeouts=self._timeouts,
         )
@@ -196,7 +206,7 @@ class Account:
             raise self._not_sent(error) from error
         except Lost as error:
             raise self._lost(error) from error
-        return AccountReply(self._name, exchange, self._timeouts, self._max_response_bytes)
+        return AccountReply(self._name, exchange, self._max_response_bytes, self._news.received)
 
     def replace_keys(self, keys: Sequence[AccountKey]) -> None:
         """From now on these are used. One that was there before keeps its id, another gets one that
@@ -267,11 +277,15 @@ class AccountReply:
     """An answer whose body still arrives: the port ``Reply``."""
 
     def __init__(
-        self, upstream: str, exchange: Exchange, timeouts: Timeouts, max_response_bytes: int
+        self,
+        upstream: str,
+        exchange: Exchange,
+        max_response_bytes: int,
+        received: Callable[[int], None],
     ) -> None:
         self._upstream = upstream
         self._exchange = exchange
-        self._timeouts = timeouts
+        self._received = received
         self._max_response_bytes = max_response_bytes
         self._headers: dict[str, str] = {}
         for raw_name, raw_value in exchange.headers:
@@ -297,13 +311,13 @@ class AccountReply:
         says "billed" whatever the status was: the caller knows better for a refusal."""
         try:
             if self._encoding == "identity":
-                while chunk := await self._exchange.read():
+                while chunk := await self._read():
                     yield chunk
                 return
             if self._encoding not in ("gzip", "x-gzip", "deflate"):
                 raise Lost(Reason.ENCODING, "the answer's content encoding is unknown")
             inflater = Inflater(self._max_response_bytes)
-            while chunk := await self._exchange.read():
+            while chunk := await self._read():
                 for piece in inflater.feed(chunk):
                     yield piece
             inflater.end()
@@ -315,6 +329,11 @@ class AccountReply:
     async def aclose(self) -> None:
         await self._exchange.aclose()
 
+    async def _read(self) -> bytes:
+        chunk = await self._exchange.read()
+        self._received(len(chunk))
+        return chunk
+
     def _broken(self, error: Lost) -> UpstreamBroken:
         return UpstreamBroken(
             f"The upstream {self._upstream} began to answer, and then {error}. It has probably "
@@ -322,3 +341,19 @@ class AccountReply:
             status=504 if error.reason is Reason.BODY_TIMEOUT else 502,
             reason=error.reason,
         )
+
+
+class _Counted:
+    """A body, whose pieces ``sent`` hears of as they are taken."""
+
+    def __init__(self, body: AsyncIterator[bytes], sent: Callable[[int], None]) -> None:
+        self._body = body
+        self._sent = sent
+
+    def __aiter__(self) -> AsyncIterator[bytes]:
+        return self
+
+    async def __anext__(self) -> bytes:
+        piece = await anext(self._body)
+        self._sent(len(piece))
+        return piece

@@ -23,7 +23,7 @@ from gateway.domain.price import Answer, Bound, Confidence, PriceBook, PriceRow
 from gateway.domain.price_tokens import TokenPrice
 from gateway.pricefile import load_prices
 
-ROWS = load_prices(Path(__file__).parents[2] / "config" / "prices.yaml")
+ROWS = load_prices(Path(__file__).parents[2] / "config" / "prices.yaml").rows
 DAY = date(2026, 11, 22)
 LIST = PriceBook(ROWS).of("openai", "openai", DAY)
 PROMPT_BYTES = 40

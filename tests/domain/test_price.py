@@ -27,7 +27,7 @@ from gateway.domain.price_tokens import TokenPrice
 from gateway.pricefile import load_prices
 
 PRICES = Path(__file__).parents[2] / "config" / "prices.yaml"
-ROWS = load_prices(PRICES)
+ROWS = load_prices(PRICES).rows
 TODAY = date(2026, 11, 22)
 LIST = PriceBook(ROWS).of("openai", "openai", TODAY)
 NOTHING = PriceList({})

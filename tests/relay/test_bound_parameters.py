@@ -29,7 +29,7 @@ AUTHOR = PriceRow(
     "openai", "gpt-6", date(2026, 1, 1), "a test",
     TokenPrice(text_in=1_000, text_out=8_000, max_output_tokens=100_000),
 )  # fmt: skip
-BOOK = PriceBook(load_prices(Path(__file__).parents[2] / "config" / "prices.yaml"))
+BOOK = PriceBook(load_prices(Path(__file__).parents[2] / "config" / "prices.yaml").rows)
 LIST = BOOK.of("openai", "openai", date(2026, 11, 22))
 PRICES = PriceList({**LIST.rows, "gpt-6": AUTHOR})
 

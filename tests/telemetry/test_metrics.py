@@ -153,6 +153,7 @@ def test_labels_come_from_closed_sets() -> None:
         "why",
         "to",
         "kind",
+        "folder",
     }
     assert {label for spec in TABLE for label in spec.labels} <= allowed
 
@@ -197,6 +198,16 @@ COMPOSED = {
     "gateway_fds",
     "gateway_connections_refused_total",
     "gateway_loop_lag_seconds",
+    "gateway_upstream_requests_total",
+    "gateway_upstream_first_byte_seconds",
+    "gateway_upstream_bytes_total",
+    "gateway_ledger_seconds",
+    "gateway_prices_compiled_timestamp_seconds",
+    "gateway_model_shutdown_timestamp_seconds",
+    "gateway_disk_free_bytes",
+    "gateway_workers",
+    "gateway_memory_bytes",
+    "gateway_cpu_seconds_total",
 }
 
 
