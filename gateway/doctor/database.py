@@ -68,7 +68,11 @@ async def sqlite(settings: Settings, path: Path, clock: Clock) -> Check:
     try:
         found = await asyncio.to_thread(glance_at_sqlite, path, lambda: clock.monotonic() > ends)
     except StoreError as error:
-        yield topic.fail(str(error), "restore it from a backup: gateway db restore")
+        yield topic.fail(
+            str(error).removeprefix(f"{path} "),
+            "let this user read it and its folder; if it is damaged, restore a backup: gateway db "
+            "restore",
+        )
         return
     for finding in judge_sqlite(topic, found):
         yield finding
@@ -114,7 +118,7 @@ def judge_sqlite(topic: Topic, found: SqliteGlance) -> Iterator[Finding]:
         )
     else:
         yield topic.ok(f"whole and writable; schema {schema.database} is up to date")
-    if found.journal_mode != "wal":
+    if found.journal_mode not in ("wal", ""):
         yield topic.warn(
             f"its journal mode is {found.journal_mode}, not wal",
             "nothing but the gateway should write to it; it sets the mode when it starts",

@@ -12,6 +12,8 @@ from gateway.pricefile import PriceFileError
 from gateway.settings import Settings
 
 SOON_DAYS = 30
+OLD_DAYS = 60
+"""The alert of the same has the same."""
 
 
 async def prices(settings: Settings, today: date) -> Check:
@@ -32,8 +34,26 @@ async def prices(settings: Settings, today: date) -> Check:
             f"{counted(len(settings.catalogue.models) - len(free), 'model')} priced"
             + (f"; booked as nothing: {', '.join(free)} (unpriced: allow)" if free else "")
         )
+    if book.compiled is not None:
+        yield judge_age(settings, book.compiled, today)
     for finding in ending(settings, book, today):
         yield finding
+
+
+def judge_age(settings: Settings, compiled: date, today: date) -> Finding:
+    topic = Topic("prices", "list")
+    said = f"compiled on {compiled}"
+    days = (today - compiled).days
+    if days <= OLD_DAYS:
+        return topic.ok(said)
+    fix = (
+        f"look the prices up again, then the day: {settings.prices.file}"
+        if settings.prices.file
+        else "install a newer release, or write newer rows under prices.rows"
+    )
+    return topic.warn(
+        f"{said}, {days} days ago: what is charged may differ from what is billed", fix
+    )
 
 
 def ending(settings: Settings, book: PriceBook, today: date) -> Iterator[Finding]:

@@ -21,6 +21,7 @@ from gateway.stores.sqlite_file import (
 
 SAFE_LIBRARY = (3, 51, 3)
 """From here on SQLite itself closes the WAL-reset race (money.md 4)."""
+ALONE = "immutable=1"
 STEPS = 20_000
 """Of SQLite's machine, between two looks at the clock."""
 
@@ -30,8 +31,9 @@ _KEYS = f"SELECT {KEY_COLUMNS} FROM key"  # noqa: S608 - names of columns
 
 @dataclass(frozen=True, slots=True)
 class SqliteGlance:
-    """``damage`` is what the quick check found: empty where the file is whole, None where it was
-    not looked through in time. ``keys`` are those that commands made."""
+    """``journal_mode`` is empty where nobody has the file open. ``damage`` is what the quick check
+    found: empty where the file is whole, None where it was not looked through in time. ``keys``
+    are those that commands made."""
 
     schema: Versions
     ours: bool
@@ -44,13 +46,30 @@ class SqliteGlance:
 
 def glance_at_sqlite(path: Path, is_late: Callable[[], bool]) -> SqliteGlance:
     """Blocks until the file is looked through, or ``is_late``. Raises ``StoreError``."""
-    program = len(migrations("sqlite"))
     wal = path.with_name(f"{path.name}-wal")
+    if not wal.exists():
+        # Nobody has it open: then SQLite would make the files of a log, and leave them behind.
+        try:
+            found = _look(path, wal, ALONE, is_late)
+        except StoreError:
+            if not wal.exists():
+                raise
+        else:
+            if not wal.exists():
+                return found
+        # Somebody has opened it meanwhile, and what was read may have changed under our eyes.
+    return _look(path, wal, "mode=ro", is_late)
+
+
+def _look(path: Path, wal: Path, how: str, is_late: Callable[[], bool]) -> SqliteGlance:
+    program = len(migrations("sqlite"))
     try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as db:
             schema = Versions(one_number(db, "PRAGMA user_version"), program)
             ours = one_number(db, "PRAGMA application_id") == APPLICATION_ID
             (mode,) = db.execute("PRAGMA journal_mode").fetchone()
+            if how == ALONE:
+                mode = ""
             wal_bytes = wal.stat().st_size if wal.exists() else 0
             if not ours or schema.database != program:
                 return SqliteGlance(schema, ours, mode, wal_bytes)
