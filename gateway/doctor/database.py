@@ -40,7 +40,8 @@ async def sqlite(settings: Settings, path: Path, clock: Clock) -> Check:
     """The file, from its disk to its rows. It is read only, beside whoever writes it."""
     topic = Topic("database", str(path))
     yield judge_library(sqlite3.sqlite_version_info)
-    kind = kind_of_disk(path.parent)
+    # What a dead disk holds up first is in a thread, so that it holds up nothing else.
+    kind = await asyncio.to_thread(kind_of_disk, path.parent)
     if is_network_disk(kind):
         yield topic.fail(
             f"on a network file system ({kind}), where SQLite loses data",
@@ -132,7 +133,7 @@ def judge_sqlite(topic: Topic, found: SqliteGlance) -> Iterator[Finding]:
 
 async def postgres(settings: Settings, url: str, clock: Clock) -> Check:
     """The server, the role, and the room that there is for gateways."""
-    topic = Topic("database", place(url))
+    topic = Topic("database", place(url).removeprefix("PostgreSQL database "))
     began = clock.monotonic()
     try:
         found = await asyncio.to_thread(glance_at_postgres, url, APPLICATION)

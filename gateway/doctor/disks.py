@@ -35,7 +35,7 @@ async def disks(settings: Settings, clock: Clock) -> Check:
     for kept in kept_in(settings):
         yield await asyncio.to_thread(look, kept, clock)
     database, spool = settings.storage.database, settings.ledger.spool
-    if isinstance(database, Path) and _device(database.parent) == _device(spool):
+    if isinstance(database, Path) and await asyncio.to_thread(_is_one, database.parent, spool):
         yield Topic("disk", "ledger.spool").ok(
             "on the disk of the database: if that fills up, settlements have nowhere to wait"
         )
@@ -130,8 +130,9 @@ def _exists(path: Path) -> bool:
         return False
 
 
-def _device(folder: Path) -> int:
-    return nearest(folder).stat().st_dev
+def _is_one(one: Path, other: Path) -> bool:
+    """Whether two folders are on the same disk."""
+    return nearest(one).stat().st_dev == nearest(other).stat().st_dev
 
 
 def _used_bytes(folder: Path, clock: Clock, ends: float) -> int:

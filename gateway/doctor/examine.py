@@ -28,7 +28,7 @@ from gateway.doctor.upstreams import upstream, webhook
 from gateway.ports import Clock
 from gateway.settings import Settings
 
-DEADLINE_SECONDS = 14.0
+DEADLINE_SECONDS = 12.0
 ORDER = (
     "versions", "config", "secrets", "database", "redis", "disk", "machine", "clock", "upstream",
     "models", "prices", "time-outs", "doors", "webhook", "keys", "teams",

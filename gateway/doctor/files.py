@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from collections.abc import Iterator
@@ -40,8 +41,7 @@ async def configuration(settings: Settings) -> Check:
 
 async def readers(settings: Settings) -> Check:
     """Who may read the files that hold secrets, and who may change the configuration."""
-    secrets = [one for one in secrets_of(settings) if len(one) >= SHORT]
-    holding = [path for path in _files(settings) if _holds(path, secrets)]
+    holding = await asyncio.to_thread(_holding, settings)
     open_to_all = [path for path in holding if _mode(path) & stat.S_IROTH]
     for path in open_to_all:
         # A secret that Kubernetes or swarm mounts is in memory, and of one container alone.
@@ -74,8 +74,8 @@ async def pepper(settings: Settings) -> Check:
         return
     path = database.parent / PEPPER_FILE
     try:
-        if path.exists() or keys_in(database):
-            read_peppers(settings)
+        if await asyncio.to_thread(lambda: path.exists() or keys_in(database) > 0):
+            await asyncio.to_thread(read_peppers, settings)
             yield topic.ok(f"{path} is readable; it belongs into every backup")
         else:
             yield topic.ok(f"{path} is made by the first start")
@@ -186,6 +186,12 @@ def _parts(secret: str) -> Iterator[str]:
                     yield part
             if parts.scheme.startswith("http") and len(parts.path) > SHORT:
                 yield parts.path
+
+
+def _holding(settings: Settings) -> list[Path]:
+    """The files that hold a secret."""
+    secrets = [one for one in secrets_of(settings) if len(one) >= SHORT]
+    return [path for path in _files(settings) if _holds(path, secrets)]
 
 
 def _files(settings: Settings) -> list[Path]:

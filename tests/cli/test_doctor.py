@@ -23,8 +23,10 @@ from urllib.parse import urlsplit
 import psycopg
 import pytest
 import trustme
+from click.testing import CliRunner
 
 from gateway.assembly import PEPPER_FILE, open_store
+from gateway.cli import main
 from gateway.clock import SystemClock
 from gateway.doctor import examine as table
 from gateway.doctor import upstreams
@@ -157,6 +159,13 @@ def test_exit_codes(say: Say, tmp_path: Path, sandbox: SandboxServer) -> None:
     assert said.exit_code == 2
     assert "did you mean" in said.stderr
     assert say("doctor", "--config", tmp_path / "none.yaml").exit_code == 2
+
+
+def test_colours_on_a_terminal(tmp_path: Path, sandbox: SandboxServer) -> None:
+    config = config_of(tmp_path, sandbox.base_url, {})
+    asked = ["doctor", "--offline", "--config", str(config)]
+    said = CliRunner().invoke(main, asked, color=True)
+    assert "\x1b[32mok     \x1b[0m  prices: " in said.stdout
 
 
 def test_the_file_that_ships(say: Say) -> None:
@@ -607,7 +616,7 @@ async def test_a_replica_and_a_user_without_scripts(
 async def test_a_new_postgres(tmp_path: Path, sandbox: SandboxServer) -> None:
     storage = {"database": server().fresh_database(), "pepper": PEPPER}
     said = await look_at(tmp_path, sandbox.base_url, {"storage": storage})
-    found = [one.says for one in said.of("database", "PostgreSQL")]
+    found = [one.says for one in said.of("database", " at 127.0.0.1:")]
     assert "is up to date, a row could be written (and was rolled back)" in found[0]
     assert "fsync or full_page_writes is off" in said.the(WARN, "database").says, "the tests' own"
     assert any(one.startswith("room for ") for one in found)
