@@ -41,6 +41,11 @@ ROOMS = {
         "domain", "notify", "ports", "pricefile", "relay", "settings", "stores", "telemetry",
         "upstream", "yamlfile",
     },
+    # It looks at what the parts need, each by itself: so it sits beside them, above the stores.
+    "doctor": {
+        "assembly", "descriptors", "domain", "ports", "pricefile", "relay", "settings", "stores",
+        "upstream", "yamlfile",
+    },
     "swap": {
         "assembly", "domain", "filewatch", "ports", "pricefile", "relay", "reload", "reports",
         "sandbox", "settings", "telemetry", "upstream",
@@ -51,8 +56,9 @@ ROOMS = {
         "watchdog",
     },
     "cli": {
-        "app", "assembly", "clock", "domain", "filewatch", "healthcheck", "ports", "pricefile",
-        "reload", "reports", "sandbox", "server", "settings", "stores", "supervisor", "telemetry",
+        "app", "assembly", "clock", "doctor", "domain", "filewatch", "healthcheck", "ports",
+        "pricefile", "reload", "reports", "sandbox", "server", "settings", "stores", "supervisor",
+        "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -7,6 +7,7 @@ import click
 from gateway.cli.check import check
 from gateway.cli.db import db
 from gateway.cli.demo import demo
+from gateway.cli.doctor import doctor
 from gateway.cli.export import export
 from gateway.cli.health import health
 from gateway.cli.keys import key
@@ -27,6 +28,7 @@ def main() -> None:
 for _command in (
     serve,
     check,
+    doctor,
     health,
     demo,
     sandbox,

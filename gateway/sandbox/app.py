@@ -189,14 +189,25 @@ class _Exchange:
                 f"Not allowed to {method} on {path}.", code="method_not_supported", status=405
             )
         elif path == "/v1/models" and method == "GET":
-            rows: list[Json] = [row.as_json() for row in served(self._sandbox.clock.now())]
-            await self._json(200, {"object": "list", "data": rows})
+            await self._models()
         elif path.startswith("/v1/models/") and method == "GET":
             await self._model(path.removeprefix("/v1/models/"))
         elif path == costs.PATH and method == "GET":
             await self._costs()
         else:
             raise Refused(f"Invalid URL ({method} {path})", code="unknown_url", status=404)
+
+    async def _models(self) -> None:
+        """Its rules match its path and the key."""
+        token = (self._record.header("authorization") or "").partition(" ")[2]
+        self._rule = self._sandbox.rules.take(self._record.path, "", "", token)
+        self.wire = self._new_wire()
+        await self._linger()
+        if self._rule.refuses:
+            await self._fault()
+            return
+        rows: list[Json] = [row.as_json() for row in served(self._sandbox.clock.now())]
+        await self._json(200, {"object": "list", "data": rows})
 
     async def _model(self, name: str) -> None:
         row = find(name, self._sandbox.clock.now())

@@ -29,7 +29,11 @@ def versions(url: str) -> Versions:
     """Raises ``StoreError`` where the database cannot be reached."""
     link = connect_at_start(url, read_only=True)
     with link:
-        return Versions(_version(link), len(migrations("postgres")))
+        return schema_of(link)
+
+
+def schema_of(link: Link) -> Versions:
+    return Versions(_version(link), len(migrations("postgres")))
 
 
 def upgrade(url: str) -> Versions:
@@ -58,7 +62,7 @@ def upgrade(url: str) -> Versions:
 
 def refuse_other(link: Link, url: str) -> None:
     """Raises ``StoreError`` unless the schema is the one that this program knows."""
-    found = Versions(_version(link), len(migrations("postgres")))
+    found = schema_of(link)
     refuse_newer(found, url)
     if found.upgrade_needed:
         raise StoreError(

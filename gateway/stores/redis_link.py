@@ -431,7 +431,7 @@ class Link:
 
     def _failed(self, key: str, breaker: Breaker, reason: Reason, error: BaseException) -> None:
         self._tell(reason, error)
-        breaker.failed(reason, at_once=reason is Reason.TIMEOUT or _is_refused(error))
+        breaker.failed(reason, at_once=reason is Reason.TIMEOUT or is_refused(error))
         if not breaker.probed and not self._closed:
             breaker.probed = True
             prober = asyncio.create_task(self._probe(key, breaker))
@@ -516,7 +516,7 @@ async def _translated(command: Callable[[], Awaitable[T]]) -> T:
         reason, name = _reason(error), type(error).__name__
         if isinstance(error, ResponseError) and not isinstance(error, _NOT_SERVING):
             raise StoreRefused(name, reason) from error
-        raise StoreAway(name, reason, asked=not _is_refused(error)) from error
+        raise StoreAway(name, reason, asked=not is_refused(error)) from error
 
 
 _NOT_SERVING = (ClusterDownError, MasterDownError)
@@ -542,7 +542,7 @@ def _reason(error: BaseException) -> Reason:
     return next((reason for kind, reason in _REASONS if isinstance(error, kind)), Reason.CONNECTION)
 
 
-def _is_refused(error: BaseException) -> bool:
+def is_refused(error: BaseException) -> bool:
     """Nobody listens there: another try would find nobody either."""
     seen: BaseException | None = error
     while seen is not None:
@@ -557,9 +557,16 @@ async def eviction_policy(client: Client) -> str | None:
 
     From INFO, because a managed Redis forbids CONFIG. None where it does not say.
     """
-    options = {"target_nodes": "primaries"} if isinstance(client, _Clustered) else {}
+    options, _ = on_every_master(client)
     said = await client.execute_command("INFO", "memory", **options)
     while isinstance(said, dict) and said and "maxmemory_policy" not in said:
         said = next(iter(said.values()))
     policy = said.get("maxmemory_policy") if isinstance(said, dict) else None
     return str(policy) if policy else None
+
+
+def on_every_master(client: Client) -> tuple[dict[str, str], dict[str, str]]:
+    """The options of a command that every master, and of one that any of them, is asked."""
+    if isinstance(client, _Clustered):
+        return {"target_nodes": "primaries"}, {"target_nodes": "random"}
+    return {}, {}

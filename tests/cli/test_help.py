@@ -43,6 +43,7 @@ def test_these_are_the_commands() -> None:
         "db status",
         "db upgrade",
         "demo",
+        "doctor",
         "export",
         "export focus",
         "health",

@@ -8,7 +8,14 @@ import time
 
 import httpx
 import pytest
-from openai import APIConnectionError, APIError, InternalServerError, OpenAI, RateLimitError
+from openai import (
+    APIConnectionError,
+    APIError,
+    AuthenticationError,
+    InternalServerError,
+    OpenAI,
+    RateLimitError,
+)
 
 from gateway.domain.call import Json
 from gateway.sandbox.app import create_sandbox
@@ -34,6 +41,15 @@ def read(http: httpx.Client, **fields: Json) -> tuple[bytes, bool]:
         except httpx.RemoteProtocolError:
             return got, False
     return got, True
+
+
+def test_a_key_that_may_not_list_models(server: SandboxServer, sdk: OpenAI) -> None:
+    server.rules.add(Rule(path="/models", key=sdk.api_key, times=1, status=401))
+    with pytest.raises(AuthenticationError):
+        sdk.models.list()
+    assert FLARE in {model.id for model in sdk.models.list()}
+    server.rules.add(Rule(path="/models", key="another", status=401))
+    assert sdk.models.list().data
 
 
 def test_a_rate_limit_twice(server: SandboxServer, sdk: OpenAI) -> None:

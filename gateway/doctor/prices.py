@@ -1,0 +1,100 @@
+"""Prices: every model has one today, and no model ends soon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import date
+
+from gateway.assembly import price_book, unpriced_models
+from gateway.doctor.finding import Check, Finding, Topic, counted
+from gateway.domain.price import PriceBook
+from gateway.pricefile import PriceFileError
+from gateway.settings import Settings
+
+SOON_DAYS = 30
+OLD_DAYS = 60
+"""The alert of the same has the same."""
+
+
+async def prices(settings: Settings, today: date) -> Check:
+    topic = Topic("prices")
+    try:
+        book = price_book(settings)
+    except PriceFileError as error:
+        for mistake in error.mistakes:
+            yield topic.fail(mistake, "mend that line: gateway check says the same")
+        return
+    missing = unpriced_models(settings, book, today)
+    for mistake in missing:
+        says, _, fix = mistake.partition(". ")
+        yield topic.fail(says, fix)
+    if not missing:
+        free = _without_price(settings, book, today)
+        yield topic.ok(
+            f"{counted(len(settings.catalogue.models) - len(free), 'model')} priced"
+            + (f"; booked as nothing: {', '.join(free)} (unpriced: allow)" if free else "")
+        )
+    if book.compiled is not None:
+        yield judge_age(settings, book.compiled, today)
+    for finding in ending(settings, book, today):
+        yield finding
+
+
+def judge_age(settings: Settings, compiled: date, today: date) -> Finding:
+    topic = Topic("prices", "list")
+    said = f"compiled on {compiled}"
+    days = (today - compiled).days
+    if days <= OLD_DAYS:
+        return topic.ok(said)
+    fix = (
+        f"look the prices up again, then the day: {settings.prices.file}"
+        if settings.prices.file
+        else "install a newer release, or write newer rows under prices.rows"
+    )
+    return topic.warn(
+        f"{said}, {days} days ago: what is charged may differ from what is billed", fix
+    )
+
+
+def ending(settings: Settings, book: PriceBook, today: date) -> Iterator[Finding]:
+    """Models that their provider stops serving, as the price list knows it."""
+    for model in settings.catalogue.models.values():
+        for target in model.targets:
+            upstream = settings.upstreams[target.upstream]
+            row = book.of(upstream.name, upstream.prices, today).find(target.model)
+            if row is None or row.shuts_down is None:
+                continue
+            found = ends(model.name, target.model, upstream.name, row.shuts_down, today)
+            if found is not None:
+                yield found
+
+
+def ends(model: str, there: str, upstream: str, day: date, today: date) -> Finding | None:
+    topic = Topic("models", model)
+    name = f"{there} at {upstream}" if there != model else f"it at {upstream}"
+    left = (day - today).days
+    fix = (
+        f"route models.{model} to another one ({{upstream: {upstream}, model: ...}}), and tell who "
+        "calls it"
+    )
+    if left <= 0:
+        return topic.fail(f"its provider has stopped serving {name} on {day}", fix)
+    if left <= SOON_DAYS:
+        return topic.warn(
+            f"its provider stops serving {name} on {day}, in {counted(left, 'day')}", fix
+        )
+    return None
+
+
+def _without_price(settings: Settings, book: PriceBook, today: date) -> list[str]:
+    return [
+        model.name
+        for model in settings.catalogue.models.values()
+        if any(
+            book.of(target.upstream, settings.upstreams[target.upstream].prices, today).find(
+                target.model
+            )
+            is None
+            for target in model.targets
+        )
+    ]

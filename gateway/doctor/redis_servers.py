@@ -1,0 +1,157 @@
+"""Redis: what limits and pictures are shared by, each with needs of its own."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator
+
+from gateway.doctor.clocks import compared
+from gateway.doctor.finding import Check, Finding, Topic, sized
+from gateway.ports import Clock
+from gateway.settings import Secret, Settings
+from gateway.stores.redis_glance import RedisAway, RedisGlance, RedisNode, glance_at_redis, host_of
+from gateway.stores.redis_link import same_server
+
+OLDEST = 7
+SLOW_SECONDS = 0.02
+FULL = 0.9
+ANSWER_SECONDS = 2.5
+
+
+async def limits(settings: Settings, clock: Clock) -> Check:
+    """The Redis of ``storage.redis``."""
+    url = settings.storage.redis
+    if url is None:
+        processes = settings.server.replicas * settings.server.workers
+        yield Topic("redis", "storage.redis").ok(
+            "not set: one process needs none"
+            if processes == 1
+            else f"not set: each of {processes} processes keeps its share of the limits"
+        )
+        return
+    async for finding in _server("storage.redis", url, clock, for_limits=True):
+        yield finding
+    cache = settings.cache.redis
+    wanted = settings.cache.enabled or settings.results.enabled
+    if wanted and (cache is None or same_server(cache.reveal(), url.reveal())):
+        yield Topic("redis", "storage.redis").warn(
+            "holds the pictures too: when they fill it, limits are not kept any more",
+            "give pictures a Redis of their own that may evict: cache.redis",
+        )
+
+
+async def pictures(settings: Settings, clock: Clock) -> Check:
+    """The Redis of ``cache.redis``, where it is another one."""
+    url, state = settings.cache.redis, settings.storage.redis
+    if url is None or (state is not None and same_server(url.reveal(), state.reveal())):
+        return
+    async for finding in _server("cache.redis", url, clock, for_limits=False):
+        yield finding
+
+
+async def _server(setting: str, url: Secret, clock: Clock, *, for_limits: bool) -> Check:
+    topic = Topic("redis", setting)
+    host = host_of(url.reveal())
+    try:
+        found = await glance_at_redis(url.reveal(), ANSWER_SECONDS)
+    except RedisAway as error:
+        without = (
+            "storage.without_redis says what holds meanwhile"
+            if for_limits
+            else "pictures are bought again meanwhile"
+        )
+        yield topic.fail(
+            f"{host} does not answer: {error}",
+            f"start it, or mend {setting} ({without})",
+        )
+        return
+    if found.seconds > SLOW_SECONDS:
+        yield topic.warn(
+            f"{host} takes {found.seconds * 1000:.0f} ms to answer: every request waits for it",
+            "move it closer to the gateway",
+        )
+    yield topic.ok(
+        f"{host} is {found.nodes[0].called}"
+        f"{f', {len(found.nodes)} masters' if len(found.nodes) > 1 else ''}, "
+        f"{found.seconds * 1000:.1f} ms away"
+    )
+    for finding in judge(topic, url.reveal(), found, for_limits=for_limits):
+        yield finding
+    yield compared(setting, found.now, clock.now(), found.seconds)
+
+
+def judge(topic: Topic, url: str, found: RedisGlance, *, for_limits: bool) -> Iterator[Finding]:
+    if found.script_error:
+        yield topic.fail(
+            f"runs no script: {found.script_error}",
+            "allow its user EVAL and EVALSHA (ACL SETUSER name +@scripting), keys gw*",
+        )
+    for node in found.nodes:
+        yield from _judge_node(topic, url, node, for_limits=for_limits)
+    if not url.startswith("rediss") and _is_public(host_of(url)):
+        yield topic.warn(
+            "is asked over a public network without encryption", "use rediss:// and a password"
+        )
+
+
+def _judge_node(topic: Topic, url: str, node: RedisNode, *, for_limits: bool) -> Iterator[Finding]:
+    name = f"{node.name}: " if node.name else ""
+    if node.product == "Redis" and node.version < (OLDEST,):
+        yield topic.fail(
+            f"{name}{node.called} is too old", f"use Redis {OLDEST} or newer, or Valkey"
+        )
+    if node.clustered and "+cluster" not in url.partition("://")[0]:
+        yield topic.fail(
+            f"{name}is part of a cluster, and is asked as if it were alone",
+            "write redis+cluster:// (rediss+cluster:// with TLS)",
+        )
+    if node.role != "master":
+        yield topic.fail(
+            f"{name}is a replica: nothing can be written there",
+            "name the master, or use redis+sentinel://",
+        )
+    if node.refuses_writes:
+        yield topic.fail(
+            f"{name}its last save to disk failed, so that it refuses to be written",
+            "make room on its disk, or switch its persistence off: limits need none",
+        )
+    evicts = node.policy not in ("", "noeviction")
+    if for_limits and evicts:
+        yield topic.warn(
+            f"{name}maxmemory-policy is {node.policy}: when it is full, limits are forgotten",
+            "CONFIG SET maxmemory-policy noeviction, and the same in its redis.conf",
+        )
+    if for_limits and node.policy == "noeviction":
+        yield topic.ok(f"{name}maxmemory-policy is noeviction")
+    if not for_limits and not node.max_bytes:
+        yield topic.warn(
+            f"{name}maxmemory is not set: pictures fill its machine",
+            "CONFIG SET maxmemory 4gb and maxmemory-policy allkeys-lru, and the same in its "
+            "redis.conf",
+        )
+    elif not for_limits and not evicts:
+        yield topic.warn(
+            f"{name}maxmemory-policy is {node.policy or 'unknown'}: once full, no picture is kept",
+            "CONFIG SET maxmemory-policy allkeys-lru, and the same in its redis.conf",
+        )
+    elif not for_limits:
+        yield topic.ok(f"{name}at most {sized(node.max_bytes)}, then {node.policy}")
+    if node.max_bytes and node.used_bytes > FULL * node.max_bytes and not evicts:
+        yield topic.warn(
+            f"{name}{sized(node.used_bytes)} of {sized(node.max_bytes)} are used",
+            "raise maxmemory, or take something else out of it",
+        )
+    if node.persistent and not for_limits:
+        yield topic.ok(
+            f"{name}writes pictures to its disk too (appendonly): the cache needs it not"
+        )
+
+
+def _is_public(hosts: str) -> bool:
+    for host in hosts.split(","):
+        try:
+            if ipaddress.ip_address(host.rpartition(":")[0].strip("[]") or host).is_global:
+                return True
+        except ValueError:
+            continue
+    return False
