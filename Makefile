@@ -41,7 +41,7 @@ LOCK = $(IN_VENV) -m uv pip compile --generate-hashes --no-emit-index-url --univ
 .PHONY: help
 help: ## Print this list.
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '%-16s%s\n' "$$name" "$$text"; done
+		printf '%-18s%s\n' "$$name" "$$text"; done
 
 .PHONY: run
 run: $(DEMO) ## Start a gateway and show a picture coming back (UPSTREAM=openai: the real one behind it).
