@@ -46,7 +46,8 @@ ROOMS = {
     },
     "app": {
         "api", "assembly", "clock", "descriptors", "domain", "housekeeping", "machine", "ports",
-        "relay", "reload", "reports", "settings", "stores", "swap", "telemetry", "upstream", "watchdog",
+        "relay", "reload", "reports", "settings", "stores", "swap", "telemetry", "upstream",
+        "watchdog",
     },
     "cli": {
         "app", "assembly", "clock", "domain", "filewatch", "ports", "pricefile", "reload",

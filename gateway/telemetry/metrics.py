@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import prometheus_client
@@ -56,195 +57,297 @@ class Spec:
     mode: Mode = "livemostrecent"
 
 
-TABLE = (
-    Spec("gateway_requests_total", Kind.COUNTER,
-         ("team", "model", "endpoint", "status", "cache"),
-         "Requests answered, by class of status (2xx, 4xx, 5xx) and result of the cache."),
-    Spec("gateway_requests_rejected_total", Kind.COUNTER, ("endpoint", "reason"),
-         "Requests that were refused or failed, by reason."),
-    Spec("gateway_quota_rejections_total", Kind.COUNTER, ("team", "limit"),
-         "Requests refused by a limit or a budget of the team or of its key."),
-    Spec("gateway_request_duration_seconds", Kind.HISTOGRAM, ("model", "endpoint"),
-         "From the request's first byte to the answer's last."),
-    Spec("gateway_team_request_seconds_total", Kind.COUNTER, ("team", "model", "endpoint"),
-         "Seconds that a team's answered requests took; over gateway_requests_total: its mean."),
-    Spec("gateway_upstream_duration_seconds", Kind.HISTOGRAM, ("model", "endpoint", "upstream"),
-         "From the first byte sent upstream to the last byte back."),
-    Spec("gateway_first_image_seconds", Kind.HISTOGRAM, ("model", "endpoint"),
-         "From the first byte sent upstream to the first picture of a stream, partial or whole."),
-    Spec("gateway_overhead_seconds", Kind.HISTOGRAM, ("endpoint",),
-         "What the gateway itself added: duration less upstream, queue, and reading of the body.",
-         SMALL_SECONDS),
-    Spec("gateway_reserve_seconds", Kind.HISTOGRAM, (), "Plan, gate and ledger before a call.",
-         SMALL_SECONDS),
-    Spec("gateway_settle_seconds", Kind.HISTOGRAM, (), "The settlement after a call.",
-         SMALL_SECONDS),
-    Spec("gateway_images_total", Kind.COUNTER, ("team", "model", "endpoint", "cache"),
-         "Pictures delivered."),
-    Spec("gateway_tokens_total", Kind.COUNTER, ("team", "model", "direction", "modality"),
-         "Tokens billed by the upstream."),
-    Spec("gateway_spend_usd_total", Kind.COUNTER, ("team", "model", "endpoint"),
-         "Dollars booked. The ledger is exact; this is for dashboards."),
-    Spec("gateway_spend_avoided_usd_total", Kind.COUNTER, ("team", "model", "endpoint"),
-         "Dollars that answers from the cache, or of other requests, had cost when bought."),
-    Spec("gateway_spend_estimated_usd_total", Kind.COUNTER, ("model",),
-         "Dollars booked without a usage from the upstream."),
-    Spec("gateway_budget_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
-         "The hard budget of a team.", mode="scraped"),
-    Spec("gateway_budget_soft_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
-         "The soft budget of a team.", mode="scraped"),
-    Spec("gateway_budget_spent_usd", Kind.GAUGE, ("scope", "owner", "window"),
-         "What is posted against a team's account in the running period.", mode="scraped"),
-    Spec("gateway_budget_reserved_usd", Kind.GAUGE, ("scope", "owner", "window"),
-         "What running calls hold of a team's account in the running period.", mode="scraped"),
-    Spec("gateway_budget_reset_timestamp_seconds", Kind.GAUGE, ("scope", "owner", "window"),
-         "When the running period ends, as a Unix time.", mode="scraped"),
-    Spec("gateway_budget_notices_total", Kind.COUNTER, ("team", "mark"),
-         "Budgets of a team or its keys seen to be used up to a mark, hard or soft, in percent."),
-    Spec("gateway_webhook_total", Kind.COUNTER, ("outcome",),
-         "Messages to the webhook: delivered, or failed after all tries; those are told again."),
-    Spec("gateway_inflight_requests", Kind.GAUGE, (), "Calls that are with an upstream now.",
-         mode="livesum"),
-    Spec("gateway_inflight_upstream_requests", Kind.GAUGE, ("upstream",),
-         "Calls that have a place at an upstream now.", mode="livesum"),
-    Spec("gateway_queued_requests", Kind.GAUGE, (), "Calls that wait for a place.",
-         mode="livesum"),
-    Spec("gateway_queue_seconds", Kind.HISTOGRAM, (),
-         "What a call waited for a place in the process and at its upstream.", SMALL_SECONDS),
-    Spec("gateway_upstream_pool_wait_seconds", Kind.HISTOGRAM, ("upstream",),
-         "What a call waited for one of its upstream's connections to be free.", SMALL_SECONDS),
-    Spec("gateway_fds", Kind.GAUGE, ("kind",),
-         "File descriptors: those that are open, and the limit of a process.",
-         mode="livesum"),
-    Spec("gateway_connections_refused_total", Kind.COUNTER, (),
-         "Connections that were refused because server.max_connections were open."),
-    Spec("gateway_loop_lag_seconds", Kind.HISTOGRAM, (),
-         "By how much the event loop was late for its watchdog, four times a second.",
-         LAG_SECONDS),
-    Spec("gateway_inflight_bytes", Kind.GAUGE, ("where",),
-         "Bytes of bodies and answers held now, in memory and in spool files.", mode="livesum"),
-    Spec("gateway_cache_total", Kind.COUNTER, ("result",),
-         "Looks into the cache: hit, miss, or off; or join, the answer of another request."),
-    Spec("gateway_cache_bytes", Kind.GAUGE, ("where",),
-         "Bytes of answers kept by this process: in memory, and on disk where it is the cache.",
-         mode="livesum"),
-    Spec("gateway_cache_errors_total", Kind.COUNTER, ("operation",),
-         "Operations of the cache that failed; each was a miss."),
-    Spec("gateway_results_total", Kind.COUNTER, ("outcome",),
-         "Results asked for by request id: ready, running, gone, unknown, unknown_outcome (the "
-         "call's, not the answer's), or failed."),
-    Spec("gateway_results_bytes", Kind.GAUGE, ("where",),
-         "Bytes of results kept by this process on disk, where they are there.", mode="livesum"),
-    Spec("gateway_results_errors_total", Kind.COUNTER, ("operation",),
-         "Operations of the store of results that failed; that result may be lost."),
-    Spec("gateway_result_news_total", Kind.COUNTER, ("outcome",),
-         "Messages of asynchronous requests that are over: delivered, or abandoned."),
-    Spec("gateway_result_news_waiting", Kind.GAUGE, (),
-         "Such messages that the webhook has not taken yet.", mode="livesum"),
-    Spec("gateway_response_bytes_total", Kind.COUNTER, ("endpoint",),
-         "Bytes of answers sent to clients."),
-    Spec("gateway_upstream_requests_total", Kind.COUNTER, ("upstream", "status"),
-         "Calls sent to an upstream, by class of its answer: 2xx, 4xx, 429 apart from them, 5xx, "
-         "other, or none. Each attempt counts, also one that another made good."),
-    Spec("gateway_upstream_first_byte_seconds", Kind.HISTOGRAM, ("upstream",),
-         "From the beginning of an attempt to the head of its answer, whatever that was; the "
-         "first byte of a stream's pictures comes later."),
-    Spec("gateway_upstream_bytes_total", Kind.COUNTER, ("upstream", "direction"),
-         "Bytes of bodies sent to an upstream, and received from it."),
-    Spec("gateway_upstream_errors_total", Kind.COUNTER, ("upstream", "class"),
-         "Attempts that an upstream refused or broke, also those that another one made good."),
-    Spec("gateway_upstream_key_disabled", Kind.GAUGE, ("upstream", "key", "why"),
-         "1 while an upstream's key is left alone because it was refused: auth, billing, or "
-         "forbidden (for a model). Keys are numbered in the order of the file.", mode="livemax"),
-    Spec("gateway_upstream_circuit_state", Kind.GAUGE, ("upstream", "key"),
-         "The breaker of an upstream's key: 0 closed, 1 half-open, 2 open.", mode="livemax"),
-    Spec("gateway_upstream_cooldowns_total", Kind.COUNTER, ("upstream",),
-         "Times an upstream asked to be left alone by one of its keys (429)."),
-    Spec("gateway_upstream_retries_total", Kind.COUNTER, ("upstream", "outcome"),
-         "Times an upstream that had failed was asked again: answered or failed; or was not, "
-         "because it has had its share: no_budget."),
-    Spec("gateway_fallbacks_total", Kind.COUNTER, ("model", "to"),
-         "Times a configured model was asked in place of another one."),
-    Spec("gateway_usage_missing_total", Kind.COUNTER, ("model",),
-         "Answers without a usage, booked at their bound."),
-    Spec("gateway_usage_invalid_total", Kind.COUNTER, ("model",),
-         "Answers whose usage cannot be true, booked at their bound."),
-    Spec("gateway_unpriced_requests_total", Kind.COUNTER, ("model",),
-         "Calls to models without a price, allowed by the operator."),
-    Spec("gateway_ledger_underestimate_total", Kind.COUNTER, ("model",),
-         "Calls that cost more than their bound."),
-    Spec("gateway_ledger_underestimate_nanousd_total", Kind.COUNTER, ("model",),
-         "Nano-dollars by which calls cost more than their bound."),
-    Spec("gateway_bound_ratio", Kind.HISTOGRAM, ("model",),
-         "What a call cost over its bound before any factor, by the model served.", RATIOS),
-    Spec("gateway_bound_factor", Kind.GAUGE, ("upstream", "model"),
-         "By what the bounds of a model served are raised; above 1 it was seen to cost more.",
-         mode="scraped"),
-    Spec("gateway_bound_soft_total", Kind.COUNTER, ("model",),
-         "Calls whose bound may be passed: the provider does not publish enough to be sure."),
-    Spec("gateway_ledger_seconds", Kind.HISTOGRAM, ("operation",),
-         "One transaction of the ledger as a call waited for it, also where it failed: reserve, "
-         "reroute, or settle.", SMALL_SECONDS),
-    Spec("gateway_ledger_unresolved_usd", Kind.GAUGE, (),
-         "Dollars posted at the bound because the outcome is unknown.", mode="scraped"),
-    Spec("gateway_ledger_open_holds", Kind.GAUGE, (), "Reservations that have not ended.",
-         mode="scraped"),
-    Spec("gateway_ledger_unposted_total", Kind.COUNTER, (),
-         "Answers that went out before the ledger had taken their settlement."),
-    Spec("gateway_settlements_waiting", Kind.GAUGE, (),
-         "Settlements that the ledger has not taken yet; they are tried for ever.",
-         mode="livesum"),
-    Spec("gateway_ledger_oldest_hold_seconds", Kind.GAUGE, (),
-         "Age of the open hold whose lease ends first; 0 where none is open.", mode="scraped"),
-    Spec("gateway_client_gone_total", Kind.COUNTER, ("stage",),
-         "Clients that left, by stage: upload, queued, reserved, upstream, response, stalled, "
-         "broken."),
-    Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
-         "Pictures bought whose client had left; it may have come back for them."),
-    Spec("gateway_gate_degraded", Kind.GAUGE, (),
-         "1 while the shared gate is away, and storage.without_redis says what holds."),
-    Spec("gateway_gate_seconds", Kind.HISTOGRAM, (),
-         "What a request waited for the shared gate, or for it not to answer.", SMALL_SECONDS),
-    Spec("gateway_gate_errors_total", Kind.COUNTER, ("reason",),
-         "Commands that the shared gate did not serve, by reason."),
-    Spec("gateway_gate_restarts_total", Kind.COUNTER, (),
-         "Times the shared gate had forgotten what it counted, and limits began anew."),
-    Spec("gateway_flight_board_errors_total", Kind.COUNTER, ("reason",),
-         "Commands that the shared board of flights did not serve, by reason."),
-    Spec("gateway_flight_joins_total", Kind.COUNTER, ("endpoint",),
-         "Requests answered by a flight that another request had launched."),
-    Spec("gateway_flight_takeovers_total", Kind.COUNTER, (),
-         "Purchases made again because the process that made the first one was gone "
-         "(relay.on_unknown: repeat)."),
-    Spec("gateway_flight_unjoined_retries_total", Kind.COUNTER, (),
-         "Retries of an SDK that found no flight, and bought: some for the second time, where "
-         "Redis was away."),
-    Spec("gateway_clock_skew_seconds", Kind.GAUGE, (),
-         "By how much this machine's clock is ahead of the database's.", mode="scraped"),
-    Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers.",
-         mode="scraped"),
-    Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
-         "Times a team was counted as `other` because there are too many teams for labels."),
-    Spec("gateway_config_reload_failed", Kind.GAUGE, (),
-         "1 where the configuration could not be read again at the last try: nothing changed."),
-    Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
-         "Times the configuration was read again while running: applied, refused, or postponed."),
-    Spec("gateway_prices_compiled_timestamp_seconds", Kind.GAUGE, (),
-         "The day on which the price table was compiled, as a Unix time; absent where a price file "
-         "does not say it.", mode="scraped"),
-    Spec("gateway_model_shutdown_timestamp_seconds", Kind.GAUGE, ("model", "upstream"),
-         "When the provider stops serving a configured model, as a Unix time; only where the "
-         "price table knows it.", mode="scraped"),
-    Spec("gateway_disk_free_bytes", Kind.GAUGE, ("folder",),
-         "Bytes that may still be written: beside the database (SQLite), the blobs, and the "
-         "settlements that wait.", mode="scraped"),
-    Spec("gateway_workers", Kind.GAUGE, (), "Processes that serve.", mode="livesum"),
-    Spec("gateway_memory_bytes", Kind.GAUGE, (), "Resident memory of the processes that serve.",
-         mode="livesum"),
-    Spec("gateway_cpu_seconds_total", Kind.COUNTER, (),
-         "Processor time of the processes that serve, and of those that did."),
-    Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1.", mode="scraped"),
-)  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What a label says, and its values where they are a list of this gateway's own."""
+
+    help: str
+    values: tuple[str, ...] = ()
+
+
+LABELS: Mapping[str, Label] = MappingProxyType({
+    "team": Label(f"the team's name; `none` where nobody is known; `{OTHER}` for every team beyond "
+                  f"the first {MAX_TEAMS} that a process saw"),
+    "owner": Label("the team's name"),
+    "model": Label("the configured name; `none` where it is not known; "
+                   f"`{OTHER}` behind the wildcard"),
+    "to": Label("the configured name of the model that was asked instead"),
+    "upstream": Label("the configured name"),
+    "key": Label("the number of the upstream's key; `-` where it needs none"),
+    "endpoint": Label("", ("generation", "edit", "estimate")),
+    "cache": Label("", ("hit", "miss", "off", "join")),
+    "result": Label("", ("hit", "miss", "off", "join")),
+    "modality": Label("", ("text", "image", "cached_text", "cached_image")),
+    "quality": Label("", ("low", "medium", "high", "xhigh", "max", "standard", "hd", "auto",
+                          "none", OTHER)),
+    "limit": Label("what refused: `insufficient_quota` is a budget", (
+        "requests_per_minute", "images_per_minute", "concurrent_requests", "insufficient_quota")),
+    "scope": Label("", ("team",)),
+    "window": Label("", ("day", "week", "month", "total")),
+    "mark": Label("`budget` or `soft_budget`, and the percentage: `budget:80`"),
+    "kind": Label("", ("open", "limit")),
+    "where": Label("", ("memory", "disk")),
+    "folder": Label("`database` with SQLite alone", ("database", "blobs", "settlements")),
+    "stage": Label("", ("upload", "queued", "reserved", "upstream", "response", "stalled",
+                        "broken")),
+    "class": Label("how the attempt failed", (
+        "dns", "connect", "connect_timeout", "tls", "pool", "write", "write_timeout", "disconnect",
+        "read_timeout", "protocol", "truncated", "body_timeout", "too_large", "encoding", "edge",
+        "redirect", "sse", "moderation", "4xx", "429", "5xx", "auth", "account", "200_error",
+        "bad_answer")),
+    "why": Label("", ("auth", "forbidden", "billing")),
+    "name": Label("", ("ledger", "directory", "redis", "cache")),
+    "version": Label("the release of the gateway"),
+    "gateway_requests_total.status": Label("", ("2xx", "4xx", "5xx")),
+    "gateway_upstream_requests_total.status": Label(
+        "`none`: no answer came", ("2xx", "4xx", "429", "5xx", OTHER, "none")),
+    "gateway_requests_rejected_total.reason": Label("the `reason` of [errors.md](errors.md)"),
+    "gateway_gate_errors_total.reason": Label("", (
+        "timeout", "connection", "oom", "readonly", "loading", "cluster", "refused")),
+    "gateway_flight_board_errors_total.reason": Label("", (
+        "timeout", "connection", "oom", "readonly", "loading", "cluster", "refused")),
+    "gateway_tokens_total.direction": Label("", ("in", "out")),
+    "gateway_upstream_bytes_total.direction": Label("", ("sent", "received")),
+    "gateway_ledger_seconds.operation": Label("", ("reserve", "reroute", "settle")),
+    "gateway_cache_errors_total.operation": Label("", ("store",)),
+    "gateway_results_errors_total.operation": Label("", ("store",)),
+    "gateway_webhook_total.outcome": Label("", ("delivered", "failed")),
+    "gateway_result_news_total.outcome": Label("", ("delivered", "abandoned")),
+    "gateway_results_total.outcome": Label("", (
+        "ready", "running", "gone", "unknown", "unknown_outcome", "failed")),
+    "gateway_upstream_retries_total.outcome": Label("", ("answered", "failed", "no_budget")),
+    "gateway_config_reloads_total.outcome": Label("", ("applied", "refused", "postponed")),
+})  # fmt: skip
+"""Label, or metric and label where it means something else of each, -> what it says."""
+
+
+def label_of(spec: Spec, name: str) -> Label:
+    """What a label of a metric says. Raises ``KeyError`` for one that is not described."""
+    own = LABELS.get(f"{spec.name}.{name}")
+    return LABELS[name] if own is None else own
+
+
+GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
+    "Requests": (
+        Spec("gateway_requests_total", Kind.COUNTER,
+             ("team", "model", "endpoint", "status", "cache"),
+             "Requests answered, by class of status (2xx, 4xx, 5xx) and result of the cache."),
+        Spec("gateway_requests_rejected_total", Kind.COUNTER, ("endpoint", "reason"),
+             "Requests that were refused or failed, by reason."),
+        Spec("gateway_quota_rejections_total", Kind.COUNTER, ("team", "limit"),
+             "Requests refused by a limit or a budget of the team or of its key."),
+        Spec("gateway_request_duration_seconds", Kind.HISTOGRAM, ("model", "endpoint"),
+             "From the first byte of a request that was answered with 200 to the answer's last."),
+        Spec("gateway_team_request_seconds_total", Kind.COUNTER, ("team", "model", "endpoint"),
+             "Seconds that a team's answered requests took; over those of status 2xx: its mean."),
+        Spec("gateway_first_image_seconds", Kind.HISTOGRAM, ("model", "endpoint"),
+             "From the first byte sent upstream to a stream's first picture, partial or whole."),
+        Spec("gateway_overhead_seconds", Kind.HISTOGRAM, ("endpoint",),
+             "What the gateway itself added: duration less upstream, queue, and reading the body.",
+             SMALL_SECONDS),
+        Spec("gateway_images_total", Kind.COUNTER, ("team", "model", "endpoint", "cache"),
+             "Pictures delivered."),
+        Spec("gateway_image_qualities_total", Kind.COUNTER, ("model", "quality"),
+             "Pictures bought, by the quality that was answered, or asked for; none where neither "
+             "says one."),
+        Spec("gateway_request_bytes_total", Kind.COUNTER, ("endpoint",),
+             "Bytes of bodies taken from clients."),
+        Spec("gateway_response_bytes_total", Kind.COUNTER, ("endpoint",),
+             "Bytes of answers sent to clients."),
+        Spec("gateway_client_gone_total", Kind.COUNTER, ("stage",),
+             "Clients that left, by stage: upload, queued, reserved, upstream, response, stalled, "
+             "broken."),
+        Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
+             "Pictures bought whose client had left; it may have come back for them."),
+    ),
+    "Places and queues": (
+        Spec("gateway_inflight_requests", Kind.GAUGE, (), "Calls that are with an upstream now.",
+             mode="livesum"),
+        Spec("gateway_queued_requests", Kind.GAUGE, (), "Calls that wait for a place.",
+             mode="livesum"),
+        Spec("gateway_queue_seconds", Kind.HISTOGRAM, (),
+             "What a call waited for a place in the process and at its upstream.", SMALL_SECONDS),
+        Spec("gateway_inflight_bytes", Kind.GAUGE, ("where",),
+             "Bytes of bodies and answers held now, in memory and in spool files.", mode="livesum"),
+    ),
+    "Money": (
+        Spec("gateway_spend_usd_total", Kind.COUNTER, ("team", "model", "endpoint"),
+             "Dollars booked. The ledger is exact; this is for dashboards."),
+        Spec("gateway_spend_avoided_usd_total", Kind.COUNTER, ("team", "model", "endpoint"),
+             "Dollars that answers from the cache, or of other requests, had cost when bought."),
+        Spec("gateway_spend_estimated_usd_total", Kind.COUNTER, ("model",),
+             "Dollars booked without a usage from the upstream."),
+        Spec("gateway_tokens_total", Kind.COUNTER, ("team", "model", "direction", "modality"),
+             "Tokens billed by the upstream."),
+        Spec("gateway_usage_missing_total", Kind.COUNTER, ("model",),
+             "Answers without a usage, booked at their bound."),
+        Spec("gateway_usage_invalid_total", Kind.COUNTER, ("model",),
+             "Answers whose usage cannot be true, booked at their bound."),
+        Spec("gateway_unpriced_requests_total", Kind.COUNTER, ("model",),
+             "Calls to models without a price, allowed by the operator."),
+        Spec("gateway_prices_compiled_timestamp_seconds", Kind.GAUGE, (),
+             "The day on which the price table was compiled, as a Unix time; absent where the file "
+             "does not say.", mode="scraped"),
+        Spec("gateway_model_shutdown_timestamp_seconds", Kind.GAUGE, ("model", "upstream"),
+             "When the provider stops serving a configured model, as a Unix time; only where the "
+             "price table knows it.", mode="scraped"),
+    ),
+    "Budgets": (
+        Spec("gateway_budget_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
+             "The hard budget of a team.", mode="scraped"),
+        Spec("gateway_budget_soft_limit_usd", Kind.GAUGE, ("scope", "owner", "window"),
+             "The soft budget of a team.", mode="scraped"),
+        Spec("gateway_budget_spent_usd", Kind.GAUGE, ("scope", "owner", "window"),
+             "What a team has spent in the running period, also where it has no budget.",
+             mode="scraped"),
+        Spec("gateway_budget_reserved_usd", Kind.GAUGE, ("scope", "owner", "window"),
+             "What running calls hold of a budget in the running period.", mode="scraped"),
+        Spec("gateway_budget_reset_timestamp_seconds", Kind.GAUGE, ("scope", "owner", "window"),
+             "When the running period of a budget ends, as a Unix time.", mode="scraped"),
+        Spec("gateway_budget_notices_total", Kind.COUNTER, ("team", "mark"),
+             "Budgets of a team or its keys seen to be used up to a mark, hard or soft, in %."),
+        Spec("gateway_webhook_total", Kind.COUNTER, ("outcome",),
+             "Messages to the webhook: delivered, or failed after all tries; such are told again."),
+    ),
+    "Bounds": (
+        Spec("gateway_bound_ratio", Kind.HISTOGRAM, ("model",),
+             "What a call cost over its bound before any factor, by the model served.", RATIOS),
+        Spec("gateway_bound_factor", Kind.GAUGE, ("upstream", "model"),
+             "By what the bounds of a model served are raised; above 1 it was seen to cost more.",
+             mode="scraped"),
+        Spec("gateway_bound_soft_total", Kind.COUNTER, ("model",),
+             "Calls whose bound may be passed: the provider does not publish enough to be sure."),
+        Spec("gateway_ledger_underestimate_total", Kind.COUNTER, ("model",),
+             "Calls that cost more than their bound."),
+        Spec("gateway_ledger_underestimate_nanousd_total", Kind.COUNTER, ("model",),
+             "Nano-dollars by which calls cost more than their bound."),
+    ),
+    "The ledger": (
+        Spec("gateway_reserve_seconds", Kind.HISTOGRAM, (), "Plan, gate and ledger before a call.",
+             SMALL_SECONDS),
+        Spec("gateway_settle_seconds", Kind.HISTOGRAM, (), "The settlement after a call.",
+             SMALL_SECONDS),
+        Spec("gateway_ledger_seconds", Kind.HISTOGRAM, ("operation",),
+             "One transaction of the ledger as a call waited for it, also where it failed.",
+             SMALL_SECONDS),
+        Spec("gateway_ledger_open_holds", Kind.GAUGE, (), "Reservations that have not ended.",
+             mode="scraped"),
+        Spec("gateway_ledger_oldest_hold_seconds", Kind.GAUGE, (),
+             "Age of the open hold whose lease ends first; 0 where none is open.", mode="scraped"),
+        Spec("gateway_ledger_unresolved_usd", Kind.GAUGE, (),
+             "Dollars posted at the bound because the outcome is unknown.", mode="scraped"),
+        Spec("gateway_ledger_unposted_total", Kind.COUNTER, (),
+             "Answers that went out before the ledger had taken their settlement."),
+        Spec("gateway_settlements_waiting", Kind.GAUGE, (),
+             "Settlements that the ledger has not taken yet; they are tried for ever.",
+             mode="livesum"),
+        Spec("gateway_clock_skew_seconds", Kind.GAUGE, (),
+             "By how much this machine's clock is ahead of the database's.", mode="scraped"),
+    ),
+    "Upstreams": (
+        Spec("gateway_upstream_requests_total", Kind.COUNTER, ("upstream", "status"),
+             "Calls sent to an upstream, by class of its answer; 429 is apart from 4xx. Each "
+             "attempt counts, also one that another made good."),
+        Spec("gateway_upstream_errors_total", Kind.COUNTER, ("upstream", "class"),
+             "Attempts that an upstream refused or broke, also those that another one made good."),
+        Spec("gateway_upstream_duration_seconds", Kind.HISTOGRAM, ("model", "endpoint", "upstream"),
+             "From the first byte sent upstream to the last byte back, however it ended; all "
+             "attempts of a call together, by the upstream asked last."),
+        Spec("gateway_upstream_first_byte_seconds", Kind.HISTOGRAM, ("upstream",),
+             "From the beginning of an attempt to the head of its answer, whatever that was; the "
+             "first byte of a stream's pictures comes later."),
+        Spec("gateway_upstream_bytes_total", Kind.COUNTER, ("upstream", "direction"),
+             "Bytes of bodies sent to an upstream, and received from it."),
+        Spec("gateway_inflight_upstream_requests", Kind.GAUGE, ("upstream",),
+             "Calls that have a place at an upstream now.", mode="livesum"),
+        Spec("gateway_upstream_pool_wait_seconds", Kind.HISTOGRAM, ("upstream",),
+             "What a call waited for one of its upstream's connections to be free.", SMALL_SECONDS),
+        Spec("gateway_upstream_circuit_state", Kind.GAUGE, ("upstream", "key"),
+             "The breaker of an upstream's key: 0 closed, 1 half-open, 2 open.", mode="livemax"),
+        Spec("gateway_upstream_key_disabled", Kind.GAUGE, ("upstream", "key", "why"),
+             "1 while an upstream's key is left alone because it was refused: auth, billing, or "
+             "forbidden (for a model). Keys are numbered in the order of the file.",
+             mode="livemax"),
+        Spec("gateway_upstream_cooldowns_total", Kind.COUNTER, ("upstream",),
+             "Times an upstream asked to be left alone by one of its keys (429)."),
+        Spec("gateway_upstream_retries_total", Kind.COUNTER, ("upstream", "outcome"),
+             "Times an upstream that had failed was asked again: answered or failed; or was not, "
+             "because it has had its share: no_budget."),
+        Spec("gateway_fallbacks_total", Kind.COUNTER, ("model", "to"),
+             "Times a configured model was asked in place of another one."),
+    ),
+    "Cache and results": (
+        Spec("gateway_cache_total", Kind.COUNTER, ("result",),
+             "Looks into the cache: hit, miss, or off; or join, the answer of another request."),
+        Spec("gateway_cache_bytes", Kind.GAUGE, ("where",),
+             "Bytes of answers kept by this process: in memory, and on disk where it is the cache.",
+             mode="livesum"),
+        Spec("gateway_cache_errors_total", Kind.COUNTER, ("operation",),
+             "Operations of the cache that failed; each was a miss."),
+        Spec("gateway_results_total", Kind.COUNTER, ("outcome",),
+             "Results asked for by request id: ready, running, gone, unknown, unknown_outcome (the "
+             "call's, not the answer's), or failed."),
+        Spec("gateway_results_bytes", Kind.GAUGE, ("where",),
+             "Bytes of results kept by this process on disk, where they are there.",
+             mode="livesum"),
+        Spec("gateway_results_errors_total", Kind.COUNTER, ("operation",),
+             "Operations of the store of results that failed; that result may be lost."),
+        Spec("gateway_result_news_total", Kind.COUNTER, ("outcome",),
+             "Messages of asynchronous requests that are over: delivered, or abandoned."),
+        Spec("gateway_result_news_waiting", Kind.GAUGE, (),
+             "Such messages that the webhook has not taken yet.", mode="livesum"),
+        Spec("gateway_flight_joins_total", Kind.COUNTER, ("endpoint",),
+             "Requests answered by a flight that another request had launched."),
+        Spec("gateway_flight_takeovers_total", Kind.COUNTER, (),
+             "Purchases made again because the process that made the first one was gone "
+             "(relay.on_unknown: repeat)."),
+        Spec("gateway_flight_unjoined_retries_total", Kind.COUNTER, (),
+             "Retries of an SDK that found no flight, and bought: some for the second time, where "
+             "Redis was away."),
+        Spec("gateway_flight_board_errors_total", Kind.COUNTER, ("reason",),
+             "Commands that the shared board of flights did not serve, by reason."),
+    ),
+    "The shared gate": (
+        Spec("gateway_gate_degraded", Kind.GAUGE, (),
+             "1 while the shared gate is away, and storage.without_redis says what holds."),
+        Spec("gateway_gate_seconds", Kind.HISTOGRAM, (),
+             "What a request waited for the shared gate, or for it not to answer.", SMALL_SECONDS),
+        Spec("gateway_gate_errors_total", Kind.COUNTER, ("reason",),
+             "Commands that the shared gate did not serve, by reason."),
+        Spec("gateway_gate_restarts_total", Kind.COUNTER, (),
+             "Times the shared gate had forgotten what it counted, and limits began anew."),
+    ),
+    "Processes": (
+        Spec("gateway_workers", Kind.GAUGE, (), "Processes that serve.", mode="livesum"),
+        Spec("gateway_memory_bytes", Kind.GAUGE, (), "Resident memory of the processes that serve.",
+             mode="livesum"),
+        Spec("gateway_cpu_seconds_total", Kind.COUNTER, (),
+             "Processor time of the processes that serve, and of those that did."),
+        Spec("gateway_loop_lag_seconds", Kind.HISTOGRAM, (),
+             "By how much the event loop was late for its watchdog, four times a second.",
+             LAG_SECONDS),
+        Spec("gateway_fds", Kind.GAUGE, ("kind",),
+             "File descriptors: those that are open, and the limit of a process.",
+             mode="livesum"),
+        Spec("gateway_connections_refused_total", Kind.COUNTER, (),
+             "Connections that were refused because server.max_connections were open."),
+        Spec("gateway_disk_free_bytes", Kind.GAUGE, ("folder",),
+             "Bytes that may still be written: beside the database (SQLite), the blobs, and the "
+             "settlements that wait.", mode="scraped"),
+        Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers.",
+             mode="scraped"),
+        Spec("gateway_config_reload_failed", Kind.GAUGE, (),
+             "1 where the configuration could not be read again at the last try: nothing changed."),
+        Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
+             "Times the configuration was read again while running."),
+        Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
+             "Times a team was counted as `other` because there are too many teams for labels."),
+        Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1.", mode="scraped"),
+    ),
+})  # fmt: skip
+"""Every metric, by what an operator looks for."""
+
+TABLE = tuple(spec for group in GROUPS.values() for spec in group)
 
 BUDGET_GAUGES = tuple(
     spec.name
@@ -296,6 +399,7 @@ class Metrics:
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         self._followed: dict[Counter, tuple[Callable[[], float], float]] = {}
         self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        self._series: dict[tuple[object, ...], Counter | Gauge | Histogram] = {}
         self._scraped: dict[str, _Scraped] = {}
         for spec in TABLE:
             if spec.mode == "scraped":
@@ -322,27 +426,26 @@ class Metrics:
 
     def add(self, name: str, amount: float = 1, /, **labels: str) -> None:
         """Raises a counter."""
-        metric = self._metrics[name]
-        if not isinstance(metric, Counter):
+        series = self._series_of(name, labels)
+        if not isinstance(series, Counter):
             raise TypeError(f"{name} is not a counter")
-        (metric.labels(**labels) if labels else metric).inc(amount)
+        series.inc(amount)
 
     def set(self, name: str, value: float, /, **labels: str) -> None:
         """Sets a gauge."""
         if name in self._scraped:
             self._scraped[name].set(value, labels)
             return
-        metric = self._metrics[name]
-        if not isinstance(metric, Gauge):
+        series = self._series_of(name, labels)
+        if not isinstance(series, Gauge):
             raise TypeError(f"{name} is not a gauge")
-        (metric.labels(**labels) if labels else metric).set(value)
+        series.set(value)
 
     def watch(self, name: str, look: Callable[[], float], /, **labels: str) -> None:
         """A gauge that is looked up whenever it is read; of several workers, by ``look``."""
-        metric = self._metrics[name]
-        if not isinstance(metric, Gauge):
+        gauge = self._series_of(name, labels)
+        if not isinstance(gauge, Gauge):
             raise TypeError(f"{name} is not a gauge")
-        gauge = metric.labels(**labels) if labels else metric
         if self.shared:
             self._watched.append((gauge, look))
         else:
@@ -371,10 +474,21 @@ class Metrics:
 
     def observe(self, name: str, value: float, /, **labels: str) -> None:
         """Adds to a histogram."""
-        metric = self._metrics[name]
-        if not isinstance(metric, Histogram):
+        series = self._series_of(name, labels)
+        if not isinstance(series, Histogram):
             raise TypeError(f"{name} is not a histogram")
-        (metric.labels(**labels) if labels else metric).observe(max(0.0, value))
+        series.observe(max(0.0, value))
+
+    def _series_of(self, name: str, labels: Mapping[str, str]) -> Counter | Gauge | Histogram:
+        """The metric with these labels, remembered: to look it up takes longer than to move it."""
+        metric = self._metrics[name]
+        if not labels:
+            return metric
+        wanted = (name, *labels.items())
+        known = self._series.get(wanted)
+        if known is None:
+            known = self._series[wanted] = metric.labels(**labels)
+        return known
 
     def team(self, name: str) -> str:
         """A team's label: its name, ``other`` beyond the cap, or ``none``."""
@@ -402,6 +516,7 @@ class Metrics:
             status=f"{receipt.status // 100}xx",
             cache=cache,
         )
+        self.add("gateway_request_bytes_total", receipt.bytes_in, endpoint=endpoint)
         self.add("gateway_response_bytes_total", delivery.bytes_out, endpoint=endpoint)
         if receipt.reason:
             self._count_failure(receipt, team)
@@ -483,6 +598,14 @@ class Metrics:
                     direction=direction,
                     modality=modality,
                 )
+        if receipt.images:
+            quality = receipt.quality or "none"
+            self.add(
+                "gateway_image_qualities_total",
+                receipt.images,
+                model=model,
+                quality=quality if quality in LABELS["quality"].values else OTHER,
+            )
         if receipt.basis == "estimated":
             self.add(
                 "gateway_spend_estimated_usd_total", receipt.cost / NANOS_PER_DOLLAR, model=model
@@ -524,6 +647,8 @@ class Metrics:
             if limit.soft is not None:
                 self.set("gateway_budget_soft_limit_usd", _dollars(limit.soft), **where)
             self.set("gateway_budget_spent_usd", _dollars(balance.posted), **where)
+            if limit.amount is None and limit.soft is None:
+                continue
             self.set("gateway_budget_reserved_usd", _dollars(balance.pending), **where)
             if ends is not None:
                 self.set("gateway_budget_reset_timestamp_seconds", ends.timestamp(), **where)

@@ -10,6 +10,7 @@ import sqlite3
 import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, closing
+from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,35 @@ async def test_what_an_upstream_says_late_is_not_held_against_the_one_in_its_pla
         assert (await call).status_code == 503
         assert (await buy(http, "next")).status_code == 200
         assert disabled(await running.metrics()) == {}
+
+
+async def test_a_price_table_that_was_compiled_anew(start: Start, tmp_path: Path) -> None:
+    """Its age, and the models that shut down, are told as they are now."""
+    compiled = "gateway_prices_compiled_timestamp_seconds"
+    shutdown = 'gateway_model_shutdown_timestamp_seconds{model="old",upstream="openai"}'
+    old = {"upstream": "openai", "model": "dall-e-3"}
+    row = "{provider: openai, model: m, valid_from: 2026-01-01, source: s, per_image: 1}"
+    rows = row.replace("per_image", "shuts_down: 2027-03-01, per_image")
+    prices = tmp_path / "prices.yaml"
+
+    def use(text: str) -> Callable[[dict[str, Any]], None]:
+        def change(one: dict[str, Any]) -> None:
+            prices.write_text(text)
+            one["prices"] = {"file": str(prices)}
+            one["models"] = {"old": {"upstream": "openai", "model": "m"}}
+
+        return change
+
+    async with start({"models": {"old": old}}) as running:
+        found = await running.metrics()
+        assert found[compiled] >= datetime(2026, 11, 22, tzinfo=UTC).timestamp()
+        assert found[shutdown] == datetime(2026, 5, 12, tzinfo=UTC).timestamp()
+        assert await again(running, use(f"compiled: 2026-12-24\nrows: [{rows}]"))
+        found = await running.metrics()
+        assert found[compiled] == datetime(2026, 12, 24, tzinfo=UTC).timestamp()
+        assert found[shutdown] == datetime(2027, 3, 1, tzinfo=UTC).timestamp()
+        assert await again(running, use(f"[{row}]"))
+        assert not {compiled, shutdown} & (await running.metrics()).keys()
 
 
 async def test_an_upstream_that_is_gone_worries_nobody(

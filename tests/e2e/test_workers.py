@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
@@ -21,7 +22,7 @@ from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
-from gateway.supervisor import METRICS_FOLDER, _pause
+from gateway.supervisor import METRICS_FOLDER, METRICS_PREFIX, _metrics_folder, _pause
 from tests.e2e.test_processes import (
     BUDGET,
     LEASE_SECONDS,
@@ -155,6 +156,9 @@ async def test_one_of_four_is_killed_under_load(
             )
             # One of each of the six may have been told, and killed before it was counted.
             assert statuses[200] - 6 <= counted <= statuses[200] + statuses.get(None, 0)
+            assert metrics["gateway_workers"] == 4, "the dead one is not among them"
+            assert metrics["gateway_memory_bytes"] > 4 * 20_000_000
+            assert metrics["gateway_cpu_seconds_total"] > 1
             [line] = [one for one in process.log if one["event"].startswith("a worker has ended")]
             assert (line["pid"], line["code"]) == (victim, -signal.SIGKILL)
             # And then they end together, after what they have begun.
@@ -281,6 +285,24 @@ def test_workers_whose_supervisor_is_killed_end_by_themselves(
         assert not Path(folder).exists(), "nothing is left in the folder for temporary files"
         next_one.terminate()
         assert next_one.wait() == 0
+
+
+def test_each_start_has_a_new_folder_for_its_metrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What another start has counted is nobody's any more; what a neighbour counts is his."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"{METRICS_PREFIX}left"
+    left.mkdir()
+    (left / "counter_1.db").write_bytes(bytes(100))
+    with _metrics_folder() as first:
+        assert not left.exists()
+        (first / "counter_2.db").write_bytes(bytes(100))
+        with _metrics_folder() as second:
+            assert second != first
+            assert list(second.iterdir()) == []
+            assert [file.name for file in first.iterdir()] == ["counter_2.db"]
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_a_second_signal_does_not_wait(

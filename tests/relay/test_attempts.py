@@ -159,6 +159,11 @@ class Heard(HealthListener):
     def __init__(self) -> None:
         self.kinds: list[str] = []
         self.news: list[tuple[str, ...]] = []
+        self.answers: list[tuple[str, int]] = []
+
+    def answered(self, upstream: str, status: int, seconds: float) -> None:
+        assert seconds == 0
+        self.answers.append((upstream, status))
 
     def failed(self, upstream: str, kind: str) -> None:
         self.kinds.append(f"{upstream} {kind}")
@@ -330,6 +335,27 @@ async def test_the_first_way_answers(tmp_path: Path) -> None:
     found = answered(await bench.call(tmp_path))
     assert (bench.log, found.attempts, found.way.upstream.name) == (["a/1"], 1, A)
     assert (bench.begun, bench.ledger.reroutes, bench.heard.kinds) == (1, [], [])
+
+
+@pytest.mark.parametrize(
+    ("script", "heard"),
+    [
+        (says(429), [(A, 429), (B, 200)]),
+        (html(502), [(A, 502)]),
+        (unreached("connect"), [(A, 0), (B, 200)]),
+        (lost("disconnect"), [(A, 0)]),
+        # Nothing was sent, and the upstream has no part in it.
+        (lambda: Overloaded("Busy.", reason="pool"), [(B, 200)]),
+        (lambda: OSError("the disk"), []),
+    ],
+    ids=["429", "502", "connect", "disconnect", "pool", "disk"],
+)
+async def test_what_is_heard_of_each_attempt(
+    tmp_path: Path, script: Script, heard: list[tuple[str, int]]
+) -> None:
+    bench = Bench([Scripted(A, script), Scripted(B)])
+    await bench.call(tmp_path)
+    assert bench.heard.answers == heard
 
 
 # What happens next: first upstream's answer, whom the call was sent to, how it ended.

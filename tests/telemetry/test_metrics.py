@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from gateway.domain.quota import Limit, Period, Scope, Unit, Window
 from gateway.domain.receipt import CacheResult, Delivery, Receipt, Timings
 from gateway.supervisor import METRICS_FOLDER
 from gateway.telemetry import metrics as module
-from gateway.telemetry.metrics import TABLE, Kind, Metrics
+from gateway.telemetry.metrics import TABLE, Kind, Metrics, label_of
 
 GATEWAY = Path(__file__).parents[2] / "gateway"
 DOLLAR = 10**9
@@ -41,6 +42,8 @@ BOUGHT = Receipt(
     upstream="openai",
     upstream_rid="req_up",
     upstream_status=200,
+    quality="low",
+    bytes_in=300,
     cache=CacheResult.MISS,
     outcome=Outcome.DELIVERED,
     basis=Basis.USAGE,
@@ -154,6 +157,7 @@ def test_labels_come_from_closed_sets() -> None:
         "to",
         "kind",
         "folder",
+        "quality",
     }
     assert {label for spec in TABLE for label in spec.labels} <= allowed
 
@@ -254,6 +258,7 @@ TEAM_ART = f'{ART},team="growth"'
 def test_a_picture_that_was_bought() -> None:
     assert moved(told(BOUGHT)) == {
         f'gateway_requests_total{{cache="miss",{ART},status="2xx",team="growth"}}': 1,
+        'gateway_request_bytes_total{endpoint="generation"}': 300,
         'gateway_response_bytes_total{endpoint="generation"}': 1000,
         'gateway_cache_total{result="miss"}': 1,
         f"gateway_request_duration_seconds_count{{{ART}}}": 1,
@@ -262,6 +267,7 @@ def test_a_picture_that_was_bought() -> None:
         'gateway_overhead_seconds_count{endpoint="generation"}': 1,
         'gateway_overhead_seconds_sum{endpoint="generation"}': 0.5,
         f'gateway_images_total{{cache="miss",{TEAM_ART}}}': 2,
+        'gateway_image_qualities_total{model="team-art",quality="low"}': 2,
         "gateway_reserve_seconds_count": 1,
         "gateway_reserve_seconds_sum": 0.002,
         "gateway_settle_seconds_count": 1,
@@ -289,6 +295,7 @@ def test_a_picture_that_was_bought() -> None:
 def test_a_picture_from_the_cache() -> None:
     assert moved(told(HIT)) == {
         f'gateway_requests_total{{cache="hit",{ART},status="2xx",team="growth"}}': 1,
+        'gateway_request_bytes_total{endpoint="generation"}': 300,
         'gateway_response_bytes_total{endpoint="generation"}': 1000,
         'gateway_cache_total{result="hit"}': 1,
         f"gateway_request_duration_seconds_count{{{ART}}}": 1,
@@ -309,6 +316,7 @@ def test_an_estimate_is_no_look_and_no_picture(cache: CacheResult) -> None:
     where = 'endpoint="estimate",model="team-art"'
     assert moved(told(asked)) == {
         f'gateway_requests_total{{cache="off",{where},status="2xx",team="growth"}}': 1,
+        'gateway_request_bytes_total{endpoint="estimate"}': 0,
         'gateway_response_bytes_total{endpoint="estimate"}': 1000,
         f"gateway_request_duration_seconds_count{{{where}}}": 1,
         f"gateway_request_duration_seconds_sum{{{where}}}": 5.0,
@@ -322,6 +330,7 @@ def test_a_stranger_at_the_door_has_no_labels_of_its_own() -> None:
     assert moved(told(DOOR, delivery=Delivery(401, 150, 0.001))) == {
         'gateway_requests_total{cache="off",endpoint="edit",model="none",status="4xx",team="none"}'
         "": 1,
+        'gateway_request_bytes_total{endpoint="edit"}': 0,
         'gateway_response_bytes_total{endpoint="edit"}': 150,
         'gateway_requests_rejected_total{endpoint="edit",reason="auth_failed"}': 1,
     }
@@ -342,6 +351,17 @@ def test_an_upstream_that_is_busy_is_not_the_teams_limit(receipt: Receipt) -> No
     where = 'endpoint="generation",reason="upstream_429"'
     assert found[f"gateway_requests_rejected_total{{{where}}}"] == 1
     assert not any("quota_rejections" in name for name in found)
+
+
+@pytest.mark.parametrize(
+    ("said", "label"),
+    [("high", "high"), ("auto", "auto"), ("", "none"), ("ultra-7f3a", "other")],
+)
+def test_a_quality_is_one_of_a_list(said: str, label: str) -> None:
+    found = moved(told(replace(BOUGHT, quality=said)))
+    assert {name: count for name, count in found.items() if "quality" in name} == {
+        f'gateway_image_qualities_total{{model="team-art",quality="{label}"}}': 2
+    }
 
 
 def test_an_unknown_outcome_is_an_estimated_expense() -> None:
@@ -391,6 +411,7 @@ def test_a_picture_of_another_requests_flight() -> None:
     """It is no purchase, and the time that it took is not the gateway's own."""
     assert moved(told(JOINED)) == {
         f'gateway_requests_total{{cache="join",{ART},status="2xx",team="growth"}}': 1,
+        'gateway_request_bytes_total{endpoint="generation"}': 300,
         'gateway_response_bytes_total{endpoint="generation"}': 1000,
         'gateway_cache_total{result="join"}': 1,
         f"gateway_request_duration_seconds_count{{{ART}}}": 1,
@@ -465,10 +486,7 @@ def test_a_limit_that_was_taken_away_is_gone() -> None:
     total = Limit(Scope.TEAM, "growth", Unit.MONEY, Window.TOTAL, None)
     metrics.budgets([(Line(total, Period(Window.TOTAL, "t|all", None)), Balance(DOLLAR, 0))])
     where = 'owner="growth",scope="team",window="total"'
-    assert moved(metrics) == {
-        f"gateway_budget_spent_usd{{{where}}}": 1.0,
-        f"gateway_budget_reserved_usd{{{where}}}": 0.0,
-    }
+    assert moved(metrics) == {f"gateway_budget_spent_usd{{{where}}}": 1.0}
 
 
 def test_dependencies() -> None:
@@ -504,11 +522,15 @@ def test_two_gateways_in_one_process_do_not_meet() -> None:
 
 WORKER = """
 import os, sys
+from gateway.machine import memory_bytes
 from gateway.telemetry.metrics import Metrics
 
 number = int(sys.argv[1])
 metrics = Metrics("1.2.3")
 metrics.watch("gateway_inflight_requests", lambda: number)
+metrics.watch("gateway_workers", lambda: 1)
+metrics.watch("gateway_memory_bytes", memory_bytes)
+metrics.follow("gateway_cpu_seconds_total", lambda: 10.0 * number)
 metrics.set("gateway_ledger_open_holds", number)
 metrics.add("gateway_orphaned_results_total", number)
 metrics.observe("gateway_settle_seconds", 0.002)
@@ -540,15 +562,22 @@ def test_each_worker_tells_what_all_of_them_have(tmp_path: Path) -> None:
             found["gateway_ledger_open_holds"],
             found["gateway_orphaned_results_total"],
             found["gateway_settle_seconds_count"],
+            found["gateway_workers"],
+            found["gateway_cpu_seconds_total"],
             found['gateway_build_info{version="1.2.3"}'],
         )
 
     first = told_by(3)
-    assert said(first) == (3, 3, 3, 1, 1)
-    assert said(told_by(5)) == (8, 5, 8, 2, 1)
+    second = told_by(5)
+    assert said(first) == (3, 3, 3, 1, 1, 30, 1)
+    assert said(second) == (8, 5, 8, 2, 2, 80, 1)
+    assert second["gateway_memory_bytes"] > first["gateway_memory_bytes"] > 1_000_000
     # The supervisor says that the first is dead: what it had is gone, what it did is not.
     mark_process_dead(int(first["pid"]), str(tmp_path))  # type: ignore[no-untyped-call]
-    assert said(told_by(2)) == (7, 2, 10, 3, 1)
+    third = told_by(2)
+    assert said(third) == (7, 2, 10, 3, 2, 100, 1)
+    gone, new = first["gateway_memory_bytes"], third["gateway_memory_bytes"]
+    assert new < second["gateway_memory_bytes"] + gone
 
 
 FORGETFUL = """
@@ -578,10 +607,7 @@ def test_a_worker_forgets_a_limit_that_was_taken_away(tmp_path: Path) -> None:
     assert ended.stderr == ""
     found = {line for line in ended.stdout.splitlines() if line.startswith("gateway_budget_")}
     where = 'owner="growth",scope="team",window="day"'
-    assert found == {
-        f"gateway_budget_spent_usd{{{where}}} 0.0",
-        f"gateway_budget_reserved_usd{{{where}}} 0.0",
-    }
+    assert found == {f"gateway_budget_spent_usd{{{where}}} 0.0"}
     kept = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert b"gateway_inflight_requests" in kept
     assert b"gateway_budget_" not in kept
@@ -686,11 +712,82 @@ def test_whatever_is_asked_the_series_are_bounded(
         assert len(series) <= most, spec.name
 
 
+MODELS = [*LABELS[1:3], "flare-2", "other"]
+UPSTREAMS = ["openai", "comet"]
+KINDS = [BOUGHT, HIT, JOINED, UPSTREAM_429, UNKNOWN, QUOTA, RATE, DOUBTS, DOOR]
+
+
+def exposed(metrics: Metrics) -> list[str]:
+    """Every series that Prometheus would keep, buckets too."""
+    lines = metrics.exposition().decode().splitlines()
+    return [line.rpartition(" ")[0] for line in lines if not line.startswith("#")]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            replace,
+            st.sampled_from(KINDS),
+            operation=st.sampled_from(["generation", "edit"]),
+            quality=text,
+            upstream=st.sampled_from(UPSTREAMS),
+            reason=st.sampled_from(REASONS),
+            rid=text,
+        ),
+        max_size=60,
+    ),
+    st.lists(st.sampled_from(STAGES), min_size=1),
+)
+def test_a_team_with_one_model_is_forty_series(requests: list[Receipt], stages: list[str]) -> None:
+    metrics = Metrics("1.2.3")
+    for place, receipt in enumerate(requests):
+        known = replace(receipt, team="growth", model_label="flare" if receipt.model_label else "")
+        metrics.finished(known, replace(SENT, gone=stages[place % len(stages)]))
+    windows = (Window.DAY, Window.WEEK, Window.MONTH, Window.TOTAL)
+    limits = [Limit(Scope.TEAM, "growth", Unit.MONEY, one, None) for one in windows]
+    limits[2] = replace(limits[2], amount=DOLLAR)
+    metrics.budgets((Line(limit, DAY), Balance()) for limit in limits)
+    assert sum('"growth"' in one for one in exposed(metrics)) <= 40
+
+
+def test_all_that_can_happen_is_fifteen_hundred_series() -> None:
+    """Four models at two upstreams with two keys each, and each label with each of its values."""
+    metrics = Metrics("1.2.3")
+    configured = {
+        "model": MODELS,
+        "to": MODELS,
+        "upstream": UPSTREAMS,
+        "key": ["1", "2"],
+        "mark": ["budget:80", "budget:100", "soft_budget:80", "soft_budget:100"],
+        "version": ["1.2.3"],
+        "reason": [f"reason_{number}" for number in range(60)],
+    }
+    for spec in TABLE:
+        if {"team", "owner"} & set(spec.labels):
+            continue
+        domains: list[list[str]] = []
+        for name in spec.labels:
+            found = list(label_of(spec, name).values) or configured[name]
+            # What an estimate asks never goes upstream.
+            bought = "upstream" in spec.labels or spec.name == "gateway_first_image_seconds"
+            domains.append([one for one in found if not (bought and one == "estimate")])
+        for values in itertools.product(*domains):
+            labels = dict(zip(spec.labels, values, strict=True))
+            if spec.kind is Kind.COUNTER:
+                metrics.add(spec.name, 1, **labels)
+            elif spec.kind is Kind.GAUGE:
+                metrics.set(spec.name, 1, **labels)
+            else:
+                metrics.observe(spec.name, 1, **labels)
+    assert 1000 < len(exposed(metrics)) <= 1500
+
+
 @pytest.mark.parametrize(
     "name",
     [
         *("rid", "key_id", "model", "model_served", "upstream_rid", "code"),
-        *("price_id", "prompt"),
+        *("price_id", "prompt", "size", "quality", "output_format"),
     ],
 )
 def test_nothing_that_a_client_chose_becomes_a_label(name: str) -> None:

@@ -28,6 +28,7 @@ from gateway.ports import Credential, Outgoing, Reply, Upstream
 from gateway.upstream.account import (
     Account,
     AccountKey,
+    AccountNews,
     AccountOptions,
     build_account,
     split_base_url,
@@ -371,6 +372,23 @@ async def test_encodings_are_undone(encoding: str, body: bytes, step: int) -> No
         reply = await used.send(outgoing(), "1")
         assert "content-encoding" not in reply.headers
         assert await whole(reply) == b"a picture" * 1000
+        await used.aclose()
+
+
+async def test_bytes_are_counted_as_they_go_and_come() -> None:
+    """Of bodies, as they are on the wire; of an answer that breaks, what came."""
+    packed = gzip.compress(b"a picture" * 1000)
+    length = len(packed) + 10
+    head = HEAD + f"content-encoding: gzip\r\ncontent-length: {length}\r\n\r\n".encode()
+    sent, received = list[int](), list[int]()
+    async with raw_server(answering(head + packed)) as server:
+        used = account(server.port, news=AccountNews(sent=sent.append, received=received.append))
+        ask = replace(outgoing(), body=pieces([b"{", b"a" * 500, b"}"]), length=502)
+        reply = await used.send(ask, "1")
+        assert (sent, sum(received)) == ([1, 500, 1], 0)
+        with pytest.raises(UpstreamBroken):
+            await whole(reply)
+        assert sum(received) == len(packed)
         await used.aclose()
 
 
