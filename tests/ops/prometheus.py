@@ -25,7 +25,7 @@ START_SECONDS = 30.0
 
 
 def tool(name: str) -> str:
-    """Where ``prometheus`` or ``promtool`` is. Skips the test without it; in CI that is a failure."""
+    """Where ``prometheus`` or ``promtool`` is. Without it the test is skipped; in CI it fails."""
     found = shutil.which(name)
     if found is None:
         why = f"no {name}: apt-get install --no-install-recommends prometheus"

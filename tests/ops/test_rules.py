@@ -3,6 +3,7 @@ the rest is held against the table of metrics and the runbooks."""
 
 from __future__ import annotations
 
+import inspect
 import re
 import subprocess
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ import yaml
 from click import Command, Group
 
 from gateway.cli import main
-from tests.ops.prometheus import DASHBOARDS, RULES, RUNBOOKS, tool
+from gateway.domain import errors
+from tests.ops.prometheus import DASHBOARDS, ROOT, RULES, RUNBOOKS, tool
 from tests.ops.promql import grouped_by, mistakes, of_the_table
 
 CASES = Path(__file__).parent / "rules"
@@ -42,8 +44,16 @@ def known() -> dict[str, frozenset[str]]:
     return found
 
 
-def cases() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+Told = list[tuple[str, list[dict[str, Any]]]]
+
+
+@pytest.fixture(scope="module")
+def told() -> Told:
     """Each alert that a case is about, and what it expects to fire."""
+    return list(cases())
+
+
+def cases() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     for file in CASE_FILES:
         for test in yaml.safe_load(file.read_text())["tests"]:
             for one in test["alert_rule_test"]:
@@ -73,8 +83,7 @@ def test_each_alert_fires_when_it_should_and_only_then(file: Path) -> None:
     promtool("test", "rules", file)
 
 
-def test_every_alert_has_a_case_that_fires_and_one_that_does_not() -> None:
-    told = list(cases())
+def test_every_alert_has_a_case_that_fires_and_one_that_does_not(told: Told) -> None:
     assert {name for name, fired in told if fired} == set(ALERTS)
     assert {name for name, fired in told if not fired} == set(ALERTS)
 
@@ -85,8 +94,34 @@ def test_every_metric_and_label_of_the_rules_exists() -> None:
         assert mistakes(rule["expr"], series) == [], rule.get("alert", rule.get("record"))
 
 
+def test_every_failure_is_somebodys() -> None:
+    """Each reason of a 5xx is the gateway's, an upstream's, or one of those that are none."""
+    sums = {rule["record"]: rule["expr"] for rule in RECORDS}
+    [own, theirs] = (
+        re.compile(
+            re.findall(r'reason=~"([^"]+)"', sums[f"gateway:{whose}_failures:ratio_rate5m"])[0]
+        )
+        for whose in ("own", "upstream")
+    )
+    faults = [
+        one
+        for _, one in inspect.getmembers(errors, inspect.isclass)
+        if issubclass(one, errors.GatewayError) and one.__subclasses__() == []
+    ]
+    reasons = {one.reason: one for one in faults if one.status >= 500}
+    written = re.compile(r'reason="(upstream_[a-z0-9_]+)"')
+    source = "".join(path.read_text() for path in (ROOT / "gateway" / "relay").glob("*.py"))
+    for reason in {*reasons, *written.findall(source)} - {"still_running", "upstream_4xx"}:
+        ours = reason in reasons and issubclass(reasons[reason], errors.GatewayFault)
+        assert bool(own.fullmatch(reason)) == ours, reason
+        assert bool(theirs.fullmatch(reason)) == (not ours), reason
+    for reason in ("shutting_down", "still_running", "upstream_4xx", "upstream_429", "moderation"):
+        assert not own.fullmatch(reason)
+        assert not theirs.fullmatch(reason)
+
+
 @pytest.mark.parametrize("name", ALERTS)
-def test_an_alert_says_how_bad_it_is_what_it_saw_and_where_to_look(name: str) -> None:
+def test_an_alert_says_how_bad_it_is_what_it_saw_and_where_to_look(name: str, told: Told) -> None:
     alert = ALERTS[name]
     said = alert["annotations"]
     assert set(said) == {"summary", "description", "runbook_url", "dashboard"}
@@ -96,23 +131,23 @@ def test_an_alert_says_how_bad_it_is_what_it_saw_and_where_to_look(name: str) ->
     assert (DASHBOARDS / f"{said['dashboard'].removeprefix('gateway-')}.json").is_file()
     assert "$value" in said["description"] or "{{ $labels" in said["description"]
     # A group by pod or instance would be another alert behind each deployment.
-    for _, fired in ((one, fired) for one, fired in cases() if one == name):
+    for fired in (fired for one, fired in told if one == name):
         for labels in (one["exp_labels"] for one in fired):
             assert labels.keys() >= {"job", "namespace", "severity"}
             assert not labels.keys() & {"pod", "container", "endpoint"}
 
 
-def test_the_names_of_a_description_are_labels_of_its_alert() -> None:
-    fired = {name: set(labels[0]["exp_labels"]) for name, labels in cases() if labels}
+def test_the_names_of_a_description_are_labels_of_its_alert(told: Told) -> None:
+    fired = {name: set(labels[0]["exp_labels"]) for name, labels in told if labels}
     for name, alert in ALERTS.items():
         text = alert["annotations"]["summary"] + alert["annotations"]["description"]
         assert set(re.findall(r"\$labels\.(\w+)", text)) <= fired[name], name
 
 
 def test_every_alert_has_its_runbook_and_every_runbook_its_alert() -> None:
-    told = sections()
-    assert list(told) == list(ALERTS)
-    for name, text in told.items():
+    found = sections()
+    assert list(found) == list(ALERTS)
+    for name, text in found.items():
         for part in ("**Means.**", "**Users notice.**", "**Look at.**", "**Do.**", "**Ends.**"):
             assert part in text, f"{name}: {part}"
 
