@@ -689,7 +689,14 @@ def test_every_dashboard_is_a_config_map_that_grafana_finds() -> None:
     for path in dashboards:
         document = the(found, "ConfigMap", f"{NAME}-{path.stem}")
         assert document["metadata"]["labels"]["grafana_dashboard"] == "1"
-        assert document["data"] == {path.name: path.read_text()}
+        # The links to the runbooks lead to where the operator's clone can be read.
+        clone = '"https://git.example.com/gateway/blob/main/gateway/docs/'
+        text = path.read_text().replace('"gateway/docs/', clone)
+        assert clone in text
+        assert document["data"] == {path.name: text}
+    endpoint = the(found, "ServiceMonitor")["spec"]["endpoints"][0]
+    # The operator adds a label `endpoint`, which would hide the gateway's.
+    assert endpoint["honorLabels"] is True
     for document in of_kind(found, "ConfigMap"):
         assert len(json.dumps(document)) < 1024 * 1024, "Kubernetes takes no more"
 
