@@ -38,6 +38,7 @@ from gateway.assembly import (
     open_notifier,
     open_result_news,
     open_store,
+    open_tracing,
     owned_twice,
     passes_urls,
     patience_of,
@@ -145,6 +146,9 @@ async def open_gateway(
     """
     async with AsyncExitStack() as stack:
         metrics = Metrics(version(DISTRIBUTION))
+        spans = open_tracing(settings, metrics)
+        if spans is not None:
+            stack.push_async_callback(spans.aclose)
         prices = price_book(settings)
         refuse(settings, unpriced_models(settings, prices, clock.now().date()))
         store = open_store(settings)
@@ -261,6 +265,7 @@ async def open_gateway(
             keeper=keeper,
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
+            propagate=settings.tracing.propagate,
         )
         wanted = min(settings.server.max_in_flight, sum(places(settings).values()))
         share = shares(
@@ -408,6 +413,7 @@ async def open_gateway(
             metrics,
             observed,
             budget_watch,
+            *(() if spans is None else (spans,)),
             *telemetry,
         )
         rest = _plain_app()
@@ -433,7 +439,9 @@ async def open_gateway(
         await stack.enter_async_context(watchdog.watching())
         yield Gateway(
             _Router(
-                RelayedRoutes(pipeline, listeners, clock),
+                RelayedRoutes(
+                    pipeline, listeners, clock, None if spans is None else settings.tracing.sample
+                ),
                 RequestId(rest),
                 result_routes(desk, keyring, settings, metrics),
             ),

@@ -514,6 +514,10 @@ class Upstream(Protocol):
         """Whose price list applies."""
 
     @property
+    def address(self) -> tuple[str, int]:
+        """Its host and port."""
+
+    @property
     def ready(self) -> bool:
         """False where it has no key: it is off."""
 

@@ -212,6 +212,8 @@ TABLE = (
          "By how much this machine's clock is ahead of the database's.", mode="scraped"),
     Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers.",
          mode="scraped"),
+    Spec("gateway_spans_dropped_total", Kind.COUNTER, (),
+         "Spans that the collector of traces did not take in time."),
     Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
          "Times a team was counted as `other` because there are too many teams for labels."),
     Spec("gateway_config_reload_failed", Kind.GAUGE, (),

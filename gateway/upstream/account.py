@@ -156,6 +156,10 @@ class Account:
         return self._provider
 
     @property
+    def address(self) -> tuple[str, int]:
+        return self._origin.host, self._origin.port
+
+    @property
     def ready(self) -> bool:
         return self._sandbox or bool(self._keys)
 

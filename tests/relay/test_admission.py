@@ -150,6 +150,7 @@ class Stores:
 class Comet:
     name = "comet"
     provider = "openai"
+    address = ("comet.test", 443)
     ready = True
     credentials = (Credential("1"),)
 

@@ -55,6 +55,7 @@ class Cells:
 class Comet:
     name = "comet"
     provider = "openai"
+    address = ("comet.test", 443)
     ready = True
     credentials = (Credential("1"),)
 

@@ -42,6 +42,7 @@ class Comet:
 
     name = "comet"
     provider = "openai"
+    address = ("comet.test", 443)
     ready = True
     credentials = (Credential("1"),)
 

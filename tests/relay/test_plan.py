@@ -47,6 +47,7 @@ class Account:
     def __init__(self, name: str, ready: bool = True) -> None:
         self.name = name
         self.provider = "openai"
+        self.address = ("upstream.test", 443)
         self.ready = ready
         self.credentials = (Credential("1"),)
 
