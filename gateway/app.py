@@ -501,6 +501,8 @@ def _plain_app() -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        # It would send what it likes, texts of exceptions too, to whatever the environment names.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     api_errors.install(app)
     return app
