@@ -525,6 +525,9 @@ class Upstream(Protocol):
     def credentials(self) -> Sequence[Credential]:
         """Its keys, as they are configured now."""
 
+    def masked(self, text: bytes) -> bytes:
+        """What it has said, without the secrets that it was sent."""
+
     async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         """Sends it with the key of that id (any, where it is gone). Raises ``UpstreamUnavailable``
         when surely nothing was sent, ``UpstreamUnknown`` once a byte may have left and no answer

@@ -183,7 +183,7 @@ MISTAKES = [
     ("tracing: {otlp: http://c.example.com/v1/traces}", "tracing.otlp: must be https:// on a publ"),
     ("tracing: {otlp: 'http://collector:99999/v1/traces'}", "tracing.otlp: must be a url in ASCII"),
     ("tracing: {sample: 10}", "1:19: tracing.sample: must be a share from 0 to 1, like 1 or 0.05"),
-    ("tracing: {sample: 5%}", 'tracing.sample: must be a share from 0 to 1, like 1 or 0.05, not "5'),
+    ("tracing: {sample: 5%}", 'tracing.sample: must be a share from 0 to 1, like 1 or 0.05, not '),
     ("tracing: {headers: {host: a}}", "tracing.headers.host: cannot be set here: the gateway writ"),
     ("tracing: {headers: {a: b, A: c}}", "tracing.headers: holds a header twice"),
     ("tracing: {endpoint: a}", "tracing.endpoint: unknown key"),

@@ -16,7 +16,13 @@ from datetime import timedelta
 
 from gateway.domain.call import Call
 from gateway.domain.charge import Ending, charge
-from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable
+from gateway.domain.errors import (
+    Evidence,
+    GatewayError,
+    Internal,
+    LedgerUnavailable,
+    UpstreamRefused,
+)
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
 from gateway.domain.receipt import Receipt, Timings
 from gateway.ports import (
@@ -223,6 +229,9 @@ class Purchases:
             if trail is not None:
                 so_far = replace(so_far, trail=tuple(trail.attempts))
             if landing.error is not None:
+                if isinstance(landing.error, UpstreamRefused):
+                    # Some providers repeat a key that they refuse.
+                    landing.error.mask(way.upstream.masked)
                 _name_it(landing.error, flight.rid, so_far.upstream_rid)
             elif plan.call.stream:
                 marks.first = marks.first or marks.landed
