@@ -11,6 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 
 from opentelemetry.exporter.otlp.proto.http import Compression
@@ -132,7 +133,9 @@ class Spans:
 
         def end() -> None:
             self._processor.shutdown()  # type: ignore[no-untyped-call]
-            loop.call_soon_threadsafe(over.set)
+            # Where it took too long nobody listens, and the loop may be closed.
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(over.set)
 
         # A daemon: a collector that is silent must not hold the end of the process up.
         threading.Thread(target=end, name="gateway-spans-end", daemon=True).start()

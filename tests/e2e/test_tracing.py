@@ -274,11 +274,11 @@ async def test_an_upstream_that_breaks_off(
 async def test_a_client_that_leaves_and_one_that_comes_back(
     fly: Fly, collector: Collector, sandbox: SandboxServer
 ) -> None:
-    gate = Gate()
-    sandbox.rules.add(Rule(prompt="A gale", payload_bytes=400, wait_for=gate))
-    asked = {**ASKED, "prompt": "A gale"}
+    gate, asked = Gate(), {**ASKED, "prompt": "A gale"}
     async with fly({"tracing": {"otlp": collector.url}}) as house:
         gateway = house.gateway
+        sandbox.rules.clear()
+        sandbox.rules.add(Rule(payload_bytes=400, wait_for=gate))
         async with gateway.http() as http:
             first = asyncio.create_task(http.post("/images/generations", json=asked))
             await gate.arrived()
