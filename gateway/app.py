@@ -38,6 +38,7 @@ from gateway.assembly import (
     open_notifier,
     open_result_news,
     open_store,
+    open_tracing,
     owned_twice,
     passes_urls,
     patience_of,
@@ -149,6 +150,9 @@ async def open_gateway(
     """
     async with AsyncExitStack() as stack:
         metrics = Metrics(version(DISTRIBUTION))
+        spans = open_tracing(settings, metrics)
+        if spans is not None:
+            stack.push_async_callback(spans.aclose)
         prices = price_book(settings)
         refuse(settings, unpriced_models(settings, prices, clock.now().date()))
         tell_prices(metrics, settings, prices, clock.now().date())
@@ -273,6 +277,7 @@ async def open_gateway(
             keeper=keeper,
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
+            propagate=settings.tracing.propagate,
         )
         wanted = min(settings.server.max_in_flight, sum(places(settings).values()))
         share = shares(
@@ -429,6 +434,7 @@ async def open_gateway(
             metrics,
             observed,
             budget_watch,
+            *(() if spans is None else (spans,)),
             *telemetry,
         )
         rest = _plain_app()
@@ -454,7 +460,9 @@ async def open_gateway(
         await stack.enter_async_context(watchdog.watching())
         yield Gateway(
             _Router(
-                RelayedRoutes(pipeline, listeners, clock),
+                RelayedRoutes(
+                    pipeline, listeners, clock, None if spans is None else settings.tracing.sample
+                ),
                 RequestId(rest),
                 result_routes(desk, keyring, settings, metrics),
             ),
@@ -514,6 +522,8 @@ def _plain_app() -> FastAPI:
         redoc_url=None,
         openapi_url=None,
         redirect_slashes=False,
+        # It would send what it likes, texts of exceptions too, to whatever the environment names.
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     api_errors.install(app)
     return app

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -14,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, date, datetime, time
+from importlib.metadata import version
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gateway.domain import keys
 from gateway.domain.bill import BilledItem
@@ -74,6 +77,9 @@ from gateway.upstream.costs import read_costs
 from gateway.upstream.postbox import WebPostbox
 from gateway.upstream.wire import Timeouts
 from gateway.yamlfile import plain
+
+if TYPE_CHECKING:
+    from gateway.telemetry.trace import Spans
 
 log = logging.getLogger(__name__)
 
@@ -635,6 +641,31 @@ def open_notifier(
     return _webhooks(
         settings, "notify.webhook", notify.webhook, notify.secret, clock, counted=counted
     )
+
+
+def open_tracing(settings: Settings, metrics: Metrics) -> Spans | None:
+    """Who makes spans of receipts; None where no collector is configured, and then nothing of
+    OpenTelemetry is loaded. Raises ``CannotServe`` where it is not installed."""
+    tracing = settings.tracing
+    if tracing.otlp is None:
+        return None
+    try:
+        trace = importlib.import_module("gateway.telemetry.trace")
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("opentelemetry"):
+            raise
+        raise CannotServe(
+            f"{settings.file}: tracing.otlp: tracing needs the extra otel, which is not "
+            'installed: pip install "image-gateway[otel]"; or remove this setting'
+        ) from None
+    spans: Spans = trace.Spans(
+        tracing.otlp,
+        {name: value.reveal() for name, value in tracing.headers},
+        version=version("image-gateway"),
+        cost=tracing.cost,
+        lost=lambda count: metrics.add("gateway_spans_dropped_total", count),
+    )
+    return spans
 
 
 def _webhooks(

@@ -514,12 +514,19 @@ class Upstream(Protocol):
         """Whose price list applies."""
 
     @property
+    def address(self) -> tuple[str, int]:
+        """Its host and port."""
+
+    @property
     def ready(self) -> bool:
         """False where it has no key: it is off."""
 
     @property
     def credentials(self) -> Sequence[Credential]:
         """Its keys, as they are configured now."""
+
+    def masked(self, text: bytes) -> bytes:
+        """What it has said, without the secrets that it was sent."""
 
     async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         """Sends it with the key of that id (any, where it is gone). Raises ``UpstreamUnavailable``

@@ -304,6 +304,14 @@ def percent(node: Node, spot: Spot) -> float:
     return float(value.text)
 
 
+def share(node: Node, spot: Spot) -> float:
+    """A part of the whole: 1 or 0.05."""
+    value = _unquoted(scalar(node), "a share")
+    if _NUMBER.fullmatch(value.text) is None or not 0 <= float(value.text) <= 1:
+        raise Wrong(f"must be a share from 0 to 1, like 1 or 0.05{but_is(value)}")
+    return float(value.text)
+
+
 def size(node: Node, spot: Spot) -> int:
     """Bytes: a whole number, or one with a unit (10GiB, 500MB)."""
     value = scalar(node)

@@ -16,7 +16,7 @@ import base64
 import hmac
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -67,6 +67,7 @@ from gateway.reading import (
     scalar,
     seconds,
     setting,
+    share,
     size,
     suggestion,
     text,
@@ -345,11 +346,8 @@ def _webhook(node: Node, spot: Spot) -> Secret:
     if not url.lower().startswith(("http://", "https://")):
         raise Wrong("must be a url that starts with https:// (or http:// on a private network)")
     parts = _split(url)
-    if parts.scheme.lower() == "http":
-        address = _address(parts.hostname or "")
-        near = not address.is_global if address else _is_private_name(parts.hostname or "")
-        if not near:
-            raise Wrong("must be https:// on a public network")
+    if parts.scheme.lower() == "http" and not _is_near(parts.hostname or ""):
+        raise Wrong("must be https:// on a public network")
     return Secret(url)
 
 
@@ -365,6 +363,32 @@ def _webhook_secret(node: Node, spot: Spot) -> Secret:
             'must be "whsec_" and 24 to 64 bytes in base64: echo whsec_$(openssl rand -base64 32)'
         )
     return Secret(text)
+
+
+def _collector(node: Node, spot: Spot) -> str:
+    """Where spans are posted, path and all; what proves who sends them goes to the headers."""
+    url = scalar(node).text
+    example = "http://collector:4318/v1/traces"
+    if not url.lower().startswith(("http://", "https://")):
+        raise Wrong(f"must be the url that a collector takes traces at (OTLP/HTTP): {example}")
+    parts = _split(url)
+    if parts.username is not None or parts.password is not None:
+        raise Wrong("must not hold a user or a password: they go to tracing.headers")
+    if "?" in url or "#" in url:
+        raise Wrong('must not hold "?" or "#": what a collector asks for goes to tracing.headers')
+    if parts.path in ("", "/"):
+        raise Wrong(f"must have the path that traces are posted to, usually /v1/traces: {example}")
+    if parts.port == 4317:
+        spot.warn(node.place, "has the port of OTLP over gRPC: OTLP over HTTP is usually at 4318")
+    if parts.scheme.lower() == "http" and not _is_near(parts.hostname or ""):
+        raise Wrong("must be https:// on a public network")
+    return url
+
+
+def _is_near(host: str) -> bool:
+    """Whether a host is on a private network, as far as the text alone tells."""
+    address = _address(host)
+    return not address.is_global if address else _is_private_name(host)
 
 
 def _proxy(node: Node, spot: Spot) -> Secret:
@@ -485,8 +509,22 @@ def _header_objection(name: str) -> str | None:
     return _REFUSED_HEADERS.get(name.lower())
 
 
+def _collector_header_objection(name: str) -> str | None:
+    return None if name.lower() == "authorization" else _header_objection(name)
+
+
 def _headers(node: Node, spot: Spot) -> tuple[tuple[str, Secret], ...]:
-    values = mapping(_header_value, _header_objection)(node, spot)
+    return _header_pairs(node, spot, _header_objection)
+
+
+def _collector_headers(node: Node, spot: Spot) -> tuple[tuple[str, Secret], ...]:
+    return _header_pairs(node, spot, _collector_header_objection)
+
+
+def _header_pairs(
+    node: Node, spot: Spot, objection: Callable[[str], str | None]
+) -> tuple[tuple[str, Secret], ...]:
+    values = mapping(_header_value, objection)(node, spot)
     lowered = {name.lower(): value for name, value in values.items()}
     if len(lowered) < len(values):
         raise Wrong("holds a header twice: upper and lower case are the same")
@@ -501,6 +539,9 @@ _REFUSED_HEADERS = MappingProxyType(
         "proxy-authorization": 'cannot be set here: write user and password into "proxy"',
         "cookie": "cannot be set here: a cookie of one client would be sent for all",
         "set-cookie": "cannot be set here: it is a header of answers",
+        **dict.fromkeys(
+            ("traceparent", "tracestate"), "cannot be set here: each request has its own (tracing)"
+        ),
         "idempotency-key": "cannot be set here: one value for all requests would mix them up",
         **dict.fromkeys(
             ("host", "content-length", "content-type", "content-encoding", "accept-encoding"),
@@ -847,6 +888,19 @@ class Relay:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tracing:
+    """``otlp`` None: nothing is traced. ``sample`` is the share of the traces that begin here; a
+    client's own trace is sampled where the client samples it. ``cost``: spans say what a call cost.
+    ``propagate``: upstreams are told the trace."""
+
+    otlp: str | None = setting(optional(_collector), None)
+    headers: tuple[tuple[str, Secret], ...] = group(_collector_headers, ())
+    sample: float = setting(share, 1.0)
+    cost: bool = setting(boolean, False)
+    propagate: bool = setting(boolean, True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Log:
     level: LogLevel = setting(choice(LogLevel), LogLevel.INFO)
     format: LogFormat = setting(choice(LogFormat), LogFormat.JSON)
@@ -1041,6 +1095,7 @@ class _Document:
     notify: Notify = group(record(Notify), Notify())
     relay: Relay = group(record(Relay), Relay())
     log: Log = group(record(Log), Log())
+    tracing: Tracing = group(record(Tracing), Tracing())
 
 
 _OVERRIDABLE = MappingProxyType(
@@ -1055,6 +1110,7 @@ _OVERRIDABLE = MappingProxyType(
         "notify": names_of(Notify),
         "relay": names_of(Relay),
         "log": names_of(Log),
+        "tracing": names_of(Tracing),
     }
 )
 """Section -> setting -> whether it is a scalar, which the environment may set."""
@@ -1104,6 +1160,7 @@ class Settings:
     notify: Notify
     relay: Relay
     log: Log
+    tracing: Tracing
     warnings: tuple[Mistake, ...] = ()
     sources: tuple[Source, ...] = ()
     """The files that all of this was read from, as they were then: of the configuration, of each
@@ -1290,6 +1347,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         notify=document.notify,
         relay=document.relay,
         log=document.log,
+        tracing=document.tracing,
     )
 
 

@@ -70,8 +70,8 @@ class GatewayProcess:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "gateway", "serve", "--config", str(config), *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             env=ENVIRONMENT,
             preexec_fn=before,
@@ -83,8 +83,8 @@ class GatewayProcess:
         self._listener.start()
 
     def _listen(self) -> None:
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
             with self._news:
                 self._said.append(line)
                 self._news.notify_all()
@@ -104,8 +104,8 @@ class GatewayProcess:
         if self._process.poll() is None:
             self.kill()
         self._listener.join()
-        assert self._process.stderr is not None
-        self._process.stderr.close()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     @property
     def pid(self) -> int:
@@ -113,6 +113,7 @@ class GatewayProcess:
 
     @property
     def stderr(self) -> str:
+        """What it said so far, on either output."""
         with self._news:
             return "".join(self._said)
 

@@ -96,6 +96,10 @@ KEPT: dict[str, tuple[Edit, list[str]]] = {
         ["results.enabled", "results.ttl", "results.webhook"],
     ),
     "a lease": (lambda one: one.update(ledger={"lease_seconds": 700}), ["ledger.lease_seconds"]),
+    "traces": (
+        lambda one: one.update(tracing={"otlp": "http://c:1/t", "sample": 0.5}),
+        ["tracing.otlp", "tracing.sample"],
+    ),
     "the log": (lambda one: one.update(log={"level": "debug"}), ["log.level"]),
 }
 

@@ -27,6 +27,7 @@ from gateway.settings import (
     Results,
     Secret,
     Settings,
+    Tracing,
     UpstreamKey,
     default_config_path,
     load,
@@ -171,6 +172,23 @@ MISTAKES = [
     ("notify: {drift_percent: 5m}", "1:25: notify.drift_percent: must be a percentage from 0 to "
      '100, like 1 or 0.5, not "5m"'),
     ("notify: {drift_percent: 101}", "notify.drift_percent: must be a percentage from 0 to 100"),
+    # tracing
+    ("tracing: {otlp: collector:4318}", "1:17: tracing.otlp: must be the url that a collector take"
+     "s traces at (OTLP/HTTP): http://collector:4318/v1/traces"),
+    ("tracing: {otlp: grpc://collector:4317}", "tracing.otlp: must be the url that a collector"),
+    ("tracing: {otlp: http://collector:4318}", "tracing.otlp: must have the path that traces are "
+     "posted to, usually /v1/traces: http://collector:4318/v1/traces"),
+    ("tracing: {otlp: 'http://u:pw@collector/v1/traces'}", "tracing.otlp: must not hold a user or"),
+    ("tracing: {otlp: 'https://c.example/v1/traces?key=1'}", 'tracing.otlp: must not hold "?" or'),
+    ("tracing: {otlp: http://c.example.com/v1/traces}", "tracing.otlp: must be https:// on a publ"),
+    ("tracing: {otlp: 'http://collector:99999/v1/traces'}", "tracing.otlp: must be a url in ASCII"),
+    ("tracing: {sample: 10}", "1:19: tracing.sample: must be a share from 0 to 1, like 1 or 0.05"),
+    ("tracing: {sample: 5%}", 'tracing.sample: must be a share from 0 to 1, like 1 or 0.05, not '),
+    ("tracing: {headers: {host: a}}", "tracing.headers.host: cannot be set here: the gateway writ"),
+    ("tracing: {headers: {a: b, A: c}}", "tracing.headers: holds a header twice"),
+    ("tracing: {endpoint: a}", "tracing.endpoint: unknown key"),
+    ("upstreams: {a: {kind: sandbox, headers: {traceparent: x}}}", "upstreams.a.headers.traceparen"
+     "t: cannot be set here: each request has its own (tracing)"),
     # upstreams
     ("upstreams: {a: {kind: azure}}", 'upstreams.a.kind: the kind "azure" does not exist in this'),
     ("upstreams: {a: {base_url: 'https://h/v1'}}", '1:16: upstreams.a: needs "kind"'),
@@ -440,7 +458,7 @@ def test_the_shipped_file_loads_with_nothing_set(monkeypatch: pytest.MonkeyPatch
 def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     text = DEFAULT.read_text()
     shown, bare = read(tmp_path, text), read(tmp_path, "")
-    sections = "server storage ledger prices cache results notify relay log"
+    sections = "server storage ledger prices cache results notify relay log tracing"
     for section in sections.split():
         assert getattr(shown, section) == getattr(bare, section)
         for each in dataclasses.fields(getattr(bare, section)):
@@ -464,6 +482,23 @@ def test_the_commented_team_of_the_shipped_file_is_right(tmp_path: Path) -> None
     assert "GROWTH_CI_KEY is empty: this key is left out" in {
         each.message for each in made.warnings
     }
+
+
+def test_where_spans_go(tmp_path: Path) -> None:
+    assert read(tmp_path, "").tracing == Tracing(
+        otlp=None, headers=(), sample=1.0, cost=False, propagate=True
+    )
+    text = "tracing: {otlp: https://c.example/v1/traces, headers: {Authorization: Bearer t}}"
+    made = read(tmp_path, text, {"GATEWAY_TRACING__SAMPLE": "0.05"}).tracing
+    assert (made.otlp, made.sample) == ("https://c.example/v1/traces", 0.05)
+    assert made.headers == (("authorization", Secret("Bearer t")),)
+    assert "Bearer" not in repr(made)
+    (warning,) = [
+        one
+        for one in read(tmp_path, "tracing: {otlp: http://c:4317/v1/traces}").warnings
+        if one.path == "tracing.otlp"
+    ]
+    assert warning.message.startswith("has the port of OTLP over gRPC")
 
 
 def test_how_long_results_are_kept(tmp_path: Path) -> None:
@@ -762,6 +797,7 @@ teams: {t: {keys: [kkkkkkkkkkkkkkkkkkkkkkkk, {key: llllllllllllllllllllllll, nam
   models: [m], budget: {day: 1}, expires: 2027-01-01}], models: [m]}}
 admin: {keys: [""]}
 log: {level: info}
+tracing: {otlp: "http://h:1/t", headers: {authorization: v}, sample: 1}
 """
 WORDS = sorted({match.span() for match in re.finditer(r'[^\s{}\[\],:"]+', EVERYTHING)})
 

@@ -17,6 +17,7 @@ from gateway.api.prefer import Preferences, preferences
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
 from gateway.domain.receipt import Delivery, Receipt
+from gateway.domain.trace import Trace, begin, parse
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import Answer, Arrival
@@ -30,9 +31,17 @@ MAX_AGE = re.compile(r"max-age\s*=\s*\"?(\d{1,9})\"?")
 
 
 class RelayedRoutes:
-    """Answers the operations of images; one coroutine a request."""
+    """Answers the operations of images; one coroutine a request. ``sample`` is the share of the
+    traces beginning here that are sampled; None: nothing is traced."""
 
-    def __init__(self, pipeline: Pipeline, telemetry: Sequence[Telemetry], clock: Clock) -> None:
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        telemetry: Sequence[Telemetry],
+        clock: Clock,
+        sample: float | None = None,
+    ) -> None:
+        self._sample = sample
         self._pipeline = pipeline
         self._telemetry = tuple(telemetry)
         self._clock = clock
@@ -43,9 +52,10 @@ class RelayedRoutes:
         """From the request line to the log line."""
         started = self._clock.monotonic()
         rid = new_request_id()
+        trace = None if self._sample is None else self._trace(scope, self._sample)
         door = Door(scope, receive, send)
         try:
-            answer = await self._answer(rid, operation, scope, door, started)
+            answer = await self._answer(rid, operation, scope, door, started, trace)
             try:
                 await deliver(rid, answer.head, door)
             finally:
@@ -67,6 +77,7 @@ class RelayedRoutes:
         scope: Scope,
         door: Door,
         started: float,
+        trace: Trace | None,
     ) -> Answer:
         if scope["method"] != "POST":
             return _refused(
@@ -78,6 +89,7 @@ class RelayedRoutes:
                     code="method_not_allowed",
                 ),
                 (("allow", "POST"),),
+                trace=trace,
             )
         headers = {
             name.decode("latin-1").lower(): value.decode("latin-1")
@@ -85,16 +97,27 @@ class RelayedRoutes:
         }
         try:
             wishes = preferences(scope["headers"])
-            arrival = _arrival(rid, operation, headers, wishes, door, started)
+            arrival = _arrival(rid, operation, headers, wishes, door, started, trace)
             answer = await self._pipeline.answer(arrival)
         except GatewayError as error:
-            return _refused(rid, operation, error)
+            return _refused(rid, operation, error, trace=trace)
         except Exception:
             log.exception("a request crashed", extra={"request_id": rid})
-            return _refused(rid, operation, Internal("The gateway failed in a way it should not."))
+            fault = Internal("The gateway failed in a way it should not.")
+            return _refused(rid, operation, fault, trace=trace)
         if answer.gone:
             door.left_at(answer.gone)
         return answer
+
+    def _trace(self, scope: Scope, sample: float) -> Trace:
+        """Its span: under the client's, where the headers name one."""
+
+        def said(name: bytes) -> str:
+            found = [value for one, value in scope["headers"] if one == name]
+            return b",".join(found).decode("latin-1")
+
+        client = parse(said(b"traceparent"), said(b"tracestate"))
+        return begin(client, sample, self._clock.now())
 
     async def _close_books(self, answer: Answer, door: Door, started: float, address: str) -> None:
         """Waits for the end of the flight, which the client may not have, and tells of it."""
@@ -121,6 +144,7 @@ def _arrival(
     wishes: Preferences,
     door: Door,
     started: float,
+    trace: Trace | None,
 ) -> Arrival:
     """What the headers say. Raises ``InvalidRequest`` for an idempotency key of another form."""
     key = headers.get("idempotency-key")
@@ -154,6 +178,7 @@ def _arrival(
         at=started,
         retried=tries.strip("0") != "",
         asynchronous=wishes.respond_async,
+        trace=trace,
     )
 
 
@@ -170,9 +195,16 @@ def cache_wish(cache_control: str) -> CacheWish:
 
 
 def _refused(
-    rid: str, operation: Operation | Inquiry, error: GatewayError, more: answers.Headers = ()
+    rid: str,
+    operation: Operation | Inquiry,
+    error: GatewayError,
+    more: answers.Headers = (),
+    *,
+    trace: Trace | None,
 ) -> Answer:
-    receipt = Receipt(rid, operation.value, error.status, reason=error.reason, code=error.code)
+    receipt = Receipt(
+        rid, operation.value, error.status, reason=error.reason, code=error.code, trace=trace
+    )
 
     async def known() -> Receipt:
         return receipt

@@ -38,6 +38,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from enum import StrEnum
 
 
@@ -244,6 +245,14 @@ class UpstreamRefused(UpstreamFault):
     @property
     def content(self) -> bytes:
         return self._content
+
+    def mask(self, masked: Callable[[bytes], bytes]) -> None:
+        """Takes out of the provider's words what is not for the client."""
+        self._content = masked(self._content)
+        self.code = masked(self.code.encode()).decode()
+        self.headers = tuple(
+            (name, masked(value.encode()).decode()) for name, value in self.headers
+        )
 
 
 class UpstreamUnavailable(UpstreamFault):

@@ -8,6 +8,7 @@ from enum import StrEnum
 from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Outcome
 from gateway.domain.money import Money
+from gateway.domain.trace import Trace, TraceContext
 
 
 class CacheResult(StrEnum):
@@ -32,6 +33,32 @@ class Timings:
     upstream: float = 0.0
     settling: float = 0.0
     queueing: float = 0.0
+    queued_at: float = 0.0
+    """When it came to the queue, after the request began; 0 where it did not."""
+
+    @property
+    def sent_at(self) -> float:
+        """When the upstream's part began, after the request began."""
+        return self.reading + self.queueing + self.reserving
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One time that a call was sent upstream. ``began`` and ``ended`` are seconds after the
+    upstream's part began; an attempt ends with the head of its answer, also the one that is then
+    read on. ``status`` is 0 without an answer, ``error`` how it failed (a closed list), or empty.
+    """
+
+    span_id: str
+    upstream: str
+    provider: str
+    host: str
+    port: int
+    model: str
+    began: float
+    ended: float
+    status: int = 0
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +113,12 @@ class Receipt:
     """The request whose flight, or kept answer, this one was answered with."""
     took_over: str = ""
     """The request of a process that is gone, which this one bought again."""
+    trace: Trace | None = None
+    """Where requests are traced: which span this one is."""
+    trail: tuple[Attempt, ...] = ()
+    """Of a request whose trace is sampled: its attempts, in order."""
+    joined_trace: TraceContext | None = None
+    """The span of the request that it joined, where that is known here."""
     prompt: str | None = None
     """Only where the operator asked for prompts in the log."""
 

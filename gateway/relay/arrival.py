@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError
 from gateway.domain.receipt import Receipt
+from gateway.domain.trace import Trace
 from gateway.relay import headers
 from gateway.relay.flights import Client, Head
 from gateway.relay.plan import CacheWish
@@ -32,6 +33,8 @@ class Arrival:
     """An SDK says that it has sent this before (``x-stainless-retry-count``)."""
     asynchronous: bool = False
     """The client does not wait: it asks for the result later."""
+    trace: Trace | None = None
+    """Its span, where requests are traced."""
 
 
 @dataclass(frozen=True, slots=True)

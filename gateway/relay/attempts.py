@@ -47,6 +47,7 @@ from gateway.relay.failover import (
 )
 from gateway.relay.health import Chance, Health, Ticket, Why
 from gateway.relay.plan import Plan, Way
+from gateway.relay.trail import Trail
 
 log = logging.getLogger(__name__)
 
@@ -154,11 +155,13 @@ class Attempts:
         held: Held,
         begun: Callable[[], None] = lambda: None,
         enter: Callable[[Way], bool] = lambda way: True,
+        trail: Trail | None = None,
     ) -> Opened | Failed:
         """The first 200, or why there is none. ``begun`` is called before anything is sent, once,
         and not at all where nothing is. ``enter`` is asked before each attempt whether it may go
-        that way; a way that it may not is passed over. Raises ``LedgerUnavailable`` where the first
-        way that is open cannot be held for; whatever else goes wrong is ``Failed``."""
+        that way; a way that it may not is passed over. ``trail`` hears of each
+        attempt. Raises ``LedgerUnavailable`` where the first way that is open cannot be held for;
+        whatever else goes wrong is ``Failed``."""
         journey = _Journey(plan, held, plan.way, self._clock.monotonic())
         while (found := self._next(journey)) is not None:
             place, credential, ticket, again = found
@@ -183,7 +186,7 @@ class Attempts:
                 self._health.listener.fell_back(plan.asked.label or plan.asked.name, way.model.name)
             journey.way = way
             journey.sent[place, credential.id] += 1
-            reply, error = await self._attempt(plan, way, body, ticket)
+            reply, error = await self._attempt(plan, way, body, ticket, trail)
             journey.tried += 1
             journey.was_sent |= error is None or kind_of(error) not in UNREACHED
             journey.counted += not _is_free(error, reply)
@@ -325,23 +328,33 @@ class Attempts:
         return True
 
     async def _attempt(
-        self, plan: Plan, way: Way, body: Spool, ticket: Ticket
+        self, plan: Plan, way: Way, body: Spool, ticket: Ticket, trail: Trail | None
     ) -> tuple[Reply | None, GatewayError | None]:
         """One exchange, as far as its answer's head; of any but a 200 the error it amounts to, with
         the answer closed. The key's health hears of it, whatever happens."""
         heard = False
         reply: Reply | None = None
+        error: GatewayError | None = None
+        leg = None if trail is None else trail.set_out(way)
         try:
-            reply, error = await self._send(plan, way, body, ticket)
+            more = () if leg is None else leg.headers
+            reply, error = await self._send(plan, way, body, ticket, more)
             self._learn(plan, ticket, error, reply)
             heard = True
             return reply, error
         finally:
             if not heard:
                 self._health.unsure(ticket)
+            if trail is not None and leg is not None:
+                trail.came_back(leg, reply, error)
 
     async def _send(
-        self, plan: Plan, way: Way, body: Spool, ticket: Ticket
+        self,
+        plan: Plan,
+        way: Way,
+        body: Spool,
+        ticket: Ticket,
+        more: tuple[tuple[str, str], ...],
     ) -> tuple[Reply | None, GatewayError | None]:
         request = self._provider(plan.call, way.target)
         began = self._clock.monotonic()
@@ -352,7 +365,7 @@ class Attempts:
                         Outgoing(
                             "POST",
                             request.path,
-                            request.headers,
+                            (*request.headers, *more),
                             content,
                             edited_length(body.length, request.edits),
                         ),

@@ -122,6 +122,8 @@ class Comebacks:
         cache = CacheResult.HIT if earlier.over else CacheResult.JOIN
         label = routed.model.label or routed.model.name
         so_far = replace(so_far, cache=cache, joined=rid, model_label=label)
+        if so_far.trace is not None and (flight := self._flights.find(rid)) is not None:
+            so_far = replace(so_far, joined_trace=flight.trace)
         said = (*headers.of_request(arrival.rid, cache), *headers.NOTHING_SPENT)
         try:
             if earlier.over:

@@ -143,6 +143,8 @@ def verdict(error: GatewayError) -> Next:
 
 _ACCOUNT = re.compile(rb"\b(org|proj)[-_][A-Za-z0-9]{6,}")
 """The owner's account, which rate limit texts name (contract 4.5)."""
+_CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+"""A word for logs; what is more than that may be anybody's text."""
 RETRY_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
 
 
@@ -288,7 +290,7 @@ def _passed_on(
     refused = UpstreamRefused(
         status,
         body,
-        code=code if isinstance(code, str) else f"http_{status}",
+        code=code if isinstance(code, str) and _CODE.fullmatch(code) else f"http_{status}",
         headers=kept,
         reason=reason,
     )

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from gateway.domain.errors import ClientGone
 from gateway.domain.receipt import Receipt
+from gateway.domain.trace import TraceContext
 from gateway.ports import FlightNotice
 
 log = logging.getLogger(__name__)
@@ -201,6 +202,8 @@ class Flight:
         """What a stream that has begun says in the end, where it could not be said as it came."""
         self.seat: Seat | None = None
         """That of the client it was launched for, once others may join it."""
+        self.trace: TraceContext | None = None
+        """The span of the request that it was launched for, where requests are traced."""
         self._watches: list[Watch] = []
         self._shown: Shown | None = None
         self._error: BaseException | None = None

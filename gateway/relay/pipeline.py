@@ -114,6 +114,7 @@ class Pipeline:
             0,
             retried=arrival.retried,
             asynchronous=arrival.asynchronous,
+            trace=arrival.trace,
         )
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         caller: Caller | None = None
@@ -325,9 +326,11 @@ class Pipeline:
         )  # fmt: skip
         # Who does not wait cannot leave either.
         client = Client() if arrival.asynchronous else arrival.client
-        return self._flights.launch(
+        flight = self._flights.launch(
             notice, client, lambda flight: self._fly(flight, arrival, plan, body, so_far)
         )
+        flight.trace = None if arrival.trace is None else arrival.trace.context
+        return flight
 
     async def _fly(
         self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt
@@ -404,6 +407,7 @@ class Pipeline:
                 so_far.timings,
                 queueing=queueing,
                 reserving=reserved - so_far.timings.reading - queueing,
+                queued_at=came - arrival.at,
             )
             keeping = Keeping(
                 result=self._keeps(arrival), idempotent=arrival.idempotency_key is not None

@@ -16,7 +16,13 @@ from datetime import timedelta
 
 from gateway.domain.call import Call
 from gateway.domain.charge import Ending, charge
-from gateway.domain.errors import Evidence, GatewayError, Internal, LedgerUnavailable
+from gateway.domain.errors import (
+    Evidence,
+    GatewayError,
+    Internal,
+    LedgerUnavailable,
+    UpstreamRefused,
+)
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
 from gateway.domain.receipt import Receipt, Timings
 from gateway.ports import (
@@ -39,6 +45,7 @@ from gateway.relay.landing import Landing, failed, land_events, land_json
 from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
 from gateway.relay.plan import Plan, Way
 from gateway.relay.skim import Event as SkimmedEvent
+from gateway.relay.trail import Trail
 from gateway.relay.turnstile import Place
 
 log = logging.getLogger(__name__)
@@ -138,7 +145,10 @@ class Purchases:
         keeper: Keeper,
         keep_alive_seconds: float | None = None,
         keep: timedelta | None = None,
+        propagate: bool = True,
     ) -> None:
+        """``propagate``: upstreams are told which trace a call belongs to."""
+        self._propagate = propagate
         self._keep_closed = keep
         self._joining = joining
         self._keeper = keeper
@@ -177,6 +187,7 @@ class Purchases:
         """
         spool = Spool(self._room)
         marks = Marks(self._clock.monotonic())
+        trail = self._trail(so_far, marks)
         tried: Opened | Failed | None = None
         form, own, way = headers.of_form(plan.call.stream), flight.said, plan.way
         common = (*form, *headers.of_way(plan, way))
@@ -191,7 +202,9 @@ class Purchases:
         try:
             self._joining.begun(flight, spool)
             try:
-                tried = await self._attempts.open(flight.rid, plan, body, held, enter=course.enter)
+                tried = await self._attempts.open(
+                    flight.rid, plan, body, held, enter=course.enter, trail=trail
+                )
                 marks.opened = self._clock.monotonic()
                 held, way = tried.held, tried.way
                 common = (*form, *headers.of_way(plan, way), *headers.of_attempts(tried.attempts))
@@ -213,7 +226,12 @@ class Purchases:
                 landing = Landing(Ending(Outcome.UNKNOWN), error=fault)
             marks.landed = self._clock.monotonic()
             so_far = _with_way(so_far, way, tried)
+            if trail is not None:
+                so_far = replace(so_far, trail=tuple(trail.attempts))
             if landing.error is not None:
+                if isinstance(landing.error, UpstreamRefused):
+                    # Some providers repeat a key that they refuse.
+                    landing.error.mask(way.upstream.masked)
                 _name_it(landing.error, flight.rid, so_far.upstream_rid)
             elif plan.call.stream:
                 marks.first = marks.first or marks.landed
@@ -248,6 +266,12 @@ class Purchases:
             spool.close()
             if isinstance(tried, Opened):
                 await tried.reply.aclose()
+
+    def _trail(self, so_far: Receipt, marks: Marks) -> Trail | None:
+        if so_far.trace is None:
+            return None
+        context = so_far.trace.context
+        return Trail(context, marks.started, self._clock, propagate=self._propagate)
 
     def _early(self, own: headers.Headers, plan: Plan, way: Way, held: Held) -> headers.Headers:
         """What a stream says to whom it was bought for, before its cost is known."""

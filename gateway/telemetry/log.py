@@ -135,6 +135,9 @@ class RequestLog:
             "client_address": delivery.client_address,
             "degraded": receipt.degraded,
         }
+        if receipt.trace is not None and receipt.trace.context.sampled:
+            line["trace_id"] = receipt.trace.context.trace_id
+            line["span_id"] = receipt.trace.context.span_id
         if receipt.prompt is not None:
             line["prompt"] = receipt.prompt
         kept = {name: value for name, value in line.items() if value not in ("", None)}

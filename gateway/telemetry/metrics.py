@@ -340,6 +340,8 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
              "1 where the configuration could not be read again at the last try: nothing changed."),
         Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
              "Times the configuration was read again while running."),
+        Spec("gateway_spans_dropped_total", Kind.COUNTER, (),
+             "Spans that the collector of traces did not take in time."),
         Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
              "Times a team was counted as `other` because there are too many teams for labels."),
         Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1.", mode="scraped"),

@@ -45,6 +45,8 @@ from gateway.upstream.wire import (
 log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5.0
+SECRET_CHARS = 12
+"""A shorter header is none: its value may be any word."""
 SANDBOX_KEY = "sk-sandbox"
 SANDBOX_CREDENTIAL = Credential("-")
 
@@ -151,6 +153,7 @@ class Account:
         self._max_response_bytes = options.max_response_bytes
         self._wire = wire
         self._news = options.news
+        self._secret_headers = tuple(options.headers.items())
         self._headers = (
             ("host", self._origin.authority),
             ("accept-encoding", "identity"),
@@ -166,6 +169,10 @@ class Account:
         return self._provider
 
     @property
+    def address(self) -> tuple[str, int]:
+        return self._origin.host, self._origin.port
+
+    @property
     def ready(self) -> bool:
         return self._sandbox or bool(self._keys)
 
@@ -175,6 +182,13 @@ class Account:
         if not self._keys:
             return (SANDBOX_CREDENTIAL,) if self._sandbox else ()
         return tuple(Credential(id, key.order, key.weight) for id, key in self._keys.items())
+
+    def masked(self, text: bytes) -> bytes:
+        values = [key.secret.reveal() for key in self._keys.values()]
+        values += [value for _, value in self._secret_headers if len(value) >= SECRET_CHARS]
+        for value in values:
+            text = text.replace(value.encode(), b"***")
+        return text
 
     async def send(self, outgoing: Outgoing, credential: str) -> AccountReply:
         """Raises ``UpstreamUnavailable`` or ``Overloaded`` when nothing was sent, and

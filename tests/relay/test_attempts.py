@@ -132,6 +132,7 @@ class Scripted:
     def __init__(self, name: str, *script: Script, keys: Sequence[Credential] | int = 1) -> None:
         self.name = name
         self.provider = "openai"
+        self.address = ("upstream.test", 443)
         self.ready = True
         self.script = list(script)
         self.credentials: Sequence[Credential] = (
@@ -150,6 +151,9 @@ class Scripted:
         if isinstance(found, BaseException):
             raise found
         return found
+
+    def masked(self, text: bytes) -> bytes:
+        return text
 
     async def aclose(self) -> None:
         return

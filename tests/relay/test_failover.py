@@ -225,8 +225,10 @@ def test_an_error_of_another_form_is_given_ours(body: bytes, message: str) -> No
     assert error.code == "http_422"
 
 
-@pytest.mark.parametrize("code", [None, 7, ["x"], {"a": 1}])
-def test_a_code_that_is_no_text_is_named_by_the_status(code: object) -> None:
+@pytest.mark.parametrize(
+    "code", [None, 7, ["x"], {"a": 1}, "", "two words", "line\nbreak", "é", "x" * 65]
+)
+def test_a_code_that_is_no_word_is_named_by_the_status(code: object) -> None:
     assert refusal(400, {}, said(code=code), "openai").code == "http_400"
 
 

@@ -47,8 +47,12 @@ class Account:
     def __init__(self, name: str, ready: bool = True) -> None:
         self.name = name
         self.provider = "openai"
+        self.address = ("upstream.test", 443)
         self.ready = ready
         self.credentials = (Credential("1"),)
+
+    def masked(self, text: bytes) -> bytes:
+        raise AssertionError("it says nothing")
 
     async def send(self, outgoing: Outgoing, credential: str) -> Reply:
         raise NotImplementedError

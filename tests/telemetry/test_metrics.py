@@ -170,6 +170,7 @@ COMPOSED = {
     "gateway_upstream_cooldowns_total",
     "gateway_upstream_retries_total",
     "gateway_fallbacks_total",
+    "gateway_spans_dropped_total",
     "gateway_clock_skew_seconds",
     "gateway_budget_notices_total",
     "gateway_webhook_total",

@@ -151,6 +151,18 @@ async def test_an_account_without_a_key_is_off() -> None:
         await sandbox.aclose()
 
 
+async def test_what_it_was_sent_is_taken_out_of_what_it_says() -> None:
+    made = account(
+        9,
+        keys=(AccountKey(Hidden("first-key-0123456789")), AccountKey(Hidden("other-key-0123456"))),
+        headers={"x-secret": "secret-header-1", "x-word": "image"},
+    )
+    said = b"no: first-key-0123456789, other-key-0123456, secret-header-1, image"
+    assert made.masked(said) == b"no: ***, ***, ***, image"
+    assert made.address == ("127.0.0.1", 9)
+    await made.aclose()
+
+
 async def test_new_keys_are_for_the_next_call() -> None:
     heads: list[bytes] = []
     sent, going = asyncio.Event(), asyncio.Event()
