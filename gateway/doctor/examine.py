@@ -24,14 +24,14 @@ from gateway.doctor.machine import machine, versions
 from gateway.doctor.prices import prices
 from gateway.doctor.redis_servers import limits, pictures
 from gateway.doctor.threads import AbandonableThreads
-from gateway.doctor.upstreams import upstream, webhook
+from gateway.doctor.upstreams import reachable, upstream
 from gateway.ports import Clock
 from gateway.settings import Settings
 
 DEADLINE_SECONDS = 12.0
 ORDER = (
     "versions", "config", "secrets", "database", "redis", "disk", "machine", "clock", "upstream",
-    "models", "prices", "time-outs", "doors", "webhook", "keys", "teams",
+    "models", "prices", "time-outs", "doors", "webhook", "tracing", "keys", "teams",
 )  # fmt: skip
 """Of the checks, as a person reads them."""
 
@@ -93,7 +93,13 @@ def _elsewhere(settings: Settings, clock: Clock, offline: bool) -> Iterable[tupl
     ):
         if url is not None:
             topic = Topic("webhook", setting)
-            yield topic, _skipped(topic) if offline else webhook(setting, url, clock.now())
+            yield topic, _skipped(topic) if offline else reachable(topic, url.reveal(), clock.now())
+    if settings.tracing.otlp is not None:
+        topic = Topic("tracing", "tracing.otlp")
+        yield (
+            topic,
+            _skipped(topic) if offline else reachable(topic, settings.tracing.otlp, clock.now()),
+        )
 
 
 async def _skipped(topic: Topic) -> Check:

@@ -21,7 +21,7 @@ from gateway.doctor.prices import ends
 from gateway.domain.errors import GatewayError
 from gateway.ports import Clock, Outgoing
 from gateway.relay.failover import BILLING_CODES
-from gateway.settings import Kind, Secret, Settings, Timeouts, Upstream, UpstreamKey
+from gateway.settings import Kind, Settings, Timeouts, Upstream, UpstreamKey
 from gateway.upstream.account import split_base_url
 from gateway.upstream.glance import addresses, shake_hands
 from gateway.upstream.wire import Origin
@@ -61,7 +61,7 @@ async def upstream(settings: Settings, configured: Upstream, clock: Clock) -> Ch
     origin, _ = split_base_url(configured.base_url)
     ca_file = str(configured.verify) if configured.verify is not True else None
     if configured.proxy is not None:
-        way, trusted = _origin_of(configured.proxy), None
+        way, trusted = _origin_of(configured.proxy.reveal()), None
         yield topic.ok(f"goes through the forward proxy {way.authority}, which resolves its name")
     else:
         way, trusted = origin, ca_file
@@ -87,9 +87,8 @@ async def upstream(settings: Settings, configured: Upstream, clock: Clock) -> Ch
         )
 
 
-async def webhook(setting: str, url: Secret, now: datetime) -> Check:
-    """Whether news could be posted; nothing is."""
-    topic = Topic("webhook", setting)
+async def reachable(topic: Topic, url: str, now: datetime) -> Check:
+    """Whether news, or spans, could be posted there; nothing is."""
     for finding in await reach(topic, _origin_of(url), None, now):
         yield finding
 
@@ -311,8 +310,8 @@ def _models(rows: Sequence[object]) -> Mapping[str, date | None]:
     return found
 
 
-def _origin_of(url: Secret) -> Origin:
-    parts = urlsplit(url.reveal())
+def _origin_of(url: str) -> Origin:
+    parts = urlsplit(url)
     tls = parts.scheme.lower() == "https"
     host = (parts.hostname or "").encode("idna").decode("ascii")
     return Origin(tls, host, parts.port or (443 if tls else 80))

@@ -424,11 +424,13 @@ async def test_a_closed_port_and_a_name_that_is_none(tmp_path: Path) -> None:
             }
         },
         "results": {"webhook": f"http://127.0.0.1:{port}/hear"},
+        "tracing": {"otlp": f"http://127.0.0.1:{port}/v1/traces"},
     }
     said = await look_at(tmp_path, f"http://127.0.0.1:{port}/v1", changes)
     assert f"nobody listens on port {port}" in said.the(FAIL, "upstream", "openai").says
     assert said.the(FAIL, "upstream", "odd").says == "the name no.such.test does not resolve"
     assert "refuses connections" in said.the(FAIL, "webhook", "results.webhook").says
+    assert "refuses connections" in said.the(FAIL, "tracing", "tracing.otlp").says
     assert said.the(SKIPPED, "clock").says == "nobody was reached to compare it with"
 
 
