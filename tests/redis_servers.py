@@ -173,8 +173,16 @@ class Sentinelled:
         return next(each for each in self.servers if each.port == int(port))
 
     def settle(self) -> None:
-        """Until every sentinel knows all the others and both replicas."""
-        until(lambda: all(self._sees_all(each) for each in self.sentinels), "sentinels see all")
+        """Until every sentinel names the same master, and knows all the others and both replicas.
+        Of a failover they hear one after the other."""
+        until(self._agreed, "the sentinels agree and see all")
+
+    def _agreed(self) -> bool:
+        named = {
+            tuple(say(each.port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.NAME))
+            for each in self.sentinels
+        }
+        return len(named) == 1 and all(self._sees_all(each) for each in self.sentinels)
 
     def _sees_all(self, sentinel: Valkey) -> bool:
         said = say(sentinel.port, "SENTINEL", "MASTER", self.NAME)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import pytest
+from redis.exceptions import RedisError
 
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
 from gateway.ports import CachedMeta
@@ -86,6 +87,28 @@ async def test_a_cluster_loses_the_master_that_counts(cluster: Cluster, fault: s
     await gate.aclose()
     cluster.settle()
     assert cluster.master_of(PROBE).port != lost.port
+
+
+def connected(node: Valkey) -> int:
+    """How many clients a node has, beside the one that asks."""
+    said: bytes = say(node.port, "CLIENT", "LIST", "TYPE", "NORMAL")
+    return len(said.splitlines()) - 1
+
+
+async def test_a_client_that_has_lost_a_node_closes_all_that_it_has_open(cluster: Cluster) -> None:
+    """After an error redis-py has its nodes looked for anew, and until then it closes nothing."""
+    lost, *others = cluster.masters
+    keys = {cluster.master_of(f"k{number}").port: f"k{number}" for number in range(50)}
+    client = connect(cluster.url, timeout=0.2)
+    for node in others:
+        await client.execute_command("EXISTS", keys[node.port])
+    assert all(map(connected, others))
+    with lose(lost, "freeze"):
+        with pytest.raises(RedisError):
+            await client.execute_command("EXISTS", keys[lost.port])
+    await client.aclose()
+    await eventually(lambda: not any(map(connected, others)))
+    cluster.settle()
 
 
 async def met(gate: RedisGate) -> bool:
