@@ -10,7 +10,6 @@ second of computing, and is otherwise what `python -m gateway` would be.
 
 from __future__ import annotations
 
-import array
 import atexit
 import contextlib
 import functools
@@ -86,16 +85,17 @@ def _server() -> socket.socket:
     return ours
 
 
-def fork(arguments: Sequence[str], environment: Mapping[str, str]) -> Fork:
-    """Starts `gateway` with ``arguments``; nothing on its stdin, nobody hears its stdout."""
+def fork(
+    arguments: Sequence[str], environment: Mapping[str, str], stdout: IO[str] | None = None
+) -> Fork:
+    """Starts `gateway` with ``arguments``; nothing on its stdin. Without a file for it nobody hears
+    its stdout."""
     hear, say = os.pipe()
     end, its_end = os.pipe()
     server = _server()
     order = {"arguments": list(arguments), "environment": dict(environment), "cwd": os.getcwd()}
-    descriptors = array.array("i", [say, its_end])
-    server.sendmsg(
-        [json.dumps(order).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)]
-    )
+    given = [say, its_end, *([stdout.fileno()] if stdout is not None else [])]
+    socket.send_fds(server, [json.dumps(order).encode()], given)
     os.close(say)
     os.close(its_end)
     pid = int(server.recv(16))
@@ -124,15 +124,18 @@ class _Server:
                 return
 
     def _obey(self) -> bool:
-        data, descriptors, _, _ = socket.recv_fds(self._orders, MAX_ORDER_BYTES, 2)
+        data, descriptors, _, _ = socket.recv_fds(self._orders, MAX_ORDER_BYTES, 3)
         if not data:
             return False
-        stderr, end = descriptors
+        stderr, end, *stdout = descriptors
         pid = os.fork()
         if pid == 0:
-            self._become(json.loads(data), stderr)
+            for place, descriptor in enumerate([stderr, *stdout]):
+                os.dup2(descriptor, 2 - place)
+            self._become(json.loads(data))
         self._ends[pid] = end
-        os.close(stderr)
+        for descriptor in (stderr, *stdout):
+            os.close(descriptor)
         self._orders.send(str(pid).encode())
         return True
 
@@ -146,13 +149,12 @@ class _Server:
                 os.write(end, str(os.waitstatus_to_exitcode(status)).encode())
             os.close(end)
 
-    def _become(self, order: Mapping[str, object], stderr: int) -> None:
+    def _become(self, order: Mapping[str, object]) -> None:
         """The command, in a process that knows nothing of this one."""
         code = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os.dup2(stderr, 2)
             os.closerange(3, 1024)
             environment, arguments = order["environment"], order["arguments"]
             assert isinstance(environment, dict)
@@ -168,7 +170,8 @@ class _Server:
         except BaseException:  # noqa: BLE001 - it is said as Python itself would say it
             sys.excepthook(*sys.exc_info())
         finally:
-            sys.stderr.flush()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
             os._exit(code)
 
 

@@ -18,6 +18,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -41,7 +42,15 @@ ENVIRONMENT: Final = {
 
 
 def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """A `gateway` command, from its start to its end."""
+    """A `gateway` command, from its start to its end; forked, except in a soak (see ``forks``)."""
+    if not SOAK:
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as stdout:
+            process = fork(arguments, ENVIRONMENT, stdout)
+            with process.stderr:
+                complaints = process.stderr.read()
+            code = process.wait(timeout)
+            stdout.seek(0)
+            return subprocess.CompletedProcess(arguments, code, stdout.read(), complaints)
     return subprocess.run(
         [sys.executable, "-m", "gateway", *arguments],
         capture_output=True,
