@@ -14,6 +14,9 @@ ARGS ?=
 # How long `make torture` goes on, on both databases together.
 MINUTES ?= 2
 
+# Of these `make test` tells a part (tests/sizes.py).
+WHOLE = $(filter-out tests/contract/test_ledger.py,$(shell grep -l '^from tests.sizes' tests/*/test_*.py))
+
 VENV := .venv
 IN_VENV := $(VENV)/bin/python
 DEMO := $(VENV)/installed-demo
@@ -41,7 +44,7 @@ LOCK = $(IN_VENV) -m uv pip compile --generate-hashes --no-emit-index-url --univ
 .PHONY: help
 help: ## Print this list.
 	@sed -n 's/^\([a-z][a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | while IFS='|' read -r name text; do \
-		printf '%-18s%s\n' "$$name" "$$text"; done
+		printf '%-19s%s\n' "$$name" "$$text"; done
 
 .PHONY: run
 run: $(DEMO) ## Start a gateway and show a picture coming back (UPSTREAM=openai: the real one behind it).
@@ -49,7 +52,7 @@ run: $(DEMO) ## Start a gateway and show a picture coming back (UPSTREAM=openai:
 
 .PHONY: test
 test: $(DEV) ## Run every test.
-	@$(IN_VENV) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(IN_VENV) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## Check style and formatting with ruff.
@@ -68,7 +71,8 @@ torture: $(DEV) ## Kill and freeze real processes under load for MINUTES (2), an
 	@$(IN_VENV) -m tests.torture --minutes $(MINUTES)
 
 .PHONY: soak
-soak: $(DEV) ## Hours: 50,000 runs of the ledger against its model, then an hour of torture.
+soak: $(DEV) ## Hours: the long stories whole, 50,000 runs of the ledger's model, an hour of torture.
+	@SOAK=1 $(IN_VENV) -m pytest --timeout 900 $(WHOLE)
 	@SOAK=1 $(IN_VENV) -m pytest tests/contract/test_ledger.py -k Model
 	@$(IN_VENV) -m tests.torture --minutes 60
 

@@ -18,6 +18,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -30,6 +31,8 @@ from typing import Any, Final
 from urllib.error import HTTPError, URLError
 
 from gateway.sandbox.journal import Record
+from tests.forks import Fork, fork
+from tests.sizes import SOAK
 
 START_SECONDS = 30.0
 POLL_SECONDS = 0.02
@@ -39,7 +42,15 @@ ENVIRONMENT: Final = {
 
 
 def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """A `gateway` command, from its start to its end."""
+    """A `gateway` command, from its start to its end; forked, except in a soak (see ``forks``)."""
+    if not SOAK:
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as stdout:
+            process = fork(arguments, ENVIRONMENT, stdout)
+            with process.stderr:
+                complaints = process.stderr.read()
+            code = process.wait(timeout)
+            stdout.seek(0)
+            return subprocess.CompletedProcess(arguments, code, stdout.read(), complaints)
     return subprocess.run(
         [sys.executable, "-m", "gateway", *arguments],
         capture_output=True,
@@ -62,20 +73,26 @@ def wait_until(true: Callable[[], bool], what: str, timeout: float = 30) -> floa
 
 class GatewayProcess:
     """One `gateway serve`. The port is the one it says it listens on. Left running when the block
-    ends, it is killed. ``before`` is called in the child, ahead of the gateway."""
+    ends, it is killed. ``before`` is called in the child, ahead of the gateway: then, and in a
+    soak, it is started as a person would, else forked (see ``forks``)."""
 
     def __init__(
         self, config: Path, *arguments: str, before: Callable[[], None] | None = None
     ) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "gateway", "serve", "--config", str(config), *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=ENVIRONMENT,
-            preexec_fn=before,
-        )
+        command = ["serve", "--config", str(config), *arguments]
+        self._process: subprocess.Popen[str] | Fork
+        if before is None and not SOAK:
+            self._process = fork(command, ENVIRONMENT)
+        else:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gateway", *command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                env=ENVIRONMENT,
+                preexec_fn=before,
+            )
         self._said: list[str] = []
         self._news = threading.Condition()
         self._ended = False

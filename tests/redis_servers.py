@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import socket
 import tempfile
 import time
@@ -105,6 +106,13 @@ class Cluster:
             node for node in self.nodes if b"role:master" in say(node.port, "INFO", "replication")
         ]
 
+    @property
+    def epoch(self) -> int:
+        """Of the last election: it is higher once another master has been chosen, even where a
+        busy machine has later been taken for another loss."""
+        said = b"\n".join(say(node.port, "CLUSTER", "INFO") for node in self.nodes)
+        return max(map(int, re.findall(rb"cluster_current_epoch:(\d+)", said)))
+
     def empty(self) -> None:
         for node in self.masters:
             say(node.port, "FLUSHALL")
@@ -172,9 +180,23 @@ class Sentinelled:
         _, port = say(self.sentinels[0].port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.NAME)
         return next(each for each in self.servers if each.port == int(port))
 
+    @property
+    def epoch(self) -> int:
+        """As a cluster's."""
+        told = (say(each.port, "SENTINEL", "MASTER", self.NAME) for each in self.sentinels)
+        return max(int(said[said.index(b"config-epoch") + 1]) for said in told)
+
     def settle(self) -> None:
-        """Until every sentinel knows all the others and both replicas."""
-        until(lambda: all(self._sees_all(each) for each in self.sentinels), "sentinels see all")
+        """Until every sentinel names the same master, and knows all the others and both replicas.
+        Of a failover they hear one after the other."""
+        until(self._agreed, "the sentinels agree and see all")
+
+    def _agreed(self) -> bool:
+        named = {
+            tuple(say(each.port, "SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.NAME))
+            for each in self.sentinels
+        }
+        return len(named) == 1 and all(self._sees_all(each) for each in self.sentinels)
 
     def _sees_all(self, sentinel: Valkey) -> bool:
         said = say(sentinel.port, "SENTINEL", "MASTER", self.NAME)

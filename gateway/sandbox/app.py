@@ -288,7 +288,7 @@ class _Exchange:
 
     async def _linger(self) -> None:
         """What a rule does before anything is worked on."""
-        if self._rule.wait_for is not None:
+        if self._rule.wait_for is not None and self._rule.wait_after is None:
             await self.wire.hold(self._rule.wait_for)
         await self.wire.pause(self._rule.delay_seconds)
 
@@ -353,6 +353,9 @@ class _Exchange:
         for sent, piece in enumerate(pieces):
             await wire.pause(latency)
             last = piece.partial is None
+            held = rule.wait_after is not None and (last or sent >= rule.wait_after)
+            if held and rule.wait_for is not None and not rule.wait_for.is_set():
+                await wire.hold(rule.wait_for)
             if rule.sse_cut_after is not None and (last or sent >= rule.sse_cut_after):
                 await wire.cut()
             if rule.sse_error_after is not None and (last or sent >= rule.sse_error_after):

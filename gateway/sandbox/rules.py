@@ -67,6 +67,8 @@ class Rule:
 
     wait_for: Gate | None = None
     """Holds the request, before anything is billed or sent, until the gate is open."""
+    wait_after: int | None = None
+    """Holds a stream behind so many partial images (at most those asked for), and nothing else."""
     delay_seconds: float = 0
     """Before the headers."""
     cut_before_headers: bool = False
@@ -183,7 +185,7 @@ def rule_from_json(value: Json) -> Rule:
     ``[bytes, seconds]``. Raises ``ValueError`` that names the field. Gates are not for JSON."""
     if not isinstance(value, dict):
         raise ValueError("a rule is a JSON object")
-    known = {one.name for one in fields(Rule)} - {"wait_for"}
+    known = {one.name for one in fields(Rule)} - {"wait_for", "wait_after"}
     kept: dict[str, object] = {}
     for name, given in value.items():
         if name not in known:

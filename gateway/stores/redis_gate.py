@@ -325,11 +325,18 @@ class RedisGate:
         # While Redis is down this returns at once: the lease outlasts two missed beats.
         keys, rids = [key for key, _ in pairs], [rid for _, rid in pairs]
         args = (self._offset_us(), self._lease_us, *rids)
-        await self._done(partial(_BEAT.run, self._link.client, keys, *args))
+        if not await self._done(partial(_BEAT.run, self._link.client, keys, *args)):
+            # It may yet be carried out, behind any release.
+            await self._link.settled()
         # Released while the beat was under way: Redis may have seen the beat last.
         late = [(key, rid) for key, rid in pairs if rid not in self._live]
         if late:
-            await self._done(self._released([key for key, _ in late], [rid for _, rid in late]))
+            slots, ended = [key for key, _ in late], [rid for _, rid in late]
+            if not await self._done(self._released(slots, ended)):
+                # What is owed already frees the slot too.
+                for rid in {*ended} - self._owed.keys():
+                    mine = [key for key, each in late if each == rid]
+                    self._owe(rid, self._released(mine, [rid] * len(mine)))
 
     def _marker(self, rid: str) -> str:
         return f"{self._prefix}rid:{rid}"

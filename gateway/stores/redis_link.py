@@ -142,6 +142,9 @@ class _Clustered:
 
     async def aclose(self) -> None:
         await self._cluster.aclose()
+        # It closes nothing where its last error has it look for its nodes anew.
+        for nodes in ("nodes_cache", "startup_nodes"):
+            await self._cluster.nodes_manager.aclose(nodes)
 
     def node(self, key: str) -> str:
         """Who has ``key``; empty where nobody is known to."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sqlite3
 import unittest
 from collections.abc import Callable, Iterable
@@ -48,6 +47,7 @@ from tests.contract.stores import (
     voided,
     written,
 )
+from tests.sizes import size
 
 # What each state is reached by, and what is then posted and pending of a bound of 10.
 REACHED: dict[State, tuple[list[Settlement], Balance]] = {
@@ -797,7 +797,7 @@ async def test_ping(ledger: Ledger) -> None:
 
 # The model
 
-EXAMPLES = 50_000 if os.environ.get("SOAK") else 200 if os.environ.get("CI") else 60
+EXAMPLES = size(60, 50_000)
 """On the embedded stores. A step on PostgreSQL takes ten times as long."""
 
 

@@ -31,6 +31,7 @@ from gateway.stores import sqlite_books, sqlite_ledger, sqlite_upkeep
 from tests.contract import test_books, test_ledger, test_upkeep
 from tests.contract.machine import LedgerMachine
 from tests.contract.stores import H, V, X, sqlite
+from tests.sizes import size
 
 Test: TypeAlias = Callable[[Store], Coroutine[object, object, None]]
 
@@ -369,7 +370,9 @@ QUICKLY = settings(
 @pytest.mark.timeout(300)
 def test_every_planted_bug_is_killed(capsys: pytest.CaptureFixture[str]) -> None:
     deaths: dict[str, str | None] = {}
-    for bug in BUGS:
+    # Chance takes long: a third of the bugs that only the model finds, except in a soak.
+    model = [bug for bug in BUGS if bug.test is None][:: size(3, 1)]
+    for bug in (bug for bug in BUGS if bug.test is not None or bug in model):
         with planted(bug):
             deaths[bug.what] = death(bug.test)
     table = [f"{what:<52} {died_of or 'SURVIVED'}" for what, died_of in deaths.items()]

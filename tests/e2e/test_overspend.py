@@ -1,7 +1,7 @@
 """A budget of 100 calls, asked for 256 times at once through four processes: 100 are admitted.
 
-64 clients for each of 4 gateways, 20 times, each time a team that nobody has seen before: the
-first use of a row is part of the race (reliability.md T5, row 91).
+64 clients for each of 4 gateways, 5 times (20 in a soak), each time a team that nobody has seen
+before: the first use of a row is part of the race (reliability.md T5, row 91).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from gateway.sandbox.watch import Gate
 from tests.postgres import Postgres
 from tests.processes import GatewayProcess
 from tests.running import MODEL, TestClock, config_of
+from tests.sizes import size
 from tests.valkey import eventually, run_valkey
 
-PROCESSES, CLIENTS, ROOM, REPEATS = 4, 64, 100, 20
+PROCESSES, CLIENTS, ROOM, REPEATS = 4, 64, 100, size(5, 20)
 SPARE = 10
 """Teams for rounds in which Redis had no turn."""
 PROMPT = "a red square"

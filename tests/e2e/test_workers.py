@@ -250,10 +250,16 @@ async def test_each_worker_is_asked_for_the_metrics_of_all(
             await eventually(everyone_counts, 30)
             making.set()
             assert await asyncio.gather(*calls) == [200] * count
-            told = [await metrics(http) for _ in range(6)]
-        where = 'cache="off",endpoint="generation",model="gpt-image-2.5-flare"'
-        name = f'gateway_requests_total{{{where},status="2xx",team="growth"}}'
-        assert [one[name] for one in told] == [count] * 6
+            where = 'cache="off",endpoint="generation",model="gpt-image-2.5-flare"'
+            name = f'gateway_requests_total{{{where},status="2xx",team="growth"}}'
+            told: list[dict[str, float]] = []
+
+            async def all_are_counted() -> bool:
+                # A call is counted when it is over: its client has the answer before.
+                told[:] = [await metrics(http) for _ in range(6)]
+                return [one.get(name) for one in told] == [count] * 6
+
+            await eventually(all_are_counted)
         [build] = {name for one in told for name in one if name.startswith("gateway_build_info")}
         assert [one[build] for one in told] == [1] * 6
         budget = 'gateway_budget_limit_usd{owner="growth",scope="team",window="day"}'

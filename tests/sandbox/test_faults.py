@@ -276,6 +276,32 @@ def test_streams(
     assert server.journal.billed_requests == 1
 
 
+@pytest.mark.parametrize(("after", "partials"), [(0, 0), (1, 1), (9, 2)])
+def test_a_stream_is_held_behind_its_partial_images(
+    server: SandboxServer, http: httpx.Client, after: int, partials: int
+) -> None:
+    gate = Gate()
+    server.rules.add(Rule(wait_for=gate, wait_after=after, payload_bytes=CHEAP))
+    body = {"model": FLARE, "prompt": "x", "stream": True, "partial_images": 2}
+    with http.stream("POST", "/images/generations", json=body) as answer:
+        gate.wait_arrived()
+        chunks, got = answer.iter_bytes(), b""
+        while got.count(b"\n\n") < partials:
+            got += next(chunks)
+        assert events(got) == [PARTIAL] * partials
+        gate.set()
+        got += b"".join(chunks)
+    assert events(got) == [PARTIAL, PARTIAL, COMPLETED]
+    assert gate.arrivals == 1
+
+
+def test_what_is_no_stream_is_not_held_behind_anything(
+    server: SandboxServer, http: httpx.Client
+) -> None:
+    server.rules.add(Rule(wait_for=Gate(), wait_after=0, payload_bytes=CHEAP))
+    assert generate(http).status_code == 200
+
+
 def test_a_stream_cut_within_an_event(server: SandboxServer, http: httpx.Client) -> None:
     server.rules.add(Rule(payload_bytes=CHEAP, cut_after_bytes=1500))
     got, whole = read(http, stream=True, partial_images=2)
@@ -350,6 +376,7 @@ def test_no_control_unless_asked_for(clock: StillClock) -> None:
         [],
         {"nothing": 1},
         {"wait_for": "x"},
+        {"wait_after": 1},
         {"status": "500"},
         {"status": True},
         {"times": -1},

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from gateway.domain.errors import GateUnavailable
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
@@ -26,7 +27,7 @@ from gateway.ports import CachedMeta
 from gateway.settings import load
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import GateListener, RedisGate
-from gateway.stores.redis_link import Client, Reason, Server, StoreAway, connect
+from gateway.stores.redis_link import Client, Reason, Script, Server, StoreAway, connect
 from gateway.stores.tiered import TieredCache
 from tests.clock import StillClock
 from tests.valkey import LossyWire, Valkey, eventually, free_port, pieces, run_valkey
@@ -809,6 +810,59 @@ async def test_a_beat_that_overtakes_a_release_leaves_no_slot_behind(
         await gate.release(f"r{i}", LIMITS)
     # Well before the lease of 15 s ends.
     await eventually(free, seconds=5)
+    await gate.aclose()
+
+
+class LateBeat:
+    """A client whose next beat is held back, and whose second release from then on is lost."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self.beat, self.go, self.done = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._releases = 0
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        beat, release = Script.load("gate_beat.lua"), Script.load("gate_release.lua")
+        if args[1] in (beat.digest, beat.text):
+            self.beat.set()
+            await self.go.wait()
+            answer = await self._client.execute_command(*args, **options)
+            self.done.set()
+            return answer
+        if args[1] == release.digest:
+            self._releases += 1
+            if self._releases == 2:
+                raise RedisConnectionError("it was cut")
+        return await self._client.execute_command(*args, **options)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+@pytest.mark.parametrize("patience", [5.0, 0.1], ids=["waited for", "given up"])
+async def test_a_beat_behind_a_release_leaves_no_slot_where_more_is_lost(
+    valkey: Valkey, admin: Client, patience: float
+) -> None:
+    """What is to free the slot again is lost too; or the beat comes when nobody waits for it."""
+    client = LateBeat(connect(valkey.url))
+    gate = RedisGate(
+        client, StillClock(), server=Server(pause=0.05), beat_seconds=0.05,
+        deadline_seconds=patience, lease_seconds=3600,
+    )  # fmt: skip
+    assert isinstance(await gate.take("a", LIMITS, ONE), Grant)
+    await client.beat.wait()
+    await gate.release("a", LIMITS)
+    if patience < 1:
+        await eventually(lambda: gate.degraded)
+        await eventually(lambda: not gate.degraded)
+    client.go.set()
+    await client.done.wait()
+
+    async def free() -> bool:
+        held: int = await admin.execute_command("ZCARD", CC)
+        return held == 0
+
+    await eventually(free)
     await gate.aclose()
 
 
