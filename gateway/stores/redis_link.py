@@ -113,7 +113,7 @@ def _by_sentinel(url: str, **options: Any) -> Client:
         raise ValueError("redis+sentinel://host:port[,host:port...]/name[/db] is what is expected")
     user, _, password = credentials.partition(":")
     brief = ("socket_timeout", "socket_connect_timeout", "retry", "protocol", "ssl")
-    sentinel = Sentinel(  # type: ignore[no-untyped-call]
+    sentinel = _Sentinels(
         [_host_port(host) for host in hosts.split(",")],
         username=unquote(user) or None,
         password=unquote(password) or None,
@@ -135,16 +135,24 @@ class _Clustered:
 
     def __init__(self, cluster: RedisCluster) -> None:
         self._cluster = cluster
+        self._nodes: dict[int, Any] = {}
+        """All that it has known, by identity: one that it dropped may have connections still."""
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         await self._cluster.initialize()
+        self._nodes |= {id(node): node for node in self._cluster.nodes_manager.nodes_cache.values()}
         return await self._cluster.execute_command(*args, **options)
 
     async def aclose(self) -> None:
         await self._cluster.aclose()
         # It closes nothing where its last error has it look for its nodes anew.
-        for nodes in ("nodes_cache", "startup_nodes"):
-            await self._cluster.nodes_manager.aclose(nodes)
+        manager = self._cluster.nodes_manager
+        known = [
+            *self._nodes.values(),
+            *manager.nodes_cache.values(),
+            *manager.startup_nodes.values(),
+        ]
+        await asyncio.gather(*(node.disconnect() for node in known), return_exceptions=True)
 
     def node(self, key: str) -> str:
         """Who has ``key``; empty where nobody is known to."""
@@ -153,6 +161,23 @@ class _Clustered:
         except (RedisError, RedisClusterException):
             return ""
         return str(node.name) if node is not None else ""
+
+
+class _Sentinels(Sentinel):
+    """redis-py puts the sentinel that answered first, by the place where it was when it was asked.
+    Of two calls at once the second so overwrites another one, which is then asked no more, and
+    never closed."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)  # type: ignore[no-untyped-call]
+        self._all = tuple(self.sentinels)
+
+    async def discover_master(self, service_name: str) -> Any:
+        try:
+            return await super().discover_master(service_name)
+        finally:
+            if len({*map(id, self.sentinels)}) < len(self._all):
+                self.sentinels[:] = self._all
 
 
 class _Sentinelled:

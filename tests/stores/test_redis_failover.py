@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 from redis.exceptions import RedisError
@@ -148,6 +149,18 @@ async def test_sentinels_choose_another_master(sentinels: Sentinelled, fault: st
     await gate.aclose()
     sentinels.settle()
     assert sentinels.epoch > before
+
+
+async def test_no_sentinel_is_forgotten_by_many_that_ask_at_once(sentinels: Sentinelled) -> None:
+    """With the first one down each call goes on to the second, all at once."""
+    client: Any = connect(sentinels.url)
+    known = {*map(id, client._sentinel.sentinels)}
+    with lose(sentinels.sentinels[0], "kill"):
+        await asyncio.gather(*(client.execute_command("PING") for _ in range(20)))
+    assert {*map(id, client._sentinel.sentinels)} == known
+    assert len(known) == 3
+    await client.aclose()
+    sentinels.settle()
 
 
 async def test_a_cache_is_spread_over_a_cluster_and_misses_what_is_away(cluster: Cluster) -> None:
