@@ -333,6 +333,8 @@ async def open_gateway(
         metrics.watch("gateway_fds", fds_open, kind="open")
         metrics.watch("gateway_fds", fd_limit, kind="limit")
         metrics.watch("gateway_workers", lambda: 1)
+        if isinstance(gate, RedisGate):
+            metrics.watch("gateway_gate_degraded", lambda: gate.degraded)
         metrics.watch("gateway_memory_bytes", memory_bytes)
         metrics.follow("gateway_cpu_seconds_total", cpu_seconds)
         metrics.watch("gateway_settlements_waiting", lambda: purchases.waiting)

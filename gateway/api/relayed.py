@@ -203,7 +203,13 @@ def _refused(
     trace: Trace | None,
 ) -> Answer:
     receipt = Receipt(
-        rid, operation.value, error.status, reason=error.reason, code=error.code, trace=trace
+        rid,
+        operation.value,
+        error.status,
+        reason=error.reason,
+        fault=error.fault,
+        code=error.code,
+        trace=trace,
     )
 
     async def known() -> Receipt:

@@ -50,6 +50,17 @@ class Evidence(StrEnum):
     BILLED = "billed"
 
 
+class Fault(StrEnum):
+    """Whose fault an error is: the label of the metric. Alerts stand on it."""
+
+    CLIENT = "client"
+    TEAM = "team"
+    UPSTREAM = "upstream"
+    GATEWAY = "gateway"
+    NOBODY = "nobody"
+    """It asks for patience: a process that ends, a provider's rate limit, a wait that is over."""
+
+
 class GatewayError(Exception):
     """An error with an answer. ``str(error)`` is the message the client reads: no secrets in it.
 
@@ -66,6 +77,7 @@ class GatewayError(Exception):
     should_retry: bool | None = None
     """None: leave it to the SDK's own rule for the status."""
     evidence: Evidence = Evidence.NOT_BILLED
+    fault: Fault = Fault.GATEWAY
 
     def __init__(
         self,
@@ -78,6 +90,7 @@ class GatewayError(Exception):
         should_retry: bool | None = None,
         retry_after_seconds: float | None = None,
         close: bool = False,
+        fault: Fault | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -94,6 +107,8 @@ class GatewayError(Exception):
             self.reason = reason
         if should_retry is not None:
             self.should_retry = should_retry
+        if fault is not None:
+            self.fault = fault
 
     @property
     def content(self) -> bytes:
@@ -113,6 +128,7 @@ class ClientFault(GatewayError):
     code = "invalid_request"
     reason = "invalid_request"
     should_retry = False
+    fault = Fault.CLIENT
 
 
 class InvalidRequest(ClientFault):
@@ -153,6 +169,7 @@ class TeamFault(GatewayError):
     status = 403
     type = "invalid_request_error"
     should_retry: bool | None = False
+    fault = Fault.TEAM
 
 
 class InvalidKey(TeamFault):
@@ -220,6 +237,7 @@ class UpstreamFault(GatewayError):
     type = "server_error"
     code = "upstream_error"
     reason = "upstream"
+    fault = Fault.UPSTREAM
 
 
 class UpstreamRefused(UpstreamFault):
@@ -237,7 +255,11 @@ class UpstreamRefused(UpstreamFault):
         reason: str | None = None,
     ) -> None:
         super().__init__(
-            f"The upstream answered {status}.", status=status, code=code, reason=reason
+            f"The upstream answered {status}.",
+            status=status,
+            code=code,
+            reason=reason,
+            fault=_whose(status),
         )
         self._content = content
         self.headers = headers
@@ -253,6 +275,13 @@ class UpstreamRefused(UpstreamFault):
         self.headers = tuple(
             (name, masked(value.encode()).decode()) for name, value in self.headers
         )
+
+
+def _whose(status: int) -> Fault:
+    """Of what a provider refuses with this status."""
+    if status == 429:
+        return Fault.NOBODY
+    return Fault.UPSTREAM if status >= 500 else Fault.CLIENT
 
 
 class UpstreamUnavailable(UpstreamFault):
@@ -317,6 +346,7 @@ class StillRunning(GatewayFault):
     code = "still_running"
     reason = "still_running"
     should_retry = False
+    fault = Fault.NOBODY
 
 
 class Internal(GatewayFault):

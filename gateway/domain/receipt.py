@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gateway.domain.call import Usage
+from gateway.domain.errors import Fault
 from gateway.domain.ledger import Basis, Outcome
 from gateway.domain.money import Money
 from gateway.domain.trace import Trace, TraceContext
@@ -96,6 +97,8 @@ class Receipt:
     usage: Usage = field(default_factory=Usage)
     flags: tuple[str, ...] = ()
     reason: str = ""
+    fault: Fault | None = None
+    """Whose, of a request that was refused or failed."""
     code: str = ""
     price_id: str = ""
     bytes_in: int = 0

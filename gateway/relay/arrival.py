@@ -72,7 +72,13 @@ def ended(
 
 def failed(receipt: Receipt, error: GatewayError) -> Receipt:
     """A receipt, ended by an error."""
-    return replace(receipt, status=error.status, reason=error.reason, code=error.code)
+    return replace(
+        receipt,
+        status=error.status,
+        reason=error.reason,
+        fault=error.fault,
+        code=error.code,
+    )
 
 
 def stage(error: GatewayError) -> str:

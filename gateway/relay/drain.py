@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 
-from gateway.domain.errors import GatewayError, Overloaded
+from gateway.domain.errors import Fault, GatewayError, Overloaded
 from gateway.relay.flights import Flights
 
 log = logging.getLogger(__name__)
@@ -54,4 +54,5 @@ def shutting_down() -> Overloaded:
         should_retry=True,
         retry_after_seconds=RETRY_SECONDS,
         close=True,
+        fault=Fault.NOBODY,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from gateway.domain.call import Span
 from gateway.domain.charge import Ending
-from gateway.domain.errors import Evidence, GatewayError, Overloaded, UpstreamBroken
+from gateway.domain.errors import Evidence, Fault, GatewayError, Overloaded, UpstreamBroken
 from gateway.domain.ledger import Outcome
 from gateway.ports import Reply
 from gateway.relay import replay
@@ -211,6 +211,7 @@ def _not_held() -> UpstreamBroken:
         "for, so this is not retried for you.",
         status=503,
         code="overloaded",
+        fault=Fault.GATEWAY,
     )
 
 

@@ -19,6 +19,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from gateway.domain.call import Inquiry
+from gateway.domain.errors import Fault
 from gateway.domain.ledger import Balance, Line, Outcome
 from gateway.domain.money import NANOS_PER_DOLLAR, Money
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
@@ -102,6 +103,8 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "gateway_upstream_requests_total.status": Label(
         "`none`: no answer came", ("2xx", "4xx", "429", "5xx", OTHER, "none")),
     "gateway_requests_rejected_total.reason": Label("the `reason` of [errors.md](errors.md)"),
+    "fault": Label("`nobody`: a process that ends, a provider's rate limit, a wait that is over",
+                   tuple(Fault)),
     "gateway_gate_errors_total.reason": Label("", (
         "timeout", "connection", "oom", "readonly", "loading", "cluster", "refused")),
     "gateway_flight_board_errors_total.reason": Label("", (
@@ -132,8 +135,8 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
         Spec("gateway_requests_total", Kind.COUNTER,
              ("team", "model", "endpoint", "status", "cache"),
              "Requests answered, by class of status (2xx, 4xx, 5xx) and result of the cache."),
-        Spec("gateway_requests_rejected_total", Kind.COUNTER, ("endpoint", "reason"),
-             "Requests that were refused or failed, by reason."),
+        Spec("gateway_requests_rejected_total", Kind.COUNTER, ("endpoint", "reason", "fault"),
+             "Requests that were refused or failed, by reason and by whose fault it is."),
         Spec("gateway_quota_rejections_total", Kind.COUNTER, ("team", "limit"),
              "Requests refused by a limit or a budget of the team or of its key."),
         Spec("gateway_request_duration_seconds", Kind.HISTOGRAM, ("model", "endpoint"),
@@ -309,7 +312,8 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
     ),
     "The shared gate": (
         Spec("gateway_gate_degraded", Kind.GAUGE, (),
-             "1 while the shared gate is away, and storage.without_redis says what holds."),
+             "1 while the shared gate is away, and storage.without_redis says what holds.",
+             mode="livemax"),
         Spec("gateway_gate_seconds", Kind.HISTOGRAM, (),
              "What a request waited for the shared gate, or for it not to answer.", SMALL_SECONDS),
         Spec("gateway_gate_errors_total", Kind.COUNTER, ("reason",),
@@ -337,7 +341,8 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
         Spec("gateway_dependency_up", Kind.GAUGE, ("name",), "1 while a store answers.",
              mode="scraped"),
         Spec("gateway_config_reload_failed", Kind.GAUGE, (),
-             "1 where the configuration could not be read again at the last try: nothing changed."),
+             "1 where the configuration could not be read again at the last try: nothing changed.",
+             mode="livemax"),
         Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
              "Times the configuration was read again while running."),
         Spec("gateway_spans_dropped_total", Kind.COUNTER, (),
@@ -562,7 +567,10 @@ class Metrics:
 
     def _count_failure(self, receipt: Receipt, team: str) -> None:
         self.add(
-            "gateway_requests_rejected_total", endpoint=receipt.operation, reason=receipt.reason
+            "gateway_requests_rejected_total",
+            endpoint=receipt.operation,
+            reason=receipt.reason,
+            fault=receipt.fault or Fault.NOBODY,
         )
         own = receipt.outcome is None  # An upstream may use the same codes for its own limits.
         if own and receipt.code in ("insufficient_quota", "rate_limit_exceeded"):
@@ -573,12 +581,13 @@ class Metrics:
         timings, usage = receipt.timings, receipt.usage
         self.observe("gateway_reserve_seconds", timings.reserving)
         self.observe("gateway_settle_seconds", timings.settling)
-        self.observe(
-            "gateway_upstream_duration_seconds",
-            timings.upstream,
-            upstream=receipt.upstream,
-            **where,
-        )
+        if receipt.attempts:
+            self.observe(
+                "gateway_upstream_duration_seconds",
+                timings.upstream,
+                upstream=receipt.upstream,
+                **where,
+            )
         if timings.first_image:
             self.observe("gateway_first_image_seconds", timings.first_image, **where)
         self.add("gateway_spend_usd_total", receipt.cost / NANOS_PER_DOLLAR, team=team, **where)

@@ -154,6 +154,8 @@ async def test_a_full_pool_is_no_fault_of_the_call(
             assert (await first).status == 200
             metrics = await running.metrics()
             assert metrics['gateway_upstream_errors_total{class="pool",upstream="azure"}'] == 1
+            where = 'endpoint="generation",fault="gateway",reason="pool"'
+            assert metrics[f"gateway_requests_rejected_total{{{where}}}"] == 1
             waits = "gateway_upstream_pool_wait_seconds"
             assert metrics[f'{waits}_count{{upstream="azure"}}'] == 2
             assert metrics[f'{waits}_sum{{upstream="azure"}}'] >= 0.3
@@ -194,6 +196,8 @@ async def test_a_connection_that_ends_as_it_is_used_again_may_have_cost_a_pictur
         assert states["X"].cost == states["X"].bound
         metrics = await running.metrics()
         assert metrics['gateway_upstream_errors_total{class="disconnect",upstream="openai"}'] == 1
+        where = 'endpoint="generation",fault="upstream",reason="disconnect"'
+        assert metrics[f"gateway_requests_rejected_total{{{where}}}"] == 1
 
 
 async def test_a_connection_that_ended_between_two_calls_is_not_used(start: Start) -> None:

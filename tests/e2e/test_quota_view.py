@@ -712,7 +712,8 @@ async def test_a_key_has_four_estimates_under_way_at_most(gateway: GatewayUnderT
 
             await eventually(free)
     metrics = await gateway.metrics()
-    refused = 'gateway_requests_rejected_total{endpoint="estimate",reason="concurrent_estimates"}'
+    where = 'endpoint="estimate",fault="team",reason="concurrent_estimates"'
+    refused = f"gateway_requests_rejected_total{{{where}}}"
     assert metrics[refused] >= 2
 
 

@@ -3,7 +3,6 @@ the rest is held against the table of metrics and the runbooks."""
 
 from __future__ import annotations
 
-import inspect
 import re
 import subprocess
 from collections.abc import Iterator
@@ -16,8 +15,11 @@ from click import Command, Group
 
 from gateway.cli import main
 from gateway.domain import errors
-from tests.ops.prometheus import DASHBOARDS, ROOT, RULES, RUNBOOKS, tool
+from gateway.domain.errors import Fault
+from gateway.relay.drain import shutting_down
+from tests.ops.prometheus import DASHBOARDS, RULES, RUNBOOKS, tool
 from tests.ops.promql import grouped_by, mistakes, of_the_table
+from tests.reference.errors import cases as every_error
 
 CASES = Path(__file__).parent / "rules"
 CASE_FILES = sorted(CASES.glob("*.yaml"))
@@ -95,29 +97,33 @@ def test_every_metric_and_label_of_the_rules_exists() -> None:
 
 
 def test_every_failure_is_somebodys() -> None:
-    """Each reason of a 5xx is the gateway's, an upstream's, or one of those that are none."""
+    """What is answered with a 5xx is the gateway's failure or an upstream's, but for what asks for
+    patience; a 4xx, which is not in the sum, is neither."""
     sums = {rule["record"]: rule["expr"] for rule in RECORDS}
-    [own, theirs] = (
-        re.compile(
-            re.findall(r'reason=~"([^"]+)"', sums[f"gateway:{whose}_failures:ratio_rate5m"])[0]
+    for whose, fault in (("own", Fault.GATEWAY), ("upstream", Fault.UPSTREAM)):
+        matchers = re.findall(
+            r"rejected_total{(.+?)}", sums[f"gateway:{whose}_failures:ratio_rate5m"]
         )
-        for whose in ("own", "upstream")
-    )
-    faults = [
-        one
-        for _, one in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(one, errors.GatewayError) and one.__subclasses__() == []
-    ]
-    reasons = {one.reason: one for one in faults if one.status >= 500}
-    written = re.compile(r'reason="(upstream_[a-z0-9_]+)"')
-    source = "".join(path.read_text() for path in (ROOT / "gateway" / "relay").glob("*.py"))
-    for reason in {*reasons, *written.findall(source)} - {"still_running", "upstream_4xx"}:
-        ours = reason in reasons and issubclass(reasons[reason], errors.GatewayFault)
-        assert bool(own.fullmatch(reason)) == ours, reason
-        assert bool(theirs.fullmatch(reason)) == (not ours), reason
-    for reason in ("shutting_down", "still_running", "upstream_4xx", "upstream_429", "moderation"):
-        assert not own.fullmatch(reason)
-        assert not theirs.fullmatch(reason)
+        assert matchers == [f'fault="{fault}"']
+    found = {(case.kind, status): case for case in every_error() for status in case.statuses}
+    assert {kind for kind, _ in found} > {errors.LedgerUnavailable, errors.UpstreamUnknown}
+    for (kind, status), case in found.items():
+        failure = kind.fault in (Fault.GATEWAY, Fault.UPSTREAM)
+        assert failure == (status >= 500 and kind is not errors.StillRunning), case
+        if failure:
+            assert kind.fault == (
+                Fault.GATEWAY if issubclass(kind, errors.GatewayFault) else Fault.UPSTREAM
+            )
+    assert shutting_down().fault is Fault.NOBODY
+    assert errors.StillRunning("").fault is Fault.NOBODY
+
+
+@pytest.mark.parametrize(
+    ("status", "fault"),
+    [(400, Fault.CLIENT), (429, Fault.NOBODY), (500, Fault.UPSTREAM), (502, Fault.UPSTREAM)],
+)
+def test_what_a_provider_refuses_is_its_failure_where_it_says_so(status: int, fault: Fault) -> None:
+    assert errors.UpstreamRefused(status, b"{}", code="no").fault is fault
 
 
 @pytest.mark.parametrize("name", ALERTS)

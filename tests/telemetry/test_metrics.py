@@ -20,6 +20,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.domain.call import Usage
+from gateway.domain.errors import Fault
 from gateway.domain.ledger import Balance, Basis, Line, Outcome
 from gateway.domain.quota import Limit, Period, Scope, Unit, Window
 from gateway.domain.receipt import CacheResult, Delivery, Receipt, Timings
@@ -51,6 +52,7 @@ BOUGHT = Receipt(
     bound=3 * DOLLAR,
     images_asked=2,
     images=2,
+    attempts=1,
     usage=Usage(10, 20, 3, 4, 5, 60),
     timings=Timings(0.5, 0.002, 1.0, 2.0, 4.0, 0.003),
 )
@@ -73,19 +75,30 @@ UPSTREAM_429 = replace(
     outcome=Outcome.REFUSED,
     upstream_status=0,
     reason="upstream_429",
+    fault=Fault.NOBODY,
     code="rate_limit_exceeded",
 )
 UNKNOWN = replace(
-    FAILED, status=504, outcome=Outcome.UNKNOWN, reason="upstream_edge", basis=Basis.ESTIMATED,
-    cost=3 * DOLLAR,
+    FAILED, status=504, outcome=Outcome.UNKNOWN, reason="upstream_edge",
+    fault=Fault.UPSTREAM, basis=Basis.ESTIMATED, cost=3 * DOLLAR,
 )  # fmt: skip
 QUOTA = replace(
-    FAILED, status=429, outcome=None, reason="insufficient_quota", code="insufficient_quota"
+    FAILED,
+    status=429,
+    outcome=None,
+    reason="insufficient_quota",
+    fault=Fault.TEAM,
+    code="insufficient_quota",
 )
 RATE = replace(
-    FAILED, status=429, outcome=None, reason="images_per_minute", code="rate_limit_exceeded"
+    FAILED,
+    status=429,
+    outcome=None,
+    reason="images_per_minute",
+    fault=Fault.TEAM,
+    code="rate_limit_exceeded",
 )
-DOOR = Receipt("req_1", "edit", 401, reason="auth_failed", code="invalid_api_key")
+DOOR = Receipt("req_1", "edit", 401, reason="auth_failed", fault=Fault.TEAM, code="invalid_api_key")
 DOUBTS = replace(
     BOUGHT,
     basis=Basis.ESTIMATED,
@@ -154,6 +167,7 @@ def test_labels_come_from_closed_sets() -> None:
         "class",
         "key",
         "why",
+        "fault",
         "to",
         "kind",
         "folder",
@@ -333,7 +347,7 @@ def test_a_stranger_at_the_door_has_no_labels_of_its_own() -> None:
         "": 1,
         'gateway_request_bytes_total{endpoint="edit"}': 0,
         'gateway_response_bytes_total{endpoint="edit"}': 150,
-        'gateway_requests_rejected_total{endpoint="edit",reason="auth_failed"}': 1,
+        'gateway_requests_rejected_total{endpoint="edit",fault="team",reason="auth_failed"}': 1,
     }
 
 
@@ -341,7 +355,7 @@ def test_a_stranger_at_the_door_has_no_labels_of_its_own() -> None:
 def test_a_refusal_by_the_teams_own_limits(receipt: Receipt) -> None:
     found = moved(told(receipt))
     assert found[f'gateway_quota_rejections_total{{limit="{receipt.reason}",team="growth"}}'] == 1
-    where = f'endpoint="generation",reason="{receipt.reason}"'
+    where = f'endpoint="generation",fault="team",reason="{receipt.reason}"'
     assert found[f"gateway_requests_rejected_total{{{where}}}"] == 1
     assert not any("upstream" in name or "spend" in name for name in found)
 
@@ -349,7 +363,7 @@ def test_a_refusal_by_the_teams_own_limits(receipt: Receipt) -> None:
 @pytest.mark.parametrize("receipt", [UPSTREAM_429, replace(UPSTREAM_429, upstream_status=429)])
 def test_an_upstream_that_is_busy_is_not_the_teams_limit(receipt: Receipt) -> None:
     found = moved(told(receipt))
-    where = 'endpoint="generation",reason="upstream_429"'
+    where = 'endpoint="generation",fault="nobody",reason="upstream_429"'
     assert found[f"gateway_requests_rejected_total{{{where}}}"] == 1
     assert not any("quota_rejections" in name for name in found)
 
@@ -365,11 +379,19 @@ def test_a_quality_is_one_of_a_list(said: str, label: str) -> None:
     }
 
 
+def test_an_upstream_that_rests_was_not_asked() -> None:
+    """And was not quick."""
+    resting = replace(FAILED, status=503, outcome=Outcome.REFUSED, reason="upstream_resting")
+    name = "gateway_upstream_duration_seconds"
+    assert any(one.startswith(name) for one in moved(told(resting)))
+    assert not any(one.startswith(name) for one in moved(told(replace(resting, attempts=0))))
+
+
 def test_an_unknown_outcome_is_an_estimated_expense() -> None:
     found = moved(told(UNKNOWN))
     assert found[f"gateway_spend_usd_total{{{TEAM_ART}}}"] == 3.0
     assert found['gateway_spend_estimated_usd_total{model="team-art"}'] == 3.0
-    where = 'endpoint="generation",reason="upstream_edge"'
+    where = 'endpoint="generation",fault="upstream",reason="upstream_edge"'
     assert found[f"gateway_requests_rejected_total{{{where}}}"] == 1
     assert not any("images" in name for name in found)
 
@@ -530,6 +552,8 @@ number = int(sys.argv[1])
 metrics = Metrics("1.2.3")
 metrics.watch("gateway_inflight_requests", lambda: number)
 metrics.watch("gateway_workers", lambda: 1)
+metrics.watch("gateway_gate_degraded", lambda: number == 3)
+metrics.set("gateway_config_reload_failed", number == 3)
 metrics.watch("gateway_memory_bytes", memory_bytes)
 metrics.follow("gateway_cpu_seconds_total", lambda: 10.0 * number)
 metrics.set("gateway_ledger_open_holds", number)
@@ -566,17 +590,19 @@ def test_each_worker_tells_what_all_of_them_have(tmp_path: Path) -> None:
             found["gateway_workers"],
             found["gateway_cpu_seconds_total"],
             found['gateway_build_info{version="1.2.3"}'],
+            found["gateway_gate_degraded"],
+            found["gateway_config_reload_failed"],
         )
 
     first = told_by(3)
     second = told_by(5)
-    assert said(first) == (3, 3, 3, 1, 1, 30, 1)
-    assert said(second) == (8, 5, 8, 2, 2, 80, 1)
+    assert said(first) == (3, 3, 3, 1, 1, 30, 1, 1, 1)
+    assert said(second) == (8, 5, 8, 2, 2, 80, 1, 1, 1)
     assert second["gateway_memory_bytes"] > first["gateway_memory_bytes"] > 1_000_000
     # The supervisor says that the first is dead: what it had is gone, what it did is not.
     mark_process_dead(int(first["pid"]), str(tmp_path))  # type: ignore[no-untyped-call]
     third = told_by(2)
-    assert said(third) == (7, 2, 10, 3, 2, 100, 1)
+    assert said(third) == (7, 2, 10, 3, 2, 100, 1, 0, 0)
     gone, new = first["gateway_memory_bytes"], third["gateway_memory_bytes"]
     assert new < second["gateway_memory_bytes"] + gone
 
@@ -663,6 +689,7 @@ receipts = st.builds(
     usage=st.builds(Usage, st.integers(5, 9), st.integers(5, 9), st.integers(0, 5)),
     flags=st.lists(st.sampled_from(["soft", "no_usage", "over_bound"]), unique=True).map(tuple),
     reason=st.sampled_from(REASONS),
+    fault=st.none() | st.sampled_from(Fault),
     code=st.sampled_from(["", "insufficient_quota", "rate_limit_exceeded"]) | text,
     price_id=text,
     prompt=text,
@@ -684,6 +711,7 @@ DOMAINS = {
     "cache": len(CacheResult),
     "result": len(CacheResult),
     "reason": len(REASONS),
+    "fault": len(Fault),
     "limit": len(REASONS),
     "direction": 2,
     "modality": 4,
@@ -773,6 +801,8 @@ def test_all_that_can_happen_is_fifteen_hundred_series() -> None:
             # What an estimate asks never goes upstream.
             bought = "upstream" in spec.labels or spec.name == "gateway_first_image_seconds"
             domains.append([one for one in found if not (bought and one == "estimate")])
+            if name == "fault":
+                domains[-1] = [Fault.UPSTREAM]  # A reason is one's fault.
         for values in itertools.product(*domains):
             labels = dict(zip(spec.labels, values, strict=True))
             if spec.kind is Kind.COUNTER:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gateway.domain.call import Inquiry, Operation
+from gateway.domain.errors import Fault
 from gateway.domain.quota import Window
 from gateway.domain.receipt import CacheResult
 from gateway.relay.failover import Kind as Failure
@@ -56,6 +57,7 @@ def test_whatever_has_a_unit_says_it() -> None:
         ("result", set(CacheResult)),
         ("class", set(Failure)),
         ("why", set(Why)),
+        ("fault", set(Fault)),
         ("window", set(Window) - {Window.NOW, Window.MINUTE}),
         ("gateway_gate_errors_total.reason", set(Reason)),
         ("gateway_flight_board_errors_total.reason", set(Reason)),
