@@ -269,7 +269,8 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
              "The breaker of an upstream's key: 0 closed, 1 half-open, 2 open.", mode="livemax"),
         Spec("gateway_upstream_key_disabled", Kind.GAUGE, ("upstream", "key", "why"),
              "1 while an upstream's key is left alone because it was refused: auth, billing, or "
-             "forbidden (for a model). Keys are numbered in the order of the file.",
+             "forbidden (for a model). Keys are numbered by the order of the file at the start; one "
+             "that came while running has the next number.",
              mode="livemax"),
         Spec("gateway_upstream_cooldowns_total", Kind.COUNTER, ("upstream",),
              "Times an upstream asked to be left alone by one of its keys (429)."),
