@@ -317,6 +317,7 @@ async def open_gateway(
             clock=clock,
             turnstile=turnstile,
             log_prompts=settings.relay.log_prompts,
+            begun=metrics.begun,
         )
         housekeeping = Housekeeping(
             store=store,

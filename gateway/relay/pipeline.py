@@ -13,6 +13,7 @@ flight, one whose picture is there already gets that, and for everybody else a f
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -73,7 +74,10 @@ class Pipeline:
         clock: Clock,
         turnstile: Turnstile,
         log_prompts: bool = False,
+        begun: Callable[[Receipt], None] = lambda receipt: None,
     ) -> None:
+        """``begun`` hears of each call that its limits let in, before it is bought."""
+        self._begun = begun
         self._keyring = keyring
         self._planner = planner
         self._admission = admission
@@ -345,6 +349,7 @@ class Pipeline:
             back = headers.given_back(grant.standings, plan.demand)
             flight.said = (*flight.said, *headers.of_rates(back))
             so_far = replace(so_far, degraded=grant.degraded)
+            self._begun(so_far)
             try:
                 await self._joining.announce(flight)
                 said = (*first, *headers.of_rates(grant.standings))

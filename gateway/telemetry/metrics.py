@@ -69,7 +69,7 @@ class Label:
 LABELS: Mapping[str, Label] = MappingProxyType({
     "team": Label(f"the team's name; `none` where nobody is known; `{OTHER}` for every team beyond "
                   f"the first {MAX_TEAMS} that a process saw"),
-    "owner": Label("the team's name"),
+    "owner": Label(f"the team's name; of the first {MAX_TEAMS} teams alone"),
     "model": Label("the configured name; `none` where it is not known; "
                    f"`{OTHER}` behind the wildcard"),
     "to": Label("the configured name of the model that was asked instead"),
@@ -269,8 +269,8 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
              "The breaker of an upstream's key: 0 closed, 1 half-open, 2 open.", mode="livemax"),
         Spec("gateway_upstream_key_disabled", Kind.GAUGE, ("upstream", "key", "why"),
              "1 while an upstream's key is left alone because it was refused: auth, billing, or "
-             "forbidden (for a model). Keys are numbered by the order of the file at the start; one "
-             "that came while running has the next number.",
+             "forbidden (for a model). Keys are numbered by the order of the file at the start; "
+             "one that came while running has the next number.",
              mode="livemax"),
         Spec("gateway_upstream_cooldowns_total", Kind.COUNTER, ("upstream",),
              "Times an upstream asked to be left alone by one of its keys (429)."),
@@ -509,6 +509,21 @@ class Metrics:
             self._teams.add(name)
         return name
 
+    def begun(self, receipt: Receipt) -> None:
+        """A call is let in: what it will count is there with 0, seconds before it counts. To
+        ``increase()`` a series that is born with its first value has grown by nothing."""
+        if receipt.team not in self._teams and len(self._teams) >= MAX_TEAMS:
+            return  # What all of them share is there.
+        team, model = self.team(receipt.team), receipt.model_label or "none"
+        where = {"team": team, "model": model, "endpoint": receipt.operation}
+        cache = receipt.cache.value
+        self.add("gateway_requests_total", 0, status="2xx", cache=cache, **where)
+        self.add("gateway_images_total", 0, cache=cache, **where)
+        self.add("gateway_spend_usd_total", 0, **where)
+        self.add("gateway_team_request_seconds_total", 0, **where)
+        if receipt.cache is CacheResult.MISS:
+            self.add("gateway_spend_avoided_usd_total", 0, **where)
+
     def finished(self, receipt: Receipt, delivery: Delivery) -> None:
         """Counts one request, all at once, from what is known at its end."""
         team, model = self.team(receipt.team), receipt.model_label or "none"
@@ -643,12 +658,14 @@ class Metrics:
         is a limit that was taken away."""
         for name in BUDGET_GAUGES:
             self._scraped[name].clear()
+        owners: set[str] = set()
         for line, balance in standing:
             limit, ends = line.limit, line.period.ends
-            owner = self.team(limit.owner)
-            if owner == OTHER:
+            owner = limit.owner
+            if owner not in owners and len(owners) >= MAX_TEAMS:
                 # A gauge of several teams would be the last one's.
                 continue
+            owners.add(owner)
             where = {
                 "scope": limit.scope.value,
                 "owner": owner,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
-from gateway.telemetry.metrics import GROUPS, LABELS, MAX_TEAMS, OTHER, Kind, Spec, label_of
+from gateway.telemetry.metrics import GROUPS, LABELS, MAX_TEAMS, OTHER, TABLE, Kind, Spec, label_of
 
 UNITS: Mapping[str, str] = MappingProxyType(
     {
@@ -28,6 +28,19 @@ MODES: Mapping[str, str] = MappingProxyType(
         "scraped": "what the worker that is asked has just looked up",
     }
 )
+
+
+LEAST = ("gateway_disk_free_bytes", "gateway_dependency_up")
+"""Gauges of which the least is the worst."""
+MOST = tuple(
+    spec.name
+    for spec in TABLE
+    if spec.kind is Kind.GAUGE and spec.mode != "livesum" and spec.name not in LEAST
+)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def page() -> str:
@@ -59,11 +72,15 @@ for each team, or 30 more for each further model that the team uses.
 
 **Several workers** (`server.workers`) answer as one: whichever is asked tells the counters and
 histograms of all, also of those that have ended, and of each gauge what its entry below says.
-Several replicas are scraped one by one; what they share (budgets, open holds, the gate) each of
-them tells, so take `max by (...)` of those, and `sum by (...)` of the rest.
+Several replicas are scraped one by one. Counters, histograms and the gauges that are sums over
+workers are added up, with `sum by (...)`. Of every other gauge each replica tells what it sees of
+the same thing, so take the worst: `min by (...)` of {_listed(LEAST)}; `max by (...)` of
+{_listed(MOST)}.
 
 **The ledger is exact, metrics are not.** Counters begin anew with the process. Bill teams by
-`gateway usage` or `gateway export focus`, and use these for graphs and alerts.
+`gateway usage` or `gateway export focus`, and use these for graphs and alerts. What a call will
+count is there with 0 from when its limits let it in; a call that ends before the next scrape is
+lost to `increase()` where it is the first of its team, model and endpoint in a process.
 
 | question | query |
 |---|---|
@@ -80,7 +97,7 @@ max by (owner, window) (gateway_budget_limit_usd)` |
 | 429s of an upstream | `sum by (upstream) \
 (rate(gateway_upstream_requests_total{{status="429"}}[5m])) / \
 sum by (upstream) (rate(gateway_upstream_requests_total[5m]))` |
-| what the cache saved today | `sum(increase(gateway_spend_avoided_usd_total[1d]))` |
+| what the cache saved in the last 24 hours | `sum(increase(gateway_spend_avoided_usd_total[1d]))` |
 | days until a model shuts down | `(gateway_model_shutdown_timestamp_seconds - time()) / 86400` |
 """
 

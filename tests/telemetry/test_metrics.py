@@ -661,6 +661,45 @@ def test_teams_beyond_the_cap_are_counted_together(monkeypatch: pytest.MonkeyPat
     assert not any('team="c"' in name for name in found)
 
 
+def test_budgets_take_no_place_from_the_teams_that_are_busy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "MAX_TEAMS", 2)
+    metrics = Metrics("1.2.3")
+    limits = [Limit(Scope.TEAM, one, Unit.MONEY, Window.DAY, DOLLAR) for one in ("a", "b", "c")]
+    for _ in range(2):
+        metrics.budgets((Line(limit, DAY), Balance()) for limit in limits)
+    metrics.finished(replace(BOUGHT, team="c"), SENT)
+    metrics.finished(replace(BOUGHT, team="d"), SENT)
+    found = samples(metrics)
+    assert [name for name in found if "budget_limit" in name] == [
+        f'gateway_budget_limit_usd{{owner="{one}",scope="team",window="day"}}' for one in ("a", "b")
+    ]
+    assert found[f'gateway_spend_usd_total{{{ART},team="c"}}'] == 2.0
+    assert found[f'gateway_spend_usd_total{{{ART},team="d"}}'] == 2.0
+    assert found["gateway_metrics_label_overflow_total"] == 0
+
+
+def test_what_a_call_will_count_is_there_before_it_counts() -> None:
+    """So that the first picture of a team is not lost to ``increase()``."""
+    metrics = Metrics("1.2.3")
+    metrics.begun(replace(BOUGHT, status=0, outcome=None, cost=0, images=0))
+    before = moved(metrics)
+    assert set(before.values()) == {0}
+    metrics.finished(BOUGHT, SENT)
+    assert {
+        name.partition("{")[0] for name in moved(metrics) if "team=" in name and name not in before
+    } == {"gateway_tokens_total"}
+
+
+def test_what_a_call_will_count_takes_no_place_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_TEAMS", 1)
+    metrics = told(BOUGHT)
+    before = samples(metrics)
+    metrics.begun(replace(BOUGHT, team="growth-2"))
+    assert samples(metrics) == before
+
+
 text = st.text(min_size=1, max_size=12)
 LABELS = ["", "flare", "team-art", "other"]
 REASONS = ["", "auth_failed", "insufficient_quota", "images_per_minute", "upstream_429"]
@@ -772,6 +811,8 @@ def test_a_team_with_one_model_is_forty_series(requests: list[Receipt], stages: 
     metrics = Metrics("1.2.3")
     for place, receipt in enumerate(requests):
         known = replace(receipt, team="growth", model_label="flare" if receipt.model_label else "")
+        if receipt.outcome is not None and receipt.cache in (CacheResult.MISS, CacheResult.OFF):
+            metrics.begun(known)
         metrics.finished(known, replace(SENT, gone=stages[place % len(stages)]))
     windows = (Window.DAY, Window.WEEK, Window.MONTH, Window.TOTAL)
     limits = [Limit(Scope.TEAM, "growth", Unit.MONEY, one, None) for one in windows]

@@ -29,6 +29,15 @@ def test_every_metric_is_on_it_once() -> None:
         assert page().count(f"\n### `{spec.name}`\n") == 1
 
 
+def test_each_gauge_is_said_to_be_added_up_or_not() -> None:
+    head = page().partition("\n## ")[0]
+    for spec in TABLE:
+        if spec.kind is Kind.GAUGE:
+            once = spec.mode != "livesum"
+            assert (f"`{spec.name}`" in head) == once, spec.name
+    assert "`gateway_ledger_unresolved_usd`" in head
+
+
 def test_every_label_is_described_and_no_other() -> None:
     used = set()
     for spec in TABLE:
