@@ -150,6 +150,13 @@ async def test_a_full_pool_is_no_fault_of_the_call(
             assert (second.status, second.error["code"]) == (503, "overloaded")
             assert second.headers["retry-after"] == "5"
             assert second.headers.get("x-should-retry") != "false"
+            # What will be counted can be scraped before it is.
+            spent = {
+                name: dollars
+                for name, dollars in (await running.metrics()).items()
+                if name.startswith("gateway_spend_usd_total{")
+            }
+            assert list(spent.values()) == [0]
             go.set()
             assert (await first).status == 200
             metrics = await running.metrics()

@@ -35,7 +35,8 @@ LEAST = ("gateway_disk_free_bytes", "gateway_dependency_up")
 MOST = tuple(
     spec.name
     for spec in TABLE
-    if spec.kind is Kind.GAUGE and spec.mode != "livesum" and spec.name not in LEAST
+    if spec.kind is Kind.GAUGE and spec.mode != "livesum"
+    if spec.name not in (*LEAST, "gateway_build_info")
 )
 
 
