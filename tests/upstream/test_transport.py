@@ -240,8 +240,8 @@ async def test_a_reset_while_the_request_is_sent(transport: SocketTransport) -> 
         async with raw_server(script, receive_buffer=65536) as server:
             body = [b"x" * 65536] * (length // 65536)
             reason = await fails(transport, post(server.port, body))
-            # The kernel may have taken the whole body by then.
-            assert reason is Reason.WRITE or (index > 3 and reason is Reason.DISCONNECT)
+            # The kernel may have taken the whole body by then: a busy machine's, some 6 MB of it.
+            assert reason is Reason.WRITE or (index > 1 and reason is Reason.DISCONNECT)
 
 
 async def test_a_reset_after_the_request(transport: SocketTransport) -> None:
