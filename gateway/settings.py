@@ -890,7 +890,8 @@ class Relay:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tracing:
     """``otlp`` None: nothing is traced. ``sample`` is the share of the traces that begin here; a
-    client's own trace is sampled where the client samples it. ``cost``: spans say what a call cost.
+    client's own trace is sampled where the client samples it and its key is known. ``cost``: spans
+    say what a call cost.
     ``propagate``: upstreams are told the trace."""
 
     otlp: str | None = setting(optional(_collector), None)
