@@ -106,6 +106,9 @@ log = logging.getLogger(__name__)
 
 DISTRIBUTION = "image-gateway"
 PING_SECONDS = 2.0
+MONEY_SECONDS = 2.0
+"""Both together stay far below a scrape's 10 s: a ledger that hangs must not look like a gateway
+that is gone."""
 LOOK_SECONDS = 1.0
 LAST_SECONDS = 5.0
 """What still runs when the doors are closed has this long; the server drained before."""
@@ -341,8 +344,7 @@ async def open_gateway(
         metrics.watch("gateway_settlements_waiting", lambda: purchases.waiting)
         metrics.watch("gateway_inflight_bytes", lambda: room.memory_used, where="memory")
         metrics.watch("gateway_inflight_bytes", lambda: room.disk_used, where="disk")
-        if metrics.shared:
-            stack.push_async_callback(_cancel, asyncio.create_task(_look_for_ever(metrics)))
+        stack.push_async_callback(_cancel, asyncio.create_task(_look_for_ever(metrics, health)))
 
         def counted(outcome: str) -> None:
             metrics.add("gateway_webhook_total", outcome=outcome)
@@ -399,26 +401,24 @@ async def open_gateway(
         async def look() -> Readiness:
             if drain.begun:
                 return Readiness(False, {}, {}, draining=True)
-            stores = {
-                "ledger": await _answers(store.ledger.ping),
-                "directory": await _answers(store.directory.ping),
-            }
-            degraded: dict[str, str] = {}
+            pings = {"ledger": store.ledger.ping, "directory": store.directory.ping}
             if isinstance(gate, RedisGate):
-                stores["redis"] = await _answers(gate.ping)
-                if gate.trouble is not None:
-                    degraded["redis"] = f"{gate.trouble}: {without_redis(settings)}"
-            metrics.set("gateway_gate_degraded", 1 if degraded else 0)
+                pings["redis"] = gate.ping
             if shared_cache is not None:
-                stores["cache"] = await _answers(shared_cache.ping)
-                if not stores["cache"]:
-                    degraded["cache"] = "answers are kept by this process alone"
+                pings["cache"] = shared_cache.ping
+            answers = await asyncio.gather(*(_answers(ping) for ping in pings.values()))
+            stores = dict(zip(pings, answers, strict=True))
+            degraded: dict[str, str] = {}
+            if isinstance(gate, RedisGate) and gate.trouble is not None:
+                degraded["redis"] = f"{gate.trouble}: {without_redis(settings)}"
+            metrics.set("gateway_gate_degraded", 1 if degraded else 0)
+            if not stores.get("cache", True):
+                degraded["cache"] = "answers are kept by this process alone"
             metrics.dependencies(stores)
             return Readiness(stores["ledger"] and stores["directory"], degraded, stores)
 
         async def exposition() -> bytes:
-            await look()
-            free = await disks.free()
+            state, free = await asyncio.gather(look(), disks.free())
             metrics.replace(
                 "gateway_disk_free_bytes", {(name,): float(left) for name, left in free.items()}
             )
@@ -427,9 +427,10 @@ async def open_gateway(
                     "gateway_bound_factor", factor / FACTOR_ONE, upstream=upstream, model=model
                 )
             metrics.set("gateway_clock_skew_seconds", store.clock_skew_seconds)
-            await _look_at_money(
-                store.ledger, store.directory, keyring.declared.teams, clock, metrics
-            )
+            if all(state.stores.get(name, True) for name in ("ledger", "directory")):
+                await _look_at_money(
+                    store.ledger, store.directory, keyring.declared.teams, clock, metrics
+                )
             return metrics.exposition()
 
         listeners: tuple[Telemetry, ...] = (
@@ -543,10 +544,12 @@ async def _answers(ping: Callable[[], Awaitable[None]]) -> bool:
     return True
 
 
-async def _look_for_ever(metrics: Metrics) -> None:
+async def _look_for_ever(metrics: Metrics, health: Health) -> None:
     """What this worker has of its own, written down for the one that is asked."""
     while True:
-        metrics.look()
+        health.look()
+        if metrics.shared:
+            metrics.look()
         await asyncio.sleep(LOOK_SECONDS)
 
 
@@ -562,18 +565,20 @@ async def _look_at_money(
     clock: Clock,
     metrics: Metrics,
 ) -> None:
-    """Sets the gauges of open holds, unresolved dollars, and budgets of teams that may spend."""
+    """Sets the gauges of open holds, unresolved dollars, and budgets of teams that may spend, as
+    far as they can be read in time."""
     try:
-        teams = [*declared.values(), *await directory.teams()]
-        lines = [
-            line
-            for team in teams
-            if not team.disabled
-            for line in money_lines(team.limits.of(Owner.TEAM, team.id), clock.now(), team.zone)
-        ]
-        metrics.budgets(zip(lines, await ledger.balances(lines), strict=True))
-        metrics.set("gateway_ledger_open_holds", await ledger.open_holds())
-        unresolved = await ledger.unresolved() / NANOS_PER_DOLLAR
-        metrics.set("gateway_ledger_unresolved_usd", unresolved)
-    except GatewayError as error:
+        async with asyncio.timeout(MONEY_SECONDS):
+            teams = [*declared.values(), *await directory.teams()]
+            lines = [
+                line
+                for team in teams
+                if not team.disabled
+                for line in money_lines(team.limits.of(Owner.TEAM, team.id), clock.now(), team.zone)
+            ]
+            metrics.budgets(zip(lines, await ledger.balances(lines), strict=True))
+            metrics.set("gateway_ledger_open_holds", await ledger.open_holds())
+            unresolved = await ledger.unresolved() / NANOS_PER_DOLLAR
+            metrics.set("gateway_ledger_unresolved_usd", unresolved)
+    except (GatewayError, TimeoutError) as error:
         log.warning("the ledger cannot be read for the metrics", extra={"error": str(error)})

@@ -23,11 +23,8 @@ from datetime import datetime, timedelta
 from difflib import get_close_matches
 from enum import StrEnum
 from ipaddress import (
-    IPv4Address,
     IPv4Network,
-    IPv6Address,
     IPv6Network,
-    ip_address,
     ip_interface,
     ip_network,
 )
@@ -37,6 +34,7 @@ from typing import NoReturn
 from urllib.parse import SplitResult, urlsplit
 from zoneinfo import available_timezones
 
+from gateway.domain.address import METADATA, address_of, is_never_an_upstream
 from gateway.domain.money import Money
 from gateway.domain.route import WILDCARD, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Key, Limits, Team
@@ -387,7 +385,7 @@ def _collector(node: Node, spot: Spot) -> str:
 
 def _is_near(host: str) -> bool:
     """Whether a host is on a private network, as far as the text alone tells."""
-    address = _address(host)
+    address = address_of(host)
     return not address.is_global if address else _is_private_name(host)
 
 
@@ -754,20 +752,19 @@ def _sources_of_key(item: Node) -> tuple[str, ...]:
 def _check_origin(upstream: Upstream, spot: Spot, place: Place) -> None:
     """The addresses that keys and pictures may be sent to, as far as the text alone tells.
 
-    A name may resolve to anything: the transport checks the address that it connects to.
+    A name may resolve to anything: the transport looks again at what it is connected to, where no
+    forward proxy is between.
     """
     parts = urlsplit(upstream.base_url)
     host = (parts.hostname or "").rstrip(".")
-    address = _address(host)
+    address = address_of(host)
     if address is None and _NUMERIC_HOST.fullmatch(host):
         spot.wrong(place, "write the address in its usual form, like 10.1.2.3")
         return
-    if host in _METADATA_HOSTS or (address is not None and address in _METADATA_ADDRESSES):
+    if host in _METADATA_HOSTS or (address is not None and address in METADATA):
         spot.wrong(place, "is the metadata service of a cloud, which is never an upstream")
         return
-    if address is not None and (
-        address.is_link_local or address.is_unspecified or address.is_multicast
-    ):
+    if address is not None and is_never_an_upstream(address):
         spot.wrong(place, "is a link-local, multicast or empty address, never an upstream")
         return
     if parts.scheme.lower() == "http":
@@ -784,29 +781,12 @@ def _check_origin(upstream: Upstream, spot: Spot, place: Place) -> None:
         spot.warn(place, "has no path: base urls of OpenAI's API usually end in /v1")
 
 
-def _address(host: str) -> IPv4Address | IPv6Address | None:
-    """A host's address, an IPv4 one taken out of its wrappings; None where it is a name."""
-    try:
-        address = ip_address(host)
-    except ValueError:
-        return None
-    if isinstance(address, IPv4Address):
-        return address
-    if address in _NAT64:
-        return IPv4Address(int(address) & 0xFFFF_FFFF)
-    return address.ipv4_mapped or address.sixtofour or address
-
-
 def _is_private_name(host: str) -> bool:
     return "." not in host or host.endswith(_PRIVATE_SUFFIXES)
 
 
-_NAT64 = IPv6Network("64:ff9b::/96")
 _NUMERIC_HOST = re.compile(r"(0x[0-9a-f]*|[0-9]+)(\.(0x[0-9a-f]*|[0-9]+)){0,3}", re.ASCII)
 _METADATA_HOSTS = frozenset({"metadata", "metadata.google.internal", "instance-data"})
-_METADATA_ADDRESSES = frozenset(
-    {ip_address("169.254.169.254"), ip_address("fd00:ec2::254"), ip_address("100.100.100.200")}
-)
 _PRIVATE_SUFFIXES = (
     ".localhost", ".local", ".internal", ".lan", ".intranet", ".home.arpa", ".svc", ".test",
 )  # fmt: skip
@@ -890,7 +870,8 @@ class Relay:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tracing:
     """``otlp`` None: nothing is traced. ``sample`` is the share of the traces that begin here; a
-    client's own trace is sampled where the client samples it. ``cost``: spans say what a call cost.
+    client's own trace is sampled where the client samples it and its key is known. ``cost``: spans
+    say what a call cost.
     ``propagate``: upstreams are told the trace."""
 
     otlp: str | None = setting(optional(_collector), None)

@@ -20,6 +20,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -171,9 +172,22 @@ class _Server:
         except BaseException:  # noqa: BLE001 - it is said as Python itself would say it
             sys.excepthook(*sys.exc_info())
         finally:
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
-            os._exit(code)
+            _end(code)
+
+
+def _end(code: int) -> None:
+    """As the interpreter ends: a thread that hangs hangs here too, and what is registered for the
+    end is done. Only what was imported is left as it is: to take that apart costs the most."""
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+    except BaseException:  # noqa: BLE001 - as above
+        sys.excepthook(*sys.exc_info())
+        code = code or 120
+    finally:
+        os._exit(code)
 
 
 if __name__ == "__main__":

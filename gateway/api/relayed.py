@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from gateway.api import auth
 from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
@@ -17,7 +18,7 @@ from gateway.api.prefer import Preferences, preferences
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
 from gateway.domain.receipt import Delivery, Receipt
-from gateway.domain.trace import Trace, begin, parse
+from gateway.domain.trace import Trace, begin, of_stranger, parse
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import Answer, Arrival
@@ -32,7 +33,8 @@ MAX_AGE = re.compile(r"max-age\s*=\s*\"?(\d{1,9})\"?")
 
 class RelayedRoutes:
     """Answers the operations of images; one coroutine a request. ``sample`` is the share of the
-    traces beginning here that are sampled; None: nothing is traced."""
+    traces beginning here, and of those of unknown clients, that are sampled; None: nothing is
+    traced."""
 
     def __init__(
         self,
@@ -123,6 +125,9 @@ class RelayedRoutes:
         """Waits for the end of the flight, which the client may not have, and tells of it."""
         seconds = self._clock.monotonic() - started
         receipt = await answer.receipt()
+        if receipt.trace is not None and self._sample is not None and not receipt.team:
+            # Whoever has no key must not fill the collector.
+            receipt = replace(receipt, trace=of_stranger(receipt.trace, self._sample))
         if door.gone == "upstream" and receipt.reason == ClientGone.reason:
             # The flight saw it in time: nothing was sent.
             door.gone = "reserved"

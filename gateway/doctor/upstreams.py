@@ -18,6 +18,7 @@ from gateway.doctor.clocks import compared, date_of
 from gateway.doctor.files import place_of_keys
 from gateway.doctor.finding import Check, Finding, Topic, counted, is_failed
 from gateway.doctor.prices import ends
+from gateway.domain.address import address_of, is_never_an_upstream
 from gateway.domain.errors import GatewayError
 from gateway.ports import Clock, Outgoing
 from gateway.relay.failover import BILLING_CODES
@@ -31,7 +32,6 @@ CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 8.0
 MAX_LIST_BYTES = 4 * 1024 * 1024
 EXPIRES_SOON = timedelta(days=14)
-METADATA = frozenset(map(ipaddress.ip_address, ("fd00:ec2::254", "100.100.100.200")))
 NO_LIST = frozenset({404, 405, 501})
 
 
@@ -318,15 +318,8 @@ def _origin_of(url: str) -> Origin:
 
 
 def _is_never_an_upstream(text: str) -> bool:
-    address = ipaddress.ip_address(text.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return (
-        address.is_link_local
-        or address.is_multicast
-        or address.is_unspecified
-        or address in METADATA
-    )
+    address = address_of(text)
+    return address is not None and is_never_an_upstream(address)
 
 
 def _described(found: Sequence[str]) -> str:

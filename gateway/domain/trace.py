@@ -24,7 +24,7 @@ _SAMPLED, _RANDOM = 1, 2
 class TraceContext:
     """A span, as others may know it: ``trace_id`` is 32 and ``span_id`` 16 lower-case hexadecimal
     digits, neither all zero. ``random``: the trace's id is random, so that it may be sampled by.
-    ``state`` is the ``tracestate`` of other vendors, passed on as it came; empty for none."""
+    ``state`` is the ``tracestate`` of other vendors, for the collector alone; empty for none."""
 
     trace_id: str
     span_id: str
@@ -39,9 +39,9 @@ class TraceContext:
 
     @property
     def headers(self) -> tuple[tuple[str, str], ...]:
-        """What tells a server that it is called from this span."""
-        parent = ("traceparent", self.traceparent)
-        return (parent, ("tracestate", self.state)) if self.state else (parent,)
+        """What tells an upstream that it is called from this span. What the client's vendors wrote
+        into ``state`` is none of its business."""
+        return (("traceparent", self.traceparent),)
 
     def child(self) -> TraceContext:
         """Another span of the same trace."""
@@ -71,6 +71,15 @@ def begin(client: TraceContext | None, sample: float, at: datetime) -> Trace:
     # As OpenTelemetry's TraceIdRatioBased decides: other services agree by the id alone.
     sampled = int(trace_id[16:], 16) < sample * 2**64
     return Trace(TraceContext(trace_id, new_span_id(), sampled, random=True), "", at)
+
+
+def of_stranger(trace: Trace, sample: float) -> Trace:
+    """The same span, of a client that nobody knows. Whether it is sampled is then decided here, by
+    a die of its own: the trace's id is the client's choice too."""
+    if not trace.parent:
+        return trace
+    sampled = secrets.randbits(64) < sample * 2**64
+    return replace(trace, context=replace(trace.context, sampled=sampled))
 
 
 def parse(traceparent: str, tracestate: str = "") -> TraceContext | None:

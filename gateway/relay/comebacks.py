@@ -84,7 +84,8 @@ class Comebacks:
         self, arrival: Arrival, routed: Routed, *, orphans_only: bool = False
     ) -> Earlier | None:
         """The request that this one repeats: that of its Idempotency-Key, where it has one; else a
-        flight of the same call and key, for a retry. ``orphans_only``: else, and only where the
+        flight of the same call and key, for a retry, and for a call whose client has hung up before
+        it was read: its retry may have overtaken it. ``orphans_only``: else, and only where the
         client takes kept answers, such a flight that nobody waits for any more.
 
         Raises ``InvalidRequest`` for a key of another request, ``UpstreamUnknown``.
@@ -95,7 +96,8 @@ class Comebacks:
                 return None
             claimed = await self._ledger.claimed(caller.team.id, key, mark, self._clock.now())
             return None if claimed is None else self._behind(claimed)
-        if orphans_only == arrival.retried or (orphans_only and not arrival.wish.read):
+        again = arrival.retried or arrival.client.away
+        if orphans_only == again or (orphans_only and not arrival.wish.read):
             return None
         rid = await self._joining.find(
             mark, caller.key.id, stream=routed.call.stream, orphans_only=orphans_only

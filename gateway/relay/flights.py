@@ -72,6 +72,11 @@ class Client:
         self._acts: list[Callable[[], None]] = []
         self._last_acts: list[Callable[[], object]] = []
 
+    @property
+    def away(self) -> bool:
+        """It has left or hung up."""
+        return self._away
+
     def hang_up(self) -> None:
         """It has closed its sending half. Nobody can say whether it still reads: it is answered,
         but who comes back with the same call is taken for it."""

@@ -7,7 +7,7 @@ each upstream's key it knows three things::
                  doubling to 60 s
     cool-down    what a 429 asks for, or 1 s doubling to 60 s, for the model that was asked for
     quarantine   the owner's key or account is refused: 60 s doubling to 10 min; a 403 holds for
-                 the one model
+                 the one model, and is forgotten where nobody asks for that for half an hour more
 
 Where the time of a breaker or of a quarantine is over, one real request goes out as a probe, and
 what it finds lets the others follow. A breaker's probe that has not failed in 10 s has got through;
@@ -36,6 +36,9 @@ MAX_RETRY_AFTER_SECONDS = 120.0
 """What an upstream asks for beyond it is not believed: a key must not be lost to one header."""
 QUARANTINE_SECONDS = 60.0
 MAX_QUARANTINE_SECONDS = 600.0
+FORGET_SECONDS = 1800.0
+MAX_FORBIDDEN_MODELS = 64
+"""Of one key. Behind a route for every name clients choose them: it could go on for ever."""
 PROBE_SECONDS = 10.0
 """An upstream that cannot be reached, or refuses, has shown it by then; a picture takes longer."""
 MAX_TOKENS = 10.0
@@ -113,6 +116,11 @@ class _Rest:
 
     def end(self) -> None:
         self.seconds, self.until, self.probe_at = 0.0, None, None
+
+    def is_forgotten(self, now: float) -> bool:
+        """Whether it has been over for long, and nobody has come to probe."""
+        last = max(self.until or 0.0, self.probe_at or 0.0)
+        return self.until is not None and now - last > FORGET_SECONDS
 
     def follows(self, at: float) -> bool:
         """Whether what was sent ``at`` was sent before this rest, and says nothing of it."""
@@ -287,8 +295,10 @@ class Health:
             if before is not why:
                 self._enable(ticket.upstream, ticket.credential, key, model)
             rest.begin(now)
+            key.refused.pop(model, None)  # the newest is the last
             key.refused[model] = (rest, why)
             self.listener.disabled(ticket.upstream, ticket.credential, why, model, rest.seconds)
+            self._forget(ticket.upstream, ticket.credential, key, now)
         if ticket.probe:
             # That is an answer: the upstream is there again.
             self._close(ticket.upstream, ticket.credential, key, ticket.at)
@@ -321,6 +331,12 @@ class Health:
             return False
         self._tokens[upstream] = tokens - 1
         return True
+
+    def look(self) -> None:
+        """To be called now and then: forgets the models that nobody asks for any more."""
+        now = self._now()
+        for (upstream, credential), key in self._keys.items():
+            self._forget(upstream, credential, key, now)
 
     def keep(self, upstream: str, credentials: Iterable[str]) -> None:
         """These are its keys now: what is known of others is forgotten, and what is heard of
@@ -389,6 +405,14 @@ class Health:
         found = key.refused.pop(model, None)
         if found is not None and all(why is not found[1] for _, why in key.refused.values()):
             self.listener.enabled(upstream, credential, found[1])
+
+    def _forget(self, upstream: str, credential: str, key: _Key, now: float) -> None:
+        """Only what holds for one model: a key that is refused for all waits for its owner."""
+        models = [model for model in key.refused if model]
+        for number, model in enumerate(models, start=1):
+            crowded_out = len(models) - number >= MAX_FORBIDDEN_MODELS
+            if crowded_out or key.refused[model][0].is_forgotten(now):
+                self._enable(upstream, credential, key, model)
 
     def _free_quarantine(self, key: _Key, ticket: Ticket) -> None:
         """A probe that says nothing of the key leaves the quarantine to the next one."""

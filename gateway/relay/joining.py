@@ -44,8 +44,9 @@ POLL_SECONDS = 0.25
 """How often another process's flight is looked at: a look costs a look-up, a picture takes 5 s."""
 KEEPING_SECONDS = 2.0
 """How long a settled answer that no board knows of may still be on its way to where it is kept."""
-DOUBT_SECONDS = 0.5
-"""Who still has its connection open so long after its answer has read it."""
+DOUBT_TICKS, TICK_SECONDS = 10, 0.05
+"""Who still has its connection open so long after its answer has read it. Only time in which this
+process could have heard of its end counts: a tick is a tick, however long it took."""
 RETRY_SECONDS = 5.0
 """How long after giving up an SDK sends its next try: half a second, then one, then two."""
 PASS_ON_SECONDS = 0.5
@@ -110,13 +111,13 @@ class Joining:
         before it came: its retry is still led to it, for as long as it takes to be sent."""
 
         async def wait() -> None:
-            try:
-                async with asyncio.timeout(DOUBT_SECONDS):
-                    await closed.wait()
-            except TimeoutError:
-                pass
-            else:
-                await asyncio.sleep(RETRY_SECONDS)
+            for _ in range(DOUBT_TICKS):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(TICK_SECONDS):
+                        await closed.wait()
+                if closed.is_set():
+                    await asyncio.sleep(RETRY_SECONDS)
+                    break
             await self._board.leave(rid, delivered=True)
 
         task = asyncio.create_task(wait())

@@ -25,6 +25,9 @@ _SECRETS = (
     (re.compile(r"[A-Za-z0-9+/]{200,}={0,2}"), "***"),
 )
 
+# What a terminal obeys, and what turns the direction of a line round or begins another.
+_CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
 
 def redact(text: str) -> str:
     """``text`` without what looks like a key or a picture."""
@@ -48,6 +51,22 @@ def _redact_event(_: object, __: str, event: MutableMapping[str, Any]) -> Mutabl
     return event
 
 
+class _Text:
+    """Lines for a terminal. What clients and providers wrote is shown, and not obeyed."""
+
+    def __init__(self) -> None:
+        self._console = structlog.dev.ConsoleRenderer(colors=False)
+
+    def __call__(self, logger: Any, name: str, event: MutableMapping[str, Any]) -> str:
+        # Only a traceback has lines of its own.
+        event["event"] = str(event.get("event", "")).replace("\n", "\\n")
+        return _CONTROL.sub(_escaped, self._console(logger, name, event))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return repr(found[0])[1:-1]
+
+
 def configure(level: str, form: str, stream: TextIO | None = None) -> None:
     """Sends every logger of the process, uvicorn's too, through one renderer to ``stream``."""
     shared: list[Any] = [
@@ -60,11 +79,7 @@ def configure(level: str, form: str, stream: TextIO | None = None) -> None:
         _without_colour,
         _redact_event,
     ]
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if form == "json"
-        else structlog.dev.ConsoleRenderer(colors=False)
-    )
+    renderer: Any = structlog.processors.JSONRenderer() if form == "json" else _Text()
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(

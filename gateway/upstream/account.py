@@ -8,6 +8,7 @@ delivered ``UpstreamBroken`` (money.md 8.1). No text names the upstream's addres
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -46,7 +47,10 @@ log = logging.getLogger(__name__)
 
 RETRY_AFTER_SECONDS = 5.0
 SECRET_CHARS = 12
-"""A shorter header is none: its value may be any word."""
+"""What is shorter is no secret: a header's value may be any word, and a local upstream's key is `x`
+or `none`. To take it out of an answer would break the answer."""
+FORMER_KEYS = 64
+"""So many keys that are no longer used may still be in an answer."""
 SANDBOX_KEY = "sk-sandbox"
 SANDBOX_CREDENTIAL = Credential("-")
 
@@ -147,6 +151,7 @@ class Account:
         self._origin, self._base_path = split_base_url(options.base_url)
         self._numbers = options.numbers
         self._keys: dict[str, AccountKey] = {}
+        self._former: deque[AccountKey] = deque(maxlen=FORMER_KEYS)
         self.replace_keys(options.keys)
         self._sandbox = options.kind == "sandbox"
         self._timeouts = options.timeouts
@@ -184,10 +189,13 @@ class Account:
         return tuple(Credential(id, key.order, key.weight) for id, key in self._keys.items())
 
     def masked(self, text: bytes) -> bytes:
-        values = [key.secret.reveal() for key in self._keys.values()]
-        values += [value for _, value in self._secret_headers if len(value) >= SECRET_CHARS]
-        for value in values:
-            text = text.replace(value.encode(), b"***")
+        values = {key.secret.reveal() for key in (*self._keys.values(), *self._former)}
+        for _, value in self._secret_headers:
+            # After its scheme: a provider that repeats a token may leave out "Bearer".
+            values |= {value, value.partition(" ")[2].strip()}
+        for value in sorted(values, key=len, reverse=True):
+            if len(value) >= SECRET_CHARS:
+                text = text.replace(value.encode(), b"***")
         return text
 
     async def send(self, outgoing: Outgoing, credential: str) -> AccountReply:
@@ -232,6 +240,8 @@ class Account:
             if id is None:
                 id = str(next(self._numbers))
             found[id] = key
+        # A call that was sent with one of them may still be answered.
+        self._former += (key for id, key in self._keys.items() if id not in found)
         self._keys = found
 
     async def aclose(self) -> None:

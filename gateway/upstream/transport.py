@@ -15,6 +15,7 @@ from contextlib import suppress
 
 import httpx
 
+from gateway.domain.address import address_of, is_never_an_upstream
 from gateway.upstream.connection import Connection, SocketExchange, encode_head
 from gateway.upstream.pool import Pool
 from gateway.upstream.wire import (
@@ -220,6 +221,12 @@ class SocketTransport(httpx.AsyncBaseTransport):
         if connection.closed or self._closed:
             connection.abort()
             raise NotSent(Reason.CONNECT, "the connection was closed at once")
+        if _is_forbidden(connection.transport):
+            connection.abort()
+            raise NotSent(
+                Reason.CONNECT,
+                "its name leads to a link-local address or a cloud's metadata service",
+            )
         self._connections.add(connection)
         return connection
 
@@ -382,6 +389,13 @@ def _returning(pool: Pool, connection: Connection) -> Callable[[bool], None]:
 def _origin(url: httpx.URL) -> Origin:
     tls = url.scheme == "https"
     return Origin(tls, url.raw_host.decode("ascii"), url.port or (443 if tls else 80))
+
+
+def _is_forbidden(transport: asyncio.Transport) -> bool:
+    """Whether a name that may be anybody's has led to where nothing must be sent."""
+    peer = transport.get_extra_info("peername")
+    address = address_of(peer[0]) if peer else None
+    return address is not None and is_never_an_upstream(address)
 
 
 def _connect_failure(error: BaseException) -> NotSent | None:

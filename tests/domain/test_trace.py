@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.domain.trace import MAX_STATE_CHARS, TraceContext, begin, parse
+from gateway.domain.trace import MAX_STATE_CHARS, TraceContext, begin, of_stranger, parse
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 NOW = datetime(2026, 11, 22, tzinfo=UTC)
@@ -138,10 +138,7 @@ def test_no_header_breaks_it(parent: str, state: str) -> None:
 def test_what_is_said_onward() -> None:
     assert SEEN.headers == (("traceparent", f"00-{TRACE}-{SPAN}-01"),)
     known = replace(SEEN, sampled=False, random=True, state="a=1")
-    assert known.headers == (
-        ("traceparent", f"00-{TRACE}-{SPAN}-02"),
-        ("tracestate", "a=1"),
-    )
+    assert known.headers == (("traceparent", f"00-{TRACE}-{SPAN}-02"),)
 
 
 def test_a_request_is_a_child_of_its_client() -> None:
@@ -170,3 +167,15 @@ def test_a_share_is_sampled_by_the_id_of_the_trace() -> None:
         assert one.sampled == (int(one.trace_id[16:], 16) < 2**62)
     # 500 on average; less likely beyond these bounds than 1 in 10**12.
     assert 350 < sum(one.sampled for one in made) < 650
+
+
+def test_a_stranger_does_not_decide() -> None:
+    low = replace(SEEN, trace_id="0" * 31 + "1", sampled=True)
+    trace = begin(low, 1, NOW)
+    assert not any(of_stranger(trace, 0).context.sampled for _ in range(100))
+    assert of_stranger(begin(replace(SEEN, sampled=False), 0, NOW), 1).context.sampled
+    assert of_stranger(trace, 1) == trace
+    # 500 on average; less likely beyond these bounds than 1 in 10**12.
+    assert 350 < sum(of_stranger(trace, 0.25).context.sampled for _ in range(2000)) < 650
+    begun = begin(None, 0, NOW)
+    assert of_stranger(begun, 1) is begun

@@ -17,7 +17,12 @@ from typing import Any
 import httpx
 import pytest
 
+from gateway.domain.call import Call
 from gateway.relay import joining
+from gateway.relay.arrival import Arrival
+from gateway.relay.body import Spool
+from gateway.relay.pipeline import Pipeline
+from gateway.relay.read import ReadRules
 from tests.flying import ASKED, COST, FRESH, GENERATIONS, PARTIAL, Fly, House, a_picture
 from tests.raw import FORM, JSON, Field, RawClient, form, texts
 from tests.running import KEY, OTHER_KEY
@@ -173,6 +178,35 @@ async def test_an_impatient_edit_with_a_large_picture(house: House) -> None:
     assert answer.headers["x-cache"] == "join"
     assert base64.b64decode(json.loads(answer.content)["data"][0]["b64_json"])
     await house.settled(purchases=1, cached=1)
+
+
+async def test_a_retry_that_overtook_its_call_is_followed_by_it(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A busy gateway has not read the first call when its client has given up on it already."""
+    read = Pipeline._read
+
+    async def slowly(self: Pipeline, arrival: Arrival, body: Spool, rules: ReadRules) -> Call:
+        call = await read(self, arrival, body, rules)
+        if not arrival.retried:
+            away = asyncio.Event()
+            arrival.client.when_away(away.set)
+            reading.set()
+            await away.wait()
+        return call
+
+    monkeypatch.setattr(Pipeline, "_read", slowly)
+    reading, gate = asyncio.Event(), house.hold_back()
+    async with leaver(house, ASKED, "cache-control: no-cache") as client:
+        await reading.wait()
+        again = asking(house, ASKED, **FRESH, **AGAIN)
+        await gate.arrived()
+        client.writer.close()
+        await house.joins(1)
+    gate.set()
+    answer = await again
+    assert answer.headers["x-cache"] == "miss"
+    await house.settled(purchases=1)
 
 
 async def test_an_impatient_stream(house: House) -> None:

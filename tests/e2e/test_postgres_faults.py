@@ -17,6 +17,7 @@ from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
+from gateway.stores.sqlite_ledger import SQLiteLedger
 from tests.e2e.test_lost_replies import stores_of
 from tests.faults import ledger_of
 from tests.postgres import Postgres, run_postgres
@@ -31,6 +32,8 @@ REFUSAL_SECONDS = 4.5
 """A budgeted call is refused within it: 3 s are the ledger's patience, 0.25 s that for what is left
 of the budget, and the rest is for a busy machine."""
 RECOVERY_SECONDS = 10.0
+SCRAPE_SECONDS = 4.5
+"""2 s for who answers, and 2 s for the money of a ledger that does."""
 BUDGET_DOLLARS = 1000
 
 
@@ -192,3 +195,45 @@ async def check_money(gateway: GatewayUnderTest, clients: Clients, database: str
         books.daily_cost,
         len(billed),
     )
+
+
+async def test_a_frozen_ledger_does_not_look_like_a_gateway_that_is_gone(
+    tmp_path: Path, sandbox: SandboxServer, server: Postgres
+) -> None:
+    """A scrape has 10 s."""
+    changes: dict[str, Any] = {
+        "storage": {
+            "database": server.fresh_database(),
+            "pepper": "pepper-0123456789abcdef-0123456789",
+        }
+    }
+    async with run_gateway(tmp_path, sandbox, changes) as gateway:
+        assert (await gateway.metrics())['gateway_dependency_up{name="ledger"}'] == 1
+        server.freeze()
+        try:
+            began = time.monotonic()
+            seen = await gateway.metrics()
+            took = time.monotonic() - began
+        finally:
+            server.thaw()
+        print(f"\nscraped in {took:.1f} s while the ledger is frozen")
+        assert took < SCRAPE_SECONDS
+        assert seen['gateway_dependency_up{name="ledger"}'] == 0
+        assert seen['gateway_dependency_up{name="directory"}'] == 0
+        assert "gateway_ledger_open_holds" in seen
+
+
+async def test_a_ledger_that_hangs_behind_its_ping_is_not_waited_for(
+    tmp_path: Path, sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(self: SQLiteLedger) -> int:
+        await asyncio.Event().wait()
+        return 0
+
+    monkeypatch.setattr(SQLiteLedger, "unresolved", hang)
+    async with run_gateway(tmp_path, sandbox) as gateway:
+        began = time.monotonic()
+        seen = await gateway.metrics()
+        assert time.monotonic() - began < SCRAPE_SECONDS
+        assert seen['gateway_dependency_up{name="ledger"}'] == 1
+        assert seen["gateway_ledger_open_holds"] == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import socket
 import sqlite3
@@ -327,6 +328,31 @@ async def test_sigterm_answers_what_is_running_and_ends_with_0(
         assert "Traceback" not in process.stderr
     books = Books.read(database(config))
     assert len(books.of("P")) == 50
+    check_against(books, sandbox, answered)
+
+
+async def test_started_as_a_person_would_it_leaves_nothing_running(
+    tmp_path: Path, sandbox: SandboxServer
+) -> None:
+    """Not forked, as the others are: with the interpreter's own beginning and end."""
+    config = configured(tmp_path, sandbox, {})
+    sandbox.rules.add(Rule(payload_bytes=400))
+    answered = Answered()
+    # In a session of its own, so that whoever is left can be found.
+    with GatewayProcess(config, before=os.setsid) as process:
+        process.wait_ready()
+        async with httpx.AsyncClient(
+            headers={"authorization": f"Bearer {KEY}"}, timeout=60
+        ) as http:
+            assert await answered.call(http, process.base_url, "call", stream=False) == 200
+        os.killpg(process.pid, 0)
+        process.terminate()
+        assert await asyncio.to_thread(process.wait) == 0
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+        assert "Traceback" not in process.stderr
+    books = Books.read(database(config))
+    assert len(books.of("P")) == 1
     check_against(books, sandbox, answered)
 
 

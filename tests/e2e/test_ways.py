@@ -25,6 +25,7 @@ from gateway.sandbox.watch import Gate
 from gateway.stores.sqlite import SQLiteStore
 from tests.running import MODEL, GatewayUnderTest, TestClock, run_gateway
 from tests.upstream.raw_server import Peer, raw_server
+from tests.valkey import eventually
 
 FALLBACK = "gpt-image-2"
 ASKED = {"model": "art", "prompt": "A lighthouse", "quality": "low", "size": "1024x1024"}
@@ -172,6 +173,22 @@ async def test_a_refused_key_rests_and_the_next_one_buys(
         assert "Bearer sk-one" in bench.keys()[4:]
         metrics = await bench.gateway.metrics()
         assert metrics[f"gateway_upstream_key_disabled{{{where}}}"] == 0
+
+
+async def test_a_name_that_a_client_made_up_alarms_nobody_for_ever(
+    tmp_path: Path, sandboxes: tuple[SandboxServer, SandboxServer]
+) -> None:
+    keys = {"upstreams": {"openai": {"api_keys": ["sk-one", "sk-two"]}}}
+    async with two(tmp_path, sandboxes, keys, Rule(times=1, status=403)) as bench:
+        assert (await bench.ask()).status_code == 200
+        where = 'gateway_upstream_key_disabled{key="1",upstream="openai",why="forbidden"}'
+        assert (await bench.gateway.metrics())[where] == 1
+        bench.clock.ahead += 60 + 1801
+
+        async def is_over() -> bool:
+            return (await bench.gateway.metrics())[where] == 0
+
+        await eventually(is_over)
 
 
 async def test_a_limited_upstream_is_left_alone_for_as_long_as_it_says(

@@ -374,6 +374,56 @@ def test_a_key_that_is_refused_for_another_reason(ward: Ward) -> None:
     ]
 
 
+def test_a_model_that_nobody_asks_for_again_is_forgotten(ward: Ward) -> None:
+    ward.health.refused(ward.leave(("openai", "1", "chosen-by-a-client")), Why.FORBIDDEN)
+    ward.seconds += 1000
+    ward.health.refused(ward.leave(), Why.FORBIDDEN)
+    ward.told()
+    ward.seconds += 60 + 1800 - 1000
+    ward.health.look()
+    assert ward.health.quarantined("openai", "1", "chosen-by-a-client") is Why.FORBIDDEN
+    ward.seconds += 1
+    ward.health.look()
+    assert ward.health.quarantined("openai", "1", "chosen-by-a-client") is None
+    assert ward.health.quarantined(*ONE) is Why.FORBIDDEN
+    assert ward.told() == []
+    ward.seconds += 1000
+    ward.health.look()
+    assert ward.told() == [("openai", "1", "forbidden", "over")]
+    assert ward.health.quarantined(*ONE) is None
+
+
+def test_a_model_that_is_probed_is_not_forgotten(ward: Ward) -> None:
+    ward.health.refused(ward.leave(), Why.FORBIDDEN)
+    ward.seconds += 1800
+    probe = ward.leave()
+    ward.seconds += 1800
+    ward.health.look()
+    assert ward.health.quarantined(*ONE) is Why.FORBIDDEN
+    ward.health.refused(probe, Why.FORBIDDEN)
+    assert ward.waits() == 120
+
+
+@pytest.mark.parametrize("why", [Why.AUTH, Why.BILLING])
+def test_a_key_that_is_refused_for_all_is_not_forgotten(ward: Ward, why: Why) -> None:
+    ward.health.refused(ward.leave(), why)
+    ward.seconds += 1_000_000
+    ward.health.look()
+    assert ward.health.quarantined(*ONE) is why
+
+
+def test_a_client_that_invents_names_fills_nothing(ward: Ward) -> None:
+    ward.health.refused(ward.leave(), Why.AUTH)
+    ward.seconds += 60
+    ward.health.succeeded(ward.leave())
+    ward.told()
+    for number in range(1000):
+        ward.health.refused(ward.leave(("openai", "1", f"name-{number}")), Why.FORBIDDEN)
+    kept = [n for n in range(1000) if ward.health.quarantined("openai", "1", f"name-{n}")]
+    assert kept == list(range(1000 - 64, 1000))
+    assert ("openai", "1", "forbidden", "over") not in ward.told()
+
+
 @pytest.mark.parametrize("ending", ["failed", "refused", "limited"])
 def test_what_is_heard_of_a_key_that_is_gone(ward: Ward, ending: str) -> None:
     tickets = [ward.leave() for _ in range(5)]

@@ -269,3 +269,29 @@ def test_who_is_heard(stream: io.StringIO, logger: str, level: int, heard: bool)
 def test_colours_of_the_server_are_left_out(stream: io.StringIO) -> None:
     logging.getLogger("uvicorn.error").warning("up", extra={"color_message": "\x1b[1mup"})
     assert "color_message" not in only(stream)
+
+
+def test_a_terminal_is_told_nothing_by_a_client() -> None:
+    evil = "\x1b[2J\x1b]0;owned\x07\r\x9b31m\u202e\u2028\x7f\x00"
+    with logging_as("text") as written:
+        log = logging.getLogger("gateway.test")
+        log.info("one %s\nforged", evil, extra={"model": evil, "spaced": f"a {evil}\nb"})
+        try:
+            raise ValueError(evil)
+        except ValueError:
+            log.exception("two")
+    said = written.getvalue()
+    assert all(one.isprintable() or one == "\n" for one in said)
+    assert r"\x1b[2J" in said
+    lines = said.splitlines()
+    assert r"\nforged" in lines[0]
+    assert "two" in lines[1]
+    assert lines[2] == "Traceback (most recent call last):"
+    assert r"ValueError: \x1b[2J" in lines[-1]
+    assert "é" in _line_of_text("café")
+
+
+def _line_of_text(word: str) -> str:
+    with logging_as("text") as written:
+        logging.getLogger("gateway.test").info(word)
+    return written.getvalue()

@@ -163,6 +163,42 @@ async def test_what_it_was_sent_is_taken_out_of_what_it_says() -> None:
     await made.aclose()
 
 
+async def test_what_is_too_short_for_a_secret_breaks_no_answer() -> None:
+    short = [AccountKey(Hidden(key)) for key in ("1", "x", "none", "EMPTY", "eleven-char")]
+    made = account(9, keys=short, headers={"x-word": "limit"})
+    said = b'{"error":{"limit":10,"code":"none","param":"x-eleven-char EMPTY"}}'
+    assert made.masked(said) == said
+    await made.aclose()
+
+
+async def test_a_token_is_taken_out_without_its_scheme_too() -> None:
+    made = account(9, headers={"x-forward": "Bearer token-0123456789"})
+    said = b"not Bearer token-0123456789, not token-0123456789; a Bearer"
+    assert made.masked(said) == b"not ***, not ***; a Bearer"
+    await made.aclose()
+
+
+async def test_a_key_within_another_leaves_no_rest() -> None:
+    made = account(
+        9,
+        keys=(
+            AccountKey(Hidden("sk-0123456789")),
+            AccountKey(Hidden("sk-0123456789-longer")),
+        ),
+    )
+    assert made.masked(b"sk-0123456789-longer, sk-0123456789") == b"***, ***"
+    await made.aclose()
+
+
+async def test_a_key_that_was_replaced_is_still_taken_out() -> None:
+    made = account(9, keys=(AccountKey(Hidden("first-key-0123456789")),))
+    for number in range(3):
+        made.replace_keys([AccountKey(Hidden(f"later-key-{number}-123456"))])
+    said = b"first-key-0123456789 later-key-0-123456 later-key-2-123456"
+    assert made.masked(said) == b"*** *** ***"
+    await made.aclose()
+
+
 async def test_new_keys_are_for_the_next_call() -> None:
     heads: list[bytes] = []
     sent, going = asyncio.Event(), asyncio.Event()

@@ -10,12 +10,14 @@ import ssl
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import TypeVar
 
 import httpx
 import pytest
 import trustme
 
+import gateway.upstream.transport
 from gateway.upstream.connection import SocketExchange, encode_head
 from gateway.upstream.transport import SocketTransport
 from gateway.upstream.wire import Exchange, Lost, NotSent, Origin, Reason, Timeouts, WireRequest
@@ -240,8 +242,8 @@ async def test_a_reset_while_the_request_is_sent(transport: SocketTransport) -> 
         async with raw_server(script, receive_buffer=65536) as server:
             body = [b"x" * 65536] * (length // 65536)
             reason = await fails(transport, post(server.port, body))
-            # The kernel may have taken the whole body by then.
-            assert reason is Reason.WRITE or (index > 3 and reason is Reason.DISCONNECT)
+            # The kernel may have taken the whole body by then: a busy machine's, some 6 MB of it.
+            assert reason is Reason.WRITE or (index > 1 and reason is Reason.DISCONNECT)
 
 
 async def test_a_reset_after_the_request(transport: SocketTransport) -> None:
@@ -422,6 +424,28 @@ async def test_a_name_that_is_not_known(
     with pytest.raises(NotSent) as caught:
         await ask(transport, post(1, host="no-such-host.invalid"))
     assert caught.value.reason is Reason.DNS
+
+
+async def test_nothing_is_sent_to_an_address_that_is_never_an_upstream(
+    transport: SocketTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[bytes] = []
+
+    async def script(peer: Peer) -> None:
+        heard.append(await peer.reader.read())
+
+    loopback = ip_address("127.0.0.1")
+    monkeypatch.setattr(
+        gateway.upstream.transport, "is_never_an_upstream", lambda address: address == loopback
+    )
+    async with raw_server(script) as server:
+        with pytest.raises(NotSent) as caught:
+            await ask(transport, post(server.port))
+        await until(lambda: bool(heard))
+    assert caught.value.reason is Reason.CONNECT
+    assert "metadata service" in str(caught.value)
+    assert heard == [b""]
+    assert slots(transport) == (0, 0)
 
 
 async def test_no_connection_in_time(
