@@ -411,7 +411,6 @@ async def open_gateway(
             degraded: dict[str, str] = {}
             if isinstance(gate, RedisGate) and gate.trouble is not None:
                 degraded["redis"] = f"{gate.trouble}: {without_redis(settings)}"
-            metrics.set("gateway_gate_degraded", 1 if degraded else 0)
             if not stores.get("cache", True):
                 degraded["cache"] = "answers are kept by this process alone"
             metrics.dependencies(stores)
