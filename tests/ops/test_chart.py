@@ -20,8 +20,12 @@ import pytest
 import yaml
 
 from gateway.cli import main
+from gateway.domain.price import BySize
+from gateway.domain.price_images import ImagePrice
+from gateway.pricefile import load_prices
 from gateway.reload import needs_restart
 from gateway.settings import Secret, Settings, _Document, load
+from gateway.yamlfile import plain
 from tests.postgres import run_postgres
 from tests.processes import GatewayProcess
 from tests.processes import run as run_gateway
@@ -206,7 +210,7 @@ REFUSED = {
     "a shared volume for SQLite": (["persistence.accessMode=ReadWriteMany"],
         "accessMode", "ReadWriteOncePod"),
     "a liveness that kills too soon": (["probes.livenessSeconds=10"], "livenessSeconds", "30"),
-    "root": (["runAsUser=0"], "runAsUser", "1"),
+    "root": (["runAsUser=0"], "runAsUser", "minimum"),
 }  # fmt: skip
 """What is set beside what a distributed gateway needs (or not), and what the refusal names."""
 
@@ -314,14 +318,16 @@ def test_the_gateway_reads_what_the_chart_writes_with_everything(tmp_path: Path)
     assert settings.server.drain_seconds == 720
     assert settings.upstreams["openai"].timeouts.connect_seconds == 2.5
     assert settings.upstreams["openai"].proxy == Secret("http://proxy.example.com:3128")
-    assert len(settings.prices.rows) == 1
+    (price, cheap) = load_prices("[]", [plain(row) for row in settings.prices.rows]).rows
+    assert price.price == ImagePrice(BySize({"default": {"any": 50_000_000}}))
+    assert cheap.price == ImagePrice(BySize({"default": {"any": 50_000}})), "helm writes 5e-05"
     assert settings.notify.secret == Secret(CONTENTS["webhook-secret"])
     (key,) = settings.declared_keys
     assert key.expires is not None
     assert key.expires.year == 2027
     growth = settings.teams["growth"].limits
-    assert growth.budget_day is not None
-    assert str(growth.budget_day), growth.max_cost_per_request
+    assert (growth.budget_day, growth.max_cost_per_request) == (5_000_000_000, 250_000_000)
+    assert growth.budget_month == 1_250_000_500_000_000
 
 
 def test_a_price_list_of_ones_own_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -930,7 +936,8 @@ def test_what_has_no_schema_here_has_the_form_of_its_kind() -> None:
     assert monitor["spec"].keys() <= {"jobLabel", "selector", "endpoints", "namespaceSelector"}
     for endpoint in monitor["spec"]["endpoints"]:
         assert endpoint.keys() <= {
-            "port", "path", "interval", "scrapeTimeout", "relabelings", "metricRelabelings"
+            "port", "path", "honorLabels", "interval", "scrapeTimeout", "relabelings",
+            "metricRelabelings",
         }  # fmt: skip
     route = the(found, "HTTPRoute")
     assert route["apiVersion"] == "gateway.networking.k8s.io/v1"
