@@ -137,9 +137,12 @@ def gateways(found: tuple[Document, ...]) -> Iterator[Document]:
 
 def the_container(pod: Document) -> Document:
     (container,) = pod["spec"]["containers"]
-    assert "initContainers" not in pod["spec"]
     assert isinstance(container, dict)
     return container
+
+
+def every_container(pod: Document) -> list[Document]:
+    return [*pod["spec"].get("initContainers", []), the_container(pod)]
 
 
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
@@ -349,7 +352,8 @@ def test_the_migration_reads_what_the_gateway_reads() -> None:
         of_gateway = {one["name"]: one for one in pod["volumes"]}
         assert volumes["secrets"] == of_gateway["secrets"]
         assert volumes["config"]["configMap"]["name"] == f"{NAME}-migration"
-        assert the_container(job["spec"]["template"])["args"] == ["db", "upgrade"]
+        pod_of_job = job["spec"]["template"]
+        assert [one["args"] for one in every_container(pod_of_job)] == [["check"], ["db", "upgrade"]]
 
 
 def test_what_the_migration_needs_is_there_before_it() -> None:
@@ -381,8 +385,38 @@ def test_what_the_migration_needs_is_there_before_it() -> None:
     )
     for template_ in gateways(named_account):
         assert template_["spec"]["serviceAccountName"] == "mine"
-    assert not of_kind(rendered("embedded"), "Job")
-    assert not of_kind(rendered("distributed", "--set", "migration.enabled=false"), "Job")
+    assert not of_kind(rendered("embedded", "--set", "check.enabled=false"), "Job")
+    only = rendered("distributed", "--set", "check.enabled=false")
+    (container,) = every_container(the(only, "Job", f"{NAME}-migration")["spec"]["template"])
+    assert container["args"] == ["db", "upgrade"]
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments"),
+    [("embedded", ()), ("distributed", ("--set", "migration.enabled=false"))],
+)
+def test_a_configuration_is_read_before_the_old_pod_ends(
+    values: str, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The hook's own command, on what is rendered for it: it ends well, or with the mistake."""
+
+    def hook(*more: str) -> subprocess.CompletedProcess[str]:
+        found = rendered(values, *arguments, *more)
+        (job,) = of_kind(found, "Job")
+        config = the(found, "ConfigMap", f"{NAME}-check")
+        assert is_hook(job) and is_hook(config)
+        assert config["data"] == the(found, "ConfigMap")["data"]
+        pod = job["spec"]["template"]
+        assert not [one for one in pod["spec"]["volumes"] if "persistentVolumeClaim" in one]
+        (container,) = every_container(pod)
+        path = written(found, tmp_path, CONTENTS)
+        return run_gateway(*container["args"], "--config", str(path))
+
+    good = hook()
+    assert (good.returncode, good.stderr) == (0, "")
+    typo = hook("--set", "config.server.prot=1")
+    assert typo.returncode == 2
+    assert 'server.prot: unknown key; did you mean "port"?' in typo.stderr
 
 
 # What runs
@@ -392,8 +426,8 @@ def test_what_the_migration_needs_is_there_before_it() -> None:
 def test_every_container_is_locked_down(values: str) -> None:
     found = list(pods(rendered(values)))
     assert len(found) >= 2
-    for pod in found:
-        spec, container = pod["spec"], the_container(pod)
+    for pod, container in [(pod, one) for pod in found for one in every_container(pod)]:
+        spec = pod["spec"]
         security = dict(spec["securityContext"])
         assert security.pop("fsGroupChangePolicy") == "OnRootMismatch"
         assert security == {
@@ -420,8 +454,7 @@ def test_every_container_is_locked_down(values: str) -> None:
 def test_secrets_are_files_and_nothing_of_them_is_rendered(values: str) -> None:
     found = rendered(values)
     assert not of_kind(found, "Secret")
-    for pod in gateways(found):
-        container = the_container(pod)
+    for pod, container in [(pod, one) for pod in gateways(found) for one in every_container(pod)]:
         assert not [one for one in container["env"] if "valueFrom" in one]
         assert "envFrom" not in container
         (volume,) = (one for one in pod["spec"]["volumes"] if one["name"] == "secrets")
@@ -588,8 +621,9 @@ def test_what_selects_finds_its_pods(values: str) -> None:
 
 @pytest.mark.parametrize("values", SETS)
 def test_every_mount_has_its_volume_and_every_volume_its_mount(values: str) -> None:
-    for pod in gateways(rendered(values)):
-        mounts = the_container(pod)["volumeMounts"]
+    containers = [(pod, one) for pod in gateways(rendered(values)) for one in every_container(pod)]
+    for pod, container in containers:
+        mounts = container["volumeMounts"]
         volumes = [volume["name"] for volume in pod["spec"]["volumes"]]
         assert sorted(mount["name"] for mount in mounts) == sorted(volumes)
         paths = [mount["mountPath"] for mount in mounts]

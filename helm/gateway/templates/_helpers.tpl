@@ -262,6 +262,22 @@ affinity:
 {{- end }}
 {{- end -}}
 
+{{/* One command of a hook: {"root": ., "name": of the container, "args": [...]}. */}}
+{{- define "gateway.command" -}}
+- name: {{ .name }}
+  image: {{ include "gateway.image" .root | quote }}
+  imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+  args: {{ toJson .args }}
+  env:
+    {{- include "gateway.env" .root | nindent 4 }}
+  resources:
+    {{- toYaml .root.Values.migration.resources | nindent 4 }}
+  securityContext:
+    {{- include "gateway.securityContext" .root | nindent 4 }}
+  volumeMounts:
+    {{- include "gateway.commonMounts" .root | nindent 4 }}
+{{- end -}}
+
 {{/* Where packets may go: {"root": ., "ports": [...]}; never to the metadata of a cloud. */}}
 {{- define "gateway.anywhere" -}}
 {{- $four := list "169.254.0.0/16" "100.100.100.200/32" -}}
