@@ -19,13 +19,13 @@ import click
 import pytest
 import yaml
 
+from gateway.assembly import price_book
 from gateway.cli import main
 from gateway.domain.price import BySize
 from gateway.domain.price_images import ImagePrice
-from gateway.pricefile import load_prices
+from gateway.pricefile import ALWAYS
 from gateway.reload import needs_restart
 from gateway.settings import Secret, Settings, _Document, load
-from gateway.yamlfile import plain
 from tests.postgres import run_postgres
 from tests.processes import GatewayProcess
 from tests.processes import run as run_gateway
@@ -267,7 +267,7 @@ REFUSED = {
         "total_seconds", "number"),
     "a size that is a list": (["config.cache.max_bytes[0]=1"], "config.cache.max_bytes", "string"),
     "a variable without a name": (["extraEnv[0].value=x"], "extraEnv", "name"),
-    "root": (["runAsUser=0"], "runAsUser", "minimum"),
+    "root": (["runAsUser=0"], "runAsUser", " 1\n"),
 }  # fmt: skip
 """What is set beside what a distributed gateway needs (or not), and what the refusal names."""
 
@@ -464,9 +464,11 @@ def test_the_gateway_reads_what_the_chart_writes_with_everything(tmp_path: Path)
     assert settings.server.drain_seconds == 720
     assert settings.upstreams["openai"].timeouts.connect_seconds == 2.5
     assert settings.upstreams["openai"].proxy == Secret("http://proxy.example.com:3128")
-    (price, cheap) = load_prices("[]", [plain(row) for row in settings.prices.rows]).rows
-    assert price.price == ImagePrice(BySize({"default": {"any": 50_000_000}}))
-    assert cheap.price == ImagePrice(BySize({"default": {"any": 50_000}})), "helm writes 5e-05"
+    prices = price_book(settings).of("azure", settings.upstreams["azure"].prices, ALWAYS)
+    for model, nanousd in (("dep-1", 50_000_000), ("dep-2", 50_000)):  # helm writes 5e-05
+        row = prices.find(model)
+        assert row is not None
+        assert row.price == ImagePrice(BySize({"default": {"any": nanousd}}))
     assert settings.notify.secret == Secret(CONTENTS["webhook-secret"])
     (key,) = settings.declared_keys
     assert key.expires is not None
@@ -496,7 +498,10 @@ def test_the_migration_reads_what_the_gateway_reads() -> None:
         assert volumes["secrets"] == of_gateway["secrets"]
         assert volumes["config"]["configMap"]["name"] == f"{NAME}-migration"
         pod_of_job = job["spec"]["template"]
-        assert [one["args"] for one in every_container(pod_of_job)] == [["check"], ["db", "upgrade"]]
+        assert [one["args"] for one in every_container(pod_of_job)] == [
+            ["check"],
+            ["db", "upgrade"],
+        ]
 
 
 def test_what_the_migration_needs_is_there_before_it() -> None:
@@ -547,7 +552,8 @@ def test_a_configuration_is_read_before_the_old_pod_ends(
         found = rendered(values, *arguments, *more)
         (job,) = of_kind(found, "Job")
         config = the(found, "ConfigMap", f"{NAME}-check")
-        assert is_hook(job) and is_hook(config)
+        assert is_hook(job)
+        assert is_hook(config)
         assert config["data"] == the(found, "ConfigMap")["data"]
         pod = job["spec"]["template"]
         assert not [one for one in pod["spec"]["volumes"] if "persistentVolumeClaim" in one]
@@ -569,7 +575,7 @@ def test_a_configuration_is_read_before_the_old_pod_ends(
 def test_every_container_is_locked_down(values: str) -> None:
     found = list(pods(rendered(values)))
     assert len(found) >= 2
-    for pod, container in [(pod, one) for pod in found for one in every_container(pod)]:
+    for pod, container in [(each, one) for each in found for one in every_container(each)]:
         spec = pod["spec"]
         security = dict(spec["securityContext"])
         assert security.pop("fsGroupChangePolicy") == "OnRootMismatch"
@@ -597,7 +603,9 @@ def test_every_container_is_locked_down(values: str) -> None:
 def test_secrets_are_files_and_nothing_of_them_is_rendered(values: str) -> None:
     found = rendered(values)
     assert not of_kind(found, "Secret")
-    for pod, container in [(pod, one) for pod in gateways(found) for one in every_container(pod)]:
+    for pod, container in [
+        (each, one) for each in gateways(found) for one in every_container(each)
+    ]:
         assert not [one for one in container["env"] if "valueFrom" in one]
         assert "envFrom" not in container
         (volume,) = (one for one in pod["spec"]["volumes"] if one["name"] == "secrets")
@@ -981,6 +989,32 @@ def test_the_chart_s_readme_names_values_that_exist() -> None:
         assert line in known
 
 
+def test_the_chart_s_readme_installs_what_lacks_nothing(tmp_path: Path) -> None:
+    helm = TOOLS / "helm" / "4" / "helm"
+    if not helm.is_file():
+        missing("helm 4")
+    text = (CHART / "README.md").read_text()
+    first, second = re.findall(r"```console\n(.*?)```", text, re.DOTALL)[:2]
+    values = tmp_path / "values.yaml"
+    for block, more in ((first, ""), (second, "mode: distributed\n")):
+        before, _, command = block.partition("$ helm install ")
+        if not more:
+            values.write_text(before.partition("$ cat > values.yaml\n")[2])
+        else:
+            values.write_text(values.read_text() + more)
+        words = shlex.split(command.replace("\\\n", " "))
+        assert words[:2] == [RELEASE, "helm/gateway"]
+        assert words[words.index("--timeout") + 1] == "20m"
+        sets = [word for word in words if word.startswith("secrets.")]
+        created = re.findall(r"create secret generic (\S+)", block)
+        assert {one.partition("=")[2] for one in sets} <= set(created)
+        arguments = [word for one in sets for word in ("--set", one)]
+        done = run(helm, "install", RELEASE, CHART, "--dry-run=client", "--values", values,
+                   *arguments)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "MISSING" not in done.stdout
+
+
 def test_the_notes_name_commands_that_exist() -> None:
     helm = TOOLS / "helm" / "4" / "helm"
     if not helm.is_file():
@@ -1001,6 +1035,11 @@ def test_the_notes_name_commands_that_exist() -> None:
             command.make_context(words[0], rest)
     done = run(helm, "install", RELEASE, CHART, "--dry-run=client")
     assert "MISSING: config.models is empty" in done.stdout
+    distributed = ("install", RELEASE, CHART, "--dry-run=client", "--values",
+                   values_of("distributed"), "--set", "secrets.cacheRedis.name=")  # fmt: skip
+    assert "MISSING: secrets.cacheRedis" in run(helm, *distributed).stdout
+    off = ("--set", "config.cache.enabled=false", "--set", "config.results.enabled=false")
+    assert "MISSING" not in run(helm, *distributed, *off).stdout
 
 
 # Everything, with every helm and every Kubernetes
