@@ -21,6 +21,7 @@ import yaml
 
 from gateway.assembly import price_book
 from gateway.cli import main
+from gateway.doctor.machine import EACH_WORKER_BYTES
 from gateway.domain.price import BySize
 from gateway.domain.price_images import ImagePrice
 from gateway.pricefile import ALWAYS
@@ -296,6 +297,14 @@ def test_a_mix_that_cannot_work_is_refused_by_its_name(story: str) -> None:
         'executing "gateway.refusals" at <fail>: error calling fail', "")), told  # fmt: skip
 
 
+def test_memory_is_counted_as_doctor_counts_it(tmp_path: Path) -> None:
+    told = refusal(a_helm(), ["resources.limits.memory=64Mi"])
+    assert f"about {EACH_WORKER_BYTES // 2**20} MiB" in told
+    defaults = configured("embedded", tmp_path)
+    wanted = defaults.server.buffer_bytes + EACH_WORKER_BYTES + defaults.cache.memory_bytes
+    assert f"may want {wanted // 2**20} MiB" in told
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -558,6 +567,9 @@ def test_a_configuration_is_read_before_the_old_pod_ends(
         pod = job["spec"]["template"]
         assert not [one for one in pod["spec"]["volumes"] if "persistentVolumeClaim" in one]
         (container,) = every_container(pod)
+        (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+        assert rule["action"] == "FailJob", "the same mistake four times helps nobody"
+        assert rule["onExitCodes"]["containerName"] == container["name"]
         path = written(found, tmp_path, CONTENTS)
         return run_gateway(*container["args"], "--config", str(path))
 
