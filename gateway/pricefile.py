@@ -17,7 +17,7 @@ from typing import TypeAlias
 
 import yaml
 
-from gateway.domain.money import Money, parse_dollars
+from gateway.domain.money import Money, parse_dollars, without_exponent
 from gateway.domain.price import BySize, Price, PriceRow, parse_size
 from gateway.domain.price_images import ImagePrice
 from gateway.domain.price_tokens import ByAxis, Tiles, TokenPrice
@@ -360,7 +360,7 @@ def _dollars(value: object, spot: Spot, say: Say) -> Money:
     if isinstance(value, float):
         say(spot, 'a price needs exact digits: write it in quotes, "0.04"')
         return 0
-    written = format(value, "f") if isinstance(value, Decimal) else str(value)
+    written = format(value, "f") if isinstance(value, Decimal) else without_exponent(str(value))
     if not isinstance(value, str | int | Decimal) or not _DECIMAL.fullmatch(written):
         say(spot, "a price is written in plain dollars: 0.04")
         return 0

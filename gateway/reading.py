@@ -17,7 +17,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-from gateway.domain.money import Money, parse_dollars
+from gateway.domain.money import Money, parse_dollars, without_exponent
 from gateway.filewatch import Source
 from gateway.yamlfile import Listing, Mistake, Node, Place, Scalar, Table, presentable, step
 
@@ -286,9 +286,10 @@ def seconds(least: float = 0.001) -> Reader[float]:
 
     def read(node: Node, spot: Spot) -> float:
         value = _unquoted(scalar(node), "a number of seconds")
-        if _NUMBER.fullmatch(value.text) is None:
+        digits = without_exponent(value.text)
+        if _NUMBER.fullmatch(digits) is None:
             raise Wrong(f"must be a number of seconds, like 5 or 0.5{but_is(value)}")
-        number = float(value.text)
+        number = float(digits)
         if not least <= number <= 86_400:
             raise Wrong(f"must be a number of seconds from {least:g} to 86400")
         return number
@@ -299,17 +300,19 @@ def seconds(least: float = 0.001) -> Reader[float]:
 def percent(node: Node, spot: Spot) -> float:
     """A share of a hundred: 1 or 0.5."""
     value = _unquoted(scalar(node), "a percentage")
-    if _NUMBER.fullmatch(value.text) is None or not 0 <= float(value.text) <= 100:
+    digits = without_exponent(value.text)
+    if _NUMBER.fullmatch(digits) is None or not 0 <= float(digits) <= 100:
         raise Wrong(f"must be a percentage from 0 to 100, like 1 or 0.5{but_is(value)}")
-    return float(value.text)
+    return float(digits)
 
 
 def share(node: Node, spot: Spot) -> float:
     """A part of the whole: 1 or 0.05."""
     value = _unquoted(scalar(node), "a share")
-    if _NUMBER.fullmatch(value.text) is None or not 0 <= float(value.text) <= 1:
+    digits = without_exponent(value.text)
+    if _NUMBER.fullmatch(digits) is None or not 0 <= float(digits) <= 1:
         raise Wrong(f"must be a share from 0 to 1, like 1 or 0.05{but_is(value)}")
-    return float(value.text)
+    return float(digits)
 
 
 def size(node: Node, spot: Spot) -> int:
@@ -339,13 +342,14 @@ def duration(node: Node, spot: Spot) -> timedelta:
 def dollars(node: Node, spot: Spot) -> Money:
     """Dollars as decimal text, quoted or not, to nano-dollars; no float is ever made."""
     value = scalar(node)
-    match = _DOLLARS.fullmatch(value.text)
+    amount = without_exponent(value.text)
+    match = _DOLLARS.fullmatch(amount)
     if match is None:
         raise Wrong(f"must be an amount of dollars, like 50 or 0.25{but_is(value)}")
     if len((match["cents"] or "").rstrip("0")) > 9:
         raise Wrong("is finer than a nano-dollar: at most 9 digits after the point")
     try:
-        return parse_dollars(value.text)
+        return parse_dollars(amount)
     except ValueError:
         raise Wrong("is more dollars than the ledger can hold") from None
 

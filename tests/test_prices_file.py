@@ -198,7 +198,7 @@ TABLE = "output_tokens: {table: {default: {low: 1}}}"
         (f"{HEAD}, shuts_down: 2025-01-01, per_image: 1}}", "shuts_down: this is before"),
         (f"{HEAD}, shuts_down: soon, per_image: 1}}", "shuts_down: a day is written 2026-11-22"),
         (f"{HEAD}, per_image: -1}}", "per_image: a price is written in plain dollars: 0.04"),
-        (f"{HEAD}, per_image: 1e3}}", "per_image: a price is written in plain dollars"),
+        (f"{HEAD}, per_image: 1e}}", "per_image: a price is written in plain dollars"),
         (f"{HEAD}, per_image: 4 cents}}", "per_image: a price is written in plain dollars"),
         (f"{HEAD}, per_image: 0.0000000001}}", "per_image: '0.0000000001' dollars is finer"),
         (f"{HEAD}, per_image: }}", "per_image: a price is written in plain dollars"),
@@ -299,6 +299,24 @@ def test_a_file_that_is_not_there_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(PriceFileError, match="cannot be read"):
         load_prices(tmp_path / "none.yaml")
     assert load_prices("") == load_prices("rows: []") == Prices(())
+
+
+@pytest.mark.parametrize(
+    ("written", "nanos"), [("5e-05", 50_000), ("1E-9", 1), ("1.2500005e+06", 1_250_000_500_000_000)]
+)
+def test_a_price_with_an_exponent_is_as_exact_as_one_without(written: str, nanos: int) -> None:
+    listed = f"- {{upstream: azure, model: m, per_image: {written}}}"
+    own = {"upstream": "azure", "model": "m", "per_image": written}
+    for prices in (load_prices(listed), load_prices("[]", [own])):
+        (row,) = prices.rows
+        assert isinstance(row.price, ImagePrice)
+        assert row.price.amounts.cells["default"]["any"] == nanos
+
+
+@pytest.mark.parametrize("written", ["1e-10", "1e+12", "1e999999999", "-5e-05", "e5"])
+def test_an_exponent_has_the_bounds_of_every_price(written: str) -> None:
+    with pytest.raises(PriceFileError, match="per_image"):
+        load_prices(f"- {{upstream: azure, model: m, per_image: {written}}}")
 
 
 def test_a_file_can_say_when_it_was_compiled() -> None:

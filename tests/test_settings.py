@@ -277,7 +277,11 @@ MISTAKES = [
     (MODELS + f"teams: {{a: {{keys: [{{key: {KEY}, models: [x]}}]}}}}", "keys[0].models[0]: there"),
     ("teams: {a: {budget: }}", "teams.a.budget: is empty: fill it in, or remove it"),
     ("teams: {a: {budget: {day: }}}", "teams.a.budget.day: needs a value"),
-    ("teams: {a: {budget: {day: 1e1}}}", 'teams.a.budget.day: must be an amount of dollars, like'),
+    ("teams: {a: {budget: {day: 1e}}}", 'teams.a.budget.day: must be an amount of dollars, like'),
+    ("teams: {a: {budget: {day: 1e-10}}}", "teams.a.budget.day: is finer than a nano-dollar"),
+    ("teams: {a: {budget: {day: 1e+18}}}", "teams.a.budget.day: must be an amount of dollars"),
+    ("teams: {a: {budget: {day: 1e+11}}}", "teams.a.budget.day: is more dollars than the"),
+    ("teams: {a: {budget: {day: -5e-05}}}", "teams.a.budget.day: must be an amount of dollars"),
     ("teams: {a: {budget: {day: $5}}}", "teams.a.budget.day: must be an amount of dollars, like"),
     ("teams: {a: {budget: {day: -5}}}", "teams.a.budget.day: must be an amount of dollars, like"),
     ("teams: {a: {budget: {day: .inf}}}", "teams.a.budget.day: must be an amount of dollars"),
@@ -741,11 +745,20 @@ def test_bombs_are_refused(tmp_path: Path) -> None:
         ("0.000000001", 1),
         ("9007199.254740993", 9_007_199_254_740_993),
         ("1.10000000000", 1_100_000_000),
+        ("5e-05", 50_000),
+        ("1e-9", 1),
+        ("1.2500005e+06", 1_250_000_500_000_000),
+        ("9.007199254740993E6", 9_007_199_254_740_993),
     ],
 )
 def test_money_is_exact(tmp_path: Path, text: str, nanos: int) -> None:
     made = read(tmp_path, f"teams: {{a: {{budget: {{day: {text}}}}}}}")
     assert made.teams["a"].limits.budget_day == nanos
+
+
+def test_small_shares_may_have_an_exponent_too(tmp_path: Path) -> None:
+    made = read(tmp_path, 'tracing: {otlp: "http://c:4318/v1/traces", sample: 5e-05}')
+    assert made.tracing.sample == 0.00005
 
 
 @given(nanos=strategies.integers(0, 10**18))

@@ -5,6 +5,7 @@ $30 per million tokens is exactly 30_000 nano-dollars a token, so every publishe
 
 from __future__ import annotations
 
+import re
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from fractions import Fraction
 from typing import TypeAlias
@@ -14,6 +15,8 @@ Money: TypeAlias = int
 
 NANOS_PER_DOLLAR = 1_000_000_000
 MAX_NANOUSD = 2**63 - 1
+
+_SCIENTIFIC = re.compile(r"[0-9](\.[0-9]{1,30})?[eE][+-]?[0-9]{1,2}", re.ASCII)
 
 
 def parse_dollars(text: str | int | Decimal) -> Money:
@@ -37,6 +40,14 @@ def parse_dollars(text: str | int | Decimal) -> Money:
     if nanos.denominator != 1:
         raise ValueError(f"{text!r} dollars is finer than a nano-dollar")
     return nanos.numerator
+
+
+def without_exponent(number: str) -> str:
+    """``5e-05`` as ``0.00005``, with every digit; any other text as it is.
+
+    Programs that write YAML (helm is one) put small and large numbers so.
+    """
+    return format(Decimal(number), "f") if _SCIENTIFIC.fullmatch(number) else number
 
 
 def format_dollars(nanousd: Money) -> str:

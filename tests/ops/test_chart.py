@@ -19,7 +19,12 @@ import click
 import pytest
 import yaml
 
+from gateway.assembly import price_book
 from gateway.cli import main
+from gateway.doctor.machine import EACH_WORKER_BYTES
+from gateway.domain.price import BySize
+from gateway.domain.price_images import ImagePrice
+from gateway.pricefile import ALWAYS
 from gateway.reload import needs_restart
 from gateway.settings import Secret, Settings, _Document, load
 from tests.postgres import run_postgres
@@ -133,9 +138,12 @@ def gateways(found: tuple[Document, ...]) -> Iterator[Document]:
 
 def the_container(pod: Document) -> Document:
     (container,) = pod["spec"]["containers"]
-    assert "initContainers" not in pod["spec"]
     assert isinstance(container, dict)
     return container
+
+
+def every_container(pod: Document) -> list[Document]:
+    return [*pod["spec"].get("initContainers", []), the_container(pod)]
 
 
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:
@@ -206,7 +214,61 @@ REFUSED = {
     "a shared volume for SQLite": (["persistence.accessMode=ReadWriteMany"],
         "accessMode", "ReadWriteOncePod"),
     "a liveness that kills too soon": (["probes.livenessSeconds=10"], "livenessSeconds", "30"),
-    "root": (["runAsUser=0"], "runAsUser", "1"),
+    "a percentage that stops every drain": (["mode=distributed",
+        "podDisruptionBudget.minAvailable=100%"], "podDisruptionBudget.minAvailable", "of 2"),
+    "a percentage that is rounded up to all": (["mode=distributed",
+        "podDisruptionBudget.minAvailable=51%"], "podDisruptionBudget.minAvailable", "of 2"),
+    "nobody may go": (["mode=distributed", "podDisruptionBudget.maxUnavailable=0"],
+        "podDisruptionBudget.maxUnavailable is 0", "drained"),
+    "no share may go": (["mode=distributed", "podDisruptionBudget.maxUnavailable=0%"],
+        "podDisruptionBudget.maxUnavailable is 0%", "drained"),
+    "a budget that is no number": (["mode=distributed", "podDisruptionBudget.maxUnavailable=half"],
+        "podDisruptionBudget.maxUnavailable", "pattern"),
+    "a volume smaller than what is put on it": (["persistence.size=1Gi"],
+        "persistence.size is 1Gi", "24576 MiB"),
+    "a cache larger than its volume": (["config.cache.max_bytes=30GiB", "spool.size=512Mi"],
+        "persistence.size is 32Gi", "config.cache.max_bytes 30720 MiB"),
+    "results larger than their volume": (["config.cache.enabled=false",
+        "config.results.max_bytes=107374182400"], "persistence.size", "102400 MiB"),
+    "workers without memory": (["workers=8", "secrets.redis.name=r"],
+        "resources.limits.memory is 1Gi", "1920 MiB"),
+    "buffers without memory": (["config.server.buffer_bytes=8GiB"],
+        "resources.limits.memory", "config.server.buffer_bytes 8192 MiB"),
+    "no memory": (["resources.limits.memory=64Mi"], "resources.limits.memory is 64Mi", "352 MiB"),
+    "an upstream behind a closed port": (["config.upstreams.mine.base_url=https://h.example:8443/v1"],
+        "config.upstreams.mine.base_url", "8443"),
+    "an upstream without TLS": (["config.upstreams.mine.base_url=http://h/v1"],
+        "config.upstreams.mine.base_url", "port 80"),
+    "a proxy behind a closed port": (["config.upstreams.mine.proxy=http://u:p@proxy:3128"],
+        "config.upstreams.mine.proxy", "3128"),
+    "a proxy of a variable": (["config.upstreams.mine.proxy=${HTTPS_PROXY}",
+        "extraEnv[0].name=HTTPS_PROXY", "extraEnv[0].value=http://proxy:3128"],
+        "config.upstreams.mine.proxy", "networkPolicy.upstreamPorts"),
+    "a collector behind a closed port": (["config.tracing.otlp=http://otel:4318/v1/traces"],
+        "config.tracing.otlp", "4318"),
+    "a webhook behind a closed port": (["config.notify.webhook=https://hooks.example:9443/x"],
+        "config.notify.webhook", "9443"),
+    "a webhook of results behind a closed port": (["config.results.webhook=http://[::1]:81/x"],
+        "config.results.webhook", "81"),
+    "a scrape longer than its interval": (["serviceMonitor.scrapeTimeout=1m"],
+        "serviceMonitor.scrapeTimeout (1m)", "serviceMonitor.interval (30s)"),
+    "an alert that is not there": (["prometheusRule.disabled={GatewayDwon}"],
+        "prometheusRule.disabled", "GatewayDwon"),
+    "a label of the chart's": (["podLabels.app\\.kubernetes\\.io/component=web"],
+        "podLabels", "app.kubernetes.io/component"),
+    "an image with its tag": (["image.repository=registry.example.com/gateway:1.0"],
+        "image.repository", "pattern"),
+    "an image of capitals": (["image.repository=registry.example.com/Gateway"],
+        "image.repository", "pattern"),
+    "a name that no service can have": (["fullnameOverride=1e5"], "fullnameOverride", "pattern"),
+    "time-outs that are none": (["config.upstreams.openai.timeouts=[]"], "timeouts", "object"),
+    "an upstream that is a list": (["config.upstreams.openai[0]=x"],
+        "config.upstreams.openai", "object"),
+    "a time-out that is a table": (["config.upstreams.openai.timeouts.total_seconds.a=1"],
+        "total_seconds", "number"),
+    "a size that is a list": (["config.cache.max_bytes[0]=1"], "config.cache.max_bytes", "string"),
+    "a variable without a name": (["extraEnv[0].value=x"], "extraEnv", "name"),
+    "root": (["runAsUser=0"], "runAsUser", " 1\n"),
 }  # fmt: skip
 """What is set beside what a distributed gateway needs (or not), and what the refusal names."""
 
@@ -222,7 +284,7 @@ def refusal(helm: Path, assignments: list[str]) -> str:
     done = template(helm, *arguments)
     assert done.returncode != 0, f"rendered in spite of {assignments}"
     # Versions of helm write the place of a value in two ways.
-    return re.sub(r"'/([a-zA-Z/]+)'", lambda place: place[1].replace("/", "."), done.stderr)
+    return re.sub(r"'/([a-zA-Z_/]+)'", lambda place: place[1].replace("/", "."), done.stderr)
 
 
 @pytest.mark.parametrize("story", REFUSED)
@@ -231,7 +293,104 @@ def test_a_mix_that_cannot_work_is_refused_by_its_name(story: str) -> None:
     told = refusal(a_helm(), assignments)
     for word in words:
         assert word in told, told
-    assert "nil pointer" not in told
+    assert not re.search(r"nil pointer|error calling|executing \"", told.replace(
+        'executing "gateway.refusals" at <fail>: error calling fail', "")), told  # fmt: skip
+
+
+def test_memory_is_counted_as_doctor_counts_it(tmp_path: Path) -> None:
+    told = refusal(a_helm(), ["resources.limits.memory=64Mi"])
+    assert f"about {EACH_WORKER_BYTES // 2**20} MiB" in told
+    defaults = configured("embedded", tmp_path)
+    wanted = defaults.server.buffer_bytes + EACH_WORKER_BYTES + defaults.cache.memory_bytes
+    assert f"may want {wanted // 2**20} MiB" in told
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("upstreams: {openai: null}", ["openai", "null", "object"]),
+        ("upstreams: {openai: {kind: openai, timeouts: null}}", ["timeouts", "null", "object"]),
+        ("upstreams: {openai: {kind: openai, api_keys: key}}", ["api_keys", "string", "array"]),
+        ("upstreams: [openai]", ["config.upstreams", "array", "object"]),
+        ("server: []", ["config.server", "array", "object"]),
+    ],
+)
+def test_what_is_empty_or_of_the_wrong_kind_is_named(
+    text: str, words: list[str], tmp_path: Path
+) -> None:
+    values = tmp_path / "values.yaml"
+    values.write_text(f"config: {{{text}}}")
+    done = template(a_helm(), "--values", values)
+    assert done.returncode != 0
+    told = re.sub(r"'/([a-zA-Z_/]+)'", lambda place: place[1].replace("/", "."), done.stderr)
+    for word in words:
+        assert word in told, told
+    assert "error calling" not in told
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ["persistence.size=24Gi"],
+        ["persistence.size=1Gi", "persistence.existingClaim=books"],
+        ["persistence.size=5Gi", "secrets.redis.name=r"],
+        ["persistence.size=4Gi", "config.cache.enabled=false", "config.results.enabled=false"],
+        ["resources.limits.memory=352Mi"],
+        ["resources.limits.memory=0.4G"],
+        ["resources.limits.memory=288Mi", "config.cache.enabled=false"],
+        ["config.tracing.otlp=http://c:4318/v1", "networkPolicy.upstreamPorts={443,4318}"],
+        ["config.tracing.otlp=http://c:4318/v1", "networkPolicy.enabled=false"],
+        ["config.tracing.otlp=http://c:4318/v1", "networkPolicy.extraEgress[0].ports[0].port=4318"],
+        ["image.repository=localhost:5000/a/image-gateway"],
+        ["serviceMonitor.scrapeTimeout=30s"],
+    ],
+)
+def test_a_mix_that_just_works_is_rendered(assignments: list[str]) -> None:
+    arguments = [word for one in assignments for word in ("--set", one)]
+    assert the(documents(a_helm(), *arguments), "Deployment")
+
+
+def strings(document: object) -> Iterator[object]:
+    """What Kubernetes takes as texts only: names, labels, annotations, images."""
+    if isinstance(document, list):
+        for item in document:
+            yield from strings(item)
+    elif isinstance(document, dict):
+        for name, value in document.items():
+            if name in ("labels", "annotations", "matchLabels", "selector") and isinstance(
+                value, dict
+            ):
+                yield from (one for one in value.values() if not isinstance(one, dict | list))
+            elif name in ("name", "claimName", "image", "serviceAccountName", "secretName"):
+                yield value if not isinstance(value, dict) else ""
+            yield from strings(value)
+
+
+@pytest.mark.parametrize("release", ["123", "1e5", "0x10", "true", "null"])
+def test_names_that_look_like_something_else_stay_texts(release: str) -> None:
+    done = run(
+        a_helm(), "template", release, CHART, "--namespace", "prod",
+        "--values", values_of("everything"), "--set-string", "secrets.redis.name=0123",
+        "--set-string", "settlements.existingClaim=0123", "--set-string", "priorityClassName=1",
+        "--set", "serviceAccount.create=false", "--set-string", "serviceAccount.name=0123",
+        "--set-string", "nameOverride=true", "--set-string", "ingress.className=1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = parsed(done.stdout)
+    for document in found:
+        for text in strings(document):
+            assert isinstance(text, str), (document["kind"], text)
+        assert re.match("[a-z]", document["metadata"]["name"])
+    (deployment,) = of_kind(found, "Deployment")
+    pod = deployment["spec"]["template"]["spec"]
+    assert (pod["serviceAccountName"], pod["priorityClassName"]) == ("0123", "1")
+    assert deployment["metadata"]["labels"]["app.kubernetes.io/instance"] == release
+    claims = documents(a_helm(), "--set-string", "persistence.existingClaim=0123")
+    (volume,) = (
+        one for one in the(claims, "Deployment")["spec"]["template"]["spec"]["volumes"]
+        if one["name"] == "data"
+    )  # fmt: skip
+    assert volume["persistentVolumeClaim"]["claimName"] == "0123"
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
@@ -314,14 +473,18 @@ def test_the_gateway_reads_what_the_chart_writes_with_everything(tmp_path: Path)
     assert settings.server.drain_seconds == 720
     assert settings.upstreams["openai"].timeouts.connect_seconds == 2.5
     assert settings.upstreams["openai"].proxy == Secret("http://proxy.example.com:3128")
-    assert len(settings.prices.rows) == 1
+    prices = price_book(settings).of("azure", settings.upstreams["azure"].prices, ALWAYS)
+    for model, nanousd in (("dep-1", 50_000_000), ("dep-2", 50_000)):  # helm writes 5e-05
+        row = prices.find(model)
+        assert row is not None
+        assert row.price == ImagePrice(BySize({"default": {"any": nanousd}}))
     assert settings.notify.secret == Secret(CONTENTS["webhook-secret"])
     (key,) = settings.declared_keys
     assert key.expires is not None
     assert key.expires.year == 2027
     growth = settings.teams["growth"].limits
-    assert growth.budget_day is not None
-    assert str(growth.budget_day), growth.max_cost_per_request
+    assert (growth.budget_day, growth.max_cost_per_request) == (5_000_000_000, 250_000_000)
+    assert growth.budget_month == 1_250_000_500_000_000
 
 
 def test_a_price_list_of_ones_own_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -343,7 +506,11 @@ def test_the_migration_reads_what_the_gateway_reads() -> None:
         of_gateway = {one["name"]: one for one in pod["volumes"]}
         assert volumes["secrets"] == of_gateway["secrets"]
         assert volumes["config"]["configMap"]["name"] == f"{NAME}-migration"
-        assert the_container(job["spec"]["template"])["args"] == ["db", "upgrade"]
+        pod_of_job = job["spec"]["template"]
+        assert [one["args"] for one in every_container(pod_of_job)] == [
+            ["check"],
+            ["db", "upgrade"],
+        ]
 
 
 def test_what_the_migration_needs_is_there_before_it() -> None:
@@ -375,8 +542,42 @@ def test_what_the_migration_needs_is_there_before_it() -> None:
     )
     for template_ in gateways(named_account):
         assert template_["spec"]["serviceAccountName"] == "mine"
-    assert not of_kind(rendered("embedded"), "Job")
-    assert not of_kind(rendered("distributed", "--set", "migration.enabled=false"), "Job")
+    assert not of_kind(rendered("embedded", "--set", "check.enabled=false"), "Job")
+    only = rendered("distributed", "--set", "check.enabled=false")
+    (container,) = every_container(the(only, "Job", f"{NAME}-migration")["spec"]["template"])
+    assert container["args"] == ["db", "upgrade"]
+
+
+@pytest.mark.parametrize(
+    ("values", "arguments"),
+    [("embedded", ()), ("distributed", ("--set", "migration.enabled=false"))],
+)
+def test_a_configuration_is_read_before_the_old_pod_ends(
+    values: str, arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    """The hook's own command, on what is rendered for it: it ends well, or with the mistake."""
+
+    def hook(*more: str) -> subprocess.CompletedProcess[str]:
+        found = rendered(values, *arguments, *more)
+        (job,) = of_kind(found, "Job")
+        config = the(found, "ConfigMap", f"{NAME}-check")
+        assert is_hook(job)
+        assert is_hook(config)
+        assert config["data"] == the(found, "ConfigMap")["data"]
+        pod = job["spec"]["template"]
+        assert not [one for one in pod["spec"]["volumes"] if "persistentVolumeClaim" in one]
+        (container,) = every_container(pod)
+        (rule,) = job["spec"]["podFailurePolicy"]["rules"]
+        assert rule["action"] == "FailJob", "the same mistake four times helps nobody"
+        assert rule["onExitCodes"]["containerName"] == container["name"]
+        path = written(found, tmp_path, CONTENTS)
+        return run_gateway(*container["args"], "--config", str(path))
+
+    good = hook()
+    assert (good.returncode, good.stderr) == (0, "")
+    typo = hook("--set", "config.server.prot=1")
+    assert typo.returncode == 2
+    assert 'server.prot: unknown key; did you mean "port"?' in typo.stderr
 
 
 # What runs
@@ -386,8 +587,8 @@ def test_what_the_migration_needs_is_there_before_it() -> None:
 def test_every_container_is_locked_down(values: str) -> None:
     found = list(pods(rendered(values)))
     assert len(found) >= 2
-    for pod in found:
-        spec, container = pod["spec"], the_container(pod)
+    for pod, container in [(each, one) for each in found for one in every_container(each)]:
+        spec = pod["spec"]
         security = dict(spec["securityContext"])
         assert security.pop("fsGroupChangePolicy") == "OnRootMismatch"
         assert security == {
@@ -414,8 +615,9 @@ def test_every_container_is_locked_down(values: str) -> None:
 def test_secrets_are_files_and_nothing_of_them_is_rendered(values: str) -> None:
     found = rendered(values)
     assert not of_kind(found, "Secret")
-    for pod in gateways(found):
-        container = the_container(pod)
+    for pod, container in [
+        (each, one) for each in gateways(found) for one in every_container(each)
+    ]:
         assert not [one for one in container["env"] if "valueFrom" in one]
         assert "envFrom" not in container
         (volume,) = (one for one in pod["spec"]["volumes"] if one["name"] == "secrets")
@@ -582,8 +784,9 @@ def test_what_selects_finds_its_pods(values: str) -> None:
 
 @pytest.mark.parametrize("values", SETS)
 def test_every_mount_has_its_volume_and_every_volume_its_mount(values: str) -> None:
-    for pod in gateways(rendered(values)):
-        mounts = the_container(pod)["volumeMounts"]
+    containers = [(pod, one) for pod in gateways(rendered(values)) for one in every_container(pod)]
+    for pod, container in containers:
+        mounts = container["volumeMounts"]
         volumes = [volume["name"] for volume in pod["spec"]["volumes"]]
         assert sorted(mount["name"] for mount in mounts) == sorted(volumes)
         paths = [mount["mountPath"] for mount in mounts]
@@ -606,6 +809,50 @@ def test_only_what_is_needed_may_go_out_and_never_to_a_cloud_s_metadata() -> Non
         for port in rule["ports"]
     }
     assert ports == {53, 443}
+
+
+def test_the_pod_of_helm_test_may_ask_the_gateway() -> None:
+    found = rendered("everything")
+    (test,) = (one for one in of_kind(found, "Pod") if is_hook(one))
+    callers = the(found, "NetworkPolicy")["spec"]["ingress"][0]["from"]
+    assert callers[0] == {
+        "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "ingress"}}
+    }
+    assert selects(callers[1]["podSelector"]["matchLabels"], test["metadata"]["labels"])
+    everybody = the(rendered("embedded"), "NetworkPolicy")["spec"]["ingress"][0]
+    assert "from" not in everybody
+
+
+@pytest.mark.parametrize(
+    ("url", "inside"),
+    [
+        ("https://images.example.com/v1", False),
+        ("https://vllm/v1", True),
+        ("https://vllm.models.svc/v1", True),
+        ("https://vllm.models.svc.cluster.local:443/v1", True),
+    ],
+)
+def test_pods_are_reached_where_an_upstream_is_a_service_of_the_cluster(
+    url: str, inside: bool
+) -> None:
+    found = rendered("embedded", "--set", f"config.upstreams.openai.base_url={url}")
+    _, upstreams = the(found, "NetworkPolicy")["spec"]["egress"]
+    assert ({"namespaceSelector": {}} in upstreams["to"]) is inside
+
+
+def test_a_pod_asks_for_the_disk_that_it_may_use() -> None:
+    def requests(values: str, *arguments: str) -> Document:
+        found = rendered(values, *arguments)
+        container = the_container(the(found, "Deployment")["spec"]["template"])
+        asked = container["resources"]["requests"]
+        assert isinstance(asked, dict)
+        return asked
+
+    assert requests("embedded")["ephemeral-storage"] == "256Mi"
+    assert requests("distributed")["ephemeral-storage"] == "5440Mi", "5 GiB, 256 MiB and 64 MiB"
+    assert requests("everything")["ephemeral-storage"] == "1Gi", "the operator's own"
+    bounded = requests("distributed", "--set", "resources.limits.ephemeral-storage=8Gi")
+    assert "ephemeral-storage" not in bounded, "Kubernetes takes the limit"
 
 
 def test_proxies_on_the_way_wait_longer_than_a_picture() -> None:
@@ -728,6 +975,9 @@ def test_the_schema_knows_every_value_and_no_other() -> None:
     assert named == {path for path in leaves(values) if not inside.match(path)}
 
     def strict(below: Document, path: str) -> None:
+        # What the gateway and Kubernetes themselves read further.
+        if path.startswith((".config.", ".resources.limits")):
+            return
         if "properties" in below:
             assert below["additionalProperties"] is False, path
             for name, value in below["properties"].items():
@@ -751,6 +1001,32 @@ def test_the_chart_s_readme_names_values_that_exist() -> None:
         assert line in known
 
 
+def test_the_chart_s_readme_installs_what_lacks_nothing(tmp_path: Path) -> None:
+    helm = TOOLS / "helm" / "4" / "helm"
+    if not helm.is_file():
+        missing("helm 4")
+    text = (CHART / "README.md").read_text()
+    first, second = re.findall(r"```console\n(.*?)```", text, re.DOTALL)[:2]
+    values = tmp_path / "values.yaml"
+    for block, more in ((first, ""), (second, "mode: distributed\n")):
+        before, _, command = block.partition("$ helm install ")
+        if not more:
+            values.write_text(before.partition("$ cat > values.yaml\n")[2])
+        else:
+            values.write_text(values.read_text() + more)
+        words = shlex.split(command.replace("\\\n", " "))
+        assert words[:2] == [RELEASE, "helm/gateway"]
+        assert words[words.index("--timeout") + 1] == "20m"
+        sets = [word for word in words if word.startswith("secrets.")]
+        created = re.findall(r"create secret generic (\S+)", block)
+        assert {one.partition("=")[2] for one in sets} <= set(created)
+        arguments = [word for one in sets for word in ("--set", one)]
+        done = run(helm, "install", RELEASE, CHART, "--dry-run=client", "--values", values,
+                   *arguments)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "MISSING" not in done.stdout
+
+
 def test_the_notes_name_commands_that_exist() -> None:
     helm = TOOLS / "helm" / "4" / "helm"
     if not helm.is_file():
@@ -771,6 +1047,11 @@ def test_the_notes_name_commands_that_exist() -> None:
             command.make_context(words[0], rest)
     done = run(helm, "install", RELEASE, CHART, "--dry-run=client")
     assert "MISSING: config.models is empty" in done.stdout
+    distributed = ("install", RELEASE, CHART, "--dry-run=client", "--values",
+                   values_of("distributed"), "--set", "secrets.cacheRedis.name=")  # fmt: skip
+    assert "MISSING: secrets.cacheRedis" in run(helm, *distributed).stdout
+    off = ("--set", "config.cache.enabled=false", "--set", "config.results.enabled=false")
+    assert "MISSING" not in run(helm, *distributed, *off).stdout
 
 
 # Everything, with every helm and every Kubernetes
@@ -930,7 +1211,8 @@ def test_what_has_no_schema_here_has_the_form_of_its_kind() -> None:
     assert monitor["spec"].keys() <= {"jobLabel", "selector", "endpoints", "namespaceSelector"}
     for endpoint in monitor["spec"]["endpoints"]:
         assert endpoint.keys() <= {
-            "port", "path", "interval", "scrapeTimeout", "relabelings", "metricRelabelings"
+            "port", "path", "honorLabels", "interval", "scrapeTimeout", "relabelings",
+            "metricRelabelings",
         }  # fmt: skip
     route = the(found, "HTTPRoute")
     assert route["apiVersion"] == "gateway.networking.k8s.io/v1"

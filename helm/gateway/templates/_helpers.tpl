@@ -2,11 +2,14 @@
 {{- .Values.nameOverride | default .Chart.Name | trunc 63 | trimSuffix "-" -}}
 {{- end -}}
 
+{{/* A service's name begins with a letter. */}}
 {{- define "gateway.fullname" -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" -}}
-{{- else if contains (include "gateway.name" .) .Release.Name -}}
+{{- else if and (contains (include "gateway.name" .) .Release.Name) (regexMatch "^[a-z]" .Release.Name) -}}
 {{- .Release.Name | trunc 52 | trimSuffix "-" -}}
+{{- else if regexMatch "^[0-9]" .Release.Name -}}
+{{- printf "%s-%s" (include "gateway.name" .) .Release.Name | trunc 52 | trimSuffix "-" -}}
 {{- else -}}
 {{- printf "%s-%s" .Release.Name (include "gateway.name" .) | trunc 52 | trimSuffix "-" -}}
 {{- end -}}
@@ -14,14 +17,14 @@
 
 {{/* Of every pod of the release; what selects must say the component, too. */}}
 {{- define "gateway.selector" -}}
-app.kubernetes.io/name: {{ include "gateway.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "gateway.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{- define "gateway.labels" -}}
 {{ include "gateway.selector" . }}
 app.kubernetes.io/version: {{ .Chart.AppVersion | quote }}
-app.kubernetes.io/managed-by: {{ .Release.Service }}
+app.kubernetes.io/managed-by: {{ .Release.Service | quote }}
 helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 
@@ -99,6 +102,58 @@ gateway itself allows. */}}
 {{- $size := .Values.spool.size -}}
 {{- $mebi := ternary 1024 1 (hasSuffix "Gi" $size) | mul (regexFind "^[0-9]+" $size | int) -}}
 {{- printf "%dMi" (div (mul $mebi 5) 4) -}}
+{{- end -}}
+
+{{/* A size of the gateway or a quantity of Kubernetes (10GiB, 1.5Gi, 512M, or a number) in MiB, and
+nothing where it is none. */}}
+{{- define "gateway.mebibytes" -}}
+{{- $units := dict "" 1 "B" 1 "K" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024 "Mi" 1048576 "Gi" 1073741824 "Ti" 1099511627776 -}}
+{{- $text := ternary (toString .) (printf "%.0f" (float64 .)) (kindIs "string" .) | trim -}}
+{{- $number := regexFind "^[0-9]+(\\.[0-9]+)?" $text -}}
+{{- $unit := trimPrefix $number $text | trim | replace "k" "K" -}}
+{{- if ne $unit "B" -}}{{- $unit = trimSuffix "B" $unit -}}{{- end -}}
+{{- if and $number (hasKey $units $unit) -}}
+{{- divf (mulf (float64 $number) (index $units $unit | float64)) 1048576.0 | floor | int64 -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Where the configuration sends something, as {"items": [{path, host, port}]}. A variable stands
+for what extraEnv says. */}}
+{{- define "gateway.targets" -}}
+{{- $found := list -}}
+{{- $config := .Values.config -}}
+{{- $urls := dict -}}
+{{- range $name, $upstream := $config.upstreams -}}
+{{- if $upstream.proxy -}}
+{{- $_ := set $urls (printf "config.upstreams.%s.proxy" $name) $upstream.proxy -}}
+{{- else -}}
+{{- $_ := set $urls (printf "config.upstreams.%s.base_url" $name) ($upstream.base_url | default "") -}}
+{{- end -}}
+{{- end -}}
+{{- range list (list "tracing" "otlp") (list "notify" "webhook") (list "results" "webhook") -}}
+{{- $section := index $config (first .) | default dict -}}
+{{- $_ := set $urls (printf "config.%s.%s" (first .) (last .)) (index $section (last .) | default "") -}}
+{{- end -}}
+{{- range $path, $url := $urls -}}
+{{- $url = toString $url -}}
+{{- range $.Values.extraEnv -}}
+{{- $url = replace (printf "${%s}" .name) (.value | default "" | toString) $url -}}
+{{- end -}}
+{{- if regexMatch "^https?://[^$]+$" $url -}}
+{{- $authority := regexReplaceAll "^https?://([^/?#]*@)?" $url "" | regexFind "^[^/?#]*" -}}
+{{- $host := regexReplaceAll ":[0-9]+$" $authority "" -}}
+{{- $port := regexFind ":[0-9]+$" $authority | trimPrefix ":" | default (ternary "443" "80" (hasPrefix "https:" $url)) | int -}}
+{{- $found = append $found (dict "path" $path "host" $host "port" $port) -}}
+{{- end -}}
+{{- end -}}
+{{- toYaml (dict "items" $found) -}}
+{{- end -}}
+
+{{/* Whether one of them is a service of the cluster: an ipBlock does not mean pods everywhere. */}}
+{{- define "gateway.targetsInside" -}}
+{{- range (include "gateway.targets" . | fromYaml).items -}}
+{{- if regexMatch "^[a-z0-9-]+$|\\.svc(\\.|$)|\\.cluster\\.local$" .host }}yes{{ end -}}
+{{- end -}}
 {{- end -}}
 
 {{/* What of the configuration is the chart's own. */}}
@@ -201,7 +256,7 @@ capabilities:
 {{- define "gateway.commonVolumes" -}}
 - name: config
   configMap:
-    name: {{ .config }}
+    name: {{ .config | quote }}
 - name: tmp
   emptyDir:
     sizeLimit: {{ .root.Values.tmp.sizeLimit }}
@@ -213,7 +268,7 @@ capabilities:
     sources:
       {{- range $files }}
       - secret:
-          name: {{ .name }}
+          name: {{ .name | quote }}
           items:
             - key: {{ .key | quote }}
               path: {{ .file | quote }}
@@ -246,7 +301,7 @@ imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- with .Values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with .Values.nodeSelector }}
 nodeSelector:
@@ -260,6 +315,41 @@ tolerations:
 affinity:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- end -}}
+
+{{/* Those of the values, and the disk of the pod's folders where they say nothing of it: what
+requests less than it uses goes first when its node is short. */}}
+{{- define "gateway.resources" -}}
+{{- $resources := deepCopy .Values.resources -}}
+{{- $requests := $resources.requests | default dict -}}
+{{- if not (or (hasKey $requests "ephemeral-storage") (hasKey $resources.limits "ephemeral-storage")) -}}
+{{- $disk := include "gateway.mebibytes" .Values.tmp.sizeLimit | int64 -}}
+{{- if include "gateway.distributed" . -}}
+{{- $disk = include "gateway.spoolLimit" . | include "gateway.mebibytes" | int64 | add $disk -}}
+{{- if not .Values.settlements.existingClaim -}}
+{{- $disk = include "gateway.mebibytes" .Values.settlements.sizeLimit | int64 | add $disk -}}
+{{- end -}}
+{{- end -}}
+{{- $_ := set $requests "ephemeral-storage" (printf "%dMi" (int64 $disk)) -}}
+{{- $_ := set $resources "requests" $requests -}}
+{{- end -}}
+{{- toYaml $resources -}}
+{{- end -}}
+
+{{/* One command of a hook: {"root": ., "name": of the container, "args": [...]}. */}}
+{{- define "gateway.command" -}}
+- name: {{ .name }}
+  image: {{ include "gateway.image" .root | quote }}
+  imagePullPolicy: {{ .root.Values.image.pullPolicy }}
+  args: {{ toJson .args }}
+  env:
+    {{- include "gateway.env" .root | nindent 4 }}
+  resources:
+    {{- toYaml .root.Values.migration.resources | nindent 4 }}
+  securityContext:
+    {{- include "gateway.securityContext" .root | nindent 4 }}
+  volumeMounts:
+    {{- include "gateway.commonMounts" .root | nindent 4 }}
 {{- end -}}
 
 {{/* Where packets may go: {"root": ., "ports": [...]}; never to the metadata of a cloud. */}}
