@@ -608,8 +608,54 @@ async def test_a_replica_and_a_user_without_scripts(
         url = replica.url.replace("//", "//poor:poor-password-1@")
         said = await look_at(tmp_path, sandbox.base_url, {"storage": {"redis": url}})
     told = [one.says for one in said.bad("redis", "storage.redis") if one.state is FAIL]
-    assert told[0].startswith("runs no script: ")
+    assert told[0].startswith("refuses what the gateway asks: ")
     assert told[1] == "is a replica: nothing can be written there"
+
+
+@pytest.mark.parametrize(
+    "rights",
+    [
+        "~other:* +@all",
+        "~gw* +@read +eval",
+        "~gw* +@all -@scripting",
+        "~gw* +@all -@sortedset",
+        "~gw:* +@all",
+    ],
+)
+async def test_a_user_that_may_not_do_what_the_gateway_does(
+    tmp_path: Path, sandbox: SandboxServer, valkey: Valkey, rights: str
+) -> None:
+    """And what the doctor advises is enough."""
+    tell(valkey, "ACL", "SETUSER", "gw", "reset", "on", ">poor-password-1", *rights.split())
+    url = valkey.url.replace("//", "//gw:poor-password-1@")
+    changes = {"storage": {"redis": url}}
+    said = await look_at(tmp_path, sandbox.base_url, changes)
+    found = said.the(FAIL, "redis", "storage.redis")
+    assert "refuses what the gateway asks: " in found.says
+    assert "ermissions" in found.says
+    advised = found.fix.partition(" name ")[2].partition(" (")[0].split()
+    tell(valkey, "ACL", "SETUSER", "gw", "reset", "on", ">poor-password-1", *advised)
+    said = await look_at(tmp_path, sandbox.base_url, changes)
+    assert [one for one in said.bad("redis") if one.state is FAIL] == []
+    tell(valkey, "ACL", "SETUSER", "gw", "-info")
+    said = await look_at(tmp_path, sandbox.base_url, changes)
+    assert [one for one in said.bad("redis") if one.state is FAIL] == []
+    assert "says nothing of itself" in said.bad("redis")[0].says
+
+
+async def test_a_redis_that_is_not_as_its_url_says(
+    tmp_path: Path, sandbox: SandboxServer, valkey: Valkey
+) -> None:
+    for url, says, fix in (
+        (valkey.url.replace("//", "//x:not-its-password@"), "let the gateway in", "password"),
+        (f"{valkey.url.removesuffix('0')}99", "no such database", "a number that it has"),
+        (valkey.url.replace("redis:", "redis+cluster:"), "is no cluster", "write redis://"),
+    ):
+        said = await look_at(tmp_path, sandbox.base_url, {"storage": {"redis": url}})
+        [found] = [one for one in said.bad("redis") if one.state is FAIL]
+        assert says in found.says
+        assert fix in found.fix
+        assert "start it" not in found.fix
 
 
 # Databases
