@@ -119,10 +119,10 @@ async def glance_at_redis(url: str, seconds: float, keys: Sequence[str]) -> Redi
                 quickest = took
                 now = EPOCH + timedelta(seconds=int(time[0]), microseconds=int(time[1]))
         said = "" if refusal is None else _said(refusal, url)
-        forbidden = isinstance(refusal, NoPermissionError)
+        forbidden = _is_forbidden(refusal)
         return RedisGlance(_nodes(sections), quickest, now, said, forbidden)
     except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
-        if isinstance(error, NoPermissionError) and isinstance(refusal, NoPermissionError):
+        if refusal is not None and _is_forbidden(error) and _is_forbidden(refusal):
             raise RedisAway(_said(refusal, url), Trouble.REFUSED) from None
         raise RedisAway(_said(error, url), _trouble(error)) from None
     finally:
@@ -137,6 +137,11 @@ async def _try(client: Client, keys: Sequence[str]) -> None:
         for command in ("EXISTS", "UNLINK"):
             await client.execute_command(command, key)
         await client.execute_command("HGET", key, "f")
+
+
+def _is_forbidden(error: BaseException | None) -> bool:
+    # What a script may not do is an error of the script.
+    return isinstance(error, NoPermissionError) or "ACL failure" in str(error)
 
 
 def _trouble(error: BaseException) -> Trouble:

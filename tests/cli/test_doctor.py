@@ -45,7 +45,7 @@ from gateway.sandbox.server import SandboxServer
 from gateway.settings import Settings, load
 from gateway.stores.postgres_glance import PostgresGlance
 from gateway.stores.schema import Versions
-from gateway.stores.sqlite_glance import SqliteGlance
+from gateway.stores.sqlite_glance import SqliteGlance, is_mounted
 from gateway.upstream.wire import Origin
 from tests.cli.conftest import Say
 from tests.contract.stores import server
@@ -827,7 +827,17 @@ def test_what_sqlite_says_of_itself() -> None:
 # Files, disks, the machine
 
 
-async def test_who_may_read_the_secrets(tmp_path: Path, sandbox: SandboxServer) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """That every user gets to, as they do not to those of pytest."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+async def test_who_may_read_the_secrets(open_folder: Path, sandbox: SandboxServer) -> None:
+    tmp_path = open_folder
     key = tmp_path / "key.txt"
     key.write_text(f"{UPSTREAM_KEY}-2\n")
     changes = {"upstreams": {"openai": {"api_keys": ["${file:key.txt}", UPSTREAM_KEY]}}}
@@ -838,11 +848,38 @@ async def test_who_may_read_the_secrets(tmp_path: Path, sandbox: SandboxServer) 
         str(tmp_path / "gateway.yaml"),
         str(key),
     }
+    assert said.bad("secrets", str(key))[0].fix == f"chmod o-rwx {key}"
     assert "may change" in said.bad("config")[-1].says
+    tmp_path.chmod(0o700)
+    said = await look_at(tmp_path, sandbox.base_url, changes, offline=True)
+    assert said.bad("secrets") == [], "nobody gets there"
+    tmp_path.chmod(0o755)
     for path in (key, tmp_path / "gateway.yaml"):
         path.chmod(stat.S_IRUSR | stat.S_IWUSR)
     said = await look_at(tmp_path, sandbox.base_url, changes, offline=True)
     assert said.bad("secrets") == []
+
+
+def test_a_secret_of_another_user(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed to all others, the gateway could not read it either."""
+    key = open_folder / "key.txt"
+    key.write_text(f"{UPSTREAM_KEY}-2\n")
+    key.chmod(0o644)
+    changes = {"upstreams": {"openai": {"api_keys": ["${file:key.txt}"]}}}
+    monkeypatch.setattr("os.geteuid", lambda: 65532)
+    monkeypatch.setattr("os.getegid", lambda: 65532)
+    monkeypatch.setattr("os.getgroups", list)
+    said = asyncio.run(look_at(open_folder, "http://127.0.0.1:1/v1", changes, offline=True))
+    [found] = said.bad("secrets", str(key))
+    assert found.fix == f"chown 65532 {key} && chmod o-rwx {key}"
+    # As Compose mounts it, with the mode that config/compose.yaml tells to give it.
+    monkeypatch.setattr("gateway.doctor.files.is_mounted", lambda path: path == key.resolve())
+    said = asyncio.run(look_at(open_folder, "http://127.0.0.1:1/v1", changes, offline=True))
+    assert said.bad("secrets", str(key)) == []
+    mounts = open_folder / "mounts"
+    mounts.write_text("/dev/sda1 /run/secrets/a\\040key ext4 ro 0 0\n")
+    assert is_mounted(Path("/run/secrets/a key"), mounts)
+    assert not is_mounted(Path("/run/secrets"), mounts)
 
 
 async def test_folders_that_cannot_be_written(tmp_path: Path, sandbox: SandboxServer) -> None:
