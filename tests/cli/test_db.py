@@ -141,10 +141,10 @@ def test_sqlite_brings_itself_up_to_date(say: Say, config: Path) -> None:
     assert not path.exists()
     assert say("db", "upgrade", "--config", config).stdout == f"{path}: schema 0 is now {newest}\n"
     # Nothing is left that another user, who only looked, would own.
-    before = {one.name for one in path.parent.iterdir()}
-    assert "gateway.db-wal" not in before
+    files = {one.name for one in path.parent.iterdir()}
+    assert "gateway.db-wal" not in files
     assert say("db", "status", "--config", config).stdout.splitlines()[1] == "nothing to do"
-    assert {one.name for one in path.parent.iterdir()} == before
+    assert {one.name for one in path.parent.iterdir()} == files
     with closing(sqlite3.connect(path)) as database:
         database.execute(f"PRAGMA user_version = {newest + 1}")
     for command in ("status", "upgrade"):
