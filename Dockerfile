@@ -60,6 +60,8 @@ WORKDIR /var/lib/gateway
 VOLUME /var/lib/gateway
 EXPOSE 8080
 STOPSIGNAL SIGTERM
+# It asks the port of the configuration: set server.port, or GATEWAY_SERVER__PORT. Of `serve --port` it
+# knows nothing, and would call the gateway unhealthy.
 HEALTHCHECK --interval=30s --timeout=5s --start-period=30s --retries=3 \
   CMD ["python", "-m", "gateway.healthcheck"]
 ENTRYPOINT ["gateway"]

@@ -17,7 +17,14 @@ from zoneinfo import available_timezones
 
 import click
 
-from gateway.assembly import CannotServe, declared_keys, open_store, price_book, read_peppers
+from gateway.assembly import (
+    CannotServe,
+    declared_keys,
+    open_store,
+    price_book,
+    read_peppers,
+    unpriced_models,
+)
 from gateway.clock import SystemClock
 from gateway.domain.errors import GatewayError
 from gateway.domain.keys import Peppers
@@ -79,6 +86,16 @@ def failures() -> Iterator[None]:
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         fail(f"{name}{error.strerror or error}", EXIT_FAILED)
+
+
+def require_servable(settings: Settings) -> None:
+    """Warnings are printed. Where the prices are wrong, or lack a model, every mistake is printed
+    and the command ends with 2, as that of a gateway would. Nothing is opened."""
+    with failures():
+        book = price_book(settings)
+    warn(settings)
+    if mistakes := unpriced_models(settings, book, SystemClock().now().date()):
+        fail("\n".join(f"{settings.file}: {mistake}" for mistake in mistakes), EXIT_CONFIG)
 
 
 def warn(settings: Settings) -> None:

@@ -17,6 +17,7 @@ from gateway.cli.common import (
     load_settings,
     place_of,
     print_json,
+    require_servable,
     with_store,
 )
 from gateway.clock import SystemClock
@@ -40,8 +41,12 @@ def upgrade(config: Path | None) -> None:
 
     Run it before a new release starts; gateways that run meanwhile go on. Repeating it, and
     running it twice at once, is harmless. SQLite needs it never: it brings itself up to date.
+
+    A configuration that `gateway check` refuses is refused here too, with 2, before the database
+    is touched: no gateway could start on the new schema.
     """
     settings = load_settings(config, of_ones_own=True)
+    require_servable(settings)
     where, database = place_of(settings), settings.storage.database
     with failures():
         if isinstance(database, Path):

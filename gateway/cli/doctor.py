@@ -36,8 +36,9 @@ def doctor(offline: bool, strict: bool, as_json: bool, config: Path | None) -> N
     """Look at everything that the gateway needs; each line is ok, or says the fix.
 
     Configuration, secrets, database, Redis, disks, the machine, clocks, and for each upstream its
-    name, certificate, keys and models, by calls that cost nothing. Nothing is changed, so that it
-    may run beside a gateway; run it as the same user, with the same environment.
+    name, certificate, keys and models, by calls that cost nothing. Nothing is changed (in Redis
+    a key of its own is written and deleted), so that it may run beside a gateway; run it as the
+    same user, with the same environment.
 
     Ends with 0 when nothing fails, with 1 when something does, with 2 when the configuration
     cannot be loaded.

@@ -16,7 +16,7 @@ from gateway.doctor.finding import Check, Finding, Topic, counted
 from gateway.ports import StoreError
 from gateway.settings import Kind, Secret, Settings, shipped
 from gateway.stores.sqlite import keys_in
-from gateway.stores.sqlite_glance import kind_of_disk
+from gateway.stores.sqlite_glance import is_mounted, kind_of_disk
 from gateway.yamlfile import Listing, Mistake, Place, References, Table, parse
 
 SHORT = 8
@@ -42,14 +42,14 @@ async def configuration(settings: Settings) -> Check:
 async def readers(settings: Settings) -> Check:
     """Who may read the files that hold secrets, and who may change the configuration."""
     holding = await asyncio.to_thread(_holding, settings)
-    open_to_all = [path for path in holding if _mode(path) & stat.S_IROTH]
+    open_to_all = await asyncio.to_thread(lambda: [path for path in holding if _is_open(path)])
     for path in open_to_all:
-        # A secret that Kubernetes or swarm mounts is in memory, and of one container alone.
-        if kind_of_disk(path.resolve().parent) != "tmpfs":
-            yield Topic("secrets", str(path)).warn(
-                "holds secrets, and every user of this machine may read it",
-                f"chmod o-rwx {path} (its owner or group must be who runs the gateway)",
-            )
+        close = f"chmod o-rwx {path}"
+        yield Topic("secrets", str(path)).warn(
+            "holds secrets, and every user of this machine may read it",
+            # Closed as it is, the gateway could not read it any more.
+            f"chown {os.geteuid()} {path} && {close}" if _is_a_strangers(path) else close,
+        )
     if not open_to_all:
         yield Topic("secrets").ok(
             f"{counted(len(holding), 'file')} with secrets, not readable for everybody"
@@ -211,6 +211,31 @@ def _holds(path: Path, secrets: list[str]) -> bool:
     except OSError:
         return False
     return any(secret in text for secret in secrets)
+
+
+def _is_open(path: Path) -> bool:
+    """Whether every user of the machine may read it, as far as can be told from here."""
+    real = path.resolve()
+    if not _mode(real) & stat.S_IROTH:
+        return False
+    if not all(_mode(folder) & stat.S_IXOTH for folder in real.parents):
+        return False  # nobody gets there
+    # A secret that Kubernetes or swarm mounts is in memory, and of one container alone.
+    if kind_of_disk(real.parent) == "tmpfs":
+        return False
+    # A file that is mounted by itself is a container's: who gets to it outside is not seen here,
+    # and a container's user reads what belongs to one of the host in no other way.
+    return not (_is_a_strangers(real) and is_mounted(real))
+
+
+def _is_a_strangers(path: Path) -> bool:
+    """Whether this process reads it as anybody would."""
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    mine = os.geteuid()
+    return mine not in (0, found.st_uid) and found.st_gid not in {os.getegid(), *os.getgroups()}
 
 
 def _mode(path: Path) -> int:

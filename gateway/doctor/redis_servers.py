@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from gateway.doctor.clocks import compared
 from gateway.doctor.finding import Check, Finding, Topic, sized
 from gateway.ports import Clock
 from gateway.settings import Secret, Settings
-from gateway.stores.redis_glance import RedisAway, RedisGlance, RedisNode, glance_at_redis, host_of
+from gateway.stores.redis_glance import (
+    LIMITS_KEYS,
+    PICTURES_KEYS,
+    RedisAway,
+    RedisGlance,
+    RedisNode,
+    Trouble,
+    glance_at_redis,
+    host_of,
+)
 from gateway.stores.redis_link import same_server
 
 OLDEST = 7
 SLOW_SECONDS = 0.02
 FULL = 0.9
 ANSWER_SECONDS = 2.5
+ACL = "~gw* +@read +@write +@scripting +@connection +time -@dangerous +info +cluster|slots"
+"""What is enough for the gateway's user; ``cluster|slots`` is for clusters."""
 
 
 async def limits(settings: Settings, clock: Clock) -> Check:
@@ -29,10 +40,11 @@ async def limits(settings: Settings, clock: Clock) -> Check:
             else f"not set: each of {processes} processes keeps its share of the limits"
         )
         return
-    async for finding in _server("storage.redis", url, clock, for_limits=True):
-        yield finding
     cache = settings.cache.redis
     wanted = settings.cache.enabled or settings.results.enabled
+    keys = (*LIMITS_KEYS, *PICTURES_KEYS) if wanted and cache is None else LIMITS_KEYS
+    async for finding in _server("storage.redis", url, clock, keys, for_limits=True):
+        yield finding
     if wanted and (cache is None or same_server(cache.reveal(), url.reveal())):
         yield Topic("redis", "storage.redis").warn(
             "holds the pictures too: when they fill it, limits are not kept any more",
@@ -45,16 +57,21 @@ async def pictures(settings: Settings, clock: Clock) -> Check:
     url, state = settings.cache.redis, settings.storage.redis
     if url is None or (state is not None and same_server(url.reveal(), state.reveal())):
         return
-    async for finding in _server("cache.redis", url, clock, for_limits=False):
+    async for finding in _server("cache.redis", url, clock, PICTURES_KEYS, for_limits=False):
         yield finding
 
 
-async def _server(setting: str, url: Secret, clock: Clock, *, for_limits: bool) -> Check:
+async def _server(
+    setting: str, url: Secret, clock: Clock, keys: Sequence[str], *, for_limits: bool
+) -> Check:
     topic = Topic("redis", setting)
     host = host_of(url.reveal())
     try:
-        found = await glance_at_redis(url.reveal(), ANSWER_SECONDS)
+        found = await glance_at_redis(url.reveal(), ANSWER_SECONDS, keys)
     except RedisAway as error:
+        if error.trouble is not Trouble.AWAY:
+            yield _unusable(topic, setting, host, error)
+            return
         without = (
             "storage.without_redis says what holds meanwhile"
             if for_limits
@@ -81,11 +98,7 @@ async def _server(setting: str, url: Secret, clock: Clock, *, for_limits: bool) 
 
 
 def judge(topic: Topic, url: str, found: RedisGlance, *, for_limits: bool) -> Iterator[Finding]:
-    if found.script_error:
-        yield topic.fail(
-            f"runs no script: {found.script_error}",
-            "allow its user EVAL and EVALSHA (ACL SETUSER name +@scripting), keys gw*",
-        )
+    yield from _refused(topic, url, found)
     for node in found.nodes:
         yield from _judge_node(topic, url, node, for_limits=for_limits)
     if not url.startswith("rediss") and _is_public(host_of(url)):
@@ -94,13 +107,62 @@ def judge(topic: Topic, url: str, found: RedisGlance, *, for_limits: bool) -> It
         )
 
 
+def _unusable(topic: Topic, setting: str, host: str, error: RedisAway) -> Finding:
+    """It answers, and is not what the url makes of it."""
+    match error.trouble:
+        case Trouble.PASSWORD:
+            return topic.fail(
+                f"{host} does not let the gateway in: {error}",
+                f"write the right user and password into {setting}: redis://user:password@host/0",
+            )
+        case Trouble.DATABASE:
+            return topic.fail(
+                f"{host} has no such database: {error}",
+                f"end {setting} with a number that it has, as in redis://host:6379/0",
+            )
+        case Trouble.NO_CLUSTER:
+            return topic.fail(
+                f"{host} is no cluster: {error}",
+                f"write redis:// (rediss:// with TLS) in {setting}, or name a cluster's nodes",
+            )
+        case Trouble.SILENT:
+            return topic.warn(f"{host} says nothing of itself: {error}", _allow(host))
+    return topic.fail(f"{host} refuses what the gateway asks: {error}", _allow(host))
+
+
+def _allow(host: str) -> str:
+    return f"ACL SETUSER name {ACL} (at {host})"
+
+
+def _refused(topic: Topic, url: str, found: RedisGlance) -> Iterator[Finding]:
+    if found.forbidden:
+        yield topic.fail(
+            f"refuses what the gateway asks: {found.refusal}",
+            _allow(host_of(url)),
+        )
+        return
+    told = any(
+        node.role != "master" or node.refuses_writes or (node.clustered and not _is_cluster(url))
+        for node in found.nodes
+    )
+    if found.refusal and not told:
+        yield topic.fail(
+            f"does not do what the gateway asks: {found.refusal}",
+            "mend what it says; where it is full, raise maxmemory",
+        )
+
+
+def _is_cluster(url: str) -> bool:
+    return "+cluster" in url.partition("://")[0]
+
+
 def _judge_node(topic: Topic, url: str, node: RedisNode, *, for_limits: bool) -> Iterator[Finding]:
     name = f"{node.name}: " if node.name else ""
     if node.product == "Redis" and node.version < (OLDEST,):
         yield topic.fail(
             f"{name}{node.called} is too old", f"use Redis {OLDEST} or newer, or Valkey"
         )
-    if node.clustered and "+cluster" not in url.partition("://")[0]:
+    if node.clustered and not _is_cluster(url):
         yield topic.fail(
             f"{name}is part of a cluster, and is asked as if it were alone",
             "write redis+cluster:// (rediss+cluster:// with TLS)",

@@ -18,6 +18,7 @@ from gateway.ports import Clock
 from gateway.stores.memory import MemoryGate, checked, gated, standing
 from gateway.stores.redis_link import (
     GATE_SECONDS,
+    PROBE,
     Client,
     Link,
     Reason,
@@ -164,8 +165,16 @@ class RedisGate:
             await self._give_back(rid, self._undone(rid, mine, demand))
 
     async def ping(self) -> None:
-        """Raises ``StoreAway``."""
-        await self._link.ping(self._probe_key)
+        """Raises ``StoreAway``. Where it answers and would count nothing, ``trouble`` says so."""
+        try:
+            await self._link.ping(self._probe_key)
+        except StoreRefused as error:
+            self._refuse(error.reason)
+            raise
+        try:
+            await self._call(self._probe)
+        except StoreRefused as error:
+            self._refuse(error.reason)
         self._meet()
 
     async def aclose(self) -> None:
@@ -228,9 +237,8 @@ class RedisGate:
     async def _ask_again(self) -> None:
         while self._refused is not None:
             await asyncio.sleep(self._server.pause)
-            probe = ("SET", self._probe_key, "1", "PX", REMEMBER_MS)
             try:
-                await self._call(partial(self._link.client.execute_command, *probe))
+                await self._call(self._probe)
             except StoreAway:
                 continue
             self._served()
@@ -248,6 +256,9 @@ class RedisGate:
             self._wake.set()
             self._listener.restarted()
         self._since = since
+
+    async def _probe(self) -> None:
+        await PROBE.run(self._link.client, [self._probe_key], REMEMBER_MS)
 
     def _meet(self) -> None:
         if not self._met:

@@ -1,27 +1,60 @@
-"""A look at a Redis or a Valkey: what it says of itself. Nothing is written."""
+"""A look at a Redis or a Valkey: what it says of itself, and whether it does what the stores ask.
+
+One key of each store is written and deleted; nothing stays."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from enum import Enum, auto
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from redis.exceptions import RedisClusterException, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    RedisClusterException,
+    RedisError,
+)
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from gateway.stores.redis_link import connect, is_refused, on_every_master
+from gateway.stores.redis_link import PROBE, Client, connect, is_refused, on_every_master
 
 PINGS = 3
 SECTIONS = ("server", "memory", "persistence", "replication", "cluster")
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
+LIMITS_KEYS = ("gw:{default}:doctor",)
+PICTURES_KEYS = ("gwc:{doctor}", "gwr:{doctor}")
+"""Keys as the gate and the board, and the cache, have them."""
+PROBE_MS = 10_000
+
+
+class Trouble(Enum):
+    """Why nothing is known of a server."""
+
+    AWAY = auto()
+    PASSWORD = auto()
+    DATABASE = auto()
+    NO_CLUSTER = auto()
+    REFUSED = auto()
+    """Its user may not do what the gateway does."""
+    SILENT = auto()
+    """It does what the gateway asks, but says nothing of itself."""
+
+
 class RedisAway(Exception):
     """It gave no answer. ``str()`` says why, without the password."""
+
+    def __init__(self, words: str, trouble: Trouble) -> None:
+        super().__init__(words)
+        self.trouble = trouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,40 +81,80 @@ class RedisNode:
 @dataclass(frozen=True, slots=True)
 class RedisGlance:
     """``seconds`` is the quickest of a few round trips; ``now`` the server's time during one of
-    them. ``script_error`` is why no script can be run, empty where one can."""
+    them. ``refusal`` is why it does not do what the stores ask; empty where it does. ``forbidden``:
+    because of what its user may do."""
 
     nodes: tuple[RedisNode, ...]
     seconds: float
     now: datetime
-    script_error: str = ""
+    refusal: str = ""
+    forbidden: bool = False
 
 
-async def glance_at_redis(url: str, seconds: float) -> RedisGlance:
-    """``seconds`` bounds each answer. Raises ``RedisAway``."""
+async def glance_at_redis(url: str, seconds: float, keys: Sequence[str]) -> RedisGlance:
+    """``seconds`` bounds each answer; ``keys`` are written and deleted. Raises ``RedisAway``."""
     client = connect(url, timeout=seconds)
+    refusal: RedisError | None = None
     try:
+        try:
+            await _try(client, keys)
+        except (
+            AuthenticationError,
+            RedisClusterException,
+            RedisConnectionError,
+            RedisTimeoutError,
+        ):
+            raise
+        except RedisError as error:
+            refusal = error
         everywhere, anywhere = on_every_master(client)
         sections = [await client.execute_command("INFO", one, **everywhere) for one in SECTIONS]
         loop = asyncio.get_running_loop()
         quickest, now = math.inf, EPOCH
         for _ in range(PINGS):
             began = loop.time()
-            said = await client.execute_command("TIME", **anywhere)
+            time = await client.execute_command("TIME", **anywhere)
             took = loop.time() - began
             if took < quickest:
                 quickest = took
-                now = EPOCH + timedelta(seconds=int(said[0]), microseconds=int(said[1]))
-        script_error = ""
-        try:
-            await client.execute_command("EVAL", "return 1", 0, **anywhere)
-        except RedisError as error:
-            script_error = _said(error, url)
-        return RedisGlance(_nodes(sections), quickest, now, script_error)
+                now = EPOCH + timedelta(seconds=int(time[0]), microseconds=int(time[1]))
+        said = "" if refusal is None else _said(refusal, url)
+        forbidden = _is_forbidden(refusal)
+        return RedisGlance(_nodes(sections), quickest, now, said, forbidden)
     except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
-        raise RedisAway(_said(error, url)) from None
+        if refusal is not None and _is_forbidden(error) and _is_forbidden(refusal):
+            raise RedisAway(_said(refusal, url), Trouble.REFUSED) from None
+        raise RedisAway(_said(error, url), _trouble(error)) from None
     finally:
         with suppress(RedisError, OSError, asyncio.TimeoutError):
             await client.aclose()
+
+
+async def _try(client: Client, keys: Sequence[str]) -> None:
+    """What the stores do, by scripts and without."""
+    for key in keys:
+        await PROBE.run(client, [key], PROBE_MS)
+        for command in ("EXISTS", "UNLINK"):
+            await client.execute_command(command, key)
+        await client.execute_command("HGET", key, "f")
+
+
+def _is_forbidden(error: BaseException | None) -> bool:
+    # What a script may not do is an error of the script.
+    return isinstance(error, NoPermissionError) or "ACL failure" in str(error)
+
+
+def _trouble(error: BaseException) -> Trouble:
+    if isinstance(error, NoPermissionError):
+        return Trouble.SILENT
+    if isinstance(error, AuthenticationError):
+        return Trouble.PASSWORD
+    text = str(error)
+    if "DB index" in text:
+        return Trouble.DATABASE
+    if isinstance(error, RedisClusterException) and "ot enabled" in text:
+        return Trouble.NO_CLUSTER
+    return Trouble.AWAY
 
 
 def host_of(url: str) -> str:

@@ -215,6 +215,10 @@ class Script:
             return await client.execute_command("EVAL", self.text, len(keys), *keys, *args)
 
 
+PROBE = Script.load("probe.lua")
+"""Does what the other scripts do, to one key; its one argument is the milliseconds it lives."""
+
+
 class Reason(StrEnum):
     """Why there is no answer: a label of a metric."""
 

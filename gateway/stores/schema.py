@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 
-from gateway.ports import StoreError
+from gateway.stores.sqlite_read import read_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +41,6 @@ def sqlite_versions(path: Path) -> Versions:
     program = len(migrations("sqlite"))
     if not path.exists():
         return Versions(0, program)
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            (found,) = db.execute("PRAGMA user_version").fetchone()
-    except sqlite3.Error as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
-    return Versions(found, program)
+    return Versions(
+        read_only(path, lambda db, _: int(db.execute("PRAGMA user_version").fetchone()[0])), program
+    )

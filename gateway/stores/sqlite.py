@@ -8,15 +8,14 @@ writer still can; otherwise it stands until the sweep ends it.
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
 from pathlib import Path
 
 from gateway.domain.transition import OnConflict, ignore_conflict
-from gateway.ports import StoreError
 from gateway.stores.sqlite_books import SQLiteBooks
 from gateway.stores.sqlite_directory import SQLiteDirectory
 from gateway.stores.sqlite_file import BUSY_SECONDS, Reader, Writer, one_number, open_database
 from gateway.stores.sqlite_ledger import SQLiteLedger
+from gateway.stores.sqlite_read import read_only
 from gateway.stores.sqlite_upkeep import SQLiteUpkeep
 
 
@@ -75,11 +74,11 @@ def keys_in(path: Path) -> int:
     """
     if not path.exists():
         return 0
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
-            known = one_number(db, "SELECT count(*) FROM key")
-            if one_number(db, _HAS_DECLARED):
-                known += one_number(db, "SELECT count(DISTINCT id) FROM declared_key")
-            return known
-    except sqlite3.Error as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
+    return read_only(path, _count_keys)
+
+
+def _count_keys(db: sqlite3.Connection, _: bool) -> int:
+    known = one_number(db, "SELECT count(*) FROM key")
+    if one_number(db, _HAS_DECLARED):
+        known += one_number(db, "SELECT count(DISTINCT id) FROM declared_key")
+    return known

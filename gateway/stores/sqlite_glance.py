@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.domain.team import Key, Team
-from gateway.ports import StoreError
 from gateway.stores.rows import KEY_COLUMNS, TEAM_COLUMNS, key_of, team_of
 from gateway.stores.schema import Versions, migrations
 from gateway.stores.sqlite_file import (
@@ -18,10 +16,10 @@ from gateway.stores.sqlite_file import (
     filesystem_of,
     one_number,
 )
+from gateway.stores.sqlite_read import read_only
 
 SAFE_LIBRARY = (3, 51, 3)
 """From here on SQLite itself closes the WAL-reset race (money.md 4)."""
-ALONE = "immutable=1"
 STEPS = 20_000
 """Of SQLite's machine, between two looks at the clock."""
 
@@ -47,43 +45,29 @@ class SqliteGlance:
 def glance_at_sqlite(path: Path, is_late: Callable[[], bool]) -> SqliteGlance:
     """Blocks until the file is looked through, or ``is_late``. Raises ``StoreError``."""
     wal = path.with_name(f"{path.name}-wal")
-    if not wal.exists():
-        # Nobody has it open: then SQLite would make the files of a log, and leave them behind.
-        try:
-            found = _look(path, wal, ALONE, is_late)
-        except StoreError:
-            if not wal.exists():
-                raise
-        else:
-            if not wal.exists():
-                return found
-        # Somebody has opened it meanwhile, and what was read may have changed under our eyes.
-    return _look(path, wal, "mode=ro", is_late)
+    return read_only(path, lambda db, alone: _look(db, alone, wal, is_late))
 
 
-def _look(path: Path, wal: Path, how: str, is_late: Callable[[], bool]) -> SqliteGlance:
-    program = len(migrations("sqlite"))
-    try:
-        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{how}", uri=True)) as db:
-            schema = Versions(one_number(db, "PRAGMA user_version"), program)
-            ours = one_number(db, "PRAGMA application_id") == APPLICATION_ID
-            (mode,) = db.execute("PRAGMA journal_mode").fetchone()
-            if how == ALONE:
-                mode = ""
-            wal_bytes = wal.stat().st_size if wal.exists() else 0
-            if not ours or schema.database != program:
-                return SqliteGlance(schema, ours, mode, wal_bytes)
-            return SqliteGlance(
-                schema,
-                ours,
-                mode,
-                wal_bytes,
-                _damage(db, is_late),
-                tuple(map(team_of, db.execute(_TEAMS))),
-                tuple(map(key_of, db.execute(_KEYS))),
-            )
-    except (sqlite3.Error, OSError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
+def _look(
+    db: sqlite3.Connection, alone: bool, wal: Path, is_late: Callable[[], bool]
+) -> SqliteGlance:
+    schema = Versions(one_number(db, "PRAGMA user_version"), len(migrations("sqlite")))
+    ours = one_number(db, "PRAGMA application_id") == APPLICATION_ID
+    (mode,) = db.execute("PRAGMA journal_mode").fetchone()
+    if alone:
+        mode = ""
+    wal_bytes = wal.stat().st_size if wal.exists() else 0
+    if not ours or schema.upgrade_needed or schema.too_new:
+        return SqliteGlance(schema, ours, mode, wal_bytes)
+    return SqliteGlance(
+        schema,
+        ours,
+        mode,
+        wal_bytes,
+        _damage(db, is_late),
+        tuple(map(team_of, db.execute(_TEAMS))),
+        tuple(map(key_of, db.execute(_KEYS))),
+    )
 
 
 def _damage(db: sqlite3.Connection, is_late: Callable[[], bool]) -> str | None:
@@ -106,6 +90,16 @@ def kind_of_disk(folder: Path) -> str:
     except OSError:
         return ""
     return filesystem_of(folder.resolve(), mounts)
+
+
+def is_mounted(path: Path, mounts: Path = Path("/proc/mounts")) -> bool:
+    """Whether a file is mounted by itself, as a container's secrets are."""
+    try:
+        lines = mounts.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return False
+    name = str(path).replace("\\", r"\134").replace(" ", r"\040")
+    return any(line.split(" ")[1:2] == [name] for line in lines)
 
 
 def is_network_disk(kind: str) -> bool:

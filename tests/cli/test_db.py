@@ -84,6 +84,31 @@ def test_a_database_of_a_newer_release_is_left_alone(
         assert f"has schema {NEWEST + 1}, this program knows {NEWEST}" in said.stderr
 
 
+def test_nothing_is_upgraded_for_what_could_not_start(
+    say: Say, config: Path, server: Postgres
+) -> None:
+    """The old gateways could not be started on the new schema, and the new ones not at all."""
+    url = server.empty_database()
+    sound = on(url, config).read_text()
+    document = yaml.safe_load(sound)
+    upstream = next(iter(document["upstreams"]))
+    document["models"]["dall-e-9"] = {"upstream": upstream}
+    config.write_text(yaml.safe_dump(document))
+    checked = say("check", "--config", config)
+    refused = say("db", "upgrade", "--config", config)
+    assert refused.exit_code == checked.exit_code == 2
+    assert "dall-e-9 has no price" in refused.stderr
+    assert refused.stderr == checked.stderr
+    document = yaml.safe_load(sound)
+    document["prices"] = {"file": "nowhere.yaml"}
+    config.write_text(yaml.safe_dump(document))
+    refused = say("db", "upgrade", "--config", config)
+    assert refused.exit_code == 2
+    assert "nowhere.yaml" in refused.stderr
+    config.write_text(sound)
+    assert "schema 0;" in say("db", "status", "--config", config).stdout
+
+
 @pytest.mark.parametrize("command", [("db", "status"), ("db", "upgrade"), ("serve",)])
 def test_a_server_that_is_not_there(
     say: Say, config: Path, server: Postgres, command: tuple[str, ...]
@@ -115,7 +140,11 @@ def test_sqlite_brings_itself_up_to_date(say: Say, config: Path) -> None:
     ]
     assert not path.exists()
     assert say("db", "upgrade", "--config", config).stdout == f"{path}: schema 0 is now {newest}\n"
+    # Nothing is left that another user, who only looked, would own.
+    files = {one.name for one in path.parent.iterdir()}
+    assert "gateway.db-wal" not in files
     assert say("db", "status", "--config", config).stdout.splitlines()[1] == "nothing to do"
+    assert {one.name for one in path.parent.iterdir()} == files
     with closing(sqlite3.connect(path)) as database:
         database.execute(f"PRAGMA user_version = {newest + 1}")
     for command in ("status", "upgrade"):

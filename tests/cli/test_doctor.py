@@ -45,7 +45,7 @@ from gateway.sandbox.server import SandboxServer
 from gateway.settings import Settings, load
 from gateway.stores.postgres_glance import PostgresGlance
 from gateway.stores.schema import Versions
-from gateway.stores.sqlite_glance import SqliteGlance
+from gateway.stores.sqlite_glance import SqliteGlance, is_mounted
 from gateway.upstream.wire import Origin
 from tests.cli.conftest import Say
 from tests.contract.stores import server
@@ -608,8 +608,54 @@ async def test_a_replica_and_a_user_without_scripts(
         url = replica.url.replace("//", "//poor:poor-password-1@")
         said = await look_at(tmp_path, sandbox.base_url, {"storage": {"redis": url}})
     told = [one.says for one in said.bad("redis", "storage.redis") if one.state is FAIL]
-    assert told[0].startswith("runs no script: ")
+    assert told[0].startswith("refuses what the gateway asks: ")
     assert told[1] == "is a replica: nothing can be written there"
+
+
+@pytest.mark.parametrize(
+    "rights",
+    [
+        "~other:* +@all",
+        "~gw* +@read +eval",
+        "~gw* +@all -@scripting",
+        "~gw* +@all -@sortedset",
+        "~gw:* +@all",
+    ],
+)
+async def test_a_user_that_may_not_do_what_the_gateway_does(
+    tmp_path: Path, sandbox: SandboxServer, valkey: Valkey, rights: str
+) -> None:
+    """And what the doctor advises is enough."""
+    tell(valkey, "ACL", "SETUSER", "gw", "reset", "on", ">poor-password-1", *rights.split())
+    url = valkey.url.replace("//", "//gw:poor-password-1@")
+    changes = {"storage": {"redis": url}}
+    said = await look_at(tmp_path, sandbox.base_url, changes)
+    found = said.the(FAIL, "redis", "storage.redis")
+    assert "refuses what the gateway asks: " in found.says
+    assert "ermissions" in found.says
+    advised = found.fix.partition(" name ")[2].partition(" (")[0].split()
+    tell(valkey, "ACL", "SETUSER", "gw", "reset", "on", ">poor-password-1", *advised)
+    said = await look_at(tmp_path, sandbox.base_url, changes)
+    assert [one for one in said.bad("redis") if one.state is FAIL] == []
+    tell(valkey, "ACL", "SETUSER", "gw", "-info")
+    said = await look_at(tmp_path, sandbox.base_url, changes)
+    assert [one for one in said.bad("redis") if one.state is FAIL] == []
+    assert "says nothing of itself" in said.bad("redis")[0].says
+
+
+async def test_a_redis_that_is_not_as_its_url_says(
+    tmp_path: Path, sandbox: SandboxServer, valkey: Valkey
+) -> None:
+    for url, says, fix in (
+        (valkey.url.replace("//", "//x:not-its-password@"), "let the gateway in", "password"),
+        (f"{valkey.url.removesuffix('0')}99", "no such database", "a number that it has"),
+        (valkey.url.replace("redis:", "redis+cluster:"), "is no cluster", "write redis://"),
+    ):
+        said = await look_at(tmp_path, sandbox.base_url, {"storage": {"redis": url}})
+        [found] = [one for one in said.bad("redis") if one.state is FAIL]
+        assert says in found.says
+        assert fix in found.fix
+        assert "start it" not in found.fix
 
 
 # Databases
@@ -781,7 +827,17 @@ def test_what_sqlite_says_of_itself() -> None:
 # Files, disks, the machine
 
 
-async def test_who_may_read_the_secrets(tmp_path: Path, sandbox: SandboxServer) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """That every user gets to, as they do not to those of pytest."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        yield folder
+
+
+async def test_who_may_read_the_secrets(open_folder: Path, sandbox: SandboxServer) -> None:
+    tmp_path = open_folder
     key = tmp_path / "key.txt"
     key.write_text(f"{UPSTREAM_KEY}-2\n")
     changes = {"upstreams": {"openai": {"api_keys": ["${file:key.txt}", UPSTREAM_KEY]}}}
@@ -792,11 +848,38 @@ async def test_who_may_read_the_secrets(tmp_path: Path, sandbox: SandboxServer) 
         str(tmp_path / "gateway.yaml"),
         str(key),
     }
+    assert said.bad("secrets", str(key))[0].fix == f"chmod o-rwx {key}"
     assert "may change" in said.bad("config")[-1].says
+    tmp_path.chmod(0o700)
+    said = await look_at(tmp_path, sandbox.base_url, changes, offline=True)
+    assert said.bad("secrets") == [], "nobody gets there"
+    tmp_path.chmod(0o755)
     for path in (key, tmp_path / "gateway.yaml"):
         path.chmod(stat.S_IRUSR | stat.S_IWUSR)
     said = await look_at(tmp_path, sandbox.base_url, changes, offline=True)
     assert said.bad("secrets") == []
+
+
+def test_a_secret_of_another_user(open_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed to all others, the gateway could not read it either."""
+    key = open_folder / "key.txt"
+    key.write_text(f"{UPSTREAM_KEY}-2\n")
+    key.chmod(0o644)
+    changes = {"upstreams": {"openai": {"api_keys": ["${file:key.txt}"]}}}
+    monkeypatch.setattr("os.geteuid", lambda: 65532)
+    monkeypatch.setattr("os.getegid", lambda: 65532)
+    monkeypatch.setattr("os.getgroups", list)
+    said = asyncio.run(look_at(open_folder, "http://127.0.0.1:1/v1", changes, offline=True))
+    [found] = said.bad("secrets", str(key))
+    assert found.fix == f"chown 65532 {key} && chmod o-rwx {key}"
+    # As Compose mounts it, with the mode that config/compose.yaml tells to give it.
+    monkeypatch.setattr("gateway.doctor.files.is_mounted", lambda path: path == key.resolve())
+    said = asyncio.run(look_at(open_folder, "http://127.0.0.1:1/v1", changes, offline=True))
+    assert said.bad("secrets", str(key)) == []
+    mounts = open_folder / "mounts"
+    mounts.write_text("/dev/sda1 /run/secrets/a\\040key ext4 ro 0 0\n")
+    assert is_mounted(Path("/run/secrets/a key"), mounts)
+    assert not is_mounted(Path("/run/secrets"), mounts)
 
 
 async def test_folders_that_cannot_be_written(tmp_path: Path, sandbox: SandboxServer) -> None:

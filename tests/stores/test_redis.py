@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
+from gateway.doctor.redis_servers import ACL
 from gateway.domain.errors import GateUnavailable
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
 from gateway.ports import CachedMeta
@@ -381,6 +382,43 @@ async def test_whatever_redis_says_no_with_is_named_and_stood_in_for(
         await gate.aclose()
 
 
+@pytest.mark.parametrize("rights", ["~other:* +@all", "~gw* +@read +eval", "~gw* +@all -evalsha"])
+async def test_a_user_without_the_rights_is_told_of_before_the_first_call(
+    valkey: Valkey, admin: Client, rights: str
+) -> None:
+    user = ("ACL", "SETUSER", "gw", "reset", "on", ">password-1")
+    await admin.execute_command(*user, *rights.split())
+    gate = gate_at(valkey.url.replace("//", "//gw:password-1@"))
+    with contextlib.suppress(StoreAway):
+        await gate.ping()
+    assert gate.trouble is Reason.REFUSED
+    await admin.execute_command(*user, *ACL.split())
+    await eventually(lambda: not gate.degraded)
+    await gate.ping()
+    assert isinstance(await gate.take("a", LIMITS, ONE), Grant)
+    assert not gate.degraded
+    await gate.aclose()
+
+
+async def test_what_the_doctor_advises_is_enough_for_a_user(valkey: Valkey, admin: Client) -> None:
+    await admin.execute_command("ACL", "SETUSER", "gw", "on", ">password-1", *ACL.split())
+    url = valkey.url.replace("//", "//gw:password-1@")
+    gate = gate_at(url)
+    grant = await gate.take("a", LIMITS, ONE)
+    assert isinstance(grant, Grant)
+    assert not grant.degraded
+    await gate.release("a", LIMITS)
+    await gate.undo("b", LIMITS, ONE)
+    await gate.ping()
+    await gate.aclose()
+    cache = cache_at(url)
+    await cache.put("a" * 64, meta_of(b"x" * 3000), pieces(b"x" * 3000), 60)
+    assert await cache.get("a" * 64) is not None
+    await cache.delete("a" * 64)
+    assert await cache.get("a" * 64) is None
+    await cache.aclose()
+
+
 async def test_denied_nothing_gets_in_and_nothing_is_left_behind(
     valkey: Valkey, admin: Client
 ) -> None:
@@ -703,8 +741,9 @@ async def test_a_cluster_serves_both() -> None:
             return b"cluster_state:ok" in await node.execute_command("CLUSTER", "INFO")
 
         await eventually(formed)
+        await node.execute_command("ACL", "SETUSER", "gw", "on", ">password-1", *ACL.split())
         await node.aclose()
-        url = server.url.replace("redis://", "redis+cluster://").removesuffix("/0")
+        url = server.url.replace("redis://", "redis+cluster://gw:password-1@").removesuffix("/0")
         gate = gate_at(url)
         await eventually(lambda: healthy(gate))
         answers = await asyncio.gather(*(gate.take(f"r{i}", LIMITS, ONE) for i in range(50)))
