@@ -214,6 +214,9 @@ class Storm:
             notes.unavailable += 1
         elif status == 409:
             notes.repeated += 1
+        elif (status, code) == (410, "idempotent_result_expired"):
+            # Booked, and its picture died with its process, or with the Valkey that had it.
+            notes.gone += 1
         elif status in (500, 502, 504):
             notes.unknown += 1
         else:

@@ -82,6 +82,8 @@ class Notes:
     """502, 504 and 500: it may have been bought, and they were told so."""
     repeated: int = 0
     """409: the call was sent before under the same key."""
+    gone: int = 0
+    """410: it was bought, and its picture died with its process, or with a Valkey."""
     broken: int = 0
     """The connection broke: its process was killed."""
     surprises: list[str] = field(default_factory=list)
