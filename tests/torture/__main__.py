@@ -51,7 +51,8 @@ def table(outcomes: list[Outcome]) -> str:
     blows = sorted({blow for one in outcomes for blow in one.blows})
     rows += [(f"  {blow}", [one.blows[blow] for one in outcomes]) for blow in blows]
     for name in (
-        "sent", "charged", "refused", "unavailable", "unknown", "repeated", "gone", "broken",
+        "sent", "charged", "refused", "unavailable", "unknown", "repeated", "replayed", "gone",
+        "broken",
     ):  # fmt: skip
         values = [getattr(one.notes, name) for one in outcomes]
         rows.append((name, [len(each) if isinstance(each, dict) else each for each in values]))

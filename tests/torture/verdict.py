@@ -82,6 +82,8 @@ class Notes:
     """502, 504 and 500: it may have been bought, and they were told so."""
     repeated: int = 0
     """409: the call was sent before under the same key."""
+    replayed: int = 0
+    """Asked for again after it had broken, and answered for nothing."""
     gone: int = 0
     """410: it was bought, and its picture died with its process, or with a Valkey."""
     broken: int = 0
