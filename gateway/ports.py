@@ -28,6 +28,7 @@ from gateway.domain.ledger import (
     UsageRow,
 )
 from gateway.domain.money import Money
+from gateway.domain.owned import Owned, OwnedKind
 from gateway.domain.quota import Demand, Grant, Limit, Refusal
 from gateway.domain.receipt import Delivery, Receipt
 from gateway.domain.route import Target
@@ -221,6 +222,39 @@ class Books(Protocol):
         """
 
 
+class Ownership(Protocol):
+    """Whose the ids are that live at upstreams. Same store as ``Ledger``, same errors."""
+
+    async def record(self, owned: Sequence[Owned]) -> None:
+        """Durable when it returns, all of them or none. An id that is there already stays its
+        owner's: only the owner's own ``expires``, ``size_bytes`` and ``detail`` are replaced."""
+
+    async def find(self, team: str, ids: Sequence[str], now: datetime) -> dict[str, Owned]:
+        """Those of ``ids`` that are this team's and not expired, by id."""
+
+    async def owned(
+        self,
+        team: str,
+        kind: OwnedKind,
+        now: datetime,
+        *,
+        limit: int,
+        after: str = "",
+        newest_first: bool = True,
+        purpose: str = "",
+    ) -> list[Owned]:
+        """A page of a team's ids, by creation and then id. Those behind ``after``, which may be
+        gone; ``purpose`` is that of files (``detail["purpose"]``). Expired ones are left out."""
+
+    async def total_bytes(self, team: str, kind: OwnedKind, now: datetime) -> int: ...
+
+    async def disown(self, team: str, id: str) -> bool:
+        """Forgets an id. False where it is not this team's."""
+
+    async def forget_expired(self, now: datetime, limit: int = 1000) -> int:
+        """Deletes what has expired; returns how many."""
+
+
 class Upkeep(Protocol):
     """What keeps the books in order while nobody looks. Same store as ``Ledger``."""
 
@@ -266,6 +300,9 @@ class Store(Protocol):
 
     @property
     def directory(self) -> Directory: ...
+
+    @property
+    def ownership(self) -> Ownership: ...
 
     @property
     def clock_skew_seconds(self) -> float:
@@ -496,11 +533,13 @@ class Reply(Protocol):
 class Credential:
     """One of an upstream's keys, by a public name: ``id`` tells it from the others in logs and
     metrics, and stays while the key does. The lowest ``order`` comes first, and those of one
-    order share by ``weight``."""
+    order share by ``weight``. ``mark`` knows it again in another process and after a restart (an
+    HMAC of the key; empty for a sandbox): what lives at an upstream remembers it."""
 
     id: str
     order: int = 0
     weight: int = 1
+    mark: str = ""
 
 
 class Upstream(Protocol):

@@ -47,6 +47,24 @@ class Edit(NamedTuple):
     content: bytes
 
 
+class Change(NamedTuple):
+    """A field that is sent on otherwise than it came. ``before`` None: it was not said;
+    ``after`` None: it is left out."""
+
+    name: str
+    before: Json
+    after: Json
+
+
+class Reference(NamedTuple):
+    """An id of something at an upstream, named in a request. ``kind`` is an ``OwnedKind``'s value,
+    ``param`` how an error names its place (``images[0].file_id``)."""
+
+    kind: str
+    id: str
+    param: str
+
+
 class Encoding(StrEnum):
     """How the fields of a request's body are written."""
 
@@ -108,6 +126,8 @@ class Call:
     value_spans: Mapping[str, Span] = field(default_factory=dict)
     boundary: bytes = b""
     pinned: Mapping[str, str] = field(default_factory=dict)
+    references: tuple[Reference, ...] = ()
+    """Ids of files and responses at an upstream: whose they are is looked up before the plan."""
 
 
 @dataclass(frozen=True, slots=True)
