@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -71,8 +70,7 @@ class Purchase:
             tail["usage"] = self.usage()
         data = b"" if rule.empty_data else b",".join(self._item(file) for file in files)
         start, end = _dump(head), _dump(tail)
-        body = b"%b,%b[%b],%b" % (start[:-1], b'"data":', data, end[1:])
-        return gzip.compress(body, 1) if rule.gzip else body
+        return b"%b,%b[%b],%b" % (start[:-1], b'"data":', data, end[1:])
 
     def pieces(self) -> Iterator[Piece]:
         """The events of a stream in their order: partial images, then the completed one; the

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from urllib.parse import parse_qsl
 
 from gateway.domain.call import Json
-from gateway.sandbox.validate import Refused
+from gateway.sandbox.refusals import Refused
 
 NANOS_PER_DOLLAR = 1_000_000_000
 DAY_SECONDS = 86_400

@@ -11,6 +11,7 @@ before OpenAI's own checks, as an edge would; all others change the answer to a 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -43,7 +44,8 @@ class Rule:
     """One fault. A field that is not set changes nothing; ``Rule()`` is no fault at all."""
 
     path: str | None = None
-    """Matches the end of the path: ``/images/edits``."""
+    """Matches the end of the path: ``/images/edits``, ``/responses/*`` (one segment a star)."""
+    method: str | None = None
     model: str | None = None
     prompt: str | None = None
     """Matches a part of the prompt."""
@@ -118,9 +120,10 @@ class Rule:
         """Whether the request is on the sandbox's own bill."""
         return (not self.refuses) if self.billed is None else self.billed
 
-    def matches(self, path: str, model: str, prompt: str, key: str = "") -> bool:
+    def matches(self, path: str, model: str, prompt: str, key: str = "", method: str = "") -> bool:
         return (
-            (self.path is None or path.endswith(self.path))
+            (self.path is None or _ends(path, self.path))
+            and (self.method is None or self.method == method)
             and (self.model is None or self.model == model)
             and (self.prompt is None or self.prompt in prompt)
             and (self.key is None or self.key == key)
@@ -151,12 +154,12 @@ class Rules:
         with self._lock:
             return sum(left != 0 for left in self._left)
 
-    def take(self, path: str, model: str, prompt: str, key: str = "") -> Rule:
+    def take(self, path: str, model: str, prompt: str, key: str = "", method: str = "") -> Rule:
         """The first rule that matches, one of its times used up; else the rule of no fault."""
         with self._lock:
             for place, rule in enumerate(self._rules):
                 left = self._left[place]
-                if left == 0 or not rule.matches(path, model, prompt, key):
+                if left == 0 or not rule.matches(path, model, prompt, key, method):
                     continue
                 if left is not None:
                     self._left[place] = left - 1
@@ -175,7 +178,7 @@ _INTEGERS = frozenset(
         "sse_cut_after",
     }
 )
-_TEXTS = frozenset({"path", "model", "prompt", "key", "content_type", "redirect"})
+_TEXTS = frozenset({"path", "method", "model", "prompt", "key", "content_type", "redirect"})
 _MAPPINGS = frozenset({"headers", "extra_fields"})
 _ANYTHING = frozenset({"body", "usage"})
 
@@ -199,6 +202,11 @@ def rule_from_json(value: Json) -> Rule:
             raise ValueError(f"{given!r} is no value for {name!r}")
         kept[name] = given
     return Rule(**kept)  # type: ignore[arg-type]  # each was checked above, by name
+
+
+def _ends(path: str, wanted: str) -> bool:
+    pattern = re.escape(wanted).replace(r"\*", "[^/]+")
+    return re.search(f"{pattern}$", path) is not None
 
 
 def _fits(name: str, given: Json) -> bool:
