@@ -27,6 +27,13 @@ from gateway.sandbox.images import edits, generations
 from gateway.sandbox.journal import Journal
 from gateway.sandbox.models import listed
 from gateway.sandbox.refusals import Refused
+from gateway.sandbox.responses import (
+    cancel_response,
+    create_response,
+    delete_response,
+    get_response,
+    list_input_items,
+)
 from gateway.sandbox.rules import Rules, rule_from_json
 from gateway.sandbox.wire import ConnectionCut
 
@@ -90,6 +97,11 @@ ROUTES = (
     Route("GET", "/v1/files/*", get_file),
     Route("DELETE", "/v1/files/*", delete_file),
     Route("GET", "/v1/files/*/content", file_content),
+    Route("POST", "/v1/responses", create_response),
+    Route("GET", "/v1/responses/*", get_response),
+    Route("DELETE", "/v1/responses/*", delete_response),
+    Route("POST", "/v1/responses/*/cancel", cancel_response),
+    Route("GET", "/v1/responses/*/input_items", list_input_items),
     Route("GET", "/v1/models", _models),
     Route("GET", "/v1/models/*", _model),
     Route("GET", costs.PATH, _costs),

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.domain.call import Json
 from gateway.ports import Clock
+from gateway.sandbox.archive import StoredResponse, item_bytes, response_bytes
 from gateway.sandbox.forms import StoredFile
 from gateway.sandbox.journal import Journal, Record
 from gateway.sandbox.refusals import Refused
@@ -55,6 +56,10 @@ class Sandbox:
     files: Shelf[StoredFile] = field(
         default_factory=lambda: Shelf(lambda file: len(file.content), MAX_KEPT_BYTES)
     )
+    responses: Shelf[StoredResponse] = field(
+        default_factory=lambda: Shelf(response_bytes, MAX_KEPT_BYTES)
+    )
+    items: Shelf[dict[str, Json]] = field(default_factory=lambda: Shelf(item_bytes, MAX_KEPT_BYTES))
 
     def close(self) -> None:
         """Ends every pause and every held request, from any thread."""
@@ -189,9 +194,10 @@ class Exchange:
         await self.wire.answer(status, self.headers(content_type, headers), body)
 
     async def stream(
-        self, beats: Iterable[Beat], error_event: Callable[[Mapping[str, Json]], bytes]
+        self, beats: Iterable[Beat], error_event: Callable[[Mapping[str, Json], int], bytes]
     ) -> None:
-        """Events as they are, or broken off. Rules count partial images and ends, not steps."""
+        """Events as they are, or broken off. Rules count partial images and ends, not steps. An
+        error event is made from OpenAI's error and how many events went before it."""
         rule, wire = self.rule, self.wire
         if rule.cut_before_headers or rule.error_in_200 or rule.html_200:
             await self.whole(b"")
@@ -201,7 +207,7 @@ class Exchange:
         pieces = [] if rule.empty_body or rule.empty_data else list(beats)
         latency = self.sandbox.latency_seconds / max(1, len(pieces))
         sent = 0
-        for piece in pieces:
+        for number, piece in enumerate(pieces):
             await wire.pause(latency)
             if piece.moment is Moment.STEP:
                 await wire.write(await asyncio.to_thread(piece.make))
@@ -213,7 +219,7 @@ class Exchange:
             if rule.sse_cut_after is not None and (last or sent >= rule.sse_cut_after):
                 await wire.cut()
             if rule.sse_error_after is not None and (last or sent >= rule.sse_error_after):
-                await wire.write(error_event(SERVER_ERROR))
+                await wire.write(error_event(SERVER_ERROR, number))
                 break
             if last and rule.sse_garbage:
                 await wire.write(b"data: {this is no JSON\n\n")

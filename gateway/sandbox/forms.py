@@ -94,7 +94,7 @@ def picture(name: str, holder: Json, stored: Stored) -> Upload | None:
     found = stored(file_id) if isinstance(file_id, str) else None
     if found is None:
         return None
-    return _upload(f"{name}.file_id", found.filename, kind_of(found.content), found.content)
+    return upload(f"{name}.file_id", found.filename, kind_of(found.content), found.content)
 
 
 def kind_of(content: bytes) -> str:
@@ -125,7 +125,7 @@ def read_multipart(content_type: str, body: bytes) -> Form:
             raise Malformed
         if "filename" in said:
             kind = head.get("content-type", "application/octet-stream")
-            uploads.append(_upload(name, said["filename"], kind, body[start:end]))
+            uploads.append(upload(name, said["filename"], kind, body[start:end]))
             continue
         if not _put(fields, name, body[start:end].decode("utf-8", "replace")):
             repeated.add(name)
@@ -170,7 +170,7 @@ def _put(fields: dict[str, Json], name: str, text: str) -> bool:
     return True
 
 
-def _upload(name: str, filename: str, content_type: str, content: bytes) -> Upload:
+def upload(name: str, filename: str, content_type: str, content: bytes) -> Upload:
     digest = hashlib.sha256(content).hexdigest()
     return Upload(FilePart(name, filename, content_type, digest, len(content)), content)
 
@@ -184,4 +184,4 @@ def _data_url(name: str, url: str) -> Upload | None:
         content = base64.b64decode(url[head.end() :], validate=True)
     except binascii.Error:
         return None
-    return _upload(name, "", head[1].lower(), content)
+    return upload(name, "", head[1].lower(), content)

@@ -11,7 +11,7 @@ from gateway.sandbox.answer import Purchase, error_event
 from gateway.sandbox.exchange import Beat, Exchange, Moment
 from gateway.sandbox.forms import Form, Malformed, read_json, read_multipart
 from gateway.sandbox.refusals import Refused, unreadable, unsupported
-from gateway.sandbox.validate import check
+from gateway.sandbox.validate import blocked, check
 
 
 async def generations(exchange: Exchange, body: bytes, name: str) -> None:
@@ -36,7 +36,10 @@ async def _images(exchange: Exchange, body: bytes, operation: Operation) -> None
         return
     if trouble is not None:
         raise trouble
-    order = await asyncio.to_thread(check, operation, form, sandbox.clock.now(), record.request_id)
+    order = await asyncio.to_thread(check, operation, form, sandbox.clock.now())
+    refused = blocked(order.prompt, record.request_id)
+    if refused is not None:
+        raise refused
     purchase = Purchase(order, exchange.rule, record.number, exchange.created)
     await exchange.linger()
     if order.stream and not exchange.rule.json_for_stream:

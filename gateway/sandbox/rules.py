@@ -83,6 +83,15 @@ class Rule:
     no_usage: bool = False
     usage: Json | Unset = Unset.UNSET
     """Sent and billed in place of the true usage."""
+    tool_usage: Json | Unset = Unset.UNSET
+    """As ``usage``, of a response's pictures: its ``tool_usage.image_gen``."""
+    no_tool_usage: bool = False
+    """Leaves ``tool_usage`` out of a response, as OpenAI says it may."""
+    response_status: str | None = None
+    """How a response ends instead of ``completed``: failed (without pictures, unless
+    ``data_count`` says that some were made before) or incomplete."""
+    response_error: str = "server_error"
+    """The code of a failed response's error."""
     error_in_200: bool = False
     empty_data: bool = False
     empty_body: bool = False
@@ -92,7 +101,8 @@ class Rule:
     payload_bytes: int | None = None
     """Draws nothing: each ``b64_json`` is so many characters (rounded up to a multiple of 4)."""
     data_count: int | None = None
-    """Delivers, and bills, so many pictures in place of ``n``."""
+    """Delivers, and bills, so many pictures in place of ``n``; of a response, so many calls of
+    its tool (at most ``max_tool_calls``) in place of one."""
     extra_fields: Mapping[str, Json] = field(default_factory=dict)
     """Merged into the JSON answer, or into each event, before ``usage``."""
 
@@ -178,9 +188,21 @@ _INTEGERS = frozenset(
         "sse_cut_after",
     }
 )
-_TEXTS = frozenset({"path", "method", "model", "prompt", "key", "content_type", "redirect"})
+_TEXTS = frozenset(
+    {
+        "path",
+        "method",
+        "model",
+        "prompt",
+        "key",
+        "content_type",
+        "redirect",
+        "response_status",
+        "response_error",
+    }
+)
 _MAPPINGS = frozenset({"headers", "extra_fields"})
-_ANYTHING = frozenset({"body", "usage"})
+_ANYTHING = frozenset({"body", "usage", "tool_usage"})
 
 
 def rule_from_json(value: Json) -> Rule:

@@ -131,7 +131,7 @@ class Order:
         return [given for given in self.inputs if given.role == "image"]
 
 
-def check(operation: Operation, form: Form, now: datetime, request_id: str) -> Order:
+def check(operation: Operation, form: Form, now: datetime) -> Order:
     """The order that a form is, or ``Refused``. Decodes no picture: headers are enough."""
     sent = {name: value for name, value in form.fields.items() if value is not None}
     model = _model(sent, now)
@@ -142,7 +142,6 @@ def check(operation: Operation, form: Form, now: datetime, request_id: str) -> O
     if operation is Operation.EDIT:
         order = _with_inputs(order, fields, form)
     _combinations(order, fields)
-    _moderate(order.prompt, request_id)
     return order
 
 
@@ -364,12 +363,12 @@ def _with_inputs(order: Order, fields: Mapping[str, Json], form: Form) -> Order:
     if len(images) > MAX_IMAGES:
         raise too_many(len(images), "image" if form.texts else "images", MAX_IMAGES)
     given = [
-        _open("image", _label(upload, place), upload, MAX_IMAGE_BYTES)
+        open_picture("image", _label(upload, place), upload, MAX_IMAGE_BYTES)
         for place, upload in enumerate(images)
     ]
     for upload in others:
         role = upload.part.field.partition(".")[0]
-        layer = _open(role, role, upload, MAX_MASK_BYTES)
+        layer = open_picture(role, role, upload, MAX_MASK_BYTES)
         wanted = given[0].upright if role == "markup" else (given[0].width, given[0].height)
         _layer(role, upload, (layer.width, layer.height), wanted)
         given.append(layer)
@@ -440,7 +439,7 @@ def _label(upload: Upload, place: int) -> str:
     return f"image[{place}]" if name == "image[]" else name
 
 
-def _open(role: str, label: str, upload: Upload, limit: int) -> Given:
+def open_picture(role: str, label: str, upload: Upload, limit: int) -> Given:
     """The picture's header, read. Raises ``Refused`` for what the API would not take."""
     kind = upload.part.content_type.partition(";")[0].strip().lower()
     if kind not in IMAGE_TYPES:
@@ -487,17 +486,18 @@ def _layer(role: str, upload: Upload, size: tuple[int, int], wanted: tuple[int, 
         )
 
 
-def _moderate(prompt: str, request_id: str) -> None:
-    """Two words that nobody means, so that refusals can be tried without meaning harm."""
+def blocked(prompt: str, request_id: str) -> Refused | None:
+    """A refusal for two words that nobody means, so that it can be tried without meaning harm."""
     folded = prompt.lower()
-    if "moderationtest" in folded or "forbidden-by-sandbox" in folded:
-        raise Refused(
-            "Your request was rejected by the safety system. If you believe this is an error, "
-            f"contact us at help.openai.com and include the request ID {request_id}.",
-            type_=USER_ERROR,
-            code="moderation_blocked",
-            extra={"moderation_details": {"moderation_stage": "input", "categories": ["violence"]}},
-        )
+    if "moderationtest" not in folded and "forbidden-by-sandbox" not in folded:
+        return None
+    return Refused(
+        "Your request was rejected by the safety system. If you believe this is an error, "
+        f"contact us at help.openai.com and include the request ID {request_id}.",
+        type_=USER_ERROR,
+        code="moderation_blocked",
+        extra={"moderation_details": {"moderation_stage": "input", "categories": ["violence"]}},
+    )
 
 
 def _choice(text: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> str:

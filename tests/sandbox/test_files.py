@@ -7,6 +7,7 @@ import re
 import httpx
 import pytest
 from openai import BadRequestError, InternalServerError, NotFoundError, OpenAI
+from openai.types import FilePurpose
 
 from gateway.domain.call import Json
 from gateway.sandbox.rules import Rule
@@ -45,9 +46,10 @@ def test_another_keys_file_is_no_file(server: SandboxServer, sdk: OpenAI) -> Non
 
 
 def test_a_list_in_pages(sdk: OpenAI) -> None:
+    purposes: tuple[FilePurpose, ...] = ("vision", "user_data", "vision")
     ids = [
         sdk.files.create(file=(f"{n}.txt", b"x"), purpose=purpose).id
-        for n, purpose in enumerate(("vision", "user_data", "vision"))
+        for n, purpose in enumerate(purposes)
     ]
     assert [file.id for file in sdk.files.list()] == ids[::-1]
     assert [file.id for file in sdk.files.list(order="asc", limit=1)] == ids

@@ -320,7 +320,7 @@ def test_a_key_is_needed(server: SandboxServer, headers: dict[str, str]) -> None
     ("method", "path", "status", "code"),
     [
         ("POST", "/images/variations", 404, "unknown_url"),
-        ("POST", "/responses", 404, "unknown_url"),
+        ("POST", "/chat/completions", 404, "unknown_url"),
         ("GET", "/images/generations", 405, "method_not_supported"),
         ("GET", "/models/dall-e-3", 404, "model_not_found"),
     ],
