@@ -96,6 +96,11 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("InvalidRequest", "unknown_parameter"): "No such parameter, with `unknown_parameters: "
         "refuse` or `validate: strict`; or a name in brackets that is none.",
         ("InvalidRequest", "unsupported_file_mimetype"): "The file is no picture that is taken.",
+        (
+            "InvalidRequest",
+            "user_required",
+        ): "The team has `per_user.required`, and the request does "
+        "not say whose it is. Send `safety_identifier`.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
