@@ -55,7 +55,7 @@ SELECT upstream, team, key_id, model, count(*), sum(images), sum(cost) FROM hold
 
 # By team even where all are asked for, so that each goes along the index hold_user. Whoever has a
 # closed call has a row of daily usage.
-_BY_USER = """
+BY_USER = """
 SELECT team, end_user, count(*),
        sum(CASE outcome WHEN 'delivered' THEN images ELSE 0 END)::bigint, sum(cost)::bigint,
        sum(CASE state WHEN 'X' THEN 1 ELSE 0 END)
@@ -169,7 +169,7 @@ class PostgresBooks:
         self, team: str | None = None, since: str | None = None, until: str | None = None
     ) -> list[UserUsage]:
         asked = {"team": team, "since": since, "until": until}
-        rows = await self._reader.run_long(lambda link: link.execute(_BY_USER, asked).fetchall())
+        rows = await self._reader.run_long(lambda link: link.execute(BY_USER, asked).fetchall())
         return [UserUsage(*row) for row in rows]
 
     async def audit(self) -> list[Discrepancy]:

@@ -100,7 +100,7 @@ class SQLiteBooks:
         self, team: str | None = None, since: str | None = None, until: str | None = None
     ) -> list[UserUsage]:
         asked = {"team": team, "since": since, "until": until}
-        rows = await self._long_reader.run(lambda db: db.execute(_BY_USER, asked).fetchall())
+        rows = await self._long_reader.run(lambda db: db.execute(BY_USER, asked).fetchall())
         return [UserUsage(*row) for row in rows]
 
     async def audit(self) -> list[Discrepancy]:
@@ -143,7 +143,7 @@ SELECT upstream, team, key_id, model, count(*), sum(images), sum(cost) FROM hold
 
 # By team even where all are asked for, so that each goes along the index hold_user. Whoever has a
 # closed call has a row of daily usage.
-_BY_USER = """
+BY_USER = """
 SELECT team, end_user, count(*), sum(iif(outcome = 'delivered', images, 0)), sum(cost),
        sum(state = 'X')
   FROM hold

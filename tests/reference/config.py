@@ -347,6 +347,8 @@ def _default(path: str, each: Field[Any]) -> str | None:
             return f"{value:g}"
         case ():
             return "{}" if form.startswith("a table") else "[]"
+        case tuple():
+            return f"[{', '.join(str(one) for one in value)}]"
     return str(value)
 
 

@@ -215,6 +215,8 @@ REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(
         "idempotency-key": "one purchase and one charge, for a day",
         "prefer": "`respond-async`: a 202 at once; of a result, `wait=30`",
         "x-gateway-async": "`true`: as `Prefer: respond-async`",
+        "x-openwebui-user-id": "who the end user is, where the body does not say (`users.sources`)",
+        "x-openwebui-user-email": "as `x-openwebui-user-id`",
         "x-stainless-retry-count": "SDKs say by it that they try again",
     }
 )
