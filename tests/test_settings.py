@@ -471,7 +471,7 @@ def test_the_shipped_file_loads_with_nothing_set(monkeypatch: pytest.MonkeyPatch
 def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     text = DEFAULT.read_text()
     shown, bare = read(tmp_path, text), read(tmp_path, "")
-    sections = "server storage ledger prices cache results notify relay log tracing"
+    sections = "server storage ledger prices cache results notify relay log tracing users"
     for section in sections.split():
         assert getattr(shown, section) == getattr(bare, section)
         for each in dataclasses.fields(getattr(bare, section)):
