@@ -56,6 +56,7 @@ from gateway.descriptors import opened as fds_open
 from gateway.descriptors import shares
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import GatewayError
+from gateway.domain.keys import derived
 from gateway.domain.money import NANOS_PER_DOLLAR
 from gateway.domain.notices import money_lines
 from gateway.domain.price import FACTOR_ONE
@@ -88,6 +89,7 @@ from gateway.relay.purchase import Purchases
 from gateway.relay.results import ResultPolicy, Results
 from gateway.relay.running import RESULTS
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 from gateway.reload import Reloaded
 from gateway.reports.budgets import BudgetWatch
 from gateway.settings import Settings
@@ -173,7 +175,8 @@ async def open_gateway(
         refuse(settings, await owned_twice(settings, peppers, store.directory))
         flights = Flights()
         health = Health(clock.monotonic, random.Random(), UpstreamNews(metrics))
-        upstreams = Upstreams(clock, flights, health, metrics)
+        marks = derived(peppers, "marks of upstream keys")
+        upstreams = Upstreams(clock, flights, health, metrics, marks)
         stack.push_async_callback(upstreams.aclose)
         upstreams.take_over(await upstreams.prepare(settings.upstreams), settings.upstreams)
         redis = RedisServer()
@@ -189,6 +192,7 @@ async def open_gateway(
         await factors.refresh()
         planner = make_planner(settings, upstreams.accounts, prices, cache, factors, health)
         keyring = KeyRing(peppers, declared, store.directory, clock)
+        users = Users(peppers, settings.users.policy)
         spools = settings.storage.blobs / "spool"
         make_folder(spools, settings.storage.blobs)
         part = settings.server.workers
@@ -319,6 +323,7 @@ async def open_gateway(
             flights=flights,
             clock=clock,
             turnstile=turnstile,
+            users=users,
             log_prompts=settings.relay.log_prompts,
             begun=metrics.begun,
         )
@@ -368,6 +373,7 @@ async def open_gateway(
             cache=cache,
             upstreams=upstreams,
             keyring=keyring,
+            users=users,
             admission=admission,
             keeper=keeper,
             attempts=attempts,

@@ -19,6 +19,7 @@ from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
 from gateway.domain.receipt import Delivery, Receipt
 from gateway.domain.trace import Trace, begin, of_stranger, parse
+from gateway.domain.user import USER_HEADERS
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import Answer, Arrival
@@ -184,6 +185,7 @@ def _arrival(
         retried=tries.strip("0") != "",
         asynchronous=wishes.respond_async,
         trace=trace,
+        user_hints={name: headers[name] for name in USER_HEADERS if name in headers},
     )
 
 
