@@ -15,11 +15,20 @@ class Operation(StrEnum):
 
     GENERATION = "generation"
     EDIT = "edit"
+    RESPONSE = "response"
+    """A text model's answer, in which the image tool may draw (contract 3.4)."""
 
     @property
     def path(self) -> str:
         """Below ``/v1`` of this gateway and of an upstream that speaks OpenAI."""
-        return {Operation.GENERATION: "/images/generations", Operation.EDIT: "/images/edits"}[self]
+        return _PATHS[self]
+
+
+_PATHS = {
+    Operation.GENERATION: "/images/generations",
+    Operation.EDIT: "/images/edits",
+    Operation.RESPONSE: "/responses",
+}
 
 
 class Inquiry(StrEnum):
@@ -128,6 +137,52 @@ class Call:
     pinned: Mapping[str, str] = field(default_factory=dict)
     references: tuple[Reference, ...] = ()
     """Ids of files and responses at an upstream: whose they are is looked up before the plan."""
+    changes: tuple[Change, ...] = ()
+    """Members that are sent on otherwise than they came."""
+    asks: ResponseAsk | None = None
+    """What only a response has: None for the operations of images."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTool:
+    """The image tool of a response, with its parameters as a call for one picture would have them.
+
+    ``index`` is its place among the tools, ``model`` empty where it leaves the choice to the
+    provider. ``whole``: the list of tools is known to its last byte (no string in it was too long
+    to keep) and is ``tools``, so that it can be written anew.
+    """
+
+    index: int
+    model: str
+    size: str = "auto"
+    quality: str = "auto"
+    output_format: str = "png"
+    partial_images: int = 0
+    frame_count: int = 1
+    parameters: Mapping[str, Json] = field(default_factory=dict)
+    unknown: frozenset[str] = frozenset()
+    tools: tuple[Json, ...] = ()
+    whole: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseAsk:
+    """What a response may cost depends on this, beside the pictures of the call.
+
+    ``text_bytes`` is the body without its pictures: no text has more tokens than bytes.
+    ``context_tokens`` and ``context_pictures`` are those of the conversation that it goes on with,
+    as it was when it was last seen here. ``max_tool_calls`` is 0 without an image tool.
+    """
+
+    tool: ImageTool | None
+    text_bytes: int
+    max_output_tokens: int
+    max_tool_calls: int
+    background: bool = False
+    stored: bool = True
+    previous: str = ""
+    context_tokens: int = 0
+    context_pictures: int = 0
 
 
 @dataclass(frozen=True, slots=True)
