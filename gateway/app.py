@@ -56,6 +56,7 @@ from gateway.descriptors import opened as fds_open
 from gateway.descriptors import shares
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import GatewayError
+from gateway.domain.keys import derived
 from gateway.domain.money import NANOS_PER_DOLLAR
 from gateway.domain.notices import money_lines
 from gateway.domain.price import FACTOR_ONE
@@ -173,7 +174,8 @@ async def open_gateway(
         refuse(settings, await owned_twice(settings, peppers, store.directory))
         flights = Flights()
         health = Health(clock.monotonic, random.Random(), UpstreamNews(metrics))
-        upstreams = Upstreams(clock, flights, health, metrics)
+        marks = derived(peppers, "marks of upstream keys")
+        upstreams = Upstreams(clock, flights, health, metrics, marks)
         stack.push_async_callback(upstreams.aclose)
         upstreams.take_over(await upstreams.prepare(settings.upstreams), settings.upstreams)
         redis = RedisServer()
