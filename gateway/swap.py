@@ -81,8 +81,16 @@ class Opened:
 class Upstreams:
     """The accounts of this process, opened and closed as the configuration says."""
 
-    def __init__(self, clock: Clock, flights: Flights, health: Health, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        flights: Flights,
+        health: Health,
+        metrics: Metrics,
+        mark_key: bytes = b"",
+    ) -> None:
         self._clock = clock
+        self._mark_key = mark_key
         self._health = health
         self._flights = flights
         self._metrics = metrics
@@ -111,9 +119,10 @@ class Upstreams:
                 else:
                     base_url = await self._base_url(configured)
                     numbers = self._numbers.setdefault(name, count(1))
-                    found[name] = Opened(
-                        shape, make_account(configured, base_url, self._news(name), numbers)
+                    account = make_account(
+                        configured, base_url, self._news(name), numbers, self._mark_key
                     )
+                    found[name] = Opened(shape, account)
         except BaseException:
             await self._close(found)
             raise

@@ -31,7 +31,6 @@ def router(keyring: KeyRing, planner_now: Callable[[], Planner], clock: Clock) -
         }
 
     @routes.get("/v1/models")
-    @routes.get("/v1/models/")
     async def list_models(request: Request) -> dict[str, object]:
         caller = await keyring.identify(auth.secret(request.headers))
         planner = planner_now()

@@ -13,7 +13,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gateway.api import auth
-from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
+from gateway.api.door import (
+    DEPLOYMENT,
+    Door,
+    Receive,
+    Scope,
+    Send,
+    deliver,
+    new_request_id,
+)
 from gateway.api.prefer import Preferences, preferences
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
@@ -99,7 +107,8 @@ class RelayedRoutes:
         }
         try:
             wishes = preferences(scope["headers"])
-            arrival = _arrival(rid, operation, headers, wishes, door, started, trace)
+            deployment = scope.get(DEPLOYMENT)
+            arrival = _arrival(rid, operation, headers, wishes, door, started, trace, deployment)
             answer = await self._pipeline.answer(arrival)
         except GatewayError as error:
             return _refused(rid, operation, error, trace=trace)
@@ -150,6 +159,7 @@ def _arrival(
     door: Door,
     started: float,
     trace: Trace | None,
+    deployment: str | None,
 ) -> Arrival:
     """What the headers say. Raises ``InvalidRequest`` for an idempotency key of another form."""
     key = headers.get("idempotency-key")
@@ -184,6 +194,7 @@ def _arrival(
         retried=tries.strip("0") != "",
         asynchronous=wishes.respond_async,
         trace=trace,
+        deployment=deployment,
     )
 
 

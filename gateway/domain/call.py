@@ -42,6 +42,15 @@ class Inquiry(StrEnum):
         return "/images/estimate"
 
 
+class Passage(StrEnum):
+    """What is passed on without being bought. The value is the label of metrics and of the log."""
+
+    FILE = "file"
+    RESPONSE_LOOKUP = "response_lookup"
+    MODERATION = "moderation"
+    PROVENANCE = "provenance"
+
+
 class Span(NamedTuple):
     """Bytes ``[start, end)`` of a request's body."""
 

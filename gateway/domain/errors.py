@@ -16,6 +16,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   ├── InvalidKey         401
     │   ├── ModelNotAllowed    403
     │   ├── ModelNotFound      404
+    │   ├── NotOwned           404  no such file or response, or another team's
     │   ├── ResultNotFound     404  no such result, or another team's
     │   ├── ResultExpired      410  it was there, and is kept no longer
     │   ├── IdempotentResultExpired 410  the same, of the call that has the idempotency key
@@ -188,6 +189,15 @@ class ModelNotFound(TeamFault):
     status = 404
     code = "model_not_found"
     reason = "model_not_found"
+
+
+class NotOwned(TeamFault):
+    """Nothing of this team's lives under this id at an upstream: what is unknown and what is
+    another team's look the same."""
+
+    status = 404
+    code = "not_found"
+    reason = "not_owned"
 
 
 class ResultNotFound(TeamFault):

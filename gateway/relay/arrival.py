@@ -35,6 +35,8 @@ class Arrival:
     """The client does not wait: it asks for the result later."""
     trace: Trace | None = None
     """Its span, where requests are traced."""
+    deployment: str | None = None
+    """The model that the path names, as Azure's do: it goes before the body's own."""
 
 
 @dataclass(frozen=True, slots=True)

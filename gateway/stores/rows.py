@@ -7,7 +7,7 @@ of one database can be read into the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,6 +16,7 @@ from gateway.domain.books import Adjustment, Correction, Hold, JournalLine
 from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Claim, Outcome, Reroute, Route, Settlement, State, UsageRow
 from gateway.domain.money import Money, exact_dollars
+from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.team import Key, Limits, Team
 from gateway.domain.transition import usage_day
 from gateway.ports import BooksChanged
@@ -38,6 +39,9 @@ USAGE_COLUMNS = (
     " image_out, cost, avoided, unresolved, unresolved_cost, flagged"
 )
 """In the order of ``UsageRow``'s fields."""
+
+OWNED_COLUMNS = "id, kind, team, key_id, upstream, mark, created, expires, size_bytes, detail"
+"""In the order that ``owned_of`` reads them."""
 
 TEAM_COLUMNS = "id, models, limits, cache_enabled, disabled, time_zone"
 KEY_COLUMNS = "id, team, name, models, limits, created, expires, disabled, revoked, pepper"
@@ -195,6 +199,50 @@ def journal_line_of(row: Sequence[Any]) -> JournalLine:
     seq, at, rid, kind, pending, posted, detail = row
     when = None if at is None else instant(at)
     return JournalLine(seq, when, rid, kind, pending, posted, json.loads(detail))
+
+
+def owned_row(owned: Owned) -> tuple[object, ...]:
+    """``OWNED_COLUMNS``, and then the purpose."""
+    return (
+        owned.id,
+        owned.kind.value,
+        owned.team,
+        owned.key_id,
+        *owned.anchor,
+        micros(owned.created),
+        None if owned.expires is None else micros(owned.expires),
+        owned.size_bytes,
+        json.dumps(owned.detail),
+        purpose_of(owned),
+    )
+
+
+def owned_of(row: Sequence[Any]) -> Owned:
+    """``row`` has ``OWNED_COLUMNS``."""
+    name, kind, team, key_id, upstream, mark, created, expires, size_bytes, detail = row
+    return Owned(
+        name,
+        OwnedKind(kind),
+        team,
+        key_id,
+        Anchor(upstream, mark),
+        instant(created),
+        None if expires is None else instant(expires),
+        size_bytes,
+        json.loads(detail),
+    )
+
+
+def purpose_of(owned: Owned) -> str:
+    """What a file is for, as the provider said it; empty where it did not."""
+    purpose = owned.detail.get("purpose")
+    return purpose if isinstance(purpose, str) else ""
+
+
+def storable(ids: Iterable[str]) -> list[str]:
+    """Those that a database can look up: clients may name anything, and an id with a NUL or half
+    of a surrogate pair, which no text column takes, is nobody's."""
+    return [id for id in ids if id.isprintable()]
 
 
 def team_row(team: Team) -> tuple[object, ...]:

@@ -663,7 +663,10 @@ def test_upgrades_that_run_at_once_apply_everything_once(server: Postgres) -> No
     url = server.empty_database()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(upgrade, [url] * 4))
-    assert sorted(one.database for one in found) == [0] + 3 * [NEWEST]
+    # The others come in between, or behind it.
+    before = sorted(one.database for one in found)
+    assert before.count(0) == 1
+    assert before[-1] <= NEWEST
     assert versions(url) == Versions(NEWEST, NEWEST)
     assert rows(url, "SELECT version FROM schema_version") == [
         (number,) for number in range(1, NEWEST + 1)
