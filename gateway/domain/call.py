@@ -180,7 +180,7 @@ class ResponseAsk:
 
     ``text_bytes`` is the body without its pictures: no text has more tokens than bytes.
     ``context_tokens`` and ``context_pictures`` are those of the conversation that it goes on with,
-    as it was when it was last seen here. ``max_tool_calls`` is 0 without an image tool.
+    as it was when it was last seen here, and of pictures that it names. ``max_tool_calls`` is 0 without an image tool.
     """
 
     tool: ImageTool | None

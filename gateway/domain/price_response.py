@@ -4,7 +4,7 @@ The bound, for ``calls`` of the tool at most (``max_tool_calls``) and so ``calls
 text model, each of which reads again all that came before it::
 
     sum over the turns k = 0..calls:
-        (text + context + 3,000) + (input pictures + k) x 6,500   tokens read
+        (text + context + 3,000) + (pictures so far + k) x 6,500   tokens read
     + calls x max_output_tokens          what it wrote itself, read again
       all x text_in
     + max_output_tokens x text_out
@@ -55,7 +55,7 @@ class ResponsePrice:
         calls, turns = ask.max_tool_calls, ask.max_tool_calls + 1
         written = min(ask.max_output_tokens, self.text.max_output_tokens)
         text = ask.text_bytes + ask.context_tokens + AROUND_TOKENS
-        seen = turns * len(call.inputs) + calls * turns // 2
+        seen = turns * (len(call.inputs) + ask.context_pictures) + calls * turns // 2
         read = turns * text + calls * written
         amount = read * self.text.text_in + written * text_out + seen * self._reads_picture()
         if self.picture is not None and ask.tool is not None:

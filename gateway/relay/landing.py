@@ -65,7 +65,7 @@ async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: 
     try:
         async for chunk in reply.chunks():
             meter.feed(chunk)
-            await _keep(spool, chunk)
+            await keep(spool, chunk)
         reading = meter.close()
     except NoPicture as nothing:
         return _no_picture(nothing)
@@ -98,18 +98,18 @@ async def land_events(
     is slow the upstream is not read.
     """
     chunks = reply.chunks()
-    brake = _Brake(spool)
+    brake = Brake(spool)
     try:
         async for chunk in chunks:
-            await _keep(spool, chunk)
+            await keep(spool, chunk)
             events = meter.feed(chunk)
             for index, event in enumerate(events):
-                await _mend(spool, event)
+                await mend(spool, event)
                 refused = meter.see(event)
                 if refused is not None:
                     return _refused(refused, meter)
                 if meter.completed >= wanted or (event.done and meter.completed):
-                    rest = _rest(events[index + 1 :], chunks, spool, meter)
+                    rest = the_rest(events[index + 1 :], chunks, spool, meter)
                     return _landed(meter, as_json, event.end, rest)
                 if event.done:
                     # The SDKs read no further than [DONE]: behind it no error would be seen.
@@ -120,18 +120,18 @@ async def land_events(
                 spool.publish(event.start if is_completed(event) else event.end)
             await brake.hold()
         for event in meter.close():
-            await _mend(spool, event)
+            await mend(spool, event)
             refused = meter.see(event)
             if refused is not None:
                 return _refused(refused, meter)
             # Python's SDK loses a last event that has no blank line behind it (contract 4.7).
-            await _keep(spool, b"\n\n")
+            await keep(spool, b"\n\n")
     except GatewayError as error:
         return failed(error)
     return _landed(meter, as_json, spool.length) if meter.completed else _ended_early(meter)
 
 
-async def _rest(
+async def the_rest(
     seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: EventMeter
 ) -> AsyncGenerator[int, None]:
     """How far what follows the last picture may be published: whole events without a picture.
@@ -141,16 +141,16 @@ async def _rest(
     for event in seen:
         if not _is_harmless(event):
             return
-        await _mend(spool, event)
+        await mend(spool, event)
         yield event.end
         if event.done:
             return
     async for chunk in chunks:
-        await _keep(spool, chunk)
+        await keep(spool, chunk)
         for event in meter.feed(chunk):
             if not _is_harmless(event):
                 return
-            await _mend(spool, event)
+            await mend(spool, event)
             yield event.end
             if event.done:
                 return
@@ -163,7 +163,7 @@ def _is_harmless(event: Event) -> bool:
     return not (error or is_partial(event) or is_completed(event))
 
 
-class _Brake:
+class Brake:
     """Holds the reading of one upstream back while a follower of its stream is slow."""
 
     def __init__(self, spool: Spool) -> None:
@@ -188,7 +188,7 @@ class _Brake:
         self._left_seconds -= time() - began
 
 
-async def _keep(spool: Spool, chunk: bytes) -> None:
+async def keep(spool: Spool, chunk: bytes) -> None:
     """Raises ``UpstreamBroken`` where there is no room: the picture was bought all the same."""
     try:
         await spool.write(chunk)
@@ -196,7 +196,7 @@ async def _keep(spool: Spool, chunk: bytes) -> None:
         raise _not_held() from error
 
 
-async def _mend(spool: Spool, event: Event) -> None:
+async def mend(spool: Spool, event: Event) -> None:
     """Makes an event one that every SDK can read. Raises like ``_keep``."""
     try:
         for edit in event.mends:

@@ -77,7 +77,7 @@ class JsonMeter:
         if members.get("error") and pictures:
             raise NoPicture(f"The upstream {self.upstream} answered with an error too.", reading)
         if members.get("error"):
-            raise error_in_success(_plain(members["error"]), self.upstream)
+            raise error_in_success(plain(members["error"]), self.upstream)
         if not pictures:
             raise NoPicture(f"The upstream {self.upstream} answered without a picture.", reading)
         return reading
@@ -134,9 +134,9 @@ class EventMeter:
         if not isinstance(members, dict):
             return None
         if members.get("error"):
-            return error_in_success(_plain(members["error"]), self.upstream)
+            return error_in_success(plain(members["error"]), self.upstream)
         if event.name == "error" or members.get("type") == "error":
-            flat = {key: _plain(members.get(key)) for key in ("message", "code", "param")}
+            flat = {key: plain(members.get(key)) for key in ("message", "code", "param")}
             return error_in_success(flat, self.upstream)
         if is_partial(event):
             self.partials += 1
@@ -198,14 +198,14 @@ def _usage(members: dict[str, Any], operation: Operation) -> tuple[Usage | None,
         return None, True
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """A value of an answer without holes: of a long text, its beginning."""
     if isinstance(value, Hole):
         return value.head.decode("utf-8", "replace")
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 

@@ -68,6 +68,17 @@ _IMAGE = re.compile(r"image(?:\[([0-9]{0,4})\])?")
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseRules:
+    """What a response may ask for (``responses`` in the configuration). The two numbers are filled
+    in where a request leaves them open, and the most that it may say."""
+
+    enabled: bool = True
+    without_image_tool: bool = False
+    max_output_tokens: int = 16_384
+    max_tool_calls: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class ReadRules:
     """The limits of a request (reliability 5.4), in bytes, pixels and pictures.
 
@@ -82,10 +93,12 @@ class ReadRules:
     max_side: int = 16_384
     max_images: int = 16
     image_urls_allowed: bool = False
+    responses: ResponseRules = ResponseRules()
 
     def body_limit(self, operation: Operation) -> int:
-        """The most bytes a request may have: pictures, in either encoding, only come to edits."""
-        return self.max_form_bytes if operation is Operation.EDIT else self.max_json_bytes
+        """The most bytes a request may have: no pictures come with a generation."""
+        small = operation is Operation.GENERATION
+        return self.max_json_bytes if small else self.max_form_bytes
 
     @property
     def picture(self) -> PictureRules:
