@@ -142,7 +142,7 @@ class Estimates:
             "model_served": target.model if target else None,
             "upstream": target.upstream if target else None,
             "images": call.n,
-            "changed": dict(plan.changed) if plan else {},
+            "changed": {change.name: change.after for change in plan.call.changed} if plan else {},
             "cache": plan.cache.value if plan else None,
             **self._costs(plan),
             "admitted": refusal is None,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
-from gateway.domain.call import Call
+from gateway.domain.call import Call, Change
 from gateway.domain.charge import Quote
 from gateway.domain.errors import (
     GatewayError,
@@ -148,11 +148,6 @@ class Plan:
         ways = (first, *(way for way in self.ways if way is not first))
         demand = replace(self.demand, money=first.quote.bound.amount)
         return replace(self, ways=ways, demand=demand)
-
-    @property
-    def changed(self) -> Mapping[str, str]:
-        """What the gateway filled in, by name: the client is told."""
-        return self.call.pinned
 
 
 class Chooser(Protocol):
@@ -487,7 +482,10 @@ def _pinned(call: Call, pin: Pin | None) -> Call:
         size=filled.get("size", call.size),
         quality=filled.get("quality", call.quality),
         parameters={**call.parameters, **filled},
-        pinned=filled,
+        changes=(
+            *call.changes,
+            *(Change(name, call.parameters.get(name), value) for name, value in filled.items()),
+        ),
     )
 
 
