@@ -232,8 +232,9 @@ class Ownership(Protocol):
     async def find(self, team: str, ids: Sequence[str], now: datetime) -> dict[str, Owned]:
         """Those of ``ids`` that are this team's and not expired, by id."""
 
-    async def taken(self, ids: Sequence[str]) -> frozenset[str]:
-        """Those of ``ids`` that are anybody's: for the count of who reached for another's."""
+    async def others(self, team: str, ids: Sequence[str], now: datetime) -> frozenset[str]:
+        """Those of ``ids`` that are another team's: for the count of who reached for them, never
+        for an answer."""
 
     async def owned(
         self,
