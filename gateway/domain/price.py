@@ -153,7 +153,8 @@ class PriceRow:
 
     ``provider`` is whose list it is on (``openai``), or the name of one upstream where the
     operator set it, which is then an ``own`` row: an upstream may be called ``openai`` as well.
-    ``shuts_down`` is the day the provider stops serving the model.
+    ``shuts_down`` is the day the provider stops serving the model, ``replacement`` the model of
+    the same list that takes its place; empty where none is named.
     """
 
     provider: str
@@ -165,6 +166,11 @@ class PriceRow:
     own: bool = False
     beside: PriceRow | None = None
     """Of a response: the row of the model that draws its pictures."""
+    replacement: str = ""
+
+    def retired(self, day: date) -> bool:
+        """Whether the model is not served any more on a (UTC) day."""
+        return self.shuts_down is not None and self.shuts_down <= day
 
     @property
     def id(self) -> str:

@@ -59,7 +59,16 @@ OWN_TOOLS = frozenset({"function", "custom"})
 TIERS = frozenset({"auto", "default"})
 READ_HERE = frozenset(
     {
-        *("model", "input", "instructions", "tools", "tool_choice", "stream", "background", "store"),
+        *(
+            "model",
+            "input",
+            "instructions",
+            "tools",
+            "tool_choice",
+            "stream",
+            "background",
+            "store",
+        ),
         *("previous_response_id", "conversation", "prompt", "service_tier"),
         *("max_output_tokens", "max_tool_calls"),
     }
