@@ -164,9 +164,9 @@ class PriceRow:
     price: Price
     shuts_down: date | None = None
     own: bool = False
+    replacement: str = ""
     beside: PriceRow | None = None
     """Of a response: the row of the model that draws its pictures."""
-    replacement: str = ""
 
     def retired(self, day: date) -> bool:
         """Whether the model is not served any more on a (UTC) day."""

@@ -179,17 +179,17 @@ class _JsonReader:
         try:
             self._skimmer.feed(chunk)
         except BadJson as bad:
-            raise _bad_json(bad) from None
+            raise bad_json(bad) from None
 
     def close(self) -> Call:
         try:
             skimmed = self._skimmer.close()
         except BadJson as bad:
-            raise _bad_json(bad) from None
+            raise bad_json(bad) from None
         fields = skimmed.value
         if not isinstance(fields, dict):
             raise InvalidRequest(
-                f"The body must be a JSON object, not {_kind(fields)}.",
+                f"The body must be a JSON object, not {kind_of(fields)}.",
                 code="invalid_type",
                 reason="invalid_param",
             )
@@ -222,7 +222,7 @@ class _JsonReader:
         if images is None or images == []:
             raise missing("images", 'a list like [{"image_url": "data:image/png;base64,..."}].')
         if not isinstance(images, list):
-            raise _wrong_type("images", "an array of objects", images)
+            raise wrong_type("images", "an array of objects", images)
         if len(images) > self._rules.max_images:
             raise _too_many("images", self._rules.max_images)
         places = [("image", f"images[{index}]", item) for index, item in enumerate(images)]
@@ -237,7 +237,7 @@ class _JsonReader:
             inputs.append(self._picture(role, param, item))
             extras.append(
                 {
-                    name: _settled(value)
+                    name: settled(value)
                     for name, value in item.items()
                     if name not in ("image_url", "file_id") and value is not None
                 }
@@ -246,7 +246,7 @@ class _JsonReader:
 
     def _picture(self, role: str, param: str, item: object) -> InputImage:
         if not isinstance(item, dict):
-            raise _wrong_type(param, "an object with 'image_url'", item)
+            raise wrong_type(param, "an object with 'image_url'", item)
         if item.get("file_id") is not None:
             raise InvalidRequest(
                 f"'{param}.file_id' cannot be used: files do not exist on this gateway yet. Send "
@@ -260,7 +260,7 @@ class _JsonReader:
         if address is None:
             raise missing(param, "a data URL like data:image/png;base64,....")
         if not isinstance(address, (str, Hole)):
-            raise _wrong_type(param, "a string", address)
+            raise wrong_type(param, "a string", address)
         return from_url(address, role, param, self._rules.picture)
 
 
@@ -456,14 +456,14 @@ def _call(
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given = {name: value for name, value in fields.items() if value is not None}
-    _check_spelling(fields.keys() | unknown)
-    model = _model(given)
+    check_spelling(fields.keys() | unknown)
+    model = model_of(given)
     prompt = _prompt(given)
-    numbers = {name: _number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
+    numbers = {name: number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
     texts = {name: _optional_text(given, name) for name in _PRICED_TEXTS}
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
-        raise _wrong_type("stream", "true or false", stream)
+        raise wrong_type("stream", "true or false", stream)
     _check_svg(given)
     for name in _ECHOED:
         value = given.get(name)
@@ -483,7 +483,7 @@ def _call(
         model=model,
         prompt_bytes=len(prompt.encode()),
         parameters={
-            name: _without_nulls(value) if name == "svg" else _settled(value)
+            name: _without_nulls(value) if name == "svg" else settled(value)
             for name, value in given.items()
             if name != "model"
         },
@@ -502,7 +502,7 @@ def _call(
     )
 
 
-def _check_spelling(fields: Iterable[str]) -> None:
+def check_spelling(fields: Iterable[str], known: frozenset[str] = READ_HERE) -> None:
     """Refuses a name that differs from a known one in case alone.
 
     Servers written in Go match names whatever their case, and let the last one win: what was
@@ -510,7 +510,7 @@ def _check_spelling(fields: Iterable[str]) -> None:
     """
     for name in fields:
         meant = name.casefold()
-        if name != meant and meant in READ_HERE:
+        if name != meant and meant in known:
             raise InvalidRequest(
                 f"Unknown parameter: '{name[:64]}'. Parameters are written in lower case: "
                 f"'{meant}'.",
@@ -520,11 +520,11 @@ def _check_spelling(fields: Iterable[str]) -> None:
             )
 
 
-def _model(given: Mapping[str, object]) -> str:
+def model_of(given: Mapping[str, object]) -> str:
     """The name, empty where none is given: the path or the configuration may say it."""
     model = given.get("model", "")
     if not isinstance(model, (str, Hole)):
-        raise _wrong_type("model", "a string", model)
+        raise wrong_type("model", "a string", model)
     if isinstance(model, Hole) or len(model) > MAX_MODEL_CHARS:
         raise InvalidRequest(
             f"Invalid value for 'model': a name has at most {MAX_MODEL_CHARS} characters.",
@@ -550,7 +550,7 @@ def _prompt(given: Mapping[str, object]) -> str:
     if prompt is None or prompt == "":
         raise missing("prompt", "a text that says what to draw.")
     if not isinstance(prompt, (str, Hole)):
-        raise _wrong_type("prompt", "a string", prompt)
+        raise wrong_type("prompt", "a string", prompt)
     if isinstance(prompt, Hole) or len(prompt) > MAX_PROMPT_CHARS:
         length = "more" if isinstance(prompt, Hole) else f"{len(prompt):,}"
         raise InvalidRequest(
@@ -572,19 +572,22 @@ def _prompt(given: Mapping[str, object]) -> str:
     return prompt
 
 
-def _number(given: Mapping[str, object], name: str, low: int, high: int) -> int | None:
+def number(
+    given: Mapping[str, object], name: str, low: int, high: int, param: str = ""
+) -> int | None:
     value = given.get(name)
+    param = param or name
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong_type(name, f"an integer from {low} to {high}", value)
+        raise wrong_type(param, f"an integer from {low} to {high}", value)
     if not low <= value <= high:
         # Python does not print an integer of thousands of digits, and nobody reads one.
         shown = str(value) if abs(value) < 10**18 else "this one"
         raise InvalidRequest(
-            f"Invalid value for '{name}': {shown} is not an integer from {low} to {high}.",
+            f"Invalid value for '{param}': {shown} is not an integer from {low} to {high}.",
             code="invalid_value",
-            param=name,
+            param=param,
             reason="invalid_param",
         )
     return value
@@ -593,7 +596,7 @@ def _number(given: Mapping[str, object], name: str, low: int, high: int) -> int 
 def _optional_text(given: Mapping[str, object], name: str) -> str | None:
     value = given.get(name)
     if value is not None and not isinstance(value, str):
-        raise _wrong_type(name, "a short string", value)
+        raise wrong_type(name, "a short string", value)
     return value
 
 
@@ -603,33 +606,33 @@ def _check_svg(given: Mapping[str, object]) -> None:
     if svg is None:
         return
     if not isinstance(svg, dict):
-        raise _wrong_type("svg", "an object", svg)
+        raise wrong_type("svg", "an object", svg)
     model = svg.get("model")
     if model is not None and not isinstance(model, str):
-        raise _wrong_type("svg.model", "a string", model)
+        raise wrong_type("svg.model", "a string", model)
 
 
 def _without_nulls(value: object) -> Json:
     """Like ``_settled``, for an object whose nulls mean what their absence means."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return _settled(value)
+    return settled(value)
 
 
-def _settled(value: object) -> Json:
+def settled(value: object) -> Json:
     """A parsed value with its long strings replaced by ``{"sha256": ..., "bytes": ...}``."""
     if isinstance(value, Hole):
         return {"sha256": value.digest, "bytes": value.end - value.start}
     if isinstance(value, list):
-        return [_settled(item) for item in value]
+        return [settled(item) for item in value]
     if isinstance(value, dict):
-        return {name: _settled(item) for name, item in value.items()}
+        return {name: settled(item) for name, item in value.items()}
     if value is None or isinstance(value, (str, int, float)):
         return value
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (bool, "a boolean"),
         (int, "an integer"),
@@ -651,9 +654,9 @@ def missing(param: str, wanted: str) -> InvalidRequest:
     )
 
 
-def _wrong_type(param: str, wanted: str, value: object) -> InvalidRequest:
+def wrong_type(param: str, wanted: str, value: object) -> InvalidRequest:
     return InvalidRequest(
-        f"Invalid type for '{param}': expected {wanted}, but got {_kind(value)}.",
+        f"Invalid type for '{param}': expected {wanted}, but got {kind_of(value)}.",
         code="invalid_type",
         param=param,
         reason="invalid_param",
@@ -688,5 +691,5 @@ def _too_large(operation: Operation, limit: int) -> GatewayError:
     )
 
 
-def _bad_json(bad: BadJson) -> InvalidRequest:
+def bad_json(bad: BadJson) -> InvalidRequest:
     return InvalidRequest(f"The body cannot be read. {bad}", code=bad.code, reason=bad.code)

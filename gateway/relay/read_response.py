@@ -7,7 +7,6 @@ files become references; whose they are is asked before the plan (``references.p
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -25,7 +24,7 @@ from gateway.domain.call import (
 )
 from gateway.domain.errors import BodyTooLarge, InvalidRequest, NotServed, UnsupportedMedia
 from gateway.domain.owned import OwnedKind
-from gateway.relay.inputs import from_url
+from gateway.relay.inputs import digest_of_file, from_url
 from gateway.relay.multipart import say_bytes
 from gateway.relay.read import (
     DEFAULT_FRAMES,
@@ -266,8 +265,7 @@ class _Seen:
             self.pictures.append(from_url(address, role, param, self.rules.picture))
         if file_id is not None:
             found = self._refer(OwnedKind.FILE, file_id, f"{place}.file_id")
-            digest = hashlib.sha256(found.encode()).hexdigest()
-            self.pictures.append(InputImage(role, digest, 0, "file"))
+            self.pictures.append(InputImage(role, digest_of_file(found), 0, "file"))
 
     def _drawn_before(self, item: Mapping[str, object], place: str) -> None:
         """By the id under which it is kept, or itself, or both."""
