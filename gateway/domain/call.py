@@ -226,6 +226,13 @@ class ImageTool:
     tools: tuple[Json, ...] = ()
     whole: bool = True
 
+    def drawn_by(self, model: str) -> Json:
+        """The list of tools with another model in this one."""
+        tools = list(self.tools)
+        own = tools[self.index]
+        tools[self.index] = {**own, "model": model} if isinstance(own, dict) else own
+        return tools
+
 
 @dataclass(frozen=True, slots=True)
 class ResponseAsk:

@@ -22,7 +22,15 @@ from dataclasses import dataclass, replace
 
 from gateway.domain.call import Call, InputImage
 from gateway.domain.money import Money
-from gateway.domain.price import Answer, Bound, CannotPrice, Confidence, Price, PriceList
+from gateway.domain.price import (
+    Answer,
+    Bound,
+    CannotPrice,
+    Confidence,
+    Price,
+    PriceList,
+    PriceRow,
+)
 from gateway.domain.price_tokens import TokenPrice
 
 AROUND_TOKENS = 3_000
@@ -103,6 +111,17 @@ class ResponsePrice:
         )
 
 
+def row_of(text: PriceRow, picture: PriceRow | None) -> PriceRow:
+    """The row of a response, of those of its two models. Raises ``CannotPrice`` where the first is
+    no text model's."""
+    if not isinstance(text.price, TokenPrice):
+        raise CannotPrice(
+            f"The price of {text.model} is one of pictures: ask for a text model.", "model"
+        )
+    price = ResponsePrice(text.price, None if picture is None else picture.price)
+    return replace(text, price=price, beside=picture)
+
+
 def drawn(call: Call, earlier: tuple[InputImage, ...] = ()) -> Call:
     """One picture of a response as a call of its own; size and quality are those of ``call``.
 
@@ -118,7 +137,7 @@ def drawn(call: Call, earlier: tuple[InputImage, ...] = ()) -> Call:
         parameters["svg"] = {"model": call.model, **(svg if isinstance(svg, dict) else {})}
     return replace(
         call,
-        model=tool.model or call.model,
+        model=tool.model,
         prompt_bytes=ask.text_bytes + ask.context_tokens,
         parameters=parameters,
         inputs=(*call.inputs, *earlier),

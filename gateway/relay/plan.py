@@ -33,11 +33,14 @@ from gateway.domain.price import (
     PriceRow,
     raised,
 )
+from gateway.domain.price_response import drawn as drawn_picture
+from gateway.domain.price_response import row_of
 from gateway.domain.quota import Demand, Limit, Scope, Unit
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
 from gateway.ports import Cache, Cached, Upstream
+from gateway.relay.plan_response import DEFAULT_TOOL_MODEL, served, with_tool
 from gateway.relay.retirement import Retirements, Sunset
 from gateway.relay.strict import validate_strict
 
@@ -86,6 +89,8 @@ class Routed:
     fingerprint: str
     enabled: bool
     linked: bool
+    tool: Model | None = None
+    """The model behind the image tool of a response."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +210,8 @@ class Planner:
         """Which model a call is for, and by what name it is known; nothing is looked up. Raises
         ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
         model = self.route(caller, call.model)
-        _judge(call, model)
+        tool = self._tool(caller, call)
+        _judge(call, model, tool)
         call = _pinned(call, model.pin)
         # A picture known by its address alone (it has no size) is fetched by the upstream, and
         # what stands there may change: it is passed on only where that is allowed, never cached.
@@ -225,7 +231,9 @@ class Planner:
             upstream=model.target.upstream,
         )
         switches = (self._policy.enabled, caller.team.cache_enabled, model.cache_enabled)
-        return Routed(caller, call, model, mark, all(switches) and not linked, linked)
+        # Whoever talks to a model wants an answer of its own.
+        enabled = all(switches) and not linked and call.asks is None
+        return Routed(caller, call, model, mark, enabled, linked, tool)
 
     async def plan(self, routed: Routed, wish: CacheWish, now: datetime) -> Plan:
         """A kept answer, or the ways to a new one. Raises ``InvalidRequest``, ``ModelRetired``,
@@ -284,6 +292,18 @@ class Planner:
             )
         return model
 
+    def _tool(self, caller: Caller, call: Call) -> Model | None:
+        """The model behind a response's image tool, which the caller has to be allowed as well.
+        Raises as ``route`` does, naming the tool."""
+        asked = None if call.asks is None else call.asks.tool
+        if asked is None:
+            return None
+        try:
+            return self.route(caller, asked.model or DEFAULT_TOOL_MODEL)
+        except (ModelNotFound, ModelNotAllowed) as error:
+            error.param = f"tools[{asked.index}].model"
+            raise
+
     def models(self, caller: Caller, now: datetime) -> list[Model]:
         """Every configured model that the caller may use and that is still served, by name."""
         permitted = self._permitted(caller)
@@ -328,7 +348,7 @@ class Planner:
             if other is None or not routed.caller.may_use(name):
                 continue
             try:
-                _judge(routed.call, other)
+                _judge(routed.call, other, routed.tool)
             except InvalidRequest:
                 continue
             found += self._ways_of(routed, other, now)[0]
@@ -354,7 +374,8 @@ class Planner:
                 refusals.append(_off(model, upstream))
                 continue
             try:
-                quote = self._quote(routed.caller, routed.call, model, target, now)
+                target = with_tool(target, routed.tool, routed.call)
+                quote = self._quote(routed, model, target, now)
             except InvalidRequest as error:
                 refusals.append(error)
             else:
@@ -391,15 +412,18 @@ class Planner:
         fits = not call.stream or cached.meta.streamable
         return cached if fits and age <= min(limits) else None
 
-    def _quote(
-        self, caller: Caller, call: Call, model: Model, target: Target, now: datetime
-    ) -> Quote:
+    def _quote(self, routed: Routed, model: Model, target: Target, now: datetime) -> Quote:
+        caller, call = routed.caller, served(routed.call, target)
         prices = self._price_list(self._upstreams[target.upstream], now)
         row = prices.find(target.model)
         most = caller.max_cost_per_request
+        picture = prices.find(target.tool) if target.tool else None
         if row is None:
             return Quote(self._unpriced_bound(caller, model, most), prices, None)
+        if routed.tool is not None and picture is None:
+            return Quote(self._unpriced_bound(caller, routed.tool, most), prices, None)
         try:
+            row = row if call.asks is None else row_of(row, picture)
             base = row.price.bound(call, prices)
         except CannotPrice as error:
             raise InvalidRequest(
@@ -470,8 +494,13 @@ def _drawn(targets: Sequence[Target], chooser: Chooser) -> Iterable[Target]:
             yield equal[place]
 
 
-def _judge(call: Call, model: Model) -> None:
-    """What a model of the operator's does not take. Raises ``InvalidRequest``."""
+def _judge(call: Call, model: Model, tool: Model | None) -> None:
+    """What a model of the operator's does not take; of a response that is the one that draws, and
+    the pictures are the other's to read. Raises ``InvalidRequest``."""
+    if call.asks is not None:
+        if tool is None:
+            return
+        call, model = replace(drawn_picture(call), inputs=()), tool
     if model.strict:
         validate_strict(call, model.target.model)
     if model.refuse_unknown and call.unknown:
@@ -496,7 +525,7 @@ def _off(model: Model, upstream: Upstream) -> UpstreamAccount:
 
 def _pinned(call: Call, pin: Pin | None) -> Call:
     """The call with what its client left open filled in. What was said is never touched."""
-    if pin is None:
+    if pin is None or call.asks is not None:
         return call
     wanted = (("size", call.size, pin.size), ("quality", call.quality, pin.quality))
     filled = {name: value for name, given, value in wanted if given in OPEN}

@@ -17,7 +17,6 @@ from gateway.domain.call import (
     Encoding,
     ImageTool,
     InputImage,
-    Json,
     Operation,
     Reference,
     ResponseAsk,
@@ -46,8 +45,6 @@ from gateway.relay.read import (
 from gateway.relay.skim import BadJson, Hole, JsonSkimmer
 
 IMAGE_TOOL = "image_generation"
-DEFAULT_TOOL_MODEL = "gpt-image-2.6-sunburst"
-"""What the provider draws with where the tool does not say (contract 3.4)."""
 KEEP_BYTES = 64 * 1024
 """Longer strings are passed over; of a picture this is enough for its size in pixels."""
 MAX_VALUES = 50_000
@@ -436,11 +433,3 @@ def _previous(given: Mapping[str, object]) -> str:
     if not isinstance(value, str) or len(value) > 256:
         raise wrong_type("previous_response_id", "the id of a response", value)
     return value
-
-
-def tools_drawn_by(tool: ImageTool, model: str) -> Json:
-    """The list of tools with another model in the image tool."""
-    tools = list(tool.tools)
-    own = tools[tool.index]
-    tools[tool.index] = {**own, "model": model} if isinstance(own, dict) else own
-    return tools
