@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from gateway.domain.call import Span
+from gateway.domain.call import Call, Span
 from gateway.domain.charge import Ending
 from gateway.domain.errors import Evidence, Fault, GatewayError, Overloaded, UpstreamBroken
 from gateway.domain.ledger import Outcome
@@ -22,9 +23,11 @@ from gateway.relay.meter import (
     JsonMeter,
     NoPicture,
     Reading,
+    error_event,
     is_completed,
     is_partial,
 )
+from gateway.relay.meter_response import Told
 from gateway.relay.replay import Splice
 from gateway.relay.skim import Event
 
@@ -40,7 +43,8 @@ PAUSES_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """How the upstream's part ended. Either ``reading`` is set, or ``error``.
+    """How the upstream's part ended. Either ``reading`` is set, or ``error``. ``told`` is what a
+    response said of itself, as far as it came.
 
     ``json`` and ``events`` are the answer in either form, as splices of the spool; None where it
     cannot be said in that form. ``streamed``: the spool holds events, to be followed as they are,
@@ -55,6 +59,46 @@ class Landing:
     streamed: bool = False
     upto: int = 0
     rest: AsyncGenerator[int, None] | None = None
+    told: Told | None = None
+
+
+class Taker(Protocol):
+    """Takes the answer to one call in. One per operation (``purchase.TAKERS``)."""
+
+    async def take(
+        self, reply: Reply, spool: Spool, upstream: str, begin: Callable[[Event], None]
+    ) -> Landing:
+        """Whatever its form; only a stream for a stream leaves early. ``begin`` is called before
+        an event with data is published."""
+
+    def error_event(self, error: GatewayError) -> bytes:
+        """An error in the form that it has inside this operation's streams."""
+
+
+class PictureTaker:
+    """Takes the answer to one call for pictures in."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    async def take(
+        self, reply: Reply, spool: Spool, upstream: str, begin: Callable[[Event], None]
+    ) -> Landing:
+        """As ``Taker`` says. A picture that came in the other form than asked is turned."""
+        call = self._call
+        if not is_stream(reply):
+            meter = JsonMeter(call.operation, upstream)
+            return await land_json(reply, spool, meter, as_stream=call.stream)
+        events = EventMeter(call.operation, upstream)
+        return await land_events(reply, spool, events, call.n, begin, as_json=not call.stream)
+
+    def error_event(self, error: GatewayError) -> bytes:
+        return error_event(error)
+
+
+def is_stream(reply: Reply) -> bool:
+    """Whether an upstream answers with events."""
+    return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")
 
 
 async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: bool) -> Landing:
@@ -131,8 +175,14 @@ async def land_events(
     return _landed(meter, as_json, spool.length) if meter.completed else _ended_early(meter)
 
 
+class Feeds(Protocol):
+    """What cuts a stream into events."""
+
+    def feed(self, chunk: bytes) -> list[Event]: ...
+
+
 async def the_rest(
-    seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: EventMeter
+    seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: Feeds
 ) -> AsyncGenerator[int, None]:
     """How far what follows the last picture may be published: whole events without a picture.
 

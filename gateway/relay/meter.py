@@ -6,6 +6,8 @@ leave at once, a completed one waits for the settlement.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -240,3 +242,24 @@ def error_event(error: GatewayError) -> bytes:
 def error_frame(content: bytes) -> bytes:
     """An error's body as an event."""
     return b"event: error\ndata: " + content.replace(b"\n", b" ") + b"\n\n"
+
+
+def flat_error_frame(content: bytes, sequence: int = 0) -> bytes:
+    """An error's body as an event of a response's stream: flat, as only there (contract 3.4)."""
+    described = json.loads(content).get("error", {})
+    flat = {
+        "type": "error",
+        "code": described.get("code"),
+        "message": described.get("message", ""),
+        "param": described.get("param"),
+        "sequence_number": sequence,
+    }
+    return b"event: error\ndata: " + json.dumps(flat, separators=(",", ":")).encode() + b"\n\n"
+
+
+ERROR_FRAMES: Mapping[Operation, Callable[[bytes], bytes]] = {
+    Operation.GENERATION: error_frame,
+    Operation.EDIT: error_frame,
+    Operation.RESPONSE: flat_error_frame,
+}
+"""How an error's body is said in the middle of an operation's stream."""

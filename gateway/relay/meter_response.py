@@ -7,7 +7,6 @@ whole response.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -206,19 +205,6 @@ class ResponseEventMeter:
             f"The upstream {self.upstream} {what}. The response may have been paid for, so this is "
             "not retried for you."
         )
-
-
-def flat_error_event(content: bytes, sequence: int) -> bytes:
-    """An error's body as an event of a response's stream: flat, as only there (contract 3.4)."""
-    described = json.loads(content).get("error", {})
-    flat = {
-        "type": "error",
-        "code": described.get("code"),
-        "message": described.get("message", ""),
-        "param": described.get("param"),
-        "sequence_number": sequence,
-    }
-    return b"event: error\ndata: " + json.dumps(flat, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _id(members: Mapping[str, Any]) -> str:

@@ -375,13 +375,23 @@ class Planner:
                 continue
             try:
                 target = with_tool(target, routed.tool, routed.call)
+                if routed.tool is not None:
+                    self._refuse_retired(routed.caller, routed.tool, target, now)
                 quote = self._quote(routed, model, target, now)
-            except InvalidRequest as error:
+            except (InvalidRequest, ModelRetired) as error:
                 refusals.append(error)
             else:
                 rests = not self._usable(upstream, target.model)
                 found.append(Way(model, target, upstream, quote, rests))
         return sorted(found, key=lambda way: way.rests), refusals
+
+    def _refuse_retired(self, caller: Caller, tool: Model, target: Target, now: datetime) -> None:
+        """Raises ``ModelRetired`` where what the tool would draw with is not served any more."""
+        drawing = replace(target, model=target.tool)
+        retired = self.retirements.refusal(caller, tool, drawing, now.date())
+        if retired is not None:
+            retired.param = "tools"
+            raise retired
 
     def _allowed(self, caller: Caller) -> str:
         names = [model.name for model in self._permitted(caller)]
