@@ -21,6 +21,7 @@ from gateway.domain.fingerprint import fingerprint
 from gateway.domain.ledger import Line
 from gateway.domain.money import Money, say_dollars
 from gateway.domain.notices import money_lines
+from gateway.domain.owned import Anchor
 from gateway.domain.price import (
     FACTOR_ONE,
     OPEN,
@@ -84,6 +85,8 @@ class Routed:
     fingerprint: str
     enabled: bool
     linked: bool
+    anchor: Anchor | None = None
+    """Where what it names by an id lives: it can go nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,8 @@ class Plan:
     at: datetime
     """The one instant that its periods and its day of usage are counted from."""
     cached: Cached | None = None
+    anchor: Anchor | None = None
+    """The upstream of all its ways, and the key that it goes with."""
 
     @property
     def way(self) -> Way:
@@ -197,8 +202,9 @@ class Planner:
         self._usable = usable
         self._chooser = chooser or random.Random()
 
-    def route_call(self, caller: Caller, call: Call) -> Routed:
-        """Which model a call is for, and by what name it is known; nothing is looked up. Raises
+    def route_call(self, caller: Caller, call: Call, anchor: Anchor | None = None) -> Routed:
+        """Which model a call is for, and by what name it is known; nothing is looked up.
+        ``anchor`` is where the ids that it names live. Raises
         ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
         model = self.route(caller, call.model)
         _judge(call, model)
@@ -221,7 +227,7 @@ class Planner:
             upstream=model.target.upstream,
         )
         switches = (self._policy.enabled, caller.team.cache_enabled, model.cache_enabled)
-        return Routed(caller, call, model, mark, all(switches) and not linked, linked)
+        return Routed(caller, call, model, mark, all(switches) and not linked, linked, anchor)
 
     async def plan(self, routed: Routed, wish: CacheWish, now: datetime) -> Plan:
         """A kept answer, or the ways to a new one. Raises ``InvalidRequest``,
@@ -251,6 +257,7 @@ class Planner:
             cache=CacheResult.MISS if routed.enabled else CacheResult.OFF,
             keep=routed.enabled and wish.write and any(way.quote.row for way in ways),
             at=now,
+            anchor=routed.anchor,
         )
 
     def route(self, caller: Caller, name: str) -> Model:
@@ -330,6 +337,8 @@ class Planner:
             upstream = self._upstreams[target.upstream]
             if routed.linked and not self._passes(target):
                 continue
+            if routed.anchor is not None and target.upstream != routed.anchor.upstream:
+                continue
             if not upstream.ready:
                 refusals.append(_off(model, upstream))
                 continue
@@ -340,6 +349,8 @@ class Planner:
             else:
                 rests = not self._usable(upstream, target.model)
                 found.append(Way(model, target, upstream, quote, rests))
+        if not found and not refusals:
+            refusals.append(_elsewhere(model, routed))
         return sorted(found, key=lambda way: way.rests), refusals
 
     def _allowed(self, caller: Caller) -> str:
@@ -463,6 +474,20 @@ def _judge(call: Call, model: Model) -> None:
             param=name,
             reason="unpriced",
         )
+
+
+def _elsewhere(model: Model, routed: Routed) -> InvalidRequest:
+    """What a call is told whose model is not served where the ids that it names live."""
+    param = routed.call.references[0].param if routed.call.references else "id"
+    there = routed.anchor.upstream if routed.anchor is not None else "another one"
+    others = ", ".join(dict.fromkeys(target.upstream for target in model.targets))
+    return InvalidRequest(
+        f"'{param}' lives at the upstream {there}, and {model.name} is served by {others}. Send the "
+        f"picture itself, or ask for a model that {there} serves.",
+        code="file_elsewhere",
+        param=param,
+        reason="invalid_param",
+    )
 
 
 def _off(model: Model, upstream: Upstream) -> UpstreamAccount:
