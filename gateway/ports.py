@@ -506,7 +506,8 @@ class Outgoing:
     """One request to an upstream, without its credentials: the origin's client adds those.
 
     ``path`` is below the upstream's base URL. ``body`` is read once; ``length`` is its size in
-    bytes, known because a request is taken in whole before it is sent on.
+    bytes, known because a request is taken in whole before it is sent on. ``max_response_bytes`` is
+    what its answer may have, where that is more than a picture's.
     """
 
     method: str
@@ -514,6 +515,7 @@ class Outgoing:
     headers: tuple[tuple[str, str], ...]
     body: AsyncIterator[bytes] | None = None
     length: int = 0
+    max_response_bytes: int = 0
 
 
 class Reply(Protocol):

@@ -106,6 +106,7 @@ class PassedRoutes:
         try:
             if handler is None:
                 raise _not_allowed(passes, visit.method)
+            visit.receipt = replace(visit.receipt, method=visit.method)
             head = await handler(visit)
             visit.receipt = replace(visit.receipt, status=head.status)
             return head

@@ -50,6 +50,16 @@ class Passage(StrEnum):
     MODERATION = "moderation"
     PROVENANCE = "provenance"
 
+    @property
+    def path(self) -> str:
+        """Below ``/v1``; of several the one that the others stand under."""
+        return {
+            Passage.FILE: "/files",
+            Passage.RESPONSE_LOOKUP: "/responses",
+            Passage.MODERATION: "/moderations",
+            Passage.PROVENANCE: "/content_provenance_checks",
+        }[self]
+
 
 class Span(NamedTuple):
     """Bytes ``[start, end)`` of a request's body."""

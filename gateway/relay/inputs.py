@@ -86,8 +86,8 @@ def from_url(value: str | Hole, role: str, param: str, rules: PictureRules) -> I
 
 def from_id(id: str, role: str) -> InputImage:
     """A file that lives at an upstream: how large it is, its owner's row says. Nothing is known of
-    its pixels."""
-    return InputImage(role=role, digest=digest_of_file(id), size_bytes=0, media_type="file")
+    its type and its pixels."""
+    return InputImage(role=role, digest=digest_of_file(id), size_bytes=0, media_type="")
 
 
 def digest_of_file(id: str) -> str:

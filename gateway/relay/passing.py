@@ -144,6 +144,8 @@ class Errand:
     accept: str = "application/json"
     more: answers.Headers = ()
     repeatable: bool = True
+    max_response_bytes: int = 0
+    """Where it is more than an answer may have otherwise."""
 
 
 class Passing:
@@ -422,16 +424,22 @@ class Passing:
 
     async def _sent(self, upstream: Upstream, errand: Errand, credential: str) -> Reply:
         said = [("accept", errand.accept), ("user-agent", self._agent), *errand.more]
+        outgoing = Outgoing(
+            errand.method, errand.path, tuple(said), max_response_bytes=errand.max_response_bytes
+        )
         if errand.body is None:
-            return await upstream.send(
-                Outgoing(errand.method, errand.path, tuple(said)), credential
-            )
+            return await upstream.send(outgoing, credential)
         said.append(("content-type", errand.content_type))
         async with aclosing(errand.body.slice()) as content:
-            return await upstream.send(
-                Outgoing(errand.method, errand.path, tuple(said), content, errand.body.length),
-                credential,
-            )
+            whole = replace(outgoing, headers=tuple(said), body=content, length=errand.body.length)
+            try:
+                return await upstream.send(whole, credential)
+            except OSError as error:
+                raise Overloaded(
+                    "The gateway could not read the request back from its disk. Nothing was sent; "
+                    "try again in a few seconds.",
+                    retry_after_seconds=5,
+                ) from error
 
     def _since(self, began: float) -> float:
         return self._clock.monotonic() - began

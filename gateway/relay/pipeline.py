@@ -40,6 +40,7 @@ from gateway.relay.news import Finished, ResultNews
 from gateway.relay.plan import Plan, Planner, lines_of
 from gateway.relay.purchase import Purchases, crash
 from gateway.relay.read import ReadRules, reader_for
+from gateway.relay.references import References, Resolved
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
 from gateway.relay.turnstile import Turnstile
@@ -57,6 +58,7 @@ class Pipeline:
         self,
         *,
         keyring: KeyRing,
+        references: References,
         planner: Planner,
         admission: Admission,
         purchases: Purchases,
@@ -79,6 +81,7 @@ class Pipeline:
         """``begun`` hears of each call that its limits let in, before it is bought."""
         self._begun = begun
         self._keyring = keyring
+        self._references = references
         self._planner = planner
         self._admission = admission
         self._purchases = purchases
@@ -131,23 +134,25 @@ class Pipeline:
             if isinstance(arrival.operation, Inquiry):
                 with self._estimates.turn(caller):
                     so_far, call = await self._taken_in(arrival, body, so_far, rules)
-                    return await self._estimate(arrival, self._planner, caller, call, so_far)
+                    found = await self._references.resolve(caller, call)
+                    return await self._estimate(arrival, self._planner, caller, found, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
-            return await self._answer(arrival, caller, call, body, so_far)
+            found = await self._references.resolve(caller, call)
+            return await self._answer(arrival, caller, found, body, so_far)
         except GatewayError as error:
             return ended(so_far, error, await self._unspent(caller, error))
         finally:
             body.close()
 
     async def _answer(
-        self, arrival: Arrival, caller: Caller, call: Call, body: Spool, so_far: Receipt
+        self, arrival: Arrival, caller: Caller, found: Resolved, body: Spool, so_far: Receipt
     ) -> Answer:
         """A call that is read: whose answer it gets. What is configured now plans it, also where
         it was read, or has waited for another one, for longer than anything else lives."""
         vacant: set[str] = set()
         while True:
             planner = self._planner
-            routed = planner.route_call(caller, call)
+            routed = planner.route_call(caller, found.call, found.anchor)
             earlier = await self._comebacks.earlier(arrival, routed)
             if earlier is not None and earlier.rid not in vacant:
                 answer = await self._comebacks.answer(arrival, routed, earlier, so_far)
@@ -266,9 +271,11 @@ class Pipeline:
         return reader.close()
 
     async def _estimate(
-        self, arrival: Arrival, planner: Planner, caller: Caller, call: Call, so_far: Receipt
+        self, arrival: Arrival, planner: Planner, caller: Caller, found: Resolved, so_far: Receipt
     ) -> Answer:
-        head, plan = await self._estimates.answer(arrival.rid, planner, caller, call, arrival.wish)
+        head, plan = await self._estimates.answer(
+            arrival.rid, planner, caller, found.call, arrival.wish, found.anchor
+        )
         if plan is not None:
             so_far = _with_plan(so_far, plan)
         receipt = replace(so_far, status=head.status)

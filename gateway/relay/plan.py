@@ -22,6 +22,7 @@ from gateway.domain.fingerprint import fingerprint
 from gateway.domain.ledger import Line
 from gateway.domain.money import Money, say_dollars
 from gateway.domain.notices import money_lines
+from gateway.domain.owned import Anchor
 from gateway.domain.price import (
     FACTOR_ONE,
     OPEN,
@@ -91,6 +92,8 @@ class Routed:
     linked: bool
     tool: Model | None = None
     """The model behind the image tool of a response."""
+    anchor: Anchor | None = None
+    """Where what it names by an id lives: it can go nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,8 @@ class Plan:
     cached: Cached | None = None
     sunset: Sunset | None = None
     """Where the model that was asked for is soon served no more: the client is told."""
+    anchor: Anchor | None = None
+    """The upstream of all its ways, and the key that it goes with."""
 
     @property
     def way(self) -> Way:
@@ -206,8 +211,9 @@ class Planner:
         self._chooser = chooser or random.Random()
         self.retirements = Retirements(catalogue, self._row_of)
 
-    def route_call(self, caller: Caller, call: Call) -> Routed:
-        """Which model a call is for, and by what name it is known; nothing is looked up. Raises
+    def route_call(self, caller: Caller, call: Call, anchor: Anchor | None = None) -> Routed:
+        """Which model a call is for, and by what name it is known; nothing is looked up.
+        ``anchor`` is where the ids that it names live. Raises
         ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
         model = self.route(caller, call.model)
         tool = self._tool(caller, call)
@@ -233,7 +239,7 @@ class Planner:
         switches = (self._policy.enabled, caller.team.cache_enabled, model.cache_enabled)
         # Whoever talks to a model wants an answer of its own.
         enabled = all(switches) and not linked and call.asks is None
-        return Routed(caller, call, model, mark, enabled, linked, tool)
+        return Routed(caller, call, model, mark, enabled, linked, tool, anchor)
 
     async def plan(self, routed: Routed, wish: CacheWish, now: datetime) -> Plan:
         """A kept answer, or the ways to a new one. Raises ``InvalidRequest``, ``ModelRetired``,
@@ -265,6 +271,7 @@ class Planner:
             keep=routed.enabled and wish.write and any(way.quote.row for way in ways),
             at=now,
             sunset=sunset,
+            anchor=routed.anchor,
         )
 
     def route(self, caller: Caller, name: str) -> Model:
@@ -366,6 +373,8 @@ class Planner:
             upstream = self._upstreams[target.upstream]
             if routed.linked and not self._passes(target):
                 continue
+            if routed.anchor is not None and target.upstream != routed.anchor.upstream:
+                continue
             retired = self.retirements.refusal(routed.caller, model, target, now.date())
             if retired is not None:
                 refusals.append(retired)
@@ -383,6 +392,8 @@ class Planner:
             else:
                 rests = not self._usable(upstream, target.model)
                 found.append(Way(model, target, upstream, quote, rests))
+        if not found and not refusals:
+            refusals.append(_elsewhere(model, routed))
         return sorted(found, key=lambda way: way.rests), refusals
 
     def _refuse_retired(self, caller: Caller, tool: Model, target: Target, now: datetime) -> None:
@@ -522,6 +533,20 @@ def _judge(call: Call, model: Model, tool: Model | None) -> None:
             param=name,
             reason="unpriced",
         )
+
+
+def _elsewhere(model: Model, routed: Routed) -> InvalidRequest:
+    """What a call is told whose model is not served where the ids that it names live."""
+    param = routed.call.references[0].param if routed.call.references else "id"
+    there = routed.anchor.upstream if routed.anchor is not None else "another one"
+    others = ", ".join(dict.fromkeys(target.upstream for target in model.targets))
+    return InvalidRequest(
+        f"'{param}' lives at the upstream {there}, and {model.name} is served by {others}. Send the "
+        f"picture itself, or ask for a model that {there} serves.",
+        code="file_elsewhere",
+        param=param,
+        reason="invalid_param",
+    )
 
 
 def _off(model: Model, upstream: Upstream) -> UpstreamAccount:

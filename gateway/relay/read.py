@@ -22,10 +22,12 @@ from gateway.domain.call import (
     Json,
     Layout,
     Operation,
+    Reference,
     Spot,
 )
 from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
-from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_url
+from gateway.domain.owned import OwnedKind
+from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_id, from_url
 from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
 from gateway.relay.skim import BadJson, Hole, JsonSkimmer
 
@@ -162,6 +164,7 @@ class _JsonReader:
         self._rules = rules
         self._limit = rules.body_limit(operation)
         self._length = 0
+        self._references: list[Reference] = []
         self._skimmer = JsonSkimmer(
             keep_bytes=KEEP_BYTES,
             max_depth=MAX_DEPTH,
@@ -196,9 +199,11 @@ class _JsonReader:
         inputs: tuple[InputImage, ...] = ()
         extras: list[Json] = []
         taken: frozenset[str] = frozenset()
+        references: tuple[Reference, ...] = ()
         if self._operation is Operation.EDIT:
             taken = frozenset({"images", "mask", "markup"})
             inputs, extras = self._pictures(fields)
+            references = tuple(self._references)
         parameters = {name: value for name, value in fields.items() if name not in taken}
         if any(extras):
             # What stands beside a picture's address decides the answer too: it is kept with the
@@ -214,6 +219,7 @@ class _JsonReader:
             inputs=inputs,
             unknown=parameters.keys() - KNOWN,
             body_bytes=self._length,
+            references=references,
         )
 
     def _pictures(self, fields: Mapping[str, object]) -> tuple[tuple[InputImage, ...], list[Json]]:
@@ -248,13 +254,7 @@ class _JsonReader:
         if not isinstance(item, dict):
             raise wrong_type(param, "an object with 'image_url'", item)
         if item.get("file_id") is not None:
-            raise InvalidRequest(
-                f"'{param}.file_id' cannot be used: files do not exist on this gateway yet. Send "
-                "the picture as a data URL in 'image_url', or as a file of a multipart form.",
-                code="file_id_unsupported",
-                param=f"{param}.file_id",
-                reason="invalid_param",
-            )
+            return self._file(role, param, item)
         param = f"{param}.image_url"
         address = item.get("image_url")
         if address is None:
@@ -262,6 +262,21 @@ class _JsonReader:
         if not isinstance(address, (str, Hole)):
             raise wrong_type(param, "a string", address)
         return from_url(address, role, param, self._rules.picture)
+
+    def _file(self, role: str, param: str, item: Mapping[str, object]) -> InputImage:
+        """A file that was uploaded before; whose it is, is not known here."""
+        id, place = item["file_id"], f"{param}.file_id"
+        if item.get("image_url") is not None:
+            raise InvalidRequest(
+                f"Invalid value for '{param}': send one of 'image_url' and 'file_id', not both.",
+                code="invalid_value",
+                param=param,
+                reason="invalid_param",
+            )
+        if not isinstance(id, str) or not id:
+            raise wrong_type(place, "the id of a file, like file-...", id)
+        self._references.append(Reference(OwnedKind.FILE.value, id, place))
+        return from_id(id, role)
 
 
 class _FormReader:
@@ -453,10 +468,12 @@ def _call(
     inputs: tuple[InputImage, ...],
     unknown: set[str],
     body_bytes: int,
+    references: tuple[Reference, ...] = (),
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given = {name: value for name, value in fields.items() if value is not None}
     check_spelling(fields.keys() | unknown)
+    _check_ids({**dict.fromkeys(unknown), **fields})
     model = model_of(given)
     prompt = _prompt(given)
     numbers = {name: number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
@@ -497,6 +514,7 @@ def _call(
         frame_count=1 if output_format in STILL_FORMATS else (frames or DEFAULT_FRAMES),
         unknown=frozenset(unknown & given.keys() | unknown - fields.keys()),
         body_bytes=body_bytes,
+        references=references,
         model_said=model or None,
         layout=layout,
     )
@@ -518,6 +536,26 @@ def check_spelling(fields: Iterable[str], known: frozenset[str] = READ_HERE) -> 
                 param=name[:64],
                 reason="invalid_param",
             )
+
+
+def _check_ids(value: object, path: str = "") -> None:
+    """Refuses the id of a file where this gateway does not look whose it is: the provider's account
+    is all teams', and takes every id that it knows."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            place = f"{path}.{name}" if path else name
+            if "file_id" in name.casefold():
+                raise InvalidRequest(
+                    f"Unknown parameter: '{place[:64]}'. The id of a file is taken in "
+                    "'images[].file_id', 'mask.file_id' and 'markup.file_id' of a JSON edit.",
+                    code="unknown_parameter",
+                    param=place[:64],
+                    reason="invalid_param",
+                )
+            _check_ids(item, place)
+    elif isinstance(value, list):
+        for item in value:
+            _check_ids(item, path)
 
 
 def model_of(given: Mapping[str, object]) -> str:
