@@ -100,6 +100,11 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "this; `server.cors` says it may not.",
         ("NotServed", "endpoint_retired"): "OpenAI has retired `/v1/images/variations`. "
         "`/v1/images/edits` takes a picture and a prompt.",
+        (
+            "InvalidRequest",
+            "user_required",
+        ): "The team has `per_user.required`, and the request does "
+        "not say whose it is. Send `safety_identifier`.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
@@ -220,6 +225,8 @@ REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(
         "idempotency-key": "one purchase and one charge, for a day",
         "prefer": "`respond-async`: a 202 at once; of a result, `wait=30`",
         "x-gateway-async": "`true`: as `Prefer: respond-async`",
+        "x-openwebui-user-id": "who the end user is, where the body does not say (`users.sources`)",
+        "x-openwebui-user-email": "as `x-openwebui-user-id`",
         "x-stainless-retry-count": "SDKs say by it that they try again",
     }
 )
