@@ -12,6 +12,7 @@
     reply.py         the response
     events.py        the response told in events
     archive.py       what is remembered of it
+    checks.py        moderations and provenance checks
     forms.py         reads multipart and JSON bodies into fields and files
     validate.py      what OpenAI refuses of an image request
     refusals.py      its errors, in its own words

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from gateway.domain.call import Json
 from gateway.ports import Clock
 from gateway.sandbox import costs
+from gateway.sandbox.checks import check_provenance, moderate
 from gateway.sandbox.exchange import Exchange, Sandbox
 from gateway.sandbox.files import create_file, delete_file, file_content, get_file, list_files
 from gateway.sandbox.images import edits, generations
@@ -102,6 +103,8 @@ ROUTES = (
     Route("DELETE", "/v1/responses/*", delete_response),
     Route("POST", "/v1/responses/*/cancel", cancel_response),
     Route("GET", "/v1/responses/*/input_items", list_input_items),
+    Route("POST", "/v1/moderations", moderate),
+    Route("POST", "/v1/content_provenance_checks", check_provenance),
     Route("GET", "/v1/models", _models),
     Route("GET", "/v1/models/*", _model),
     Route("GET", costs.PATH, _costs),

@@ -8,9 +8,7 @@ from functools import partial
 from gateway.domain.call import Operation
 from gateway.sandbox import costs
 from gateway.sandbox.answer import Purchase, error_event
-from gateway.sandbox.exchange import Beat, Exchange, Moment
-from gateway.sandbox.forms import Form, Malformed, read_json, read_multipart
-from gateway.sandbox.refusals import Refused, unreadable, unsupported
+from gateway.sandbox.exchange import JSON, MULTIPART, Beat, Exchange, Moment
 from gateway.sandbox.validate import blocked, check
 
 
@@ -23,10 +21,9 @@ async def edits(exchange: Exchange, body: bytes, name: str) -> None:
 
 
 async def _images(exchange: Exchange, body: bytes, operation: Operation) -> None:
-    form, trouble = await asyncio.to_thread(_read, exchange, operation, body)
     record, sandbox = exchange.record, exchange.sandbox
-    record.fields = form.fields
-    record.files = tuple(upload.part for upload in form.uploads)
+    kinds = (JSON, MULTIPART) if operation is Operation.EDIT else (JSON,)
+    form, trouble = await exchange.form(body, *kinds)
     model, prompt = form.fields.get("model"), form.fields.get("prompt")
     if await exchange.met(
         model if isinstance(model, str) else "",
@@ -51,20 +48,6 @@ async def _images(exchange: Exchange, body: bytes, operation: Operation) -> None
     whole = await asyncio.to_thread(purchase.json)
     _bill(exchange, purchase, streamed=False)
     await exchange.whole(whole)
-
-
-def _read(exchange: Exchange, operation: Operation, body: bytes) -> tuple[Form, Refused | None]:
-    """The form, and why there is none: a rule may still want to answer first."""
-    kind = exchange.record.header("content-type") or ""
-    essence = kind.partition(";")[0].strip().lower()
-    try:
-        if essence == "application/json":
-            return read_json(body, exchange.stored), None
-        if essence == "multipart/form-data" and operation is Operation.EDIT:
-            return read_multipart(kind, body), None
-    except Malformed:
-        return Form({}), unreadable(essence)
-    return Form({}), unsupported(essence)
 
 
 def _beats(purchase: Purchase) -> list[Beat]:
