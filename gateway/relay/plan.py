@@ -246,7 +246,8 @@ class Planner:
         ``UpstreamAccount``."""
         caller, call, model = routed.caller, routed.call, routed.model
         cached = None
-        if routed.enabled and wish.read:
+        over = self.retirements.is_over(model, now.date())
+        if routed.enabled and wish.read and not over:
             cached = await self._look_up(routed.fingerprint, call, wish, now)
         rates = rates_of(caller)
         sunset = self.retirements.sunset(caller, model, now.date())
