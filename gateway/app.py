@@ -73,6 +73,7 @@ from gateway.ports import (
 )
 from gateway.relay.admission import Admission
 from gateway.relay.attempts import Attempts
+from gateway.relay.background import Background
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
 from gateway.relay.comebacks import Comebacks
@@ -85,6 +86,7 @@ from gateway.relay.health import Health
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
+from gateway.relay.owning import Owning
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.purchase import Purchases
 from gateway.relay.results import ResultPolicy, Results
@@ -271,6 +273,8 @@ async def open_gateway(
             settings.relay.attempts,
             patience_seconds=settings.patience_seconds,
         )
+        owning = Owning(store.ownership, flights, clock, settings.responses.keep)
+        background = Background(clock, settings.background_seconds, openai.USER_AGENT)
         purchases = Purchases(
             ledger=ledger,
             safe=safe,
@@ -282,6 +286,8 @@ async def open_gateway(
             factors=factors,
             joining=joining,
             keeper=keeper,
+            owning=owning,
+            background=background,
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
             propagate=settings.tracing.propagate,

@@ -42,7 +42,7 @@ from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.arrival import Patience
 from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.news import ResultNews
-from gateway.relay.read import ReadRules
+from gateway.relay.read import ReadRules, ResponseRules
 from gateway.settings import (
     ImageUrls,
     Kind,
@@ -50,6 +50,7 @@ from gateway.settings import (
     Secret,
     Settings,
     UpstreamKey,
+    WithoutImageTool,
     WithoutRedis,
     shipped,
 )
@@ -708,4 +709,10 @@ def read_rules(settings: Settings, image_urls: bool) -> ReadRules:
         max_pixels=server.max_pixels,
         max_side=server.max_side,
         image_urls_allowed=image_urls,
+        responses=ResponseRules(
+            enabled=settings.responses.enabled,
+            without_image_tool=(settings.responses.without_image_tool is WithoutImageTool.ALLOW),
+            max_output_tokens=settings.responses.max_output_tokens,
+            max_tool_calls=settings.responses.max_tool_calls,
+        ),
     )

@@ -210,6 +210,13 @@ class WithoutRedis(StrEnum):
     DENY = "deny"
 
 
+class WithoutImageTool(StrEnum):
+    """What to do with a response that asks for text alone."""
+
+    REFUSE = "refuse"
+    ALLOW = "allow"
+
+
 class CacheScope(StrEnum):
     """Who shares cached results."""
 
@@ -866,6 +873,20 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """``/v1/responses``. ``max_output_tokens`` and ``max_tool_calls`` are filled in where a request
+    leaves them open, and the most that it may say; ``keep`` is how long its ids are known."""
+
+    enabled: bool = setting(boolean, True)
+    without_image_tool: WithoutImageTool = setting(
+        choice(WithoutImageTool), WithoutImageTool.REFUSE
+    )
+    max_output_tokens: int = setting(whole(16, 1_000_000), 16_384)
+    max_tool_calls: int = setting(whole(1, 100), 4)
+    keep: timedelta = setting(duration, timedelta(days=30))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admin:
     keys: tuple[Secret, ...] = group(listing(_admin_key), ())
 
@@ -1131,6 +1152,7 @@ class _Document:
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
+    responses: Responses = group(record(Responses), Responses())
     relay: Relay = group(record(Relay), Relay())
     log: Log = group(record(Log), Log())
     tracing: Tracing = group(record(Tracing), Tracing())
@@ -1147,6 +1169,7 @@ _OVERRIDABLE = MappingProxyType(
         "users": names_of(Users),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
+        "responses": names_of(Responses),
         "relay": names_of(Relay),
         "log": names_of(Log),
         "tracing": names_of(Tracing),
@@ -1198,6 +1221,7 @@ class Settings:
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
+    responses: Responses
     relay: Relay
     log: Log
     tracing: Tracing
@@ -1210,6 +1234,11 @@ class Settings:
     def lease_seconds(self) -> float:
         """How long a hold may live: as set, or the longest call and a minute."""
         return self.ledger.lease_seconds or _longest_call(self.upstreams) + 60
+
+    @property
+    def background_seconds(self) -> float:
+        """How long what an upstream goes on with by itself is looked after: its hold ends then."""
+        return max(1.0, self.lease_seconds - 60)
 
     @property
     def patience_seconds(self) -> float:
@@ -1386,6 +1415,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
             if key.key.value is not None
         ),
         notify=document.notify,
+        responses=document.responses,
         relay=document.relay,
         log=document.log,
         tracing=document.tracing,

@@ -13,11 +13,11 @@ flight, one whose picture is there already gets that, and for everybody else a f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from gateway.domain.call import Call, Inquiry
+from gateway.domain.call import Call, Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
 from gateway.domain.ledger import Held, Outcome, Replay
 from gateway.domain.quota import Demand
@@ -39,7 +39,8 @@ from gateway.relay.keyring import KeyRing
 from gateway.relay.news import Finished, ResultNews
 from gateway.relay.plan import Plan, Planner, lines_of
 from gateway.relay.purchase import Purchases, crash
-from gateway.relay.read import ReadRules, reader_for
+from gateway.relay.read import Reader, ReadRules, reader_for
+from gateway.relay.read_response import remembered, response_reader
 from gateway.relay.references import References, Resolved
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
@@ -48,6 +49,12 @@ from gateway.relay.users import Users
 
 log = logging.getLogger(__name__)
 
+READERS: Mapping[Operation, Callable[..., Reader]] = {
+    Operation.GENERATION: reader_for,
+    Operation.EDIT: reader_for,
+    Operation.RESPONSE: response_reader,
+}
+"""Who reads an operation's body."""
 MEMORY_BODY_BYTES = 1024 * 1024
 """A request's body over this goes to disk: it may wait there for minutes."""
 
@@ -144,7 +151,7 @@ class Pipeline:
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
             caller = self._users.named(caller, call, arrival.user_hints)
             so_far = replace(so_far, user=caller.recorded_user)
-            found = await self._references.resolve(caller, call)
+            found = remembered(await self._references.resolve(caller, call))
             return await self._answer(arrival, caller, found, body, so_far)
         except GatewayError as error:
             return ended(so_far, error, await self._unspent(caller, error))
@@ -271,7 +278,7 @@ class Pipeline:
             async for chunk in arrival.body:
                 reader.feed(chunk)
             return reader.close()
-        reader = reader_for(arrival.operation, *announced)
+        reader = READERS[arrival.operation](arrival.operation, *announced)
         async for chunk in arrival.body:
             reader.feed(chunk)
             await body.write(chunk)

@@ -8,7 +8,7 @@ files become references; whose they are is asked before the plan (``references.p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from gateway.domain.call import (
@@ -42,6 +42,7 @@ from gateway.relay.read import (
     settled,
     wrong_type,
 )
+from gateway.relay.references import Resolved
 from gateway.relay.skim import BadJson, Hole, JsonSkimmer
 
 IMAGE_TOOL = "image_generation"
@@ -433,3 +434,18 @@ def _previous(given: Mapping[str, object]) -> str:
     if not isinstance(value, str) or len(value) > 256:
         raise wrong_type("previous_response_id", "the id of a response", value)
     return value
+
+
+def remembered(found: Resolved) -> Resolved:
+    """A response with what is remembered of the one that it goes on with; another call as it is."""
+    ask = found.call.asks
+    if ask is None or not ask.previous:
+        return found
+    detail = found.owned[ask.previous].detail
+    tokens, pictures = detail.get("context_tokens"), detail.get("pictures")
+    ask = replace(
+        ask,
+        context_tokens=ask.context_tokens + (tokens if isinstance(tokens, int) else 0),
+        context_pictures=ask.context_pictures + (pictures if isinstance(pictures, int) else 0),
+    )
+    return found._replace(call=replace(found.call, asks=ask))
