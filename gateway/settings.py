@@ -409,6 +409,10 @@ def _base_url(node: Node, spot: Spot) -> str:
     return url.rstrip("/")
 
 
+def _named_upstream(node: Node, spot: Spot) -> str:
+    return scalar(node).text
+
+
 def _verify(node: Node, spot: Spot) -> Path | bool:
     value = scalar(node)
     if value.text == "true":
@@ -838,6 +842,25 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileSettings:
+    """`/v1/files`. ``upstream`` None: the first that is on. ``max_total_bytes`` is of all files of
+    a team."""
+
+    enabled: bool = setting(boolean, True)
+    upstream: str | None = setting(optional(_named_upstream), None)
+    max_bytes: int = setting(size, 512 * MIB)
+    max_total_bytes: int = setting(size, 10 * 1024 * MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSettings:
+    """An endpoint that is passed on for nothing. ``upstream`` None: the first that is on."""
+
+    enabled: bool = setting(boolean, True)
+    upstream: str | None = setting(optional(_named_upstream), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admin:
     keys: tuple[Secret, ...] = group(listing(_admin_key), ())
 
@@ -1071,6 +1094,9 @@ class _Document:
     prices: Prices = group(record(Prices), Prices())
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
+    files: FileSettings = group(record(FileSettings), FileSettings())
+    moderations: CheckSettings = group(record(CheckSettings), CheckSettings())
+    provenance: CheckSettings = group(record(CheckSettings), CheckSettings())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
@@ -1087,6 +1113,9 @@ _OVERRIDABLE = MappingProxyType(
         "prices": names_of(Prices),
         "cache": names_of(CacheSettings),
         "results": names_of(Results),
+        "files": names_of(FileSettings),
+        "moderations": names_of(CheckSettings),
+        "provenance": names_of(CheckSettings),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
         "relay": names_of(Relay),
@@ -1136,6 +1165,9 @@ class Settings:
     prices: Prices
     cache: CacheSettings
     results: Results
+    files: FileSettings
+    moderations: CheckSettings
+    provenance: CheckSettings
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
@@ -1318,6 +1350,9 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         prices=document.prices,
         cache=document.cache,
         results=document.results,
+        files=document.files,
+        moderations=document.moderations,
+        provenance=document.provenance,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)
@@ -1370,6 +1405,16 @@ def _check_sections(
                 "whsec_$(openssl rand -base64 32)",
             )
     _check_results(document.results, root, spot.at("results"))
+    for section, named in (
+        ("files", document.files.upstream),
+        ("moderations", document.moderations.upstream),
+        ("provenance", document.provenance.upstream),
+    ):
+        if named is not None and named not in _names(root, "upstreams"):
+            spot.at(section).at("upstream").wrong(
+                _place(root, section, "upstream"),
+                f"is no upstream of this file{suggestion(named, sorted(upstreams))}",
+            )
     for name, upstream in upstreams.items():
         if upstream.places > upstream.max_connections:
             spot.at("upstreams").at(name).at("max_in_flight").warn(
