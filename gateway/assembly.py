@@ -40,6 +40,8 @@ from gateway.ports import (
 )
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.arrival import Patience
+from gateway.relay.checks import CheckRules
+from gateway.relay.files import FileRules, Place
 from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.news import ResultNews
 from gateway.relay.read import ReadRules, ResponseRules
@@ -698,6 +700,30 @@ def _webhooks(
 def patience_of(settings: Settings) -> Patience:
     """How long clients wait, and what those get who come back."""
     return Patience(settings.relay.max_wait_seconds, settings.relay.on_unknown is OnUnknown.REPEAT)
+
+
+def file_rules(settings: Settings) -> FileRules:
+    """What holds for `/v1/files`."""
+    files = settings.files
+    return FileRules(
+        _place(settings, files.enabled, files.upstream), files.max_bytes, files.max_total_bytes
+    )
+
+
+def check_rules(settings: Settings) -> CheckRules:
+    """What holds for moderations and provenance."""
+    moderations, provenance = settings.moderations, settings.provenance
+    return CheckRules(
+        _place(settings, moderations.enabled, moderations.upstream),
+        _place(settings, provenance.enabled, provenance.upstream),
+        settings.server.max_file_bytes,
+    )
+
+
+def _place(settings: Settings, enabled: bool, named: str | None) -> Place:
+    """Where something is passed on to: as configured, else the first upstream that is on."""
+    first = next((name for name, one in settings.upstreams.items() if one.ready), "")
+    return Place(enabled, first if named is None else named)
 
 
 def read_rules(settings: Settings, image_urls: bool) -> ReadRules:

@@ -417,6 +417,10 @@ def _base_url(node: Node, spot: Spot) -> str:
     return url.rstrip("/")
 
 
+def _named_upstream(node: Node, spot: Spot) -> str:
+    return scalar(node).text
+
+
 def _verify(node: Node, spot: Spot) -> Path | bool:
     value = scalar(node)
     if value.text == "true":
@@ -887,6 +891,25 @@ class Responses:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FileSettings:
+    """`/v1/files`. ``upstream`` None: the first that is on. ``max_total_bytes`` is of all files of
+    a team."""
+
+    enabled: bool = setting(boolean, True)
+    upstream: str | None = setting(optional(_named_upstream), None)
+    max_bytes: int = setting(size, 512 * MIB)
+    max_total_bytes: int = setting(size, 10 * 1024 * MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSettings:
+    """An endpoint that is passed on for nothing. ``upstream`` None: the first that is on."""
+
+    enabled: bool = setting(boolean, True)
+    upstream: str | None = setting(optional(_named_upstream), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admin:
     keys: tuple[Secret, ...] = group(listing(_admin_key), ())
 
@@ -1149,6 +1172,9 @@ class _Document:
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
     users: Users = group(record(Users), Users())
+    files: FileSettings = group(record(FileSettings), FileSettings())
+    moderations: CheckSettings = group(record(CheckSettings), CheckSettings())
+    provenance: CheckSettings = group(record(CheckSettings), CheckSettings())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
@@ -1167,6 +1193,9 @@ _OVERRIDABLE = MappingProxyType(
         "cache": names_of(CacheSettings),
         "results": names_of(Results),
         "users": names_of(Users),
+        "files": names_of(FileSettings),
+        "moderations": names_of(CheckSettings),
+        "provenance": names_of(CheckSettings),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
         "responses": names_of(Responses),
@@ -1218,6 +1247,9 @@ class Settings:
     cache: CacheSettings
     results: Results
     users: Users
+    files: FileSettings
+    moderations: CheckSettings
+    provenance: CheckSettings
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
@@ -1407,6 +1439,9 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         cache=document.cache,
         results=document.results,
         users=document.users,
+        files=document.files,
+        moderations=document.moderations,
+        provenance=document.provenance,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)
@@ -1460,6 +1495,16 @@ def _check_sections(
                 "whsec_$(openssl rand -base64 32)",
             )
     _check_results(document.results, root, spot.at("results"))
+    for section, named in (
+        ("files", document.files.upstream),
+        ("moderations", document.moderations.upstream),
+        ("provenance", document.provenance.upstream),
+    ):
+        if named is not None and named not in _names(root, "upstreams"):
+            spot.at(section).at("upstream").wrong(
+                _place(root, section, "upstream"),
+                f"is no upstream of this file{suggestion(named, sorted(upstreams))}",
+            )
     for name, upstream in upstreams.items():
         if upstream.places > upstream.max_connections:
             spot.at("upstreams").at(name).at("max_in_flight").warn(

@@ -20,7 +20,9 @@ from typing import TypeAlias
 from gateway.assembly import (
     CannotServe,
     account_keys,
+    check_rules,
     declared_keys,
+    file_rules,
     make_account,
     open_notifier,
     owned_twice,
@@ -40,8 +42,10 @@ from gateway.ports import Cache, Clock, Directory, Notifier, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.relay.admission import Admission
 from gateway.relay.attempts import Attempts
+from gateway.relay.checks import Checks
 from gateway.relay.comebacks import Comebacks
 from gateway.relay.factors import Factors
+from gateway.relay.files import Files
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
 from gateway.relay.joining import Joining
@@ -233,6 +237,8 @@ class Parts:
     comebacks: Comebacks
     purchases: Purchases
     pipeline: Pipeline
+    files: Files
+    checks: Checks
     factors: Factors
     health: Health
     turnstile: Turnstile
@@ -357,6 +363,8 @@ class Swap:
             patience,
             log_prompts=relay.log_prompts,
         )
+        parts.files.rules = file_rules(settings)
+        parts.checks.rules = check_rules(settings)
         parts.budget_watch.replace(settings.notify.budget_percent, notifier)
         before, self._notifier = self._notifier, notifier
         if before is not None and before is not notifier:

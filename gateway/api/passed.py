@@ -23,6 +23,8 @@ from gateway.domain.trace import Trace, of_stranger
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import failed
+from gateway.relay.checks import Checks
+from gateway.relay.files import Files
 from gateway.relay.flights import Head
 from gateway.relay.passing import Handler, Visit
 
@@ -43,6 +45,17 @@ class Passes:
     @property
     def pattern(self) -> re.Pattern[str]:
         return re.compile("/v1" + "([^/]+)".join(re.escape(part) for part in self.path.split("{}")))
+
+
+def passes_of(files: Files, checks: Checks) -> list[Passes]:
+    """Every path that is passed on."""
+    return [
+        Passes("/files", Passage.FILE, {"GET": files.page, "POST": files.upload}),
+        Passes("/files/{}", Passage.FILE, {"GET": files.show, "DELETE": files.delete}),
+        Passes("/files/{}/content", Passage.FILE, {"GET": files.content}),
+        Passes("/moderations", Passage.MODERATION, {"POST": checks.moderate}),
+        Passes("/content_provenance_checks", Passage.PROVENANCE, {"POST": checks.trace_origin}),
+    ]
 
 
 class PassedRoutes:

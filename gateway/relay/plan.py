@@ -542,8 +542,8 @@ def _elsewhere(model: Model, routed: Routed) -> InvalidRequest:
     there = routed.anchor.upstream if routed.anchor is not None else "another one"
     others = ", ".join(dict.fromkeys(target.upstream for target in model.targets))
     return InvalidRequest(
-        f"'{param}' lives at the upstream {there}, and {model.name} is served by {others}. Send the "
-        f"picture itself, or ask for a model that {there} serves.",
+        f"'{param}' lives at the upstream {there}, and {model.name} is served by {others}. Send "
+        f"the picture itself, or ask for a model that {there} serves.",
         code="file_elsewhere",
         param=param,
         reason="invalid_param",

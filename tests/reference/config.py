@@ -38,6 +38,7 @@ _FORMS: Mapping[str, str] = MappingProxyType(
         "_database": "a url: `sqlite:///`, `postgresql://`",
         "_existing_file": "a file that exists",
         "_header_value": "a line of ASCII",
+        "_named_upstream": "the name of an upstream",
         "_headers": "a table of names and values",
         "_keep": "a time of a day or more",
         "_kind": "`openai` or `sandbox`",
@@ -109,6 +110,9 @@ MORE: Mapping[str, str] = MappingProxyType(
         "cache.memory_bytes": "in the memory of each process",
         "results.enabled": "whether results can be fetched, and requests be asynchronous",
         "results.ttl": "how long a result can be fetched",
+        "files.enabled": "whether `/v1/files` is served",
+        "moderations.enabled": "whether `/v1/moderations` is served",
+        "provenance.enabled": "whether `/v1/content_provenance_checks` is served",
         "teams.NAME.keys": "what its clients send as their API key, or a table that says more; "
         "teams of the directory have theirs by `gateway key create`",
         "teams.NAME.keys[].key": "what its clients send; `openssl rand -hex 24` makes one. It is "
