@@ -276,6 +276,8 @@ def make_planner(
         frozenset(passing),
         factors.of,
         health.usable,
+        compat=settings.compat,
+        hosting=settings.server.public_url is not None,
     )
 
 

@@ -166,7 +166,8 @@ class Bench:
 
     async def plan(self, call: Call, who: Caller | None = None, wish: Any = None) -> Plan:
         planner = self.planner
-        routed = planner.route_call(who or caller(), call)
+        who = who or caller()
+        routed = planner.route_call(who, planner.repaired(who, call))
         return await planner.plan(routed, wish or CacheWish(), NOW)
 
     async def refused(
