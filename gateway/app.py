@@ -91,6 +91,7 @@ from gateway.relay.health import Health
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
+from gateway.relay.lookups import Lookups
 from gateway.relay.owning import Owning
 from gateway.relay.passing import Passing
 from gateway.relay.pipeline import Pipeline
@@ -334,6 +335,7 @@ async def open_gateway(
             agent=openai.USER_AGENT,
             begun=metrics.begun,
         )
+        lookups = Lookups(passing, references, store.ownership, enabled=settings.responses.enabled)
         files = Files(passing, references, store.ownership, clock, file_rules(settings))
         checks = Checks(passing, check_rules(settings))
         pipeline = Pipeline(
@@ -414,6 +416,9 @@ async def open_gateway(
             purchases=purchases,
             pipeline=pipeline,
             files=files,
+            lookups=lookups,
+            owning=owning,
+            background=background,
             checks=checks,
             factors=factors,
             health=health,
@@ -505,7 +510,7 @@ async def open_gateway(
             pipeline, listeners, clock, None if spans is None else settings.tracing.sample
         )
         passed = PassedRoutes(
-            passes_of(files, checks),
+            passes_of(files, checks, lookups),
             listeners,
             clock,
             None if spans is None else settings.tracing.sample,

@@ -33,8 +33,8 @@ class Reloaded(StrEnum):
 
 def swapped(running: Settings, found: Settings) -> Settings:
     """The running settings with all of the found ones that may change: upstreams, models, compat,
-    prices, the policy of the cache, files, checks, relay, notify, peppers, users, and teams with
-    their keys and limits."""
+    prices, the policy of the cache, files, checks, responses, relay, notify, peppers, users, and
+    teams with their keys and limits."""
     return replace(
         running,
         upstreams=found.upstreams,
@@ -43,6 +43,7 @@ def swapped(running: Settings, found: Settings) -> Settings:
         prices=found.prices,
         cache=_with(running.cache, found.cache, CACHE_POLICY),
         files=found.files,
+        responses=found.responses,
         moderations=found.moderations,
         provenance=found.provenance,
         relay=found.relay,
