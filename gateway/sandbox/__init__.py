@@ -6,12 +6,14 @@
     app.py           the ASGI app: the table of endpoints
     exchange.py      one request and its answer: the shared account, the life of a request, faults
     images.py        generations and edits
+    azure.py         what is otherwise at Azure
     files.py         /v1/files
     responses.py     /v1/responses
     conversation.py  a request for a response, understood
     reply.py         the response
     events.py        the response told in events
     archive.py       what is remembered of it
+    checks.py        moderations and provenance checks
     forms.py         reads multipart and JSON bodies into fields and files
     validate.py      what OpenAI refuses of an image request
     refusals.py      its errors, in its own words

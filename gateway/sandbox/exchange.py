@@ -17,14 +17,18 @@ from starlette.types import Receive, Scope, Send
 from gateway.domain.call import Json
 from gateway.ports import Clock
 from gateway.sandbox.archive import StoredResponse, item_bytes, response_bytes
-from gateway.sandbox.forms import StoredFile
+from gateway.sandbox.forms import Form, Malformed, StoredFile, read_json, read_multipart
 from gateway.sandbox.journal import Journal, Record
-from gateway.sandbox.refusals import Refused
+from gateway.sandbox.refusals import Refused, unreadable, unsupported
 from gateway.sandbox.rules import Rule, Rules, Unset
 from gateway.sandbox.shelf import Shelf
 from gateway.sandbox.watch import Gate
 from gateway.sandbox.wire import ConnectionCut, Wire
 
+JSON = "application/json"
+MULTIPART = "multipart/form-data"
+AZURE = "/openai/"
+"""How Azure's paths begin."""
 MAX_BODY_BYTES = 900 * 1024 * 1024
 """Sixteen images of 50 MB and some (contract 2.4)."""
 MAX_KEPT_BYTES = 1024 * 1024 * 1024
@@ -127,7 +131,7 @@ class Exchange:
         scheme, _, token = (self.record.header("authorization") or "").partition(" ")
         if scheme.lower() == "bearer" and token.strip():
             return token.strip()
-        azure = self.record.path.startswith("/openai/")
+        azure = self.record.path.startswith(AZURE)
         return (self.record.header("api-key") or "").strip() if azure else ""
 
     @property
@@ -141,6 +145,26 @@ class Exchange:
         if found is None or (found.expires is not None and found.expires <= self.created):
             return None
         return found
+
+    async def form(self, body: bytes, *kinds: str) -> tuple[Form, Refused | None]:
+        """What the body says, noted in the journal, and why it says nothing: a rule may still
+        want to answer first. ``kinds`` are the media types taken, OpenAI's own word first."""
+        form, trouble = await asyncio.to_thread(self._form, body, kinds)
+        self.record.fields = form.fields
+        self.record.files = tuple(upload.part for upload in form.uploads)
+        return form, trouble
+
+    def _form(self, body: bytes, kinds: tuple[str, ...]) -> tuple[Form, Refused | None]:
+        kind = self.record.header("content-type") or ""
+        essence = kind.partition(";")[0].strip().lower()
+        if essence not in kinds:
+            return Form({}), unsupported(essence, kinds[0])
+        try:
+            if essence == JSON:
+                return read_json(body, self.stored), None
+            return read_multipart(kind, body), None
+        except Malformed:
+            return Form({}), unreadable(essence)
 
     async def met(self, model: str = "", prompt: str = "", *, lingers: bool = True) -> bool:
         """Takes the request's rule and does what it says before anything is worked on. True where

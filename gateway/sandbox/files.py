@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 import secrets
 from urllib.parse import parse_qsl
 
 from gateway.domain.call import Json
-from gateway.sandbox.exchange import Exchange
-from gateway.sandbox.forms import Form, Malformed, StoredFile, read_multipart
+from gateway.sandbox.exchange import MULTIPART, Exchange
+from gateway.sandbox.forms import Form, StoredFile
 from gateway.sandbox.refusals import (
     Refused,
     bad_value,
@@ -18,8 +17,6 @@ from gateway.sandbox.refusals import (
     missing,
     no_file,
     unknown,
-    unreadable,
-    unsupported,
     wrong_type,
 )
 
@@ -32,18 +29,7 @@ _RANGE = re.compile(r"bytes=([0-9]*)-([0-9]*)")
 
 async def create_file(exchange: Exchange, body: bytes, name: str) -> None:
     """Its rules match their prompt in the file's name."""
-    kind = exchange.record.header("content-type") or ""
-    essence = kind.partition(";")[0].strip().lower()
-    form, trouble = Form({}), None
-    try:
-        if essence == "multipart/form-data":
-            form = await asyncio.to_thread(read_multipart, kind, body)
-        else:
-            trouble = unsupported(essence, "multipart/form-data")
-    except Malformed:
-        trouble = unreadable(essence)
-    exchange.record.fields = form.fields
-    exchange.record.files = tuple(upload.part for upload in form.uploads)
+    form, trouble = await exchange.form(body, MULTIPART)
     if await exchange.met("", form.uploads[0].part.filename if form.uploads else ""):
         return
     if trouble is not None:

@@ -3,31 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 
 from gateway.domain.call import Operation
 from gateway.sandbox import costs
 from gateway.sandbox.answer import Purchase, error_event
-from gateway.sandbox.exchange import Beat, Exchange, Moment
-from gateway.sandbox.forms import Form, Malformed, read_json, read_multipart
-from gateway.sandbox.refusals import Refused, unreadable, unsupported
+from gateway.sandbox.azure import EXTRAS, deployed, filtered
+from gateway.sandbox.exchange import JSON, MULTIPART, Beat, Exchange, Moment
 from gateway.sandbox.validate import blocked, check
 
 
 async def generations(exchange: Exchange, body: bytes, name: str) -> None:
-    await _images(exchange, body, Operation.GENERATION)
+    await _images(exchange, body, Operation.GENERATION, name)
 
 
 async def edits(exchange: Exchange, body: bytes, name: str) -> None:
-    await _images(exchange, body, Operation.EDIT)
+    await _images(exchange, body, Operation.EDIT, name)
 
 
-async def _images(exchange: Exchange, body: bytes, operation: Operation) -> None:
-    form, trouble = await asyncio.to_thread(_read, exchange, operation, body)
+async def _images(exchange: Exchange, body: bytes, operation: Operation, deployment: str) -> None:
+    """``deployment`` is of Azure's paths, empty in OpenAI's."""
     record, sandbox = exchange.record, exchange.sandbox
-    record.fields = form.fields
-    record.files = tuple(upload.part for upload in form.uploads)
-    model, prompt = form.fields.get("model"), form.fields.get("prompt")
+    kinds = (JSON, MULTIPART) if operation is Operation.EDIT else (JSON,)
+    form, trouble = await exchange.form(body, *kinds)
+    model, prompt = deployment or form.fields.get("model"), form.fields.get("prompt")
     if await exchange.met(
         model if isinstance(model, str) else "",
         prompt if isinstance(prompt, str) else "",
@@ -36,11 +36,16 @@ async def _images(exchange: Exchange, body: bytes, operation: Operation) -> None
         return
     if trouble is not None:
         raise trouble
+    if deployment:
+        form = deployed(deployment, form, record.query, sandbox.clock.now())
     order = await asyncio.to_thread(check, operation, form, sandbox.clock.now())
     refused = blocked(order.prompt, record.request_id)
     if refused is not None:
-        raise refused
-    purchase = Purchase(order, exchange.rule, record.number, exchange.created)
+        raise filtered() if deployment else refused
+    rule = exchange.rule
+    if deployment:
+        rule = replace(rule, extra_fields={**EXTRAS, **rule.extra_fields})
+    purchase = Purchase(order, rule, record.number, exchange.created)
     await exchange.linger()
     if order.stream and not exchange.rule.json_for_stream:
         # It is billed when its work starts: a cut changes nothing.
@@ -51,20 +56,6 @@ async def _images(exchange: Exchange, body: bytes, operation: Operation) -> None
     whole = await asyncio.to_thread(purchase.json)
     _bill(exchange, purchase, streamed=False)
     await exchange.whole(whole)
-
-
-def _read(exchange: Exchange, operation: Operation, body: bytes) -> tuple[Form, Refused | None]:
-    """The form, and why there is none: a rule may still want to answer first."""
-    kind = exchange.record.header("content-type") or ""
-    essence = kind.partition(";")[0].strip().lower()
-    try:
-        if essence == "application/json":
-            return read_json(body, exchange.stored), None
-        if essence == "multipart/form-data" and operation is Operation.EDIT:
-            return read_multipart(kind, body), None
-    except Malformed:
-        return Form({}), unreadable(essence)
-    return Form({}), unsupported(essence)
 
 
 def _beats(purchase: Purchase) -> list[Beat]:

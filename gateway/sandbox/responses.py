@@ -12,14 +12,11 @@ from gateway.sandbox import costs
 from gateway.sandbox.archive import Recall, StoredResponse
 from gateway.sandbox.conversation import Ask, understand
 from gateway.sandbox.events import beats, flat_error
-from gateway.sandbox.exchange import Exchange
-from gateway.sandbox.forms import Malformed, read_object
+from gateway.sandbox.exchange import JSON, Exchange
 from gateway.sandbox.refusals import (
     Refused,
     bad_value,
     in_range,
-    unreadable,
-    unsupported,
     wrong_type,
 )
 from gateway.sandbox.reply import Reply, blank, finish
@@ -32,8 +29,8 @@ async def create_response(exchange: Exchange, body: bytes, name: str) -> None:
 
     A rule's gate holds the answer; in the background the work: before it starts (``wait_for``), or
     under way (with ``wait_after``)."""
-    fields, trouble = await asyncio.to_thread(_read, exchange, body)
-    exchange.record.fields = fields
+    form, trouble = await exchange.form(body, JSON)
+    fields = form.fields
     model, said = fields.get("model"), fields.get("input")
     text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
     if await exchange.met(model if isinstance(model, str) else "", text, lingers=False):
@@ -136,18 +133,6 @@ async def list_input_items(exchange: Exchange, body: bytes, response_id: str) ->
             "has_more": len(items) > len(page),
         },
     )
-
-
-def _read(exchange: Exchange, body: bytes) -> tuple[dict[str, Json], Refused | None]:
-    """The request, and why there is none: a rule may still want to answer first."""
-    kind = exchange.record.header("content-type") or ""
-    essence = kind.partition(";")[0].strip().lower()
-    if essence != "application/json":
-        return {}, unsupported(essence)
-    try:
-        return read_object(body), None
-    except Malformed:
-        return {}, unreadable(essence)
 
 
 def _recall(exchange: Exchange) -> Recall:
