@@ -96,6 +96,7 @@ from gateway.relay.references import References
 from gateway.relay.results import ResultPolicy, Results
 from gateway.relay.running import RESULTS
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 from gateway.reload import Reloaded
 from gateway.reports.budgets import BudgetWatch
 from gateway.settings import Settings
@@ -197,6 +198,7 @@ async def open_gateway(
         await factors.refresh()
         planner = make_planner(settings, upstreams.accounts, prices, cache, factors, health)
         keyring = KeyRing(peppers, declared, store.directory, clock)
+        users = Users(peppers, settings.users.policy)
         spools = settings.storage.blobs / "spool"
         make_folder(spools, settings.storage.blobs)
         part = settings.server.workers
@@ -346,6 +348,7 @@ async def open_gateway(
             flights=flights,
             clock=clock,
             turnstile=turnstile,
+            users=users,
             log_prompts=settings.relay.log_prompts,
             begun=metrics.begun,
         )
@@ -395,6 +398,7 @@ async def open_gateway(
             cache=cache,
             upstreams=upstreams,
             keyring=keyring,
+            users=users,
             admission=admission,
             keeper=keeper,
             attempts=attempts,

@@ -16,7 +16,7 @@ import base64
 import hmac
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -37,7 +37,8 @@ from zoneinfo import available_timezones
 from gateway.domain.address import METADATA, address_of, is_never_an_upstream
 from gateway.domain.money import Money
 from gateway.domain.route import WILDCARD, Catalogue, Model, Pin, Target, Unpriced
-from gateway.domain.team import ANY_MODEL, Key, Limits, Team
+from gateway.domain.team import ANY_MODEL, Key, Limits, PerUser, Team
+from gateway.domain.user import UserPolicy, UserSource
 from gateway.filewatch import Source, source
 from gateway.reading import (
     Located,
@@ -891,6 +892,19 @@ class Relay:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Users:
+    """Where a request says who its end user is: the first of ``sources`` that says something.
+    ``record``: the books and the log keep a hash of that."""
+
+    sources: tuple[UserSource, ...] = group(listing(choice(UserSource)), tuple(UserSource))
+    record: bool = setting(boolean, True)
+
+    @property
+    def policy(self) -> UserPolicy:
+        return UserPolicy(self.sources, self.record)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tracing:
     """``otlp`` None: nothing is traced. ``sample`` is the share of the traces that begin here; a
     client's own trace is sampled where the client samples it and its key is known. ``cost``: spans
@@ -1017,9 +1031,23 @@ class _TeamCacheEntry:
     enabled: bool = setting(boolean, True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UserLimitsEntry:
+    requests_per_minute: int | None = setting(_COUNT, None)
+    images_per_minute: int | None = setting(_COUNT, None)
+    concurrent_requests: int | None = setting(_COUNT, None)
+
+
 _limits = _stated(record(_LimitsEntry))
 _budget = _stated(record(_BudgetEntry))
 _models = _stated(listing(located(_model_or_any)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PerUserEntry:
+    limits: _UserLimitsEntry = group(_stated(record(_UserLimitsEntry)), _UserLimitsEntry())
+    budget: _BudgetEntry = group(_budget, _BudgetEntry())
+    required: bool = setting(boolean, False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1052,6 +1080,7 @@ class _TeamEntry:
     time_zone: str = setting(_time_zone, "UTC")
     cache: _TeamCacheEntry = group(_stated(record(_TeamCacheEntry)), _TeamCacheEntry())
     weight: int = setting(whole(1, 1000), 1)
+    per_user: _PerUserEntry = group(_stated(record(_PerUserEntry)), _PerUserEntry())
     disabled: bool = setting(boolean, False)
 
 
@@ -1097,6 +1126,7 @@ class _Document:
     files: FileSettings = group(record(FileSettings), FileSettings())
     moderations: CheckSettings = group(record(CheckSettings), CheckSettings())
     provenance: CheckSettings = group(record(CheckSettings), CheckSettings())
+    users: Users = group(record(Users), Users())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
@@ -1116,6 +1146,7 @@ _OVERRIDABLE = MappingProxyType(
         "files": names_of(FileSettings),
         "moderations": names_of(CheckSettings),
         "provenance": names_of(CheckSettings),
+        "users": names_of(Users),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
         "relay": names_of(Relay),
@@ -1168,6 +1199,7 @@ class Settings:
     files: FileSettings
     moderations: CheckSettings
     provenance: CheckSettings
+    users: Users
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
@@ -1327,7 +1359,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
     }
     teams = document.teams or {}
     _check_sections(document, upstreams, root, spot)
-    _check_teams(teams, _names(root, "models"), root, spot)
+    _check_teams(teams, _names(root, "models"), document.users.sources, root, spot)
     _check_secrets(teams, upstreams)
     return Settings(
         file=path,
@@ -1353,6 +1385,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         files=document.files,
         moderations=document.moderations,
         provenance=document.provenance,
+        users=document.users,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)
@@ -1567,7 +1600,11 @@ def _check_fallbacks(name: str, entry: _ModelEntry, named: frozenset[str]) -> No
 
 
 def _check_teams(
-    teams: Mapping[str, _TeamEntry], models: frozenset[str], root: Node, spot: Spot
+    teams: Mapping[str, _TeamEntry],
+    models: frozenset[str],
+    sources: Sequence[UserSource],
+    root: Node,
+    spot: Spot,
 ) -> None:
     for name, team in teams.items():
         place, inside = _place(root, "teams", name), spot.at("teams").at(name)
@@ -1579,6 +1616,11 @@ def _check_teams(
         _check_models(team.models or (), models)
         allowed = {each.value for each in team.models or ()}
         _check_budgets(team, inside, _place(root, "teams", name, "soft_budget"))
+        if team.per_user != _PerUserEntry() and not sources:
+            inside.at("per_user").wrong(
+                _place(root, "teams", name, "per_user"),
+                "holds for nobody while users.sources is empty: no request has a user",
+            )
         for index, key in enumerate(team.keys):
             _check_budgets(key, inside.at("keys").at(index), key.key.place)
         for key in team.keys:
@@ -1625,6 +1667,7 @@ def _check_secrets(teams: Mapping[str, _TeamEntry], upstreams: Mapping[str, Upst
 
 
 def _team(name: str, entry: _TeamEntry) -> Team:
+    per_user = entry.per_user.limits
     return Team(
         id=name,
         models=_model_names(entry.models) if entry.models is not None else frozenset({ANY_MODEL}),
@@ -1634,6 +1677,18 @@ def _team(name: str, entry: _TeamEntry) -> Team:
         declared=True,
         time_zone=entry.time_zone,
         weight=entry.weight,
+        per_user=PerUser(
+            _bounds(
+                _LimitsEntry(
+                    requests_per_minute=per_user.requests_per_minute,
+                    images_per_minute=per_user.images_per_minute,
+                    concurrent_requests=per_user.concurrent_requests,
+                ),
+                entry.per_user.budget,
+                _BudgetEntry(),
+            ),
+            entry.per_user.required,
+        ),
     )
 
 

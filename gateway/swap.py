@@ -55,6 +55,7 @@ from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 from gateway.reload import Reloaded, needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
@@ -228,6 +229,7 @@ class Parts:
     cache: Cache
     upstreams: Upstreams
     keyring: KeyRing
+    users: Users
     admission: Admission
     keeper: Keeper
     attempts: Attempts
@@ -340,6 +342,7 @@ class Swap:
         parts.turnstile.replace(places(settings))
         parts.upstreams.watch(parts.turnstile)
         parts.keyring.replace(peppers, declared)
+        parts.users.replace(peppers, settings.users.policy)
         patience, relay = patience_of(settings), settings.relay
         lease = timedelta(seconds=settings.lease_seconds)
         parts.admission.replace(lease, repeat_unknown=patience.repeat_unknown)

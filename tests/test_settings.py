@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings, strategies
 
 from gateway.domain.money import format_dollars
 from gateway.domain.route import Target, Unpriced
-from gateway.domain.team import Limits
+from gateway.domain.team import Limits, PerUser
+from gateway.domain.user import UserPolicy, UserSource
 from gateway.settings import (
     CacheScope,
     ConfigError,
@@ -289,6 +290,14 @@ MISTAKES = [
     ("teams: {a: {budget: {day: 99999999999}}}", "teams.a.budget.day: is more dollars than the"),
     ("teams: {a: {budget: {dya: 1}}}", 'teams.a.budget.dya: unknown key; did you mean "day"?'),
     ("teams: {a: {limits: {requests_per_minute: 0}}}", "must be a whole number from 1 to 10000000"),
+    ("teams: {a: {per_user: }}", "teams.a.per_user: is empty: fill it in, or remove it"),
+    ("teams: {a: {per_user: {limits: {max_cost_per_request: 1}}}}",
+     "teams.a.per_user.limits.max_cost_per_request: unknown key"),
+    ("teams: {a: {per_user: {soft_budget: {day: 1}}}}", "teams.a.per_user.soft_budget: unknown"),
+    ("teams: {a: {per_user: {budget: {day: -5}}}}", "teams.a.per_user.budget.day: must be an"),
+    ("users: {sources: []}\nteams: {a: {per_user: {required: true}}}",
+     "teams.a.per_user: holds for nobody while users.sources is empty: no request has a user"),
+    ("users: {sources: [x-user]}", "users.sources[0]: must be"),
     (f"teams: {{a: {{keys: [{{key: {KEY}, expires: tomorrow}}]}}}}", 'not "tomorrow"'),
     (f"teams: {{a: {{keys: [{{key: {KEY}, expires: 2027-02-30}}]}}}}", "is no day of the calendar"),
     (f"teams: {{a: {{keys: [{{key: {KEY}, expires: 2027-02-03T10:00:00}}]}}}}", "must be a day"),
@@ -462,7 +471,7 @@ def test_the_shipped_file_loads_with_nothing_set(monkeypatch: pytest.MonkeyPatch
 def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     text = DEFAULT.read_text()
     shown, bare = read(tmp_path, text), read(tmp_path, "")
-    sections = "server storage ledger prices cache results notify relay log tracing"
+    sections = "server storage ledger prices cache results notify relay log tracing users"
     for section in sections.split():
         assert getattr(shown, section) == getattr(bare, section)
         for each in dataclasses.fields(getattr(bare, section)):
@@ -952,3 +961,17 @@ def test_an_upstream_whose_keys_are_all_unset_is_off(tmp_path: Path) -> None:
     )
     assert not made.upstreams["a"].ready
     assert "set ONE or TWO" in str(made.warnings[0])
+
+
+def test_what_each_user_of_a_team_may(tmp_path: Path) -> None:
+    limits = "limits: {requests_per_minute: 6, images_per_minute: 10, concurrent_requests: 2}"
+    per_user = f"{{{limits}, budget: {{day: 0.5, total: 9}}, required: true}}"
+    teams = f"teams: {{growth: {{per_user: {per_user}}}, design: {{}}}}\n"
+    found = read(tmp_path, MODELS + teams)
+    assert found.teams["growth"].per_user == PerUser(
+        Limits(6, 10, 2, budget_day=500_000_000, budget_total=9_000_000_000), required=True
+    )
+    assert found.teams["design"].per_user == PerUser()
+    assert found.users.policy == UserPolicy()
+    found = read(tmp_path, MODELS + "users: {sources: [user], record: false}\n")
+    assert found.users.policy == UserPolicy((UserSource.USER,), record=False)

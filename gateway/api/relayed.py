@@ -27,6 +27,7 @@ from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
 from gateway.domain.receipt import Delivery, Receipt
 from gateway.domain.trace import Trace, begin, of_stranger, parse
+from gateway.domain.user import USER_HEADERS
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import Answer, Arrival
@@ -196,6 +197,7 @@ def _arrival(
         asynchronous=wishes.respond_async,
         trace=trace,
         deployment=deployment,
+        user_hints={name: headers[name] for name in USER_HEADERS if name in headers},
     )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError
@@ -37,6 +37,8 @@ class Arrival:
     """Its span, where requests are traced."""
     deployment: str | None = None
     """The model that the path names, as Azure's do: it goes before the body's own."""
+    user_hints: Mapping[str, str] = field(default_factory=dict)
+    """Its headers among ``USER_HEADERS``: who the end user is, where the body does not say."""
 
 
 @dataclass(frozen=True, slots=True)

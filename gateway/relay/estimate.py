@@ -291,9 +291,10 @@ def _is_larger(size: str) -> bool:
 def _without_most(caller: Caller) -> Caller:
     """The same caller, who may spend as much as it likes on one request."""
     team, key = caller.team, caller.key
-    return Caller(
-        replace(team, limits=replace(team.limits, max_cost_per_request=None)),
-        replace(key, limits=replace(key.limits, max_cost_per_request=None)),
+    return replace(
+        caller,
+        team=replace(team, limits=replace(team.limits, max_cost_per_request=None)),
+        key=replace(key, limits=replace(key.limits, max_cost_per_request=None)),
     )
 
 

@@ -44,6 +44,7 @@ from gateway.relay.references import References, Resolved
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class Pipeline:
         flights: Flights,
         clock: Clock,
         turnstile: Turnstile,
+        users: Users,
         log_prompts: bool = False,
         begun: Callable[[Receipt], None] = lambda receipt: None,
     ) -> None:
@@ -98,6 +100,7 @@ class Pipeline:
         self._flights = flights
         self._clock = clock
         self._turnstile = turnstile
+        self._users = users
         self._log_prompts = log_prompts
 
     def replace(
@@ -134,9 +137,13 @@ class Pipeline:
             if isinstance(arrival.operation, Inquiry):
                 with self._estimates.turn(caller):
                     so_far, call = await self._taken_in(arrival, body, so_far, rules)
+                    caller = self._users.named(caller, call, arrival.user_hints)
+                    so_far = replace(so_far, user=caller.recorded_user)
                     found = await self._references.resolve(caller, call)
                     return await self._estimate(arrival, self._planner, caller, found, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
+            caller = self._users.named(caller, call, arrival.user_hints)
+            so_far = replace(so_far, user=caller.recorded_user)
             found = await self._references.resolve(caller, call)
             return await self._answer(arrival, caller, found, body, so_far)
         except GatewayError as error:

@@ -435,7 +435,7 @@ def rates_of(caller: Caller) -> tuple[Limit, ...]:
 
 
 def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:
-    """Every account of money that the caller draws on now, the key's before the team's."""
+    """Every account of money that the caller draws on now: its user's, the key's, the team's."""
     return money_lines(caller.limits, now, caller.team.zone)
 
 
@@ -547,6 +547,8 @@ def say_cheaper(call: Call, quote: Quote, left: Money) -> str:
 
 def say_owner(scope: Scope, caller: Caller) -> str:
     """Whose a limit is, at the beginning of a sentence."""
+    if scope is Scope.USER:
+        return f"User {caller.user} of team {caller.team.id}"
     if scope is Scope.KEY:
         return f"Key {caller.key.name or caller.key.id} of team {caller.team.id}"
     return f"Team {caller.team.id}"

@@ -32,7 +32,7 @@ SELECT id FROM owned
 _PLACE = "SELECT created, id FROM owned WHERE id = %s AND team = %s AND kind = %s"
 
 # One statement for each direction, so that each can go along the index.
-_PAGES = {
+PAGES = {
     newest_first: f"""
 SELECT {OWNED_COLUMNS} FROM owned
  WHERE team = %(team)s AND kind = %(kind)s AND (expires IS NULL OR expires > %(now)s)
@@ -116,7 +116,7 @@ class PostgresOwnership:
                 "id": last,
                 "limit": limit,
             }
-            return link.execute(_PAGES[newest_first], asked).fetchall()
+            return link.execute(PAGES[newest_first], asked).fetchall()
 
         return [owned_of(row) for row in await self._reader.run(read)]
 

@@ -27,7 +27,7 @@ MICROSECOND = timedelta(microseconds=1)
 # What each reader expects, in its order; a statement names them itself.
 HOLD_COLUMNS = (
     "rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images, price_id,"
-    " worker, at, lease_ends, idempotency_key, outcome, basis, flags"
+    " worker, at, lease_ends, idempotency_key, outcome, basis, flags, end_user"
 )
 """In the order that ``hold_of`` reads them."""
 
@@ -144,7 +144,7 @@ def accounts_of(claim: Claim) -> list[str]:
 
 def claim_row(claim: Claim, accounts: str, lease_ends: int) -> tuple[object, ...]:
     """A new hold: rid, bound, accounts, team, key_id, model, operation, upstream, images,
-    price_id, fingerprint, idempotency_key, worker, at, day, lease_ends."""
+    price_id, fingerprint, idempotency_key, worker, at, day, lease_ends, end_user."""
     return (
         claim.rid,
         claim.bound,
@@ -162,6 +162,7 @@ def claim_row(claim: Claim, accounts: str, lease_ends: int) -> tuple[object, ...
         micros(claim.at),
         usage_day(claim.at),
         lease_ends,
+        claim.user,
     )
 
 
@@ -169,7 +170,7 @@ def hold_of(row: Sequence[Any]) -> Hold:
     """``row`` has ``HOLD_COLUMNS``."""
     (
         rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images,
-        price_id, worker, at, lease_ends, idempotency_key, outcome, basis, flags,
+        price_id, worker, at, lease_ends, idempotency_key, outcome, basis, flags, user,
     ) = row  # fmt: skip
     return Hold(
         rid=rid,
@@ -191,6 +192,7 @@ def hold_of(row: Sequence[Any]) -> Hold:
         outcome=None if outcome is None else Outcome(outcome),
         basis=None if basis is None else Basis(basis),
         flags=tuple(json.loads(flags)),
+        user=user,
     )
 
 

@@ -31,7 +31,7 @@ SELECT id FROM owned
 _PLACE = "SELECT created, id FROM owned WHERE id = ? AND team = ? AND kind = ?"
 
 # One statement for each direction, so that each can go along the index.
-_PAGES = {
+PAGES = {
     newest_first: f"""
 SELECT {OWNED_COLUMNS} FROM owned
  WHERE team = :team AND kind = :kind AND (expires IS NULL OR expires > :now)
@@ -111,7 +111,7 @@ class SQLiteOwnership:
                 "id": last,
                 "limit": limit,
             }
-            return db.execute(_PAGES[newest_first], asked).fetchall()
+            return db.execute(PAGES[newest_first], asked).fetchall()
 
         return [owned_of(row) for row in await self._reader.run(read)]
 

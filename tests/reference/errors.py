@@ -96,6 +96,11 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("InvalidRequest", "unknown_parameter"): "No such parameter, with `unknown_parameters: "
         "refuse` or `validate: strict`; or a name in brackets that is none.",
         ("InvalidRequest", "unsupported_file_mimetype"): "The file is no picture that is taken.",
+        (
+            "InvalidRequest",
+            "user_required",
+        ): "The team has `per_user.required`, and the request does "
+        "not say whose it is. Send `safety_identifier`.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
@@ -210,6 +215,8 @@ REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(
         "idempotency-key": "one purchase and one charge, for a day",
         "prefer": "`respond-async`: a 202 at once; of a result, `wait=30`",
         "x-gateway-async": "`true`: as `Prefer: respond-async`",
+        "x-openwebui-user-id": "who the end user is, where the body does not say (`users.sources`)",
+        "x-openwebui-user-email": "as `x-openwebui-user-id`",
         "x-stainless-retry-count": "SDKs say by it that they try again",
     }
 )
