@@ -20,6 +20,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from gateway.api import errors as api_errors
+from gateway.api.cors import Cors
 from gateway.api.door import ASGIApp
 from gateway.api.health import Readiness, health_routes, metrics_routes
 from gateway.api.middleware import RequestId
@@ -508,8 +509,10 @@ async def open_gateway(
             (passed.takes, passed.handle),
             (under(RESULTS), result_routes(desk, keyring, settings, metrics).handle),
         ]
+        router = Router(doors, RequestId(rest))
+        cors = settings.server.cors
         yield Gateway(
-            Router(doors, RequestId(rest)),
+            Cors(router, cors.origins, cors.max_age) if cors.origins else router,
             RequestId(monitor),
             store.ledger,
             store.directory,

@@ -585,6 +585,23 @@ def _network(node: Node, spot: Spot) -> IPv4Network | IPv6Network:
     )
 
 
+_ORIGIN = re.compile(
+    r"https://[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?(?::[1-9][0-9]{0,4})?"
+    r"|http://(?:localhost|127\.0\.0\.1|\[::1\])(?::[1-9][0-9]{0,4})?"
+)
+
+
+def _origin(node: Node, spot: Spot) -> str:
+    """As browsers write it, to the letter: it is compared, not understood."""
+    value = scalar(node)
+    if value.text != "*" and _ORIGIN.fullmatch(value.text) is None:
+        raise Wrong(
+            "must be the origin of a page in small letters and without a slash at its end, like "
+            f'https://studio.example.com, http://localhost:5173, or "*" for all{but_is(value)}'
+        )
+    return value.text
+
+
 def _keep(node: Node, spot: Spot) -> timedelta:
     """How long closed calls stay. A bare number would be seconds, which nobody means here."""
     value = scalar(node)
@@ -611,6 +628,15 @@ _HOST = text(r"[A-Za-z0-9.:_%-]+", "a host or an address")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cors:
+    """Which pages of other origins browsers let in; none without ``origins``. ``max_age`` is how
+    long a browser remembers that it may."""
+
+    origins: tuple[str, ...] = group(listing(_origin), ())
+    max_age: timedelta = setting(duration, timedelta(minutes=10))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """Where the gateway listens, and what a request may be. Port 0 is any free one."""
 
@@ -633,6 +659,7 @@ class Server:
     max_file_bytes: int = setting(size, 50 * MIB)
     max_pixels: int = setting(_COUNT, 100_000_000)
     max_side: int = setting(whole(1, 1_000_000), 16_384)
+    cors: Cors = group(record(Cors), Cors())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   ├── ModelNotAllowed    403
     │   ├── ModelNotFound      404
     │   ├── NotOwned           404  no such file or response, or another team's
+    │   ├── ModelRetired       404  its provider has stopped serving it
     │   ├── ResultNotFound     404  no such result, or another team's
     │   ├── ResultExpired      410  it was there, and is kept no longer
     │   ├── IdempotentResultExpired 410  the same, of the call that has the idempotency key
@@ -198,6 +199,14 @@ class NotOwned(TeamFault):
     status = 404
     code = "not_found"
     reason = "not_owned"
+
+
+class ModelRetired(TeamFault):
+    """Everybody who served the model here has stopped: nothing is sent."""
+
+    status = 404
+    code = "model_retired"
+    reason = "model_retired"
 
 
 class ResultNotFound(TeamFault):

@@ -19,6 +19,7 @@ from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
     ModelNotAllowed,
+    ModelRetired,
     RateLimited,
     TeamFault,
     UpstreamAccount,
@@ -168,6 +169,7 @@ class Estimates:
             ("content-type", headers.JSON),
             ("x-request-id", rid),
             *headers.NOTHING_SPENT,
+            *headers.of_sunset(plan.sunset if plan else None),
             *headers.of_budget(lines, balances),
         )
         content = json.dumps(described).encode()
@@ -229,7 +231,7 @@ async def _plan(
         return None, None, error
     try:
         return model, await _planned(planner, caller, call, wish, now, anchor), None
-    except UpstreamAccount as error:
+    except (UpstreamAccount, ModelRetired) as error:
         return model, None, error
     except InvalidRequest as error:
         if error.code not in REFUSALS:

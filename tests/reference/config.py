@@ -43,6 +43,7 @@ _FORMS: Mapping[str, str] = MappingProxyType(
         "_keep": "a time of a day or more",
         "_kind": "`openai` or `sandbox`",
         "_network": "an address or a network",
+        "_origin": 'the origin of a page, or `"*"`',
         "_path": "a path",
         "_pepper": "a text, best of 32 characters or more",
         "_provider_admin_key": "a key",
