@@ -137,6 +137,14 @@ MISTAKES = [
     ("server: {trusted_proxies: [10.0.0.1/8]}", "1:28: server.trusted_proxies[0]: has bits set "
      "after its prefix: write 10.0.0.0/8"),
     ('server: {trusted_proxies: ["*"]}', "server.trusted_proxies[0]: must be an address or a netw"),
+    ("server: {cors: {origins: https://a.com}}", "server.cors.origins: must be a list"),
+    ("server: {cors: {origins: [https://a.com/]}}", "1:27: server.cors.origins[0]: must be the o"),
+    ("server: {cors: {origins: [https://A.com]}}", "server.cors.origins[0]: must be the origin of"),
+    ("server: {cors: {origins: [http://a.com]}}", "server.cors.origins[0]: must be the origin of"),
+    ("server: {cors: {origins: [https://*.a.com]}}", 'without a slash at its end, like https://stu'),
+    ("server: {cors: {origins: [null]}}", "server.cors.origins[0]: needs a value"),
+    ("server: {cors: {max_age: 0}}", "server.cors.max_age: must be a time from 1s"),
+    ("server: {cors: {credentials: true}}", "server.cors.credentials: "),
     ("server: {port: 81, metrics_port: 81}", "1:34: server.metrics_port: is the same as"),
     # references
     ('server: {host: "${HOST}"}', "1:16: server.host: the environment variable HOST is not set: "
@@ -391,6 +399,15 @@ def test_http_over_a_public_network_needs_a_word(tmp_path: Path) -> None:
     assert len(refusal(tmp_path, text % "allow_http: false")) == 1
 
 
+def test_origins_of_pages(tmp_path: Path) -> None:
+    origins = ["https://a.com", "https://b-c.a.com:8443", "http://localhost:5173"]
+    origins += ["http://127.0.0.1", "http://[::1]:3000", "*"]
+    cors = read(tmp_path, f"server: {{cors: {{origins: {json.dumps(origins)}}}}}").server.cors
+    assert cors.origins == tuple(origins)
+    assert cors.max_age == timedelta(minutes=10)
+    assert read(tmp_path, "").server.cors.origins == ()
+
+
 def test_the_file_of_the_house(tmp_path: Path) -> None:
     """The example that the design binds, whole."""
     text = """
@@ -471,7 +488,7 @@ def test_the_shipped_file_loads_with_nothing_set(monkeypatch: pytest.MonkeyPatch
 def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     text = DEFAULT.read_text()
     shown, bare = read(tmp_path, text), read(tmp_path, "")
-    sections = "server storage ledger prices cache results notify relay log tracing"
+    sections = "server storage ledger prices cache results notify relay log tracing users"
     for section in sections.split():
         assert getattr(shown, section) == getattr(bare, section)
         for each in dataclasses.fields(getattr(bare, section)):
@@ -807,7 +824,8 @@ def test_a_secret_does_not_show() -> None:
 
 CANARY = "igwCanary0hunter2PasswordThatNobodyMayEverSee"
 EVERYTHING = """
-server: {host: h, port: 1, trusted_proxies: [10.0.0.0/8]}
+server: {host: h, port: 1, trusted_proxies: [10.0.0.0/8],
+  cors: {origins: ["https://h"], max_age: 1h}}
 storage: {database: sqlite:///d, redis: "redis://:pw@h", blobs: b, pepper: p}
 upstreams: {o: {kind: openai, base_url: "https://h/v1", api_keys: [k], headers: {x-a: v},
   proxy: "http://u:pw@h", verify: true, prices: openai, timeouts: {total_seconds: 1}}}

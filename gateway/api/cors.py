@@ -7,6 +7,7 @@ refused in the shape of every other error.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from datetime import timedelta
 
@@ -37,8 +38,8 @@ HEADERS = frozenset(
         "user-agent",
     }
 )
-"""What a page may send, and ``STARTS``: what the SDKs and Open WebUI add."""
-STARTS = ("x-stainless-", "openai-", "x-openwebui-user-")
+"""What a page may send, and ``ADDED``: by the SDKs and Open WebUI."""
+ADDED = re.compile(r"(?:x-stainless|x-openwebui-user|openai)-[a-z0-9-]+")
 EXPOSED = (
     "age",
     "idempotent-replayed",
@@ -115,7 +116,7 @@ class Cors(CORSMiddleware):
 
 
 def _allowed(name: str) -> bool:
-    return name in HEADERS or name.startswith(STARTS)
+    return name in HEADERS or ADDED.fullmatch(name) is not None
 
 
 def _kept(answer: Response) -> dict[str, str]:

@@ -122,7 +122,7 @@ class Files:
             repeatable=False,
         )  # fmt: skip
         reply = await passing.send(visit, errand)
-        content = await passing.whole(visit, reply)
+        content = await passing.whole(visit, reply, repeatable=False)
         made = _object(content)
         id = made.get("id")
         if not isinstance(id, str) or not _ID.fullmatch(id) or visit.anchor is None:

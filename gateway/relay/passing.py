@@ -319,8 +319,16 @@ class Passing:
             *visit.said,
         )
 
-    async def whole(self, visit: Visit, reply: Reply, limit_bytes: int = WHOLE_BYTES) -> bytes:
-        """All of an answer's body. Raises ``UpstreamUnknown`` where it is cut, late or longer."""
+    async def whole(
+        self,
+        visit: Visit,
+        reply: Reply,
+        limit_bytes: int = WHOLE_BYTES,
+        *,
+        repeatable: bool = True,
+    ) -> bytes:
+        """All of an answer's body. Raises ``UpstreamUnknown`` where it is cut, late or longer;
+        ``repeatable`` is the errand's."""
         content = bytearray()
         try:
             async with aclosing(_body(reply)) as chunks:
@@ -331,7 +339,7 @@ class Passing:
                             "The upstream's answer is larger than it can be.", reason="too_large"
                         )
         except GatewayError as error:
-            raise _costless(error, visit.receipt.upstream, repeatable=True) from error
+            raise _costless(error, visit.receipt.upstream, repeatable=repeatable) from error
         return bytes(content)
 
     async def to_the_end(self, visit: Visit, work: Coroutine[Any, Any, T]) -> T:

@@ -6,6 +6,7 @@
     app.py           the ASGI app: the table of endpoints
     exchange.py      one request and its answer: the shared account, the life of a request, faults
     images.py        generations and edits
+    azure.py         what is otherwise at Azure
     files.py         /v1/files
     responses.py     /v1/responses
     conversation.py  a request for a response, understood

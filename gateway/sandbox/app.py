@@ -21,8 +21,9 @@ from starlette.types import Receive, Scope, Send
 from gateway.domain.call import Json
 from gateway.ports import Clock
 from gateway.sandbox import costs
+from gateway.sandbox.azure import no_access
 from gateway.sandbox.checks import check_provenance, moderate
-from gateway.sandbox.exchange import Exchange, Sandbox
+from gateway.sandbox.exchange import AZURE, Exchange, Sandbox
 from gateway.sandbox.files import create_file, delete_file, file_content, get_file, list_files
 from gateway.sandbox.images import edits, generations
 from gateway.sandbox.journal import Journal
@@ -93,6 +94,8 @@ async def _costs(exchange: Exchange, body: bytes, name: str) -> None:
 ROUTES = (
     Route("POST", "/v1/images/generations", generations),
     Route("POST", "/v1/images/edits", edits),
+    Route("POST", "/openai/deployments/*/images/generations", generations),
+    Route("POST", "/openai/deployments/*/images/edits", edits),
     Route("POST", "/v1/files", create_file),
     Route("GET", "/v1/files", list_files),
     Route("GET", "/v1/files/*", get_file),
@@ -175,6 +178,8 @@ async def _answer(exchange: Exchange) -> None:
 
 
 def _authenticate(exchange: Exchange) -> None:
+    if not exchange.key and exchange.record.path.startswith(AZURE):
+        raise no_access()
     if not exchange.key:
         raise Refused(
             "You didn't provide an API key. You need to provide your API key in an "
@@ -185,8 +190,10 @@ def _authenticate(exchange: Exchange) -> None:
 
 
 def _route(method: str, path: str) -> tuple[Handler, str]:
-    """The endpoint's handler and the id in the path. Raises ``Refused``."""
-    fitting = [(route, found) for route in ROUTES if (found := route.fits(path)) is not None]
+    """The endpoint's handler and the id in the path; Azure's v1 paths are OpenAI's below
+    ``/openai``. Raises ``Refused``."""
+    plain = path.removeprefix("/openai") if path.startswith(f"{AZURE}v1/") else path
+    fitting = [(route, found) for route in ROUTES if (found := route.fits(plain)) is not None]
     for route, found in fitting:
         if route.method == method:
             return route.handler, "".join(found.groups())

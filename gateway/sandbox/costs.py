@@ -50,6 +50,8 @@ upstream's bill that came from the gateway's price book could never disagree wit
 
 TEXT_RATES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
     {
+        "gpt-5.4-mini": (750, 75, 4_500),
+        "gpt-5.4-nano": (200, 20, 1_250),
         "gpt-5": (1_250, 125, 10_000),
         "gpt-5-mini": (250, 25, 2_000),
         "gpt-4.1": (2_000, 500, 8_000),

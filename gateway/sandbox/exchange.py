@@ -27,6 +27,8 @@ from gateway.sandbox.wire import ConnectionCut, Wire
 
 JSON = "application/json"
 MULTIPART = "multipart/form-data"
+AZURE = "/openai/"
+"""How Azure's paths begin."""
 MAX_BODY_BYTES = 900 * 1024 * 1024
 """Sixteen images of 50 MB and some (contract 2.4)."""
 MAX_KEPT_BYTES = 1024 * 1024 * 1024
@@ -129,7 +131,7 @@ class Exchange:
         scheme, _, token = (self.record.header("authorization") or "").partition(" ")
         if scheme.lower() == "bearer" and token.strip():
             return token.strip()
-        azure = self.record.path.startswith("/openai/")
+        azure = self.record.path.startswith(AZURE)
         return (self.record.header("api-key") or "").strip() if azure else ""
 
     @property

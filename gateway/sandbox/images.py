@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from functools import partial
 
 from gateway.domain.call import Operation
 from gateway.sandbox import costs
 from gateway.sandbox.answer import Purchase, error_event
+from gateway.sandbox.azure import EXTRAS, deployed, filtered
 from gateway.sandbox.exchange import JSON, MULTIPART, Beat, Exchange, Moment
 from gateway.sandbox.validate import blocked, check
 
 
 async def generations(exchange: Exchange, body: bytes, name: str) -> None:
-    await _images(exchange, body, Operation.GENERATION)
+    await _images(exchange, body, Operation.GENERATION, name)
 
 
 async def edits(exchange: Exchange, body: bytes, name: str) -> None:
-    await _images(exchange, body, Operation.EDIT)
+    await _images(exchange, body, Operation.EDIT, name)
 
 
-async def _images(exchange: Exchange, body: bytes, operation: Operation) -> None:
+async def _images(exchange: Exchange, body: bytes, operation: Operation, deployment: str) -> None:
+    """``deployment`` is of Azure's paths, empty in OpenAI's."""
     record, sandbox = exchange.record, exchange.sandbox
     kinds = (JSON, MULTIPART) if operation is Operation.EDIT else (JSON,)
     form, trouble = await exchange.form(body, *kinds)
-    model, prompt = form.fields.get("model"), form.fields.get("prompt")
+    model, prompt = deployment or form.fields.get("model"), form.fields.get("prompt")
     if await exchange.met(
         model if isinstance(model, str) else "",
         prompt if isinstance(prompt, str) else "",
@@ -33,11 +36,16 @@ async def _images(exchange: Exchange, body: bytes, operation: Operation) -> None
         return
     if trouble is not None:
         raise trouble
+    if deployment:
+        form = deployed(deployment, form, record.query, sandbox.clock.now())
     order = await asyncio.to_thread(check, operation, form, sandbox.clock.now())
     refused = blocked(order.prompt, record.request_id)
     if refused is not None:
-        raise refused
-    purchase = Purchase(order, exchange.rule, record.number, exchange.created)
+        raise filtered() if deployment else refused
+    rule = exchange.rule
+    if deployment:
+        rule = replace(rule, extra_fields={**EXTRAS, **rule.extra_fields})
+    purchase = Purchase(order, rule, record.number, exchange.created)
     await exchange.linger()
     if order.stream and not exchange.rule.json_for_stream:
         # It is billed when its work starts: a cut changes nothing.

@@ -83,6 +83,8 @@ MODELS = _table()
 
 TEXT_MODELS = (
     Listed("gpt-6-astra", date(2026, 9, 8)),
+    Listed("gpt-5.4-mini", date(2026, 3, 17)),
+    Listed("gpt-5.4-nano", date(2026, 3, 17)),
     Listed("gpt-5", date(2025, 8, 7)),
     Listed("gpt-5-mini", date(2025, 8, 7)),
     Listed("gpt-4.1", date(2025, 4, 14)),

@@ -122,10 +122,7 @@ async def test_another_upstream_may_still_serve_it(start: Start, sandbox: Sandbo
             "sunset": "Thu, 10 Dec 2026 00:00:00 GMT",
             "x-gateway-warning": "dall-e-2 shuts down on 2026-12-10.",
         }
-        ends = {
-            model.id: model.model_dump()["shutdown_date"]
-            async for model in sdk.models.list()
-        }
+        ends = {model.id: model.model_dump()["shutdown_date"] async for model in sdk.models.list()}
         assert (ends["dall-e-3"], ends["dall-e-2"]) == (None, "2026-12-10")
     assert [record.header("authorization") for record in sandbox.journal] == [
         "Bearer sk-azure-secret"

@@ -19,7 +19,6 @@ from openai import (
 )
 from PIL import Image
 
-from gateway.sandbox.journal import FilePart
 from gateway.sandbox.rules import Rule
 from tests.raw import JSON, RawAnswer, RawClient
 from tests.running import ALIAS, KEY, MODEL, GatewayUnderTest, Start
@@ -114,9 +113,8 @@ async def test_azures_client_edits_and_streams(gateway: GatewayUnderTest) -> Non
     assert events[-1] == "image_generation.completed"
     assert events[:-1] == ["image_generation.partial_image"] * 2
     assert of_edit == ["image_edit.partial_image", "image_edit.completed"]
-    first = list(gateway.sandbox.journal)[0]
-    sent = [part for part in first.files if isinstance(part, FilePart)]
-    assert {part.field for part in sent} == {"image[]", "mask"}
+    first = next(iter(gateway.sandbox.journal))
+    assert {part.field for part in first.files} == {"image[]", "mask"}
 
 
 async def test_an_azure_client_without_a_key_of_ours(gateway: GatewayUnderTest) -> None:
@@ -356,7 +354,10 @@ async def test_a_known_endpoint_of_openais_says_why_it_is_not_here(
 
 async def test_variations_are_retired_and_cost_nothing(gateway: GatewayUnderTest) -> None:
     async with gateway.sdk(max_retries=2) as sdk:
-        with pytest.warns(DeprecationWarning), pytest.raises(NotFoundError) as raised:
+        with (
+            pytest.warns(DeprecationWarning, match="deprecated"),
+            pytest.raises(NotFoundError) as raised,
+        ):
             await sdk.images.create_variation(image=a_picture(), model="dall-e-2")
     assert raised.value.code == "endpoint_retired"
     assert raised.value.message == (

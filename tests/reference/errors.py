@@ -209,8 +209,8 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "x-gateway-attempts": "how often upstreams were asked",
         "x-gateway-changed": "what was filled in or put in place of what was asked: `size=...`, "
         "`model=...`",
-        "sunset": "the day on which the model that was asked for ends, where that is within 30 days "
-        "(RFC 8594)",
+        "sunset": "the day on which the model that was asked for ends, where that is within 30 "
+        "days (RFC 8594)",
         "x-gateway-warning": "the same in words, and what to ask for instead",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
