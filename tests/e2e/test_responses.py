@@ -17,6 +17,7 @@ from openai.types.responses import Response
 
 from gateway.domain.ledger import Outcome
 from gateway.domain.money import format_dollars
+from gateway.domain.receipt import Receipt
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
@@ -63,7 +64,7 @@ def picture_of(response: Response) -> str:
 
 def sent(sandbox: SandboxServer) -> dict[str, Any]:
     """The body of the last response that was asked for upstream."""
-    made = [one for one in sandbox.journal.requests if one.path == "/v1/responses"]
+    made = [one for one in sandbox.journal if one.path == "/v1/responses"]
     body: dict[str, Any] = json.loads(made[-1].body)
     return body
 
@@ -71,6 +72,15 @@ def sent(sandbox: SandboxServer) -> dict[str, Any]:
 def events_of(text: str) -> list[dict[str, Any]]:
     lines = (line for line in text.splitlines() if line.startswith("data: "))
     return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+async def bought_by(gateway: GatewayUnderTest) -> Receipt:
+    """The receipt of the only response, once it is over."""
+    while True:
+        for receipt, _ in gateway.told.requests:
+            if receipt.operation == "response":
+                return receipt
+        await gateway.told.until(len(gateway.told.requests) + 1)
 
 
 async def settled(gateway: GatewayUnderTest, count: int) -> None:
@@ -113,7 +123,7 @@ async def test_only_what_is_not_said_is_filled_in(start: Start, sandbox: Sandbox
         )
         assert answer.status_code == 200
         assert answer.headers["x-gateway-changed"] == "max_output_tokens=16384"
-        (record,) = sandbox.journal.requests
+        (record,) = sandbox.journal
         assert record.body == b'{"max_output_tokens":16384,' + body[1:]
 
 
@@ -160,7 +170,7 @@ async def test_a_conversation_goes_on_where_it_is(start: Start, sandbox: Sandbox
             ],
         )
         assert third.status == "completed"
-        keys = {record.header("authorization") for record in sandbox.journal.requests}
+        keys = {record.header("authorization") for record in sandbox.journal}
         assert len(keys) == 1  # the project that knows the ids
         await gateway.told.until(3)
         bounds = [receipt.bound for receipt, _ in gateway.told.requests]
@@ -185,7 +195,7 @@ async def test_nobody_sees_another_teams_ids(start: Start, sandbox: SandboxServe
     async with start(SETTINGS) as gateway, gateway.sdk() as sdk, gateway.sdk(OTHER_KEY) as other:
         mine = await drawn(sdk)
         file = await uploaded(sdk)
-        before = len(sandbox.journal.requests)
+        before = len(sandbox.journal)
         inputs: list[dict[str, Any]] = [
             {"previous_response_id": mine.id},
             {"input": [{"type": "image_generation_call", "id": picture_of(mine)}]},
@@ -209,7 +219,7 @@ async def test_nobody_sees_another_teams_ids(start: Start, sandbox: SandboxServe
                 await route
             texts.add(refused.value.message.replace(mine.id, "ID").replace("resp_unknown", "ID"))
         assert len(texts) == 1
-        assert len(sandbox.journal.requests) == before
+        assert len(sandbox.journal) == before
         denied = await gateway.metrics()
         assert denied['gateway_cross_team_denied_total{kind="response"}'] == 5
         assert (await sdk.responses.retrieve(mine.id)).id == mine.id
@@ -240,7 +250,7 @@ async def test_a_budget_without_room_refuses_with_the_whole_bound(
         with pytest.raises(openai.RateLimitError) as refused:
             await drawn(sdk)
         assert refused.value.code == "insufficient_quota"
-        assert not sandbox.journal.requests
+        assert len(sandbox.journal) == 0
         response = await drawn(sdk, max_tool_calls=1, max_output_tokens=2_000)
         assert response.status == "completed"
 
@@ -268,7 +278,7 @@ async def test_both_models_have_to_be_allowed(start: Start, sandbox: SandboxServ
             with pytest.raises(openai.PermissionDeniedError) as refused:
                 await drawn(sdk, tools=[tool])
             assert refused.value.param == "tools[0].model"
-        assert not sandbox.journal.requests
+        assert len(sandbox.journal) == 0
         # An alias is written as its upstream knows it.
         await drawn(sdk, tools=[{"type": "function", "name": "f"}, TOOL | {"model": "team-art"}])
         assert sent(sandbox)["tools"] == [{"type": "function", "name": "f"}, TOOL]
@@ -365,7 +375,7 @@ async def test_a_retry_joins_the_response_that_is_under_way(
         assert one.content == two.content
         assert two.headers["x-cache"] == "join"
         assert two.headers["x-cost-usd"] == "0"
-        assert len(sandbox.journal.requests) == 1
+        assert len(sandbox.journal) == 1
 
 
 async def test_in_the_background_it_is_looked_after_until_it_is_over(
@@ -383,12 +393,9 @@ async def test_in_the_background_it_is_looked_after_until_it_is_over(
         assert await gateway.gateway.ledger.open_holds() == 1
         assert (await sdk.responses.retrieve(queued.id)).status in ("queued", "in_progress")
         held.set()
-        while (response := await sdk.responses.retrieve(queued.id)).status != "completed":
-            await asyncio.sleep(0.05)
-        async with asyncio.timeout(20):
-            while "response" not in [one.operation for one, _ in gateway.told.requests]:
-                await gateway.told.until(len(gateway.told.requests) + 1)
-        (bought,) = (one for one, _ in gateway.told.requests if one.operation == "response")
+        bought = await bought_by(gateway)
+        response = await sdk.responses.retrieve(queued.id)
+        assert response.status == "completed"
         assert bought.cost == costs(response.model_dump())
         assert bought.images == 1
         # What it has drawn is its team's from then on.
@@ -404,10 +411,7 @@ async def test_what_is_cancelled_in_the_background_is_unresolved(
         queued = await drawn(sdk, background=True)
         assert (await sdk.responses.cancel(queued.id)).status == "cancelled"
         held.set()
-        async with asyncio.timeout(20):
-            while "response" not in [one.operation for one, _ in gateway.told.requests]:
-                await gateway.told.until(len(gateway.told.requests) + 1)
-        (bought,) = (one for one, _ in gateway.told.requests if one.operation == "response")
+        bought = await bought_by(gateway)
         assert bought.outcome is Outcome.UNKNOWN
         assert bought.cost == bought.bound
 
