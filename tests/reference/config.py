@@ -124,6 +124,7 @@ MORE: Mapping[str, str] = MappingProxyType(
         "cache.memory_bytes": "in the memory of each process",
         "results.enabled": "whether results can be fetched, and requests be asynchronous",
         "results.ttl": "how long a result can be fetched",
+        "responses.enabled": "whether `/v1/responses` is served",
         "files.enabled": "whether `/v1/files` is served",
         "moderations.enabled": "whether `/v1/moderations` is served",
         "provenance.enabled": "whether `/v1/content_provenance_checks` is served",
