@@ -111,15 +111,15 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("InvalidRequest", "unknown_parameter"): "No such parameter, with `unknown_parameters: "
         "refuse` or `validate: strict`; or a name in brackets that is none.",
         ("InvalidRequest", "unsupported_file_mimetype"): "The file is no picture that is taken.",
-        ("NotServed", "cors_refused"): "A browser asked whether a page of another origin may send "
-        "this; `server.cors` says it may not.",
-        ("NotServed", "endpoint_retired"): "OpenAI has retired `/v1/images/variations`. "
-        "`/v1/images/edits` takes a picture and a prompt.",
         (
             "InvalidRequest",
             "user_required",
         ): "The team has `per_user.required`, and the request does "
         "not say whose it is. Send `safety_identifier`.",
+        ("NotServed", "cors_refused"): "A browser asked whether a page of another origin may send "
+        "this; `server.cors` says it may not.",
+        ("NotServed", "endpoint_retired"): "OpenAI has retired `/v1/images/variations`. "
+        "`/v1/images/edits` takes a picture and a prompt.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
