@@ -114,10 +114,10 @@ class Plan:
     at: datetime
     """The one instant that its periods and its day of usage are counted from."""
     cached: Cached | None = None
-    anchor: Anchor | None = None
-    """The upstream of all its ways, and the key that it goes with."""
     sunset: Sunset | None = None
     """Where the model that was asked for is soon served no more: the client is told."""
+    anchor: Anchor | None = None
+    """The upstream of all its ways, and the key that it goes with."""
 
     @property
     def way(self) -> Way:

@@ -434,8 +434,8 @@ async def test_who_leaves_while_uploading_has_sent_nothing(
         ),
         (Rule(status=429, headers={"retry-after": "3"}), 429, None),
         (Rule(status=500), 500, None),
-        (Rule(cut_after_bytes=0), 502, "upstream_outcome_unknown"),
-        (Rule(cut_after_bytes=20), 502, "upstream_outcome_unknown"),
+        (Rule(cut_after_bytes=0), 502, "upstream_no_answer"),
+        (Rule(cut_after_bytes=20), 502, "upstream_no_answer"),
     ],
 )  # fmt: skip
 async def test_what_an_upstream_refuses(
