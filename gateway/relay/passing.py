@@ -282,7 +282,7 @@ class Passing:
                     # Some providers repeat a key that they refuse.
                     error.mask(upstream.masked)
                 error.upstream_rid = visit.receipt.upstream_rid
-                raise _costless(error, name, repeatable=errand.repeatable) from error
+                raise _costless(error, name, repeatable=errand.repeatable)
 
     def head(self, visit: Visit, reply: Reply, more: answers.Headers = ()) -> Head:
         """The upstream's answer as ours, handed on as it comes."""
@@ -337,7 +337,7 @@ class Passing:
                     if len(content) > limit_bytes:
                         raise bad_answer(visit.receipt.upstream)
         except GatewayError as error:
-            raise _costless(error, visit.receipt.upstream, repeatable=repeatable) from error
+            raise _costless(error, visit.receipt.upstream, repeatable=repeatable) from None
         return bytes(content)
 
     async def to_the_end(self, visit: Visit, work: Coroutine[Any, Any, T]) -> T:
@@ -354,6 +354,7 @@ class Passing:
                 # Nobody may be there to hear of it.
                 ended.exception()
             finally:
+                ended.cancel()  # Where it was given up with the process.
                 for stack in left_behind:
                     await stack.aclose()
 
