@@ -17,8 +17,8 @@ from gateway.relay.headers import error_head
 MAX_PATH = 200
 """Characters of a path that an error repeats."""
 SERVED = (
-    "/v1/images/generations, /v1/images/edits, /v1/images/estimate, /v1/images/results/{id} and "
-    "/v1/models"
+    "/v1/images/generations, /v1/images/edits, /v1/images/estimate, /v1/images/results/{id}, "
+    "/v1/files, /v1/moderations, /v1/content_provenance_checks and /v1/models"
 )
 NOT_HERE: Mapping[str, str] = MappingProxyType(
     {
@@ -31,9 +31,7 @@ NOT_HERE: Mapping[str, str] = MappingProxyType(
         "conversations": "conversations",
         "embeddings": "embeddings",
         "evals": "evals",
-        "files": "files",
         "fine_tuning": "fine-tuning",
-        "moderations": "moderations",
         "organization": "an organization's administration",
         "realtime": "realtime sessions",
         "responses": "responses",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
@@ -98,9 +98,11 @@ class PassedRoutes:
         names = found.groups() if found else ()
         trace = None if self._sample is None else trace_of(scope, self._sample, self._clock)
         visit = _visit(rid, passes.passage, names, scope, door, started, trace)
-        if scope["method"] not in BODIES:
-            announced = visit.headers.get("content-length", "0") != "0"
-            door.ignore_body(announced or "transfer-encoding" in visit.headers)
+        length = visit.headers.get("content-length", "0")
+        announced = length != "0" or "transfer-encoding" in visit.headers
+        if not announced or scope["method"] not in BODIES:
+            visit.body = _nothing()
+            door.ignore_body(announced)
         async with AsyncExitStack() as stack:
             visit.stack = stack
             try:
@@ -187,6 +189,13 @@ def _visit(
             trace=trace,
         ),
     )
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    """The body of a request that has none."""
+    none: tuple[bytes, ...] = ()
+    for chunk in none:
+        yield chunk
 
 
 def _not_allowed(passes: Passes, method: str) -> NotServed:

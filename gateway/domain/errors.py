@@ -27,6 +27,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   ├── UpstreamRefused    the provider's own status and body, passed on unchanged; not billed
     │   ├── UpstreamUnavailable 503  surely not billed (class N of money.md 8.1)
     │   ├── UpstreamAccount    503  the owner's key or account is refused; not billed
+    │   ├── UpstreamUnanswered 502/504  what costs nothing was sent, and not answered to the end
     │   ├── UpstreamUnknown    502/504  something was sent and the outcome is unknown (class U)
     │   └── UpstreamBroken     502/504  a 200 was seen, then it broke (class B)
     └── GatewayFault           our own stores or limits
@@ -316,6 +317,13 @@ class UpstreamAccount(UpstreamFault):
     code = "upstream_account_refused"
     reason = "upstream_account"
     should_retry = False
+
+
+class UpstreamUnanswered(UpstreamFault):
+    """Something that costs nothing was sent, and no whole answer came. It may have been done."""
+
+    code = "upstream_no_answer"
+    reason = "upstream_unknown"
 
 
 class UpstreamUnknown(UpstreamFault):

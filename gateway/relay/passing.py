@@ -44,8 +44,8 @@ from gateway.domain.errors import (
     UnsupportedMedia,
     UpstreamAccount,
     UpstreamRefused,
+    UpstreamUnanswered,
     UpstreamUnavailable,
-    UpstreamUnknown,
 )
 from gateway.domain.ledger import Basis
 from gateway.domain.owned import Anchor
@@ -254,7 +254,7 @@ class Passing:
 
         What was surely not taken up goes out once more with another key. Raises what it amounts to
         else, in the words of something that costs nothing: ``UpstreamRefused``,
-        ``UpstreamAccount``, ``UpstreamUnavailable``, ``UpstreamUnknown``, ``Overloaded``.
+        ``UpstreamAccount``, ``UpstreamUnavailable``, ``UpstreamUnanswered``, ``Overloaded``.
         """
         name = errand.upstream if errand.anchor is None else errand.anchor.upstream
         upstream = self._upstreams().get(name)
@@ -282,7 +282,7 @@ class Passing:
                     # Some providers repeat a key that they refuse.
                     error.mask(upstream.masked)
                 error.upstream_rid = visit.receipt.upstream_rid
-                raise _costless(error, name, repeatable=errand.repeatable) from error
+                raise _costless(error, name, repeatable=errand.repeatable)
 
     def head(self, visit: Visit, reply: Reply, more: answers.Headers = ()) -> Head:
         """The upstream's answer as ours, handed on as it comes."""
@@ -327,7 +327,7 @@ class Passing:
         *,
         repeatable: bool = True,
     ) -> bytes:
-        """All of an answer's body. Raises ``UpstreamUnknown`` where it is cut, late or longer;
+        """All of an answer's body. Raises ``UpstreamUnanswered`` where it is cut, late or longer;
         ``repeatable`` is the errand's."""
         content = bytearray()
         try:
@@ -335,11 +335,9 @@ class Passing:
                 async for chunk in chunks:
                     content += chunk
                     if len(content) > limit_bytes:
-                        raise UpstreamUnknown(
-                            "The upstream's answer is larger than it can be.", reason="too_large"
-                        )
+                        raise bad_answer(visit.receipt.upstream)
         except GatewayError as error:
-            raise _costless(error, visit.receipt.upstream, repeatable=repeatable) from error
+            raise _costless(error, visit.receipt.upstream, repeatable=repeatable) from None
         return bytes(content)
 
     async def to_the_end(self, visit: Visit, work: Coroutine[Any, Any, T]) -> T:
@@ -356,6 +354,7 @@ class Passing:
                 # Nobody may be there to hear of it.
                 ended.exception()
             finally:
+                ended.cancel()  # Where it was given up with the process.
                 for stack in left_behind:
                     await stack.aclose()
 
@@ -482,13 +481,13 @@ def too_large(limit_bytes: int) -> BodyTooLarge:
     )
 
 
-def bad_answer(upstream: str) -> UpstreamUnknown:
+def bad_answer(upstream: str) -> UpstreamUnanswered:
     """A success whose body is not what was asked for."""
-    return UpstreamUnknown(
+    return UpstreamUnanswered(
         f"The upstream {upstream} answered with something that cannot be read. Nothing is charged "
         "for it. Ask the gateway's operator if that goes on.",
         reason="upstream_bad_response",
-        code="upstream_bad_response",
+        should_retry=False,
     )
 
 
@@ -531,7 +530,7 @@ def _costless(error: GatewayError, upstream: str, *, repeatable: bool) -> Gatewa
     if error.evidence is Evidence.NOT_BILLED:
         return error
     again = "It may be sent again." if repeatable else "See what became of it before you repeat it."
-    costless = UpstreamUnknown(
+    costless = UpstreamUnanswered(
         f"The upstream {upstream} took this request and did not answer it to the end. Nothing is "
         f"charged for it. {again}",
         status=504 if error.status == 504 else 502,

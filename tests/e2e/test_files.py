@@ -434,8 +434,8 @@ async def test_who_leaves_while_uploading_has_sent_nothing(
         ),
         (Rule(status=429, headers={"retry-after": "3"}), 429, None),
         (Rule(status=500), 500, None),
-        (Rule(cut_after_bytes=0), 502, "upstream_outcome_unknown"),
-        (Rule(cut_after_bytes=20), 502, "upstream_outcome_unknown"),
+        (Rule(cut_after_bytes=0), 502, "upstream_no_answer"),
+        (Rule(cut_after_bytes=20), 502, "upstream_no_answer"),
     ],
 )  # fmt: skip
 async def test_what_an_upstream_refuses(
@@ -528,3 +528,75 @@ async def test_an_upload_is_finished_whoever_leaves(
     await gateway.told.until(1)
     async with gateway.sdk() as sdk:
         assert len((await sdk.files.list()).data) == 1
+
+
+async def test_moderations_pass(gateway: GatewayUnderTest, sandbox: SandboxServer) -> None:
+    async with gateway.sdk() as sdk, gateway.http() as http:
+        words = "a harbour"
+        judged = await sdk.moderations.create(model="omni-moderation-latest", input=words)
+        assert len(judged.results) == 1
+        [sent] = sandbox.journal
+        assert json.loads(sent.body)["input"] == words
+        assert key_of(sent) == "sk-upstream-secret"
+        form_instead = await http.post("/moderations", content=b"x", headers={"content-type": FORM})
+        assert form_instead.status_code == 415
+        huge = json.dumps({"input": "x" * (8 << 20)}).encode()
+        large = await http.post(
+            "/moderations", content=huge, headers={"content-type": "application/json"}
+        )
+        assert large.status_code == 413
+        late = await http.post(
+            "/moderations", content=in_pieces(huge, 1 << 20),
+            headers={"content-type": "application/json"},
+        )  # fmt: skip
+        assert late.status_code == 413
+        assert (await http.get("/moderations")).headers["allow"] == "POST"
+        empty = await http.post("/moderations", headers={"content-type": "application/json"})
+        assert empty.status_code == 400
+    told = await gateway.told.until(6)
+    assert {(one.operation, one.cost) for one, _ in told} == {("moderation", 0)}
+    metrics = await gateway.metrics()
+    counted = {name: value for name, value in metrics.items() if "moderation" in name}
+    assert counted[
+        'gateway_requests_total{cache="off",endpoint="moderation",model="none",status="2xx",'
+        'team="growth"}'
+    ] == 1  # fmt: skip
+    assert not [name for name in counted if "images" in name or "spend" in name]
+    assert await gateway.usage() == []
+
+
+async def test_where_a_picture_is_from(gateway: GatewayUnderTest, sandbox: SandboxServer) -> None:
+    body = form(("file", "a.png", PICTURE))
+    async with gateway.http() as http:
+        answer = await http.post(
+            "/content_provenance_checks", content=body, headers={"content-type": FORM}
+        )
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["object"] == "content_provenance_check"
+    [sent] = sandbox.journal
+    assert sent.files[0].size_bytes == len(PICTURE)
+    assert gateway.told.last.operation == "provenance"
+
+
+async def test_nothing_is_asked_while_the_store_is_away(
+    gateway: GatewayUnderTest, sandbox: SandboxServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with gateway.sdk() as sdk:
+        made = await uploaded(sdk)
+
+        async def away(*_: object, **__: object) -> None:
+            raise LedgerUnavailable("The database does not answer.")
+
+        before = asked_of(sandbox)
+        with monkeypatch.context() as patch:
+            for name in ("find", "owned", "total_bytes"):
+                patch.setattr(SQLiteOwnership, name, away)
+            for ask in (
+                sdk.files.retrieve(made.id), sdk.files.list(), uploaded(sdk),
+                edited(sdk, edit_of(made.id)), sdk.files.delete(made.id),
+            ):  # fmt: skip
+                with pytest.raises(openai.InternalServerError) as refused:
+                    await ask
+                assert refused.value.status_code == 503
+        assert asked_of(sandbox) == before
+        assert (await sdk.files.retrieve(made.id)).id == made.id
