@@ -229,8 +229,8 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "x-model-served": "what an alias stands for",
         "x-gateway-upstream": "where it was bought",
         "x-gateway-attempts": "how often upstreams were asked",
-        "x-gateway-changed": "what was filled in or put in place of what was asked: `size=...`, "
-        "`model=...`",
+        "x-gateway-changed": "what was put in, or in place of what was asked: `size=...`, "
+        "`model=...`; a name alone was left out: `style`",
         "sunset": "the day on which the model that was asked for ends, where that is within 30 "
         "days (RFC 8594)",
         "x-gateway-warning": "the same in words, and what to ask for instead",
