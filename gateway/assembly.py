@@ -40,9 +40,11 @@ from gateway.ports import (
 )
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.arrival import Patience
+from gateway.relay.checks import CheckRules
+from gateway.relay.files import FileRules, Place
 from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.news import ResultNews
-from gateway.relay.read import ReadRules
+from gateway.relay.read import ReadRules, ResponseRules
 from gateway.settings import (
     ImageUrls,
     Kind,
@@ -50,6 +52,7 @@ from gateway.settings import (
     Secret,
     Settings,
     UpstreamKey,
+    WithoutImageTool,
     WithoutRedis,
     shipped,
 )
@@ -699,6 +702,30 @@ def patience_of(settings: Settings) -> Patience:
     return Patience(settings.relay.max_wait_seconds, settings.relay.on_unknown is OnUnknown.REPEAT)
 
 
+def file_rules(settings: Settings) -> FileRules:
+    """What holds for `/v1/files`."""
+    files = settings.files
+    return FileRules(
+        _place(settings, files.enabled, files.upstream), files.max_bytes, files.max_total_bytes
+    )
+
+
+def check_rules(settings: Settings) -> CheckRules:
+    """What holds for moderations and provenance."""
+    moderations, provenance = settings.moderations, settings.provenance
+    return CheckRules(
+        _place(settings, moderations.enabled, moderations.upstream),
+        _place(settings, provenance.enabled, provenance.upstream),
+        settings.server.max_file_bytes,
+    )
+
+
+def _place(settings: Settings, enabled: bool, named: str | None) -> Place:
+    """Where something is passed on to: as configured, else the first upstream that is on."""
+    first = next((name for name, one in settings.upstreams.items() if one.ready), "")
+    return Place(enabled, first if named is None else named)
+
+
 def read_rules(settings: Settings, image_urls: bool) -> ReadRules:
     server = settings.server
     return ReadRules(
@@ -708,4 +735,10 @@ def read_rules(settings: Settings, image_urls: bool) -> ReadRules:
         max_pixels=server.max_pixels,
         max_side=server.max_side,
         image_urls_allowed=image_urls,
+        responses=ResponseRules(
+            enabled=settings.responses.enabled,
+            without_image_tool=(settings.responses.without_image_tool is WithoutImageTool.ALLOW),
+            max_output_tokens=settings.responses.max_output_tokens,
+            max_tool_calls=settings.responses.max_tool_calls,
+        ),
     )
