@@ -22,6 +22,7 @@ from fastapi import FastAPI
 from gateway.api import errors as api_errors
 from gateway.api.door import ASGIApp, Receive, Scope, Send
 from gateway.api.health import Readiness, health_routes, metrics_routes
+from gateway.api.hosted import HostedRoutes
 from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
 from gateway.api.relayed import RelayedRoutes
@@ -33,6 +34,7 @@ from gateway.assembly import (
     make_cache,
     make_folder,
     make_gate,
+    make_hosting,
     make_results,
     message_id,
     open_notifier,
@@ -80,6 +82,7 @@ from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
+from gateway.relay.hosting import HOSTED, Hosting
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
@@ -205,6 +208,9 @@ async def open_gateway(
         kept = make_results(settings, clock, metrics, redis)
         if kept is not None:
             stack.push_async_callback(kept.aclose)
+        hosting = make_hosting(settings, clock, metrics, redis, lambda: keyring.peppers)
+        if hosting is not None:
+            stack.push_async_callback(hosting[1].aclose)
         result_policy = ResultPolicy(settings.results.ttl, settings.results.idempotent_ttl)
         results = Results(kept, result_policy)
         board = make_board(
@@ -312,6 +318,7 @@ async def open_gateway(
             comebacks=comebacks,
             joining=joining,
             results=results,
+            hosting=None if hosting is None else hosting[0],
             news=news,
             patience=patience,
             rules=read_rules(settings, passing),
@@ -468,6 +475,7 @@ async def open_gateway(
                 ),
                 RequestId(rest),
                 result_routes(desk, keyring, settings, metrics),
+                None if hosting is None else hosted_routes(hosting[0], metrics),
             ),
             RequestId(monitor),
             store.ledger,
@@ -487,11 +495,16 @@ class _Router:
     """Sends the relayed paths and the results to their own doors, everything else to FastAPI."""
 
     def __init__(
-        self, relayed: RelayedRoutes, rest: ASGIApp, results: ResultRoutes | None = None
+        self,
+        relayed: RelayedRoutes,
+        rest: ASGIApp,
+        results: ResultRoutes | None = None,
+        hosted: HostedRoutes | None = None,
     ) -> None:
         self._relayed = relayed
         self._rest = rest
         self._results = results
+        self._hosted = hosted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope["path"] if scope["type"] == "http" else ""
@@ -500,6 +513,8 @@ class _Router:
             await self._relayed.handle(operation, scope, receive, send)
         elif self._results is not None and path.startswith(RESULTS):
             await self._results.handle(scope, receive, send)
+        elif self._hosted is not None and path.startswith(HOSTED):
+            await self._hosted.handle(scope, receive, send)
         else:
             await self._rest(scope, receive, send)
 
@@ -514,6 +529,15 @@ def result_routes(
         ttl=settings.results.ttl,
         idempotent_ttl=settings.results.idempotent_ttl,
         counted=lambda outcome: metrics.add("gateway_results_total", outcome=outcome),
+    )
+
+
+def hosted_routes(hosting: Hosting, metrics: Metrics) -> HostedRoutes:
+    """The door of the pictures that are behind urls."""
+    return HostedRoutes(
+        hosting,
+        counted=lambda outcome: metrics.add("gateway_hosted_total", outcome=outcome),
+        sent=lambda count: metrics.add("gateway_hosted_sent_bytes_total", count),
     )
 
 

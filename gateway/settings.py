@@ -338,6 +338,28 @@ def _time_zone(node: Node, spot: Spot) -> str:
     return name
 
 
+def _public_url(node: Node, spot: Spot) -> str:
+    """Where clients reach this gateway: what the urls that it hands out begin with."""
+    url = scalar(node).text
+    example = "https://images.example.com"
+    if not url.lower().startswith(("http://", "https://")):
+        raise Wrong(f"must be the url that clients reach this gateway at: {example}")
+    parts = _split(url)
+    if parts.username is not None or parts.password is not None:
+        raise Wrong("must not hold a user or a password: it is told to everybody")
+    if "?" in url or "#" in url:
+        raise Wrong('must not hold "?" or "#"')
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise Wrong(f"must not end in /v1, which is added: {example}")
+    if parts.scheme.lower() == "http" and not _is_near(parts.hostname or ""):
+        spot.warn(
+            node.place,
+            "is http:// on a public network: whoever is on the way sees the pictures, and the urls "
+            "that open them. Write https://",
+        )
+    return url.rstrip("/")
+
+
 def _webhook(node: Node, spot: Spot) -> Secret:
     """Where news is sent; many such urls hold a token, so it is a secret."""
     url = scalar(node).text
@@ -607,11 +629,13 @@ _HOST = text(r"[A-Za-z0-9.:_%-]+", "a host or an address")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """Where the gateway listens, and what a request may be. Port 0 is any free one."""
+    """Where the gateway listens, and what a request may be. Port 0 is any free one. ``public_url``
+    has no slash at its end."""
 
     host: str = setting(_HOST, "0.0.0.0")
     port: int = setting(_PORT, 8080)
     metrics_port: int | None = setting(optional(_PORT), None)
+    public_url: str | None = setting(optional(_public_url), None)
     workers: int = setting(whole(1, 256), 1)
     replicas: int = setting(whole(1, 10_000), 1)
     buffer_bytes: int = setting(size, 128 * MIB)
@@ -835,6 +859,15 @@ class Results:
     max_bytes: int = setting(size, 10 * 1024 * MIB)
     webhook: Secret | None = setting(optional(_webhook), None)
     secret: Secret | None = setting(optional(_webhook_secret), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosted:
+    """Pictures as urls: each may be fetched for ``ttl``; ``max_bytes`` is on disk."""
+
+    enabled: bool = setting(boolean, True)
+    ttl: timedelta = setting(duration, timedelta(hours=1))
+    max_bytes: int = setting(size, 10 * 1024 * MIB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1071,6 +1104,7 @@ class _Document:
     prices: Prices = group(record(Prices), Prices())
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
+    hosted: Hosted = group(record(Hosted), Hosted())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
@@ -1087,6 +1121,7 @@ _OVERRIDABLE = MappingProxyType(
         "prices": names_of(Prices),
         "cache": names_of(CacheSettings),
         "results": names_of(Results),
+        "hosted": names_of(Hosted),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
         "relay": names_of(Relay),
@@ -1136,6 +1171,7 @@ class Settings:
     prices: Prices
     cache: CacheSettings
     results: Results
+    hosted: Hosted
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
@@ -1146,6 +1182,11 @@ class Settings:
     sources: tuple[Source, ...] = ()
     """The files that all of this was read from, as they were then: of the configuration, of each
     ``${file:...}``, of the prices, and each CA bundle."""
+
+    @property
+    def hosts_pictures(self) -> bool:
+        """Whether `response_format=url` can be answered with urls of this gateway."""
+        return self.hosted.enabled and self.server.public_url is not None
 
     @property
     def lease_seconds(self) -> float:
@@ -1318,6 +1359,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         prices=document.prices,
         cache=document.cache,
         results=document.results,
+        hosted=document.hosted,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)

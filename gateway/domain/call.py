@@ -65,6 +65,13 @@ class Reference(NamedTuple):
     param: str
 
 
+class AnswerAs(StrEnum):
+    """How the pictures of an answer are handed over: in it, or as urls of this gateway."""
+
+    B64 = "b64_json"
+    URL = "url"
+
+
 class Encoding(StrEnum):
     """How the fields of a request's body are written."""
 
@@ -128,6 +135,8 @@ class Call:
     pinned: Mapping[str, str] = field(default_factory=dict)
     references: tuple[Reference, ...] = ()
     """Ids of files and responses at an upstream: whose they are is looked up before the plan."""
+    answer_as: AnswerAs = AnswerAs.B64
+    """``URL``: asked for with `response_format=url`, which no upstream is told of."""
 
 
 @dataclass(frozen=True, slots=True)

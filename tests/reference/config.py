@@ -46,6 +46,7 @@ _FORMS: Mapping[str, str] = MappingProxyType(
         "_pepper": "a text, best of 32 characters or more",
         "_provider_admin_key": "a key",
         "_proxy": "a url",
+        "_public_url": "a url",
         "_redis": "a url: `redis://`, `rediss://`, `redis+cluster://`, `redis+sentinel://`",
         "_row": "a row as in `prices.yaml`",
         "_team_secret": "a key of 20 characters or more",

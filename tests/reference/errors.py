@@ -97,6 +97,9 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "refuse` or `validate: strict`; or a name in brackets that is none.",
         ("InvalidRequest", "unsupported_file_mimetype"): "The file is no picture that is taken.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
+        ("NotServed", "picture_not_found"): "The url of a picture is not complete, or its time is "
+        "over (`hosted.ttl`). Ask for the picture again.",
+        ("NotServed", "range_not_satisfiable"): "The `Range` begins behind the picture's end.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
         "the route takes one, without a `Content-Encoding`.",
@@ -144,6 +147,15 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "request id.",
         ("LedgerUnavailable", "ledger_unavailable"): "The database is away: nothing is bought that "
         "cannot be booked.",
+        (
+            "Overloaded",
+            "hosted_unavailable",
+        ): "Where hosted pictures are kept is away; the picture is not lost.",
+        (
+            "Overloaded",
+            "picture_not_hosted",
+        ): "The picture is made and could not be put behind a "
+        "url (a full disk, a Redis that is away). The message says how it is had without one.",
         ("Overloaded", "overloaded"): "No place for another request, connection or picture came "
         "free in time.",
         ("Overloaded", "results_unavailable"): "Where results are kept is away; the result is not "
@@ -194,6 +206,7 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "x-gateway-attempts": "how often upstreams were asked",
         "x-gateway-changed": "what was filled in or put in place of what was asked: `size=...`, "
         "`model=...`",
+        "x-gateway-warning": "what the operator, or the client, should know of this answer",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
         "retry-after": "seconds; `retry-after-ms` beside it",
