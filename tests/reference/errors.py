@@ -214,6 +214,7 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "`Idempotency-Key` got",
         "preference-applied": "`respond-async`: of a 202",
         "x-accel-buffering": "`no`, on streams: for nginx",
+        "x-content-type-options": "`nosniff`, of pictures that are fetched by their urls",
     }
 )
 REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(
