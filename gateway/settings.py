@@ -16,7 +16,7 @@ import base64
 import hmac
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -35,6 +35,7 @@ from urllib.parse import SplitResult, urlsplit
 from zoneinfo import available_timezones
 
 from gateway.domain.address import METADATA, address_of, is_never_an_upstream
+from gateway.domain.compat import OFF, Compat, CompatRules, merged
 from gateway.domain.money import Money
 from gateway.domain.route import WILDCARD, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Key, Limits, Team
@@ -937,6 +938,58 @@ def _stated(reader: Reader[T]) -> Reader[T]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompatSettings:
+    """What is repaired of requests, where neither a model nor a key says otherwise."""
+
+    response_format: bool = setting(boolean, True)
+    style: bool = setting(boolean, True)
+    quality: bool = setting(boolean, True)
+    sizes: bool = setting(boolean, True)
+    media_types: bool = setting(boolean, True)
+    repeated_images: bool = setting(boolean, False)
+    default_model: Located[str] | None = setting(optional(located(_model_name)), None)
+    aliases: dict[str, Located[str]] | None = group(
+        mapping(located(_model_name), lambda name: _alias_objection(name)), None
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModelCompatEntry:
+    """What a model says of it; left out: what holds for all."""
+
+    response_format: bool | None = setting(boolean, None)
+    style: bool | None = setting(boolean, None)
+    quality: bool | None = setting(boolean, None)
+    sizes: bool | None = setting(boolean, None)
+    media_types: bool | None = setting(boolean, None)
+    repeated_images: bool | None = setting(boolean, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeyCompatEntry:
+    """What a key says of it, which goes before its model's word."""
+
+    response_format: bool | None = setting(boolean, None)
+    style: bool | None = setting(boolean, None)
+    quality: bool | None = setting(boolean, None)
+    sizes: bool | None = setting(boolean, None)
+    media_types: bool | None = setting(boolean, None)
+    repeated_images: bool | None = setting(boolean, None)
+    default_model: Located[str] | None = setting(located(_model_name), None)
+
+
+def _or_off(reader: Reader[T]) -> Reader[T | CompatRules]:
+    """A table of switches, or one word that turns all of them off."""
+
+    def read(node: Node, spot: Spot) -> T | CompatRules:
+        if isinstance(node, Scalar) and not node.is_null and node.text in ("off", "false"):
+            return OFF
+        return reader(node, spot)
+
+    return read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _PinEntry:
     """What ``auto`` is rewritten to with ``auto: pin``."""
 
@@ -985,6 +1038,9 @@ class _ModelEntry:
     auto: Auto = setting(choice(Auto), Auto.BOUND)
     pin: Located[_PinEntry] | None = group(located(_stated(record(_PinEntry))), None)
     cache: bool = setting(boolean, True)
+    compat: _ModelCompatEntry | CompatRules | None = group(
+        _or_off(_stated(record(_ModelCompatEntry))), None
+    )
 
 
 def _model(node: Node, spot: Spot) -> _ModelEntry:
@@ -1044,6 +1100,9 @@ class _KeyEntry:
     soft_budget: _BudgetEntry = group(_budget, _BudgetEntry())
     expires: datetime | None = setting(instant, None)
     disabled: bool = setting(boolean, False)
+    compat: _KeyCompatEntry | CompatRules | None = group(
+        _or_off(_stated(record(_KeyCompatEntry))), None
+    )
 
 
 def _key(node: Node, spot: Spot) -> _KeyEntry:
@@ -1080,6 +1139,12 @@ def _team_objection(name: str) -> str | None:
     return None if is_team_name(name) else _NAME_RULE.format("a team")
 
 
+def _alias_objection(name: str) -> str | None:
+    if re.fullmatch(_MODEL_NAME, name):
+        return None
+    return "a model's name has letters, digits and ._:/@+- (at most 128)"
+
+
 def _model_objection(name: str) -> str | None:
     if name == WILDCARD or re.fullmatch(_MODEL_NAME, name):
         return None
@@ -1101,6 +1166,7 @@ class _Document:
     ledger: LedgerSettings = group(record(LedgerSettings), LedgerSettings())
     upstreams: dict[str, Upstream] | None = group(mapping(_upstream, _upstream_objection), None)
     models: dict[str, _ModelEntry] | None = group(mapping(_model, _model_objection), None)
+    compat: CompatSettings | CompatRules = group(_or_off(record(CompatSettings)), CompatSettings())
     prices: Prices = group(record(Prices), Prices())
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
@@ -1118,6 +1184,7 @@ _OVERRIDABLE = MappingProxyType(
         "server": names_of(Server),
         "storage": names_of(Storage),
         "ledger": names_of(LedgerSettings),
+        "compat": names_of(CompatSettings),
         "prices": names_of(Prices),
         "cache": names_of(CacheSettings),
         "results": names_of(Results),
@@ -1143,6 +1210,7 @@ class DeclaredKey:
     limits: Limits = field(default_factory=Limits)
     expires: datetime | None = None
     disabled: bool = False
+    compat: CompatRules | None = None
 
     def key(self, key_id: str) -> Key:
         """The key's public half, once its id is known."""
@@ -1155,6 +1223,7 @@ class DeclaredKey:
             expires=self.expires,
             disabled=self.disabled,
             declared=True,
+            compat=self.compat,
         )
 
 
@@ -1168,6 +1237,7 @@ class Settings:
     ledger: LedgerSettings
     upstreams: Mapping[str, Upstream]
     catalogue: Catalogue
+    compat: Compat
     prices: Prices
     cache: CacheSettings
     results: Results
@@ -1338,6 +1408,8 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
     _check_sections(document, upstreams, root, spot)
     _check_teams(teams, _names(root, "models"), root, spot)
     _check_secrets(teams, upstreams)
+    keys = (key for team in teams.values() for key in team.keys)
+    _check_compat(document.compat, keys, _names(root, "models"))
     return Settings(
         file=path,
         server=document.server,
@@ -1356,6 +1428,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
                 name for name, one in upstreams.items() if one.bill_on_5xx is BillOn5xx.ALWAYS
             ),
         ),
+        compat=_compat(document.compat),
         prices=document.prices,
         cache=document.cache,
         results=document.results,
@@ -1506,6 +1579,7 @@ def _catalogue(
             pin=Pin(pin.size, pin.quality) if entry.auto is Auto.PIN else None,
             others=tuple(sorted(others, key=lambda other: other.order)),
             fallbacks=tuple(fallback.value for fallback in entry.fallback),
+            compat=_compat_rules(entry.compat),
         )
     wildcard = models.pop(WILDCARD, None)
     return Catalogue(MappingProxyType(models), wildcard)
@@ -1643,7 +1717,58 @@ def _declared(team: str, entry: _KeyEntry, secret: Secret) -> DeclaredKey:
         limits=_bounds(entry.limits, entry.budget, entry.soft_budget),
         expires=entry.expires,
         disabled=entry.disabled,
+        compat=_compat_rules(entry.compat),
     )
+
+
+def _compat(said: CompatSettings | CompatRules) -> Compat:
+    if isinstance(said, CompatRules):
+        return merged(Compat(), said)
+    return Compat(
+        response_format=said.response_format,
+        style=said.style,
+        quality=said.quality,
+        sizes=said.sizes,
+        media_types=said.media_types,
+        repeated_images=said.repeated_images,
+        default_model=said.default_model.value if said.default_model else None,
+        aliases={name: model.value for name, model in (said.aliases or {}).items()},
+    )
+
+
+def _compat_rules(
+    said: _ModelCompatEntry | _KeyCompatEntry | CompatRules | None,
+) -> CompatRules | None:
+    if said is None or isinstance(said, CompatRules):
+        return said
+    default = said.default_model if isinstance(said, _KeyCompatEntry) else None
+    return CompatRules(
+        response_format=said.response_format,
+        style=said.style,
+        quality=said.quality,
+        sizes=said.sizes,
+        media_types=said.media_types,
+        repeated_images=said.repeated_images,
+        default_model=default.value if default else None,
+    )
+
+
+def _check_compat(
+    said: CompatSettings | CompatRules, keys: Iterable[_KeyEntry], models: frozenset[str]
+) -> None:
+    """Defaults and aliases lead to what is configured; the wildcard does not count."""
+    settings = said if isinstance(said, CompatSettings) else CompatSettings()
+    aliases = settings.aliases or {}
+    entries = [key.compat for key in keys if isinstance(key.compat, _KeyCompatEntry)]
+    defaults = (settings.default_model, *(entry.default_model for entry in entries))
+    for name in (*aliases.values(), *(default for default in defaults if default is not None)):
+        if name.value not in models:
+            shown = f' "{name.value}"' if presentable(name.value) else ""
+            near = suggestion(name.value, sorted(models))
+            name.wrong(f"there is no model{shown} under models{near}")
+    for alias, name in aliases.items():
+        if alias in models:
+            name.warn("does nothing: the model of that name under models is the one that is asked")
 
 
 def _model_names(models: tuple[Located[str], ...]) -> frozenset[str]:

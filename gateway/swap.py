@@ -259,6 +259,8 @@ def make_planner(
         frozenset(passing),
         factors.of,
         health.usable,
+        compat=settings.compat,
+        hosting=settings.hosts_pictures,
     )
 
 

@@ -56,6 +56,56 @@ class Change(NamedTuple):
     after: Json
 
 
+class Mend(NamedTuple):
+    """The headers of a form's file, written anew: what is told of that, and the bytes."""
+
+    changes: tuple[Change, ...]
+    edit: Edit
+
+
+class Spot(NamedTuple):
+    """Where one field lies in a body. ``value`` is its value alone, quotes included in JSON;
+    ``whole`` is a member from its name to its value's end, or a form's part from the line of its
+    boundary to that of the next."""
+
+    whole: Span
+    value: Span
+
+
+class FileSpot(NamedTuple):
+    """A file of a form. ``head`` are its headers without the empty line behind them;
+    ``media_type`` is as declared, ``seen`` as its first bytes say: empty where they do not."""
+
+    name: str
+    filename: str
+    media_type: str
+    seen: str
+    head: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the fields of a body lie, in their order: what is needed to put one in, to change it
+    and to cut it out (``splice.py``).
+
+    ``opening`` is where a first one may stand: behind the brace of JSON, before a form's first
+    boundary line. ``boundary`` is that of a form, without its dashes. ``files`` are those of a
+    form, one for each of ``Call.inputs``.
+    """
+
+    opening: int = 0
+    fields: Mapping[str, Spot] = field(default_factory=dict)
+    files: tuple[FileSpot, ...] = ()
+    boundary: bytes = b""
+
+
+class AnswerAs(StrEnum):
+    """How pictures are handed over: in the answer, or by an address in it."""
+
+    B64 = "b64_json"
+    URL = "url"
+
+
 class Reference(NamedTuple):
     """An id of something at an upstream, named in a request. ``kind`` is an ``OwnedKind``'s value,
     ``param`` how an error names its place (``images[0].file_id``)."""
@@ -63,13 +113,6 @@ class Reference(NamedTuple):
     kind: str
     id: str
     param: str
-
-
-class AnswerAs(StrEnum):
-    """How the pictures of an answer are handed over: in it, or as urls of this gateway."""
-
-    B64 = "b64_json"
-    URL = "url"
 
 
 class Encoding(StrEnum):
@@ -104,20 +147,17 @@ class Call:
     values (multipart text fields that contract 1.2 types as numbers or booleans are converted).
     The typed members beside it are those that money and the relay need, with their defaults.
     ``n`` is 1-10, ``partial_images`` 0-3, ``frame_count`` 2-16 (1 where it is not a GIF).
-    ``model_span`` is where the model's name lies in the body, quotes excluded. ``value_spans`` is
-    where the values of size, quality and stream lie, as far as they were sent: quotes included in
-    JSON.
-    ``boundary`` is that of a form, without its dashes.
+    ``model`` is the name that is routed, empty where none was given yet; ``model_said`` is what
+    the body says, None where it says nothing.
     ``unknown`` names the parameters that the contract does not list: they are forwarded.
-    ``pinned`` are sizes and qualities that the client left open and the gateway fills in: what
-    the body does not say yet.
+    ``changes`` and ``mends`` are what the gateway sends on otherwise than it came: the members
+    beside them hold what is sent, the body and its ``layout`` what came.
     """
 
     operation: Operation
     encoding: Encoding
     content_type: str
     model: str
-    model_span: Span
     prompt_bytes: int
     parameters: Mapping[str, Json]
     inputs: tuple[InputImage, ...] = ()
@@ -130,13 +170,19 @@ class Call:
     frame_count: int = 1
     unknown: frozenset[str] = frozenset()
     body_bytes: int = 0
-    value_spans: Mapping[str, Span] = field(default_factory=dict)
-    boundary: bytes = b""
-    pinned: Mapping[str, str] = field(default_factory=dict)
     references: tuple[Reference, ...] = ()
     """Ids of files and responses at an upstream: whose they are is looked up before the plan."""
+    model_said: str | None = None
+    layout: Layout = field(default_factory=Layout)
+    changes: tuple[Change, ...] = ()
+    mends: tuple[Mend, ...] = ()
     answer_as: AnswerAs = AnswerAs.B64
-    """``URL``: asked for with `response_format=url`, which no upstream is told of."""
+
+    @property
+    def changed(self) -> tuple[Change, ...]:
+        """All that is told to the client, each change once."""
+        mended = (change for mend in self.mends for change in mend.changes)
+        return tuple(dict.fromkeys((*self.changes, *mended))) if self.mends else self.changes
 
 
 @dataclass(frozen=True, slots=True)

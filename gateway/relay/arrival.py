@@ -35,6 +35,8 @@ class Arrival:
     """The client does not wait: it asks for the result later."""
     trace: Trace | None = None
     """Its span, where requests are traced."""
+    deployment: str | None = None
+    """The model that its path names (Azure): it wins over the body's."""
 
 
 @dataclass(frozen=True, slots=True)

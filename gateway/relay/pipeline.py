@@ -18,6 +18,7 @@ from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from gateway.domain.call import AnswerAs, Call, Inquiry
+from gateway.domain.compat import changed_names
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
 from gateway.domain.ledger import Held, Outcome, Replay
 from gateway.domain.quota import Demand
@@ -125,6 +126,7 @@ class Pipeline:
         )
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         caller: Caller | None = None
+        changed: headers.Headers = ()
         rules = self._rules
         try:
             if not _is_again(arrival):
@@ -136,10 +138,13 @@ class Pipeline:
                     so_far, call = await self._taken_in(arrival, body, so_far, rules)
                     return await self._estimate(arrival, self._planner, caller, call, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
+            call = self._planner.repaired(caller, call)
+            changed, so_far = headers.of_changes(call), _with_changes(so_far, call)
             answer = await self._answer(arrival, caller, call, body, so_far)
+            answer = replace(answer, head=headers.with_changes(answer.head, call))
             return await self._as_asked(arrival, call, answer)
         except GatewayError as error:
-            return ended(so_far, error, await self._unspent(caller, error))
+            return ended(so_far, error, (*await self._unspent(caller, error), *changed))
         finally:
             body.close()
 
@@ -197,6 +202,7 @@ class Pipeline:
             head.close()
             answer.done(False)
             raise
+        head = headers.with_changes(head, replace(call, answer_as=AnswerAs.B64))
         said = dict(head.headers)
         cached = said.get("x-cache") == CacheResult.HIT.value and headers.REPLAYED[0] not in said
         if not cached and not self._keeps(arrival):
@@ -276,6 +282,8 @@ class Pipeline:
             except TimeoutError:
                 self._refuse_while_draining()
                 raise
+        if arrival.deployment is not None:
+            call = replace(call, model=arrival.deployment)
         seconds = self._clock.monotonic() - arrival.at
         return _with_call(so_far, call, seconds, self._prompt(call)), call
 
@@ -521,6 +529,10 @@ def _with_call(receipt: Receipt, call: Call, seconds: float, prompt: str | None)
         prompt=prompt,
         timings=Timings(reading=seconds),
     )
+
+
+def _with_changes(receipt: Receipt, call: Call) -> Receipt:
+    return replace(receipt, model=receipt.model or call.model, changed=changed_names(call))
 
 
 def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:

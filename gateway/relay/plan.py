@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
-from gateway.domain.call import Call
+from gateway.domain.call import Call, Change
 from gateway.domain.charge import Quote
+from gateway.domain.compat import Compat, merged
 from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
@@ -37,6 +38,7 @@ from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
 from gateway.ports import Cache, Cached, Upstream
+from gateway.relay.compat import repaired, routed_name
 from gateway.relay.strict import validate_strict
 
 
@@ -73,8 +75,8 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A call whose model is known, before anything is looked up. ``call`` has what is pinned
-    filled in. ``enabled``: it may be looked up in the cache, and kept there under
+    """A call whose model is known, before anything is looked up. ``call`` is repaired.
+    ``enabled``: it may be looked up in the cache, and kept there under
     ``fingerprint``, which does not depend on which upstream it will be sent to. ``linked``: it
     names pictures by their addresses alone."""
 
@@ -149,11 +151,6 @@ class Plan:
         demand = replace(self.demand, money=first.quote.bound.amount)
         return replace(self, ways=ways, demand=demand)
 
-    @property
-    def changed(self) -> Mapping[str, str]:
-        """What the gateway filled in, by name: the client is told."""
-        return self.call.pinned
-
 
 class Chooser(Protocol):
     """``random.Random``, as far as it is used here."""
@@ -183,10 +180,15 @@ class Planner:
         factor_of: Callable[[str, str], int] = _as_priced,
         usable: Callable[[Upstream, str], bool] = _well,
         chooser: Chooser | None = None,
+        *,
+        compat: Compat | None = None,
+        hosting: bool = False,
     ) -> None:
         """``passing_urls`` are the upstreams that may be given addresses of pictures;
         ``factor_of`` says by what a model's bounds are raised at an upstream, in millionths;
-        ``usable`` whether an upstream can be asked for a model of its own now."""
+        ``usable`` whether an upstream can be asked for a model of its own now; ``compat`` what is
+        repaired where neither a model nor a key says otherwise, and ``hosting`` whether pictures
+        can be handed over by urls."""
         self._catalogue = catalogue
         self._upstreams = upstreams
         self._prices = prices
@@ -196,13 +198,22 @@ class Planner:
         self._factor_of = factor_of
         self._usable = usable
         self._chooser = chooser or random.Random()
+        self._compat = compat or Compat()
+        self._hosting = hosting
+
+    def repaired(self, caller: Caller, call: Call) -> Call:
+        """The call for a model that is configured, with what older clients send mended and what
+        was left open pinned. Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
+        base = merged(self._compat, caller.key.compat)
+        model = self.route(caller, routed_name(call, self._catalogue.models, base))
+        compat = merged(self._compat, model.compat, caller.key.compat)
+        return _pinned(repaired(call, model, compat, hosting=self._hosting), model.pin)
 
     def route_call(self, caller: Caller, call: Call) -> Routed:
-        """Which model a call is for, and by what name it is known; nothing is looked up. Raises
-        ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
+        """Which model a call, once it is repaired, is for, and by what name it is known; nothing
+        is looked up. Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
         model = self.route(caller, call.model)
         _judge(call, model)
-        call = _pinned(call, model.pin)
         # A picture known by its address alone (it has no size) is fetched by the upstream, and
         # what stands there may change: it is passed on only where that is allowed, never cached.
         linked = any(picture.size_bytes == 0 for picture in call.inputs)
@@ -487,7 +498,10 @@ def _pinned(call: Call, pin: Pin | None) -> Call:
         size=filled.get("size", call.size),
         quality=filled.get("quality", call.quality),
         parameters={**call.parameters, **filled},
-        pinned=filled,
+        changes=(
+            *call.changes,
+            *(Change(name, call.parameters.get(name), value) for name, value in filled.items()),
+        ),
     )
 
 

@@ -14,7 +14,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from gateway.domain.call import Call, Encoding, InputImage, Json, Operation, Span
+from gateway.domain.call import (
+    Call,
+    Encoding,
+    FileSpot,
+    InputImage,
+    Json,
+    Layout,
+    Operation,
+    Spot,
+)
 from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
 from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_url
 from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
@@ -51,9 +60,6 @@ _PRICED_NUMBERS: Mapping[str, tuple[int, int]] = {
     "frame_count": (2, 16),
 }
 _PRICED_TEXTS = ("size", "quality", "output_format")
-_SPLICED = ("size", "quality", "stream")
-"""Where their values lie is told: what a client leaves open may be pinned (money.md 7), and an
-upstream may be asked for events whatever the client asked for."""
 _FORM_NUMBERS = frozenset({*_PRICED_NUMBERS, "output_compression", "frame_duration_ms"})
 _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_identifier", "user")
 """Fields that come back in an answer's headers or body."""
@@ -150,6 +156,7 @@ class _JsonReader:
             check_base64=operation is Operation.EDIT,
             check_controls=operation is Operation.GENERATION,
             max_kept=min(MAX_KEPT_BYTES, self._limit),
+            layout=True,
         )
 
     def feed(self, chunk: bytes) -> None:
@@ -184,14 +191,12 @@ class _JsonReader:
             # What stands beside a picture's address decides the answer too: it is kept with the
             # parameters, without the pictures.
             parameters["images"] = extras
-        quoted = skimmed.spans.get("model", Span(0, 0))
         return _call(
             operation=self._operation,
             encoding=Encoding.JSON,
             # Not as it was declared: a charset could make another reader see other names.
             content_type=JSON_TYPE,
-            model_span=Span(quoted.start + 1, quoted.end - 1),
-            value_spans={name: skimmed.spans[name] for name in _SPLICED if name in skimmed.spans},
+            layout=skimmed.layout,
             fields=parameters,
             inputs=inputs,
             unknown=parameters.keys() - KNOWN,
@@ -202,7 +207,7 @@ class _JsonReader:
         """Every picture, and per picture the members that are not its address."""
         images = fields.get("images")
         if images is None or images == []:
-            raise _missing("images", 'a list like [{"image_url": "data:image/png;base64,..."}].')
+            raise missing("images", 'a list like [{"image_url": "data:image/png;base64,..."}].')
         if not isinstance(images, list):
             raise _wrong_type("images", "an array of objects", images)
         if len(images) > self._rules.max_images:
@@ -240,7 +245,7 @@ class _JsonReader:
         param = f"{param}.image_url"
         address = item.get("image_url")
         if address is None:
-            raise _missing(param, "a data URL like data:image/png;base64,....")
+            raise missing(param, "a data URL like data:image/png;base64,....")
         if not isinstance(address, (str, Hole)):
             raise _wrong_type(param, "a string", address)
         return from_url(address, role, param, self._rules.picture)
@@ -259,8 +264,9 @@ class _FormReader:
         self._inputs: list[InputImage] = []
         self._names: set[str] = set()
         self._unknown_files: set[str] = set()
-        self._model_span = Span(0, 0)
-        self._value_spans: dict[str, Span] = {}
+        self._spots: dict[str, Spot] = {}
+        self._files: list[FileSpot] = []
+        self._opening = -1
         self._images = 0
         self._spelling = ""
         self._last_index = -1
@@ -270,9 +276,11 @@ class _FormReader:
         if self._length > self._limit:
             raise _too_large(self._operation, self._limit)
         for part in self._scanner.feed(chunk):
-            if part.name in self._names and "[]" not in part.name:
-                raise _duplicate(part.name)
+            if part.name in self._names and not _is_list(part):
+                raise duplicate(part.name)
             self._names.add(part.name)
+            if self._opening < 0:
+                self._opening = part.whole.start
             if part.is_file:
                 self._file(part)
             else:
@@ -281,14 +289,12 @@ class _FormReader:
     def close(self) -> Call:
         self._scanner.close()
         if self._images == 0:
-            raise _missing("image", "the picture to edit, as a file of the form.")
+            raise missing("image", "the picture to edit, as a file of the form.")
         return _call(
             operation=self._operation,
             encoding=Encoding.MULTIPART,
             content_type=self._content_type,
-            model_span=self._model_span,
-            value_spans=self._value_spans,
-            boundary=self._boundary,
+            layout=Layout(self._opening, self._spots, tuple(self._files), self._boundary),
             fields=self._fields,
             inputs=tuple(self._inputs),
             unknown=(self._fields.keys() - KNOWN) | self._unknown_files,
@@ -312,14 +318,16 @@ class _FormReader:
             role = param = name
             if name not in PICTURE_ROLES:
                 self._unknown_files.add(name)
-        self._inputs.append(from_file(part, role, param, self._rules.picture))
+        picture, seen = from_file(part, role, param, self._rules.picture)
+        self._inputs.append(picture)
+        self._files.append(FileSpot(name, part.filename or "", part.content_type, seen, part.head))
 
     def _count_image(self, name: str, index: str | None) -> str:
         """Counts an image and returns how an error names it. One spelling, in one order: how an
         upstream would order a mixture is not known, and the pictures' order matters."""
         spelling = name if not index else "image[0]"
         if self._spelling not in ("", spelling):
-            raise _duplicate("image")
+            raise duplicate("image")
         self._spelling = spelling
         if index:
             if int(index) <= self._last_index:
@@ -334,7 +342,7 @@ class _FormReader:
         self._images += 1
         if self._images > self._rules.max_images:
             raise _too_many("image", self._rules.max_images)
-        return "image" if name == "image" else f"image[{self._images - 1}]"
+        return "image" if name == "image" and self._images == 1 else f"image[{self._images - 1}]"
 
     def _text(self, part: Part) -> None:
         name = part.name
@@ -356,11 +364,14 @@ class _FormReader:
                 param=name[:64],
                 reason="invalid_multipart",
             ) from None
-        if name == "model":
-            self._model_span = part.span
-        elif name in _SPLICED:
-            self._value_spans[name] = part.span
+        self._spots[name] = Spot(part.whole, part.span)
         _put(self._fields, name, _from_text(name, text))
+
+
+def _is_list(part: Part) -> bool:
+    """Whether a name may come again. Pictures that are all called ``image`` are a list to some
+    readers and not to others: ``compat.py`` decides."""
+    return "[]" in part.name or (part.is_file and part.name == "image")
 
 
 def _base(name: str) -> str:
@@ -402,17 +413,17 @@ def _put(fields: dict[str, Json], name: str, value: Json) -> None:
     for key in parents:
         inner = place.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise _duplicate(name)
+            raise duplicate(name)
         place = inner
     if many:
         items = place.setdefault(last, [])
         if not isinstance(items, list):
-            raise _duplicate(name)
+            raise duplicate(name)
         items.append(value)
     elif last not in place:
         place[last] = value
     elif name in KNOWN or len(path) > 1:
-        raise _duplicate(name)
+        raise duplicate(name)
     else:
         # Nobody here knows what it means twice: it is passed on, and all of it is the call's.
         before = place[last]
@@ -424,13 +435,11 @@ def _call(
     operation: Operation,
     encoding: Encoding,
     content_type: str,
-    model_span: Span,
-    value_spans: Mapping[str, Span],
+    layout: Layout,
     fields: Mapping[str, object],
     inputs: tuple[InputImage, ...],
     unknown: set[str],
     body_bytes: int,
-    boundary: bytes = b"",
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given = {name: value for name, value in fields.items() if value is not None}
@@ -459,7 +468,6 @@ def _call(
         encoding=encoding,
         content_type=content_type,
         model=model,
-        model_span=model_span,
         prompt_bytes=len(prompt.encode()),
         parameters={
             name: _without_nulls(value) if name == "svg" else _settled(value)
@@ -476,8 +484,8 @@ def _call(
         frame_count=1 if output_format in STILL_FORMATS else (frames or DEFAULT_FRAMES),
         unknown=frozenset(unknown & given.keys() | unknown - fields.keys()),
         body_bytes=body_bytes,
-        value_spans=value_spans,
-        boundary=boundary,
+        model_said=model or None,
+        layout=layout,
     )
 
 
@@ -500,9 +508,8 @@ def _check_spelling(fields: Iterable[str]) -> None:
 
 
 def _model(given: Mapping[str, object]) -> str:
-    model = given.get("model")
-    if model is None or model == "":
-        raise _missing("model", "the name of a model; GET /v1/models lists yours.")
+    """The name, empty where none is given: the path or the configuration may say it."""
+    model = given.get("model", "")
     if not isinstance(model, (str, Hole)):
         raise _wrong_type("model", "a string", model)
     if isinstance(model, Hole) or len(model) > MAX_MODEL_CHARS:
@@ -528,7 +535,7 @@ def _model(given: Mapping[str, object]) -> str:
 def _prompt(given: Mapping[str, object]) -> str:
     prompt = given.get("prompt")
     if prompt is None or prompt == "":
-        raise _missing("prompt", "a text that says what to draw.")
+        raise missing("prompt", "a text that says what to draw.")
     if not isinstance(prompt, (str, Hole)):
         raise _wrong_type("prompt", "a string", prompt)
     if isinstance(prompt, Hole) or len(prompt) > MAX_PROMPT_CHARS:
@@ -622,7 +629,7 @@ def _kind(value: object) -> str:
     return next((said for kind, said in kinds if isinstance(value, kind)), "null")
 
 
-def _missing(param: str, wanted: str) -> InvalidRequest:
+def missing(param: str, wanted: str) -> InvalidRequest:
     return InvalidRequest(
         f"Missing required parameter: '{param}'. Send {wanted}",
         code="missing_required_parameter",
@@ -640,7 +647,7 @@ def _wrong_type(param: str, wanted: str, value: object) -> InvalidRequest:
     )
 
 
-def _duplicate(name: str) -> InvalidRequest:
+def duplicate(name: str) -> InvalidRequest:
     name = name[:64]
     return InvalidRequest(
         f"Duplicate parameter: '{name}'. You provided multiple values for this parameter, whereas "

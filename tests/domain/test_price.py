@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.domain.call import Call, Encoding, InputImage, Json, Operation, Span, SvgUsage, Usage
+from gateway.domain.call import Call, Encoding, InputImage, Json, Operation, SvgUsage, Usage
 from gateway.domain.price import (
     Answer,
     Bound,
@@ -80,7 +80,6 @@ def a_call(
         Encoding.JSON,
         "application/json",
         model,
-        Span(0, 0),
         prompt_bytes,
         parameters or {},
         inputs,

@@ -9,7 +9,6 @@ import io
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,8 +19,6 @@ import pytest
 from openai import APIStatusError
 from PIL import Image
 
-from gateway.domain.call import AnswerAs, Call
-from gateway.relay import pipeline
 from gateway.relay.hosting import HOSTED
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
@@ -84,6 +81,7 @@ async def generate(gateway: GatewayUnderTest, **changes: Any) -> httpx.Response:
     assert answer.headers["content-type"] == "application/json"
     assert int(answer.headers["content-length"]) == len(answer.content)
     assert "b64_json" not in answer.text
+    assert answer.headers["x-gateway-changed"] == "response_format=url->hosted"
     return answer
 
 
@@ -400,6 +398,7 @@ async def test_what_is_kept_nowhere_is_handed_over_as_it_is(fly: Fly) -> None:
         assert answer.status_code == 200
         assert answer.json()["data"][0]["b64_json"]
         assert "b64_json" in answer.headers["x-gateway-warning"]
+        assert answer.headers["x-gateway-changed"] == "response_format"
         await house.settled(purchases=1)
 
 
@@ -487,23 +486,3 @@ async def test_where_it_is_off_there_is_no_such_path(start: Start, changes: dict
         answer = await get(running, MISSING)
         assert answer.status_code == 404
         assert answer.json()["error"]["code"] == "unknown_url"
-
-
-@pytest.fixture(autouse=True)
-def asked_for_urls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the repairs are there: `response_format=url` is heard, and not sent on."""
-    read = pipeline.Pipeline._read
-
-    async def heard(self: pipeline.Pipeline, arrival: Any, *about: Any) -> Call:
-        text = b"".join([chunk async for chunk in arrival.body])
-        short = text.replace(b',"response_format":"url"', b"").replace(
-            b'"response_format":"url",', b""
-        )
-
-        async def body() -> AsyncIterator[bytes]:
-            yield short
-
-        call = await read(self, replace(arrival, body=body(), content_length=None), *about)
-        return call if short == text else replace(call, answer_as=AnswerAs.URL)
-
-    monkeypatch.setattr(pipeline.Pipeline, "_read", heard)

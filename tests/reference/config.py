@@ -104,6 +104,19 @@ MORE: Mapping[str, str] = MappingProxyType(
         "models.NAME.pin.size": "what a size that is left open becomes, with `auto: pin`",
         "models.NAME.pin.quality": "what a quality that is left open becomes, with `auto: pin`",
         "models.NAME.cache": "whether its results are kept, and shared",
+        **{
+            f"{whose}.compat.{name}": f"left out: {what}. `compat: false`: nothing is repaired"
+            for whose, what in (
+                ("models.NAME", "as for all models"),
+                ("teams.NAME.keys[]", "as for the model"),
+            )
+            for name in (
+                *("response_format", "style", "quality", "sizes", "media_types"),
+                "repeated_images",
+            )
+        },
+        "teams.NAME.keys[].compat.default_model": "for its requests that name no model",
+        "compat.style": "left out: no model of today takes it",
         "cache.enabled": "whether results are kept, and shared",
         "cache.ttl": "how long a result is kept",
         "cache.memory_bytes": "in the memory of each process",
@@ -274,7 +287,7 @@ def _below(reader: Callable[..., Any]) -> tuple[type[Any] | None, str]:
             return _below(given["reader"])[0], ".NAME"
         case "listing":
             return _below(given["reader"])[0], "[]"
-        case "located" | "optional" | "_stated":
+        case "located" | "optional" | "_stated" | "_or_off":
             return _below(given["reader"])
     used = getclosurevars(reader).globals.values()
     records = [one for one in used if isinstance(one, type) and is_dataclass(one)]
@@ -295,7 +308,9 @@ def _form(reader: Callable[..., Any]) -> str:
     match factory:
         case "optional":
             return f"{_form(given['reader'])}; `null`"
-        case "located" | "_stated":
+        case "mapping":
+            return "a table of names and values"
+        case "located" | "_stated" | "_or_off":
             return _form(given["reader"])
         case "listing":
             kind = _below(given["reader"])[0]
