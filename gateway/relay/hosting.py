@@ -7,6 +7,7 @@ the answer everything else stays.
 
 from __future__ import annotations
 
+import asyncio
 import binascii
 import hashlib
 import hmac
@@ -35,7 +36,7 @@ HOSTED = "/v1/images/hosted/"
 """Pictures are below this path, by name."""
 KEEP_BYTES = 16 * 1024
 STEP_BYTES = 256 * 1024
-"""How much base64 is decoded in one go; a multiple of four."""
+"""How much base64 is looked at, or decoded, in one go; a multiple of four."""
 MAX_QUERY_BYTES = 512
 BINARY = "application/octet-stream"
 
@@ -275,7 +276,7 @@ class _Found(NamedTuple):
     literal: bytes = b""
 
 
-def _found(content: str | Hole) -> _Found:
+def _found(content: Any) -> _Found:
     """Raises ``ValueError`` for what is no base64."""
     if isinstance(content, str):
         literal = content.partition(",")[2] if content.startswith("data:") else content
@@ -334,9 +335,15 @@ async def _decoded(coded: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
 async def _skimmed(body: Body) -> Any:
     """Raises ``BadJson``."""
     skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES, lenient=True, check_base64=True)
+    looked_at = 0
     async with aclosing(_read(body)) as chunks:
         async for chunk in chunks:
             skimmer.feed(chunk)
+            looked_at += len(chunk)
+            if looked_at >= STEP_BYTES:
+                # What comes from memory never waits by itself.
+                looked_at = 0
+                await asyncio.sleep(0)
     return skimmer.close().value
 
 

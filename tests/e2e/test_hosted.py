@@ -22,8 +22,8 @@ from PIL import Image
 from gateway.relay.hosting import HOSTED
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
-from tests.flying import ASKED, FRESH, GENERATIONS, Fly, House
-from tests.running import GatewayUnderTest, Start, TestClock, run_gateway
+from tests.flying import ASKED, FRESH, GENERATIONS, Fly, House, a_picture
+from tests.running import MODEL, GatewayUnderTest, Start, TestClock, run_gateway
 from tests.valkey import run_valkey
 
 PUBLIC = "http://pictures.test/behind/a/prefix"
@@ -36,6 +36,7 @@ AUTHOR = {
 """What the writer of an SVG costs."""
 URLS: dict[str, Any] = {"server": {"public_url": f"{PUBLIC}/"}, "prices": {"rows": [AUTHOR]}}
 AS_URL = {**ASKED, "response_format": "url"}
+LATER = {"prefer": "respond-async", **FRESH}
 MISSING = f"{HOSTED}{32 * '0'}.png?expires=1795348800&signature={64 * '0'}"
 
 
@@ -175,6 +176,45 @@ async def test_the_same_picture_is_had_in_both_forms(urls: GatewayUnderTest) -> 
         plain = await http.post(GENERATIONS, json=ASKED)
     found = await get(urls, path)
     assert base64.b64decode(plain.json()["data"][0]["b64_json"]) == found.content
+
+
+async def test_an_edit_and_a_retired_name_have_urls_too(start: Start) -> None:
+    async with start({**URLS, "compat": {"aliases": {"dall-e-3": MODEL}}}) as running:
+        drawn = a_picture(3000)
+        async with running.sdk() as sdk:
+            edited = await sdk.images.with_raw_response.edit(
+                image=("a.png", drawn), prompt="A boat", model=MODEL, response_format="url"
+            )
+            old = await sdk.images.with_raw_response.generate(
+                model="dall-e-3", prompt="A boat", response_format="url", style="vivid"
+            )
+        for raw in (edited, old):
+            [picture] = raw.parse().data or []
+            found = await get(running, inside(picture.url))
+            assert [found.content] == await bought(running, raw.headers["x-request-id"])
+            assert "response_format=url->hosted" in raw.headers["x-gateway-changed"]
+
+
+async def test_streams_and_results_stay_base64(urls: GatewayUnderTest) -> None:
+    async with urls.http() as http:
+        streamed = await http.post(GENERATIONS, json={**AS_URL, "stream": True})
+        begun = await http.post(GENERATIONS, json=AS_URL, headers=LATER)
+        result = f"/images/results/{begun.headers['x-request-id']}"
+        found = await http.get(result, headers={"prefer": "wait=20"})
+    assert b'"b64_json"' in streamed.content
+    assert HOSTED not in streamed.text
+    assert (begun.status_code, found.status_code) == (202, 200)
+    assert found.json()["data"][0]["b64_json"]
+
+
+async def test_urls_of_an_upstream_stay_as_they_are(urls: GatewayUnderTest) -> None:
+    urls.sandbox.rules.add(Rule(url_instead=True))
+    async with urls.http() as http:
+        answer = await http.post(GENERATIONS, json=AS_URL)
+    assert answer.status_code == 200
+    [picture] = answer.json()["data"]
+    assert picture["url"].startswith("https://")
+    assert HOSTED not in picture["url"]
 
 
 # Who comes back
