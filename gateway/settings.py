@@ -30,7 +30,7 @@ from ipaddress import (
 )
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import SplitResult, urlsplit
 from zoneinfo import available_timezones
 
@@ -966,15 +966,9 @@ class _ModelCompatEntry:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _KeyCompatEntry:
+class _KeyCompatEntry(_ModelCompatEntry):
     """What a key says of it, which goes before its model's word."""
 
-    response_format: bool | None = setting(boolean, None)
-    style: bool | None = setting(boolean, None)
-    quality: bool | None = setting(boolean, None)
-    sizes: bool | None = setting(boolean, None)
-    media_types: bool | None = setting(boolean, None)
-    repeated_images: bool | None = setting(boolean, None)
     default_model: Located[str] | None = setting(located(_model_name), None)
 
 
@@ -1725,32 +1719,21 @@ def _compat(said: CompatSettings | CompatRules) -> Compat:
     if isinstance(said, CompatRules):
         return merged(Compat(), said)
     return Compat(
-        response_format=said.response_format,
-        style=said.style,
-        quality=said.quality,
-        sizes=said.sizes,
-        media_types=said.media_types,
-        repeated_images=said.repeated_images,
         default_model=said.default_model.value if said.default_model else None,
         aliases={name: model.value for name, model in (said.aliases or {}).items()},
+        **_switches(said),
     )
 
 
-def _compat_rules(
-    said: _ModelCompatEntry | _KeyCompatEntry | CompatRules | None,
-) -> CompatRules | None:
+def _compat_rules(said: _ModelCompatEntry | CompatRules | None) -> CompatRules | None:
     if said is None or isinstance(said, CompatRules):
         return said
     default = said.default_model if isinstance(said, _KeyCompatEntry) else None
-    return CompatRules(
-        response_format=said.response_format,
-        style=said.style,
-        quality=said.quality,
-        sizes=said.sizes,
-        media_types=said.media_types,
-        repeated_images=said.repeated_images,
-        default_model=default.value if default else None,
-    )
+    return CompatRules(default_model=default.value if default else None, **_switches(said))
+
+
+def _switches(said: CompatSettings | _ModelCompatEntry) -> dict[str, Any]:
+    return {name: getattr(said, name) for name in names_of(_ModelCompatEntry)}
 
 
 def _check_compat(

@@ -181,8 +181,10 @@ class Call:
     @property
     def changed(self) -> tuple[Change, ...]:
         """All that is told to the client, each change once."""
-        mended = (change for mend in self.mends for change in mend.changes)
-        return tuple(dict.fromkeys((*self.changes, *mended))) if self.mends else self.changes
+        told = list(self.changes)
+        for mend in self.mends:
+            told += [change for change in mend.changes if change not in told]
+        return tuple(told)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ joined by one; a form's part is cut with the boundary line before it. What is ne
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 
 from gateway.domain.call import Edit, Encoding, Json, Layout, Span, Spot
 
@@ -21,37 +21,30 @@ def spliced_fields(
     ``fields`` are named as in ``layout``. In a form a value is text, and no text may hold the
     form's boundary.
     """
-    if not fields:
-        return ()
-    put_in = {
-        name: value
-        for name, value in fields.items()
-        if value is not None and name not in layout.fields
-    }
-    cut = frozenset(
-        name for name, value in fields.items() if value is None and name in layout.fields
-    )
     as_json = encoding is Encoding.JSON
-    replaced = (
-        Edit(spot.value, _json(value) if as_json else _text(value))
-        for name, spot in layout.fields.items()
-        if (value := fields.get(name)) is not None
-    )
-    edits = [*_put_in(put_in, layout, comma=len(layout.fields) > len(cut), as_json=as_json)]
-    if as_json:
+    edits: list[Edit] = []
+    put_in: dict[str, Json] = {}
+    cut: set[str] = set()
+    for name, value in fields.items():
+        spot = layout.fields.get(name)
+        if spot is None:
+            put_in |= {} if value is None else {name: value}
+        elif value is None:
+            cut.add(name)
+        else:
+            edits.append(Edit(spot.value, _json(value) if as_json else _text(value)))
+    if put_in:
+        edits.append(_put_in(put_in, layout, comma=len(layout.fields) > len(cut), as_json=as_json))
+    if as_json and cut:
         edits += _members_cut(list(layout.fields.items()), cut)
     else:
         edits += (Edit(layout.fields[name].whole, b"") for name in cut)
     # Of two at one place the one that takes nothing away is first.
-    return tuple(sorted((*edits, *replaced), key=lambda edit: edit.span))
+    return tuple(sorted(edits, key=lambda edit: edit.span))
 
 
-def _put_in(
-    fields: Mapping[str, Json], layout: Layout, *, comma: bool, as_json: bool
-) -> Iterator[Edit]:
+def _put_in(fields: Mapping[str, Json], layout: Layout, *, comma: bool, as_json: bool) -> Edit:
     """``comma``: members stay behind the new ones."""
-    if not fields:
-        return
     if as_json:
         content = b",".join(_json(name) + b":" + _json(value) for name, value in fields.items())
         content += b"," if comma else b""
@@ -61,10 +54,10 @@ def _put_in(
             % (layout.boundary, name.encode(), _text(value))
             for name, value in fields.items()
         )
-    yield Edit(Span(layout.opening, layout.opening), content)
+    return Edit(Span(layout.opening, layout.opening), content)
 
 
-def _members_cut(members: list[tuple[str, Spot]], cut: frozenset[str]) -> Iterator[Edit]:
+def _members_cut(members: list[tuple[str, Spot]], cut: Set[str]) -> Iterator[Edit]:
     """Each run of members that go, with the comma before it, or at the beginning the one behind."""
     at = 0
     while at < len(members):
@@ -83,7 +76,7 @@ def _members_cut(members: list[tuple[str, Spot]], cut: frozenset[str]) -> Iterat
 
 
 def _json(value: Json) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode("ascii")
+    return json.dumps(value).encode("ascii")
 
 
 def _text(value: Json) -> bytes:

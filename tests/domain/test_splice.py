@@ -5,6 +5,7 @@ from __future__ import annotations
 import email
 import email.policy
 import json
+import random
 from collections.abc import Sequence
 
 from hypothesis import given
@@ -37,7 +38,7 @@ def applied(body: bytes, edits: Sequence[Edit]) -> bytes:
 @st.composite
 def documents(draw: st.DrawFn) -> tuple[bytes, dict[str, Json]]:
     """An object with its members in any order, written with any blanks and escapes."""
-    members = draw(st.dictionaries(NAMES, VALUES))
+    members: dict[str, Json] = draw(st.dictionaries(NAMES, VALUES))
     ascii_only = draw(st.booleans())
 
     def blank() -> str:
@@ -114,14 +115,14 @@ def scanned(body: bytes, step: int) -> tuple[Layout, list[tuple[str, bytes]]]:
 )
 def test_a_form_says_exactly_what_is_expected(
     texts: dict[str, str],
-    order: object,
+    order: random.Random,
     fields: dict[str, Json],
     preamble: bytes,
     step: int,
 ) -> None:
     parts = [(name, value.encode(), "") for name, value in texts.items()]
     parts += [("image[]", b"\r\n--x-9 picture", '; filename="a.png"')] * 2
-    order.shuffle(parts)  # type: ignore[attr-defined]
+    order.shuffle(parts)
     body = preamble
     for name, content, more in parts:
         head = f'Content-Disposition: form-data; name="{name}"{more}'.encode()

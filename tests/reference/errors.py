@@ -208,8 +208,8 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "x-model-served": "what an alias stands for",
         "x-gateway-upstream": "where it was bought",
         "x-gateway-attempts": "how often upstreams were asked",
-        "x-gateway-changed": "what was filled in or put in place of what was asked: `size=...`, "
-        "`model=...`",
+        "x-gateway-changed": "what was put in, or in place of what was asked: `size=...`, "
+        "`model=...`; a name alone was left out: `style`",
         "x-gateway-warning": "what the operator, or the client, should know of this answer",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",

@@ -143,7 +143,7 @@ def test_a_switch_turns_off_its_own_repair(switch: str) -> None:
     fields = {"size" if name == "sizes" else name: value for name, value in asked.items()}
     kept = "size" if switch == "sizes" else switch
     body = body_of(**fields)
-    compat = replace(Compat(), **{switch: False})
+    compat = merged(Compat(), CompatRules(**{switch: False}))  # type: ignore[arg-type]
     call = mended(read(body), compat=compat, hosting=switch != "response_format")
     document = json.loads(sent(body, call))
     assert document[kept] == asked[switch]

@@ -578,12 +578,21 @@ async def test_accounts_are_of_the_day_and_month_of_the_clock(day: Window) -> No
 async def test_what_openai_would_refuse_is_refused_here_where_asked() -> None:
     strict = Model("gpt-image-2", Target("openai", "gpt-image-2"), strict=True)
     bench = Bench(models=(strict, FLARE))
-    odd = {"prompt": "cat", "size": "5x5"}
-    await bench.refused(
-        InvalidRequest,
-        a_call("gpt-image-2", size="5x5", parameters=odd),
-    )
-    await bench.plan(a_call("flare", size="5x5", parameters=odd))
+    odd = {"prompt": "cat", "quality": "ultra"}
+    await bench.refused(InvalidRequest, a_call("gpt-image-2", parameters=odd))
+    await bench.plan(a_call("flare", parameters=odd))
+
+
+async def test_what_is_judged_is_what_is_sent() -> None:
+    """What is mended here would have been refused as it came."""
+    strict = Model("gpt-image-2", Target("openai", "gpt-image-2"), strict=True)
+    bench = Bench(models=(strict,))
+    call = a_call("gpt-image-2", size="5x5", parameters={"prompt": "cat", "size": "5x5"})
+    plan = await bench.plan(call)
+    assert changed_of(plan)["size"] == "1024x1024"
+    assert bench.price.asked == [plan.call]
+    with pytest.raises(InvalidRequest):
+        bench.planner.route_call(caller(), call)
 
 
 # A cheaper way
