@@ -76,6 +76,7 @@ from gateway.ports import (
 )
 from gateway.relay.admission import Admission
 from gateway.relay.attempts import Attempts
+from gateway.relay.background import Background
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
 from gateway.relay.checks import Checks
@@ -90,6 +91,8 @@ from gateway.relay.health import Health
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
+from gateway.relay.lookups import Lookups
+from gateway.relay.owning import Owning
 from gateway.relay.passing import Passing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.purchase import Purchases
@@ -278,6 +281,8 @@ async def open_gateway(
             settings.relay.attempts,
             patience_seconds=settings.patience_seconds,
         )
+        owning = Owning(store.ownership, flights, clock, settings.responses.keep)
+        background = Background(clock, settings.background_seconds, openai.USER_AGENT)
         purchases = Purchases(
             ledger=ledger,
             safe=safe,
@@ -289,6 +294,8 @@ async def open_gateway(
             factors=factors,
             joining=joining,
             keeper=keeper,
+            owning=owning,
+            background=background,
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
             propagate=settings.tracing.propagate,
@@ -328,6 +335,7 @@ async def open_gateway(
             agent=openai.USER_AGENT,
             begun=metrics.begun,
         )
+        lookups = Lookups(passing, references, store.ownership, enabled=settings.responses.enabled)
         files = Files(passing, references, store.ownership, clock, file_rules(settings))
         checks = Checks(passing, check_rules(settings))
         pipeline = Pipeline(
@@ -408,6 +416,9 @@ async def open_gateway(
             purchases=purchases,
             pipeline=pipeline,
             files=files,
+            lookups=lookups,
+            owning=owning,
+            background=background,
             checks=checks,
             factors=factors,
             health=health,
@@ -499,7 +510,7 @@ async def open_gateway(
             pipeline, listeners, clock, None if spans is None else settings.tracing.sample
         )
         passed = PassedRoutes(
-            passes_of(files, checks),
+            passes_of(files, checks, lookups),
             listeners,
             clock,
             None if spans is None else settings.tracing.sample,

@@ -44,7 +44,7 @@ from gateway.relay.checks import CheckRules
 from gateway.relay.files import FileRules, Place
 from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.news import ResultNews
-from gateway.relay.read import ReadRules
+from gateway.relay.read import ReadRules, ResponseRules
 from gateway.settings import (
     ImageUrls,
     Kind,
@@ -52,6 +52,7 @@ from gateway.settings import (
     Secret,
     Settings,
     UpstreamKey,
+    WithoutImageTool,
     WithoutRedis,
     shipped,
 )
@@ -734,4 +735,10 @@ def read_rules(settings: Settings, image_urls: bool) -> ReadRules:
         max_pixels=server.max_pixels,
         max_side=server.max_side,
         image_urls_allowed=image_urls,
+        responses=ResponseRules(
+            enabled=settings.responses.enabled,
+            without_image_tool=(settings.responses.without_image_tool is WithoutImageTool.ALLOW),
+            max_output_tokens=settings.responses.max_output_tokens,
+            max_tool_calls=settings.responses.max_tool_calls,
+        ),
     )

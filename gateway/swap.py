@@ -42,6 +42,7 @@ from gateway.ports import Cache, Clock, Directory, Notifier, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.relay.admission import Admission
 from gateway.relay.attempts import Attempts
+from gateway.relay.background import Background
 from gateway.relay.checks import Checks
 from gateway.relay.comebacks import Comebacks
 from gateway.relay.factors import Factors
@@ -51,6 +52,8 @@ from gateway.relay.health import Health
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
+from gateway.relay.lookups import Lookups
+from gateway.relay.owning import Owning
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
@@ -238,6 +241,9 @@ class Parts:
     purchases: Purchases
     pipeline: Pipeline
     files: Files
+    lookups: Lookups
+    owning: Owning
+    background: Background
     checks: Checks
     factors: Factors
     health: Health
@@ -276,6 +282,8 @@ def make_planner(
         frozenset(passing),
         factors.of,
         health.usable,
+        compat=settings.compat,
+        hosting=settings.server.public_url is not None,
     )
 
 
@@ -364,6 +372,9 @@ class Swap:
             log_prompts=relay.log_prompts,
         )
         parts.files.rules = file_rules(settings)
+        parts.lookups.enabled = settings.responses.enabled
+        parts.owning.keep = settings.responses.keep
+        parts.background.seconds = settings.background_seconds
         parts.checks.rules = check_rules(settings)
         parts.budget_watch.replace(settings.notify.budget_percent, notifier)
         before, self._notifier = self._notifier, notifier

@@ -26,6 +26,7 @@ from gateway.relay.arrival import failed
 from gateway.relay.checks import Checks
 from gateway.relay.files import Files
 from gateway.relay.flights import Head
+from gateway.relay.lookups import Lookups
 from gateway.relay.passing import Handler, Visit
 
 log = logging.getLogger(__name__)
@@ -47,12 +48,19 @@ class Passes:
         return re.compile("/v1" + "([^/]+)".join(re.escape(part) for part in self.path.split("{}")))
 
 
-def passes_of(files: Files, checks: Checks) -> list[Passes]:
+def passes_of(files: Files, checks: Checks, lookups: Lookups) -> list[Passes]:
     """Every path that is passed on."""
     return [
         Passes("/files", Passage.FILE, {"GET": files.page, "POST": files.upload}),
         Passes("/files/{}", Passage.FILE, {"GET": files.show, "DELETE": files.delete}),
         Passes("/files/{}/content", Passage.FILE, {"GET": files.content}),
+        Passes(
+            "/responses/{}",
+            Passage.RESPONSE_LOOKUP,
+            {"GET": lookups.show, "DELETE": lookups.delete},
+        ),
+        Passes("/responses/{}/cancel", Passage.RESPONSE_LOOKUP, {"POST": lookups.cancel}),
+        Passes("/responses/{}/input_items", Passage.RESPONSE_LOOKUP, {"GET": lookups.items}),
         Passes("/moderations", Passage.MODERATION, {"POST": checks.moderate}),
         Passes("/content_provenance_checks", Passage.PROVENANCE, {"POST": checks.trace_origin}),
     ]

@@ -196,8 +196,8 @@ def _arrival(
         retried=tries.strip("0") != "",
         asynchronous=wishes.respond_async,
         trace=trace,
-        deployment=deployment,
         user_hints={name: headers[name] for name in USER_HEADERS if name in headers},
+        deployment=deployment,
     )
 
 

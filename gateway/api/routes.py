@@ -30,7 +30,7 @@ spelling."""
 
 
 _DEPLOYED = re.compile(r"/openai/deployments/([^/]+)(/images/(?:generations|edits))")
-_AZURE = re.compile(r"/openai(?:/v1)?(?=/)(?!/deployments/)")
+_AZURE = re.compile(r"/openai(?:/v1)?+(?=/)(?!/deployments(?:/|$))")
 
 
 def at(path: str) -> Matches:
@@ -58,7 +58,8 @@ def spelled(path: str) -> tuple[str, str | None]:
     deployed = _DEPLOYED.fullmatch(path)
     if deployed is not None:
         return f"/v1{deployed[2]}", deployed[1]
-    return _AZURE.sub("/v1", path, count=1) if _AZURE.match(path) else path, None
+    azure = _AZURE.match(path)
+    return f"/v1{path[azure.end() :]}" if azure else path, None
 
 
 class Router:

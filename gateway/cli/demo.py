@@ -57,6 +57,8 @@ models:
   gpt-image-2.5-flare:    {{upstream: {name}}}
   gpt-image-2:            {{upstream: {name}}}
   "*":                    {{upstream: {name}}}
+compat:
+  aliases: {{dall-e-3: {model}, dall-e-2: {model}, gpt-image-1: {model}}}
 log: {{level: warning, format: text}}
 """
 UPSTREAMS = {
@@ -101,7 +103,7 @@ def demo(upstream: str, port: int, home: Path) -> None:
     with failures():
         home.mkdir(parents=True, exist_ok=True)
         config = home / "gateway.yaml"
-        config.write_text(CONFIG.format(upstream=UPSTREAMS[upstream], name=upstream))
+        config.write_text(CONFIG.format(upstream=UPSTREAMS[upstream], name=upstream, model=MODEL))
         settings = load_settings(config)
         configure(settings.log.level.value, settings.log.format.value)
         asyncio.run(_run(settings, home, port, free=upstream == "sandbox"))

@@ -114,6 +114,8 @@ class Receipt:
     """An SDK says that it has sent this before."""
     asynchronous: bool = False
     """The client did not wait: it asks for the result."""
+    changed: tuple[str, ...] = ()
+    """What was sent on otherwise than it came, by name (a closed list)."""
     joined: str = ""
     """The request whose flight, or kept answer, this one was answered with."""
     took_over: str = ""

@@ -35,10 +35,10 @@ class Arrival:
     """The client does not wait: it asks for the result later."""
     trace: Trace | None = None
     """Its span, where requests are traced."""
-    deployment: str | None = None
-    """The model that the path names, as Azure's do: it goes before the body's own."""
     user_hints: Mapping[str, str] = field(default_factory=dict)
     """Its headers among ``USER_HEADERS``: who the end user is, where the body does not say."""
+    deployment: str | None = None
+    """The model that the path names, as Azure's do: it goes before the body's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -146,11 +146,11 @@ class Estimates:
             "object": "image.estimate",
             "request_id": rid,
             "operation": call.operation.value,
-            "model": call.model,
+            "model": call.model or (plan.call.model if plan else None),
             "model_served": target.model if target else None,
             "upstream": target.upstream if target else None,
             "images": call.n,
-            "changed": dict(plan.changed) if plan else {},
+            "changed": {change.name: change.after for change in plan.call.changed} if plan else {},
             "cache": plan.cache.value if plan else None,
             **self._costs(plan),
             "admitted": refusal is None,
@@ -226,6 +226,7 @@ async def _plan(
 ) -> tuple[Model | None, Plan | None, GatewayError | None]:
     """As the call itself would be planned, as far as that goes, and what would refuse it."""
     try:
+        call = planner.repaired(caller, call)
         model = planner.route(caller, call.model)
     except ModelNotAllowed as error:
         return None, None, error

@@ -13,11 +13,12 @@ flight, one whose picture is there already gets that, and for everybody else a f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from gateway.domain.call import Call, Inquiry
+from gateway.domain.call import Call, Inquiry, Operation
+from gateway.domain.compat import changed_names
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
 from gateway.domain.ledger import Held, Outcome, Replay
 from gateway.domain.quota import Demand
@@ -39,7 +40,8 @@ from gateway.relay.keyring import KeyRing
 from gateway.relay.news import Finished, ResultNews
 from gateway.relay.plan import Plan, Planner, lines_of
 from gateway.relay.purchase import Purchases, crash
-from gateway.relay.read import ReadRules, reader_for
+from gateway.relay.read import Reader, ReadRules, reader_for
+from gateway.relay.read_response import remembered, response_reader
 from gateway.relay.references import References, Resolved
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
@@ -48,6 +50,12 @@ from gateway.relay.users import Users
 
 log = logging.getLogger(__name__)
 
+READERS: Mapping[Operation, Callable[..., Reader]] = {
+    Operation.GENERATION: reader_for,
+    Operation.EDIT: reader_for,
+    Operation.RESPONSE: response_reader,
+}
+"""Who reads an operation's body."""
 MEMORY_BODY_BYTES = 1024 * 1024
 """A request's body over this goes to disk: it may wait there for minutes."""
 
@@ -128,6 +136,7 @@ class Pipeline:
         )
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         caller: Caller | None = None
+        changed: headers.Headers = ()
         rules = self._rules
         try:
             if not _is_again(arrival):
@@ -142,12 +151,15 @@ class Pipeline:
                     found = await self._references.resolve(caller, call)
                     return await self._estimate(arrival, self._planner, caller, found, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
+            call = self._planner.repaired(caller, call)
+            changed, so_far = headers.of_changes(call), _with_changes(so_far, call)
             caller = self._users.named(caller, call, arrival.user_hints)
             so_far = replace(so_far, user=caller.recorded_user)
-            found = await self._references.resolve(caller, call)
-            return await self._answer(arrival, caller, found, body, so_far)
+            found = remembered(await self._references.resolve(caller, call))
+            answer = await self._answer(arrival, caller, found, body, so_far)
+            return replace(answer, head=headers.with_changes(answer.head, call))
         except GatewayError as error:
-            return ended(so_far, error, await self._unspent(caller, error))
+            return ended(so_far, error, (*await self._unspent(caller, error), *changed))
         finally:
             body.close()
 
@@ -256,6 +268,8 @@ class Pipeline:
             except TimeoutError:
                 self._refuse_while_draining()
                 raise
+        if arrival.deployment is not None:
+            call = replace(call, model=arrival.deployment)
         seconds = self._clock.monotonic() - arrival.at
         return _with_call(so_far, call, seconds, self._prompt(call)), call
 
@@ -271,7 +285,7 @@ class Pipeline:
             async for chunk in arrival.body:
                 reader.feed(chunk)
             return reader.close()
-        reader = reader_for(arrival.operation, *announced)
+        reader = READERS[arrival.operation](arrival.operation, *announced)
         async for chunk in arrival.body:
             reader.feed(chunk)
             await body.write(chunk)
@@ -503,6 +517,10 @@ def _with_call(receipt: Receipt, call: Call, seconds: float, prompt: str | None)
         prompt=prompt,
         timings=Timings(reading=seconds),
     )
+
+
+def _with_changes(receipt: Receipt, call: Call) -> Receipt:
+    return replace(receipt, model=receipt.model or call.model, changed=changed_names(call))
 
 
 def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:

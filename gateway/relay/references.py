@@ -23,6 +23,7 @@ _UNKNOWN = {
     OwnedKind.FILE: "No such File object: {id}",
     OwnedKind.RESPONSE: "Response with id '{id}' not found.",
     OwnedKind.PICTURE: "Item with id '{id}' not found.",
+    OwnedKind.ITEM: "Item with id '{id}' not found.",
 }
 
 

@@ -16,13 +16,14 @@
     checks.py        moderations and provenance checks
     forms.py         reads multipart and JSON bodies into fields and files
     validate.py      what OpenAI refuses of an image request
+    pictures.py      the pictures that come with a request
     refusals.py      its errors, in its own words
     models.py        which models there are, and until when
     answer.py        what a bought picture looks like on the wire: JSON and SSE
     usage.py         the bill
     costs.py         the bill in dollars, for an administrator
     draw.py          real pictures
-    shelf.py         what is stored under a key
+    shelf.py         what is stored under a project
     rules.py         scripted faults
     wire.py          sends an answer, or breaks it where a rule says so
     journal.py       what was received and billed

@@ -1,9 +1,10 @@
 """The ASGI app: an API as strict as OpenAI's, that draws real pictures for nothing.
 
-Any non-empty key will do; what is stored under one is not there for another, as between OpenAI's
-projects. A request is read whole, written into the journal, met by its rule, checked, drawn,
-billed, and answered, in this order. ``ROUTES`` are the endpoints; besides, only with control=True
-and without a key: POST, DELETE /sandbox/rules and GET /sandbox/journal.
+Any non-empty key will do. What is stored under one is not there for another, as between OpenAI's
+projects (``red@1`` and ``red@2`` are keys of one project). A request is read whole, written into
+the journal, met by its rule, checked, drawn, billed, and answered, in this order. ``ROUTES`` are
+the endpoints; besides, only with control=True and without a key: POST, DELETE /sandbox/rules and
+GET /sandbox/journal.
 """
 
 from __future__ import annotations

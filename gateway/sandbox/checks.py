@@ -14,6 +14,7 @@ from gateway.domain.call import Json
 from gateway.sandbox.draw import MADE_BY, MARK
 from gateway.sandbox.exchange import JSON, MULTIPART, Exchange
 from gateway.sandbox.forms import picture
+from gateway.sandbox.pictures import check_picture
 from gateway.sandbox.refusals import (
     bad_value,
     duplicate,
@@ -21,7 +22,6 @@ from gateway.sandbox.refusals import (
     unknown,
     wrong_type,
 )
-from gateway.sandbox.validate import check_picture
 
 MODERATORS = ("omni-moderation-latest", "omni-moderation-2024-09-26")
 CATEGORIES = (

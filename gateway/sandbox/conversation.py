@@ -14,6 +14,7 @@ from gateway.domain.call import Json, Operation
 from gateway.sandbox.archive import Recall
 from gateway.sandbox.forms import Form, Upload, kind_of, picture, upload
 from gateway.sandbox.models import TEXT_MODELS, Listed
+from gateway.sandbox.pictures import MAX_IMAGE_BYTES, check_picture, open_picture
 from gateway.sandbox.refusals import (
     Refused,
     bad_value,
@@ -22,15 +23,7 @@ from gateway.sandbox.refusals import (
     unknown,
     wrong_type,
 )
-from gateway.sandbox.validate import (
-    MAX_IMAGE_BYTES,
-    MAX_IMAGES,
-    MAX_PROMPT,
-    Order,
-    check,
-    check_picture,
-    open_picture,
-)
+from gateway.sandbox.validate import MAX_IMAGES, MAX_PROMPT, Order, check
 
 TOOL = "image_generation"
 DEFAULT_IMAGE_MODEL = "gpt-image-2.6-sunburst"
@@ -162,11 +155,12 @@ def understand(fields: Mapping[str, Json], recall: Recall, now: datetime) -> Ask
             )
         context = found.context_tokens
         for id_ in found.pictures:
-            _remember(heard, id_, recall)
+            if recall.item(id_) is not None:
+                _remember(heard, id_, recall)
     _hear(heard, sent["input"], recall)
     instructions = sent.get("instructions")
     if isinstance(instructions, str):
-        heard.texts.append(instructions)
+        heard.texts.append(instructions.encode("utf-8", "replace").decode())
     tools = _tools(sent)
     place, tool = next(
         ((place, tool) for place, tool in enumerate(tools) if tool["type"] == TOOL), (0, None)
@@ -299,7 +293,8 @@ def _message(heard: _Heard, name: str, item: dict[str, Json], recall: Recall) ->
                     if text is None
                     else wrong_type(f"{at}.text", "a string", text)
                 )
-            texts.append(text)
+            # Half a surrogate pair is legal in JSON and has no bytes.
+            texts.append(text.encode("utf-8", "replace").decode())
         elif kind == "input_image":
             heard.pictures.append(_shown(at, part, recall))
             heard.seen += 1

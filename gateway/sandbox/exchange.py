@@ -135,13 +135,19 @@ class Exchange:
         return (self.record.header("api-key") or "").strip() if azure else ""
 
     @property
+    def project(self) -> str:
+        """Whose files and responses these are: a key's own, but ``red@1`` and ``red@2`` are two
+        keys of one project."""
+        return self.key.partition("@")[0]
+
+    @property
     def created(self) -> int:
         """Now, in seconds since 1970."""
         return int(self.sandbox.clock.now().timestamp())
 
     def stored(self, file_id: str) -> StoredFile | None:
         """A file of the caller's that has not expired."""
-        found = self.sandbox.files.get(self.key, file_id)
+        found = self.sandbox.files.get(self.project, file_id)
         if found is None or (found.expires is not None and found.expires <= self.created):
             return None
         return found

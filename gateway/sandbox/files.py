@@ -35,7 +35,7 @@ async def create_file(exchange: Exchange, body: bytes, name: str) -> None:
     if trouble is not None:
         raise trouble
     file = _checked(form, exchange.created)
-    exchange.sandbox.files.put(exchange.key, file.id, file)
+    exchange.sandbox.files.put(exchange.project, file.id, file)
     await exchange.whole(exchange.dump(_as_json(file)))
 
 
@@ -53,7 +53,7 @@ async def list_files(exchange: Exchange, body: bytes, name: str) -> None:
     purpose = asked.get("purpose")
     ids = [
         file.id
-        for file in exchange.sandbox.files.of(exchange.key)
+        for file in exchange.sandbox.files.of(exchange.project)
         if exchange.stored(file.id) is not None and purpose in (None, file.purpose)
     ]
     if order == "desc":
@@ -96,7 +96,7 @@ async def file_content(exchange: Exchange, body: bytes, file_id: str) -> None:
     size = len(file.content)
     asked = _RANGE.fullmatch(exchange.record.header("range") or "")
     start, end = _range(asked[1], asked[2], size) if asked is not None else (0, size)
-    if start >= end and size:
+    if asked is not None and start >= end:
         headers["content-range"] = f"bytes */{size}"
         await exchange.whole(b"", "application/octet-stream", headers, 416)
         return
@@ -110,7 +110,7 @@ async def delete_file(exchange: Exchange, body: bytes, file_id: str) -> None:
     if await exchange.met():
         return
     _found(exchange, file_id)
-    exchange.sandbox.files.take(exchange.key, file_id)
+    exchange.sandbox.files.take(exchange.project, file_id)
     await exchange.whole(exchange.dump({"id": file_id, "object": "file", "deleted": True}))
 
 

@@ -85,9 +85,9 @@ async def delete_response(exchange: Exchange, body: bytes, response_id: str) -> 
         return
     stored = _found(exchange, response_id)
     stored.deleted = True
-    exchange.sandbox.responses.take(exchange.key, response_id)
+    exchange.sandbox.responses.take(exchange.project, response_id)
     for item in _output(stored.body):
-        exchange.sandbox.items.take(exchange.key, str(item["id"]))
+        exchange.sandbox.items.take(exchange.project, str(item["id"]))
     await exchange.whole(exchange.dump({"id": response_id, "object": "response", "deleted": True}))
 
 
@@ -136,11 +136,11 @@ async def list_input_items(exchange: Exchange, body: bytes, response_id: str) ->
 
 
 def _recall(exchange: Exchange) -> Recall:
-    sandbox, key = exchange.sandbox, exchange.key
+    sandbox, project = exchange.sandbox, exchange.project
     return Recall(
         exchange.stored,
-        lambda id_: sandbox.items.get(key, id_),
-        lambda id_: sandbox.responses.get(key, id_),
+        lambda id_: sandbox.items.get(project, id_),
+        lambda id_: sandbox.responses.get(project, id_),
     )
 
 
@@ -182,13 +182,13 @@ def _keep(exchange: Exchange, ask: Ask, stored: StoredResponse) -> None:
     if stored.deleted or not ask.flag("store", True):
         return
     sandbox = exchange.sandbox
-    sandbox.responses.put(exchange.key, str(stored.body["id"]), stored)
+    sandbox.responses.put(exchange.project, str(stored.body["id"]), stored)
     for item in _output(stored.body):
-        sandbox.items.put(exchange.key, str(item["id"]), item)
+        sandbox.items.put(exchange.project, str(item["id"]), item)
 
 
 def _found(exchange: Exchange, response_id: str) -> StoredResponse:
-    stored = exchange.sandbox.responses.get(exchange.key, response_id)
+    stored = exchange.sandbox.responses.get(exchange.project, response_id)
     if stored is None:
         raise Refused(f"Response with id '{response_id}' not found.", code=None, status=404)
     return stored

@@ -227,6 +227,8 @@ def rule_from_json(value: Json) -> Rule:
 
 
 def _ends(path: str, wanted: str) -> bool:
+    if "*" not in wanted:
+        return path.endswith(wanted)
     pattern = re.escape(wanted).replace(r"\*", "[^/]+")
     return re.search(f"{pattern}$", path) is not None
 

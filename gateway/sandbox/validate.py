@@ -7,18 +7,23 @@ Messages marked [L] in the contract are exact. The others follow OpenAI's genera
 
 from __future__ import annotations
 
-import io
 import re
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from types import MappingProxyType
 
-from PIL import Image
-
 from gateway.domain.call import Json, Operation
 from gateway.sandbox.forms import Form, Upload
 from gateway.sandbox.models import Family, ModelFacts, find
+from gateway.sandbox.pictures import (
+    MAX_IMAGE_BYTES,
+    MAX_MASK_BYTES,
+    Given,
+    check_layer,
+    check_picture,
+    open_picture,
+)
 from gateway.sandbox.refusals import (
     USER_ERROR,
     Refused,
@@ -26,7 +31,6 @@ from gateway.sandbox.refusals import (
     duplicate,
     in_range,
     missing,
-    no_file,
     too_many,
     unknown,
     wrong_type,
@@ -34,10 +38,6 @@ from gateway.sandbox.refusals import (
 
 MAX_PROMPT = 32_000
 MAX_IMAGES = 16
-MAX_IMAGE_BYTES = 50 * 1024 * 1024
-MAX_MASK_BYTES = 4 * 1024 * 1024
-MAX_URL = 20_971_520
-IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 OLD_SIZES = ("1024x1024", "1024x1536", "1536x1024")
 MIN_PIXELS, MAX_PIXELS, MAX_EDGE = 655_360, 8_294_400, 3840
 SVG_AUTHOR = "gpt-6-astra"
@@ -83,18 +83,6 @@ _RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
         "partial_images": (0, 3),
     }
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """An input picture: ``role`` is image, mask or markup; width and height in pixels, of the
-    file as it is stored (``upright`` ones are after its EXIF orientation)."""
-
-    role: str
-    content: bytes
-    width: int
-    height: int
-    upright: tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,7 +358,7 @@ def _with_inputs(order: Order, fields: Mapping[str, Json], form: Form) -> Order:
         role = upload.part.field.partition(".")[0]
         layer = open_picture(role, role, upload, MAX_MASK_BYTES)
         wanted = given[0].upright if role == "markup" else (given[0].width, given[0].height)
-        _layer(role, upload, (layer.width, layer.height), wanted)
+        check_layer(role, upload, (layer.width, layer.height), wanted)
         given.append(layer)
     return replace(order, inputs=tuple(given))
 
@@ -389,101 +377,10 @@ def _references(fields: Mapping[str, Json], uploads: Iterable[Upload]) -> None:
         check_picture(name, holder, read)
 
 
-def check_picture(name: str, holder: Json, read: Container[str]) -> None:
-    """An object that names a picture by ``image_url`` or ``file_id``; ``read`` are the paths of
-    those that a picture was found for. A sandbox fetches nothing. Raises ``Refused``."""
-    if not isinstance(holder, dict):
-        raise wrong_type(name, "an object", holder)
-    asked = [key for key, value in holder.items() if value is not None]
-    extra = next((key for key in asked if key not in ("image_url", "file_id")), None)
-    if extra is not None:
-        raise unknown(f"{name}.{extra}")
-    if len(asked) != 1:
-        raise Refused(
-            f"Exactly one of 'image_url' and 'file_id' is required in '{name}'.",
-            code="invalid_value",
-            param=name,
-        )
-    param = f"{name}.{asked[0]}"
-    value = holder[asked[0]]
-    if not isinstance(value, str):
-        raise wrong_type(param, "a string", value)
-    if asked[0] == "file_id":
-        if param not in read:
-            raise no_file(value, param)
-        return
-    if len(value) > MAX_URL:
-        raise Refused(
-            f"Invalid '{param}': string too long. Expected a string with maximum length "
-            f"{MAX_URL}, but got a string with length {len(value)} instead.",
-            code="string_above_max_length",
-            param=param,
-        )
-    if value.lower().startswith(("http://", "https://")):
-        raise Refused(
-            "Failed to download the image: the sandbox fetches nothing; send a data URL.",
-            code="failed_to_download_image",
-            param=param,
-        )
-    if param not in read:
-        raise Refused(
-            f"Invalid '{param}'. Expected a base64-encoded data URL with an image MIME type.",
-            code="invalid_image_url",
-            param=param,
-        )
-
-
 def _label(upload: Upload, place: int) -> str:
     """How OpenAI names an image in an error: ``image``, or ``image[0]`` of a list."""
     name = upload.part.field
     return f"image[{place}]" if name == "image[]" else name
-
-
-def open_picture(role: str, label: str, upload: Upload, limit: int) -> Given:
-    """The picture's header, read. Raises ``Refused`` for what the API would not take."""
-    kind = upload.part.content_type.partition(";")[0].strip().lower()
-    if kind not in IMAGE_TYPES:
-        raise Refused(
-            f"Invalid file '{label}': unsupported mimetype ('{kind}'). Supported file formats are "
-            "'image/jpeg', 'image/png', and 'image/webp'.",
-            code="unsupported_file_mimetype",
-            param=label,
-        )
-    if upload.part.size_bytes >= limit:
-        raise Refused(
-            f"Invalid file '{label}': the file is too large. The limit is {limit} bytes.",
-            code="image_file_too_large",
-            param=label,
-        )
-    try:
-        with Image.open(io.BytesIO(upload.content), formats=("PNG", "JPEG", "WEBP")) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise Refused(
-            f"Invalid file '{label}': the file is not a valid image.",
-            type_=USER_ERROR,
-            code="invalid_image_file",
-            param=label,
-        ) from None
-    upright = (height, width) if turned else (width, height)
-    return Given(role, upload.content, width, height, upright)
-
-
-def _layer(role: str, upload: Upload, size: tuple[int, int], wanted: tuple[int, int]) -> None:
-    """A mask or markup: a PNG with alpha, as large as the first image."""
-    with Image.open(io.BytesIO(upload.content)) as picture:
-        is_png, see_through = picture.format == "PNG", picture.has_transparency_data
-    if not is_png:
-        raise _bad_layer(role, f"Invalid {role} image format - the {role} must be a PNG.")
-    if not see_through:
-        raise _bad_layer(role, f"Invalid {role} image format - the alpha channel is missing.")
-    if size != wanted:
-        raise _bad_layer(
-            role,
-            f"Invalid {role} image size - {size[0]}x{size[1]} is not the size of the first image, "
-            f"{wanted[0]}x{wanted[1]}.",
-        )
 
 
 def blocked(prompt: str, request_id: str) -> Refused | None:
@@ -511,10 +408,6 @@ def _bad_size(size: str, supported: str) -> Refused:
     return Refused(
         f"Invalid size '{size}'. {supported}", type_=USER_ERROR, code="invalid_value", param="size"
     )
-
-
-def _bad_layer(role: str, message: str) -> Refused:
-    return Refused(message, type_=USER_ERROR, code="invalid_image_file", param=role)
 
 
 def _conflict(name: str, message: str) -> Refused:

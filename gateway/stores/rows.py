@@ -17,7 +17,7 @@ from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Claim, Outcome, Reroute, Route, Settlement, State, UsageRow
 from gateway.domain.money import Money, exact_dollars
 from gateway.domain.owned import Anchor, Owned, OwnedKind
-from gateway.domain.team import Key, Limits, Team
+from gateway.domain.team import Key, Limits, PerUser, Team
 from gateway.domain.transition import usage_day
 from gateway.ports import BooksChanged
 
@@ -47,6 +47,7 @@ TEAM_COLUMNS = "id, models, limits, cache_enabled, disabled, time_zone"
 KEY_COLUMNS = "id, team, name, models, limits, created, expires, disabled, revoked, pepper"
 
 _LIMITS = frozenset(field.name for field in fields(Limits))
+_PER_USER = "per_user"
 
 
 def micros(instant: datetime) -> int:
@@ -248,10 +249,12 @@ def storable(ids: Iterable[str]) -> list[str]:
 
 
 def team_row(team: Team) -> tuple[object, ...]:
-    """``TEAM_COLUMNS`` but the id, and then the id."""
+    """``TEAM_COLUMNS`` but the id, and then the id. What each user may is beside the limits of the
+    team, where a release that does not know it leaves it alone."""
+    per_user = {} if team.per_user == PerUser() else {_PER_USER: asdict(team.per_user)}
     return (
         json.dumps(sorted(team.models)),
-        json.dumps(asdict(team.limits)),
+        json.dumps(asdict(team.limits) | per_user),
         int(team.cache_enabled),
         int(team.disabled),
         team.time_zone,
@@ -269,6 +272,7 @@ def team_of(row: Sequence[Any]) -> Team:
         cache_enabled=bool(cache_enabled),
         disabled=bool(disabled),
         time_zone=time_zone,
+        per_user=_per_user(limits),
     )
 
 
@@ -308,7 +312,16 @@ def key_of(row: Sequence[Any]) -> Key:
 def _limits(text: str) -> Limits:
     """A newer release may have written limits that this one does not know: they do not hold here,
     and are kept where they are."""
-    return Limits(**{name: value for name, value in json.loads(text).items() if name in _LIMITS})
+    return _known(json.loads(text))
+
+
+def _per_user(text: str) -> PerUser:
+    found = json.loads(text).get(_PER_USER)
+    return PerUser(_known(found["limits"]), bool(found["required"])) if found else PerUser()
+
+
+def _known(limits: Mapping[str, Any]) -> Limits:
+    return Limits(**{name: value for name, value in limits.items() if name in _LIMITS})
 
 
 def routed_of(day: str, row: Sequence[Any]) -> tuple[str, UsageRow]:

@@ -19,6 +19,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
 from gateway.domain.call import Inquiry, Passage
+from gateway.domain.compat import CHANGES, OTHER_CHANGE
 from gateway.domain.errors import Fault
 from gateway.domain.ledger import Balance, Line, Outcome
 from gateway.domain.money import NANOS_PER_DOLLAR, Money
@@ -82,6 +83,7 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "modality": Label("", ("text", "image", "cached_text", "cached_image")),
     "quality": Label("", ("low", "medium", "high", "xhigh", "max", "standard", "hd", "auto",
                           "none", OTHER)),
+    "change": Label("", (*CHANGES, OTHER_CHANGE)),
     "limit": Label("what refused: `insufficient_quota` is a budget", (
         "requests_per_minute", "images_per_minute", "concurrent_requests", "insufficient_quota")),
     "scope": Label("", ("team",)),
@@ -155,6 +157,9 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
         Spec("gateway_image_qualities_total", Kind.COUNTER, ("model", "quality"),
              "Pictures bought, by the quality that was answered, or asked for; none where neither "
              "says one."),
+        Spec("gateway_requests_changed_total", Kind.COUNTER, ("change",),
+             "Requests that were sent on otherwise than they came, by what was changed: repairs "
+             "(`compat`) and what was pinned."),
         Spec("gateway_request_bytes_total", Kind.COUNTER, ("endpoint",),
              "Bytes of bodies taken from clients."),
         Spec("gateway_response_bytes_total", Kind.COUNTER, ("endpoint",),
@@ -580,6 +585,8 @@ class Metrics:
             )
         elif receipt.outcome is not None:
             self._count_purchase(receipt, team, model)
+        for change in receipt.changed:
+            self.add("gateway_requests_changed_total", change=change)
         self._count_flight(receipt)
 
     def _count_flight(self, receipt: Receipt) -> None:

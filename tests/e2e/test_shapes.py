@@ -25,9 +25,6 @@ from tests.running import ALIAS, KEY, MODEL, GatewayUnderTest, Start
 
 VERSION = "2025-04-01-preview"
 ASKED: dict[str, Any] = {"prompt": "A lighthouse", "quality": "low", "size": "1024x1024"}
-THE_PATHS_MODEL = pytest.mark.xfail(
-    strict=True, reason="the reader takes Arrival.deployment for the body's model (relay/read.py)"
-)
 
 
 def azure(gateway: GatewayUnderTest, **options: Any) -> AsyncAzureOpenAI:
@@ -174,7 +171,6 @@ def ordered(**more: Any) -> dict[str, Any]:
     return {**ASKED, **more}
 
 
-@THE_PATHS_MODEL
 @pytest.mark.parametrize("body", [{}, {"model": None}, {"model": "gpt-image-2"}, {"model": ""}])
 async def test_the_paths_model_goes_before_the_bodys(
     gateway: GatewayUnderTest, body: dict[str, Any]
@@ -188,7 +184,6 @@ async def test_the_paths_model_goes_before_the_bodys(
     assert (await gateway.told.until(1))[0][0].model == ALIAS
 
 
-@THE_PATHS_MODEL
 async def test_the_clients_deployment_goes_before_the_calls_model(
     gateway: GatewayUnderTest,
 ) -> None:
@@ -202,7 +197,6 @@ async def test_the_clients_deployment_goes_before_the_calls_model(
     assert {receipt.model for receipt, _ in await gateway.told.until(3)} == {ALIAS}
 
 
-@THE_PATHS_MODEL
 async def test_a_deployment_may_have_any_name(gateway: GatewayUnderTest) -> None:
     async with gateway.http() as http:
         for written, name in (("no%20such%2Emodel", "no such.model"), ("%C3%A9", "é")):
@@ -340,8 +334,8 @@ async def test_a_known_endpoint_of_openais_says_why_it_is_not_here(
         assert raised.value.body == {
             "message": "This gateway serves images only, not chat completions: "
             "/v1/chat/completions. It answers /v1/images/generations, /v1/images/edits, "
-            "/v1/images/estimate, /v1/images/results/{id}, /v1/files, /v1/moderations, "
-            "/v1/content_provenance_checks and /v1/models.",
+            "/v1/images/estimate, /v1/images/results/{id}, /v1/models, /v1/responses, /v1/files, "
+            "/v1/moderations and /v1/content_provenance_checks.",
             "type": "invalid_request_error",
             "param": None,
             "code": "unknown_url",

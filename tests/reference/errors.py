@@ -64,6 +64,10 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "with another body, or another form of answer. Take a new one for each request.",
         ("InvalidRequest", "image_url_not_allowed"): "A picture is given by its address. Send it "
         "itself, or ask for `image_urls: passthrough`.",
+        ("InvalidRequest", "image_tool_required"): "A response without the tool `image_generation`. "
+        "Add it to `tools`, or ask for `responses: {without_image_tool: allow}`.",
+        ("InvalidRequest", "input_not_priced"): "A response with a document (`input_file`). Send "
+        "its text, or its pages as pictures.",
         ("InvalidRequest", "invalid_idempotency_key"): "1 to 255 printable ASCII characters.",
         ("InvalidRequest", "invalid_image"): "An input picture is damaged, or larger than "
         "`server.max_pixels` and `max_side` allow.",
@@ -96,6 +100,17 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("InvalidRequest", "model_not_priced"): "The operator adds a price, or says `unpriced: "
         "allow`.",
         ("InvalidRequest", "prompt_too_long"): "Shorten it.",
+        (
+            "InvalidRequest",
+            "urls_not_available",
+        ): "`response_format: url` where `server.public_url` is not set. Read `b64_json`.",
+        ("InvalidRequest", "tool_not_priced"): "A response with a tool that the provider runs and "
+        "that is not `image_generation`. Take it out of `tools`.",
+        ("InvalidRequest", "tool_not_rewritten"): "The model of the image tool has another name at "
+        "its upstream, and the tools hold a picture. Send the name in the message, or the mask as "
+        "a file's id.",
+        ("InvalidRequest", "unsupported_parameter"): "`conversation`, `prompt` and `service_tier` of "
+        "a response: what they cost is not known here. The message says what to send.",
         ("InvalidRequest", "unknown_parameter"): "No such parameter, with `unknown_parameters: "
         "refuse` or `validate: strict`; or a name in brackets that is none.",
         ("InvalidRequest", "unsupported_file_mimetype"): "The file is no picture that is taken.",
@@ -214,8 +229,8 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "x-model-served": "what an alias stands for",
         "x-gateway-upstream": "where it was bought",
         "x-gateway-attempts": "how often upstreams were asked",
-        "x-gateway-changed": "what was filled in or put in place of what was asked: `size=...`, "
-        "`model=...`",
+        "x-gateway-changed": "what was put in, or in place of what was asked: `size=...`, "
+        "`model=...`; a name alone was left out: `style`",
         "sunset": "the day on which the model that was asked for ends, where that is within 30 "
         "days (RFC 8594)",
         "x-gateway-warning": "the same in words, and what to ask for instead",

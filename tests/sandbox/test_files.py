@@ -12,6 +12,7 @@ from openai.types import FilePurpose
 from gateway.domain.call import Json
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
+from gateway.sandbox.shelf import Shelf
 from tests.clock import StillClock
 from tests.sandbox.calls import FLARE, png
 
@@ -138,6 +139,13 @@ def test_uploads_that_are_refused(
     assert (error["code"], error["param"]) == (code, param)
 
 
+def test_a_part_of_nothing(sdk: OpenAI, http: httpx.Client) -> None:
+    made = sdk.files.create(file=("empty", b""), purpose="user_data")
+    assert http.get(f"/files/{made.id}/content").status_code == 200
+    part = http.get(f"/files/{made.id}/content", headers={"range": "bytes=0-"})
+    assert (part.status_code, part.headers["content-range"]) == (416, "bytes */0")
+
+
 def test_an_upload_is_a_form(http: httpx.Client) -> None:
     answer = http.post("/files", json={"purpose": "vision"})
     assert answer.json()["error"]["code"] == "unsupported_content_type"
@@ -184,3 +192,27 @@ def test_faults_of_files(server: SandboxServer, sdk: OpenAI, http: httpx.Client)
     with pytest.raises(httpx.RemoteProtocolError):
         http.get(f"/files/{made.id}/content")
     assert sdk.files.delete(made.id).deleted
+
+
+def test_two_keys_of_one_project_share_their_files(server: SandboxServer) -> None:
+    def client(key: str) -> OpenAI:
+        return OpenAI(base_url=server.base_url, api_key=key, max_retries=0)
+
+    with client("red@1") as first, client("red@2") as second, client("blue@1") as other:
+        made = first.files.create(file=("a.png", png()), purpose="vision")
+        assert second.files.retrieve(made.id) == made
+        with pytest.raises(NotFoundError):
+            other.files.retrieve(made.id)
+
+
+def test_what_is_on_a_shelf_is_bounded() -> None:
+    shelf: Shelf[bytes] = Shelf(len, max_bytes=10)
+    shelf.put("red", "a", b"12345")
+    shelf.put("blue", "b", b"12345")
+    shelf.put("red", "a", b"123456")
+    assert (shelf.get("red", "a"), shelf.get("blue", "b")) == (b"123456", None)
+    shelf.put("red", "c", b"1234")
+    assert shelf.of("red") == [b"123456", b"1234"]
+    assert shelf.take("red", "a") == b"123456"
+    assert shelf.take("red", "a") is None
+    assert (shelf.of("red"), len(shelf)) == ([b"1234"], 1)

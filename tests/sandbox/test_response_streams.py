@@ -181,6 +181,14 @@ def test_in_the_background(server: SandboxServer, sdk: OpenAI) -> None:
     assert sdk.responses.retrieve(third.id).status == "completed"
 
 
+def test_the_background_outlives_its_answer(server: SandboxServer, http: httpx.Client) -> None:
+    server.rules.add(Rule(path="/responses", times=1, cut_before_headers=True))
+    body: Json = {"model": MODEL, "input": "A boat", "tools": [TOOL], "background": True}
+    with pytest.raises(httpx.RemoteProtocolError):
+        http.post("/responses", json=body)
+    server.journal.wait_until(lambda: server.journal.billed_images == 1)
+
+
 def test_what_cannot_be_cancelled(sdk: OpenAI, server: SandboxServer) -> None:
     with pytest.raises(BadRequestError, match="synchronous"):
         sdk.responses.cancel(ask(sdk).id)

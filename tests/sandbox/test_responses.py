@@ -178,6 +178,21 @@ def test_what_is_another_keys_does_not_exist(server: SandboxServer, sdk: OpenAI)
         assert file.value.param == "input[0].content[0].file_id"
 
 
+def test_half_a_surrogate_pair_has_no_bytes(http: httpx.Client) -> None:
+    body = b'{"model":"gpt-4.1","input":"\\ud83d","instructions":"\\ud83d"}'
+    answer = http.post("/responses", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 200
+
+
+def test_what_is_deleted_is_no_longer_worked_on(sdk: OpenAI) -> None:
+    first = ask(sdk)
+    second = ask(sdk, input="Now at night", previous_response_id=first.id)
+    sdk.responses.delete(first.id)
+    third = ask(sdk, input="And rain", previous_response_id=second.id)
+    assert third.tool_usage is not None
+    assert third.tool_usage.image_gen.input_tokens_details.image_tokens == 1457
+
+
 def test_looking_up_and_deleting(sdk: OpenAI) -> None:
     made = ask(sdk)
     assert sdk.responses.retrieve(made.id) == made

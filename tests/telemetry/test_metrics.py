@@ -172,6 +172,7 @@ def test_labels_come_from_closed_sets() -> None:
         "kind",
         "folder",
         "quality",
+        "change",
     }
     assert {label for spec in TABLE for label in spec.labels} <= allowed
 
@@ -236,6 +237,7 @@ def test_no_metric_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
     metrics = told(BOUGHT, HIT, UPSTREAM_429, UNKNOWN, QUOTA, RATE, DOOR, DOUBTS, JOINED)
     metrics.finished(RETRIED, SENT)
     metrics.finished(TAKEN_OVER, SENT)
+    metrics.finished(REPAIRED, SENT)
     metrics.finished(replace(BOUGHT, team="design"), replace(SENT, gone="response"))
     budget(metrics)
     metrics.dependencies({"ledger": True})
@@ -429,6 +431,17 @@ def test_a_client_that_left(outcome: Outcome | None, orphans: int | None) -> Non
     found = moved(told(replace(BOUGHT, outcome=outcome), delivery=replace(SENT, gone="upstream")))
     assert found['gateway_client_gone_total{stage="upstream"}'] == 1
     assert found.get("gateway_orphaned_results_total") == orphans
+
+
+REPAIRED = replace(HIT, changed=("model", "style"))
+
+
+def test_what_was_changed_is_counted() -> None:
+    before, after = moved(told(HIT)), moved(told(REPAIRED))
+    assert after == before | {
+        'gateway_requests_changed_total{change="model"}': 1.0,
+        'gateway_requests_changed_total{change="style"}': 1.0,
+    }
 
 
 def test_a_picture_of_another_requests_flight() -> None:
