@@ -259,6 +259,7 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "idempotent-replayed": "`true`: the answer that an earlier request with this "
         "`Idempotency-Key` got",
         "preference-applied": "`respond-async`: of a 202",
+        "x-content-type-options": "`nosniff`, where a file or a check is handed on",
         "x-accel-buffering": "`no`, on streams: for nginx",
         "x-content-type-options": "`nosniff`, of pictures that are fetched by their urls",
     }
