@@ -32,8 +32,9 @@ ERRORS: Final = ("AuthenticationError", "RateLimitError", "BadRequestError")
 class Client:
     """``package`` is a folder of ``packages/``; None needs no installing. ``node`` is the one that
     holds the runtime of a script in JavaScript. ``says`` are the features that the script must
-    tell of. ``errors``: the classes of an unknown key, a spent budget, a bad parameter. ``half``:
-    of the representative half, which CI runs."""
+    tell of. ``errors``: the classes of an unknown key, a spent budget, a bad parameter, each asked
+    for once; but for the budget ``attempts`` times. ``half``: of the representative half, which CI
+    runs."""
 
     name: str
     script: str
@@ -41,6 +42,7 @@ class Client:
     package: str | None = None
     node: str | None = None
     errors: tuple[str, str, str] = ERRORS
+    attempts: int = 1
     half: bool = False
     note: str = ""
 
@@ -108,17 +110,18 @@ CLIENTS: Final = (
     Client(
         "AzureOpenAI, Node", "azure_openai.mjs", ("generate", "edit", "stream", "errors", "retry"),
         "openai-node-6", "node-20",
-        note="The deployment in the path, `api-version`, the `api-key` header.",
+        note="As in Python; with `deployment`, without which it puts no deployment into the path "
+        "of an edit.",
     ),
     Client(
         "Vercel AI SDK", "ai_sdk.mjs", ("generate", "edit", "responses", "errors", "retry"),
-        "ai-sdk", "node-22", ("AI_APICallError", "AI_APICallError", "AI_APICallError"), half=True,
+        "ai-sdk", "node-22", ("AI_APICallError", "AI_RetryError", "AI_APICallError"), 3, half=True,
         note="Of a name it does not know, n=2 is two calls of n=1, alike and at once: both are "
-        "bought.",
+        "bought. It does not know `x-should-retry`: a spent budget is asked for three times.",
     ),
     Client(
-        "LangChain, Python", "langchain_dalle.py", ("generate", "url", "responses", "errors", "retry"),
-        "langchain-python", half=True,
+        "LangChain, Python", "langchain_dalle.py",
+        ("generate", "url", "responses", "errors", "retry"), "langchain-python", half=True,
         note="`DallEAPIWrapper` reads `data[].url` and sends no `response_format`; "
         "`ChatOpenAI` has the image tool.",
     ),
@@ -131,15 +134,17 @@ CLIENTS: Final = (
     Client(
         "LlamaIndex", "llama_index_tool.py", ("generate", "url", "errors", "retry"), "llama-index",
         half=True,
-        note="`OpenAIImageGenerationToolSpec` sends dall-e-3, `style` and `quality=standard`.",
+        note="`OpenAIImageGenerationToolSpec` sends dall-e-3, `style` and `quality=standard`. Its "
+        "package does not bring openai with it.",
     ),
     Client(
         "Haystack", "haystack_generator.py", ("generate", "errors", "retry"), "haystack",
         note="`OpenAIImageGenerator`: 30 s time-out and 5 retries of its own.",
     ),
     Client(
-        "pydantic-ai", "pydantic_ai_images.py", ("generate", "edit", "responses", "errors", "retry"),
-        "pydantic-ai", errors=("ModelHTTPError", "ModelHTTPError", "ModelHTTPError"), half=True,
+        "pydantic-ai", "pydantic_ai_images.py",
+        ("generate", "edit", "responses", "errors", "retry"), "pydantic-ai",
+        errors=("ModelHTTPError", "ModelHTTPError", "ModelHTTPError"), half=True,
         note="`ImageGenerator`, and an agent with `ImageGenerationTool`.",
     ),
     Client(
@@ -155,7 +160,7 @@ CLIENTS: Final = (
     Client(
         "curl", "curl.sh", ("generate", "edit", "stream", "url", "errors", "retry"),
         errors=("401", "429", "400"), half=True,
-        note="`--retry` waits by `retry-after`.",
+        note="`--fail --retry` waits by `retry-after`.",
     ),
     Client(
         "Open WebUI", "open_webui.py", ("generate", "edit", "url", "errors"), "openai-python-3",

@@ -24,8 +24,8 @@ books must be the upstream's bill. What each client ran is one short script of
   come as the client expects them.
 - **url**: the client asks for urls, or reads nothing else; what is behind them is a picture. Needs
   `server.public_url`.
-- **files**: a picture uploaded to `/v1/files` and edited by its id. **responses**: the image tool of
-  `/v1/responses`.
+- **files**: a picture uploaded to `/v1/files` and edited by its id. **responses**: the image tool
+  of `/v1/responses`.
 - **errors**: an unknown key, a spent budget and a bad parameter raise what the client's users
   catch, each after one attempt. **retry**: a 429 with `retry-after-ms`, and then the picture.
 
@@ -34,9 +34,10 @@ A dash is what the client cannot do, or what was not tried with it.
 """
 
 TAIL: Final = """
-The gateway of this table is [`tests/e2e/clients/gateway.yaml`](../../tests/e2e/clients/gateway.yaml):
-retired names (`dall-e-2`, `dall-e-3`, `gpt-image-1`) are aliases of a model that is served, and
-`server.public_url` is set. What is changed on the way is told in `x-gateway-changed`.
+The gateway of this table has the configuration
+[`gateway.yaml`](../../tests/e2e/clients/gateway.yaml) there: retired names (`dall-e-2`, `dall-e-3`,
+`gpt-image-1`) are aliases of a model that is served, and `server.public_url` is set. What is
+changed on the way is told in `x-gateway-changed`.
 """
 
 

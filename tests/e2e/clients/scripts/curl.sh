@@ -63,5 +63,5 @@ printf '{"feature": "errors", "ok": true, "raised": {"unknown_key": "%s", "over_
   "$(status sk-of-nobody-0123456789abcdef)" "$(status "$POOR_API_KEY")" \
   "$(status "$OPENAI_API_KEY" ', "n": 11')"
 
-say retry "$(curl -sS --retry 2 "$generations" -H "$key" -H "$json" \
+say retry "$(curl -sSf --retry 2 "$generations" -H "$key" -H "$json" \
   -d "$(order "retry: a lighthouse")" | take retry)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from llama_index.tools.openai.image_generation import OpenAIImageGenerationToolSpec
+from llama_index.tools.openai import OpenAIImageGenerationToolSpec
 from story import OUTPUTS, POOR_KEY, UNKNOWN_KEY, feature, raised, tell
 
 

@@ -86,8 +86,9 @@ async def url():
 @feature
 async def errors():
     async def status(key=None, **changes):
+        asked = {"model": MODEL, "prompt": "errors: a lighthouse", "n": 1, **changes}
         try:
-            await order(key, **{"model": MODEL, "prompt": "errors: a lighthouse", "n": 1, **changes})
+            await order(key, **asked)
         except aiohttp.ClientResponseError as error:
             return str(error.status)
         return "nothing"

@@ -28,14 +28,14 @@ generator = ImageGenerator(f"openai:{MODEL}", settings=SETTINGS)
 @feature
 async def generate():
     made = await generator.generate("generate: a lighthouse", settings={"openai_n": 2})
-    return [image.data.data for image in made.images]
+    return [image.content.data for image in made.images]
 
 
 @feature
 async def edit():
     images = [BinaryImage(path.read_bytes(), media_type="image/png") for path in (FIRST, SECOND)]
     made = await generator.generate("edit: both on one table", images=images)
-    return [image.data.data for image in made.images]
+    return [image.content.data for image in made.images]
 
 
 @feature
@@ -66,7 +66,8 @@ async def errors():
 
 @feature
 async def retry():
-    return [image.data.data for image in (await generator.generate("retry: a lighthouse")).images]
+    made = await generator.generate("retry: a lighthouse")
+    return [image.content.data for image in made.images]
 
 
 tell()
