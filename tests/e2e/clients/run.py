@@ -32,7 +32,7 @@ from tests.running import TestClock
 
 KEY: Final = "growth-key-0123456789abcdef"
 POOR_KEY: Final = "poor-key-0123456789abcdef"
-TEXT_MODEL: Final = "gpt-5.6"
+TEXT_MODEL: Final = "gpt-4.1"
 POOR: Final = (429, "poor")
 SECONDS: Final = 120
 RETRY: Final = Rule(
