@@ -20,7 +20,7 @@ SCRIPTS: Final = HERE / "scripts"
 TOOLS: Final = HERE.parents[2] / ".tools" / "clients"
 
 FEATURES: Final = (
-    "generate", "edit", "stream", "url", "files", "responses", "errors", "retry"
+    "generate", "edit", "stream", "url", "files", "responses", "errors", "retry",
 )  # fmt: skip
 """The columns of the table. A script tells of each that its client has, and of no other."""
 
@@ -33,8 +33,8 @@ class Client:
     """``package`` is a folder of ``packages/``; None needs no installing. ``node`` is the one that
     holds the runtime of a script in JavaScript. ``says`` are the features that the script must
     tell of. ``errors``: the classes of an unknown key, a spent budget, a bad parameter, each asked
-    for once; but for the budget ``attempts`` times. ``half``: of the representative half, which CI
-    runs."""
+    for once; but for the budget ``attempts`` times. ``split``: features whose pictures it asks for
+    one by one, alike and at once. ``half``: of the representative half, which CI runs."""
 
     name: str
     script: str
@@ -43,6 +43,7 @@ class Client:
     node: str | None = None
     errors: tuple[str, str, str] = ERRORS
     attempts: int = 1
+    split: tuple[str, ...] = ()
     half: bool = False
     note: str = ""
 
@@ -110,12 +111,13 @@ CLIENTS: Final = (
     Client(
         "AzureOpenAI, Node", "azure_openai.mjs", ("generate", "edit", "stream", "errors", "retry"),
         "openai-node-6", "node-20",
-        note="As in Python; with `deployment`, without which it puts no deployment into the path "
-        "of an edit.",
+        note="As in Python. The path of an edit names no deployment, unless the client was made "
+        "with one: then the body does.",
     ),
     Client(
         "Vercel AI SDK", "ai_sdk.mjs", ("generate", "edit", "responses", "errors", "retry"),
-        "ai-sdk", "node-22", ("AI_APICallError", "AI_RetryError", "AI_APICallError"), 3, half=True,
+        "ai-sdk", "node-22", ("AI_APICallError", "AI_RetryError", "AI_APICallError"), 3, ("generate",),
+        half=True,
         note="Of a name it does not know, n=2 is two calls of n=1, alike and at once: both are "
         "bought. It does not know `x-should-retry`: a spent budget is asked for three times.",
     ),
@@ -128,8 +130,9 @@ CLIENTS: Final = (
     Client(
         "LangChain, JavaScript", "langchain_dalle.mjs",
         ("generate", "url", "responses", "errors", "retry"), "langchain-js", "node-22",
+        split=("url",),
         note="`DallEAPIWrapper` sends dall-e-3, `style`, `quality=standard` and "
-        "`response_format=url`.",
+        "`response_format=url`; n=2 is two calls of n=1, alike and at once.",
     ),
     Client(
         "LlamaIndex", "llama_index_tool.py", ("generate", "url", "errors", "retry"), "llama-index",

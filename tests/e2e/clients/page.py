@@ -29,26 +29,27 @@ books must be the upstream's bill. What each client ran is one short script of
 - **errors**: an unknown key, a spent budget and a bad parameter raise what the client's users
   catch, each after one attempt. **retry**: a 429 with `retry-after-ms`, and then the picture.
 
-A dash is what the client cannot do, or what was not tried with it.
+**mended** is what the gateway changed of what the client sends, as it says itself in
+`x-gateway-changed`. A dash is what the client cannot do, or what was not tried with it.
 
 """
 
 TAIL: Final = """
 The gateway of this table has the configuration
 [`gateway.yaml`](../../tests/e2e/clients/gateway.yaml) there: retired names (`dall-e-2`, `dall-e-3`,
-`gpt-image-1`) are aliases of a model that is served, and `server.public_url` is set. What is
-changed on the way is told in `x-gateway-changed`.
+`gpt-image-1`) are aliases of a model that is served, and `server.public_url` is set.
 """
 
 
 def page(outcomes: Sequence[Outcome]) -> str:
     """The whole of ``gateway/docs/clients.md``."""
     notes = {client.name: client.note for client in CLIENTS}
-    head = ["client", "version", "runtime", *FEATURES, "note"]
+    head = ["client", "version", "runtime", *FEATURES, "mended", "note"]
     rows = [head, ["---"] * len(head)]
     for one in outcomes:
         marks = [_mark(one, feature) for feature in FEATURES]
-        rows.append([one.client, one.version, one.runtime, *marks, notes.get(one.client, "")])
+        mended = ", ".join(f"`{name}`" for name in one.changed)
+        rows.append([one.client, one.version, one.runtime, *marks, mended, notes[one.client]])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     failures = [
         f"- {one.client}, {result.feature}: {result.detail}"

@@ -50,12 +50,14 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a client: each of its features, and ``books``. ``seconds`` is the script."""
+    """What became of a client: each of its features, and ``books``. ``changed`` are the names of
+    what the gateway mended for it; ``seconds`` is the script."""
 
     client: str
     version: str
     runtime: str
     results: tuple[Result, ...]
+    changed: tuple[str, ...]
     seconds: float
     complaints: str = ""
 
@@ -94,7 +96,13 @@ def run(client: Client, folder: Path) -> Outcome:
         ]
         results.append(_books(config, sandbox.journal))
     return Outcome(
-        client.name, client.version, runtime_of(client), tuple(results), seconds, complaints
+        client.name,
+        client.version,
+        runtime_of(client),
+        tuple(results),
+        seen.changed,
+        seconds,
+        complaints,
     )
 
 
@@ -200,6 +208,12 @@ class Seen:
         except AssertionError as error:
             return Result(feature, False, str(error))
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """What the log says was mended, each name once."""
+        said = (str(line.get("changed") or "").split(",") for line in self._log)
+        return tuple(sorted({name for names in said for name in names if name}))
+
     def _records(self, feature: str) -> list[Record]:
         """The requests of a feature, as they arrived upstream: each prompt begins with its name."""
         return [one for one in self._journal if f'"{feature}: ' in json.dumps(dict(one.fields))]
@@ -214,9 +228,11 @@ class Seen:
         records = [one for one in self._records(feature) if one.billed_at is not None]
         bought = sum(record.images for record in records)
         assert bought == len(names), f"{len(names)} pictures came, {bought} were bought"
+        calls = len(names) if feature in self._client.split else None
+        assert calls in (None, len(records)), f"{len(records)} calls, not {calls}"
         count = f"{len(names)} picture{'s' * (len(names) > 1)}"
-        calls = f", {len(records)} calls" if len(records) > 1 else ""
-        return f"{count}, {kinds[0]}{calls}"
+        several = f", {len(records)} calls" if len(records) > 1 else ""
+        return f"{count}, {kinds[0]}{several}"
 
     def _retry(self) -> str:
         statuses = [record.status for record in self._records("retry")]

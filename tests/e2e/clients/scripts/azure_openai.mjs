@@ -11,7 +11,6 @@ const connect = (apiKey) =>
   new AzureOpenAI({
     endpoint: process.env.GATEWAY_ORIGIN,
     apiVersion: "2025-04-01-preview",
-    deployment: MODEL, // without it, an edit's path has none
     apiKey,
   });
 const client = connect(KEY);
