@@ -116,8 +116,8 @@ CLIENTS: Final = (
     ),
     Client(
         "Vercel AI SDK", "ai_sdk.mjs", ("generate", "edit", "responses", "errors", "retry"),
-        "ai-sdk", "node-22", ("AI_APICallError", "AI_RetryError", "AI_APICallError"), 3, ("generate",),
-        half=True,
+        "ai-sdk", "node-22", ("AI_APICallError", "AI_RetryError", "AI_APICallError"),
+        attempts=3, split=("generate",), half=True,
         note="Of a name it does not know, n=2 is two calls of n=1, alike and at once: both are "
         "bought. It does not know `x-should-retry`: a spent budget is asked for three times.",
     ),
