@@ -20,12 +20,14 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from gateway.api import errors as api_errors
-from gateway.api.door import ASGIApp, Receive, Scope, Send
+from gateway.api.cors import Cors
+from gateway.api.door import ASGIApp
 from gateway.api.health import Readiness, health_routes, metrics_routes
 from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
 from gateway.api.relayed import RelayedRoutes
 from gateway.api.results import ResultRoutes
+from gateway.api.routes import Router, relayed_doors, under
 from gateway.assembly import (
     UpstreamNews,
     declared_keys,
@@ -54,8 +56,8 @@ from gateway.assembly import (
 from gateway.descriptors import limit as fd_limit
 from gateway.descriptors import opened as fds_open
 from gateway.descriptors import shares
-from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import GatewayError
+from gateway.domain.keys import derived
 from gateway.domain.money import NANOS_PER_DOLLAR
 from gateway.domain.notices import money_lines
 from gateway.domain.price import FACTOR_ONE
@@ -88,6 +90,7 @@ from gateway.relay.purchase import Purchases
 from gateway.relay.results import ResultPolicy, Results
 from gateway.relay.running import RESULTS
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 from gateway.reload import Reloaded
 from gateway.reports.budgets import BudgetWatch
 from gateway.settings import Settings
@@ -115,7 +118,6 @@ LAST_SECONDS = 5.0
 WATCH_SECONDS = 15.0
 MAX_CONNECTIONS = 10_000
 """Where server.max_connections says nothing, and the file descriptors are enough."""
-RELAYED = {f"/v1{endpoint.path}": endpoint for endpoint in (*Operation, *Inquiry)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +175,8 @@ async def open_gateway(
         refuse(settings, await owned_twice(settings, peppers, store.directory))
         flights = Flights()
         health = Health(clock.monotonic, random.Random(), UpstreamNews(metrics))
-        upstreams = Upstreams(clock, flights, health, metrics)
+        marks = derived(peppers, "marks of upstream keys")
+        upstreams = Upstreams(clock, flights, health, metrics, marks)
         stack.push_async_callback(upstreams.aclose)
         upstreams.take_over(await upstreams.prepare(settings.upstreams), settings.upstreams)
         redis = RedisServer()
@@ -189,6 +192,7 @@ async def open_gateway(
         await factors.refresh()
         planner = make_planner(settings, upstreams.accounts, prices, cache, factors, health)
         keyring = KeyRing(peppers, declared, store.directory, clock)
+        users = Users(peppers, settings.users.policy)
         spools = settings.storage.blobs / "spool"
         make_folder(spools, settings.storage.blobs)
         part = settings.server.workers
@@ -319,6 +323,7 @@ async def open_gateway(
             flights=flights,
             clock=clock,
             turnstile=turnstile,
+            users=users,
             log_prompts=settings.relay.log_prompts,
             begun=metrics.begun,
         )
@@ -368,6 +373,7 @@ async def open_gateway(
             cache=cache,
             upstreams=upstreams,
             keyring=keyring,
+            users=users,
             admission=admission,
             keeper=keeper,
             attempts=attempts,
@@ -461,14 +467,17 @@ async def open_gateway(
             clock, lambda seconds: metrics.observe("gateway_loop_lag_seconds", seconds)
         )
         await stack.enter_async_context(watchdog.watching())
+        relayed = RelayedRoutes(
+            pipeline, listeners, clock, None if spans is None else settings.tracing.sample
+        )
+        doors = [
+            *relayed_doors(relayed),
+            (under(RESULTS), result_routes(desk, keyring, settings, metrics).handle),
+        ]
+        router = Router(doors, RequestId(rest))
+        cors = settings.server.cors
         yield Gateway(
-            _Router(
-                RelayedRoutes(
-                    pipeline, listeners, clock, None if spans is None else settings.tracing.sample
-                ),
-                RequestId(rest),
-                result_routes(desk, keyring, settings, metrics),
-            ),
+            Cors(router, cors.origins, cors.max_age) if cors.origins else router,
             RequestId(monitor),
             store.ledger,
             store.directory,
@@ -481,27 +490,6 @@ async def open_gateway(
             lambda: metrics.add("gateway_connections_refused_total"),
             swap.reload,
         )
-
-
-class _Router:
-    """Sends the relayed paths and the results to their own doors, everything else to FastAPI."""
-
-    def __init__(
-        self, relayed: RelayedRoutes, rest: ASGIApp, results: ResultRoutes | None = None
-    ) -> None:
-        self._relayed = relayed
-        self._rest = rest
-        self._results = results
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"] if scope["type"] == "http" else ""
-        operation = RELAYED.get(path)
-        if operation is not None:
-            await self._relayed.handle(operation, scope, receive, send)
-        elif self._results is not None and path.startswith(RESULTS):
-            await self._results.handle(scope, receive, send)
-        else:
-            await self._rest(scope, receive, send)
 
 
 def result_routes(

@@ -369,8 +369,10 @@ def make_account(
     base_url: str,
     news: AccountNews | None = None,
     numbers: Iterator[int] | None = None,
+    mark_key: bytes = b"",
 ) -> Account:
-    """``numbers`` go on where those of an account of this name ended."""
+    """``numbers`` go on where those of an account of this name ended; ``mark_key`` is what its
+    keys are marked with."""
     timeouts = configured.timeouts
     return build_account(
         AccountOptions(
@@ -391,6 +393,7 @@ def make_account(
             max_connections=configured.max_connections,
             news=news or AccountNews(),
             numbers=count(1) if numbers is None else numbers,
+            mark_key=mark_key,
         )
     )
 

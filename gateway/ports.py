@@ -26,6 +26,7 @@ from gateway.domain.ledger import (
     Reroute,
     Settlement,
     UsageRow,
+    UserUsage,
 )
 from gateway.domain.money import Money
 from gateway.domain.owned import Owned, OwnedKind
@@ -212,6 +213,13 @@ class Books(Protocol):
         """What closed calls of a UTC day cost, with the upstream that they went to in the end: by
         upstream, team, key and model; only ``requests``, ``images`` and ``cost`` are set. Without
         adjustments, and without calls that were forgotten."""
+
+    async def usage_by_user(
+        self, team: str | None = None, since: str | None = None, until: str | None = None
+    ) -> list[UserUsage]:
+        """What closed calls cost, by team and end user, between two days (inclusive, UTC). From the
+        holds: calls that were forgotten (``Upkeep.forget``), adjustments, and answers from the
+        cache are not in it."""
 
     async def audit(self) -> list[Discrepancy]:
         """Adds everything up a second way (I2 of money.md); empty where the books are right.

@@ -33,7 +33,7 @@ class Reloaded(StrEnum):
 
 def swapped(running: Settings, found: Settings) -> Settings:
     """The running settings with all of the found ones that may change: upstreams, models, prices,
-    the policy of the cache, relay, notify, peppers, and teams with their keys and limits."""
+    the policy of the cache, relay, notify, peppers, users, and teams with their keys and limits."""
     return replace(
         running,
         upstreams=found.upstreams,
@@ -43,6 +43,7 @@ def swapped(running: Settings, found: Settings) -> Settings:
         relay=found.relay,
         notify=found.notify,
         storage=_with(running.storage, found.storage, PEPPERS),
+        users=found.users,
         teams=found.teams,
         declared_keys=found.declared_keys,
         sources=found.sources,

@@ -16,7 +16,7 @@ import base64
 import hmac
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -37,7 +37,8 @@ from zoneinfo import available_timezones
 from gateway.domain.address import METADATA, address_of, is_never_an_upstream
 from gateway.domain.money import Money
 from gateway.domain.route import WILDCARD, Catalogue, Model, Pin, Target, Unpriced
-from gateway.domain.team import ANY_MODEL, Key, Limits, Team
+from gateway.domain.team import ANY_MODEL, Key, Limits, PerUser, Team
+from gateway.domain.user import UserPolicy, UserSource
 from gateway.filewatch import Source, source
 from gateway.reading import (
     Located,
@@ -580,6 +581,23 @@ def _network(node: Node, spot: Spot) -> IPv4Network | IPv6Network:
     )
 
 
+_ORIGIN = re.compile(
+    r"https://[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?(?::[1-9][0-9]{0,4})?"
+    r"|http://(?:localhost|127\.0\.0\.1|\[::1\])(?::[1-9][0-9]{0,4})?"
+)
+
+
+def _origin(node: Node, spot: Spot) -> str:
+    """As browsers write it, to the letter: it is compared, not understood."""
+    value = scalar(node)
+    if value.text != "*" and _ORIGIN.fullmatch(value.text) is None:
+        raise Wrong(
+            "must be the origin of a page in small letters and without a slash at its end, like "
+            f'https://studio.example.com, http://localhost:5173, or "*" for all{but_is(value)}'
+        )
+    return value.text
+
+
 def _keep(node: Node, spot: Spot) -> timedelta:
     """How long closed calls stay. A bare number would be seconds, which nobody means here."""
     value = scalar(node)
@@ -606,6 +624,15 @@ _HOST = text(r"[A-Za-z0-9.:_%-]+", "a host or an address")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cors:
+    """Which pages of other origins browsers let in; none without ``origins``. ``max_age`` is how
+    long a browser remembers that it may."""
+
+    origins: tuple[str, ...] = group(listing(_origin), ())
+    max_age: timedelta = setting(duration, timedelta(minutes=10))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
     """Where the gateway listens, and what a request may be. Port 0 is any free one."""
 
@@ -628,6 +655,7 @@ class Server:
     max_file_bytes: int = setting(size, 50 * MIB)
     max_pixels: int = setting(_COUNT, 100_000_000)
     max_side: int = setting(whole(1, 1_000_000), 16_384)
+    cors: Cors = group(record(Cors), Cors())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -868,6 +896,19 @@ class Relay:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Users:
+    """Where a request says who its end user is: the first of ``sources`` that says something.
+    ``record``: the books and the log keep a hash of that."""
+
+    sources: tuple[UserSource, ...] = group(listing(choice(UserSource)), tuple(UserSource))
+    record: bool = setting(boolean, True)
+
+    @property
+    def policy(self) -> UserPolicy:
+        return UserPolicy(self.sources, self.record)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tracing:
     """``otlp`` None: nothing is traced. ``sample`` is the share of the traces that begin here; a
     client's own trace is sampled where the client samples it and its key is known. ``cost``: spans
@@ -994,9 +1035,23 @@ class _TeamCacheEntry:
     enabled: bool = setting(boolean, True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UserLimitsEntry:
+    requests_per_minute: int | None = setting(_COUNT, None)
+    images_per_minute: int | None = setting(_COUNT, None)
+    concurrent_requests: int | None = setting(_COUNT, None)
+
+
 _limits = _stated(record(_LimitsEntry))
 _budget = _stated(record(_BudgetEntry))
 _models = _stated(listing(located(_model_or_any)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PerUserEntry:
+    limits: _UserLimitsEntry = group(_stated(record(_UserLimitsEntry)), _UserLimitsEntry())
+    budget: _BudgetEntry = group(_budget, _BudgetEntry())
+    required: bool = setting(boolean, False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1029,6 +1084,7 @@ class _TeamEntry:
     time_zone: str = setting(_time_zone, "UTC")
     cache: _TeamCacheEntry = group(_stated(record(_TeamCacheEntry)), _TeamCacheEntry())
     weight: int = setting(whole(1, 1000), 1)
+    per_user: _PerUserEntry = group(_stated(record(_PerUserEntry)), _PerUserEntry())
     disabled: bool = setting(boolean, False)
 
 
@@ -1071,6 +1127,7 @@ class _Document:
     prices: Prices = group(record(Prices), Prices())
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
+    users: Users = group(record(Users), Users())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
@@ -1087,6 +1144,7 @@ _OVERRIDABLE = MappingProxyType(
         "prices": names_of(Prices),
         "cache": names_of(CacheSettings),
         "results": names_of(Results),
+        "users": names_of(Users),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
         "relay": names_of(Relay),
@@ -1136,6 +1194,7 @@ class Settings:
     prices: Prices
     cache: CacheSettings
     results: Results
+    users: Users
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
@@ -1295,7 +1354,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
     }
     teams = document.teams or {}
     _check_sections(document, upstreams, root, spot)
-    _check_teams(teams, _names(root, "models"), root, spot)
+    _check_teams(teams, _names(root, "models"), document.users.sources, root, spot)
     _check_secrets(teams, upstreams)
     return Settings(
         file=path,
@@ -1318,6 +1377,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         prices=document.prices,
         cache=document.cache,
         results=document.results,
+        users=document.users,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)
@@ -1522,7 +1582,11 @@ def _check_fallbacks(name: str, entry: _ModelEntry, named: frozenset[str]) -> No
 
 
 def _check_teams(
-    teams: Mapping[str, _TeamEntry], models: frozenset[str], root: Node, spot: Spot
+    teams: Mapping[str, _TeamEntry],
+    models: frozenset[str],
+    sources: Sequence[UserSource],
+    root: Node,
+    spot: Spot,
 ) -> None:
     for name, team in teams.items():
         place, inside = _place(root, "teams", name), spot.at("teams").at(name)
@@ -1534,6 +1598,11 @@ def _check_teams(
         _check_models(team.models or (), models)
         allowed = {each.value for each in team.models or ()}
         _check_budgets(team, inside, _place(root, "teams", name, "soft_budget"))
+        if team.per_user != _PerUserEntry() and not sources:
+            inside.at("per_user").wrong(
+                _place(root, "teams", name, "per_user"),
+                "holds for nobody while users.sources is empty: no request has a user",
+            )
         for index, key in enumerate(team.keys):
             _check_budgets(key, inside.at("keys").at(index), key.key.place)
         for key in team.keys:
@@ -1580,6 +1649,7 @@ def _check_secrets(teams: Mapping[str, _TeamEntry], upstreams: Mapping[str, Upst
 
 
 def _team(name: str, entry: _TeamEntry) -> Team:
+    per_user = entry.per_user.limits
     return Team(
         id=name,
         models=_model_names(entry.models) if entry.models is not None else frozenset({ANY_MODEL}),
@@ -1589,6 +1659,18 @@ def _team(name: str, entry: _TeamEntry) -> Team:
         declared=True,
         time_zone=entry.time_zone,
         weight=entry.weight,
+        per_user=PerUser(
+            _bounds(
+                _LimitsEntry(
+                    requests_per_minute=per_user.requests_per_minute,
+                    images_per_minute=per_user.images_per_minute,
+                    concurrent_requests=per_user.concurrent_requests,
+                ),
+                entry.per_user.budget,
+                _BudgetEntry(),
+            ),
+            entry.per_user.required,
+        ),
     )
 
 

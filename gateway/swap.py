@@ -51,6 +51,7 @@ from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 from gateway.reload import Reloaded, needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
@@ -81,8 +82,16 @@ class Opened:
 class Upstreams:
     """The accounts of this process, opened and closed as the configuration says."""
 
-    def __init__(self, clock: Clock, flights: Flights, health: Health, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        flights: Flights,
+        health: Health,
+        metrics: Metrics,
+        mark_key: bytes = b"",
+    ) -> None:
         self._clock = clock
+        self._mark_key = mark_key
         self._health = health
         self._flights = flights
         self._metrics = metrics
@@ -111,9 +120,10 @@ class Upstreams:
                 else:
                     base_url = await self._base_url(configured)
                     numbers = self._numbers.setdefault(name, count(1))
-                    found[name] = Opened(
-                        shape, make_account(configured, base_url, self._news(name), numbers)
+                    account = make_account(
+                        configured, base_url, self._news(name), numbers, self._mark_key
                     )
+                    found[name] = Opened(shape, account)
         except BaseException:
             await self._close(found)
             raise
@@ -215,6 +225,7 @@ class Parts:
     cache: Cache
     upstreams: Upstreams
     keyring: KeyRing
+    users: Users
     admission: Admission
     keeper: Keeper
     attempts: Attempts
@@ -325,6 +336,7 @@ class Swap:
         parts.turnstile.replace(places(settings))
         parts.upstreams.watch(parts.turnstile)
         parts.keyring.replace(peppers, declared)
+        parts.users.replace(peppers, settings.users.policy)
         patience, relay = patience_of(settings), settings.relay
         lease = timedelta(seconds=settings.lease_seconds)
         parts.admission.replace(lease, repeat_unknown=patience.repeat_unknown)

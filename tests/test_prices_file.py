@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections.abc import Iterator, Mapping
-from datetime import date
+from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -113,6 +113,18 @@ def test_retired_models_and_dall_e() -> None:
     assert two.price.amounts.cells["512x512"] == {"any": 18_000_000}
 
 
+def test_every_model_that_ends_names_one_that_goes_on() -> None:
+    ending = [row for row in ROWS if row.shuts_down is not None]
+    assert len(ending) == 7
+    for row in ROWS:
+        assert bool(row.replacement) == (row in ending)
+    for row in ending:
+        assert BY_MODEL[row.replacement].shuts_down is None
+        assert row.shuts_down is not None
+        assert not row.retired(row.shuts_down - timedelta(days=1))
+        assert row.retired(row.shuts_down)
+
+
 def numbers(value: object) -> Iterator[object]:
     if dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
@@ -197,6 +209,11 @@ TABLE = "output_tokens: {table: {default: {low: 1}}}"
         ("- {provider: p, valid_from: 2026-01-01, source: s, per_image: 1}", "model is missing"),
         (f"{HEAD}, shuts_down: 2025-01-01, per_image: 1}}", "shuts_down: this is before"),
         (f"{HEAD}, shuts_down: soon, per_image: 1}}", "shuts_down: a day is written 2026-11-22"),
+        (f"{HEAD}, replacement: n, per_image: 1}}", "replacement: this needs shuts_down beside it"),
+        (
+            f"{HEAD}, shuts_down: 2030-01-01, replacement: [n], per_image: 1}}",
+            "replacement: replacement is missing or not text",
+        ),
         (f"{HEAD}, per_image: -1}}", "per_image: a price is written in plain dollars: 0.04"),
         (f"{HEAD}, per_image: 1e}}", "per_image: a price is written in plain dollars"),
         (f"{HEAD}, per_image: 4 cents}}", "per_image: a price is written in plain dollars"),

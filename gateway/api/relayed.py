@@ -13,12 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gateway.api import auth
-from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
+from gateway.api.door import (
+    DEPLOYMENT,
+    Door,
+    Receive,
+    Scope,
+    Send,
+    deliver,
+    new_request_id,
+)
 from gateway.api.prefer import Preferences, preferences
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
 from gateway.domain.receipt import Delivery, Receipt
 from gateway.domain.trace import Trace, begin, of_stranger, parse
+from gateway.domain.user import USER_HEADERS
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import Answer, Arrival
@@ -99,7 +108,8 @@ class RelayedRoutes:
         }
         try:
             wishes = preferences(scope["headers"])
-            arrival = _arrival(rid, operation, headers, wishes, door, started, trace)
+            deployment = scope.get(DEPLOYMENT)
+            arrival = _arrival(rid, operation, headers, wishes, door, started, trace, deployment)
             answer = await self._pipeline.answer(arrival)
         except GatewayError as error:
             return _refused(rid, operation, error, trace=trace)
@@ -150,6 +160,7 @@ def _arrival(
     door: Door,
     started: float,
     trace: Trace | None,
+    deployment: str | None,
 ) -> Arrival:
     """What the headers say. Raises ``InvalidRequest`` for an idempotency key of another form."""
     key = headers.get("idempotency-key")
@@ -184,6 +195,8 @@ def _arrival(
         retried=tries.strip("0") != "",
         asynchronous=wishes.respond_async,
         trace=trace,
+        user_hints={name: headers[name] for name in USER_HEADERS if name in headers},
+        deployment=deployment,
     )
 
 

@@ -16,6 +16,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   ├── InvalidKey         401
     │   ├── ModelNotAllowed    403
     │   ├── ModelNotFound      404
+    │   ├── ModelRetired       404  its provider has stopped serving it
     │   ├── ResultNotFound     404  no such result, or another team's
     │   ├── ResultExpired      410  it was there, and is kept no longer
     │   ├── IdempotentResultExpired 410  the same, of the call that has the idempotency key
@@ -188,6 +189,14 @@ class ModelNotFound(TeamFault):
     status = 404
     code = "model_not_found"
     reason = "model_not_found"
+
+
+class ModelRetired(TeamFault):
+    """Everybody who served the model here has stopped: nothing is sent."""
+
+    status = 404
+    code = "model_retired"
+    reason = "model_retired"
 
 
 class ResultNotFound(TeamFault):

@@ -144,7 +144,8 @@ class PriceRow:
 
     ``provider`` is whose list it is on (``openai``), or the name of one upstream where the
     operator set it, which is then an ``own`` row: an upstream may be called ``openai`` as well.
-    ``shuts_down`` is the day the provider stops serving the model.
+    ``shuts_down`` is the day the provider stops serving the model, ``replacement`` the model of
+    the same list that takes its place; empty where none is named.
     """
 
     provider: str
@@ -154,6 +155,11 @@ class PriceRow:
     price: Price
     shuts_down: date | None = None
     own: bool = False
+    replacement: str = ""
+
+    def retired(self, day: date) -> bool:
+        """Whether the model is not served any more on a (UTC) day."""
+        return self.shuts_down is not None and self.shuts_down <= day
 
     @property
     def id(self) -> str:

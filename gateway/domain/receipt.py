@@ -76,6 +76,8 @@ class Receipt:
     status: int
     team: str = ""
     key_id: str = ""
+    user: str = ""
+    """The end user, as a hash, where that is to be recorded."""
     model: str = ""
     model_label: str = ""
     model_served: str = ""

@@ -19,6 +19,7 @@ from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
     ModelNotAllowed,
+    ModelRetired,
     RateLimited,
     TeamFault,
     UpstreamAccount,
@@ -161,6 +162,7 @@ class Estimates:
             ("content-type", headers.JSON),
             ("x-request-id", rid),
             *headers.NOTHING_SPENT,
+            *headers.of_sunset(plan.sunset if plan else None),
             *headers.of_budget(lines, balances),
         )
         content = json.dumps(described).encode()
@@ -217,7 +219,7 @@ async def _plan(
         return None, None, error
     try:
         return model, await _planned(planner, caller, call, wish, now), None
-    except UpstreamAccount as error:
+    except (UpstreamAccount, ModelRetired) as error:
         return model, None, error
     except InvalidRequest as error:
         if error.code not in REFUSALS:
@@ -274,9 +276,10 @@ def _is_larger(size: str) -> bool:
 def _without_most(caller: Caller) -> Caller:
     """The same caller, who may spend as much as it likes on one request."""
     team, key = caller.team, caller.key
-    return Caller(
-        replace(team, limits=replace(team.limits, max_cost_per_request=None)),
-        replace(key, limits=replace(key.limits, max_cost_per_request=None)),
+    return replace(
+        caller,
+        team=replace(team, limits=replace(team.limits, max_cost_per_request=None)),
+        key=replace(key, limits=replace(key.limits, max_cost_per_request=None)),
     )
 
 

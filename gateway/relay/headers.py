@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
+from email.utils import format_datetime
 
 from gateway.domain.charge import Quote
 from gateway.domain.errors import GatewayError, UpstreamRefused
@@ -15,6 +16,7 @@ from gateway.domain.receipt import CacheResult
 from gateway.relay.failover import said_wait
 from gateway.relay.flights import Head
 from gateway.relay.plan import Plan, Way
+from gateway.relay.retirement import Sunset
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -46,7 +48,19 @@ def of_way(plan: Plan, way: Way) -> Headers:
         ("x-model-served", way.target.model),
         ("x-gateway-upstream", way.upstream.name),
         *_of_changes(changed),
+        *of_sunset(plan.sunset),
     )
+
+
+def of_sunset(sunset: Sunset | None) -> Headers:
+    """That the model which was asked for is soon served no more (RFC 8594), and what to do."""
+    if sunset is None:
+        return ()
+    advice = f"; use {sunset.replacement}." if sunset.replacement else "."
+    warning = f"{sunset.model} shuts down on {sunset.day}{advice}"
+    instant = format_datetime(datetime.combine(sunset.day, time(), UTC), usegmt=True)
+    said = (("sunset", instant), ("x-gateway-warning", warning))
+    return tuple((name, value) for name, value in said if _is_clean(value))
 
 
 def of_attempts(count: int) -> Headers:

@@ -43,6 +43,7 @@ from gateway.relay.read import ReadRules, reader_for
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class Pipeline:
         flights: Flights,
         clock: Clock,
         turnstile: Turnstile,
+        users: Users,
         log_prompts: bool = False,
         begun: Callable[[Receipt], None] = lambda receipt: None,
     ) -> None:
@@ -95,6 +97,7 @@ class Pipeline:
         self._flights = flights
         self._clock = clock
         self._turnstile = turnstile
+        self._users = users
         self._log_prompts = log_prompts
 
     def replace(
@@ -131,8 +134,12 @@ class Pipeline:
             if isinstance(arrival.operation, Inquiry):
                 with self._estimates.turn(caller):
                     so_far, call = await self._taken_in(arrival, body, so_far, rules)
+                    caller = self._users.named(caller, call, arrival.user_hints)
+                    so_far = replace(so_far, user=caller.recorded_user)
                     return await self._estimate(arrival, self._planner, caller, call, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
+            caller = self._users.named(caller, call, arrival.user_hints)
+            so_far = replace(so_far, user=caller.recorded_user)
             return await self._answer(arrival, caller, call, body, so_far)
         except GatewayError as error:
             return ended(so_far, error, await self._unspent(caller, error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from typing import Protocol
 
 from gateway.domain.call import Call
@@ -15,6 +15,7 @@ from gateway.domain.errors import (
     InvalidRequest,
     ModelNotAllowed,
     ModelNotFound,
+    ModelRetired,
     UpstreamAccount,
 )
 from gateway.domain.fingerprint import fingerprint
@@ -37,6 +38,7 @@ from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
 from gateway.ports import Cache, Cached, Upstream
+from gateway.relay.retirement import Retirements, Sunset
 from gateway.relay.strict import validate_strict
 
 
@@ -109,6 +111,8 @@ class Plan:
     at: datetime
     """The one instant that its periods and its day of usage are counted from."""
     cached: Cached | None = None
+    sunset: Sunset | None = None
+    """Where the model that was asked for is soon served no more: the client is told."""
 
     @property
     def way(self) -> Way:
@@ -155,6 +159,10 @@ class Plan:
         return self.call.pinned
 
 
+STOOD_IN_FOR = (UpstreamAccount, ModelRetired)
+"""What a fallback helps against: nothing is wrong with the request."""
+
+
 class Chooser(Protocol):
     """``random.Random``, as far as it is used here."""
 
@@ -196,6 +204,7 @@ class Planner:
         self._factor_of = factor_of
         self._usable = usable
         self._chooser = chooser or random.Random()
+        self.retirements = Retirements(catalogue, self._row_of)
 
     def route_call(self, caller: Caller, call: Call) -> Routed:
         """Which model a call is for, and by what name it is known; nothing is looked up. Raises
@@ -224,19 +233,21 @@ class Planner:
         return Routed(caller, call, model, mark, all(switches) and not linked, linked)
 
     async def plan(self, routed: Routed, wish: CacheWish, now: datetime) -> Plan:
-        """A kept answer, or the ways to a new one. Raises ``InvalidRequest``,
+        """A kept answer, or the ways to a new one. Raises ``InvalidRequest``, ``ModelRetired``,
         ``UpstreamAccount``."""
         caller, call, model = routed.caller, routed.call, routed.model
         cached = None
-        if routed.enabled and wish.read:
+        over = self.retirements.is_over(model, now.date())
+        if routed.enabled and wish.read and not over:
             cached = await self._look_up(routed.fingerprint, call, wish, now)
         rates = rates_of(caller)
+        sunset = self.retirements.sunset(caller, model, now.date())
         if cached is not None:
             nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
             kept = Way(model, model.target, self._upstreams[model.target.upstream], nothing)
             return Plan(
                 caller, call, model, (kept,), Demand(), rates, (), routed.fingerprint,
-                CacheResult.HIT, False, now, cached,
+                CacheResult.HIT, False, now, cached, sunset,
             )  # fmt: skip
         ways = self._ways(routed, now)
         return Plan(
@@ -251,6 +262,7 @@ class Planner:
             cache=CacheResult.MISS if routed.enabled else CacheResult.OFF,
             keep=routed.enabled and wish.write and any(way.quote.row for way in ways),
             at=now,
+            sunset=sunset,
         )
 
     def route(self, caller: Caller, name: str) -> Model:
@@ -278,20 +290,29 @@ class Planner:
             )
         return model
 
-    def models(self, caller: Caller) -> list[Model]:
-        """Every configured model that the caller may use, by name."""
+    def models(self, caller: Caller, now: datetime) -> list[Model]:
+        """Every configured model that the caller may use and that is still served, by name."""
+        permitted = self._permitted(caller)
+        return [one for one in permitted if not self.retirements.is_over(one, now.date())]
+
+    def _permitted(self, caller: Caller) -> list[Model]:
         known = self._catalogue.models.values()
         return sorted(
             (model for model in known if caller.may_use(model.name)), key=lambda model: model.name
         )
 
     def row(self, model: Model, now: datetime) -> PriceRow | None:
-        """The price of a model today: at the first of its upstreams that has one."""
-        rows = (
-            self._price_list(self._upstreams[target.upstream], now).find(target.model)
-            for target in model.targets
-        )
-        return next((row for row in rows if row is not None), None)
+        """The price of a model today: at the first of its upstreams that has one, and still serves
+        it."""
+        today = now.date()
+        found = [self._row_of(target, today) for target in model.targets]
+        rows = [row for row in found if row is not None]
+        serving = (row for row in rows if not row.retired(today))
+        return next(serving, rows[0] if rows else None)
+
+    def _row_of(self, target: Target, today: date) -> PriceRow | None:
+        upstream = self._upstreams[target.upstream]
+        return self._prices.of(upstream.name, upstream.provider, today).find(target.model)
 
     def _price_list(self, upstream: Upstream, now: datetime) -> PriceList:
         return self._prices.of(upstream.name, upstream.provider, now.date())
@@ -302,11 +323,12 @@ class Planner:
     def _ways(self, routed: Routed, now: datetime) -> tuple[Way, ...]:
         """Every way that is on, has a price and costs no more than a call may, in the order they
         are to be tried in. Raises what the first of the asked model's own is refused for where
-        none of those is left; what is off alone may be stood in for."""
+        none of those is left; what is off or retired alone may be stood in for."""
         model = routed.model
         found, refusals = self._ways_of(routed, model, now)
-        if any(not isinstance(error, UpstreamAccount) for error in refusals) and not found:
-            raise next(error for error in refusals if not isinstance(error, UpstreamAccount))
+        mistakes = [error for error in refusals if not isinstance(error, STOOD_IN_FOR)]
+        if mistakes and not found:
+            raise mistakes[0]
         for name in model.fallbacks:
             other = self._catalogue.find(name)
             if other is None or not routed.caller.may_use(name):
@@ -330,6 +352,10 @@ class Planner:
             upstream = self._upstreams[target.upstream]
             if routed.linked and not self._passes(target):
                 continue
+            retired = self.retirements.refusal(routed.caller, model, target, now.date())
+            if retired is not None:
+                refusals.append(retired)
+                continue
             if not upstream.ready:
                 refusals.append(_off(model, upstream))
                 continue
@@ -343,7 +369,7 @@ class Planner:
         return sorted(found, key=lambda way: way.rests), refusals
 
     def _allowed(self, caller: Caller) -> str:
-        names = [model.name for model in self.models(caller)]
+        names = [model.name for model in self._permitted(caller)]
         if not names:
             return "no model"
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -424,7 +450,7 @@ def rates_of(caller: Caller) -> tuple[Limit, ...]:
 
 
 def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:
-    """Every account of money that the caller draws on now, the key's before the team's."""
+    """Every account of money that the caller draws on now: its user's, the key's, the team's."""
     return money_lines(caller.limits, now, caller.team.zone)
 
 
@@ -522,6 +548,8 @@ def say_cheaper(call: Call, quote: Quote, left: Money) -> str:
 
 def say_owner(scope: Scope, caller: Caller) -> str:
     """Whose a limit is, at the beginning of a sentence."""
+    if scope is Scope.USER:
+        return f"User {caller.user} of team {caller.team.id}"
     if scope is Scope.KEY:
         return f"Key {caller.key.name or caller.key.id} of team {caller.team.id}"
     return f"Team {caller.team.id}"

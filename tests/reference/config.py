@@ -42,6 +42,7 @@ _FORMS: Mapping[str, str] = MappingProxyType(
         "_keep": "a time of a day or more",
         "_kind": "`openai` or `sandbox`",
         "_network": "an address or a network",
+        "_origin": 'the origin of a page, or `"*"`',
         "_path": "a path",
         "_pepper": "a text, best of 32 characters or more",
         "_provider_admin_key": "a key",
@@ -133,6 +134,13 @@ MORE: Mapping[str, str] = MappingProxyType(
                 "disabled": "`true`: every call is refused",
             }.items()
         },
+        "teams.NAME.per_user.limits.requests_per_minute": "of each user: requests a minute",
+        "teams.NAME.per_user.limits.images_per_minute": "of each user: pictures a minute",
+        "teams.NAME.per_user.limits.concurrent_requests": "of each user: requests at one time",
+        "teams.NAME.per_user.budget.day": "of each user: a day; hard",
+        "teams.NAME.per_user.budget.week": "of each user: a week, Monday to Sunday; hard",
+        "teams.NAME.per_user.budget.month": "of each user: a month of the calendar; hard",
+        "teams.NAME.per_user.budget.total": "of each user: in all, for ever; hard",
         "admin.keys": "must be empty: there is no Admin API in this version",
         "relay.log_prompts": "`true`: prompts are in the log; they are private, so by default "
         "nothing of them is",
@@ -340,6 +348,8 @@ def _default(path: str, each: Field[Any]) -> str | None:
             return f"{value:g}"
         case ():
             return "{}" if form.startswith("a table") else "[]"
+        case tuple():
+            return f"[{', '.join(str(one) for one in value)}]"
     return str(value)
 
 

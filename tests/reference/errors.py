@@ -96,6 +96,15 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("InvalidRequest", "unknown_parameter"): "No such parameter, with `unknown_parameters: "
         "refuse` or `validate: strict`; or a name in brackets that is none.",
         ("InvalidRequest", "unsupported_file_mimetype"): "The file is no picture that is taken.",
+        (
+            "InvalidRequest",
+            "user_required",
+        ): "The team has `per_user.required`, and the request does "
+        "not say whose it is. Send `safety_identifier`.",
+        ("NotServed", "cors_refused"): "A browser asked whether a page of another origin may send "
+        "this; `server.cors` says it may not.",
+        ("NotServed", "endpoint_retired"): "OpenAI has retired `/v1/images/variations`. "
+        "`/v1/images/edits` takes a picture and a prompt.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
@@ -108,6 +117,9 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "one.",
         ("ModelNotFound", "model_not_found"): "The message has the nearest name; `GET /v1/models` "
         "has yours.",
+        ("ModelRetired", "model_retired"): "Its provider serves the model no more, on the day that "
+        "the price list says (`shuts_down`). The message names what takes its place, where your "
+        "team may use that.",
         ("QuotaExceeded", "insufficient_quota"): "A budget has no room for the most this could "
         "cost; nothing was taken. The message says whose, how much is left, when it is renewed, "
         "and what would be cheaper.",
@@ -166,7 +178,6 @@ _DYNAMIC: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
             "invalid_image", "invalid_size", "invalid_type", "invalid_value", "unknown_parameter",
             "unsupported_file_mimetype",
         ),
-        ("api/errors.py", "code"): ("unknown_url", "method_not_allowed"),
     }
 )  # fmt: skip
 """File and expression -> the codes that it can be."""
@@ -194,6 +205,9 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "x-gateway-attempts": "how often upstreams were asked",
         "x-gateway-changed": "what was filled in or put in place of what was asked: `size=...`, "
         "`model=...`",
+        "sunset": "the day on which the model that was asked for ends, where that is within 30 "
+        "days (RFC 8594)",
+        "x-gateway-warning": "the same in words, and what to ask for instead",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
         "retry-after": "seconds; `retry-after-ms` beside it",
@@ -206,10 +220,13 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
 REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(
     {
         "authorization": "`Bearer` and the key of the team",
+        "api-key": "the same without `Bearer`, as Azure's clients send it",
         "cache-control": "`no-cache`: another picture, and no joining of an abandoned call",
         "idempotency-key": "one purchase and one charge, for a day",
         "prefer": "`respond-async`: a 202 at once; of a result, `wait=30`",
         "x-gateway-async": "`true`: as `Prefer: respond-async`",
+        "x-openwebui-user-id": "who the end user is, where the body does not say (`users.sources`)",
+        "x-openwebui-user-email": "as `x-openwebui-user-id`",
         "x-stainless-retry-count": "SDKs say by it that they try again",
     }
 )
