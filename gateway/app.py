@@ -20,16 +20,21 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from gateway.api import errors as api_errors
-from gateway.api.door import ASGIApp, Receive, Scope, Send
+from gateway.api.cors import Cors
+from gateway.api.door import ASGIApp
 from gateway.api.health import Readiness, health_routes, metrics_routes
 from gateway.api.hosted import HostedRoutes
 from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
+from gateway.api.passed import PassedRoutes, passes_of
 from gateway.api.relayed import RelayedRoutes
 from gateway.api.results import ResultRoutes
+from gateway.api.routes import Router, relayed_doors, under
 from gateway.assembly import (
     UpstreamNews,
+    check_rules,
     declared_keys,
+    file_rules,
     make_board,
     make_cache,
     make_folder,
@@ -56,8 +61,8 @@ from gateway.assembly import (
 from gateway.descriptors import limit as fd_limit
 from gateway.descriptors import opened as fds_open
 from gateway.descriptors import shares
-from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import GatewayError
+from gateway.domain.keys import derived
 from gateway.domain.money import NANOS_PER_DOLLAR
 from gateway.domain.notices import money_lines
 from gateway.domain.price import FACTOR_ONE
@@ -73,24 +78,32 @@ from gateway.ports import (
 )
 from gateway.relay.admission import Admission
 from gateway.relay.attempts import Attempts
+from gateway.relay.background import Background
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
+from gateway.relay.checks import Checks
 from gateway.relay.comebacks import Comebacks
 from gateway.relay.desk import ResultDesk
 from gateway.relay.drain import Drain
 from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
+from gateway.relay.files import Files
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
 from gateway.relay.hosting import HOSTED, Hosting
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
+from gateway.relay.lookups import Lookups
+from gateway.relay.owning import Owning
+from gateway.relay.passing import Passing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.purchase import Purchases
+from gateway.relay.references import References
 from gateway.relay.results import ResultPolicy, Results
 from gateway.relay.running import RESULTS
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 from gateway.reload import Reloaded
 from gateway.reports.budgets import BudgetWatch
 from gateway.settings import Settings
@@ -118,7 +131,6 @@ LAST_SECONDS = 5.0
 WATCH_SECONDS = 15.0
 MAX_CONNECTIONS = 10_000
 """Where server.max_connections says nothing, and the file descriptors are enough."""
-RELAYED = {f"/v1{endpoint.path}": endpoint for endpoint in (*Operation, *Inquiry)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +188,8 @@ async def open_gateway(
         refuse(settings, await owned_twice(settings, peppers, store.directory))
         flights = Flights()
         health = Health(clock.monotonic, random.Random(), UpstreamNews(metrics))
-        upstreams = Upstreams(clock, flights, health, metrics)
+        marks = derived(peppers, "marks of upstream keys")
+        upstreams = Upstreams(clock, flights, health, metrics, marks)
         stack.push_async_callback(upstreams.aclose)
         upstreams.take_over(await upstreams.prepare(settings.upstreams), settings.upstreams)
         redis = RedisServer()
@@ -192,6 +205,7 @@ async def open_gateway(
         await factors.refresh()
         planner = make_planner(settings, upstreams.accounts, prices, cache, factors, health)
         keyring = KeyRing(peppers, declared, store.directory, clock)
+        users = Users(peppers, settings.users.policy)
         spools = settings.storage.blobs / "spool"
         make_folder(spools, settings.storage.blobs)
         part = settings.server.workers
@@ -273,6 +287,8 @@ async def open_gateway(
             settings.relay.attempts,
             patience_seconds=settings.patience_seconds,
         )
+        owning = Owning(store.ownership, flights, clock, settings.responses.keep)
+        background = Background(clock, settings.background_seconds, openai.USER_AGENT)
         purchases = Purchases(
             ledger=ledger,
             safe=safe,
@@ -284,6 +300,8 @@ async def open_gateway(
             factors=factors,
             joining=joining,
             keeper=keeper,
+            owning=owning,
+            background=background,
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
             propagate=settings.tracing.propagate,
@@ -306,9 +324,29 @@ async def open_gateway(
             waited=lambda seconds: metrics.observe("gateway_queue_seconds", seconds),
         )
         upstreams.watch(turnstile)
-        passing = any(passes_urls(one) for one in settings.upstreams.values())
+        addresses = any(passes_urls(one) for one in settings.upstreams.values())
+        references = References(
+            store.ownership,
+            clock,
+            lambda kind: metrics.add("gateway_cross_team_denied_total", kind=kind.value),
+        )
+        passing = Passing(
+            keyring=keyring,
+            gate=gate,
+            upstreams=lambda: upstreams.accounts,
+            health=health,
+            room=room,
+            flights=flights,
+            clock=clock,
+            agent=openai.USER_AGENT,
+            begun=metrics.begun,
+        )
+        lookups = Lookups(passing, references, store.ownership, enabled=settings.responses.enabled)
+        files = Files(passing, references, store.ownership, clock, file_rules(settings))
+        checks = Checks(passing, check_rules(settings))
         pipeline = Pipeline(
             keyring=keyring,
+            references=references,
             planner=planner,
             admission=admission,
             purchases=purchases,
@@ -321,11 +359,12 @@ async def open_gateway(
             hosting=None if hosting is None else hosting[0],
             news=news,
             patience=patience,
-            rules=read_rules(settings, passing),
+            rules=read_rules(settings, addresses),
             room=room,
             flights=flights,
             clock=clock,
             turnstile=turnstile,
+            users=users,
             log_prompts=settings.relay.log_prompts,
             begun=metrics.begun,
         )
@@ -375,6 +414,7 @@ async def open_gateway(
             cache=cache,
             upstreams=upstreams,
             keyring=keyring,
+            users=users,
             admission=admission,
             keeper=keeper,
             attempts=attempts,
@@ -382,6 +422,11 @@ async def open_gateway(
             comebacks=comebacks,
             purchases=purchases,
             pipeline=pipeline,
+            files=files,
+            lookups=lookups,
+            owning=owning,
+            background=background,
+            checks=checks,
             factors=factors,
             health=health,
             turnstile=turnstile,
@@ -468,15 +513,26 @@ async def open_gateway(
             clock, lambda seconds: metrics.observe("gateway_loop_lag_seconds", seconds)
         )
         await stack.enter_async_context(watchdog.watching())
+        relayed = RelayedRoutes(
+            pipeline, listeners, clock, None if spans is None else settings.tracing.sample
+        )
+        passed = PassedRoutes(
+            passes_of(files, checks, lookups),
+            listeners,
+            clock,
+            None if spans is None else settings.tracing.sample,
+        )
+        doors = [
+            *relayed_doors(relayed),
+            (passed.takes, passed.handle),
+            (under(RESULTS), result_routes(desk, keyring, settings, metrics).handle),
+        ]
+        if hosting is not None:
+            doors.append((under(HOSTED), hosted_routes(hosting[0], metrics).handle))
+        router = Router(doors, RequestId(rest))
+        cors = settings.server.cors
         yield Gateway(
-            _Router(
-                RelayedRoutes(
-                    pipeline, listeners, clock, None if spans is None else settings.tracing.sample
-                ),
-                RequestId(rest),
-                result_routes(desk, keyring, settings, metrics),
-                None if hosting is None else hosted_routes(hosting[0], metrics),
-            ),
+            Cors(router, cors.origins, cors.max_age) if cors.origins else router,
             RequestId(monitor),
             store.ledger,
             store.directory,
@@ -489,34 +545,6 @@ async def open_gateway(
             lambda: metrics.add("gateway_connections_refused_total"),
             swap.reload,
         )
-
-
-class _Router:
-    """Sends the relayed paths and the results to their own doors, everything else to FastAPI."""
-
-    def __init__(
-        self,
-        relayed: RelayedRoutes,
-        rest: ASGIApp,
-        results: ResultRoutes | None = None,
-        hosted: HostedRoutes | None = None,
-    ) -> None:
-        self._relayed = relayed
-        self._rest = rest
-        self._results = results
-        self._hosted = hosted
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope["path"] if scope["type"] == "http" else ""
-        operation = RELAYED.get(path)
-        if operation is not None:
-            await self._relayed.handle(operation, scope, receive, send)
-        elif self._results is not None and path.startswith(RESULTS):
-            await self._results.handle(scope, receive, send)
-        elif self._hosted is not None and path.startswith(HOSTED):
-            await self._hosted.handle(scope, receive, send)
-        else:
-            await self._rest(scope, receive, send)
 
 
 def result_routes(

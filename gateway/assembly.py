@@ -40,10 +40,12 @@ from gateway.ports import (
 )
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.arrival import Patience
+from gateway.relay.checks import CheckRules
+from gateway.relay.files import FileRules, Place
 from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.hosting import Hosting, Links
 from gateway.relay.news import ResultNews
-from gateway.relay.read import ReadRules
+from gateway.relay.read import ReadRules, ResponseRules
 from gateway.settings import (
     ImageUrls,
     Kind,
@@ -51,6 +53,7 @@ from gateway.settings import (
     Secret,
     Settings,
     UpstreamKey,
+    WithoutImageTool,
     WithoutRedis,
     shipped,
 )
@@ -370,8 +373,10 @@ def make_account(
     base_url: str,
     news: AccountNews | None = None,
     numbers: Iterator[int] | None = None,
+    mark_key: bytes = b"",
 ) -> Account:
-    """``numbers`` go on where those of an account of this name ended."""
+    """``numbers`` go on where those of an account of this name ended; ``mark_key`` is what its
+    keys are marked with."""
     timeouts = configured.timeouts
     return build_account(
         AccountOptions(
@@ -392,6 +397,7 @@ def make_account(
             max_connections=configured.max_connections,
             news=news or AccountNews(),
             numbers=count(1) if numbers is None else numbers,
+            mark_key=mark_key,
         )
     )
 
@@ -740,6 +746,30 @@ def patience_of(settings: Settings) -> Patience:
     return Patience(settings.relay.max_wait_seconds, settings.relay.on_unknown is OnUnknown.REPEAT)
 
 
+def file_rules(settings: Settings) -> FileRules:
+    """What holds for `/v1/files`."""
+    files = settings.files
+    return FileRules(
+        _place(settings, files.enabled, files.upstream), files.max_bytes, files.max_total_bytes
+    )
+
+
+def check_rules(settings: Settings) -> CheckRules:
+    """What holds for moderations and provenance."""
+    moderations, provenance = settings.moderations, settings.provenance
+    return CheckRules(
+        _place(settings, moderations.enabled, moderations.upstream),
+        _place(settings, provenance.enabled, provenance.upstream),
+        settings.server.max_file_bytes,
+    )
+
+
+def _place(settings: Settings, enabled: bool, named: str | None) -> Place:
+    """Where something is passed on to: as configured, else the first upstream that is on."""
+    first = next((name for name, one in settings.upstreams.items() if one.ready), "")
+    return Place(enabled, first if named is None else named)
+
+
 def read_rules(settings: Settings, image_urls: bool) -> ReadRules:
     server = settings.server
     return ReadRules(
@@ -749,4 +779,10 @@ def read_rules(settings: Settings, image_urls: bool) -> ReadRules:
         max_pixels=server.max_pixels,
         max_side=server.max_side,
         image_urls_allowed=image_urls,
+        responses=ResponseRules(
+            enabled=settings.responses.enabled,
+            without_image_tool=(settings.responses.without_image_tool is WithoutImageTool.ALLOW),
+            max_output_tokens=settings.responses.max_output_tokens,
+            max_tool_calls=settings.responses.max_tool_calls,
+        ),
     )

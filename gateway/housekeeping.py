@@ -73,6 +73,7 @@ class Housekeeping:
         async with asyncio.TaskGroup() as chores:
             chores.create_task(_for_ever(self.beat, self._pace.beat))
             chores.create_task(_for_ever(self.sweep, self._pace.sweep))
+            chores.create_task(_for_ever(self.forget_expired, self._pace.forget))
             if self._keep is not None:
                 chores.create_task(_for_ever(self.forget, self._pace.forget))
 
@@ -124,6 +125,11 @@ class Housekeeping:
             total += forgotten
         if total:
             log.info("closed holds were rolled up and deleted", extra={"holds": total})
+
+    async def forget_expired(self) -> None:
+        """Deletes the ids at upstreams that are nobody's any more. Raises ``LedgerUnavailable``."""
+        while await self._store.ownership.forget_expired(self._clock.now(), FORGET_BATCH):
+            pass
 
     async def _look_at_the_oldest(self) -> None:
         oldest = await self._store.books.oldest_hold()

@@ -26,6 +26,7 @@ from gateway.domain.ledger import (
     Reroute,
     Settlement,
     UsageRow,
+    UserUsage,
 )
 from gateway.domain.money import Money
 from gateway.domain.owned import Owned, OwnedKind
@@ -213,6 +214,13 @@ class Books(Protocol):
         upstream, team, key and model; only ``requests``, ``images`` and ``cost`` are set. Without
         adjustments, and without calls that were forgotten."""
 
+    async def usage_by_user(
+        self, team: str | None = None, since: str | None = None, until: str | None = None
+    ) -> list[UserUsage]:
+        """What closed calls cost, by team and end user, between two days (inclusive, UTC). From the
+        holds: calls that were forgotten (``Upkeep.forget``), adjustments, and answers from the
+        cache are not in it."""
+
     async def audit(self) -> list[Discrepancy]:
         """Adds everything up a second way (I2 of money.md); empty where the books are right.
 
@@ -231,6 +239,10 @@ class Ownership(Protocol):
 
     async def find(self, team: str, ids: Sequence[str], now: datetime) -> dict[str, Owned]:
         """Those of ``ids`` that are this team's and not expired, by id."""
+
+    async def others(self, team: str, ids: Sequence[str], now: datetime) -> frozenset[str]:
+        """Those of ``ids`` that are another team's: for the count of who reached for them, never
+        for an answer."""
 
     async def owned(
         self,
@@ -502,7 +514,8 @@ class Outgoing:
     """One request to an upstream, without its credentials: the origin's client adds those.
 
     ``path`` is below the upstream's base URL. ``body`` is read once; ``length`` is its size in
-    bytes, known because a request is taken in whole before it is sent on.
+    bytes, known because a request is taken in whole before it is sent on. ``max_response_bytes`` is
+    what its answer may have, where that is more than a picture's.
     """
 
     method: str
@@ -510,6 +523,7 @@ class Outgoing:
     headers: tuple[tuple[str, str], ...]
     body: AsyncIterator[bytes] | None = None
     length: int = 0
+    max_response_bytes: int = 0
 
 
 class Reply(Protocol):

@@ -34,7 +34,15 @@ Spot: TypeAlias = "tuple[str | int, ...]"
 Say: TypeAlias = Callable[[Spot, str], None]
 """Notes a mistake. A reader that has said one returns any value: it is never used."""
 
-COMMON_FIELDS = ("provider", "upstream", "model", "valid_from", "shuts_down", "source")
+COMMON_FIELDS = (
+    "provider",
+    "upstream",
+    "model",
+    "valid_from",
+    "shuts_down",
+    "replacement",
+    "source",
+)
 RATES = (
     "text_in",
     "cached_text_in",
@@ -174,10 +182,15 @@ def _rows(raw: object, spot: Spot, say: Say) -> list[PriceRow]:
         shuts_down = _date(fields["shuts_down"], spot, "shuts_down", say)
         if shuts_down <= valid_from:
             say((*spot, "shuts_down"), "this is before valid_from")
+    replacement = ""
+    if fields.get("replacement") is not None:
+        replacement = _text(fields["replacement"], spot, "replacement", say)
+        if shuts_down is None:
+            say((*spot, "replacement"), "this needs shuts_down beside it")
     models = fields.get("model")
     price = KINDS[kinds[0]][1](fields, spot, say)
     return [
-        PriceRow(whose, name, valid_from, source, price, shuts_down, own)
+        PriceRow(whose, name, valid_from, source, price, shuts_down, own, replacement)
         for model in (models if isinstance(models, list | tuple) and models else [models])
         for name in [_text(model, spot, "model", say)]
     ]

@@ -33,8 +33,8 @@ class Reloaded(StrEnum):
 
 def swapped(running: Settings, found: Settings) -> Settings:
     """The running settings with all of the found ones that may change: upstreams, models, compat,
-    prices, the policy of the cache, relay, notify, peppers, and teams with their keys and
-    limits."""
+    prices, the policy of the cache, files, checks, responses, relay, notify, peppers, users, and
+    teams with their keys and limits."""
     return replace(
         running,
         upstreams=found.upstreams,
@@ -42,9 +42,14 @@ def swapped(running: Settings, found: Settings) -> Settings:
         compat=found.compat,
         prices=found.prices,
         cache=_with(running.cache, found.cache, CACHE_POLICY),
+        files=found.files,
+        responses=found.responses,
+        moderations=found.moderations,
+        provenance=found.provenance,
         relay=found.relay,
         notify=found.notify,
         storage=_with(running.storage, found.storage, PEPPERS),
+        users=found.users,
         teams=found.teams,
         declared_keys=found.declared_keys,
         sources=found.sources,

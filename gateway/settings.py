@@ -16,7 +16,7 @@ import base64
 import hmac
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -38,7 +38,8 @@ from gateway.domain.address import METADATA, address_of, is_never_an_upstream
 from gateway.domain.compat import OFF, Compat, CompatRules, merged
 from gateway.domain.money import Money
 from gateway.domain.route import WILDCARD, Catalogue, Model, Pin, Target, Unpriced
-from gateway.domain.team import ANY_MODEL, Key, Limits, Team
+from gateway.domain.team import ANY_MODEL, Key, Limits, PerUser, Team
+from gateway.domain.user import UserPolicy, UserSource
 from gateway.filewatch import Source, source
 from gateway.reading import (
     Located,
@@ -208,6 +209,13 @@ class WithoutRedis(StrEnum):
 
     LOCAL = "local"
     DENY = "deny"
+
+
+class WithoutImageTool(StrEnum):
+    """What to do with a response that asks for text alone."""
+
+    REFUSE = "refuse"
+    ALLOW = "allow"
 
 
 class CacheScope(StrEnum):
@@ -432,6 +440,10 @@ def _base_url(node: Node, spot: Spot) -> str:
     return url.rstrip("/")
 
 
+def _named_upstream(node: Node, spot: Spot) -> str:
+    return scalar(node).text
+
+
 def _verify(node: Node, spot: Spot) -> Path | bool:
     value = scalar(node)
     if value.text == "true":
@@ -603,6 +615,23 @@ def _network(node: Node, spot: Spot) -> IPv4Network | IPv6Network:
     )
 
 
+_ORIGIN = re.compile(
+    r"https://[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?(?::[1-9][0-9]{0,4})?"
+    r"|http://(?:localhost|127\.0\.0\.1|\[::1\])(?::[1-9][0-9]{0,4})?"
+)
+
+
+def _origin(node: Node, spot: Spot) -> str:
+    """As browsers write it, to the letter: it is compared, not understood."""
+    value = scalar(node)
+    if value.text != "*" and _ORIGIN.fullmatch(value.text) is None:
+        raise Wrong(
+            "must be the origin of a page in small letters and without a slash at its end, like "
+            f'https://studio.example.com, http://localhost:5173, or "*" for all{but_is(value)}'
+        )
+    return value.text
+
+
 def _keep(node: Node, spot: Spot) -> timedelta:
     """How long closed calls stay. A bare number would be seconds, which nobody means here."""
     value = scalar(node)
@@ -626,6 +655,15 @@ _ORDER = whole(1, 1000)
 _WEIGHT = whole(1, 1_000_000)
 _COUNT = whole(1, 1_000_000_000)
 _HOST = text(r"[A-Za-z0-9.:_%-]+", "a host or an address")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cors:
+    """Which pages of other origins browsers let in; none without ``origins``. ``max_age`` is how
+    long a browser remembers that it may."""
+
+    origins: tuple[str, ...] = group(listing(_origin), ())
+    max_age: timedelta = setting(duration, timedelta(minutes=10))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -653,6 +691,7 @@ class Server:
     max_file_bytes: int = setting(size, 50 * MIB)
     max_pixels: int = setting(_COUNT, 100_000_000)
     max_side: int = setting(whole(1, 1_000_000), 16_384)
+    cors: Cors = group(record(Cors), Cors())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -872,6 +911,39 @@ class Hosted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """``/v1/responses``. ``max_output_tokens`` and ``max_tool_calls`` are filled in where a request
+    leaves them open, and the most that it may say; ``keep`` is how long its ids are known."""
+
+    enabled: bool = setting(boolean, True)
+    without_image_tool: WithoutImageTool = setting(
+        choice(WithoutImageTool), WithoutImageTool.REFUSE
+    )
+    max_output_tokens: int = setting(whole(16, 1_000_000), 16_384)
+    max_tool_calls: int = setting(whole(1, 100), 4)
+    keep: timedelta = setting(duration, timedelta(days=30))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSettings:
+    """`/v1/files`. ``upstream`` None: the first that is on. ``max_total_bytes`` is of all files of
+    a team."""
+
+    enabled: bool = setting(boolean, True)
+    upstream: str | None = setting(optional(_named_upstream), None)
+    max_bytes: int = setting(size, 512 * MIB)
+    max_total_bytes: int = setting(size, 10 * 1024 * MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSettings:
+    """An endpoint that is passed on for nothing. ``upstream`` None: the first that is on."""
+
+    enabled: bool = setting(boolean, True)
+    upstream: str | None = setting(optional(_named_upstream), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admin:
     keys: tuple[Secret, ...] = group(listing(_admin_key), ())
 
@@ -899,6 +971,19 @@ class Relay:
     keep_alive_seconds: float = setting(seconds(), 15.0)
     max_wait_seconds: float | None = setting(optional(seconds()), None)
     log_prompts: bool = setting(boolean, False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Users:
+    """Where a request says who its end user is: the first of ``sources`` that says something.
+    ``record``: the books and the log keep a hash of that."""
+
+    sources: tuple[UserSource, ...] = group(listing(choice(UserSource)), tuple(UserSource))
+    record: bool = setting(boolean, True)
+
+    @property
+    def policy(self) -> UserPolicy:
+        return UserPolicy(self.sources, self.record)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1077,9 +1162,23 @@ class _TeamCacheEntry:
     enabled: bool = setting(boolean, True)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _UserLimitsEntry:
+    requests_per_minute: int | None = setting(_COUNT, None)
+    images_per_minute: int | None = setting(_COUNT, None)
+    concurrent_requests: int | None = setting(_COUNT, None)
+
+
 _limits = _stated(record(_LimitsEntry))
 _budget = _stated(record(_BudgetEntry))
 _models = _stated(listing(located(_model_or_any)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PerUserEntry:
+    limits: _UserLimitsEntry = group(_stated(record(_UserLimitsEntry)), _UserLimitsEntry())
+    budget: _BudgetEntry = group(_budget, _BudgetEntry())
+    required: bool = setting(boolean, False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1115,6 +1214,7 @@ class _TeamEntry:
     time_zone: str = setting(_time_zone, "UTC")
     cache: _TeamCacheEntry = group(_stated(record(_TeamCacheEntry)), _TeamCacheEntry())
     weight: int = setting(whole(1, 1000), 1)
+    per_user: _PerUserEntry = group(_stated(record(_PerUserEntry)), _PerUserEntry())
     disabled: bool = setting(boolean, False)
 
 
@@ -1165,9 +1265,14 @@ class _Document:
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
     hosted: Hosted = group(record(Hosted), Hosted())
+    users: Users = group(record(Users), Users())
+    files: FileSettings = group(record(FileSettings), FileSettings())
+    moderations: CheckSettings = group(record(CheckSettings), CheckSettings())
+    provenance: CheckSettings = group(record(CheckSettings), CheckSettings())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
+    responses: Responses = group(record(Responses), Responses())
     relay: Relay = group(record(Relay), Relay())
     log: Log = group(record(Log), Log())
     tracing: Tracing = group(record(Tracing), Tracing())
@@ -1183,8 +1288,13 @@ _OVERRIDABLE = MappingProxyType(
         "cache": names_of(CacheSettings),
         "results": names_of(Results),
         "hosted": names_of(Hosted),
+        "users": names_of(Users),
+        "files": names_of(FileSettings),
+        "moderations": names_of(CheckSettings),
+        "provenance": names_of(CheckSettings),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
+        "responses": names_of(Responses),
         "relay": names_of(Relay),
         "log": names_of(Log),
         "tracing": names_of(Tracing),
@@ -1236,9 +1346,14 @@ class Settings:
     cache: CacheSettings
     results: Results
     hosted: Hosted
+    users: Users
+    files: FileSettings
+    moderations: CheckSettings
+    provenance: CheckSettings
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
+    responses: Responses
     relay: Relay
     log: Log
     tracing: Tracing
@@ -1256,6 +1371,11 @@ class Settings:
     def lease_seconds(self) -> float:
         """How long a hold may live: as set, or the longest call and a minute."""
         return self.ledger.lease_seconds or _longest_call(self.upstreams) + 60
+
+    @property
+    def background_seconds(self) -> float:
+        """How long what an upstream goes on with by itself is looked after: its hold ends then."""
+        return max(1.0, self.lease_seconds - 60)
 
     @property
     def patience_seconds(self) -> float:
@@ -1400,7 +1520,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
     }
     teams = document.teams or {}
     _check_sections(document, upstreams, root, spot)
-    _check_teams(teams, _names(root, "models"), root, spot)
+    _check_teams(teams, _names(root, "models"), document.users.sources, root, spot)
     _check_secrets(teams, upstreams)
     keys = (key for team in teams.values() for key in team.keys)
     _check_compat(document.compat, keys, _names(root, "models"))
@@ -1427,6 +1547,10 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         cache=document.cache,
         results=document.results,
         hosted=document.hosted,
+        users=document.users,
+        files=document.files,
+        moderations=document.moderations,
+        provenance=document.provenance,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)
@@ -1435,6 +1559,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
             if key.key.value is not None
         ),
         notify=document.notify,
+        responses=document.responses,
         relay=document.relay,
         log=document.log,
         tracing=document.tracing,
@@ -1479,6 +1604,16 @@ def _check_sections(
                 "whsec_$(openssl rand -base64 32)",
             )
     _check_results(document.results, root, spot.at("results"))
+    for section, named in (
+        ("files", document.files.upstream),
+        ("moderations", document.moderations.upstream),
+        ("provenance", document.provenance.upstream),
+    ):
+        if named is not None and named not in _names(root, "upstreams"):
+            spot.at(section).at("upstream").wrong(
+                _place(root, section, "upstream"),
+                f"is no upstream of this file{suggestion(named, sorted(upstreams))}",
+            )
     for name, upstream in upstreams.items():
         if upstream.places > upstream.max_connections:
             spot.at("upstreams").at(name).at("max_in_flight").warn(
@@ -1632,7 +1767,11 @@ def _check_fallbacks(name: str, entry: _ModelEntry, named: frozenset[str]) -> No
 
 
 def _check_teams(
-    teams: Mapping[str, _TeamEntry], models: frozenset[str], root: Node, spot: Spot
+    teams: Mapping[str, _TeamEntry],
+    models: frozenset[str],
+    sources: Sequence[UserSource],
+    root: Node,
+    spot: Spot,
 ) -> None:
     for name, team in teams.items():
         place, inside = _place(root, "teams", name), spot.at("teams").at(name)
@@ -1644,6 +1783,11 @@ def _check_teams(
         _check_models(team.models or (), models)
         allowed = {each.value for each in team.models or ()}
         _check_budgets(team, inside, _place(root, "teams", name, "soft_budget"))
+        if team.per_user != _PerUserEntry() and not sources:
+            inside.at("per_user").wrong(
+                _place(root, "teams", name, "per_user"),
+                "holds for nobody while users.sources is empty: no request has a user",
+            )
         for index, key in enumerate(team.keys):
             _check_budgets(key, inside.at("keys").at(index), key.key.place)
         for key in team.keys:
@@ -1690,6 +1834,7 @@ def _check_secrets(teams: Mapping[str, _TeamEntry], upstreams: Mapping[str, Upst
 
 
 def _team(name: str, entry: _TeamEntry) -> Team:
+    per_user = entry.per_user.limits
     return Team(
         id=name,
         models=_model_names(entry.models) if entry.models is not None else frozenset({ANY_MODEL}),
@@ -1699,6 +1844,18 @@ def _team(name: str, entry: _TeamEntry) -> Team:
         declared=True,
         time_zone=entry.time_zone,
         weight=entry.weight,
+        per_user=PerUser(
+            _bounds(
+                _LimitsEntry(
+                    requests_per_minute=per_user.requests_per_minute,
+                    images_per_minute=per_user.images_per_minute,
+                    concurrent_requests=per_user.concurrent_requests,
+                ),
+                entry.per_user.budget,
+                _BudgetEntry(),
+            ),
+            entry.per_user.required,
+        ),
     )
 
 

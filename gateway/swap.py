@@ -20,7 +20,9 @@ from typing import TypeAlias
 from gateway.assembly import (
     CannotServe,
     account_keys,
+    check_rules,
     declared_keys,
+    file_rules,
     make_account,
     open_notifier,
     owned_twice,
@@ -40,17 +42,23 @@ from gateway.ports import Cache, Clock, Directory, Notifier, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.relay.admission import Admission
 from gateway.relay.attempts import Attempts
+from gateway.relay.background import Background
+from gateway.relay.checks import Checks
 from gateway.relay.comebacks import Comebacks
 from gateway.relay.factors import Factors
+from gateway.relay.files import Files
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
+from gateway.relay.lookups import Lookups
+from gateway.relay.owning import Owning
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 from gateway.reload import Reloaded, needs_restart, swapped
 from gateway.reports.budgets import BudgetWatch
 from gateway.sandbox.server import serve_sandbox
@@ -81,8 +89,16 @@ class Opened:
 class Upstreams:
     """The accounts of this process, opened and closed as the configuration says."""
 
-    def __init__(self, clock: Clock, flights: Flights, health: Health, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        flights: Flights,
+        health: Health,
+        metrics: Metrics,
+        mark_key: bytes = b"",
+    ) -> None:
         self._clock = clock
+        self._mark_key = mark_key
         self._health = health
         self._flights = flights
         self._metrics = metrics
@@ -111,9 +127,10 @@ class Upstreams:
                 else:
                     base_url = await self._base_url(configured)
                     numbers = self._numbers.setdefault(name, count(1))
-                    found[name] = Opened(
-                        shape, make_account(configured, base_url, self._news(name), numbers)
+                    account = make_account(
+                        configured, base_url, self._news(name), numbers, self._mark_key
                     )
+                    found[name] = Opened(shape, account)
         except BaseException:
             await self._close(found)
             raise
@@ -215,6 +232,7 @@ class Parts:
     cache: Cache
     upstreams: Upstreams
     keyring: KeyRing
+    users: Users
     admission: Admission
     keeper: Keeper
     attempts: Attempts
@@ -222,6 +240,11 @@ class Parts:
     comebacks: Comebacks
     purchases: Purchases
     pipeline: Pipeline
+    files: Files
+    lookups: Lookups
+    owning: Owning
+    background: Background
+    checks: Checks
     factors: Factors
     health: Health
     turnstile: Turnstile
@@ -327,6 +350,7 @@ class Swap:
         parts.turnstile.replace(places(settings))
         parts.upstreams.watch(parts.turnstile)
         parts.keyring.replace(peppers, declared)
+        parts.users.replace(peppers, settings.users.policy)
         patience, relay = patience_of(settings), settings.relay
         lease = timedelta(seconds=settings.lease_seconds)
         parts.admission.replace(lease, repeat_unknown=patience.repeat_unknown)
@@ -347,6 +371,11 @@ class Swap:
             patience,
             log_prompts=relay.log_prompts,
         )
+        parts.files.rules = file_rules(settings)
+        parts.lookups.enabled = settings.responses.enabled
+        parts.owning.keep = settings.responses.keep
+        parts.background.seconds = settings.background_seconds
+        parts.checks.rules = check_rules(settings)
         parts.budget_watch.replace(settings.notify.budget_percent, notifier)
         before, self._notifier = self._notifier, notifier
         if before is not None and before is not notifier:

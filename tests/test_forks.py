@@ -26,24 +26,9 @@ _end(3)
 """
 
 
-def test_threads_are_waited_for_and_what_is_registered_is_done() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-        env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        check=False,
-    )
-    assert done.returncode == 3, done.stderr
-    assert done.stdout.splitlines() == ["main", "thread", "registered"]
-    assert not done.stderr
-
-
-def test_what_fails_at_the_end_is_said() -> None:
-    program = "from tests.forks import _end; import sys; sys.stdout.close(); _end(0)"
-    done = subprocess.run(
+def run(program: str) -> subprocess.CompletedProcess[str]:
+    """A process of its own, once it has ended."""
+    return subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
         text=True,
@@ -52,5 +37,16 @@ def test_what_fails_at_the_end_is_said() -> None:
         env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
         check=False,
     )
+
+
+def test_threads_are_waited_for_and_what_is_registered_is_done() -> None:
+    done = run(PROGRAM)
+    assert done.returncode == 3, done.stderr
+    assert done.stdout.splitlines() == ["main", "thread", "registered"]
+    assert not done.stderr
+
+
+def test_what_fails_at_the_end_is_said() -> None:
+    done = run("from tests.forks import _end; import sys; sys.stdout.close(); _end(0)")
     assert done.returncode == 120
     assert "ValueError" in done.stderr

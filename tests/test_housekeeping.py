@@ -14,6 +14,7 @@ import pytest
 from gateway.domain.books import Hold
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import Claim, State
+from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.transition import ignore_conflict
 from gateway.housekeeping import Housekeeping, Pace
 from gateway.ports import Store
@@ -347,3 +348,27 @@ async def test_a_disk_that_hangs_keeps_no_hold_standing(
     await chores.sweep()
     assert await house.state("r1") is State.EXPIRED
     assert "cannot be read" in caplog.text
+
+
+async def test_ids_at_upstreams_that_have_expired_are_deleted(any_house: House) -> None:
+    now = any_house.clock.now()
+    ownership = any_house.store.ownership
+    owned = Owned("resp_1", OwnedKind.RESPONSE, "growth", "k1", Anchor("openai", ""), now)
+    await ownership.record(
+        [
+            replace(owned, expires=now + timedelta(seconds=9)),
+            replace(owned, id="file-1", kind=OwnedKind.FILE),
+        ]
+    )
+    chores = asyncio.create_task(any_house.process("w1", pace=replace(PACE, forget=0.01)).run())
+    any_house.clock.advance(10)
+
+    async def gone() -> bool:
+        # Also from before it expired, its row is gone.
+        found = await ownership.find("growth", ["resp_1", "file-1"], now)
+        return list(found) == ["file-1"]
+
+    try:
+        await eventually(gone)
+    finally:
+        chores.cancel()

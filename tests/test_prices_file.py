@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 from collections.abc import Iterator, Mapping
-from datetime import date
+from datetime import date, timedelta
 from decimal import Decimal
 from pathlib import Path
 
@@ -60,8 +60,27 @@ def rate(price: TokenPrice, name: str) -> int | None:
     return value
 
 
+TEXT_MODELS = {
+    "gpt-5.4-mini": ("0.75", "0.075", "4.5", 128_000),
+    "gpt-5.4-nano": ("0.2", "0.02", "1.25", 128_000),
+    "gpt-5-mini": ("0.25", "0.025", "2", 128_000),
+    "gpt-4.1": ("2", "0.5", "8", 32_768),
+}
+"""Dollars a million tokens read, read from a cache and written; the most that is written."""
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+def test_text_models_are_those_of_their_source(model: str) -> None:
+    price = BY_MODEL[model].price
+    assert isinstance(price, TokenPrice)
+    *dollars, most = TEXT_MODELS[model]
+    wanted = [Decimal(str(one)) * 1000 for one in dollars]
+    assert [price.text_in, price.cached_text_in, price.text_out] == wanted
+    assert (price.max_output_tokens, price.output, price.image_out) == (most, None, None)
+
+
 def test_every_model_of_the_contract_has_one_row() -> None:
-    assert set(BY_MODEL) == {*CONTRACT, "dall-e-3", "dall-e-2"}
+    assert set(BY_MODEL) == {*CONTRACT, "dall-e-3", "dall-e-2", *TEXT_MODELS}
     assert len(ROWS) == len(BY_MODEL)
     assert all(row.provider == "openai" and not row.own and row.source for row in ROWS)
 
@@ -111,6 +130,18 @@ def test_retired_models_and_dall_e() -> None:
     assert isinstance(two.price, ImagePrice)
     assert three.price.amounts.cells["1792x1024"] == {"standard": 80_000_000, "hd": 120_000_000}
     assert two.price.amounts.cells["512x512"] == {"any": 18_000_000}
+
+
+def test_every_model_that_ends_names_one_that_goes_on() -> None:
+    ending = [row for row in ROWS if row.shuts_down is not None]
+    assert len(ending) == 7
+    for row in ROWS:
+        assert bool(row.replacement) == (row in ending)
+    for row in ending:
+        assert BY_MODEL[row.replacement].shuts_down is None
+        assert row.shuts_down is not None
+        assert not row.retired(row.shuts_down - timedelta(days=1))
+        assert row.retired(row.shuts_down)
 
 
 def numbers(value: object) -> Iterator[object]:
@@ -197,6 +228,11 @@ TABLE = "output_tokens: {table: {default: {low: 1}}}"
         ("- {provider: p, valid_from: 2026-01-01, source: s, per_image: 1}", "model is missing"),
         (f"{HEAD}, shuts_down: 2025-01-01, per_image: 1}}", "shuts_down: this is before"),
         (f"{HEAD}, shuts_down: soon, per_image: 1}}", "shuts_down: a day is written 2026-11-22"),
+        (f"{HEAD}, replacement: n, per_image: 1}}", "replacement: this needs shuts_down beside it"),
+        (
+            f"{HEAD}, shuts_down: 2030-01-01, replacement: [n], per_image: 1}}",
+            "replacement: replacement is missing or not text",
+        ),
         (f"{HEAD}, per_image: -1}}", "per_image: a price is written in plain dollars: 0.04"),
         (f"{HEAD}, per_image: 1e}}", "per_image: a price is written in plain dollars"),
         (f"{HEAD}, per_image: 4 cents}}", "per_image: a price is written in plain dollars"),

@@ -19,7 +19,8 @@ from hypothesis import HealthCheck, given, settings, strategies
 from gateway.domain.compat import OFF, Compat, CompatRules, merged
 from gateway.domain.money import format_dollars
 from gateway.domain.route import Target, Unpriced
-from gateway.domain.team import Limits
+from gateway.domain.team import Limits, PerUser
+from gateway.domain.user import UserPolicy, UserSource
 from gateway.settings import (
     CacheScope,
     ConfigError,
@@ -144,6 +145,14 @@ MISTAKES = [
     ("server: {public_url: 'https://h:99999'}", "server.public_url: must be a url in ASCII"),
     ("hosted: {ttl: 0}", "hosted.ttl: must be a time from 1s to 3650d"),
     ("hosted: {max_bytes: lots}", "hosted.max_bytes: must be a size"),
+    ("server: {cors: {origins: https://a.com}}", "server.cors.origins: must be a list"),
+    ("server: {cors: {origins: [https://a.com/]}}", "1:27: server.cors.origins[0]: must be the o"),
+    ("server: {cors: {origins: [https://A.com]}}", "server.cors.origins[0]: must be the origin of"),
+    ("server: {cors: {origins: [http://a.com]}}", "server.cors.origins[0]: must be the origin of"),
+    ("server: {cors: {origins: [https://*.a.com]}}", 'without a slash at its end, like https://stu'),
+    ("server: {cors: {origins: [null]}}", "server.cors.origins[0]: needs a value"),
+    ("server: {cors: {max_age: 0}}", "server.cors.max_age: must be a time from 1s"),
+    ("server: {cors: {credentials: true}}", "server.cors.credentials: "),
     ("server: {port: 81, metrics_port: 81}", "1:34: server.metrics_port: is the same as"),
     # references
     ('server: {host: "${HOST}"}', "1:16: server.host: the environment variable HOST is not set: "
@@ -297,6 +306,14 @@ MISTAKES = [
     ("teams: {a: {budget: {day: 99999999999}}}", "teams.a.budget.day: is more dollars than the"),
     ("teams: {a: {budget: {dya: 1}}}", 'teams.a.budget.dya: unknown key; did you mean "day"?'),
     ("teams: {a: {limits: {requests_per_minute: 0}}}", "must be a whole number from 1 to 10000000"),
+    ("teams: {a: {per_user: }}", "teams.a.per_user: is empty: fill it in, or remove it"),
+    ("teams: {a: {per_user: {limits: {max_cost_per_request: 1}}}}",
+     "teams.a.per_user.limits.max_cost_per_request: unknown key"),
+    ("teams: {a: {per_user: {soft_budget: {day: 1}}}}", "teams.a.per_user.soft_budget: unknown"),
+    ("teams: {a: {per_user: {budget: {day: -5}}}}", "teams.a.per_user.budget.day: must be an"),
+    ("users: {sources: []}\nteams: {a: {per_user: {required: true}}}",
+     "teams.a.per_user: holds for nobody while users.sources is empty: no request has a user"),
+    ("users: {sources: [x-user]}", "users.sources[0]: must be"),
     (f"teams: {{a: {{keys: [{{key: {KEY}, expires: tomorrow}}]}}}}", 'not "tomorrow"'),
     (f"teams: {{a: {{keys: [{{key: {KEY}, expires: 2027-02-30}}]}}}}", "is no day of the calendar"),
     (f"teams: {{a: {{keys: [{{key: {KEY}, expires: 2027-02-03T10:00:00}}]}}}}", "must be a day"),
@@ -411,6 +428,15 @@ def test_where_clients_reach_it(tmp_path: Path, url: str, kept: str, warned: boo
     assert not read(tmp_path, off).hosts_pictures
 
 
+def test_origins_of_pages(tmp_path: Path) -> None:
+    origins = ["https://a.com", "https://b-c.a.com:8443", "http://localhost:5173"]
+    origins += ["http://127.0.0.1", "http://[::1]:3000", "*"]
+    cors = read(tmp_path, f"server: {{cors: {{origins: {json.dumps(origins)}}}}}").server.cors
+    assert cors.origins == tuple(origins)
+    assert cors.max_age == timedelta(minutes=10)
+    assert read(tmp_path, "").server.cors.origins == ()
+
+
 def test_the_file_of_the_house(tmp_path: Path) -> None:
     """The example that the design binds, whole."""
     text = """
@@ -491,7 +517,7 @@ def test_the_shipped_file_loads_with_nothing_set(monkeypatch: pytest.MonkeyPatch
 def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
     text = DEFAULT.read_text()
     shown, bare = read(tmp_path, text), read(tmp_path, "")
-    sections = "server storage ledger prices cache results notify relay log tracing"
+    sections = "server storage ledger prices cache results notify relay log tracing users"
     for section in sections.split():
         assert getattr(shown, section) == getattr(bare, section)
         for each in dataclasses.fields(getattr(bare, section)):
@@ -906,7 +932,8 @@ def test_a_secret_does_not_show() -> None:
 
 CANARY = "igwCanary0hunter2PasswordThatNobodyMayEverSee"
 EVERYTHING = """
-server: {host: h, port: 1, trusted_proxies: [10.0.0.0/8]}
+server: {host: h, port: 1, trusted_proxies: [10.0.0.0/8],
+  cors: {origins: ["https://h"], max_age: 1h}}
 storage: {database: sqlite:///d, redis: "redis://:pw@h", blobs: b, pepper: p}
 upstreams: {o: {kind: openai, base_url: "https://h/v1", api_keys: [k], headers: {x-a: v},
   proxy: "http://u:pw@h", verify: true, prices: openai, timeouts: {total_seconds: 1}}}
@@ -1060,3 +1087,17 @@ def test_an_upstream_whose_keys_are_all_unset_is_off(tmp_path: Path) -> None:
     )
     assert not made.upstreams["a"].ready
     assert "set ONE or TWO" in str(made.warnings[0])
+
+
+def test_what_each_user_of_a_team_may(tmp_path: Path) -> None:
+    limits = "limits: {requests_per_minute: 6, images_per_minute: 10, concurrent_requests: 2}"
+    per_user = f"{{{limits}, budget: {{day: 0.5, total: 9}}, required: true}}"
+    teams = f"teams: {{growth: {{per_user: {per_user}}}, design: {{}}}}\n"
+    found = read(tmp_path, MODELS + teams)
+    assert found.teams["growth"].per_user == PerUser(
+        Limits(6, 10, 2, budget_day=500_000_000, budget_total=9_000_000_000), required=True
+    )
+    assert found.teams["design"].per_user == PerUser()
+    assert found.users.policy == UserPolicy()
+    found = read(tmp_path, MODELS + "users: {sources: [user], record: false}\n")
+    assert found.users.policy == UserPolicy((UserSource.USER,), record=False)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 
 def secret(headers: Mapping[str, str]) -> str | None:
-    """The bearer token of a request; None where there is none. ``headers`` are lower-case."""
+    """The bearer token of a request, or else what its ``api-key`` says, as Azure's clients have
+    it; None where there is neither. ``headers`` are lower-case."""
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
+    bearer = token.strip() if scheme.lower() == "bearer" else ""
+    return bearer or headers.get("api-key", "").strip() or None

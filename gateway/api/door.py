@@ -33,6 +33,11 @@ CLOSED = "gateway.closed"
 ABORT = "gateway.abort"
 """In the scope: drops the connection at once, with whatever is still to be sent."""
 
+ASKED_PATH = "gateway.asked_path"
+"""In the scope: the path as the client wrote it, where it spelled it otherwise."""
+DEPLOYMENT = "gateway.deployment"
+"""In the scope: the model that the path names, as Azure's do."""
+
 
 def new_request_id() -> str:
     """``req_`` and 96 random bits: the name of a request everywhere, in the ledger too."""

@@ -2,13 +2,65 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from gateway.api.door import new_request_id
+from gateway.api.door import ASKED_PATH, new_request_id
 from gateway.domain.errors import GatewayError, Internal, InvalidRequest, NotServed, Overloaded
 from gateway.relay.headers import error_head
+
+MAX_PATH = 200
+"""Characters of a path that an error repeats."""
+SERVED = (
+    "/v1/images/generations, /v1/images/edits, /v1/images/estimate, /v1/images/results/{id}, "
+    "/v1/models, /v1/responses, /v1/files, /v1/moderations and /v1/content_provenance_checks"
+)
+NOT_HERE: Mapping[str, str] = MappingProxyType(
+    {
+        "assistants": "assistants",
+        "audio": "audio",
+        "batches": "batches",
+        "chat": "chat completions",
+        "completions": "completions",
+        "containers": "containers",
+        "conversations": "conversations",
+        "embeddings": "embeddings",
+        "evals": "evals",
+        "fine_tuning": "fine-tuning",
+        "organization": "an organization's administration",
+        "realtime": "realtime sessions",
+        "threads": "threads",
+        "uploads": "uploads",
+        "vector_stores": "vector stores",
+        "videos": "videos",
+    }
+)
+"""What OpenAI has and this gateway has not: what follows ``/v1/`` -> what it is called."""
+
+_VARIATIONS = re.compile(r"/(?:openai(?:/v1|/deployments/[^/]+)?|v1)/images/variations/*")
+_FAMILY = re.compile(r"/(?:openai/(?:v1/|deployments/[^/]+/)?|v1/)([a-z_]+)(?:/.*)?", re.DOTALL)
+
+
+def not_served(path: str) -> NotServed:
+    """Why nothing is answered at a path, as its client wrote it."""
+    if _VARIATIONS.fullmatch(path):
+        return NotServed(
+            "OpenAI has retired /v1/images/variations, so nothing is sent there. "
+            "/v1/images/edits takes a picture and a prompt.",
+            code="endpoint_retired",
+        )
+    family = _FAMILY.fullmatch(path)
+    if family is not None and family[1] in NOT_HERE:
+        why = f"This gateway serves images only, not {NOT_HERE[family[1]]}"
+    else:
+        why = "This gateway does not serve this path"
+    hint = "" if path.startswith(("/v1/", "/openai/")) else " Base urls end in /v1."
+    return NotServed(f"{why}: {path[:MAX_PATH]}. It answers {SERVED}.{hint}")
 
 
 def install(app: FastAPI) -> None:
@@ -31,16 +83,18 @@ async def _gateway_error(request: Request, error: Exception) -> Response:
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
+    path = request.scope.get(ASKED_PATH, request.url.path)
     status = error.status_code if isinstance(error, HTTPException) else 500
-    known = {
-        404: f"This gateway does not serve {request.url.path}. It answers "
-        "/v1/images/generations, /v1/images/edits, /v1/images/estimate, /v1/images/results/{id} "
-        "and /v1/models.",
-        405: f"{request.url.path} does not take {request.method}.",
-    }
-    code = {404: "unknown_url", 405: "method_not_allowed"}.get(status, "invalid_request")
-    message = known.get(status, "The request could not be read.")
-    return await _answer(NotServed(message, status=status, code=code), request)
+    if status == 404:
+        return await _answer(not_served(path), request)
+    allow = (error.headers or {}).get("Allow", "") if isinstance(error, HTTPException) else ""
+    if status == 405:
+        takes = f"{path[:MAX_PATH]} takes {allow}, not {request.method}."
+        said = NotServed(takes, status=405, code="method_not_allowed")
+        said.headers = (("allow", allow),)
+        return await _answer(said, request)
+    unread = InvalidRequest("The request could not be read.", status=status, code="bad_framing")
+    return await _answer(unread, request)
 
 
 async def _crash(request: Request, error: Exception) -> Response:

@@ -20,22 +20,23 @@ def router(keyring: KeyRing, planner_now: Callable[[], Planner], clock: Clock) -
     routes = APIRouter()
 
     def describe(planner: Planner, model: Model) -> dict[str, object]:
-        row = planner.row(model, clock.now())
+        now = clock.now()
+        row = planner.row(model, now)
+        end = planner.retirements.end(model, now.date())
         released = datetime.combine(row.valid_from, time(), UTC) if row else None
         return {
             "id": model.name,
             "object": "model",
             "created": int(released.timestamp()) if released else 0,
             "owned_by": row.provider if row else model.target.upstream,
-            "shutdown_date": row.shuts_down.isoformat() if row and row.shuts_down else None,
+            "shutdown_date": end.isoformat() if end else None,
         }
 
     @routes.get("/v1/models")
-    @routes.get("/v1/models/")
     async def list_models(request: Request) -> dict[str, object]:
         caller = await keyring.identify(auth.secret(request.headers))
         planner = planner_now()
-        data = [describe(planner, model) for model in planner.models(caller)]
+        data = [describe(planner, model) for model in planner.models(caller, clock.now())]
         return {"object": "list", "data": data}
 
     @routes.get("/v1/models/{name:path}")
@@ -43,7 +44,7 @@ def router(keyring: KeyRing, planner_now: Callable[[], Planner], clock: Clock) -
         caller = await keyring.identify(auth.secret(request.headers))
         try:
             planner = planner_now()
-            return describe(planner, planner.route(caller, name))
+            model = planner.route(caller, name)
         except ModelNotFound:
             raise
         except TeamFault:
@@ -51,5 +52,10 @@ def router(keyring: KeyRing, planner_now: Callable[[], Planner], clock: Clock) -
             raise ModelNotFound(
                 f"No model {name}. GET /v1/models lists yours.", param="model"
             ) from None
+        today = clock.now().date()
+        retired = planner.retirements.refusal(caller, model, model.target, today)
+        if retired is not None and planner.retirements.is_over(model, today):
+            raise retired
+        return describe(planner, model)
 
     return routes

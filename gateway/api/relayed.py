@@ -13,12 +13,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from gateway.api import auth
-from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
+from gateway.api.door import (
+    DEPLOYMENT,
+    Door,
+    Receive,
+    Scope,
+    Send,
+    deliver,
+    new_request_id,
+)
 from gateway.api.prefer import Preferences, preferences
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
 from gateway.domain.receipt import Delivery, Receipt
 from gateway.domain.trace import Trace, begin, of_stranger, parse
+from gateway.domain.user import USER_HEADERS
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import Answer, Arrival
@@ -54,7 +63,7 @@ class RelayedRoutes:
         """From the request line to the log line."""
         started = self._clock.monotonic()
         rid = new_request_id()
-        trace = None if self._sample is None else self._trace(scope, self._sample)
+        trace = None if self._sample is None else trace_of(scope, self._sample, self._clock)
         door = Door(scope, receive, send)
         try:
             answer = await self._answer(rid, operation, scope, door, started, trace)
@@ -63,7 +72,7 @@ class RelayedRoutes:
             finally:
                 answer.head.close()
                 answer.done(door.delivered)
-            await self._close_books(answer, door, started, _address(scope))
+            await self._close_books(answer, door, started, address_of_client(scope))
         except asyncio.CancelledError:
             # The server's patience is over; the flight goes on as long as the process does.
             log.warning("a request was given up at the end", extra={"request_id": rid})
@@ -99,7 +108,8 @@ class RelayedRoutes:
         }
         try:
             wishes = preferences(scope["headers"])
-            arrival = _arrival(rid, operation, headers, wishes, door, started, trace)
+            deployment = scope.get(DEPLOYMENT)
+            arrival = _arrival(rid, operation, headers, wishes, door, started, trace, deployment)
             answer = await self._pipeline.answer(arrival)
         except GatewayError as error:
             return _refused(rid, operation, error, trace=trace)
@@ -110,16 +120,6 @@ class RelayedRoutes:
         if answer.gone:
             door.left_at(answer.gone)
         return answer
-
-    def _trace(self, scope: Scope, sample: float) -> Trace:
-        """Its span: under the client's, where the headers name one."""
-
-        def said(name: bytes) -> str:
-            found = [value for one, value in scope["headers"] if one == name]
-            return b",".join(found).decode("latin-1")
-
-        client = parse(said(b"traceparent"), said(b"tracestate"))
-        return begin(client, sample, self._clock.now())
 
     async def _close_books(self, answer: Answer, door: Door, started: float, address: str) -> None:
         """Waits for the end of the flight, which the client may not have, and tells of it."""
@@ -136,7 +136,18 @@ class RelayedRoutes:
             listener.finished(receipt, delivery)
 
 
-def _address(scope: Scope) -> str:
+def trace_of(scope: Scope, sample: float, clock: Clock) -> Trace:
+    """A request's span: under the client's, where the headers name one."""
+
+    def said(name: bytes) -> str:
+        found = [value for one, value in scope["headers"] if one == name]
+        return b",".join(found).decode("latin-1")
+
+    client = parse(said(b"traceparent"), said(b"tracestate"))
+    return begin(client, sample, clock.now())
+
+
+def address_of_client(scope: Scope) -> str:
     """Where the client is; behind a trusted proxy, where that one says."""
     client = scope.get("client")
     return str(client[0]) if client else ""
@@ -150,6 +161,7 @@ def _arrival(
     door: Door,
     started: float,
     trace: Trace | None,
+    deployment: str | None,
 ) -> Arrival:
     """What the headers say. Raises ``InvalidRequest`` for an idempotency key of another form."""
     key = headers.get("idempotency-key")
@@ -184,6 +196,8 @@ def _arrival(
         retried=tries.strip("0") != "",
         asynchronous=wishes.respond_async,
         trace=trace,
+        user_hints={name: headers[name] for name in USER_HEADERS if name in headers},
+        deployment=deployment,
     )
 
 

@@ -9,9 +9,10 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeAlias, TypeVar
 from zoneinfo import available_timezones
 
@@ -227,6 +228,11 @@ class TimeZone(click.ParamType[str]):
         return str(value)
 
 
+SPANS = MappingProxyType(
+    {"day": "a day", "week": "a week", "month": "a month", "total": "in all, for ever"}
+)
+
+
 def limit_options(*, removable: bool = False) -> Callable[[Command], Command]:
     """The limits that a team and a key may have. ``removable``: ``none`` takes one away."""
 
@@ -234,30 +240,67 @@ def limit_options(*, removable: bool = False) -> Callable[[Command], Command]:
         return OrNone(of) if removable else of
 
     count, dollars = kind(click.IntRange(1, 1_000_000_000)), kind(Dollars())
-    spans = {"day": "a day", "week": "a week", "month": "a month", "total": "in all, for ever"}
     options = (
         click.option("--requests-per-minute", type=count, help="Requests a minute."),
         click.option("--images-per-minute", type=count, help="Images a minute; n counts."),
         click.option("--concurrent-requests", type=count, help="Requests at one time."),
         *(
             click.option(f"--budget-{window}", type=dollars, help=f"Dollars {span}; hard.")
-            for window, span in spans.items()
+            for window, span in SPANS.items()
         ),
         *(
             click.option(
                 f"--soft-budget-{window}", type=dollars, help=f"Dollars {span}; only warns."
             )
-            for window, span in spans.items()
+            for window, span in SPANS.items()
         ),
         click.option("--max-cost-per-request", type=dollars, help="Dollars one call may cost."),
     )
+    return _with(options)
 
+
+def per_user_options(*, removable: bool = False) -> Callable[[Command], Command]:
+    """What each end user of a team may; each name begins with ``user_``."""
+
+    def kind(of: click.ParamType[int]) -> click.ParamType[Any]:
+        return OrNone(of) if removable else of
+
+    count, dollars = kind(click.IntRange(1, 1_000_000_000)), kind(Dollars())
+    return _with(
+        (
+            click.option("--user-requests-per-minute", type=count, help="Of each end user."),
+            click.option("--user-images-per-minute", type=count, help="Of each end user."),
+            click.option("--user-concurrent-requests", type=count, help="Of each end user."),
+            *(
+                click.option(
+                    f"--user-budget-{window}", type=dollars, help=f"Of each end user: {span}."
+                )
+                for window, span in SPANS.items()
+            ),
+            click.option(
+                "--user-required/--user-optional",
+                default=None,
+                help="Refuse requests that name no end user, or not.",
+            ),
+        )
+    )
+
+
+def _with(options: Sequence[Callable[[Command], Command]]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
         for option in reversed(options):
             command = option(command)
         return command
 
     return decorate
+
+
+def of_user(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], bool | None]:
+    """Options taken apart: a team's own limits, those of each user, and whether it is required."""
+    own = {name: value for name, value in given.items() if not name.startswith("user_")}
+    rest = {name.removeprefix("user_"): given[name] for name in given if name not in own}
+    required = rest.pop("required")
+    return own, rest, required
 
 
 def models_of(text: str | None, settings: Settings) -> frozenset[str] | None:

@@ -329,6 +329,7 @@ def hold_json(hold: Hold) -> dict[str, object]:
         "state": STATES[hold.state],
         "team": hold.team,
         "key_id": hold.key_id,
+        "user": hold.user or None,
         "model": hold.model,
         "operation": hold.operation,
         "upstream": hold.upstream,
@@ -446,7 +447,7 @@ def _facts(hold: Hold) -> list[tuple[str, str]]:
     return [
         ("call", f"{hold.rid}, {_when(hold.at)}"),
         ("state", state),
-        ("team", f"{hold.team}, key {hold.key_id}"),
+        ("team", f"{hold.team}, key {hold.key_id}" + f", user {hold.user}" * bool(hold.user)),
         ("asked for", f"{hold.operation} with {hold.model} from {hold.upstream}, n={hold.images}"),
         ("bound", f"{exact_dollars(hold.bound)}, by price {hold.price_id or '(none)'}"),
         ("cost", exact_dollars(hold.cost)),

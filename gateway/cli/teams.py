@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -18,6 +20,8 @@ from gateway.cli.common import (
     limit_options,
     load_settings,
     models_of,
+    of_user,
+    per_user_options,
     place_of,
     print_json,
     print_table,
@@ -25,7 +29,7 @@ from gateway.cli.common import (
     warn_of,
     with_store,
 )
-from gateway.domain.team import ANY_MODEL, Limits, Team
+from gateway.domain.team import ANY_MODEL, Limits, PerUser, Team
 from gateway.ports import Store
 from gateway.settings import is_team_name
 
@@ -47,6 +51,7 @@ def team() -> None:
     help="Where its days, weeks and months begin.",
 )
 @limit_options()
+@per_user_options()
 @config_option
 def create(
     name: str,
@@ -54,7 +59,7 @@ def create(
     no_cache: bool,
     time_zone: str,
     config: Path | None,
-    **limits: int | None,
+    **given: int | None,
 ) -> None:
     """Create the team NAME, with its limits."""
     settings = load_settings(config, of_ones_own=True)
@@ -62,12 +67,14 @@ def create(
         fail(f"{name!r} is not a team's name: use a-z, 0-9, - and _", EXIT_FAILED)
     if name in settings.teams:
         fail(f"team {name} is declared in {settings.file}; change it there", EXIT_FAILED)
+    limits, of_each, required = of_user(given)
     made = Team(
         name,
         models_of(models, settings) or frozenset({ANY_MODEL}),
         Limits(**limits),
         cache_enabled=not no_cache,
         time_zone=time_zone,
+        per_user=PerUser(Limits(**of_each), bool(required)),
     )
     with_store(settings, lambda store: store.directory.create_team(made))
     warn_of(settings, made.limits, made.models)
@@ -81,6 +88,7 @@ def create(
 @click.option("--cache/--no-cache", default=None, help="Share results between requests, or never.")
 @click.option("--time-zone", type=TimeZone(), help="Where its days, weeks and months begin.")
 @limit_options(removable=True)
+@per_user_options(removable=True)
 @config_option
 def update(
     name: str,
@@ -88,7 +96,7 @@ def update(
     cache: bool | None,
     time_zone: str | None,
     config: Path | None,
-    **limits: int | str | None,
+    **given: int | str | None,
 ) -> None:
     """Change the team NAME: what is named here, and nothing else; none takes a limit away.
 
@@ -99,12 +107,10 @@ def update(
         fail(f"team {name} is declared in {settings.file}; change it there", EXIT_FAILED)
     every = models is not None and models.lower() == NONE
     allowed = frozenset({ANY_MODEL}) if every else models_of(models, settings)
-    changed = {
-        limit: value if isinstance(value, int) else None
-        for limit, value in limits.items()
-        if value is not None
-    }
-    if not changed and all(one is None for one in (allowed, cache, time_zone)):
+    limits, of_each, required = of_user(given)
+    changed, of_each = _changes(limits), _changes(of_each)
+    others = (allowed, cache, time_zone, required)
+    if not changed and not of_each and all(one is None for one in others):
         fail("nothing to change is named; see gateway team update --help", EXIT_FAILED)
 
     async def change(store: Store) -> Team | None:
@@ -116,6 +122,10 @@ def update(
                     limits=replace(one.limits, **changed),
                     cache_enabled=one.cache_enabled if cache is None else cache,
                     time_zone=time_zone or one.time_zone,
+                    per_user=PerUser(
+                        replace(one.per_user.limits, **of_each),
+                        one.per_user.required if required is None else required,
+                    ),
                 )
                 await store.directory.update_team(after)
                 return after
@@ -126,6 +136,8 @@ def update(
         fail(f"there is no team {name}", EXIT_FAILED)
     warn_of(settings, after.limits, allowed)
     click.echo(f"team {name} is changed; its limits: {say_limits(after.limits)}")
+    if after.per_user != PerUser():
+        click.echo(f"of each user: {_say_per_user(after.per_user)}")
     click.echo(f"models: {', '.join(sorted(after.models))}; time zone: {after.time_zone}")
 
 
@@ -147,7 +159,8 @@ def list_teams(as_json: bool, config: Path | None) -> None:
             "disabled" if one.disabled else "active",
             ",".join(sorted(one.models)),
             one.time_zone,
-            say_limits(one.limits),
+            say_limits(one.limits)
+            + f"; each user {_say_per_user(one.per_user)}" * (one.per_user != PerUser()),
         )
         for one in teams
     ]
@@ -184,4 +197,22 @@ def _describe(one: Team) -> dict[str, object]:
         "cache": one.cache_enabled,
         "time_zone": one.time_zone,
         "limits": describe_limits(one.limits),
+        "per_user": None if one.per_user == PerUser() else _describe_per_user(one.per_user),
     }
+
+
+def _changes(given: Mapping[str, Any]) -> dict[str, int | None]:
+    """What is named; ``none`` takes a limit away."""
+    return {
+        limit: value if isinstance(value, int) else None
+        for limit, value in given.items()
+        if value is not None
+    }
+
+
+def _describe_per_user(one: PerUser) -> dict[str, object]:
+    return {"limits": describe_limits(one.limits), "required": one.required}
+
+
+def _say_per_user(one: PerUser) -> str:
+    return say_limits(one.limits) + ", has to be named" * one.required

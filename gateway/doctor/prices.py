@@ -64,18 +64,22 @@ def ending(settings: Settings, book: PriceBook, today: date) -> Iterator[Finding
             row = book.of(upstream.name, upstream.prices, today).find(target.model)
             if row is None or row.shuts_down is None:
                 continue
-            found = ends(model.name, target.model, upstream.name, row.shuts_down, today)
+            found = ends(
+                model.name, target.model, upstream.name, row.shuts_down, today, row.replacement
+            )
             if found is not None:
                 yield found
 
 
-def ends(model: str, there: str, upstream: str, day: date, today: date) -> Finding | None:
+def ends(
+    model: str, there: str, upstream: str, day: date, today: date, replacement: str = ""
+) -> Finding | None:
     topic = Topic("models", model)
     name = f"{there} at {upstream}" if there != model else f"it at {upstream}"
     left = (day - today).days
     fix = (
-        f"route models.{model} to another one ({{upstream: {upstream}, model: ...}}), and tell who "
-        "calls it"
+        f"route models.{model} to another one ({{upstream: {upstream}, model: "
+        f"{replacement or '...'}}}), and tell who calls it"
     )
     if left <= 0:
         return topic.fail(f"its provider has stopped serving {name} on {day}", fix)

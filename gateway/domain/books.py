@@ -42,6 +42,8 @@ class Hold:
     outcome: Outcome | None = None
     basis: Basis | None = None
     flags: tuple[str, ...] = ()
+    user: str = ""
+    """The end user of the call, as a hash; empty where nobody said."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,20 @@ class Operation(StrEnum):
 
     GENERATION = "generation"
     EDIT = "edit"
+    RESPONSE = "response"
+    """A text model's answer, in which the image tool may draw (contract 3.4)."""
 
     @property
     def path(self) -> str:
         """Below ``/v1`` of this gateway and of an upstream that speaks OpenAI."""
-        return {Operation.GENERATION: "/images/generations", Operation.EDIT: "/images/edits"}[self]
+        return _PATHS[self]
+
+
+_PATHS = {
+    Operation.GENERATION: "/images/generations",
+    Operation.EDIT: "/images/edits",
+    Operation.RESPONSE: "/responses",
+}
 
 
 class Inquiry(StrEnum):
@@ -31,6 +40,25 @@ class Inquiry(StrEnum):
     def path(self) -> str:
         """Below ``/v1``."""
         return "/images/estimate"
+
+
+class Passage(StrEnum):
+    """What is passed on without being bought. The value is the label of metrics and of the log."""
+
+    FILE = "file"
+    RESPONSE_LOOKUP = "response_lookup"
+    MODERATION = "moderation"
+    PROVENANCE = "provenance"
+
+    @property
+    def path(self) -> str:
+        """Below ``/v1``; of several the one that the others stand under."""
+        return {
+            Passage.FILE: "/files",
+            Passage.RESPONSE_LOOKUP: "/responses",
+            Passage.MODERATION: "/moderations",
+            Passage.PROVENANCE: "/content_provenance_checks",
+        }[self]
 
 
 class Span(NamedTuple):
@@ -177,6 +205,8 @@ class Call:
     changes: tuple[Change, ...] = ()
     mends: tuple[Mend, ...] = ()
     answer_as: AnswerAs = AnswerAs.B64
+    asks: ResponseAsk | None = None
+    """What only a response has: None for the operations of images."""
 
     @property
     def changed(self) -> tuple[Change, ...]:
@@ -185,6 +215,56 @@ class Call:
         for mend in self.mends:
             told += [change for change in mend.changes if change not in told]
         return tuple(told)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTool:
+    """The image tool of a response, with its parameters as a call for one picture would have them.
+
+    ``index`` is its place among the tools, ``model`` empty where it leaves the choice to the
+    provider. ``whole``: the list of tools is known to its last byte (no string in it was too long
+    to keep) and is ``tools``, so that it can be written anew.
+    """
+
+    index: int
+    model: str
+    size: str = "auto"
+    quality: str = "auto"
+    output_format: str = "png"
+    partial_images: int = 0
+    frame_count: int = 1
+    parameters: Mapping[str, Json] = field(default_factory=dict)
+    unknown: frozenset[str] = frozenset()
+    tools: tuple[Json, ...] = ()
+    whole: bool = True
+
+    def drawn_by(self, model: str) -> Json:
+        """The list of tools with another model in this one."""
+        tools = list(self.tools)
+        own = tools[self.index]
+        tools[self.index] = {**own, "model": model} if isinstance(own, dict) else own
+        return tools
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseAsk:
+    """What a response may cost depends on this, beside the pictures of the call.
+
+    ``text_bytes`` is the body without its pictures: no text has more tokens than bytes.
+    ``context_tokens`` and ``context_pictures`` are those of the conversation that it goes on with,
+    as it was when it was last seen here, and of pictures that it names. ``max_tool_calls``
+    is 0 without an image tool.
+    """
+
+    tool: ImageTool | None
+    text_bytes: int
+    max_output_tokens: int
+    max_tool_calls: int
+    background: bool = False
+    stored: bool = True
+    previous: str = ""
+    context_tokens: int = 0
+    context_pictures: int = 0
 
 
 @dataclass(frozen=True, slots=True)

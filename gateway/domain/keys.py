@@ -78,6 +78,12 @@ class Peppers:
         return tuple(pepper_id(pepper) for pepper in (self.current, *self.old))
 
 
+def derived(peppers: Peppers, purpose: str) -> bytes:
+    """A key of its own for ``purpose``, made from the oldest pepper, so that it stays through the
+    first step of a rotation. No secret's digest is one: none begins with a NUL."""
+    return hmac.digest(peppers.oldest, b"\0" + purpose.encode(), hashlib.sha256)
+
+
 def pepper_id(pepper: bytes) -> str:
     """A pepper's public id, which tells nothing: what keys say they were hashed with."""
     return hashlib.sha256(b"pepper-id" + pepper).hexdigest()[:_PEPPER_ID_CHARS]

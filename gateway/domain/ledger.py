@@ -101,6 +101,8 @@ class Claim:
     """The idempotency key may also be taken over from a call whose outcome is unknown
     (``on_unknown: repeat``): a person has decided that to buy it twice is better than not at
     all."""
+    user: str = ""
+    """The end user of the call, as a hash; empty where nobody said, or it is not to be kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,3 +242,17 @@ class UsageRow:
     unresolved: int = 0
     unresolved_cost: Money = 0
     flagged: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class UserUsage:
+    """What one end user of a team has bought, over some days. ``user`` is a hash, empty for the
+    calls that named nobody. ``images`` are those of answers that were delivered, ``cost`` is in
+    nano-dollars; ``unresolved`` counts the expired holds among ``requests``."""
+
+    team: str
+    user: str
+    requests: int
+    images: int
+    cost: Money
+    unresolved: int

@@ -38,6 +38,8 @@ MONEY_WINDOWS = (Window.DAY, Window.WEEK, Window.MONTH, Window.TOTAL)
 class Scope(StrEnum):
     TEAM = "team"
     KEY = "key"
+    USER = "user"
+    """An end user of a team: ``growth/u_0123...``."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,6 +76,8 @@ class Receipt:
     status: int
     team: str = ""
     key_id: str = ""
+    user: str = ""
+    """The end user, as a hash, where that is to be recorded."""
     model: str = ""
     model_label: str = ""
     model_served: str = ""
@@ -124,6 +126,8 @@ class Receipt:
     """Of a request whose trace is sampled: its attempts, in order."""
     joined_trace: TraceContext | None = None
     """The span of the request that it joined, where that is known here."""
+    method: str = "POST"
+    """Of its request line, once that was found to be one that is answered."""
     prompt: str | None = None
     """Only where the operator asked for prompts in the log."""
 

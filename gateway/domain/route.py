@@ -37,6 +37,8 @@ class Target:
     weight: int = 1
     stream_always: bool = False
     failures_billed: bool = False
+    tool: str = ""
+    """Of a response: the name there of the model behind its image tool."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -86,6 +86,21 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class PerUser:
+    """What each end user of a team may do, beside what the team may. ``required``: a call that
+    does not name its user is refused."""
+
+    limits: Limits = field(default_factory=Limits)
+    required: bool = False
+
+    def of(self, owner: str) -> tuple[Limit, ...]:
+        """The bounded accounts of one user. Of money only those that have an amount: the books
+        must not grow with every user for nothing."""
+        limits = self.limits.of(Scope.USER, owner)
+        return tuple(limit for limit in limits if limit.amount is not None)
+
+
+@dataclass(frozen=True, slots=True)
 class Team:
     """A group that shares keys, limits and a cache. ``id`` is its name: ``growth``.
 
@@ -103,6 +118,7 @@ class Team:
     time_zone: str = "UTC"
     weight: int = 1
     """Its share of the places, against the other teams that wait for one."""
+    per_user: PerUser = field(default_factory=PerUser)
 
     @property
     def zone(self) -> tzinfo:
@@ -142,10 +158,13 @@ class Declared:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """A known key and its team: who stands at the door."""
+    """A known key and its team: who stands at the door. ``user`` is the end user of its call, as a
+    hash (``user.user_id``), once the call is read and says so."""
 
     team: Team
     key: Key
+    user: str = ""
+    records_user: bool = True
 
     def may_use(self, model: str) -> bool:
         """Whether both the team and the key allow the model's configured name."""
@@ -154,9 +173,15 @@ class Caller:
 
     @property
     def limits(self) -> tuple[Limit, ...]:
-        """Every account a call of this caller draws on: the key's, then the team's."""
+        """Every account a call of this caller draws on: its user's, the key's, then the team's."""
+        user = self.team.per_user.of(f"{self.team.id}/{self.user}") if self.user else ()
         key = self.key.limits.of(Scope.KEY, self.key.id)
-        return key + self.team.limits.of(Scope.TEAM, self.team.id)
+        return user + key + self.team.limits.of(Scope.TEAM, self.team.id)
+
+    @property
+    def recorded_user(self) -> str:
+        """Whom the books and the log may name; empty for nobody."""
+        return self.user if self.records_user else ""
 
     @property
     def max_cost_per_request(self) -> Money | None:
@@ -165,4 +190,5 @@ class Caller:
 
     @property
     def has_budget(self) -> bool:
-        return self.key.limits.has_budget or self.team.limits.has_budget
+        budgets = [self.key.limits.has_budget, self.team.limits.has_budget]
+        return any(budgets) or (bool(self.user) and self.team.per_user.limits.has_budget)

@@ -92,6 +92,7 @@ class Admission:
             idempotency_key=key_of(call, idempotency_key),
             worker=self._worker,
             repeat_unknown=self._repeat_unknown,
+            user=plan.caller.recorded_user,
         )
         try:
             match await self._ledger.reserve(claim):

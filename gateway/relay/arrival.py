@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError
@@ -35,8 +35,10 @@ class Arrival:
     """The client does not wait: it asks for the result later."""
     trace: Trace | None = None
     """Its span, where requests are traced."""
+    user_hints: Mapping[str, str] = field(default_factory=dict)
+    """Its headers among ``USER_HEADERS``: who the end user is, where the body does not say."""
     deployment: str | None = None
-    """The model that its path names (Azure): it wins over the body's."""
+    """The model that the path names, as Azure's do: it goes before the body's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,12 +19,14 @@ from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
     ModelNotAllowed,
+    ModelRetired,
     RateLimited,
     TeamFault,
     UpstreamAccount,
 )
 from gateway.domain.ledger import Balance, Basis, Denied, Line, Outcome
 from gateway.domain.money import Money, format_dollars
+from gateway.domain.owned import Anchor
 from gateway.domain.price import OLD_QUALITIES, OPEN, CannotPrice, parse_size, raised
 from gateway.domain.quota import Demand, Limit, Refusal, Unit
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
@@ -121,7 +123,13 @@ class Estimates:
                 del self._running[key]
 
     async def answer(
-        self, rid: str, planner: Planner, caller: Caller, call: Call, wish: CacheWish
+        self,
+        rid: str,
+        planner: Planner,
+        caller: Caller,
+        call: Call,
+        wish: CacheWish,
+        anchor: Anchor | None = None,
     ) -> tuple[Head, Plan | None]:
         """The estimate, and the plan where the call could be planned.
 
@@ -129,7 +137,7 @@ class Estimates:
         ``InvalidRequest``; and ``LedgerUnavailable``.
         """
         now = self._clock.now()
-        model, plan, refusal = await _plan(planner, caller, call, wish, now)
+        model, plan, refusal = await _plan(planner, caller, call, wish, now, anchor)
         lines, balances = await self._budgets.budgets(lines_of(caller, now))
         if plan is not None and refusal is None:
             refusal = _never_fits(plan) or _no_room(plan, dict(zip(lines, balances, strict=True)))
@@ -161,6 +169,7 @@ class Estimates:
             ("content-type", headers.JSON),
             ("x-request-id", rid),
             *headers.NOTHING_SPENT,
+            *headers.of_sunset(plan.sunset if plan else None),
             *headers.of_budget(lines, balances),
         )
         content = json.dumps(described).encode()
@@ -208,7 +217,12 @@ class Estimates:
 
 
 async def _plan(
-    planner: Planner, caller: Caller, call: Call, wish: CacheWish, now: datetime
+    planner: Planner,
+    caller: Caller,
+    call: Call,
+    wish: CacheWish,
+    now: datetime,
+    anchor: Anchor | None,
 ) -> tuple[Model | None, Plan | None, GatewayError | None]:
     """As the call itself would be planned, as far as that goes, and what would refuse it."""
     try:
@@ -217,8 +231,8 @@ async def _plan(
     except ModelNotAllowed as error:
         return None, None, error
     try:
-        return model, await _planned(planner, caller, call, wish, now), None
-    except UpstreamAccount as error:
+        return model, await _planned(planner, caller, call, wish, now, anchor), None
+    except (UpstreamAccount, ModelRetired) as error:
         return model, None, error
     except InvalidRequest as error:
         if error.code not in REFUSALS:
@@ -227,13 +241,18 @@ async def _plan(
             return model, None, error
         # What it would cost is then the very thing to be told.
         lifted = _without_most(caller)
-        return model, await _planned(planner, lifted, call, wish, now), error
+        return model, await _planned(planner, lifted, call, wish, now, anchor), error
 
 
 async def _planned(
-    planner: Planner, caller: Caller, call: Call, wish: CacheWish, now: datetime
+    planner: Planner,
+    caller: Caller,
+    call: Call,
+    wish: CacheWish,
+    now: datetime,
+    anchor: Anchor | None,
 ) -> Plan:
-    return await planner.plan(planner.route_call(caller, call), wish, now)
+    return await planner.plan(planner.route_call(caller, call, anchor), wish, now)
 
 
 def alternatives(call: Call, quote: Quote) -> list[tuple[Mapping[str, str], Call, Money]]:
@@ -275,9 +294,10 @@ def _is_larger(size: str) -> bool:
 def _without_most(caller: Caller) -> Caller:
     """The same caller, who may spend as much as it likes on one request."""
     team, key = caller.team, caller.key
-    return Caller(
-        replace(team, limits=replace(team.limits, max_cost_per_request=None)),
-        replace(key, limits=replace(key.limits, max_cost_per_request=None)),
+    return replace(
+        caller,
+        team=replace(team, limits=replace(team.limits, max_cost_per_request=None)),
+        key=replace(key, limits=replace(key.limits, max_cost_per_request=None)),
     )
 
 

@@ -13,10 +13,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gateway.domain.errors import ClientGone
+from gateway.domain.errors import ClientGone, GatewayError
 from gateway.domain.receipt import Receipt
 from gateway.domain.trace import TraceContext
 from gateway.ports import FlightNotice
+from gateway.relay.meter import error_event
 
 log = logging.getLogger(__name__)
 
@@ -207,6 +208,8 @@ class Flight:
         """Puts its answer away, once there is one."""
         self.instead: Callable[[], AsyncIterator[bytes]] | None = None
         """What a stream that has begun says in the end, where it could not be said as it came."""
+        self.error_event: Callable[[GatewayError], bytes] = error_event
+        """How its stream says an error, once it has begun."""
         self.seat: Seat | None = None
         """That of the client it was launched for, once others may join it."""
         self.trace: TraceContext | None = None

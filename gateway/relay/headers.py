@@ -6,7 +6,8 @@ import math
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
+from email.utils import format_datetime
 
 from gateway.domain.call import AnswerAs, Call, Change
 from gateway.domain.charge import Quote
@@ -18,6 +19,7 @@ from gateway.domain.receipt import CacheResult
 from gateway.relay.failover import said_wait
 from gateway.relay.flights import Head
 from gateway.relay.plan import Plan, Way
+from gateway.relay.retirement import Sunset
 
 Headers = tuple[tuple[str, str], ...]
 
@@ -50,7 +52,19 @@ def of_way(plan: Plan, way: Way) -> Headers:
         ("x-model-served", way.target.model),
         ("x-gateway-upstream", way.upstream.name),
         *of_changes(plan.call, other),
+        *of_sunset(plan.sunset),
     )
+
+
+def of_sunset(sunset: Sunset | None) -> Headers:
+    """That the model which was asked for is soon served no more (RFC 8594), and what to do."""
+    if sunset is None:
+        return ()
+    advice = f"; use {sunset.replacement}." if sunset.replacement else "."
+    warning = f"{sunset.model} shuts down on {sunset.day}{advice}"
+    instant = format_datetime(datetime.combine(sunset.day, time(), UTC), usegmt=True)
+    said = (("sunset", instant), ("x-gateway-warning", warning))
+    return tuple((name, value) for name, value in said if _is_clean(value))
 
 
 def of_attempts(count: int) -> Headers:

@@ -84,6 +84,17 @@ def from_url(value: str | Hole, role: str, param: str, rules: PictureRules) -> I
     return InputImage(role=role, digest=_sha256(text), size_bytes=0, media_type="")
 
 
+def from_id(id: str, role: str) -> InputImage:
+    """A file that lives at an upstream: how large it is, its owner's row says. Nothing is known of
+    its type and its pixels."""
+    return InputImage(role=role, digest=digest_of_file(id), size_bytes=0, media_type="")
+
+
+def digest_of_file(id: str) -> str:
+    """What stands for the content of a file, which never changes under its id."""
+    return _sha256(f"file_id:{id}")
+
+
 def _from_data(
     value: str | Hole, text: str, role: str, param: str, rules: PictureRules
 ) -> InputImage:

@@ -13,11 +13,11 @@ flight, one whose picture is there already gets that, and for everybody else a f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from gateway.domain.call import AnswerAs, Call, Inquiry
+from gateway.domain.call import AnswerAs, Call, Inquiry, Operation
 from gateway.domain.compat import changed_names
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
 from gateway.domain.ledger import Held, Outcome, Replay
@@ -41,13 +41,22 @@ from gateway.relay.keyring import KeyRing
 from gateway.relay.news import Finished, ResultNews
 from gateway.relay.plan import Plan, Planner, lines_of
 from gateway.relay.purchase import Purchases, crash
-from gateway.relay.read import ReadRules, reader_for
+from gateway.relay.read import Reader, ReadRules, reader_for
+from gateway.relay.read_response import remembered, response_reader
+from gateway.relay.references import References, Resolved
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
 from gateway.relay.turnstile import Turnstile
+from gateway.relay.users import Users
 
 log = logging.getLogger(__name__)
 
+READERS: Mapping[Operation, Callable[..., Reader]] = {
+    Operation.GENERATION: reader_for,
+    Operation.EDIT: reader_for,
+    Operation.RESPONSE: response_reader,
+}
+"""Who reads an operation's body."""
 MEMORY_BODY_BYTES = 1024 * 1024
 """A request's body over this goes to disk: it may wait there for minutes."""
 
@@ -59,6 +68,7 @@ class Pipeline:
         self,
         *,
         keyring: KeyRing,
+        references: References,
         planner: Planner,
         admission: Admission,
         purchases: Purchases,
@@ -76,12 +86,14 @@ class Pipeline:
         flights: Flights,
         clock: Clock,
         turnstile: Turnstile,
+        users: Users,
         log_prompts: bool = False,
         begun: Callable[[Receipt], None] = lambda receipt: None,
     ) -> None:
         """``begun`` hears of each call that its limits let in, before it is bought."""
         self._begun = begun
         self._keyring = keyring
+        self._references = references
         self._planner = planner
         self._admission = admission
         self._purchases = purchases
@@ -99,6 +111,7 @@ class Pipeline:
         self._flights = flights
         self._clock = clock
         self._turnstile = turnstile
+        self._users = users
         self._log_prompts = log_prompts
 
     def replace(
@@ -136,11 +149,17 @@ class Pipeline:
             if isinstance(arrival.operation, Inquiry):
                 with self._estimates.turn(caller):
                     so_far, call = await self._taken_in(arrival, body, so_far, rules)
-                    return await self._estimate(arrival, self._planner, caller, call, so_far)
+                    caller = self._users.named(caller, call, arrival.user_hints)
+                    so_far = replace(so_far, user=caller.recorded_user)
+                    found = await self._references.resolve(caller, call)
+                    return await self._estimate(arrival, self._planner, caller, found, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
             call = self._planner.repaired(caller, call)
             changed, so_far = headers.of_changes(call), _with_changes(so_far, call)
-            answer = await self._answer(arrival, caller, call, body, so_far)
+            caller = self._users.named(caller, call, arrival.user_hints)
+            so_far = replace(so_far, user=caller.recorded_user)
+            found = remembered(await self._references.resolve(caller, call))
+            answer = await self._answer(arrival, caller, found, body, so_far)
             answer = replace(answer, head=headers.with_changes(answer.head, call))
             return await self._as_asked(arrival, call, answer)
         except GatewayError as error:
@@ -149,14 +168,14 @@ class Pipeline:
             body.close()
 
     async def _answer(
-        self, arrival: Arrival, caller: Caller, call: Call, body: Spool, so_far: Receipt
+        self, arrival: Arrival, caller: Caller, found: Resolved, body: Spool, so_far: Receipt
     ) -> Answer:
         """A call that is read: whose answer it gets. What is configured now plans it, also where
         it was read, or has waited for another one, for longer than anything else lives."""
         vacant: set[str] = set()
         while True:
             planner = self._planner
-            routed = planner.route_call(caller, call)
+            routed = planner.route_call(caller, found.call, found.anchor)
             earlier = await self._comebacks.earlier(arrival, routed)
             if earlier is not None and earlier.rid not in vacant:
                 answer = await self._comebacks.answer(arrival, routed, earlier, so_far)
@@ -299,16 +318,18 @@ class Pipeline:
             async for chunk in arrival.body:
                 reader.feed(chunk)
             return reader.close()
-        reader = reader_for(arrival.operation, *announced)
+        reader = READERS[arrival.operation](arrival.operation, *announced)
         async for chunk in arrival.body:
             reader.feed(chunk)
             await body.write(chunk)
         return reader.close()
 
     async def _estimate(
-        self, arrival: Arrival, planner: Planner, caller: Caller, call: Call, so_far: Receipt
+        self, arrival: Arrival, planner: Planner, caller: Caller, found: Resolved, so_far: Receipt
     ) -> Answer:
-        head, plan = await self._estimates.answer(arrival.rid, planner, caller, call, arrival.wish)
+        head, plan = await self._estimates.answer(
+            arrival.rid, planner, caller, found.call, arrival.wish, found.anchor
+        )
         if plan is not None:
             so_far = _with_plan(so_far, plan)
         receipt = replace(so_far, status=head.status)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import date, datetime
 from typing import Protocol
 
 from gateway.domain.call import Call, Change
@@ -16,12 +16,14 @@ from gateway.domain.errors import (
     InvalidRequest,
     ModelNotAllowed,
     ModelNotFound,
+    ModelRetired,
     UpstreamAccount,
 )
 from gateway.domain.fingerprint import fingerprint
 from gateway.domain.ledger import Line
 from gateway.domain.money import Money, say_dollars
 from gateway.domain.notices import money_lines
+from gateway.domain.owned import Anchor
 from gateway.domain.price import (
     FACTOR_ONE,
     OPEN,
@@ -33,12 +35,16 @@ from gateway.domain.price import (
     PriceRow,
     raised,
 )
+from gateway.domain.price_response import drawn as drawn_picture
+from gateway.domain.price_response import row_of
 from gateway.domain.quota import Demand, Limit, Scope, Unit
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
 from gateway.ports import Cache, Cached, Upstream
 from gateway.relay.compat import repaired, routed_name
+from gateway.relay.plan_response import DEFAULT_TOOL_MODEL, served, with_tool
+from gateway.relay.retirement import Retirements, Sunset
 from gateway.relay.strict import validate_strict
 
 
@@ -86,6 +92,10 @@ class Routed:
     fingerprint: str
     enabled: bool
     linked: bool
+    tool: Model | None = None
+    """The model behind the image tool of a response."""
+    anchor: Anchor | None = None
+    """Where what it names by an id lives: it can go nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +121,10 @@ class Plan:
     at: datetime
     """The one instant that its periods and its day of usage are counted from."""
     cached: Cached | None = None
+    sunset: Sunset | None = None
+    """Where the model that was asked for is soon served no more: the client is told."""
+    anchor: Anchor | None = None
+    """The upstream of all its ways, and the key that it goes with."""
 
     @property
     def way(self) -> Way:
@@ -150,6 +164,10 @@ class Plan:
         ways = (first, *(way for way in self.ways if way is not first))
         demand = replace(self.demand, money=first.quote.bound.amount)
         return replace(self, ways=ways, demand=demand)
+
+
+STOOD_IN_FOR = (UpstreamAccount, ModelRetired)
+"""What a fallback helps against: nothing is wrong with the request."""
 
 
 class Chooser(Protocol):
@@ -200,6 +218,7 @@ class Planner:
         self._chooser = chooser or random.Random()
         self._compat = compat or Compat()
         self._hosting = hosting
+        self.retirements = Retirements(catalogue, self._row_of)
 
     def repaired(self, caller: Caller, call: Call) -> Call:
         """The call for a model that is configured, with what older clients send mended and what
@@ -209,11 +228,13 @@ class Planner:
         compat = merged(self._compat, model.compat, caller.key.compat)
         return _pinned(repaired(call, model, compat, hosting=self._hosting), model.pin)
 
-    def route_call(self, caller: Caller, call: Call) -> Routed:
+    def route_call(self, caller: Caller, call: Call, anchor: Anchor | None = None) -> Routed:
         """Which model a call, once it is repaired, is for, and by what name it is known; nothing
-        is looked up. Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
+        is looked up. ``anchor`` is where the ids that it names live. Raises ``ModelNotFound``,
+        ``ModelNotAllowed``, ``InvalidRequest``."""
         model = self.route(caller, call.model)
-        _judge(call, model)
+        tool = self._tool(caller, call)
+        _judge(call, model, tool)
         # A picture known by its address alone (it has no size) is fetched by the upstream, and
         # what stands there may change: it is passed on only where that is allowed, never cached.
         linked = any(picture.size_bytes == 0 for picture in call.inputs)
@@ -232,22 +253,26 @@ class Planner:
             upstream=model.target.upstream,
         )
         switches = (self._policy.enabled, caller.team.cache_enabled, model.cache_enabled)
-        return Routed(caller, call, model, mark, all(switches) and not linked, linked)
+        # Whoever talks to a model wants an answer of its own.
+        enabled = all(switches) and not linked and call.asks is None
+        return Routed(caller, call, model, mark, enabled, linked, tool, anchor)
 
     async def plan(self, routed: Routed, wish: CacheWish, now: datetime) -> Plan:
-        """A kept answer, or the ways to a new one. Raises ``InvalidRequest``,
+        """A kept answer, or the ways to a new one. Raises ``InvalidRequest``, ``ModelRetired``,
         ``UpstreamAccount``."""
         caller, call, model = routed.caller, routed.call, routed.model
         cached = None
-        if routed.enabled and wish.read:
+        over = self.retirements.is_over(model, now.date())
+        if routed.enabled and wish.read and not over:
             cached = await self._look_up(routed.fingerprint, call, wish, now)
         rates = rates_of(caller)
+        sunset = self.retirements.sunset(caller, model, now.date())
         if cached is not None:
             nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
             kept = Way(model, model.target, self._upstreams[model.target.upstream], nothing)
             return Plan(
                 caller, call, model, (kept,), Demand(), rates, (), routed.fingerprint,
-                CacheResult.HIT, False, now, cached,
+                CacheResult.HIT, False, now, cached, sunset,
             )  # fmt: skip
         ways = self._ways(routed, now)
         return Plan(
@@ -262,6 +287,8 @@ class Planner:
             cache=CacheResult.MISS if routed.enabled else CacheResult.OFF,
             keep=routed.enabled and wish.write and any(way.quote.row for way in ways),
             at=now,
+            sunset=sunset,
+            anchor=routed.anchor,
         )
 
     def route(self, caller: Caller, name: str) -> Model:
@@ -289,20 +316,41 @@ class Planner:
             )
         return model
 
-    def models(self, caller: Caller) -> list[Model]:
-        """Every configured model that the caller may use, by name."""
+    def _tool(self, caller: Caller, call: Call) -> Model | None:
+        """The model behind a response's image tool, which the caller has to be allowed as well.
+        Raises as ``route`` does, naming the tool."""
+        asked = None if call.asks is None else call.asks.tool
+        if asked is None:
+            return None
+        try:
+            return self.route(caller, asked.model or DEFAULT_TOOL_MODEL)
+        except (ModelNotFound, ModelNotAllowed) as error:
+            error.param = f"tools[{asked.index}].model"
+            raise
+
+    def models(self, caller: Caller, now: datetime) -> list[Model]:
+        """Every configured model that the caller may use and that is still served, by name."""
+        permitted = self._permitted(caller)
+        return [one for one in permitted if not self.retirements.is_over(one, now.date())]
+
+    def _permitted(self, caller: Caller) -> list[Model]:
         known = self._catalogue.models.values()
         return sorted(
             (model for model in known if caller.may_use(model.name)), key=lambda model: model.name
         )
 
     def row(self, model: Model, now: datetime) -> PriceRow | None:
-        """The price of a model today: at the first of its upstreams that has one."""
-        rows = (
-            self._price_list(self._upstreams[target.upstream], now).find(target.model)
-            for target in model.targets
-        )
-        return next((row for row in rows if row is not None), None)
+        """The price of a model today: at the first of its upstreams that has one, and still serves
+        it."""
+        today = now.date()
+        found = [self._row_of(target, today) for target in model.targets]
+        rows = [row for row in found if row is not None]
+        serving = (row for row in rows if not row.retired(today))
+        return next(serving, rows[0] if rows else None)
+
+    def _row_of(self, target: Target, today: date) -> PriceRow | None:
+        upstream = self._upstreams[target.upstream]
+        return self._prices.of(upstream.name, upstream.provider, today).find(target.model)
 
     def _price_list(self, upstream: Upstream, now: datetime) -> PriceList:
         return self._prices.of(upstream.name, upstream.provider, now.date())
@@ -313,17 +361,18 @@ class Planner:
     def _ways(self, routed: Routed, now: datetime) -> tuple[Way, ...]:
         """Every way that is on, has a price and costs no more than a call may, in the order they
         are to be tried in. Raises what the first of the asked model's own is refused for where
-        none of those is left; what is off alone may be stood in for."""
+        none of those is left; what is off or retired alone may be stood in for."""
         model = routed.model
         found, refusals = self._ways_of(routed, model, now)
-        if any(not isinstance(error, UpstreamAccount) for error in refusals) and not found:
-            raise next(error for error in refusals if not isinstance(error, UpstreamAccount))
+        mistakes = [error for error in refusals if not isinstance(error, STOOD_IN_FOR)]
+        if mistakes and not found:
+            raise mistakes[0]
         for name in model.fallbacks:
             other = self._catalogue.find(name)
             if other is None or not routed.caller.may_use(name):
                 continue
             try:
-                _judge(routed.call, other)
+                _judge(routed.call, other, routed.tool)
             except InvalidRequest:
                 continue
             found += self._ways_of(routed, other, now)[0]
@@ -341,20 +390,39 @@ class Planner:
             upstream = self._upstreams[target.upstream]
             if routed.linked and not self._passes(target):
                 continue
+            if routed.anchor is not None and target.upstream != routed.anchor.upstream:
+                continue
+            retired = self.retirements.refusal(routed.caller, model, target, now.date())
+            if retired is not None:
+                refusals.append(retired)
+                continue
             if not upstream.ready:
                 refusals.append(_off(model, upstream))
                 continue
             try:
-                quote = self._quote(routed.caller, routed.call, model, target, now)
-            except InvalidRequest as error:
+                target = with_tool(target, routed.tool, routed.call)
+                if routed.tool is not None:
+                    self._refuse_retired(routed.caller, routed.tool, target, now)
+                quote = self._quote(routed, model, target, now)
+            except (InvalidRequest, ModelRetired) as error:
                 refusals.append(error)
             else:
                 rests = not self._usable(upstream, target.model)
                 found.append(Way(model, target, upstream, quote, rests))
+        if not found and not refusals:
+            refusals.append(_elsewhere(model, routed))
         return sorted(found, key=lambda way: way.rests), refusals
 
+    def _refuse_retired(self, caller: Caller, tool: Model, target: Target, now: datetime) -> None:
+        """Raises ``ModelRetired`` where what the tool would draw with is not served any more."""
+        drawing = replace(target, model=target.tool)
+        retired = self.retirements.refusal(caller, tool, drawing, now.date())
+        if retired is not None:
+            retired.param = "tools"
+            raise retired
+
     def _allowed(self, caller: Caller) -> str:
-        names = [model.name for model in self.models(caller)]
+        names = [model.name for model in self._permitted(caller)]
         if not names:
             return "no model"
         return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
@@ -382,15 +450,18 @@ class Planner:
         fits = not call.stream or cached.meta.streamable
         return cached if fits and age <= min(limits) else None
 
-    def _quote(
-        self, caller: Caller, call: Call, model: Model, target: Target, now: datetime
-    ) -> Quote:
+    def _quote(self, routed: Routed, model: Model, target: Target, now: datetime) -> Quote:
+        caller, call = routed.caller, served(routed.call, target)
         prices = self._price_list(self._upstreams[target.upstream], now)
         row = prices.find(target.model)
         most = caller.max_cost_per_request
+        picture = prices.find(target.tool) if target.tool else None
         if row is None:
             return Quote(self._unpriced_bound(caller, model, most), prices, None)
+        if routed.tool is not None and picture is None:
+            return Quote(self._unpriced_bound(caller, routed.tool, most), prices, None)
         try:
+            row = row if call.asks is None else row_of(row, picture)
             base = row.price.bound(call, prices)
         except CannotPrice as error:
             raise InvalidRequest(
@@ -435,7 +506,7 @@ def rates_of(caller: Caller) -> tuple[Limit, ...]:
 
 
 def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:
-    """Every account of money that the caller draws on now, the key's before the team's."""
+    """Every account of money that the caller draws on now: its user's, the key's, the team's."""
     return money_lines(caller.limits, now, caller.team.zone)
 
 
@@ -461,8 +532,13 @@ def _drawn(targets: Sequence[Target], chooser: Chooser) -> Iterable[Target]:
             yield equal[place]
 
 
-def _judge(call: Call, model: Model) -> None:
-    """What a model of the operator's does not take. Raises ``InvalidRequest``."""
+def _judge(call: Call, model: Model, tool: Model | None) -> None:
+    """What a model of the operator's does not take; of a response that is the one that draws, and
+    the pictures are the other's to read. Raises ``InvalidRequest``."""
+    if call.asks is not None:
+        if tool is None:
+            return
+        call, model = replace(drawn_picture(call), inputs=()), tool
     if model.strict:
         validate_strict(call, model.target.model)
     if model.refuse_unknown and call.unknown:
@@ -476,6 +552,20 @@ def _judge(call: Call, model: Model) -> None:
         )
 
 
+def _elsewhere(model: Model, routed: Routed) -> InvalidRequest:
+    """What a call is told whose model is not served where the ids that it names live."""
+    param = routed.call.references[0].param if routed.call.references else "id"
+    there = routed.anchor.upstream if routed.anchor is not None else "another one"
+    others = ", ".join(dict.fromkeys(target.upstream for target in model.targets))
+    return InvalidRequest(
+        f"'{param}' lives at the upstream {there}, and {model.name} is served by {others}. Send "
+        f"the picture itself, or ask for a model that {there} serves.",
+        code="file_elsewhere",
+        param=param,
+        reason="invalid_param",
+    )
+
+
 def _off(model: Model, upstream: Upstream) -> UpstreamAccount:
     return UpstreamAccount(
         f"This gateway has no key for its upstream {upstream.name} yet, so {model.name} is "
@@ -487,7 +577,7 @@ def _off(model: Model, upstream: Upstream) -> UpstreamAccount:
 
 def _pinned(call: Call, pin: Pin | None) -> Call:
     """The call with what its client left open filled in. What was said is never touched."""
-    if pin is None:
+    if pin is None or call.asks is not None:
         return call
     wanted = (("size", call.size, pin.size), ("quality", call.quality, pin.quality))
     filled = {name: value for name, given, value in wanted if given in OPEN}
@@ -536,6 +626,8 @@ def say_cheaper(call: Call, quote: Quote, left: Money) -> str:
 
 def say_owner(scope: Scope, caller: Caller) -> str:
     """Whose a limit is, at the beginning of a sentence."""
+    if scope is Scope.USER:
+        return f"User {caller.user} of team {caller.team.id}"
     if scope is Scope.KEY:
         return f"Key {caller.key.name or caller.key.id} of team {caller.team.id}"
     return f"Team {caller.team.id}"

@@ -22,10 +22,12 @@ from gateway.domain.call import (
     Json,
     Layout,
     Operation,
+    Reference,
     Spot,
 )
 from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
-from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_url
+from gateway.domain.owned import OwnedKind
+from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_id, from_url
 from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
 from gateway.relay.skim import BadJson, Hole, JsonSkimmer
 
@@ -74,6 +76,17 @@ _IMAGE = re.compile(r"image(?:\[([0-9]{0,4})\])?")
 
 
 @dataclass(frozen=True, slots=True)
+class ResponseRules:
+    """What a response may ask for (``responses`` in the configuration). The two numbers are filled
+    in where a request leaves them open, and the most that it may say."""
+
+    enabled: bool = True
+    without_image_tool: bool = False
+    max_output_tokens: int = 16_384
+    max_tool_calls: int = 4
+
+
+@dataclass(frozen=True, slots=True)
 class ReadRules:
     """The limits of a request (reliability 5.4), in bytes, pixels and pictures.
 
@@ -88,10 +101,12 @@ class ReadRules:
     max_side: int = 16_384
     max_images: int = 16
     image_urls_allowed: bool = False
+    responses: ResponseRules = ResponseRules()
 
     def body_limit(self, operation: Operation) -> int:
-        """The most bytes a request may have: pictures, in either encoding, only come to edits."""
-        return self.max_form_bytes if operation is Operation.EDIT else self.max_json_bytes
+        """The most bytes a request may have: no pictures come with a generation."""
+        small = operation is Operation.GENERATION
+        return self.max_json_bytes if small else self.max_form_bytes
 
     @property
     def picture(self) -> PictureRules:
@@ -149,6 +164,7 @@ class _JsonReader:
         self._rules = rules
         self._limit = rules.body_limit(operation)
         self._length = 0
+        self._references: list[Reference] = []
         self._skimmer = JsonSkimmer(
             keep_bytes=KEEP_BYTES,
             max_depth=MAX_DEPTH,
@@ -166,26 +182,28 @@ class _JsonReader:
         try:
             self._skimmer.feed(chunk)
         except BadJson as bad:
-            raise _bad_json(bad) from None
+            raise bad_json(bad) from None
 
     def close(self) -> Call:
         try:
             skimmed = self._skimmer.close()
         except BadJson as bad:
-            raise _bad_json(bad) from None
+            raise bad_json(bad) from None
         fields = skimmed.value
         if not isinstance(fields, dict):
             raise InvalidRequest(
-                f"The body must be a JSON object, not {_kind(fields)}.",
+                f"The body must be a JSON object, not {kind_of(fields)}.",
                 code="invalid_type",
                 reason="invalid_param",
             )
         inputs: tuple[InputImage, ...] = ()
         extras: list[Json] = []
         taken: frozenset[str] = frozenset()
+        references: tuple[Reference, ...] = ()
         if self._operation is Operation.EDIT:
             taken = frozenset({"images", "mask", "markup"})
             inputs, extras = self._pictures(fields)
+            references = tuple(self._references)
         parameters = {name: value for name, value in fields.items() if name not in taken}
         if any(extras):
             # What stands beside a picture's address decides the answer too: it is kept with the
@@ -201,6 +219,7 @@ class _JsonReader:
             inputs=inputs,
             unknown=parameters.keys() - KNOWN,
             body_bytes=self._length,
+            references=references,
         )
 
     def _pictures(self, fields: Mapping[str, object]) -> tuple[tuple[InputImage, ...], list[Json]]:
@@ -209,7 +228,7 @@ class _JsonReader:
         if images is None or images == []:
             raise missing("images", 'a list like [{"image_url": "data:image/png;base64,..."}].')
         if not isinstance(images, list):
-            raise _wrong_type("images", "an array of objects", images)
+            raise wrong_type("images", "an array of objects", images)
         if len(images) > self._rules.max_images:
             raise _too_many("images", self._rules.max_images)
         places = [("image", f"images[{index}]", item) for index, item in enumerate(images)]
@@ -224,7 +243,7 @@ class _JsonReader:
             inputs.append(self._picture(role, param, item))
             extras.append(
                 {
-                    name: _settled(value)
+                    name: settled(value)
                     for name, value in item.items()
                     if name not in ("image_url", "file_id") and value is not None
                 }
@@ -233,22 +252,31 @@ class _JsonReader:
 
     def _picture(self, role: str, param: str, item: object) -> InputImage:
         if not isinstance(item, dict):
-            raise _wrong_type(param, "an object with 'image_url'", item)
+            raise wrong_type(param, "an object with 'image_url'", item)
         if item.get("file_id") is not None:
-            raise InvalidRequest(
-                f"'{param}.file_id' cannot be used: files do not exist on this gateway yet. Send "
-                "the picture as a data URL in 'image_url', or as a file of a multipart form.",
-                code="file_id_unsupported",
-                param=f"{param}.file_id",
-                reason="invalid_param",
-            )
+            return self._file(role, param, item)
         param = f"{param}.image_url"
         address = item.get("image_url")
         if address is None:
             raise missing(param, "a data URL like data:image/png;base64,....")
         if not isinstance(address, (str, Hole)):
-            raise _wrong_type(param, "a string", address)
+            raise wrong_type(param, "a string", address)
         return from_url(address, role, param, self._rules.picture)
+
+    def _file(self, role: str, param: str, item: Mapping[str, object]) -> InputImage:
+        """A file that was uploaded before; whose it is, is not known here."""
+        id, place = item["file_id"], f"{param}.file_id"
+        if item.get("image_url") is not None:
+            raise InvalidRequest(
+                f"Invalid value for '{param}': send one of 'image_url' and 'file_id', not both.",
+                code="invalid_value",
+                param=param,
+                reason="invalid_param",
+            )
+        if not isinstance(id, str) or not id:
+            raise wrong_type(place, "the id of a file, like file-...", id)
+        self._references.append(Reference(OwnedKind.FILE.value, id, place))
+        return from_id(id, role)
 
 
 class _FormReader:
@@ -440,17 +468,19 @@ def _call(
     inputs: tuple[InputImage, ...],
     unknown: set[str],
     body_bytes: int,
+    references: tuple[Reference, ...] = (),
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given = {name: value for name, value in fields.items() if value is not None}
-    _check_spelling(fields.keys() | unknown)
-    model = _model(given)
+    check_spelling(fields.keys() | unknown)
+    _check_ids({**dict.fromkeys(unknown), **fields})
+    model = model_of(given)
     prompt = _prompt(given)
-    numbers = {name: _number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
+    numbers = {name: number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
     texts = {name: _optional_text(given, name) for name in _PRICED_TEXTS}
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
-        raise _wrong_type("stream", "true or false", stream)
+        raise wrong_type("stream", "true or false", stream)
     _check_svg(given)
     for name in _ECHOED:
         value = given.get(name)
@@ -470,7 +500,7 @@ def _call(
         model=model,
         prompt_bytes=len(prompt.encode()),
         parameters={
-            name: _without_nulls(value) if name == "svg" else _settled(value)
+            name: _without_nulls(value) if name == "svg" else settled(value)
             for name, value in given.items()
             if name != "model"
         },
@@ -484,12 +514,13 @@ def _call(
         frame_count=1 if output_format in STILL_FORMATS else (frames or DEFAULT_FRAMES),
         unknown=frozenset(unknown & given.keys() | unknown - fields.keys()),
         body_bytes=body_bytes,
+        references=references,
         model_said=model or None,
         layout=layout,
     )
 
 
-def _check_spelling(fields: Iterable[str]) -> None:
+def check_spelling(fields: Iterable[str], known: frozenset[str] = READ_HERE) -> None:
     """Refuses a name that differs from a known one in case alone.
 
     Servers written in Go match names whatever their case, and let the last one win: what was
@@ -497,7 +528,7 @@ def _check_spelling(fields: Iterable[str]) -> None:
     """
     for name in fields:
         meant = name.casefold()
-        if name != meant and meant in READ_HERE:
+        if name != meant and meant in known:
             raise InvalidRequest(
                 f"Unknown parameter: '{name[:64]}'. Parameters are written in lower case: "
                 f"'{meant}'.",
@@ -507,11 +538,31 @@ def _check_spelling(fields: Iterable[str]) -> None:
             )
 
 
-def _model(given: Mapping[str, object]) -> str:
+def _check_ids(value: object, path: str = "") -> None:
+    """Refuses the id of a file where this gateway does not look whose it is: the provider's account
+    is all teams', and takes every id that it knows."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            place = f"{path}.{name}" if path else name
+            if "file_id" in name.casefold():
+                raise InvalidRequest(
+                    f"Unknown parameter: '{place[:64]}'. The id of a file is taken in "
+                    "'images[].file_id', 'mask.file_id' and 'markup.file_id' of a JSON edit.",
+                    code="unknown_parameter",
+                    param=place[:64],
+                    reason="invalid_param",
+                )
+            _check_ids(item, place)
+    elif isinstance(value, list):
+        for item in value:
+            _check_ids(item, path)
+
+
+def model_of(given: Mapping[str, object]) -> str:
     """The name, empty where none is given: the path or the configuration may say it."""
     model = given.get("model", "")
     if not isinstance(model, (str, Hole)):
-        raise _wrong_type("model", "a string", model)
+        raise wrong_type("model", "a string", model)
     if isinstance(model, Hole) or len(model) > MAX_MODEL_CHARS:
         raise InvalidRequest(
             f"Invalid value for 'model': a name has at most {MAX_MODEL_CHARS} characters.",
@@ -537,7 +588,7 @@ def _prompt(given: Mapping[str, object]) -> str:
     if prompt is None or prompt == "":
         raise missing("prompt", "a text that says what to draw.")
     if not isinstance(prompt, (str, Hole)):
-        raise _wrong_type("prompt", "a string", prompt)
+        raise wrong_type("prompt", "a string", prompt)
     if isinstance(prompt, Hole) or len(prompt) > MAX_PROMPT_CHARS:
         length = "more" if isinstance(prompt, Hole) else f"{len(prompt):,}"
         raise InvalidRequest(
@@ -559,19 +610,22 @@ def _prompt(given: Mapping[str, object]) -> str:
     return prompt
 
 
-def _number(given: Mapping[str, object], name: str, low: int, high: int) -> int | None:
+def number(
+    given: Mapping[str, object], name: str, low: int, high: int, param: str = ""
+) -> int | None:
     value = given.get(name)
+    param = param or name
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong_type(name, f"an integer from {low} to {high}", value)
+        raise wrong_type(param, f"an integer from {low} to {high}", value)
     if not low <= value <= high:
         # Python does not print an integer of thousands of digits, and nobody reads one.
         shown = str(value) if abs(value) < 10**18 else "this one"
         raise InvalidRequest(
-            f"Invalid value for '{name}': {shown} is not an integer from {low} to {high}.",
+            f"Invalid value for '{param}': {shown} is not an integer from {low} to {high}.",
             code="invalid_value",
-            param=name,
+            param=param,
             reason="invalid_param",
         )
     return value
@@ -580,7 +634,7 @@ def _number(given: Mapping[str, object], name: str, low: int, high: int) -> int 
 def _optional_text(given: Mapping[str, object], name: str) -> str | None:
     value = given.get(name)
     if value is not None and not isinstance(value, str):
-        raise _wrong_type(name, "a short string", value)
+        raise wrong_type(name, "a short string", value)
     return value
 
 
@@ -590,33 +644,33 @@ def _check_svg(given: Mapping[str, object]) -> None:
     if svg is None:
         return
     if not isinstance(svg, dict):
-        raise _wrong_type("svg", "an object", svg)
+        raise wrong_type("svg", "an object", svg)
     model = svg.get("model")
     if model is not None and not isinstance(model, str):
-        raise _wrong_type("svg.model", "a string", model)
+        raise wrong_type("svg.model", "a string", model)
 
 
 def _without_nulls(value: object) -> Json:
     """Like ``_settled``, for an object whose nulls mean what their absence means."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return _settled(value)
+    return settled(value)
 
 
-def _settled(value: object) -> Json:
+def settled(value: object) -> Json:
     """A parsed value with its long strings replaced by ``{"sha256": ..., "bytes": ...}``."""
     if isinstance(value, Hole):
         return {"sha256": value.digest, "bytes": value.end - value.start}
     if isinstance(value, list):
-        return [_settled(item) for item in value]
+        return [settled(item) for item in value]
     if isinstance(value, dict):
-        return {name: _settled(item) for name, item in value.items()}
+        return {name: settled(item) for name, item in value.items()}
     if value is None or isinstance(value, (str, int, float)):
         return value
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (bool, "a boolean"),
         (int, "an integer"),
@@ -638,9 +692,9 @@ def missing(param: str, wanted: str) -> InvalidRequest:
     )
 
 
-def _wrong_type(param: str, wanted: str, value: object) -> InvalidRequest:
+def wrong_type(param: str, wanted: str, value: object) -> InvalidRequest:
     return InvalidRequest(
-        f"Invalid type for '{param}': expected {wanted}, but got {_kind(value)}.",
+        f"Invalid type for '{param}': expected {wanted}, but got {kind_of(value)}.",
         code="invalid_type",
         param=param,
         reason="invalid_param",
@@ -675,5 +729,5 @@ def _too_large(operation: Operation, limit: int) -> GatewayError:
     )
 
 
-def _bad_json(bad: BadJson) -> InvalidRequest:
+def bad_json(bad: BadJson) -> InvalidRequest:
     return InvalidRequest(f"The body cannot be read. {bad}", code=bad.code, reason=bad.code)

@@ -599,7 +599,8 @@ class EventSkimmer:
     """Reads a stream of server-sent events in chunks.
 
     Lines may end in LF, CRLF or CR, and chunks may be cut anywhere. Fields other than ``data``
-    and ``event`` are passed over. ``keep_bytes`` and ``lenient`` are as for ``JsonSkimmer``.
+    and ``event`` are passed over. ``keep_bytes``, ``lenient``, ``max_kept`` and ``max_values``
+    (of one event) are as for ``JsonSkimmer``.
 
     What Python's SDK cannot read is mended: it takes a block without data for an event (a lone
     ``retry:``, a name alone), after an ``id:`` every later comment too, and it reads no line that
@@ -621,6 +622,8 @@ class EventSkimmer:
         "_lenient",
         "_line",
         "_line_at",
+        "_max_kept",
+        "_max_values",
         "_mends",
         "_name",
         "_odd",
@@ -631,9 +634,18 @@ class EventSkimmer:
         "_waiting",
     )
 
-    def __init__(self, *, keep_bytes: int = 4096, lenient: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        keep_bytes: int = 4096,
+        lenient: bool = False,
+        max_kept: int = 1 << 20,
+        max_values: int = 10_000,
+    ) -> None:
         self._keep = keep_bytes
         self._lenient = lenient
+        self._max_kept = max_kept
+        self._max_values = max_values
         self._position = 0
         self._error: BadEvent | None = None
         self._bare_cr = False  # the last CR stood alone, so lines end in CR
@@ -827,7 +839,11 @@ class EventSkimmer:
     def _skim(self, part: bytes) -> None:
         if self._skimmer is None:
             self._skimmer = JsonSkimmer(
-                keep_bytes=self._keep, origin=self._data_at, lenient=self._lenient
+                keep_bytes=self._keep,
+                origin=self._data_at,
+                lenient=self._lenient,
+                max_kept=self._max_kept,
+                max_values=self._max_values,
             )
         try:
             self._skimmer.feed(part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gateway.domain.ledger import UsageRow
+from gateway.domain.ledger import UsageRow, UserUsage
 from gateway.domain.money import format_dollars
 
 COUNTS = (
@@ -36,6 +36,31 @@ def usage_report(rows: Sequence[UsageRow], key_names: Mapping[str, str]) -> dict
     ]
     totals = {name: sum(getattr(row, name) for row in rows) for name in (*COUNTS, *MONEY)}
     return {"rows": listed, "total": _figures(totals)}
+
+
+def user_report(rows: Sequence[UserUsage]) -> dict[str, object]:
+    """Rows by team and end user, and their total; dollars are exact decimal text. ``user`` is null
+    for the calls that named nobody."""
+    names = ("requests", "images", "cost", "unresolved")
+    listed = [
+        {
+            "team": row.team,
+            "user": row.user or None,
+            **_user_figures({name: getattr(row, name) for name in names}),
+        }
+        for row in rows
+    ]
+    totals = {name: sum(getattr(row, name) for row in rows) for name in names}
+    return {"rows": listed, "total": _user_figures(totals)}
+
+
+def _user_figures(values: Mapping[str, int]) -> dict[str, object]:
+    return {
+        "requests": values["requests"],
+        "images": values["images"],
+        "cost_usd": format_dollars(values["cost"]),
+        "unresolved": values["unresolved"],
+    }
 
 
 def _figures(values: Mapping[str, int]) -> dict[str, object]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -57,7 +56,7 @@ class Purchase:
     def json(self) -> bytes:
         """The whole JSON answer. Put together from bytes: the pictures are not escaped again."""
         order, rule = self.order, self.rule
-        files = [self._file(index) for index in range(self.pictures)]
+        files = [self.file(index) for index in range(self.pictures)]
         head: dict[str, Json] = {"created": self.created, "background": order.background}
         tail: dict[str, Json] = {"output_format": order.output_format, "quality": order.quality}
         if order.safety_identifier is not None:
@@ -71,8 +70,7 @@ class Purchase:
             tail["usage"] = self.usage()
         data = b"" if rule.empty_data else b",".join(self._item(file) for file in files)
         start, end = _dump(head), _dump(tail)
-        body = b"%b,%b[%b],%b" % (start[:-1], b'"data":', data, end[1:])
-        return gzip.compress(body, 1) if rule.gzip else body
+        return b"%b,%b[%b],%b" % (start[:-1], b'"data":', data, end[1:])
 
     def pieces(self) -> Iterator[Piece]:
         """The events of a stream in their order: partial images, then the completed one; the
@@ -88,9 +86,9 @@ class Purchase:
         stem = "image_edit" if order.operation is Operation.EDIT else "image_generation"
         kind = f"{stem}.completed" if piece.partial is None else f"{stem}.partial_image"
         file = (
-            self._file(piece.image)
+            self.file(piece.image)
             if piece.partial is None
-            else self._partial(piece.image, piece.partial)
+            else self.partial(piece.image, piece.partial)
         )
         said: dict[str, Json] = {
             "background": order.background,
@@ -141,13 +139,13 @@ class Purchase:
             return _dump({"url": f"https://sandbox.invalid/files/{name}"})
         return b'{"b64_json":"%b"}' % file
 
-    def _file(self, index: int) -> bytes:
+    def file(self, index: int) -> bytes:
         """A finished picture in base64."""
         if self.rule.payload_bytes is not None:
             return self._payload(index)
         return base64.b64encode(draw(self._card(index)))
 
-    def _partial(self, index: int, partial: int) -> bytes:
+    def partial(self, index: int, partial: int) -> bytes:
         if self.rule.payload_bytes is not None:
             return self._payload(index)
         return base64.b64encode(draw_partial(self._card(index), partial, self._partials))
@@ -181,7 +179,7 @@ class Purchase:
         )
 
 
-def error_event(error: Mapping[str, Json]) -> bytes:
+def error_event(error: Mapping[str, Json], number: int) -> bytes:
     """An error in a stream: nested, as the SDKs want it (contract 4.7)."""
     return b"event: error\ndata: %b\n\n" % _dump({"error": dict(error)})
 

@@ -1,7 +1,8 @@
 """What was billed in dollars, by day and line item: ``GET /v1/organization/costs`` (contract 3.6).
 
-Line items are ``<model>, text input``, ``<model>, image input`` and ``<model>, image output``. The
-author of an SVG is not billed: no price of such a model is published.
+Line items are ``<model>, text input``, ``<model>, image input`` and ``<model>, image output``, and
+of a response's own model ``text input``, ``cached text input`` and ``text output``. The author of
+an SVG is not billed: no price of such a model is published.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from types import MappingProxyType
 from urllib.parse import parse_qsl
 
 from gateway.domain.call import Json
-from gateway.sandbox.validate import Refused
+from gateway.sandbox.refusals import Refused
 
 NANOS_PER_DOLLAR = 1_000_000_000
 DAY_SECONDS = 86_400
@@ -47,6 +48,21 @@ RATES: Mapping[str, Rates] = MappingProxyType(
 upstream's bill that came from the gateway's price book could never disagree with it."""
 
 
+TEXT_RATES: Mapping[str, tuple[int, int, int]] = MappingProxyType(
+    {
+        "gpt-5.4-mini": (750, 75, 4_500),
+        "gpt-5.4-nano": (200, 20, 1_250),
+        "gpt-5": (1_250, 125, 10_000),
+        "gpt-5-mini": (250, 25, 2_000),
+        "gpt-4.1": (2_000, 500, 8_000),
+        "gpt-4.1-mini": (400, 100, 1_600),
+        "gpt-4o": (2_500, 1_250, 10_000),
+    }
+)
+"""Nano-dollars a token of the models that hold conversations: input, cached input, output. One
+that is not here has no published price."""
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A question that was understood: buckets from ``start`` to before ``end``, ``limit`` of them
@@ -73,6 +89,22 @@ def line_items(model: str, usage: Json) -> Iterator[tuple[str, int]]:
         ("image output", usage.get("output_tokens"), rates.image_out),
     )
     for name, count, rate in counts:
+        if isinstance(count, int) and count > 0:
+            yield f"{model}, {name}", count * rate
+
+
+def text_line_items(model: str, usage: Json) -> Iterator[tuple[str, int]]:
+    """(line item, nano-dollars) of the ``usage`` of a response, without its pictures."""
+    if model not in TEXT_RATES or not isinstance(usage, dict):
+        return
+    rates = TEXT_RATES[model]
+    given, written = usage.get("input_tokens"), usage.get("output_tokens")
+    details = usage.get("input_tokens_details")
+    cached = details.get("cached_tokens") if isinstance(details, dict) else None
+    cached = cached if isinstance(cached, int) else 0
+    fresh = given - cached if isinstance(given, int) else None
+    counts = (("text input", fresh), ("cached text input", cached), ("text output", written))
+    for (name, count), rate in zip(counts, rates, strict=True):
         if isinstance(count, int) and count > 0:
             yield f"{model}, {name}", count * rate
 

@@ -8,15 +8,32 @@ import binascii
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.message import Message
+from typing import TypeAlias
 
 from gateway.domain.call import Json
 from gateway.sandbox.journal import FilePart
 
 _DISPOSITION = re.compile(r';\s*(name|filename)="((?:[^"\\]|\\.)*)"')
 _DATA_URL = re.compile(r"data:([a-z0-9.+/-]*)(;base64)?,", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file of /v1/files. Times are in seconds since 1970."""
+
+    id: str
+    filename: str
+    purpose: str
+    content: bytes
+    created: int
+    expires: int | None = None
+
+
+Stored: TypeAlias = Callable[[str], StoredFile | None]
+"""The file of an id, if the asking key's project has it."""
 
 
 class Malformed(Exception):
@@ -42,20 +59,52 @@ class Form:
     repeated: frozenset[str] = frozenset()
 
 
-def read_json(body: bytes) -> Form:
-    """The JSON form; data URLs in ``images`` and ``mask`` become files. Raises ``Malformed``."""
+def read_json(body: bytes, stored: Stored) -> Form:
+    """The JSON form; data URLs and stored files in ``images``, ``mask`` and ``markup`` become
+    files. Raises ``Malformed``."""
+    fields = read_object(body)
+    images = fields.get("images")
+    held: list[tuple[str, Json]] = []
+    if isinstance(images, list):
+        held = [(f"images[{place}]", image) for place, image in enumerate(images)]
+    held += [("mask", fields.get("mask")), ("markup", fields.get("markup"))]
+    uploads = [picture(name, holder, stored) for name, holder in held]
+    return Form(fields, tuple(upload for upload in uploads if upload is not None))
+
+
+def read_object(body: bytes) -> dict[str, Json]:
+    """A JSON object. Raises ``Malformed``."""
     try:
         fields = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise Malformed from None
     if not isinstance(fields, dict):
         raise Malformed
-    uploads = []
-    for name, given in _urls(fields):
-        upload = _data_url(name, given)
-        if upload is not None:
-            uploads.append(upload)
-    return Form(fields, tuple(uploads))
+    return fields
+
+
+def picture(name: str, holder: Json, stored: Stored) -> Upload | None:
+    """The file that an object names by ``image_url`` (a base64 data URL) or ``file_id``; None
+    where there is none."""
+    if not isinstance(holder, dict):
+        return None
+    url, file_id = holder.get("image_url"), holder.get("file_id")
+    if isinstance(url, str):
+        return _data_url(f"{name}.image_url", url)
+    found = stored(file_id) if isinstance(file_id, str) else None
+    if found is None:
+        return None
+    return upload(f"{name}.file_id", found.filename, kind_of(found.content), found.content)
+
+
+def kind_of(content: bytes) -> str:
+    """The media type of a picture by its first bytes: a stored file has no other."""
+    for start, kind in ((b"\x89PNG", "image/png"), (b"\xff\xd8\xff", "image/jpeg")):
+        if content.startswith(start):
+            return kind
+    if content.startswith(b"RIFF") and content[8:12] == b"WEBP":
+        return "image/webp"
+    return "application/octet-stream"
 
 
 def read_multipart(content_type: str, body: bytes) -> Form:
@@ -76,7 +125,7 @@ def read_multipart(content_type: str, body: bytes) -> Form:
             raise Malformed
         if "filename" in said:
             kind = head.get("content-type", "application/octet-stream")
-            uploads.append(_upload(name, said["filename"], kind, body[start:end]))
+            uploads.append(upload(name, said["filename"], kind, body[start:end]))
             continue
         if not _put(fields, name, body[start:end].decode("utf-8", "replace")):
             repeated.add(name)
@@ -121,23 +170,9 @@ def _put(fields: dict[str, Json], name: str, text: str) -> bool:
     return True
 
 
-def _upload(name: str, filename: str, content_type: str, content: bytes) -> Upload:
+def upload(name: str, filename: str, content_type: str, content: bytes) -> Upload:
     digest = hashlib.sha256(content).hexdigest()
     return Upload(FilePart(name, filename, content_type, digest, len(content)), content)
-
-
-def _urls(fields: Mapping[str, Json]) -> list[tuple[str, str]]:
-    """Every ``image_url`` of a JSON edit, with the path of its field."""
-    images = fields.get("images")
-    given: list[tuple[str, Json]] = [("mask", fields.get("mask")), ("markup", fields.get("markup"))]
-    if isinstance(images, list):
-        given = [(f"images[{place}]", image) for place, image in enumerate(images)] + given
-    urls = []
-    for name, holder in given:
-        url = holder.get("image_url") if isinstance(holder, dict) else None
-        if isinstance(url, str):
-            urls.append((f"{name}.image_url", url))
-    return urls
 
 
 def _data_url(name: str, url: str) -> Upload | None:
@@ -149,4 +184,4 @@ def _data_url(name: str, url: str) -> Upload | None:
         content = base64.b64decode(url[head.end() :], validate=True)
     except binascii.Error:
         return None
-    return _upload(name, "", head[1].lower(), content)
+    return upload(name, "", head[1].lower(), content)

@@ -56,6 +56,7 @@ class Record:
     billed_at: datetime | None = None
     images: int = 0
     usage: Json = None
+    tool_usage: Json = None
 
     def header(self, name: str) -> str | None:
         """The first header of a name (lower case)."""
@@ -98,6 +99,7 @@ class Record:
             "billed_at": self.billed_at.isoformat() if self.billed_at else None,
             "images": self.images,
             "usage": self.usage,
+            "tool_usage": self.tool_usage,
         }
 
 
@@ -166,14 +168,17 @@ class Journal(Watch):
         images: int,
         usage: Json,
         items: Iterable[tuple[str, int]] = (),
+        tool_usage: Json = None,
     ) -> None:
-        """``usage`` is the object of contract 1.3; ``images`` were made. ``items`` are line items
-        and their nano-dollars."""
+        """``usage`` is the object of contract 1.3, of a response its text model's, with
+        ``tool_usage`` for its pictures (contract 3.4); ``images`` were made. ``items`` are line
+        items and their nano-dollars."""
         with self._lock:
             for item, nanos in items:
                 key = (at.astimezone(UTC).date(), item)
                 self._costs[key] = self._costs.get(key, 0) + nanos
-            record.billed_at, record.images, record.usage = at, images, usage
+            record.billed_at, record.images = at, images
+            record.usage, record.tool_usage = usage, tool_usage
             self._billed_requests += 1
             self._billed_images += images
         self._changed()

@@ -26,11 +26,10 @@ class Family(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """``ends`` is the first day (UTC) on which the model no longer exists."""
+class Listed:
+    """A model of /v1/models. ``ends`` is the first day (UTC) on which it no longer exists."""
 
     id: str
-    family: Family
     born: date
     ends: date | None = None
 
@@ -46,6 +45,13 @@ class ModelFacts:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFacts(Listed):
+    """A model that draws."""
+
+    family: Family
+
+
 def _table() -> Mapping[str, ModelFacts]:
     """Where a day of birth is not in a model's name, it is when the model was first seen.
 
@@ -55,24 +61,37 @@ def _table() -> Mapping[str, ModelFacts]:
     one_ends, spring, autumn = date(2026, 12, 1), date(2026, 4, 21), date(2026, 9, 8)
     sixth = date(2026, 11, 5)
     rows = (
-        ModelFacts("gpt-image-2.6-sunburst", Family.TWO_SIX, sixth),
-        ModelFacts("gpt-image-2.6-flare", Family.TWO_SIX, sixth),
-        ModelFacts("gpt-image-2.5-sunburst", Family.TWO_FIVE, autumn),
-        ModelFacts("gpt-image-2.5-sunburst-2026-09-08", Family.TWO_FIVE, autumn),
-        ModelFacts("gpt-image-2.5-flare", Family.TWO_FIVE, autumn),
-        ModelFacts("gpt-image-2.5-flare-2026-09-08", Family.TWO_FIVE, autumn),
-        ModelFacts("gpt-image-2", Family.TWO, spring),
-        ModelFacts("gpt-image-2-2026-04-21", Family.TWO, spring),
-        ModelFacts("gpt-image-1.5", Family.ONE, date(2025, 12, 16), one_ends),
-        ModelFacts("gpt-image-1.5-2025-12-16", Family.ONE, date(2025, 12, 16), one_ends),
-        ModelFacts("gpt-image-1-mini", Family.ONE, date(2025, 10, 6), one_ends),
-        ModelFacts("chatgpt-image-latest", Family.ONE, date(2025, 12, 16), one_ends),
-        ModelFacts("gpt-image-1", Family.ONE, date(2025, 4, 23), date(2026, 10, 23)),
+        ModelFacts("gpt-image-2.6-sunburst", sixth, family=Family.TWO_SIX),
+        ModelFacts("gpt-image-2.6-flare", sixth, family=Family.TWO_SIX),
+        ModelFacts("gpt-image-2.5-sunburst", autumn, family=Family.TWO_FIVE),
+        ModelFacts("gpt-image-2.5-sunburst-2026-09-08", autumn, family=Family.TWO_FIVE),
+        ModelFacts("gpt-image-2.5-flare", autumn, family=Family.TWO_FIVE),
+        ModelFacts("gpt-image-2.5-flare-2026-09-08", autumn, family=Family.TWO_FIVE),
+        ModelFacts("gpt-image-2", spring, family=Family.TWO),
+        ModelFacts("gpt-image-2-2026-04-21", spring, family=Family.TWO),
+        ModelFacts("gpt-image-1.5", date(2025, 12, 16), one_ends, family=Family.ONE),
+        ModelFacts("gpt-image-1.5-2025-12-16", date(2025, 12, 16), one_ends, family=Family.ONE),
+        ModelFacts("gpt-image-1-mini", date(2025, 10, 6), one_ends, family=Family.ONE),
+        ModelFacts("chatgpt-image-latest", date(2025, 12, 16), one_ends, family=Family.ONE),
+        ModelFacts("gpt-image-1", date(2025, 4, 23), date(2026, 10, 23), family=Family.ONE),
     )
     return MappingProxyType({row.id: row for row in rows})
 
 
 MODELS = _table()
+
+
+TEXT_MODELS = (
+    Listed("gpt-6-astra", date(2026, 9, 8)),
+    Listed("gpt-5.4-mini", date(2026, 3, 17)),
+    Listed("gpt-5.4-nano", date(2026, 3, 17)),
+    Listed("gpt-5", date(2025, 8, 7)),
+    Listed("gpt-5-mini", date(2025, 8, 7)),
+    Listed("gpt-4.1", date(2025, 4, 14)),
+    Listed("gpt-4.1-mini", date(2025, 4, 14)),
+    Listed("gpt-4o", date(2024, 5, 10)),
+)
+"""Those that can hold a conversation and call the image tool."""
 
 
 def served(now: datetime) -> list[ModelFacts]:
@@ -84,3 +103,8 @@ def served(now: datetime) -> list[ModelFacts]:
 def find(name: str, now: datetime) -> ModelFacts | None:
     """The model of that name, if it exists at ``now``."""
     return next((row for row in served(now) if row.id == name), None)
+
+
+def listed(now: datetime) -> list[Listed]:
+    """All that exist at ``now``, of every kind."""
+    return [*served(now), *TEXT_MODELS]

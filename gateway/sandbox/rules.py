@@ -11,6 +11,7 @@ before OpenAI's own checks, as an edge would; all others change the answer to a 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -43,7 +44,8 @@ class Rule:
     """One fault. A field that is not set changes nothing; ``Rule()`` is no fault at all."""
 
     path: str | None = None
-    """Matches the end of the path: ``/images/edits``."""
+    """Matches the end of the path: ``/images/edits``, ``/responses/*`` (one segment a star)."""
+    method: str | None = None
     model: str | None = None
     prompt: str | None = None
     """Matches a part of the prompt."""
@@ -81,6 +83,15 @@ class Rule:
     no_usage: bool = False
     usage: Json | Unset = Unset.UNSET
     """Sent and billed in place of the true usage."""
+    tool_usage: Json | Unset = Unset.UNSET
+    """As ``usage``, of a response's pictures: its ``tool_usage.image_gen``."""
+    no_tool_usage: bool = False
+    """Leaves ``tool_usage`` out of a response, as OpenAI says it may."""
+    response_status: str | None = None
+    """How a response ends instead of ``completed``: failed (without pictures, unless
+    ``data_count`` says that some were made before) or incomplete."""
+    response_error: str = "server_error"
+    """The code of a failed response's error."""
     error_in_200: bool = False
     empty_data: bool = False
     empty_body: bool = False
@@ -90,7 +101,8 @@ class Rule:
     payload_bytes: int | None = None
     """Draws nothing: each ``b64_json`` is so many characters (rounded up to a multiple of 4)."""
     data_count: int | None = None
-    """Delivers, and bills, so many pictures in place of ``n``."""
+    """Delivers, and bills, so many pictures in place of ``n``; of a response, so many calls of
+    its tool (at most ``max_tool_calls``) in place of one."""
     extra_fields: Mapping[str, Json] = field(default_factory=dict)
     """Merged into the JSON answer, or into each event, before ``usage``."""
 
@@ -118,9 +130,10 @@ class Rule:
         """Whether the request is on the sandbox's own bill."""
         return (not self.refuses) if self.billed is None else self.billed
 
-    def matches(self, path: str, model: str, prompt: str, key: str = "") -> bool:
+    def matches(self, path: str, model: str, prompt: str, key: str = "", method: str = "") -> bool:
         return (
-            (self.path is None or path.endswith(self.path))
+            (self.path is None or _ends(path, self.path))
+            and (self.method is None or self.method == method)
             and (self.model is None or self.model == model)
             and (self.prompt is None or self.prompt in prompt)
             and (self.key is None or self.key == key)
@@ -151,12 +164,12 @@ class Rules:
         with self._lock:
             return sum(left != 0 for left in self._left)
 
-    def take(self, path: str, model: str, prompt: str, key: str = "") -> Rule:
+    def take(self, path: str, model: str, prompt: str, key: str = "", method: str = "") -> Rule:
         """The first rule that matches, one of its times used up; else the rule of no fault."""
         with self._lock:
             for place, rule in enumerate(self._rules):
                 left = self._left[place]
-                if left == 0 or not rule.matches(path, model, prompt, key):
+                if left == 0 or not rule.matches(path, model, prompt, key, method):
                     continue
                 if left is not None:
                     self._left[place] = left - 1
@@ -175,9 +188,21 @@ _INTEGERS = frozenset(
         "sse_cut_after",
     }
 )
-_TEXTS = frozenset({"path", "model", "prompt", "key", "content_type", "redirect"})
+_TEXTS = frozenset(
+    {
+        "path",
+        "method",
+        "model",
+        "prompt",
+        "key",
+        "content_type",
+        "redirect",
+        "response_status",
+        "response_error",
+    }
+)
 _MAPPINGS = frozenset({"headers", "extra_fields"})
-_ANYTHING = frozenset({"body", "usage"})
+_ANYTHING = frozenset({"body", "usage", "tool_usage"})
 
 
 def rule_from_json(value: Json) -> Rule:
@@ -199,6 +224,13 @@ def rule_from_json(value: Json) -> Rule:
             raise ValueError(f"{given!r} is no value for {name!r}")
         kept[name] = given
     return Rule(**kept)  # type: ignore[arg-type]  # each was checked above, by name
+
+
+def _ends(path: str, wanted: str) -> bool:
+    if "*" not in wanted:
+        return path.endswith(wanted)
+    pattern = re.escape(wanted).replace(r"\*", "[^/]+")
+    return re.search(f"{pattern}$", path) is not None
 
 
 def _fits(name: str, given: Json) -> bool:

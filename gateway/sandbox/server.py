@@ -22,7 +22,8 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.ports import Clock
-from gateway.sandbox.app import Sandbox, SandboxApp, create_sandbox
+from gateway.sandbox.app import SandboxApp, create_sandbox
+from gateway.sandbox.exchange import Sandbox
 from gateway.sandbox.journal import Journal
 from gateway.sandbox.rules import Rules
 from gateway.sandbox.watch import Gate

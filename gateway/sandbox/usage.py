@@ -14,7 +14,8 @@ from types import MappingProxyType
 from gateway.domain.call import Json
 from gateway.domain.tokens import image_tokens, tile_tokens
 from gateway.sandbox.models import Family
-from gateway.sandbox.validate import Given, Order
+from gateway.sandbox.pictures import Given
+from gateway.sandbox.validate import Order
 
 TOKENS_PER_PARTIAL = 100
 TOKENS_PER_INPUT = 1457

@@ -7,34 +7,45 @@ Messages marked [L] in the contract are exact. The others follow OpenAI's genera
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from types import MappingProxyType
 
-from PIL import Image
-
 from gateway.domain.call import Json, Operation
 from gateway.sandbox.forms import Form, Upload
 from gateway.sandbox.models import Family, ModelFacts, find
+from gateway.sandbox.pictures import (
+    MAX_IMAGE_BYTES,
+    MAX_MASK_BYTES,
+    Given,
+    check_layer,
+    check_picture,
+    open_picture,
+)
+from gateway.sandbox.refusals import (
+    USER_ERROR,
+    Refused,
+    bad_value,
+    duplicate,
+    in_range,
+    missing,
+    too_many,
+    unknown,
+    wrong_type,
+)
 
 MAX_PROMPT = 32_000
 MAX_IMAGES = 16
-MAX_IMAGE_BYTES = 50 * 1024 * 1024
-MAX_MASK_BYTES = 4 * 1024 * 1024
-MAX_URL = 20_971_520
-IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp")
 OLD_SIZES = ("1024x1024", "1024x1536", "1536x1024")
 MIN_PIXELS, MAX_PIXELS, MAX_EDGE = 655_360, 8_294_400, 3840
 SVG_AUTHOR = "gpt-6-astra"
 """Who writes an SVG when the request names nobody; the real default is not published."""
 
-USER_ERROR = "image_generation_user_error"
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 _IMAGE_FIELD = re.compile(r"image(\[[0-9]*\])?")
-_JSON_IMAGE = re.compile(r"images\[([0-9]+)\]\.image_url")
+_JSON_IMAGE = re.compile(r"images\[([0-9]+)\]\.(image_url|file_id)")
 
 _TYPES: Mapping[str, tuple[type, str]] = MappingProxyType(
     {
@@ -74,42 +85,6 @@ _RANGES: Mapping[str, tuple[int, int]] = MappingProxyType(
 )
 
 
-class Refused(Exception):
-    """An error of OpenAI's, as it goes on the wire."""
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        code: str | None,
-        param: str | None = None,
-        type_: str = "invalid_request_error",
-        status: int = 400,
-        extra: Mapping[str, Json] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status = status
-        self.error: dict[str, Json] = {
-            "message": message,
-            "type": type_,
-            "param": param,
-            "code": code,
-            **(extra or {}),
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """An input picture: ``role`` is image, mask or markup; width and height in pixels, of the
-    file as it is stored (``upright`` ones are after its EXIF orientation)."""
-
-    role: str
-    content: bytes
-    width: int
-    height: int
-    upright: tuple[int, int]
-
-
 @dataclass(frozen=True, slots=True)
 class Order:
     """A good request, every ``auto`` resolved: size to 1024x1024, quality to medium, background
@@ -144,28 +119,27 @@ class Order:
         return [given for given in self.inputs if given.role == "image"]
 
 
-def check(operation: Operation, form: Form, now: datetime, request_id: str) -> Order:
+def check(operation: Operation, form: Form, now: datetime) -> Order:
     """The order that a form is, or ``Refused``. Decodes no picture: headers are enough."""
     sent = {name: value for name, value in form.fields.items() if value is not None}
     model = _model(sent, now)
     fields = _typed(operation, sent, form)
     if "prompt" not in fields:
-        raise _missing("prompt")
+        raise missing("prompt")
     order = _order(operation, model, fields)
     if operation is Operation.EDIT:
         order = _with_inputs(order, fields, form)
     _combinations(order, fields)
-    _moderate(order.prompt, request_id)
     return order
 
 
 def _model(fields: Mapping[str, Json], now: datetime) -> ModelFacts:
     """First of all, since which parameters there are depends on it."""
     if "model" not in fields:
-        raise _missing("model")
+        raise missing("model")
     name = fields["model"]
     if not isinstance(name, str):
-        raise _wrong_type("model", "a string", name)
+        raise wrong_type("model", "a string", name)
     model = find(name, now)
     if model is None:
         raise Refused(
@@ -186,17 +160,17 @@ def _typed(operation: Operation, fields: Mapping[str, Json], form: Form) -> dict
     for name, given in fields.items():
         if name not in known:
             if edit and form.texts and name in ("image", "mask", "markup"):
-                raise _wrong_type(name, "a file", given)
-            raise Refused(f"Unknown parameter: '{name}'.", code="unknown_parameter", param=name)
+                raise wrong_type(name, "a file", given)
+            raise unknown(name)
         if name in form.repeated:
-            raise _duplicate(name)
+            raise duplicate(name)
         wanted, words = _TYPES[name]
         value = _convert(wanted, given) if form.texts else given
         # In Python True is an int; in JSON it is not.
         if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-            raise _wrong_type(name, words, given)
+            raise wrong_type(name, words, given)
         if isinstance(value, int) and name in _RANGES:
-            _in_range(name, value)
+            in_range(name, value, *_RANGES[name])
         typed[name] = value
     return typed
 
@@ -287,22 +261,21 @@ def _svg(fields: Mapping[str, Json]) -> tuple[str, str]:
     svg = fields.get("svg")
     if not isinstance(svg, dict):
         return SVG_AUTHOR, "medium"
-    unknown = next((name for name in svg if name not in ("model", "reasoning")), None)
-    if unknown is not None:
-        param = f"svg.{unknown}"
-        raise Refused(f"Unknown parameter: '{param}'.", code="unknown_parameter", param=param)
+    extra = next((name for name in svg if name not in ("model", "reasoning")), None)
+    if extra is not None:
+        raise unknown(f"svg.{extra}")
     author = svg.get("model")
     if author is None:
-        raise _missing("svg.model")
+        raise missing("svg.model")
     if not isinstance(author, str):
-        raise _wrong_type("svg.model", "a string", author)
+        raise wrong_type("svg.model", "a string", author)
     reasoning = svg.get("reasoning") or {}
     if not isinstance(reasoning, dict):
-        raise _wrong_type("svg.reasoning", "an object", reasoning)
+        raise wrong_type("svg.reasoning", "an object", reasoning)
     effort = reasoning.get("effort") or "medium"
     efforts = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
     if not isinstance(effort, str) or effort not in efforts:
-        raise _bad_value("svg.reasoning.effort", effort, efforts)
+        raise bad_value("svg.reasoning.effort", effort, efforts)
     return author, effort
 
 
@@ -365,80 +338,43 @@ def _with_inputs(order: Order, fields: Mapping[str, Json], form: Form) -> Order:
         name = upload.part.field
         if _IMAGE_FIELD.fullmatch(name) or _JSON_IMAGE.fullmatch(name):
             images.append(upload)
-        elif name.removesuffix(".image_url") in ("mask", "markup"):
+        elif name.partition(".")[0] in ("mask", "markup"):
             others.append(upload)
         else:
-            raise Refused(f"Unknown parameter: '{name}'.", code="unknown_parameter", param=name)
+            raise unknown(name)
     names = [upload.part.field for upload in form.uploads]
     for single in ("image", "mask", "markup"):
         if names.count(single) > 1:
-            raise _duplicate(single)
+            raise duplicate(single)
     if not images:
-        raise _missing("image" if form.texts else "images")
+        raise missing("image" if form.texts else "images")
     if len(images) > MAX_IMAGES:
-        raise _too_many(len(images), "image" if form.texts else "images")
+        raise too_many(len(images), "image" if form.texts else "images", MAX_IMAGES)
     given = [
-        _open("image", _label(upload, place), upload, MAX_IMAGE_BYTES)
+        open_picture("image", _label(upload, place), upload, MAX_IMAGE_BYTES)
         for place, upload in enumerate(images)
     ]
     for upload in others:
-        role = upload.part.field.removesuffix(".image_url")
-        layer = _open(role, role, upload, MAX_MASK_BYTES)
+        role = upload.part.field.partition(".")[0]
+        layer = open_picture(role, role, upload, MAX_MASK_BYTES)
         wanted = given[0].upright if role == "markup" else (given[0].width, given[0].height)
-        _layer(role, upload, (layer.width, layer.height), wanted)
+        check_layer(role, upload, (layer.width, layer.height), wanted)
         given.append(layer)
     return replace(order, inputs=tuple(given))
 
 
 def _references(fields: Mapping[str, Json], uploads: Iterable[Upload]) -> None:
-    """The JSON form: every item a data URL. A sandbox has no stored files and fetches nothing."""
+    """The JSON form: every item a data URL or a stored file."""
     read = {upload.part.field for upload in uploads}
     images = fields.get("images", [])
     holders: list[tuple[str, Json]] = []
     if isinstance(images, list):
         if len(images) > MAX_IMAGES:
-            raise _too_many(len(images), "images")
+            raise too_many(len(images), "images", MAX_IMAGES)
         holders += [(f"images[{place}]", image) for place, image in enumerate(images)]
     holders += [(name, fields[name]) for name in ("mask", "markup") if name in fields]
     for name, holder in holders:
-        if not isinstance(holder, dict):
-            raise _wrong_type(name, "an object", holder)
-        asked = [key for key, value in holder.items() if value is not None]
-        unknown = next((key for key in asked if key not in ("image_url", "file_id")), None)
-        if unknown is not None:
-            param = f"{name}.{unknown}"
-            raise Refused(f"Unknown parameter: '{param}'.", code="unknown_parameter", param=param)
-        if len(asked) != 1:
-            raise Refused(
-                f"Exactly one of 'image_url' and 'file_id' is required in '{name}'.",
-                code="invalid_value",
-                param=name,
-            )
-        param = f"{name}.{asked[0]}"
-        value = holder[asked[0]]
-        if not isinstance(value, str):
-            raise _wrong_type(param, "a string", value)
-        if asked[0] == "file_id":
-            raise Refused(f"File '{value}' not found.", code="image_file_not_found", param=param)
-        if len(value) > MAX_URL:
-            raise Refused(
-                f"Invalid '{param}': string too long. Expected a string with maximum length "
-                f"{MAX_URL}, but got a string with length {len(value)} instead.",
-                code="string_above_max_length",
-                param=param,
-            )
-        if value.lower().startswith(("http://", "https://")):
-            raise Refused(
-                "Failed to download the image: the sandbox fetches nothing; send a data URL.",
-                code="failed_to_download_image",
-                param=param,
-            )
-        if param not in read:
-            raise Refused(
-                f"Invalid '{param}'. Expected a base64-encoded data URL with an image MIME type.",
-                code="invalid_image_url",
-                param=param,
-            )
+        check_picture(name, holder, read)
 
 
 def _label(upload: Upload, place: int) -> str:
@@ -447,150 +383,31 @@ def _label(upload: Upload, place: int) -> str:
     return f"image[{place}]" if name == "image[]" else name
 
 
-def _open(role: str, label: str, upload: Upload, limit: int) -> Given:
-    """The picture's header, read. Raises ``Refused`` for what the API would not take."""
-    kind = upload.part.content_type.partition(";")[0].strip().lower()
-    if kind not in IMAGE_TYPES:
-        raise Refused(
-            f"Invalid file '{label}': unsupported mimetype ('{kind}'). Supported file formats are "
-            "'image/jpeg', 'image/png', and 'image/webp'.",
-            code="unsupported_file_mimetype",
-            param=label,
-        )
-    if upload.part.size_bytes >= limit:
-        raise Refused(
-            f"Invalid file '{label}': the file is too large. The limit is {limit} bytes.",
-            code="image_file_too_large",
-            param=label,
-        )
-    try:
-        with Image.open(io.BytesIO(upload.content), formats=("PNG", "JPEG", "WEBP")) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise Refused(
-            f"Invalid file '{label}': the file is not a valid image.",
-            type_=USER_ERROR,
-            code="invalid_image_file",
-            param=label,
-        ) from None
-    upright = (height, width) if turned else (width, height)
-    return Given(role, upload.content, width, height, upright)
-
-
-def _layer(role: str, upload: Upload, size: tuple[int, int], wanted: tuple[int, int]) -> None:
-    """A mask or markup: a PNG with alpha, as large as the first image."""
-    with Image.open(io.BytesIO(upload.content)) as picture:
-        is_png, see_through = picture.format == "PNG", picture.has_transparency_data
-    if not is_png:
-        raise _bad_layer(role, f"Invalid {role} image format - the {role} must be a PNG.")
-    if not see_through:
-        raise _bad_layer(role, f"Invalid {role} image format - the alpha channel is missing.")
-    if size != wanted:
-        raise _bad_layer(
-            role,
-            f"Invalid {role} image size - {size[0]}x{size[1]} is not the size of the first image, "
-            f"{wanted[0]}x{wanted[1]}.",
-        )
-
-
-def _moderate(prompt: str, request_id: str) -> None:
-    """Two words that nobody means, so that refusals can be tried without meaning harm."""
+def blocked(prompt: str, request_id: str) -> Refused | None:
+    """A refusal for two words that nobody means, so that it can be tried without meaning harm."""
     folded = prompt.lower()
-    if "moderationtest" in folded or "forbidden-by-sandbox" in folded:
-        raise Refused(
-            "Your request was rejected by the safety system. If you believe this is an error, "
-            f"contact us at help.openai.com and include the request ID {request_id}.",
-            type_=USER_ERROR,
-            code="moderation_blocked",
-            extra={"moderation_details": {"moderation_stage": "input", "categories": ["violence"]}},
-        )
-
-
-def _in_range(name: str, value: int) -> None:
-    low, high = _RANGES[name]
-    if value > high:
-        raise Refused(
-            f"Invalid '{name}': integer above maximum value. Expected a value <= {high}, but got "
-            f"{value} instead.",
-            code="integer_above_max_value",
-            param=name,
-        )
-    if value < low:
-        raise Refused(
-            f"Invalid '{name}': integer below minimum value. Expected a value >= {low}, but got "
-            f"{value} instead.",
-            code="integer_below_min_value",
-            param=name,
-        )
+    if "moderationtest" not in folded and "forbidden-by-sandbox" not in folded:
+        return None
+    return Refused(
+        "Your request was rejected by the safety system. If you believe this is an error, "
+        f"contact us at help.openai.com and include the request ID {request_id}.",
+        type_=USER_ERROR,
+        code="moderation_blocked",
+        extra={"moderation_details": {"moderation_stage": "input", "categories": ["violence"]}},
+    )
 
 
 def _choice(text: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> str:
     value = text.get(name, default)
     if value not in allowed:
-        raise _bad_value(name, value, allowed)
+        raise bad_value(name, value, allowed)
     return value
-
-
-def _missing(name: str) -> Refused:
-    message = f"Missing required parameter: '{name}'."
-    return Refused(message, code="missing_required_parameter", param=name)
-
-
-def _duplicate(name: str) -> Refused:
-    return Refused(
-        f"Duplicate parameter: '{name}'. You provided multiple values for this parameter, whereas "
-        "only one is allowed. If you are trying to provide a list of values, use the array syntax "
-        f"instead e.g. '{name}[]=<value>'.",
-        code="duplicate_parameter",
-        param=name,
-    )
-
-
-def _too_many(count: int, name: str) -> Refused:
-    return Refused(
-        f"Invalid '{name}': array too long. Expected an array with maximum length {MAX_IMAGES}, "
-        f"but got an array with length {count} instead.",
-        code="array_above_max_length",
-        param=name,
-    )
-
-
-def _wrong_type(name: str, wanted: str, given: Json) -> Refused:
-    words = {
-        bool: "a boolean",
-        int: "an integer",
-        float: "a decimal number",
-        str: "a string",
-        list: "an array",
-        dict: "an object",
-    }
-    return Refused(
-        f"Invalid type for '{name}': expected {wanted}, but got {words.get(type(given), 'null')} "
-        "instead.",
-        code="invalid_type",
-        param=name,
-    )
-
-
-def _bad_value(name: str, value: Json, allowed: tuple[str, ...]) -> Refused:
-    quoted = [f"'{one}'" for one in allowed]
-    listed = f"{', '.join(quoted[:-1])}, and {quoted[-1]}" if len(quoted) > 1 else quoted[0]
-    return Refused(
-        f"Invalid value: '{value}'. Supported values are: {listed}.",
-        code="invalid_value",
-        param=name,
-    )
 
 
 def _bad_size(size: str, supported: str) -> Refused:
     return Refused(
         f"Invalid size '{size}'. {supported}", type_=USER_ERROR, code="invalid_value", param="size"
     )
-
-
-def _bad_layer(role: str, message: str) -> Refused:
-    return Refused(message, type_=USER_ERROR, code="invalid_image_file", param=role)
 
 
 def _conflict(name: str, message: str) -> Refused:

@@ -13,7 +13,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -24,8 +24,8 @@ from gateway.stores.rows import instant, micros
 from gateway.stores.sqlite_books import audit_sums
 from gateway.stores.sqlite_file import one_number
 
-FORMAT = 1
-"""Of the tables below. Another one for every change of them."""
+FORMAT = 2
+"""Of the tables below. Another one for every change of them; those before it are read too."""
 APPLICATION_ID = 0x67746277
 """``gtbw``: no gateway takes it for its database, and ``gateway db restore`` takes nothing else."""
 BATCH = 1000
@@ -43,6 +43,11 @@ class Table:
     key: int = 1
     replaced: bool = False
     """What an empty database may have of it gives way to the backup's."""
+    since: int = 1
+    """The first format that has it."""
+    later: tuple[tuple[int, Any], ...] = ()
+    """Of its last columns, in their order: the first format that has each, and what it is in the
+    formats before."""
 
     @property
     def names(self) -> str:
@@ -63,6 +68,12 @@ class Table:
         marks = ", ".join("?" * len(self.columns))
         return f"INSERT INTO {self.name} ({self.names}) VALUES ({marks})"  # noqa: S608
 
+    def as_of(self, form: int) -> tuple[Table, Row]:
+        """The table as a format has it, and what its rows lack at their ends."""
+        missing = [default for since, default in self.later if since > form]
+        there = self.columns[: len(self.columns) - len(missing)]
+        return replace(self, columns=there, later=()), missing
+
     @property
     def create(self) -> str:
         columns = ", ".join(f"{name} {kind}" for name, kind in self.columns)
@@ -72,11 +83,19 @@ class Table:
         )
 
 
-def _table(name: str, columns: str, key: int = 1, *, replaced: bool = False) -> Table:
+def _table(
+    name: str,
+    columns: str,
+    key: int = 1,
+    *,
+    replaced: bool = False,
+    since: int = 1,
+    later: tuple[tuple[int, Any], ...] = (),
+) -> Table:
     """``columns`` are words: a name that ends in ``#`` is a number, in ``%`` bytes."""
     kinds = {"#": "INTEGER", "%": "BLOB"}
     parts = [(word.rstrip("#%"), kinds.get(word[-1], "TEXT")) for word in columns.split()]
-    return Table(name, tuple(parts), key, replaced)
+    return Table(name, tuple(parts), key, replaced, since, later)
 
 
 TABLES = (
@@ -84,7 +103,9 @@ TABLES = (
     _table(
         "hold",
         "rid state bound# cost# accounts team key_id model operation upstream images# price_id"
-        " fingerprint idempotency_key worker at# day lease_ends# outcome basis flags",
+        " fingerprint idempotency_key worker at# day lease_ends# outcome basis flags"
+        " end_user",
+        later=((2, ""),),
     ),
     _table("journal", "seq# at# rid kind pending# posted# detail"),
     _table(
@@ -103,6 +124,11 @@ TABLES = (
     _table(
         "key",
         "id digest% team name models limits created# expires# disabled# revoked# pepper",
+    ),
+    _table(
+        "owned",
+        "id kind team key_id upstream mark created# expires# size_bytes# purpose detail",
+        since=2,
     ),
 )
 """What a backup has, a team before its keys. Who runs calls (``worker``) and what one process did
@@ -201,19 +227,25 @@ class Backup:
                 f"{path} has format {form}, this program knows {FORMAT}: it was made by a newer "
                 "release. Use that one"
             )
-        if set(found) != {table.name for table in TABLES}:
+        if set(found) != {table.name for table in TABLES if table.since <= form}:
             raise self._damaged("tables are missing")
+        self._format: int = form
         self._parts: Mapping[str, tuple[int, str]] = found
         rows = {name: count for name, (count, _) in found.items()}
         open_holds = one_number(db, _OPEN)
         self.contents = Contents(kind, schema, instant(created), rows, open_holds)
 
     def batches(self, table: Table) -> Iterator[Sequence[Row]]:
-        """All rows of a table. Raises ``StoreError`` behind the last one where they are not those
-        that were written: whoever has taken them gives them back."""
+        """All rows of a table, with what a format before this one did not have. Raises
+        ``StoreError`` behind the last one where they are not those that were written: whoever has
+        taken them gives them back."""
+        if table.since > self._format:
+            return
+        written, missing = table.as_of(self._format)
         checksum = _Checksum()
         try:
-            yield from _batches(self._db, table, checksum)
+            for batch in _batches(self._db, written, checksum):
+                yield [(*row, *missing) for row in batch] if missing else batch
         except sqlite3.Error as error:
             raise self._damaged(str(error)) from error
         if (checksum.rows, checksum.value) != self._parts[table.name]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
-from gateway.domain.ledger import Entry, State, UsageRow
+from gateway.domain.ledger import Entry, Outcome, State, UsageRow, UserUsage
 from gateway.domain.money import Money
 from gateway.domain.transition import (
     CORRECTED,
@@ -132,6 +132,32 @@ class MemoryBooks:
                 found[who] = (requests + 1, images + one.images, cost + one.cost)
         return [routed_of(day, (*who, *sums)) for who, sums in found.items()]
 
+    async def usage_by_user(
+        self, team: str | None = None, since: str | None = None, until: str | None = None
+    ) -> list[UserUsage]:
+        await asyncio.sleep(0)
+        found: dict[tuple[str, str], UserUsage] = {}
+        for hold in self._rows.holds.values():
+            day, owner, *_ = hold.usage_row
+            if (
+                hold.state not in (State.POSTED, State.EXPIRED)
+                or (team is not None and owner != team)
+                or (since is not None and day < since)
+                or (until is not None and day > until)
+            ):
+                continue
+            who = (owner, hold.claim.user)
+            known = found.get(who, UserUsage(*who, 0, 0, 0, 0))
+            delivered = hold.outcome is Outcome.DELIVERED
+            found[who] = UserUsage(
+                *who,
+                known.requests + 1,
+                known.images + (hold.claim.images if delivered else 0),
+                known.cost + hold.cost,
+                known.unresolved + (hold.state is State.EXPIRED),
+            )
+        return [found[who] for who in sorted(found)]
+
     async def audit(self) -> list[Discrepancy]:
         await asyncio.sleep(0)
         rows = self._rows
@@ -182,6 +208,7 @@ class MemoryBooks:
             outcome=hold.outcome,
             basis=hold.basis,
             flags=hold.flags,
+            user=claim.user,
         )
 
 

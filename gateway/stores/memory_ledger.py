@@ -46,6 +46,7 @@ from gateway.domain.transition import (
 from gateway.ports import NotKnown
 from gateway.stores.memory_books import MemoryBooks, MemoryUpkeep
 from gateway.stores.memory_directory import MemoryDirectory
+from gateway.stores.memory_ownership import MemoryOwnership
 from gateway.stores.memory_rows import MemoryHold, MemoryRows
 from gateway.stores.rows import detail_of, reroute_detail
 
@@ -59,6 +60,7 @@ class MemoryStore:
         self.books = MemoryBooks(self.rows)
         self.upkeep = MemoryUpkeep(self.rows)
         self.directory = MemoryDirectory()
+        self.ownership = MemoryOwnership(self.rows)
 
     @property
     def clock_skew_seconds(self) -> float:

@@ -15,6 +15,7 @@ from gateway.domain.books import Adjustment, JournalLine
 from gateway.domain.call import Json
 from gateway.domain.ledger import Balance, Basis, Claim, Entry, Outcome, Route, State
 from gateway.domain.money import Money
+from gateway.domain.owned import Owned
 from gateway.domain.transition import Counts, Move, usage_day
 
 NOTHING = Balance()
@@ -65,6 +66,7 @@ class MemoryRows:
     notices: dict[tuple[str, str], tuple[datetime, datetime | None]] = field(default_factory=dict)
     """(account, mark) to when it was claimed, and when it was sent."""
     factors: dict[tuple[str, str], int] = field(default_factory=dict)
+    owned: dict[str, Owned] = field(default_factory=dict)
     events: int = 0
 
     def read(self, accounts: Iterable[str]) -> tuple[Balance, ...]:

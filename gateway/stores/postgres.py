@@ -11,6 +11,7 @@ from gateway.stores.postgres_books import PostgresBooks
 from gateway.stores.postgres_directory import PostgresDirectory
 from gateway.stores.postgres_ledger import PostgresLedger
 from gateway.stores.postgres_link import connect_at_start
+from gateway.stores.postgres_ownership import PostgresOwnership
 from gateway.stores.postgres_schema import refuse_other
 from gateway.stores.postgres_upkeep import PostgresUpkeep
 from gateway.stores.postgres_writer import Reader, Writer
@@ -26,6 +27,7 @@ class PostgresStore:
         self.books = PostgresBooks(writer, reader)
         self.upkeep = PostgresUpkeep(writer, reader)
         self.directory = PostgresDirectory(writer, reader)
+        self.ownership = PostgresOwnership(writer, reader)
 
     @classmethod
     def open(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
-from gateway.domain.ledger import Entry, UsageRow
+from gateway.domain.ledger import Entry, UsageRow, UserUsage
 from gateway.domain.money import Money
 from gateway.domain.transition import DOUBTFUL
 from gateway.stores.audit import AUDIT_JOURNAL, AUDIT_USAGE, discrepancies
@@ -51,6 +51,24 @@ _TURN = "SELECT pg_advisory_xact_lock(hashtextextended('adjust_all', 0))"
 _ROUTED = """
 SELECT upstream, team, key_id, model, count(*), sum(images), sum(cost) FROM hold
  WHERE day = %s AND state IN ('P', 'X') GROUP BY upstream, team, key_id, model
+"""
+
+# By team even where all are asked for, so that each goes along the index hold_user. Whoever has a
+# closed call has a row of daily usage.
+BY_USER = """
+SELECT team, end_user, count(*),
+       sum(CASE outcome WHEN 'delivered' THEN images ELSE 0 END)::bigint, sum(cost)::bigint,
+       sum(CASE state WHEN 'X' THEN 1 ELSE 0 END)
+  FROM hold
+ WHERE team IN (SELECT %(team)s::text WHERE %(team)s::text IS NOT NULL
+                 UNION
+                SELECT team FROM usage_daily
+                 WHERE %(team)s::text IS NULL
+                   AND day BETWEEN coalesce(%(since)s::text, '')
+                               AND coalesce(%(until)s::text, '9999-12-31'))
+   AND day BETWEEN coalesce(%(since)s::text, '') AND coalesce(%(until)s::text, '9999-12-31')
+   AND state IN ('P', 'X')
+ GROUP BY team, end_user ORDER BY team, end_user
 """
 
 _BOOKED = """
@@ -146,6 +164,13 @@ class PostgresBooks:
     async def routed(self, day: str) -> list[tuple[str, UsageRow]]:
         rows = await self._reader.run_long(lambda link: link.execute(_ROUTED, (day,)).fetchall())
         return [routed_of(day, row) for row in rows]
+
+    async def usage_by_user(
+        self, team: str | None = None, since: str | None = None, until: str | None = None
+    ) -> list[UserUsage]:
+        asked = {"team": team, "since": since, "until": until}
+        rows = await self._reader.run_long(lambda link: link.execute(BY_USER, asked).fetchall())
+        return [UserUsage(*row) for row in rows]
 
     async def audit(self) -> list[Discrepancy]:
         """Over a connection of its own, for as long as it takes."""

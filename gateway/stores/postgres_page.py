@@ -113,7 +113,8 @@ UPDATE hold SET state = new.state, cost = new.cost, outcome = new.outcome, basis
 
 _NEW_HOLD = (
     "rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images, price_id,"
-    " fingerprint, idempotency_key, worker, at, day, lease_ends, outcome, basis, flags"
+    " fingerprint, idempotency_key, worker, at, day, lease_ends, outcome, basis, flags,"
+    " end_user"
 )
 
 _MAKE_HOLDS = f"""
@@ -435,6 +436,7 @@ class Page:
             "at": at,
             "day": day,
             "lease_ends": lease_ends,
+            "end_user": claim.user,
         }
         self._holds[claim.rid] = _Hold(
             claim.rid, State.HELD, claim.bound, 0, accounts, claim.team, claim.key_id, claim.model,

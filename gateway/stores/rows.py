@@ -7,7 +7,7 @@ of one database can be read into the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,7 +16,8 @@ from gateway.domain.books import Adjustment, Correction, Hold, JournalLine
 from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Claim, Outcome, Reroute, Route, Settlement, State, UsageRow
 from gateway.domain.money import Money, exact_dollars
-from gateway.domain.team import Key, Limits, Team
+from gateway.domain.owned import Anchor, Owned, OwnedKind
+from gateway.domain.team import Key, Limits, PerUser, Team
 from gateway.domain.transition import usage_day
 from gateway.ports import BooksChanged
 
@@ -26,7 +27,7 @@ MICROSECOND = timedelta(microseconds=1)
 # What each reader expects, in its order; a statement names them itself.
 HOLD_COLUMNS = (
     "rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images, price_id,"
-    " worker, at, lease_ends, idempotency_key, outcome, basis, flags"
+    " worker, at, lease_ends, idempotency_key, outcome, basis, flags, end_user"
 )
 """In the order that ``hold_of`` reads them."""
 
@@ -39,10 +40,14 @@ USAGE_COLUMNS = (
 )
 """In the order of ``UsageRow``'s fields."""
 
+OWNED_COLUMNS = "id, kind, team, key_id, upstream, mark, created, expires, size_bytes, detail"
+"""In the order that ``owned_of`` reads them."""
+
 TEAM_COLUMNS = "id, models, limits, cache_enabled, disabled, time_zone"
 KEY_COLUMNS = "id, team, name, models, limits, created, expires, disabled, revoked, pepper"
 
 _LIMITS = frozenset(field.name for field in fields(Limits))
+_PER_USER = "per_user"
 
 
 def micros(instant: datetime) -> int:
@@ -140,7 +145,7 @@ def accounts_of(claim: Claim) -> list[str]:
 
 def claim_row(claim: Claim, accounts: str, lease_ends: int) -> tuple[object, ...]:
     """A new hold: rid, bound, accounts, team, key_id, model, operation, upstream, images,
-    price_id, fingerprint, idempotency_key, worker, at, day, lease_ends."""
+    price_id, fingerprint, idempotency_key, worker, at, day, lease_ends, end_user."""
     return (
         claim.rid,
         claim.bound,
@@ -158,6 +163,7 @@ def claim_row(claim: Claim, accounts: str, lease_ends: int) -> tuple[object, ...
         micros(claim.at),
         usage_day(claim.at),
         lease_ends,
+        claim.user,
     )
 
 
@@ -165,7 +171,7 @@ def hold_of(row: Sequence[Any]) -> Hold:
     """``row`` has ``HOLD_COLUMNS``."""
     (
         rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images,
-        price_id, worker, at, lease_ends, idempotency_key, outcome, basis, flags,
+        price_id, worker, at, lease_ends, idempotency_key, outcome, basis, flags, user,
     ) = row  # fmt: skip
     return Hold(
         rid=rid,
@@ -187,6 +193,7 @@ def hold_of(row: Sequence[Any]) -> Hold:
         outcome=None if outcome is None else Outcome(outcome),
         basis=None if basis is None else Basis(basis),
         flags=tuple(json.loads(flags)),
+        user=user,
     )
 
 
@@ -197,11 +204,57 @@ def journal_line_of(row: Sequence[Any]) -> JournalLine:
     return JournalLine(seq, when, rid, kind, pending, posted, json.loads(detail))
 
 
+def owned_row(owned: Owned) -> tuple[object, ...]:
+    """``OWNED_COLUMNS``, and then the purpose."""
+    return (
+        owned.id,
+        owned.kind.value,
+        owned.team,
+        owned.key_id,
+        *owned.anchor,
+        micros(owned.created),
+        None if owned.expires is None else micros(owned.expires),
+        owned.size_bytes,
+        json.dumps(owned.detail),
+        purpose_of(owned),
+    )
+
+
+def owned_of(row: Sequence[Any]) -> Owned:
+    """``row`` has ``OWNED_COLUMNS``."""
+    name, kind, team, key_id, upstream, mark, created, expires, size_bytes, detail = row
+    return Owned(
+        name,
+        OwnedKind(kind),
+        team,
+        key_id,
+        Anchor(upstream, mark),
+        instant(created),
+        None if expires is None else instant(expires),
+        size_bytes,
+        json.loads(detail),
+    )
+
+
+def purpose_of(owned: Owned) -> str:
+    """What a file is for, as the provider said it; empty where it did not."""
+    purpose = owned.detail.get("purpose")
+    return purpose if isinstance(purpose, str) else ""
+
+
+def storable(ids: Iterable[str]) -> list[str]:
+    """Those that a database can look up: clients may name anything, and an id with a NUL or half
+    of a surrogate pair, which no text column takes, is nobody's."""
+    return [id for id in ids if id.isprintable()]
+
+
 def team_row(team: Team) -> tuple[object, ...]:
-    """``TEAM_COLUMNS`` but the id, and then the id."""
+    """``TEAM_COLUMNS`` but the id, and then the id. What each user may is beside the limits of the
+    team, where a release that does not know it leaves it alone."""
+    per_user = {} if team.per_user == PerUser() else {_PER_USER: asdict(team.per_user)}
     return (
         json.dumps(sorted(team.models)),
-        json.dumps(asdict(team.limits)),
+        json.dumps(asdict(team.limits) | per_user),
         int(team.cache_enabled),
         int(team.disabled),
         team.time_zone,
@@ -219,6 +272,7 @@ def team_of(row: Sequence[Any]) -> Team:
         cache_enabled=bool(cache_enabled),
         disabled=bool(disabled),
         time_zone=time_zone,
+        per_user=_per_user(limits),
     )
 
 
@@ -258,7 +312,16 @@ def key_of(row: Sequence[Any]) -> Key:
 def _limits(text: str) -> Limits:
     """A newer release may have written limits that this one does not know: they do not hold here,
     and are kept where they are."""
-    return Limits(**{name: value for name, value in json.loads(text).items() if name in _LIMITS})
+    return _known(json.loads(text))
+
+
+def _per_user(text: str) -> PerUser:
+    found = json.loads(text).get(_PER_USER)
+    return PerUser(_known(found["limits"]), bool(found["required"])) if found else PerUser()
+
+
+def _known(limits: Mapping[str, Any]) -> Limits:
+    return Limits(**{name: value for name, value in limits.items() if name in _LIMITS})
 
 
 def routed_of(day: str, row: Sequence[Any]) -> tuple[str, UsageRow]:

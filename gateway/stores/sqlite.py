@@ -15,6 +15,7 @@ from gateway.stores.sqlite_books import SQLiteBooks
 from gateway.stores.sqlite_directory import SQLiteDirectory
 from gateway.stores.sqlite_file import BUSY_SECONDS, Reader, Writer, one_number, open_database
 from gateway.stores.sqlite_ledger import SQLiteLedger
+from gateway.stores.sqlite_ownership import SQLiteOwnership
 from gateway.stores.sqlite_read import read_only
 from gateway.stores.sqlite_upkeep import SQLiteUpkeep
 
@@ -31,6 +32,7 @@ class SQLiteStore:
         self.books = SQLiteBooks(writer, reader, self._long_reader)
         self.upkeep = SQLiteUpkeep(writer, reader)
         self.directory = SQLiteDirectory(writer, reader)
+        self.ownership = SQLiteOwnership(writer, reader)
 
     @classmethod
     def open(

@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
-from gateway.domain.ledger import Entry, UsageRow
+from gateway.domain.ledger import Entry, UsageRow, UserUsage
 from gateway.domain.money import Money
 from gateway.domain.transition import (
     CORRECTED,
@@ -96,6 +96,13 @@ class SQLiteBooks:
         rows = await self._long_reader.run(lambda db: db.execute(_ROUTED, (day,)).fetchall())
         return [routed_of(day, row) for row in rows]
 
+    async def usage_by_user(
+        self, team: str | None = None, since: str | None = None, until: str | None = None
+    ) -> list[UserUsage]:
+        asked = {"team": team, "since": since, "until": until}
+        rows = await self._long_reader.run(lambda db: db.execute(BY_USER, asked).fetchall())
+        return [UserUsage(*row) for row in rows]
+
     async def audit(self) -> list[Discrepancy]:
         return await self._long_reader.run(audit_sums)
 
@@ -132,6 +139,22 @@ _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = ? AND rid IS NU
 _ROUTED = """
 SELECT upstream, team, key_id, model, count(*), sum(images), sum(cost) FROM hold
  WHERE day = ? AND state IN ('P', 'X') GROUP BY upstream, team, key_id, model
+"""
+
+# By team even where all are asked for, so that each goes along the index hold_user. Whoever has a
+# closed call has a row of daily usage.
+BY_USER = """
+SELECT team, end_user, count(*), sum(iif(outcome = 'delivered', images, 0)), sum(cost),
+       sum(state = 'X')
+  FROM hold
+ WHERE team IN (SELECT :team WHERE :team IS NOT NULL
+                 UNION
+                SELECT team FROM usage_daily
+                 WHERE :team IS NULL
+                   AND day BETWEEN coalesce(:since, '') AND coalesce(:until, '9999-12-31'))
+   AND day BETWEEN coalesce(:since, '') AND coalesce(:until, '9999-12-31')
+   AND state IN ('P', 'X')
+ GROUP BY team, end_user ORDER BY team, end_user
 """
 
 _BOOKED = """

@@ -152,8 +152,8 @@ SELECT {USAGE_COLUMNS}
 
 _INSERT_HOLD = """
 INSERT INTO hold (rid, state, bound, accounts, team, key_id, model, operation, upstream, images,
-       price_id, fingerprint, idempotency_key, worker, at, day, lease_ends)
-VALUES (?, 'H', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+       price_id, fingerprint, idempotency_key, worker, at, day, lease_ends, end_user)
+VALUES (?, 'H', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 
 _OVER = """

@@ -110,6 +110,7 @@ class RequestLog:
             "request_id": receipt.rid,
             "team": receipt.team,
             "key_id": receipt.key_id,
+            "user": receipt.user,
             "endpoint": receipt.operation,
             "model": receipt.model[:MAX_TEXT],
             "model_served": receipt.model_served[:MAX_TEXT],

@@ -18,11 +18,12 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from gateway.domain.call import Inquiry
+from gateway.domain.call import Inquiry, Passage
 from gateway.domain.compat import CHANGES, OTHER_CHANGE
 from gateway.domain.errors import Fault
 from gateway.domain.ledger import Balance, Line, Outcome
 from gateway.domain.money import NANOS_PER_DOLLAR, Money
+from gateway.domain.owned import OwnedKind
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
@@ -76,7 +77,7 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "to": Label("the configured name of the model that was asked instead"),
     "upstream": Label("the configured name"),
     "key": Label("the number of the upstream's key; `-` where it needs none"),
-    "endpoint": Label("", ("generation", "edit", "estimate")),
+    "endpoint": Label("", ("generation", "edit", "estimate", *Passage)),
     "cache": Label("", ("hit", "miss", "off", "join")),
     "result": Label("", ("hit", "miss", "off", "join")),
     "modality": Label("", ("text", "image", "cached_text", "cached_image")),
@@ -89,6 +90,7 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "window": Label("", ("day", "week", "month", "total")),
     "mark": Label("`budget` or `soft_budget`, and the percentage: `budget:80`"),
     "kind": Label("", ("open", "limit")),
+    "gateway_cross_team_denied_total.kind": Label("", tuple(OwnedKind)),
     "where": Label("", ("memory", "disk")),
     "folder": Label("`database` with SQLite alone", ("database", "blobs", "settlements")),
     "stage": Label("", ("upload", "queued", "reserved", "upstream", "response", "stalled",
@@ -168,6 +170,9 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
         Spec("gateway_client_gone_total", Kind.COUNTER, ("stage",),
              "Clients that left, by stage: upload, queued, reserved, upstream, response, stalled, "
              "broken."),
+        Spec("gateway_cross_team_denied_total", Kind.COUNTER, ("kind",),
+             "Ids of another team's that a request named: file, response, picture. Each was "
+             "answered as one that is unknown."),
         Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
              "Pictures bought whose client had left; it may have come back for them."),
     ),
@@ -377,6 +382,8 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
 
 TABLE = tuple(spec for group in GROUPS.values() for spec in group)
 
+_PASSAGES = frozenset(one.value for one in Passage)
+
 BUDGET_GAUGES = tuple(
     spec.name
     for spec in TABLE
@@ -538,6 +545,8 @@ class Metrics:
         where = {"team": team, "model": model, "endpoint": receipt.operation}
         cache = receipt.cache.value
         self.add("gateway_requests_total", 0, status="2xx", cache=cache, **where)
+        if receipt.operation in _PASSAGES:
+            return
         self.add("gateway_images_total", 0, cache=cache, **where)
         self.add("gateway_spend_usd_total", 0, **where)
         self.add("gateway_team_request_seconds_total", 0, **where)
@@ -578,7 +587,7 @@ class Metrics:
             own = delivery.seconds - waited
             if receipt.cache is not CacheResult.JOIN:
                 self.observe("gateway_overhead_seconds", own, endpoint=endpoint)
-            if not asked:
+            if not asked and receipt.operation not in _PASSAGES:
                 self.add("gateway_images_total", receipt.images, team=team, cache=cache, **where)
         if receipt.joined or found is CacheResult.HIT:
             avoided = receipt.avoided / NANOS_PER_DOLLAR

@@ -7,6 +7,8 @@ delivered ``UpstreamBroken`` (money.md 8.1). No text names the upstream's addres
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
@@ -49,6 +51,7 @@ RETRY_AFTER_SECONDS = 5.0
 SECRET_CHARS = 12
 """What is shorter is no secret: a header's value may be any word, and a local upstream's key is `x`
 or `none`. To take it out of an answer would break the answer."""
+MARK_CHARS = 16
 FORMER_KEYS = 64
 """So many keys that are no longer used may still be in an answer."""
 SANDBOX_KEY = "sk-sandbox"
@@ -87,7 +90,8 @@ class AccountOptions:
     ``provider`` is whose price list applies. ``headers`` are added to every request. ``proxy`` is
     a forward proxy's URL, ``ca_file`` a PEM file trusted instead of the usual authorities.
     ``idle_seconds`` is how long an unused connection is kept. ``numbers`` are what its keys are
-    called by: an account that replaces another goes on with its.
+    called by: an account that replaces another goes on with its. ``mark_key`` is what
+    ``Credential.mark`` is made with; without one, keys have no marks.
     """
 
     name: str
@@ -104,6 +108,7 @@ class AccountOptions:
     max_response_bytes: int = MAX_RESPONSE_BYTES
     news: AccountNews = AccountNews()
     numbers: Iterator[int] = field(default_factory=lambda: count(1))
+    mark_key: bytes = field(default=b"", repr=False)
 
 
 def build_account(options: AccountOptions) -> Account:
@@ -151,6 +156,7 @@ class Account:
         self._origin, self._base_path = split_base_url(options.base_url)
         self._numbers = options.numbers
         self._keys: dict[str, AccountKey] = {}
+        self._mark_key = options.mark_key
         self._former: deque[AccountKey] = deque(maxlen=FORMER_KEYS)
         self.replace_keys(options.keys)
         self._sandbox = options.kind == "sandbox"
@@ -186,7 +192,9 @@ class Account:
         """As they are configured now; a sandbox, which takes every key, has one without a name."""
         if not self._keys:
             return (SANDBOX_CREDENTIAL,) if self._sandbox else ()
-        return tuple(Credential(id, key.order, key.weight) for id, key in self._keys.items())
+        return tuple(
+            Credential(id, key.order, key.weight, self._mark(key)) for id, key in self._keys.items()
+        )
 
     def masked(self, text: bytes) -> bytes:
         values = {key.secret.reveal() for key in (*self._keys.values(), *self._former)}
@@ -221,6 +229,7 @@ class Account:
             body=None if outgoing.body is None else _Counted(outgoing.body, self._news.sent),
             length=outgoing.length,
             timeouts=self._timeouts,
+            max_response_bytes=outgoing.max_response_bytes,
         )
         try:
             exchange = await self._wire.exchange(request)
@@ -246,6 +255,12 @@ class Account:
 
     async def aclose(self) -> None:
         await self._wire.aclose()
+
+    def _mark(self, key: AccountKey) -> str:
+        if not self._mark_key:
+            return ""
+        secret = key.secret.reveal().encode("utf-8", "surrogateescape")
+        return hmac.digest(self._mark_key, secret, hashlib.sha256).hex()[:MARK_CHARS]
 
     def _secret(self, credential: str) -> str:
         if not self._keys:

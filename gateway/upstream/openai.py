@@ -42,6 +42,9 @@ def _edits(call: Call, target: Target) -> tuple[Edit, ...]:
         fields.pop("model", None)
     else:
         fields["model"] = target.model
+    tool = None if call.asks is None else call.asks.tool
+    if tool is not None and target.tool not in ("", tool.model):
+        fields["tools"] = tool.drawn_by(target.tool)
     edits = spliced_fields(call.encoding, call.layout, fields)
     return (*edits, *(mend.edit for mend in call.mends)) if call.mends else edits
 
@@ -52,5 +55,5 @@ def _streams_anyway(call: Call, target: Target) -> bool:
     Only where the one form can be had from the other: of one picture, and not of a format that
     has no events (contract 1.2). ``partial_images`` is not added: it would cost more.
     """
-    wanted = target.stream_always and not call.stream
+    wanted = target.stream_always and not call.stream and call.asks is None
     return wanted and call.n == 1 and call.output_format not in ("gif", "svg")

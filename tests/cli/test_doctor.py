@@ -381,6 +381,7 @@ async def test_models_that_end_soon(tmp_path: Path, sandbox: SandboxServer) -> N
     said = await look_at(tmp_path, sandbox.base_url, changes, TestClock(), offline=True)
     assert "has stopped serving it at openai on 2026-10-23" in said.the(FAIL, "models").says
     assert said.the(FAIL, "models").subject == "gpt-image-1"
+    assert f"model: {MODEL}}}" in said.the(FAIL, "models").fix
     warned = {one.subject: one.says for one in said.bad("models") if one.state is WARN}
     assert set(warned) == {"m", *ENDS}
     assert warned["m"].endswith("on 2026-11-23, in 1 day")

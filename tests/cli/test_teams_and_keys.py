@@ -90,6 +90,7 @@ def test_a_team_with_everything(say: Say, ask: Ask, config: Path) -> None:
             "soft_budget_total_usd": "800",
             "max_cost_per_request_usd": "0.25",
         },
+        "per_user": None,
     }
     assert growth == {
         "id": "growth",
@@ -99,6 +100,7 @@ def test_a_team_with_everything(say: Say, ask: Ask, config: Path) -> None:
         "cache": True,
         "time_zone": "UTC",
         "limits": UNLIMITED,
+        "per_user": None,
     }
 
 
@@ -393,3 +395,39 @@ def test_a_pepper_that_is_none(say: Say, config: Path) -> None:
         said = say(*command.split(), "--config", config)
         assert said.exit_code == 1
         assert said.stderr.startswith(f"{data / 'gateway.pepper'} is not a pepper of this gateway")
+
+
+def test_what_each_user_of_a_team_may(say: Say, ask: Ask, config: Path) -> None:
+    def team() -> dict[str, Any]:
+        teams = ask("team", "list", "--json", "--config", config)
+        return dict(next(one for one in teams if one["id"] == "design"))
+
+    say(
+        "team", "create", "design", "--requests-per-minute", "60", "--user-images-per-minute", "5",
+        "--user-budget-day", "0.50", "--user-required", "--config", config,
+    )  # fmt: skip
+    before = team()
+    limits = {**UNLIMITED, "images_per_minute": 5, "budget_day_usd": "0.5"}
+    assert before["per_user"] == {"limits": limits, "required": True}
+    assert before["limits"] == {**UNLIMITED, "requests_per_minute": 60}
+    said = say("team", "list", "--config", config).stdout.splitlines()[1]
+    assert said.endswith("60 requests/min; each user 5 images/min, $0.5 a day, has to be named")
+
+    changed = say(
+        "team", "update", "design", "--user-concurrent-requests", "2", "--user-budget-day", "none",
+        "--config", config,
+    )  # fmt: skip
+    assert changed.stdout.splitlines()[1] == (
+        "of each user: 5 images/min, 2 at once, has to be named"
+    )
+    limits = {**UNLIMITED, "images_per_minute": 5, "concurrent_requests": 2}
+    assert team() == {**before, "per_user": {"limits": limits, "required": True}}
+    # Nothing that is said of the team touches its users, nor the other way round.
+    say("team", "update", "design", "--requests-per-minute", "9", "--config", config)
+    assert team()["per_user"] == {"limits": limits, "required": True}
+    say(
+        "team", "update", "design", "--user-optional", "--user-images-per-minute", "none",
+        "--user-concurrent-requests", "none", "--config", config,
+    )  # fmt: skip
+    assert team()["per_user"] is None
+    assert team()["limits"] == {**UNLIMITED, "requests_per_minute": 9}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
@@ -27,15 +28,20 @@ async def _buy(folder: Path) -> Path:
         teams = {"growth": {"keys": [{"key": KEY, "name": "ci"}]}}
         async with run_gateway(folder, sandbox, {"teams": teams}, clock) as gateway:
 
-            async def draw(key: str, model: str = MODEL, n: int = 1) -> None:
+            async def draw(key: str, model: str = MODEL, n: int = 1, user: str = "") -> None:
                 async with gateway.sdk(key) as sdk:
                     await sdk.images.generate(
-                        model=model, prompt=PROMPT, quality="low", size="1024x1024", n=n
+                        model=model,
+                        prompt=PROMPT,
+                        quality="low",
+                        size="1024x1024",
+                        n=n,
+                        extra_headers={"x-openwebui-user-id": user} if user else {},
                     )
 
             await draw(KEY)
             await draw(KEY)  # from the cache
-            await draw(OTHER_KEY, ALIAS, n=2)
+            await draw(OTHER_KEY, ALIAS, n=2, user="ann")
             clock.advance(days=1)
             await draw(OTHER_KEY)
             return gateway.config
@@ -144,3 +150,35 @@ def test_days_in_the_wrong_order(say: Say, books: Path) -> None:
     said = say("usage", "--since", "2026-11-23", "--until", "2026-11-22", "--config", books)
     assert said.exit_code == 2
     assert "--until is before --since" in said.stderr
+
+
+def test_by_user(ask: Ask, books: Path) -> None:
+    """The answer from the cache is not in it."""
+    report = ask("usage", "--by", "user", "--json", "--config", books)
+    one, two = format_dollars(ONE), format_dollars(8 * 5_000 + 2 * 196 * 30_000)
+    ann = next(row["user"] for row in report["rows"] if row["user"] is not None)
+    assert re.fullmatch("u_[0-9a-f]{20}", ann)
+
+    def row(team: str, user: str | None, images: int, cost: str) -> dict[str, object]:
+        figures = {"requests": 1, "images": images, "cost_usd": cost, "unresolved": 0}
+        return {"team": team, "user": user} | figures
+
+    assert report["rows"] == [
+        row("design", None, 1, one),
+        row("design", ann, 2, two),
+        row("growth", None, 1, one),
+    ]
+    assert report["total"] == {
+        "requests": 3, "images": 4, "cost_usd": "0.02364", "unresolved": 0,
+    }  # fmt: skip
+    options = ("--team", "design", "--until", "2026-11-22")
+    part = ask("usage", "--by", "user", "--json", "--config", books, *options)
+    assert part["rows"] == [row("design", ann, 2, two)]
+
+
+def test_by_user_as_a_table(say: Say, books: Path) -> None:
+    lines = say("usage", "--by", "user", "--config", books).output.splitlines()
+    assert lines[0].split() == ["TEAM", "USER", "REQUESTS", "IMAGES", "COST", "UNRESOLVED"]
+    assert lines[1].split()[:4] == ["design", "(nobody", "named)", "1"]
+    assert re.match(r"design +u_[0-9a-f]{20} +1 +2 +\$0\.0118", lines[2])
+    assert lines[-1].split() == ["total", "3", "4", "$0.02364", "0"]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gateway.domain.ledger import Entry, Settlement
-from gateway.ports import Books, Directory, Ledger, Store, Upkeep
+from gateway.ports import Books, Directory, Ledger, Ownership, Store, Upkeep
 from gateway.stores.redis_link import Client, connect
 from tests.contract.stores import BACKENDS
 from tests.redis_servers import Cluster, Sentinelled, run_cluster, run_sentinels
@@ -79,3 +79,8 @@ def upkeep(store: Store) -> Upkeep:
 @pytest.fixture
 def directory(store: Store) -> Directory:
     return store.directory
+
+
+@pytest.fixture
+def ownership(store: Store) -> Ownership:
+    return store.ownership

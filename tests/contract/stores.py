@@ -1,5 +1,6 @@
-"""The stores that the contract suites of ``Ledger``, ``Books``, ``Upkeep`` and ``Directory`` run
-against, and what the suites say to them. A new store joins with one factory in ``BACKENDS``.
+"""The stores that the contract suites of ``Ledger``, ``Books``, ``Upkeep``, ``Directory`` and
+``Ownership`` run against, and what the suites say to them. A new store joins with one factory
+in ``BACKENDS``.
 """
 
 from __future__ import annotations

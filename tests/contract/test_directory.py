@@ -8,13 +8,18 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from gateway.domain.team import Key, Limits, Team
+from gateway.domain.team import Key, Limits, PerUser, Team
 from gateway.ports import AlreadyExists, Directory, NotKnown
 
 AT = datetime(2026, 11, 22, 12, 30, 15, 123456, tzinfo=UTC)
 LIMITS = Limits(60, 20, 10, budget_day=5_000_000_000, budget_month=2**62, max_cost_per_request=1)
 GROWTH = Team("growth", frozenset({"flare", "team-art"}), LIMITS, cache_enabled=False)
-ART = Team("art", disabled=True, time_zone="Asia/Tokyo")
+ART = Team(
+    "art",
+    disabled=True,
+    time_zone="Asia/Tokyo",
+    per_user=PerUser(Limits(images_per_minute=5, budget_day=2**62), required=True),
+)
 CI = Key(
     "k_ci",
     "growth",

@@ -399,7 +399,9 @@ def published_tokens(model: str) -> dict[str, dict[str, int]]:
     return {size: dict(zip(QUALITIES_25, row, strict=True)) for size, row in LADDER_25.items()}
 
 
-TOKEN_MODELS = sorted(row.model for row in ROWS if isinstance(row.price, TokenPrice))
+TOKEN_MODELS = sorted(
+    row.model for row in ROWS if isinstance(row.price, TokenPrice) and row.price.output
+)
 
 
 @settings(deadline=None)

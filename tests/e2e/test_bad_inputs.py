@@ -892,15 +892,17 @@ async def test_25_only_https_is_passed_on_where_that_is_configured(start: Start)
 
 
 @pytest.mark.parametrize("urls", ["refuse", "passthrough"])
-async def test_25_file_ids_do_not_exist_yet(start: Start, urls: str) -> None:
+async def test_25_files_that_are_nobodys_here(start: Start, urls: str) -> None:
     async with start({"upstreams": {"openai": {"image_urls": urls}}}) as gateway:
         await refuse(
             gateway,
             [
-                Refusal(edit(images=[{"file_id": "file-1"}]), 400, "file_id_unsupported",
-                        "images[0].file_id", EDITS),
-                Refusal(edit(mask={"file_id": "file-1"}), 400, "file_id_unsupported",
-                        "mask.file_id", EDITS),
+                Refusal(edit(images=[{"file_id": "file-1"}]), 404, "not_found",
+                        "images[0].file_id", EDITS, reason="not_owned"),
+                Refusal(edit(mask={"file_id": "file-1"}), 404, "not_found",
+                        "mask.file_id", EDITS, reason="not_owned"),
+                Refusal(edit(mask={"file_id": "\x00"}), 404, "not_found",
+                        "mask.file_id", EDITS, reason="not_owned"),
             ],
         )  # fmt: skip
 

@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ SAFETY = "canary17safety17rrrrrrrrrr"
 FILE_NAME = "canary18file18ssssssssssss"
 IDEMPOTENCY_KEY = "canary19idempotency19ttt"
 UNKNOWN_FIELD = "canary20field20uuuuuuuuuu"
+CHAT_USER = "canary22chat22wwwwwwwwwwww"
+CHAT_EMAIL = "canary23email23@xxxxxxxx.yyy"
 
 PICTURE_OUT = base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"canary21picture21" * 100).decode()
 
@@ -84,6 +87,8 @@ WORDS: Mapping[str, str | bytes] = {
     "prompt": PROMPT,
     "user": USER,
     "safety identifier": SAFETY,
+    "user of a chat": CHAT_USER,
+    "email of a user": CHAT_EMAIL,
     "file name": FILE_NAME,
     "idempotency key": IDEMPOTENCY_KEY,
     "unknown field": UNKNOWN_FIELD,
@@ -257,10 +262,16 @@ def configuration(
             "*": {"upstream": "openai"},
         },
         "teams": {
-            "growth": {"keys": [TEAM_KEY], "budget": {"day": 500}, "soft_budget": {"day": 0.001}},
+            "growth": {
+                "keys": [TEAM_KEY],
+                "budget": {"day": 500},
+                "soft_budget": {"day": 0.001},
+                "per_user": {"limits": {"images_per_minute": 500}, "budget": {"day": 400}},
+            },
             "design": {"keys": [OTHER_KEY], "limits": {"images_per_minute": 1}},
         },
         "relay": {"attempts": 2},
+        "users": {"sources": ["x-openwebui-user-email", "safety_identifier", "user"]},
         "notify": {"webhook": box.url, "secret": WEBHOOK_SECRET},
         "results": {"webhook": box.url, "secret": WEBHOOK_SECRET},
         "tracing": {
@@ -277,6 +288,8 @@ async def play(http: httpx.AsyncClient, scene: Scene) -> httpx.Response:
         "authorization": f"Bearer {scene.key}",
         "cookie": f"session={COOKIE}",
         "baggage": f"id={BAGGAGE}",
+        "x-openwebui-user-id": CHAT_USER,
+        **({} if scene.edit else {"x-openwebui-user-email": CHAT_EMAIL}),
         **scene.headers,
     }
     asked: dict[str, Any] = {
@@ -344,6 +357,8 @@ async def test_no_secret_reaches_any_sink(
     _files(tmp_path / "data", sinks)
     missing = {"output", "webhooks", "traces", "metrics", "database", "commands"} - set(sinks.found)
     assert not missing
+    for where in ("output", "database", "commands"):
+        assert re.search(rb"u_[0-9a-f]{20}", sinks.found[where]), f"{where}: no user was there"
     for where in ("output", "webhooks", "traces", "metrics", "database", "commands"):
         assert b"growth" in sinks.found[where], f"{where}: the search would not find anything"
     leaks = set(sinks.leaks())
@@ -428,6 +443,7 @@ def _commands(config: Path, sinks: Sinks) -> None:
     commands = (
         ("check",),
         ("usage", "--json"),
+        ("usage", "--by", "user"),
         ("export",),
         ("key", "list"),
         ("ledger", "unresolved", "--json"),

@@ -215,8 +215,8 @@ async def test_the_star_itself_is_no_model(gateway: GatewayUnderTest) -> None:
 async def test_what_is_not_served_says_so_in_json(gateway: GatewayUnderTest) -> None:
     async with gateway.http() as http:
         answers = [
-            await http.post("/images/variations", json={}),
-            await http.get("/files"),
+            await http.post("/images/inpaintings", json={}),
+            await http.get("/batches"),
             await http.get("/images/generations"),
             await http.delete("/models"),
         ]

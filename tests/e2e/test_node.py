@@ -163,3 +163,26 @@ async def test_what_is_refused_is_not_tried_again(
         assert (said["code"], said["param"]) == (code, param)
         assert said["attempts"] == 1
         assert gateway.sandbox.journal.received == 0
+
+
+async def test_a_page_of_another_origin(start: Start) -> None:
+    """`dangerouslyAllowBrowser`, behind a fetch that asks first and hides what is not exposed."""
+    page = "https://studio.example.com"
+    async with start({"server": {"cors": {"origins": [page]}}}) as gateway:
+        said = await node(gateway, "browser.mjs", ORIGIN=page)
+        assert "failed" not in said, said
+        assert said["b64"] > 1000
+        assert said["events"] == ["image_generation.partial_image", "image_generation.completed"]
+        assert said["headers"]["x-cost-usd"] != ""
+        assert said["headers"]["x-model-served"] == MODEL
+        assert "date" not in said["headers"]
+        assert [one["status"] for one in said["preflights"]] == [204, 204, 204]
+        assert {"authorization", "content-type"} < set(said["preflights"][0]["names"])
+        # A refusal can be read like an answer.
+        refusal = said["refusal"]
+        assert (refusal["status"], refusal["code"]) == (401, "invalid_api_key")
+        told = [receipt.rid for receipt, _ in await gateway.told.until(3)]
+        assert [said["requestId"], refusal["requestId"]] == [told[0], told[2]]
+        foreign = await node(gateway, "browser.mjs", ORIGIN="https://evil.example.com")
+        assert "preflight was refused" in foreign["failed"]
+        assert len(gateway.told.requests) == 3

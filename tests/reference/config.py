@@ -38,10 +38,12 @@ _FORMS: Mapping[str, str] = MappingProxyType(
         "_database": "a url: `sqlite:///`, `postgresql://`",
         "_existing_file": "a file that exists",
         "_header_value": "a line of ASCII",
+        "_named_upstream": "the name of an upstream",
         "_headers": "a table of names and values",
         "_keep": "a time of a day or more",
         "_kind": "`openai` or `sandbox`",
         "_network": "an address or a network",
+        "_origin": 'the origin of a page, or `"*"`',
         "_path": "a path",
         "_pepper": "a text, best of 32 characters or more",
         "_provider_admin_key": "a key",
@@ -122,6 +124,10 @@ MORE: Mapping[str, str] = MappingProxyType(
         "cache.memory_bytes": "in the memory of each process",
         "results.enabled": "whether results can be fetched, and requests be asynchronous",
         "results.ttl": "how long a result can be fetched",
+        "responses.enabled": "whether `/v1/responses` is served",
+        "files.enabled": "whether `/v1/files` is served",
+        "moderations.enabled": "whether `/v1/moderations` is served",
+        "provenance.enabled": "whether `/v1/content_provenance_checks` is served",
         "teams.NAME.keys": "what its clients send as their API key, or a table that says more; "
         "teams of the directory have theirs by `gateway key create`",
         "teams.NAME.keys[].key": "what its clients send; `openssl rand -hex 24` makes one. It is "
@@ -147,6 +153,13 @@ MORE: Mapping[str, str] = MappingProxyType(
                 "disabled": "`true`: every call is refused",
             }.items()
         },
+        "teams.NAME.per_user.limits.requests_per_minute": "of each user: requests a minute",
+        "teams.NAME.per_user.limits.images_per_minute": "of each user: pictures a minute",
+        "teams.NAME.per_user.limits.concurrent_requests": "of each user: requests at one time",
+        "teams.NAME.per_user.budget.day": "of each user: a day; hard",
+        "teams.NAME.per_user.budget.week": "of each user: a week, Monday to Sunday; hard",
+        "teams.NAME.per_user.budget.month": "of each user: a month of the calendar; hard",
+        "teams.NAME.per_user.budget.total": "of each user: in all, for ever; hard",
         "admin.keys": "must be empty: there is no Admin API in this version",
         "relay.log_prompts": "`true`: prompts are in the log; they are private, so by default "
         "nothing of them is",
@@ -356,6 +369,8 @@ def _default(path: str, each: Field[Any]) -> str | None:
             return f"{value:g}"
         case ():
             return "{}" if form.startswith("a table") else "[]"
+        case tuple():
+            return f"[{', '.join(str(one) for one in value)}]"
     return str(value)
 
 

@@ -56,12 +56,21 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "may not have.",
         ("InvalidRequest", "duplicate_key"): "A name stands twice in the JSON.",
         ("InvalidRequest", "duplicate_parameter"): "A parameter stands twice in the form.",
-        ("InvalidRequest", "file_id_unsupported"): "Files cannot be referred to. Send the picture "
-        "itself.",
+        ("InvalidRequest", "file_elsewhere"): "The file lives at another upstream than the model. "
+        "Send the picture itself, or ask for a model that is served there.",
+        ("InvalidRequest", "file_storage_exceeded"): "Your team's files are as large together as "
+        "`files.max_total_bytes` allows. Delete some.",
         ("InvalidRequest", "idempotency_key_reused"): "The `Idempotency-Key` belongs to a request "
         "with another body, or another form of answer. Take a new one for each request.",
         ("InvalidRequest", "image_url_not_allowed"): "A picture is given by its address. Send it "
         "itself, or ask for `image_urls: passthrough`.",
+        (
+            "InvalidRequest",
+            "image_tool_required",
+        ): "A response without the tool `image_generation`. "
+        "Add it to `tools`, or ask for `responses: {without_image_tool: allow}`.",
+        ("InvalidRequest", "input_not_priced"): "A response with a document (`input_file`). Send "
+        "its text, or its pages as pictures.",
         ("InvalidRequest", "invalid_idempotency_key"): "1 to 255 printable ASCII characters.",
         ("InvalidRequest", "invalid_image"): "An input picture is damaged, or larger than "
         "`server.max_pixels` and `max_side` allow.",
@@ -90,6 +99,7 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("InvalidRequest", "max_cost_exceeded"): "It could cost more than `max_cost_per_request`. "
         "Name a smaller size or quality.",
         ("InvalidRequest", "missing_required_parameter"): "`param` says which.",
+        ("InvalidRequest", "mixed_upstreams"): "One request names files of two upstreams.",
         ("InvalidRequest", "model_not_priced"): "The operator adds a price, or says `unpriced: "
         "allow`.",
         ("InvalidRequest", "prompt_too_long"): "Shorten it.",
@@ -97,9 +107,28 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
             "InvalidRequest",
             "urls_not_available",
         ): "`response_format: url` where `server.public_url` is not set. Read `b64_json`.",
+        ("InvalidRequest", "tool_not_priced"): "A response with a tool that the provider runs and "
+        "that is not `image_generation`. Take it out of `tools`.",
+        ("InvalidRequest", "tool_not_rewritten"): "The model of the image tool has another name at "
+        "its upstream, and the tools hold a picture. Send the name in the message, or the mask as "
+        "a file's id.",
+        (
+            "InvalidRequest",
+            "unsupported_parameter",
+        ): "`conversation`, `prompt` and `service_tier` of "
+        "a response: what they cost is not known here. The message says what to send.",
         ("InvalidRequest", "unknown_parameter"): "No such parameter, with `unknown_parameters: "
         "refuse` or `validate: strict`; or a name in brackets that is none.",
         ("InvalidRequest", "unsupported_file_mimetype"): "The file is no picture that is taken.",
+        (
+            "InvalidRequest",
+            "user_required",
+        ): "The team has `per_user.required`, and the request does "
+        "not say whose it is. Send `safety_identifier`.",
+        ("NotServed", "cors_refused"): "A browser asked whether a page of another origin may send "
+        "this; `server.cors` says it may not.",
+        ("NotServed", "endpoint_retired"): "OpenAI has retired `/v1/images/variations`. "
+        "`/v1/images/edits` takes a picture and a prompt.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
         ("NotServed", "picture_not_found"): "The url of a picture is not complete, or its time is "
         "over (`hosted.ttl`). Ask for the picture again.",
@@ -115,6 +144,11 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "one.",
         ("ModelNotFound", "model_not_found"): "The message has the nearest name; `GET /v1/models` "
         "has yours.",
+        ("ModelRetired", "model_retired"): "Its provider serves the model no more, on the day that "
+        "the price list says (`shuts_down`). The message names what takes its place, where your "
+        "team may use that.",
+        ("NotOwned", "not_found"): "Your team has no file, response or picture of this id. That of "
+        "another team looks the same.",
         ("QuotaExceeded", "insufficient_quota"): "A budget has no room for the most this could "
         "cost; nothing was taken. The message says whose, how much is left, when it is renewed, "
         "and what would be cheaper.",
@@ -135,6 +169,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "perhaps, refused it.",
         ("UpstreamFault", "upstream_redirect"): "The upstream answers with a redirect: its "
         "`base_url` is wrong.",
+        ("UpstreamUnanswered", "upstream_no_answer"): "A request that costs nothing (a file, a "
+        "look-up, a check) was sent and not answered to the end. See what became of it.",
         ("UpstreamUnavailable", "upstream_tls"): "The upstream's certificate is not trusted. The "
         "operator looks at `verify` and the upstream.",
         ("UpstreamUnavailable", "upstream_unavailable"): "It cannot be reached, or rests after "
@@ -178,11 +214,14 @@ _DYNAMIC: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
         ("relay/read.py", "bad.code"): (
             "invalid_json", "duplicate_key", "json_too_deep", "json_too_large", "invalid_unicode",
         ),
+        ("relay/files.py", "code"): (
+            "duplicate_parameter", "invalid_type", "invalid_value", "missing_required_parameter",
+            "unknown_parameter",
+        ),
         ("relay/strict.py", "code"): (
             "invalid_image", "invalid_size", "invalid_type", "invalid_value", "unknown_parameter",
             "unsupported_file_mimetype",
         ),
-        ("api/errors.py", "code"): ("unknown_url", "method_not_allowed"),
     }
 )  # fmt: skip
 """File and expression -> the codes that it can be."""
@@ -210,7 +249,10 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "x-gateway-attempts": "how often upstreams were asked",
         "x-gateway-changed": "what was put in, or in place of what was asked: `size=...`, "
         "`model=...`; a name alone was left out: `style`",
-        "x-gateway-warning": "what the operator, or the client, should know of this answer",
+        "sunset": "the day on which the model that was asked for ends, where that is within 30 "
+        "days (RFC 8594)",
+        "x-gateway-warning": "the same in words, and what to ask for instead; or why pictures "
+        "that were to be urls are in `b64_json`",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
         "retry-after": "seconds; `retry-after-ms` beside it",
@@ -224,10 +266,13 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
 REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(
     {
         "authorization": "`Bearer` and the key of the team",
+        "api-key": "the same without `Bearer`, as Azure's clients send it",
         "cache-control": "`no-cache`: another picture, and no joining of an abandoned call",
         "idempotency-key": "one purchase and one charge, for a day",
         "prefer": "`respond-async`: a 202 at once; of a result, `wait=30`",
         "x-gateway-async": "`true`: as `Prefer: respond-async`",
+        "x-openwebui-user-id": "who the end user is, where the body does not say (`users.sources`)",
+        "x-openwebui-user-email": "as `x-openwebui-user-id`",
         "x-stainless-retry-count": "SDKs say by it that they try again",
     }
 )

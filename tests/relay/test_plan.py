@@ -452,14 +452,14 @@ async def test_the_wildcard() -> None:
 
 def test_the_models_of_a_caller_are_listed_by_name() -> None:
     planner = Bench(wildcard=ANY).planner
-    assert [model.name for model in planner.models(caller())] == [
+    assert [model.name for model in planner.models(caller(), NOW)] == [
         "dear",
         "flare",
         "local",
         "team-art",
     ]
     who = caller(models=frozenset({"local", "flare", "gone"}), key_models=frozenset({"flare"}))
-    assert planner.models(who) == [FLARE]
+    assert planner.models(who, NOW) == [FLARE]
 
 
 # Prices

@@ -18,7 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gateway.domain.call import Call, Encoding, InputImage, Layout, Operation, Span, Spot
+from gateway.domain.call import (
+    Call,
+    Encoding,
+    InputImage,
+    Layout,
+    Operation,
+    Reference,
+    Span,
+    Spot,
+)
 from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
 from gateway.relay.read import ReadRules, reader_for
 
@@ -375,6 +384,25 @@ def test_json_edits() -> None:
     assert call.parameters == {"prompt": "p"}
 
 
+def test_files_are_named_by_their_ids() -> None:
+    body = edit(
+        images=[{"image_url": url(PNG)}, {"file_id": "file-1", "detail": "high"}],
+        mask={"file_id": "file-2", "image_url": None},
+        markup={"file_id": "file-1"},
+    )
+    call = read(EDIT, body, step=7)
+    assert call.references == (
+        Reference("file", "file-1", "images[1].file_id"),
+        Reference("file", "file-2", "mask.file_id"),
+        Reference("file", "file-1", "markup.file_id"),
+    )
+    assert [item.role for item in call.inputs] == ["image", "image", "mask", "markup"]
+    assert [item.size_bytes for item in call.inputs[1:]] == [0, 0, 0]
+    assert call.inputs[1].digest == call.inputs[3].digest != call.inputs[2].digest
+    # What stands beside an id is a part of the call, the id is not its text.
+    assert call.parameters["images"] == [{}, {"detail": "high"}, {}, {}]
+
+
 def test_slashes_may_be_escaped_in_a_data_url() -> None:
     for data in (PNG, PNG + b"\xff" * 500_000):
         body = edit(images=[{"image_url": url(data)}]).replace(b"/", b"\\/")
@@ -602,9 +630,15 @@ BAD_EDITS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"images": ["data:,"]}, 400, "invalid_type", "images[0]"),
     ({"images": [{}]}, 400, "missing_required_parameter", "images[0].image_url"),
     ({"images": [{"image_url": 1}]}, 400, "invalid_type", "images[0].image_url"),
-    ({"images": [{"file_id": "file-1"}]}, 400, "file_id_unsupported", "images[0].file_id"),
+    ({"images": [{"file_id": 1}]}, 400, "invalid_type", "images[0].file_id"),
+    ({"images": [{"file_id": ""}]}, 400, "invalid_type", "images[0].file_id"),
+    ({"images": [{"file_id": "f", "image_url": url(PNG)}]}, 400, "invalid_value", "images[0]"),
+    ({"images": [{"image_url": url(PNG), "File_Id": "f"}]}, 400, "unknown_parameter",
+     "images.File_Id"),
+    ({"input_image_mask": {"file_id": "f"}}, 400, "unknown_parameter", "input_image_mask.file_id"),
+    ({"svg": {"x": [{"FILE_IDS": ["f"]}]}}, 400, "unknown_parameter", "svg.x.FILE_IDS"),
     ({"images": [{"image_url": url(PNG)}] * 17}, 400, "invalid_value", "images"),
-    ({"mask": {"file_id": "file-1"}}, 400, "file_id_unsupported", "mask.file_id"),
+    ({"mask": {"file_id": ["file-1"]}}, 400, "invalid_type", "mask.file_id"),
     ({"mask": "x"}, 400, "invalid_type", "mask"),
     ({"images": [{"image_url": "data:image/png,abc"}]}, 400, "invalid_image",
      "images[0].image_url"),

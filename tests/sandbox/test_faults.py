@@ -401,6 +401,37 @@ def test_a_rule_from_json() -> None:
     assert rule == Rule(
         drip=Drip(10, 0.5), usage=None, headers={"a": "b"}, delay_seconds=1, gzip=True
     )
+    of_responses: dict[str, Json] = {
+        "method": "GET",
+        "path": "/responses/*",
+        "response_status": "failed",
+        "response_error": "invalid_image",
+        "no_tool_usage": True,
+        "tool_usage": {"input_tokens": 1},
+    }
+    assert rule_from_json(of_responses) == Rule(
+        method="GET",
+        path="/responses/*",
+        response_status="failed",
+        response_error="invalid_image",
+        no_tool_usage=True,
+        tool_usage={"input_tokens": 1},
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path", "fits"),
+    [
+        ("/images/edits", "/v1/images/edits", True),
+        ("/responses/*", "/v1/responses/resp_1", True),
+        ("/responses/*", "/v1/responses", False),
+        ("/responses/*", "/v1/responses/resp_1/cancel", False),
+        ("/files/*/content", "/v1/files/file-1/content", True),
+        ("/files/*", "/v1/files/file-1/content", False),
+    ],
+)
+def test_a_path_with_a_star(wanted: str, path: str, fits: bool) -> None:
+    assert Rule(path=wanted).matches(path, "", "") is fits
 
 
 def test_the_journal_is_bounded(clock: StillClock) -> None:

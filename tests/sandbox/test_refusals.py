@@ -320,7 +320,7 @@ def test_a_key_is_needed(server: SandboxServer, headers: dict[str, str]) -> None
     ("method", "path", "status", "code"),
     [
         ("POST", "/images/variations", 404, "unknown_url"),
-        ("POST", "/responses", 404, "unknown_url"),
+        ("POST", "/chat/completions", 404, "unknown_url"),
         ("GET", "/images/generations", 405, "method_not_supported"),
         ("GET", "/models/dall-e-3", 404, "model_not_found"),
     ],
@@ -337,7 +337,8 @@ def test_models(http: httpx.Client) -> None:
     listed = http.get("/models").json()
     assert listed["object"] == "list"
     by_id = {row["id"]: row for row in listed["data"]}
-    assert len(by_id) == 12
+    assert sum(name.startswith(("gpt-image", "chatgpt-image")) for name in by_id) == 12
+    assert by_id["gpt-6-astra"]["object"] == "model"
     assert by_id["gpt-image-1.5"]["shutdown_date"] == "2026-12-01"
     one = http.get(f"/models/{FLARE}").json()
     assert one == by_id[FLARE]
@@ -501,7 +502,7 @@ def test_a_mask_that_is_no_png(http: httpx.Client) -> None:
         ({"images": "x"}, "invalid_type", "images"),
         ({"images": ["x"]}, "invalid_type", "images[0]"),
         ({"images": [{}]}, "invalid_value", "images[0]"),
-        ({"images": [{"file_id": "file-1"}]}, "image_file_not_found", "images[0].file_id"),
+        ({"images": [{"file_id": 1}]}, "invalid_type", "images[0].file_id"),
         ({"images": [{"url": "x"}]}, "unknown_parameter", "images[0].url"),
         (
             {"images": [{"image_url": "https://example.com/a.png"}]},

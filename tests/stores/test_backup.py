@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
@@ -15,6 +17,7 @@ import pytest
 from gateway.domain.books import Adjustment, Correction
 from gateway.domain.call import Operation
 from gateway.domain.ledger import Replay
+from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.team import Key, Limits, Team
 from gateway.domain.transition import OnConflict, ignore_conflict
 from gateway.ports import Store, StoreError
@@ -23,7 +26,7 @@ from gateway.stores.postgres import PostgresStore
 from gateway.stores.postgres_backup import postgres_snapshot, restore_postgres
 from gateway.stores.sqlite import SQLiteStore
 from gateway.stores.sqlite_backup import restore_sqlite, sqlite_snapshot
-from tests.contract.stores import NOON, claim, elsewhere, expired, server, settled, voided
+from tests.contract.stores import LEASE, NOON, claim, elsewhere, expired, server, settled, voided
 
 KINDS = ("sqlite", "postgres")
 Rows = dict[str, list[tuple[Any, ...]]]
@@ -128,6 +131,13 @@ async def fill(store: Store) -> None:
     await directory.create_key(Key("k_art", "art", "ci", created=NOON, pepper="01ab"), b"\x00\xff")
     await directory.create_key(Key("k_two", "art", models=frozenset({"flare"})), b"\x01")
     await directory.declared_id([b"\xfe", b"\x02"], "k_declared")
+    anchor, photo = Anchor("openai", "00ff"), {"purpose": "vision", "filename": "\x00 é \U0001f5bc"}
+    await store.ownership.record(
+        [
+            Owned("file-1", OwnedKind.FILE, "art", "k_art", anchor, NOON, None, 2**40, photo),
+            Owned("resp_1", OwnedKind.RESPONSE, "art", "k_art", anchor, NOON, NOON + LEASE),
+        ]
+    )
 
 
 @pytest.mark.parametrize("first", KINDS)
@@ -220,7 +230,8 @@ SPOILED = {
     "another amount": "UPDATE hold SET cost = cost + 1 WHERE rid = 'r0'",
     "a row that is gone": "DELETE FROM journal WHERE seq = 1",
     "a row too many": "INSERT INTO team SELECT 'b', models, limits, 1, 0, 'UTC' FROM team",
-    "the last table": "UPDATE key SET digest = x'02' WHERE id = 'k_two'",
+    "bytes": "UPDATE key SET digest = x'02' WHERE id = 'k_two'",
+    "the last table": "UPDATE owned SET team = 'growth' WHERE id = 'file-1'",
     "no checksum": "DELETE FROM backup_part WHERE name = 'key'",
     "no head": "DELETE FROM backup",
 }
@@ -370,3 +381,43 @@ def test_a_backup_needs_a_database_of_this_release(make: Make) -> None:
 def test_the_tables_are_in_an_order_that_their_keys_allow() -> None:
     names = [table.name for table in TABLES]
     assert names.index("team") < names.index("key")
+
+
+def as_of_format_1(path: Path) -> None:
+    """Makes a backup into what the release before ownership and users wrote."""
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("DROP TABLE owned")
+        db.execute("DELETE FROM backup_part WHERE name = 'owned'")
+        db.execute("ALTER TABLE hold DROP COLUMN end_user")
+        rows = db.execute("SELECT * FROM hold ORDER BY rid").fetchall()
+        lines = "".join(json.dumps(list(row)) + "\n" for row in rows)
+        db.execute(
+            "UPDATE backup_part SET sha256 = ? WHERE name = 'hold'",
+            (hashlib.sha256(lines.encode()).hexdigest(),),
+        )
+        db.execute("UPDATE backup SET format = 1, schema = 2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_backup_of_the_release_before_is_restored(
+    make: Make, tmp_path: Path, kind: str
+) -> None:
+    source, target = make("sqlite"), make(kind)
+    store = source.open()
+    await fill(store)
+    await store.aclose()
+    source.backup(tmp_path / "backup")
+    as_of_format_1(tmp_path / "backup")
+    await target.make()
+    target.restore(tmp_path / "backup")
+    expected = source.rows()
+    expected["owned"] = []
+    expected["hold"] = [(*row[:-1], "") for row in expected["hold"]]
+    assert target.rows() == expected
+    # And it is whole: one that lacks more than that release did is not.
+    with closing(sqlite3.connect(tmp_path / "backup", isolation_level=None)) as db:
+        db.execute("UPDATE hold SET images = images + 1 WHERE rid = 'r0'")
+    spoiled = make(kind)
+    await spoiled.make()
+    with pytest.raises(StoreError, match="is damaged"):
+        spoiled.restore(tmp_path / "backup")

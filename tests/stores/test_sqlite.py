@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib import resources
 from pathlib import Path
@@ -44,7 +45,10 @@ from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.domain.team import Key, Team
 from gateway.ports import StoreError
 from gateway.stores.sqlite import SQLiteStore
+from gateway.stores.sqlite_books import BY_USER
 from gateway.stores.sqlite_file import filesystem_of
+from gateway.stores.sqlite_ownership import PAGES
+from tests.contract import stores
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 ROOT = Path(__file__).parents[2]
@@ -719,3 +723,53 @@ async def test_a_key_that_another_store_has_reserved_is_seen_at_once(path: Path)
         assert known == Claimed(rid, State.HELD, same_fingerprint=False)
     for store in (first, second):
         await store.aclose()
+
+
+async def test_a_file_of_the_release_before_users(path: Path) -> None:
+    """Its calls named nobody; they go on, and the next ones may."""
+    path.parent.mkdir()
+    folder = resources.files("gateway.stores").joinpath("migrations", "sqlite")
+    before = [folder.joinpath(name) for name in ("0001_initial.sql", "0002_books.sql")]
+    with closing(sqlite3.connect(path)) as db:
+        for file in before:
+            db.executescript(file.read_text(encoding="utf-8"))
+        db.execute("PRAGMA user_version = 2")
+        db.execute(
+            "INSERT INTO hold (rid, state, bound, cost, accounts, team, key_id, model, operation,"
+            " upstream, images, price_id, fingerprint, worker, at, day, lease_ends)"
+            " VALUES ('old', 'H', 9, 0, '[\"a\"]', 'growth', 'k', 'm', 'edit',"
+            " 'u', 1, '', '', '', 0, '2026-11-22', 1)"
+        )
+        db.execute("INSERT INTO balance VALUES ('a', 0, 9)")
+        db.execute("INSERT INTO journal (rid, kind, pending, posted) VALUES ('old', 'H', 9, 0)")
+        db.commit()
+    store = SQLiteStore.open(path)
+    await store.ledger.settle(stores.settled("old", 4))
+    await store.ledger.reserve(replace(stores.claim("new"), user="u_1"))
+    await store.ledger.settle(stores.settled("new", 5))
+    assert [(one.user, one.cost) for one in await store.books.usage_by_user()] == [
+        ("", 4),
+        ("u_1", 5),
+    ]
+    assert await store.books.audit() == []
+    await store.aclose()
+
+
+@pytest.mark.parametrize("team", ["growth", None])
+async def test_usage_by_user_goes_along_an_index(path: Path, team: str | None) -> None:
+    await SQLiteStore.open(path).aclose()
+    with closing(sqlite3.connect(path)) as db:
+        asked = {"team": team, "since": "2026-11-01", "until": "2026-11-30"}
+        plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {BY_USER}", asked)]
+    assert any("hold USING INDEX hold_user (team=? AND day>? AND day<?)" in step for step in plan)
+    assert not any(step == "SCAN hold" for step in plan), plan
+
+
+async def test_a_page_of_ids_goes_along_an_index(path: Path) -> None:
+    await SQLiteStore.open(path).aclose()
+    asked = {"team": "t", "kind": "file", "now": 1, "purpose": "", "id": "x", "created": 1}
+    with closing(sqlite3.connect(path)) as db:
+        for page in PAGES.values():
+            rows = db.execute(f"EXPLAIN QUERY PLAN {page}", {**asked, "limit": 2})
+            [step] = [row[3] for row in rows]
+            assert "USING INDEX owned_page (team=? AND kind=?" in step

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import re
 import socket
 import ssl
 import zlib
@@ -613,3 +614,17 @@ def test_base_urls() -> None:
 def test_base_urls_that_are_none(base_url: str) -> None:
     with pytest.raises(ValueError):
         split_base_url(base_url)
+
+
+async def test_a_key_is_known_again_by_its_mark() -> None:
+    """In another process, after a restart, at another place in the list; and it tells nothing."""
+    one, two = AccountKey(Hidden("first-key-0123456789")), AccountKey(Hidden("other-key-0123456"))
+    marks = []
+    for keys, mark_key in (((one, two), b"a"), ((two, one), b"a"), ((one, two), b"b")):
+        used = account(9, keys=keys, mark_key=mark_key)
+        marks.append([each.mark for each in used.credentials])
+        await used.aclose()
+    assert marks[0] == marks[1][::-1]
+    assert len({*marks[0], *marks[2]}) == 4
+    for mark in (*marks[0], *marks[2]):
+        assert re.fullmatch("[0-9a-f]{16}", mark)

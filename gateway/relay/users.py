@@ -1,0 +1,43 @@
+"""The end users of calls: found in what the client says, and known from then on by a hash."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from gateway.domain.call import Call
+from gateway.domain.errors import InvalidRequest
+from gateway.domain.keys import Peppers, derived
+from gateway.domain.team import Caller
+from gateway.domain.user import UserPolicy, said_user, user_id
+
+
+class Users:
+    """Says for whom a caller calls. The hashes are made with a key derived from the pepper, so
+    they are the same in every process; behind a rotation's last step everybody is new."""
+
+    def __init__(self, peppers: Peppers, policy: UserPolicy) -> None:
+        self.replace(peppers, policy)
+
+    def replace(self, peppers: Peppers, policy: UserPolicy) -> None:
+        """From now on these hold."""
+        self._key = derived(peppers, "end users")
+        self._policy = policy
+
+    def named(self, caller: Caller, call: Call, hints: Mapping[str, str]) -> Caller:
+        """The caller, with the end user of this call. Raises ``InvalidRequest`` where the team's
+        calls need one and this has none."""
+        said = said_user(self._policy.sources, call.parameters, hints)
+        if said:
+            user = user_id(self._key, caller.team.id, said)
+            return replace(caller, user=user, records_user=self._policy.record)
+        if caller.team.per_user.required:
+            raise InvalidRequest(
+                f"Team {caller.team.id} has limits for each of its users, and this request does "
+                "not say whose it is. Send safety_identifier: any text that is the same for all "
+                "requests of one user. Only a hash of it is kept here.",
+                code="user_required",
+                param="safety_identifier",
+                reason="user_required",
+            )
+        return caller

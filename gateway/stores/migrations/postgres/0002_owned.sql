@@ -1,0 +1,28 @@
+-- The columns of sqlite/0003: whose the ids are that live at upstreams, and the end user of each call.
+
+-- A file, a response, or a picture of a response, at an upstream. One whose expiry has passed is
+-- nobody's; it is deleted later, so that a page can still begin behind it.
+CREATE TABLE owned (
+    id         TEXT   COLLATE "C" NOT NULL PRIMARY KEY,         -- as the upstream named it
+    kind       TEXT   COLLATE "C" NOT NULL CHECK (kind IN ('file', 'response', 'picture', 'item')),
+    team       TEXT   COLLATE "C" NOT NULL,
+    key_id     TEXT   COLLATE "C" NOT NULL,                     -- whose call made it
+    upstream   TEXT   NOT NULL,                                 -- the configured upstream's name
+    mark       TEXT   NOT NULL,                                 -- of the upstream's key; '': a sandbox
+    created    BIGINT NOT NULL,
+    expires    BIGINT,                                          -- NULL: when it is deleted; 0: it was
+    size_bytes BIGINT NOT NULL CHECK (size_bytes >= 0),         -- of a file
+    purpose    TEXT   COLLATE "C" NOT NULL,                     -- of a file: what detail says; else ''
+    detail     TEXT   NOT NULL                                  -- JSON object, small
+);
+
+-- A team's ids in the order of their pages, and the sum of their sizes.
+CREATE INDEX owned_page ON owned (team, kind, created, id);
+-- What expires, for who deletes it.
+CREATE INDEX owned_expiry ON owned (expires) WHERE expires IS NOT NULL;
+
+-- The end user of a call as a keyed hash ('u_...'), never as the client named them; '': unknown. A
+-- release before this one goes on writing holds without it.
+ALTER TABLE hold ADD COLUMN end_user TEXT COLLATE "C" NOT NULL DEFAULT '';
+-- Calls of a team between two days, by user.
+CREATE INDEX hold_user ON hold (team, day, end_user);

@@ -1,0 +1,121 @@
+"""What every ``Books`` says of end users. The stores are those of ``BACKENDS``."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+from gateway.domain.books import Correction
+from gateway.domain.ledger import Claim, Denied, Held, Line, UserUsage
+from gateway.domain.quota import Limit, Scope, Unit, Window, period
+from gateway.ports import Store
+from tests.contract.stores import NOON, claim, elsewhere, expired, lines, settled, voided
+
+DAY = timedelta(days=1)
+ANN, BOB = "u_0123456789abcdef0123", "u_fedcba98765432100000"
+
+
+def of(user: str, rid: str, *, images: int = 1, days: int = 0, team: str = "growth") -> Claim:
+    made = claim(rid, at=NOON + days * DAY, team=team)
+    return replace(made, user=user, images=images)
+
+
+async def test_a_call_knows_its_user(store: Store) -> None:
+    await store.ledger.reserve(of(ANN, "r"))
+    await store.ledger.reserve(claim("nobody"))
+    await store.ledger.reroute(elsewhere("r", 20))
+    await store.ledger.settle(settled("r", 7))
+    for rid, user in (("r", ANN), ("nobody", "")):
+        hold = await store.books.find(rid)
+        assert hold is not None
+        assert hold.user == user
+    oldest = await store.books.oldest_hold()
+    assert oldest is not None
+    assert oldest.user == ""
+
+
+async def test_usage_by_user(store: Store) -> None:
+    ledger, books = store.ledger, store.books
+    assert await books.usage_by_user() == []
+    for made in (
+        of(ANN, "a1", images=2),
+        of(ANN, "a2"),
+        of(ANN, "a3", days=1),
+        of(ANN, "lost", images=3),
+        of(ANN, "void"),
+        of(ANN, "open"),
+        of(BOB, "b1"),
+        of("", "nobody"),
+        of(ANN, "art", team="art"),
+    ):
+        await ledger.reserve(made)
+    for rid, cost in (("a1", 7), ("a2", 2**40), ("a3", 1), ("b1", 5), ("nobody", 3), ("art", 2)):
+        await ledger.settle(settled(rid, cost))
+    await ledger.settle(voided("void"))
+    await ledger.settle(expired("lost"))
+    lost, first = UserUsage("growth", ANN, 4, 4, 2**40 + 18, 1), UserUsage("art", ANN, 1, 1, 2, 0)
+    nobody, bob = UserUsage("growth", "", 1, 1, 3, 0), UserUsage("growth", BOB, 1, 1, 5, 0)
+    assert await books.usage_by_user() == [first, nobody, lost, bob]
+    assert await books.usage_by_user("growth") == [nobody, lost, bob]
+    assert await books.usage_by_user("nobody") == []
+    for since, until in (
+        ("2026-11-23", None),
+        ("2026-11-23", "2026-11-23"),
+        ("2026-11-23", "2027-01-01"),
+    ):
+        tomorrow = [UserUsage("growth", ANN, 1, 1, 1, 0)]
+        assert await books.usage_by_user(None, since, until) == tomorrow
+        assert await books.usage_by_user("growth", since, until) == tomorrow
+    assert await books.usage_by_user("growth", None, "2026-11-22") == [
+        nobody,
+        replace(lost, requests=3, images=3, cost=2**40 + 17),
+        bob,
+    ]
+    assert await books.usage_by_user("growth", "2026-11-24") == []
+    # What all users have bought is what the days say.
+    found = await books.usage_by_user()
+    usage = await ledger.usage()
+    assert sum(one.cost for one in found) == sum(row.cost for row in usage)
+    assert sum(one.requests for one in found) == sum(row.requests for row in usage)
+    # A correction is the user's as well.
+    await books.correct(Correction("c", "lost", 1, "found", "ann", NOON))
+    assert await books.usage_by_user("growth", None, "2026-11-22") == [
+        nobody,
+        replace(lost, requests=3, images=3, cost=2**40 + 8, unresolved=0),
+        bob,
+    ]
+
+
+async def test_calls_that_were_forgotten_have_no_user(store: Store) -> None:
+    await store.ledger.reserve(of(ANN, "r"))
+    await store.ledger.settle(settled("r", 7))
+    assert await store.upkeep.forget(NOON + DAY) == 1
+    assert await store.books.usage_by_user() == []
+
+
+def budget(user: str, amount: int) -> Line:
+    limit = Limit(Scope.USER, f"growth/{user}", Unit.MONEY, Window.DAY, amount)
+    return Line(limit, period(Window.DAY, NOON))
+
+
+async def test_one_users_budget_does_not_touch_another_s(store: Store) -> None:
+    async def reserve(rid: str, user: str, bound: int) -> object:
+        limits = (budget(user, 15), *lines(team_day=100))
+        return await store.ledger.reserve(replace(claim(rid, bound, limits=limits), user=user))
+
+    assert isinstance(await reserve("a1", ANN, 10), Held)
+    denied = await reserve("a2", ANN, 10)
+    assert isinstance(denied, Denied)
+    assert denied.line == budget(ANN, 15)
+    assert isinstance(await reserve("b1", BOB, 10), Held)
+    await store.ledger.settle(settled("a1", 4))
+    assert isinstance(await reserve("a2", ANN, 10), Held)
+    # Accounts of users are accounts like all others.
+    [ann, bob] = await store.ledger.balances([budget(ANN, 15), budget(BOB, 15)])
+    assert (ann.posted, ann.pending, bob.posted, bob.pending) == (4, 10, 0, 10)
+    assert await store.books.audit() == []
+    assert [hold.rid for hold in await store.books.unresolved()] == []
+    await store.ledger.settle(voided("a2"))
+    await store.ledger.settle(settled("b1", 5))
+    assert await store.upkeep.forget(NOON + DAY) == 3
+    assert await store.books.audit() == []
