@@ -251,8 +251,8 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "`model=...`; a name alone was left out: `style`",
         "sunset": "the day on which the model that was asked for ends, where that is within 30 "
         "days (RFC 8594)",
-        "x-gateway-warning": "what the client should know of this answer: that the model ends, and what "
-        "takes its place; that a picture could not be put behind a url",
+        "x-gateway-warning": "the same in words, and what to ask for instead; or why pictures "
+        "that were to be urls are in `b64_json`",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
         "retry-after": "seconds; `retry-after-ms` beside it",
