@@ -935,6 +935,15 @@ class CheckSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hosted:
+    """Pictures as urls: each may be fetched for ``ttl``; ``max_bytes`` is on disk."""
+
+    enabled: bool = setting(boolean, True)
+    ttl: timedelta = setting(duration, timedelta(hours=1))
+    max_bytes: int = setting(size, 10 * 1024 * MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admin:
     keys: tuple[Secret, ...] = group(listing(_admin_key), ())
 
@@ -1259,6 +1268,7 @@ class _Document:
     files: FileSettings = group(record(FileSettings), FileSettings())
     moderations: CheckSettings = group(record(CheckSettings), CheckSettings())
     provenance: CheckSettings = group(record(CheckSettings), CheckSettings())
+    hosted: Hosted = group(record(Hosted), Hosted())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
@@ -1281,6 +1291,7 @@ _OVERRIDABLE = MappingProxyType(
         "files": names_of(FileSettings),
         "moderations": names_of(CheckSettings),
         "provenance": names_of(CheckSettings),
+        "hosted": names_of(Hosted),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
         "responses": names_of(Responses),
@@ -1338,6 +1349,7 @@ class Settings:
     files: FileSettings
     moderations: CheckSettings
     provenance: CheckSettings
+    hosted: Hosted
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
@@ -1349,6 +1361,11 @@ class Settings:
     sources: tuple[Source, ...] = ()
     """The files that all of this was read from, as they were then: of the configuration, of each
     ``${file:...}``, of the prices, and each CA bundle."""
+
+    @property
+    def hosts_pictures(self) -> bool:
+        """Whether `response_format=url` can be answered with urls of this gateway."""
+        return self.hosted.enabled and self.server.public_url is not None
 
     @property
     def lease_seconds(self) -> float:
@@ -1533,6 +1550,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         files=document.files,
         moderations=document.moderations,
         provenance=document.provenance,
+        hosted=document.hosted,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)

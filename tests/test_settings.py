@@ -146,6 +146,13 @@ MISTAKES = [
     ("server: {cors: {origins: [null]}}", "server.cors.origins[0]: needs a value"),
     ("server: {cors: {max_age: 0}}", "server.cors.max_age: must be a time from 1s"),
     ("server: {cors: {credentials: true}}", "server.cors.credentials: "),
+    ("server: {public_url: images.test}", "server.public_url: must be the url that clients reach"),
+    ("server: {public_url: 'https://h/v1/'}", "server.public_url: must not end in /v1"),
+    ("server: {public_url: 'https://a:b@h'}", "server.public_url: must not hold a user or a pass"),
+    ("server: {public_url: 'https://h/?a=b'}", 'server.public_url: must not hold "?" or "#"'),
+    ("server: {public_url: 'https://h:99999'}", "server.public_url: must be a url in ASCII"),
+    ("hosted: {ttl: 0}", "hosted.ttl: must be a time from 1s to 3650d"),
+    ("hosted: {max_bytes: lots}", "hosted.max_bytes: must be a size"),
     ("server: {port: 81, metrics_port: 81}", "1:34: server.metrics_port: is the same as"),
     # references
     ('server: {host: "${HOST}"}', "1:16: server.host: the environment variable HOST is not set: "
@@ -407,6 +414,27 @@ def test_origins_of_pages(tmp_path: Path) -> None:
     assert cors.origins == tuple(origins)
     assert cors.max_age == timedelta(minutes=10)
     assert read(tmp_path, "").server.cors.origins == ()
+
+
+@pytest.mark.parametrize(
+    ("url", "kept", "warned"),
+    [
+        ("https://images.example.com/", "https://images.example.com", False),
+        ("https://images.example.com/a/b//", "https://images.example.com/a/b", False),
+        ("http://127.0.0.1:8080", "http://127.0.0.1:8080", False),
+        ("http://images.lan", "http://images.lan", False),
+        ("http://images.example.com", "http://images.example.com", True),
+    ],
+)
+def test_where_clients_reach_it(tmp_path: Path, url: str, kept: str, warned: bool) -> None:
+    found = read(tmp_path, f"server: {{public_url: {url}}}")
+    assert found.server.public_url == kept
+    assert found.hosts_pictures
+    said = [str(one) for one in found.warnings if one.path == "server.public_url"]
+    assert len(said) == warned
+    assert not read(tmp_path, "{}").hosts_pictures
+    off = f"{{server: {{public_url: {url}}}, hosted: {{enabled: false}}}}"
+    assert not read(tmp_path, off).hosts_pictures
 
 
 def test_the_file_of_the_house(tmp_path: Path) -> None:

@@ -64,8 +64,10 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "with another body, or another form of answer. Take a new one for each request.",
         ("InvalidRequest", "image_url_not_allowed"): "A picture is given by its address. Send it "
         "itself, or ask for `image_urls: passthrough`.",
-        ("InvalidRequest", "image_tool_required"): "A response without the tool "
-        "`image_generation`. "
+        (
+            "InvalidRequest",
+            "image_tool_required",
+        ): "A response without the tool `image_generation`. "
         "Add it to `tools`, or ask for `responses: {without_image_tool: allow}`.",
         ("InvalidRequest", "input_not_priced"): "A response with a document (`input_file`). Send "
         "its text, or its pages as pictures.",
@@ -98,6 +100,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "Name a smaller size or quality.",
         ("InvalidRequest", "missing_required_parameter"): "`param` says which.",
         ("InvalidRequest", "mixed_upstreams"): "One request names files of two upstreams.",
+        ("InvalidRequest", "model_not_found"): "The model of a response's image tool is not served "
+        "where the response's own model is. Name another one.",
         ("InvalidRequest", "model_not_priced"): "The operator adds a price, or says `unpriced: "
         "allow`.",
         ("InvalidRequest", "prompt_too_long"): "Shorten it.",
@@ -110,8 +114,10 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("InvalidRequest", "tool_not_rewritten"): "The model of the image tool has another name at "
         "its upstream, and the tools hold a picture. Send the name in the message, or the mask as "
         "a file's id.",
-        ("InvalidRequest", "unsupported_parameter"): "`conversation`, `prompt` and `service_tier` "
-        "of "
+        (
+            "InvalidRequest",
+            "unsupported_parameter",
+        ): "`conversation`, `prompt` and `service_tier` of "
         "a response: what they cost is not known here. The message says what to send.",
         ("InvalidRequest", "unknown_parameter"): "No such parameter, with `unknown_parameters: "
         "refuse` or `validate: strict`; or a name in brackets that is none.",
@@ -126,6 +132,9 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("NotServed", "endpoint_retired"): "OpenAI has retired `/v1/images/variations`. "
         "`/v1/images/edits` takes a picture and a prompt.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
+        ("NotServed", "picture_not_found"): "The url of a picture is not complete, or its time is "
+        "over (`hosted.ttl`). Ask for the picture again.",
+        ("NotServed", "range_not_satisfiable"): "The `Range` begins behind the picture's end.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
         "the route takes one, without a `Content-Encoding`.",
@@ -180,6 +189,15 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "request id.",
         ("LedgerUnavailable", "ledger_unavailable"): "The database is away: nothing is bought that "
         "cannot be booked.",
+        (
+            "Overloaded",
+            "hosted_unavailable",
+        ): "Where hosted pictures are kept is away; the picture is not lost.",
+        (
+            "Overloaded",
+            "picture_not_hosted",
+        ): "The picture is made and could not be put behind a "
+        "url (a full disk, a Redis that is away). The message says how it is had without one.",
         ("Overloaded", "overloaded"): "No place for another request, connection or picture came "
         "free in time.",
         ("Overloaded", "results_unavailable"): "Where results are kept is away; the result is not "
@@ -235,15 +253,17 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "`model=...`; a name alone was left out: `style`",
         "sunset": "the day on which the model that was asked for ends, where that is within 30 "
         "days (RFC 8594)",
-        "x-gateway-warning": "the same in words, and what to ask for instead",
+        "x-gateway-warning": "what the client should know of this answer: that the model ends, and "
+        "what takes its place; that a picture could not be put behind a url",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
         "retry-after": "seconds; `retry-after-ms` beside it",
         "idempotent-replayed": "`true`: the answer that an earlier request with this "
         "`Idempotency-Key` got",
         "preference-applied": "`respond-async`: of a 202",
-        "x-content-type-options": "`nosniff`, where a file or a check is handed on",
         "x-accel-buffering": "`no`, on streams: for nginx",
+        "x-content-type-options": "`nosniff`, of pictures that are fetched by their urls, "
+        "and of files",
     }
 )
 REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(

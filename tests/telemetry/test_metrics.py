@@ -229,6 +229,10 @@ COMPOSED = {
     "gateway_workers",
     "gateway_memory_bytes",
     "gateway_cpu_seconds_total",
+    "gateway_hosted_total",
+    "gateway_hosted_bytes",
+    "gateway_hosted_sent_bytes_total",
+    "gateway_hosted_errors_total",
 }
 
 
