@@ -100,6 +100,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "Name a smaller size or quality.",
         ("InvalidRequest", "missing_required_parameter"): "`param` says which.",
         ("InvalidRequest", "mixed_upstreams"): "One request names files of two upstreams.",
+        ("InvalidRequest", "model_not_found"): "The model of a response's image tool is not served "
+        "where the response's own model is. Name another one.",
         ("InvalidRequest", "model_not_priced"): "The operator adds a price, or says `unpriced: "
         "allow`.",
         ("InvalidRequest", "prompt_too_long"): "Shorten it.",
@@ -251,17 +253,17 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "`model=...`; a name alone was left out: `style`",
         "sunset": "the day on which the model that was asked for ends, where that is within 30 "
         "days (RFC 8594)",
-        "x-gateway-warning": "the same in words, and what to ask for instead; or why pictures "
-        "that were to be urls are in `b64_json`",
+        "x-gateway-warning": "what the client should know of this answer: that the model ends, and "
+        "what takes its place; that a picture could not be put behind a url",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
         "retry-after": "seconds; `retry-after-ms` beside it",
         "idempotent-replayed": "`true`: the answer that an earlier request with this "
         "`Idempotency-Key` got",
         "preference-applied": "`respond-async`: of a 202",
-        "x-content-type-options": "`nosniff`, where a file or a check is handed on",
         "x-accel-buffering": "`no`, on streams: for nginx",
-        "x-content-type-options": "`nosniff`, of pictures that are fetched by their urls",
+        "x-content-type-options": "`nosniff`, of pictures that are fetched by their urls, "
+        "and of files",
     }
 )
 REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(
