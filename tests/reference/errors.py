@@ -64,7 +64,10 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "with another body, or another form of answer. Take a new one for each request.",
         ("InvalidRequest", "image_url_not_allowed"): "A picture is given by its address. Send it "
         "itself, or ask for `image_urls: passthrough`.",
-        ("InvalidRequest", "image_tool_required"): "A response without the tool `image_generation`. "
+        (
+            "InvalidRequest",
+            "image_tool_required",
+        ): "A response without the tool `image_generation`. "
         "Add it to `tools`, or ask for `responses: {without_image_tool: allow}`.",
         ("InvalidRequest", "input_not_priced"): "A response with a document (`input_file`). Send "
         "its text, or its pages as pictures.",
@@ -104,12 +107,17 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
             "InvalidRequest",
             "urls_not_available",
         ): "`response_format: url` where `server.public_url` is not set. Read `b64_json`.",
+        ("InvalidRequest", "tool_model_elsewhere"): "The model of the image tool is not served by "
+        "the upstream of the text model. Name one that is.",
         ("InvalidRequest", "tool_not_priced"): "A response with a tool that the provider runs and "
         "that is not `image_generation`. Take it out of `tools`.",
         ("InvalidRequest", "tool_not_rewritten"): "The model of the image tool has another name at "
         "its upstream, and the tools hold a picture. Send the name in the message, or the mask as "
         "a file's id.",
-        ("InvalidRequest", "unsupported_parameter"): "`conversation`, `prompt` and `service_tier` of "
+        (
+            "InvalidRequest",
+            "unsupported_parameter",
+        ): "`conversation`, `prompt` and `service_tier` of "
         "a response: what they cost is not known here. The message says what to send.",
         ("InvalidRequest", "unknown_parameter"): "No such parameter, with `unknown_parameters: "
         "refuse` or `validate: strict`; or a name in brackets that is none.",
