@@ -1052,11 +1052,10 @@ def test_several_upstreams_of_a_model(tmp_path: Path) -> None:
     models = made.catalogue.models
     assert models["plain"].targets == (Target("one", "plain", 1),)
     assert models["list"].targets == (Target("one", "flare", 1), Target("two", "dep-1", 2, 2))
-    always = {"stream_always": True}
     assert models["order"].targets == (
-        Target("one", "order", 9, **always),
-        Target("two", "order", 2, **always),
-        Target("one", "x", 3, **always),
+        Target("one", "order", 9, stream_always=True),
+        Target("two", "order", 2, stream_always=True),
+        Target("one", "x", 3, stream_always=True),
     )
     assert models["order"].fallbacks == ("plain", "list")
     assert [target.stream_always for target in models["mixed"].targets] == [True, False]
