@@ -23,18 +23,23 @@ from gateway.api import errors as api_errors
 from gateway.api.cors import Cors
 from gateway.api.door import ASGIApp
 from gateway.api.health import Readiness, health_routes, metrics_routes
+from gateway.api.hosted import HostedRoutes
 from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
+from gateway.api.passed import PassedRoutes, passes_of
 from gateway.api.relayed import RelayedRoutes
 from gateway.api.results import ResultRoutes
 from gateway.api.routes import Router, relayed_doors, under
 from gateway.assembly import (
     UpstreamNews,
+    check_rules,
     declared_keys,
+    file_rules,
     make_board,
     make_cache,
     make_folder,
     make_gate,
+    make_hosting,
     make_results,
     message_id,
     open_notifier,
@@ -73,20 +78,28 @@ from gateway.ports import (
 )
 from gateway.relay.admission import Admission
 from gateway.relay.attempts import Attempts
+from gateway.relay.background import Background
 from gateway.relay.body import Room
 from gateway.relay.budget import BudgetView
+from gateway.relay.checks import Checks
 from gateway.relay.comebacks import Comebacks
 from gateway.relay.desk import ResultDesk
 from gateway.relay.drain import Drain
 from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
+from gateway.relay.files import Files
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
+from gateway.relay.hosting import HOSTED, Hosting
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
+from gateway.relay.lookups import Lookups
+from gateway.relay.owning import Owning
+from gateway.relay.passing import Passing
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.purchase import Purchases
+from gateway.relay.references import References
 from gateway.relay.results import ResultPolicy, Results
 from gateway.relay.running import RESULTS
 from gateway.relay.turnstile import Turnstile
@@ -209,6 +222,9 @@ async def open_gateway(
         kept = make_results(settings, clock, metrics, redis)
         if kept is not None:
             stack.push_async_callback(kept.aclose)
+        hosting = make_hosting(settings, clock, metrics, redis, lambda: keyring.peppers)
+        if hosting is not None:
+            stack.push_async_callback(hosting[1].aclose)
         result_policy = ResultPolicy(settings.results.ttl, settings.results.idempotent_ttl)
         results = Results(kept, result_policy)
         board = make_board(
@@ -271,6 +287,8 @@ async def open_gateway(
             settings.relay.attempts,
             patience_seconds=settings.patience_seconds,
         )
+        owning = Owning(store.ownership, flights, clock, settings.responses.keep)
+        background = Background(clock, settings.background_seconds, openai.USER_AGENT)
         purchases = Purchases(
             ledger=ledger,
             safe=safe,
@@ -282,6 +300,8 @@ async def open_gateway(
             factors=factors,
             joining=joining,
             keeper=keeper,
+            owning=owning,
+            background=background,
             keep_alive_seconds=settings.relay.keep_alive_seconds,
             keep=settings.ledger.keep,
             propagate=settings.tracing.propagate,
@@ -304,9 +324,29 @@ async def open_gateway(
             waited=lambda seconds: metrics.observe("gateway_queue_seconds", seconds),
         )
         upstreams.watch(turnstile)
-        passing = any(passes_urls(one) for one in settings.upstreams.values())
+        addresses = any(passes_urls(one) for one in settings.upstreams.values())
+        references = References(
+            store.ownership,
+            clock,
+            lambda kind: metrics.add("gateway_cross_team_denied_total", kind=kind.value),
+        )
+        passing = Passing(
+            keyring=keyring,
+            gate=gate,
+            upstreams=lambda: upstreams.accounts,
+            health=health,
+            room=room,
+            flights=flights,
+            clock=clock,
+            agent=openai.USER_AGENT,
+            begun=metrics.begun,
+        )
+        lookups = Lookups(passing, references, store.ownership, enabled=settings.responses.enabled)
+        files = Files(passing, references, store.ownership, clock, file_rules(settings))
+        checks = Checks(passing, check_rules(settings))
         pipeline = Pipeline(
             keyring=keyring,
+            references=references,
             planner=planner,
             admission=admission,
             purchases=purchases,
@@ -316,9 +356,10 @@ async def open_gateway(
             comebacks=comebacks,
             joining=joining,
             results=results,
+            hosting=None if hosting is None else hosting[0],
             news=news,
             patience=patience,
-            rules=read_rules(settings, passing),
+            rules=read_rules(settings, addresses),
             room=room,
             flights=flights,
             clock=clock,
@@ -381,6 +422,11 @@ async def open_gateway(
             comebacks=comebacks,
             purchases=purchases,
             pipeline=pipeline,
+            files=files,
+            lookups=lookups,
+            owning=owning,
+            background=background,
+            checks=checks,
             factors=factors,
             health=health,
             turnstile=turnstile,
@@ -470,10 +516,19 @@ async def open_gateway(
         relayed = RelayedRoutes(
             pipeline, listeners, clock, None if spans is None else settings.tracing.sample
         )
+        passed = PassedRoutes(
+            passes_of(files, checks, lookups),
+            listeners,
+            clock,
+            None if spans is None else settings.tracing.sample,
+        )
         doors = [
             *relayed_doors(relayed),
+            (passed.takes, passed.handle),
             (under(RESULTS), result_routes(desk, keyring, settings, metrics).handle),
         ]
+        if hosting is not None:
+            doors.append((under(HOSTED), hosted_routes(hosting[0], metrics).handle))
         router = Router(doors, RequestId(rest))
         cors = settings.server.cors
         yield Gateway(
@@ -502,6 +557,15 @@ def result_routes(
         ttl=settings.results.ttl,
         idempotent_ttl=settings.results.idempotent_ttl,
         counted=lambda outcome: metrics.add("gateway_results_total", outcome=outcome),
+    )
+
+
+def hosted_routes(hosting: Hosting, metrics: Metrics) -> HostedRoutes:
+    """The door of the pictures that are behind urls."""
+    return HostedRoutes(
+        hosting,
+        counted=lambda outcome: metrics.add("gateway_hosted_total", outcome=outcome),
+        sent=lambda count: metrics.add("gateway_hosted_sent_bytes_total", count),
     )
 
 

@@ -240,6 +240,10 @@ class Ownership(Protocol):
     async def find(self, team: str, ids: Sequence[str], now: datetime) -> dict[str, Owned]:
         """Those of ``ids`` that are this team's and not expired, by id."""
 
+    async def others(self, team: str, ids: Sequence[str], now: datetime) -> frozenset[str]:
+        """Those of ``ids`` that are another team's: for the count of who reached for them, never
+        for an answer."""
+
     async def owned(
         self,
         team: str,
@@ -510,7 +514,8 @@ class Outgoing:
     """One request to an upstream, without its credentials: the origin's client adds those.
 
     ``path`` is below the upstream's base URL. ``body`` is read once; ``length`` is its size in
-    bytes, known because a request is taken in whole before it is sent on.
+    bytes, known because a request is taken in whole before it is sent on. ``max_response_bytes`` is
+    what its answer may have, where that is more than a picture's.
     """
 
     method: str
@@ -518,6 +523,7 @@ class Outgoing:
     headers: tuple[tuple[str, str], ...]
     body: AsyncIterator[bytes] | None = None
     length: int = 0
+    max_response_bytes: int = 0
 
 
 class Reply(Protocol):

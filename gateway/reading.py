@@ -372,7 +372,7 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     close = get_close_matches(name.lower(), candidates, n=1, cutoff=0.6) if len(name) < 65 else []
     if close:
         return f'; did you mean "{close[0]}"?'
-    return f"; known here: {', '.join(candidates)}" if 0 < len(candidates) <= 16 else ""
+    return f"; known here: {', '.join(candidates)}" if 0 < len(candidates) <= 24 else ""
 
 
 def _unless_broken(node: Scalar) -> None:

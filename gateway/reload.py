@@ -32,14 +32,20 @@ class Reloaded(StrEnum):
 
 
 def swapped(running: Settings, found: Settings) -> Settings:
-    """The running settings with all of the found ones that may change: upstreams, models, prices,
-    the policy of the cache, relay, notify, peppers, users, and teams with their keys and limits."""
+    """The running settings with all of the found ones that may change: upstreams, models, compat,
+    prices, the policy of the cache, files, checks, responses, relay, notify, peppers, users, and
+    teams with their keys and limits."""
     return replace(
         running,
         upstreams=found.upstreams,
         catalogue=found.catalogue,
+        compat=found.compat,
         prices=found.prices,
         cache=_with(running.cache, found.cache, CACHE_POLICY),
+        files=found.files,
+        responses=found.responses,
+        moderations=found.moderations,
+        provenance=found.provenance,
         relay=found.relay,
         notify=found.notify,
         storage=_with(running.storage, found.storage, PEPPERS),

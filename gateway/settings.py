@@ -16,7 +16,7 @@ import base64
 import hmac
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -30,11 +30,12 @@ from ipaddress import (
 )
 from pathlib import Path
 from types import MappingProxyType
-from typing import NoReturn
+from typing import Any, NoReturn
 from urllib.parse import SplitResult, urlsplit
 from zoneinfo import available_timezones
 
 from gateway.domain.address import METADATA, address_of, is_never_an_upstream
+from gateway.domain.compat import OFF, Compat, CompatRules, merged
 from gateway.domain.money import Money
 from gateway.domain.route import WILDCARD, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Key, Limits, PerUser, Team
@@ -210,6 +211,13 @@ class WithoutRedis(StrEnum):
     DENY = "deny"
 
 
+class WithoutImageTool(StrEnum):
+    """What to do with a response that asks for text alone."""
+
+    REFUSE = "refuse"
+    ALLOW = "allow"
+
+
 class CacheScope(StrEnum):
     """Who shares cached results."""
 
@@ -339,6 +347,28 @@ def _time_zone(node: Node, spot: Spot) -> str:
     return name
 
 
+def _public_url(node: Node, spot: Spot) -> str:
+    """Where clients reach this gateway: what the urls that it hands out begin with."""
+    url = scalar(node).text
+    example = "https://images.example.com"
+    if not url.lower().startswith(("http://", "https://")):
+        raise Wrong(f"must be the url that clients reach this gateway at: {example}")
+    parts = _split(url)
+    if parts.username is not None or parts.password is not None:
+        raise Wrong("must not hold a user or a password: it is told to everybody")
+    if "?" in url or "#" in url:
+        raise Wrong('must not hold "?" or "#"')
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise Wrong(f"must not end in /v1, which is added: {example}")
+    if parts.scheme.lower() == "http" and not _is_near(parts.hostname or ""):
+        spot.warn(
+            node.place,
+            "is http:// on a public network: whoever is on the way sees the pictures, and the urls "
+            "that open them. Write https://",
+        )
+    return url.rstrip("/")
+
+
 def _webhook(node: Node, spot: Spot) -> Secret:
     """Where news is sent; many such urls hold a token, so it is a secret."""
     url = scalar(node).text
@@ -408,6 +438,10 @@ def _base_url(node: Node, spot: Spot) -> str:
     if "?" in url or "#" in url:
         raise Wrong('must not hold "?" or "#"')
     return url.rstrip("/")
+
+
+def _named_upstream(node: Node, spot: Spot) -> str:
+    return scalar(node).text
 
 
 def _verify(node: Node, spot: Spot) -> Path | bool:
@@ -634,11 +668,13 @@ class Cors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """Where the gateway listens, and what a request may be. Port 0 is any free one."""
+    """Where the gateway listens, and what a request may be. Port 0 is any free one. ``public_url``
+    has no slash at its end."""
 
     host: str = setting(_HOST, "0.0.0.0")
     port: int = setting(_PORT, 8080)
     metrics_port: int | None = setting(optional(_PORT), None)
+    public_url: str | None = setting(optional(_public_url), None)
     workers: int = setting(whole(1, 256), 1)
     replicas: int = setting(whole(1, 10_000), 1)
     buffer_bytes: int = setting(size, 128 * MIB)
@@ -866,6 +902,48 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Responses:
+    """``/v1/responses``. ``max_output_tokens`` and ``max_tool_calls`` are filled in where a request
+    leaves them open, and the most that it may say; ``keep`` is how long its ids are known."""
+
+    enabled: bool = setting(boolean, True)
+    without_image_tool: WithoutImageTool = setting(
+        choice(WithoutImageTool), WithoutImageTool.REFUSE
+    )
+    max_output_tokens: int = setting(whole(16, 1_000_000), 16_384)
+    max_tool_calls: int = setting(whole(1, 100), 4)
+    keep: timedelta = setting(duration, timedelta(days=30))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSettings:
+    """`/v1/files`. ``upstream`` None: the first that is on. ``max_total_bytes`` is of all files of
+    a team."""
+
+    enabled: bool = setting(boolean, True)
+    upstream: str | None = setting(optional(_named_upstream), None)
+    max_bytes: int = setting(size, 512 * MIB)
+    max_total_bytes: int = setting(size, 10 * 1024 * MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckSettings:
+    """An endpoint that is passed on for nothing. ``upstream`` None: the first that is on."""
+
+    enabled: bool = setting(boolean, True)
+    upstream: str | None = setting(optional(_named_upstream), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hosted:
+    """Pictures as urls: each may be fetched for ``ttl``; ``max_bytes`` is on disk."""
+
+    enabled: bool = setting(boolean, True)
+    ttl: timedelta = setting(duration, timedelta(hours=1))
+    max_bytes: int = setting(size, 10 * 1024 * MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Admin:
     keys: tuple[Secret, ...] = group(listing(_admin_key), ())
 
@@ -945,6 +1023,52 @@ def _stated(reader: Reader[T]) -> Reader[T]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompatSettings:
+    """What is repaired of requests, where neither a model nor a key says otherwise."""
+
+    response_format: bool = setting(boolean, True)
+    style: bool = setting(boolean, True)
+    quality: bool = setting(boolean, True)
+    sizes: bool = setting(boolean, True)
+    media_types: bool = setting(boolean, True)
+    repeated_images: bool = setting(boolean, False)
+    default_model: Located[str] | None = setting(optional(located(_model_name)), None)
+    aliases: dict[str, Located[str]] | None = group(
+        mapping(located(_model_name), lambda name: _alias_objection(name)), None
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModelCompatEntry:
+    """What a model says of it; left out: what holds for all."""
+
+    response_format: bool | None = setting(boolean, None)
+    style: bool | None = setting(boolean, None)
+    quality: bool | None = setting(boolean, None)
+    sizes: bool | None = setting(boolean, None)
+    media_types: bool | None = setting(boolean, None)
+    repeated_images: bool | None = setting(boolean, None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _KeyCompatEntry(_ModelCompatEntry):
+    """What a key says of it, which goes before its model's word."""
+
+    default_model: Located[str] | None = setting(located(_model_name), None)
+
+
+def _or_off(reader: Reader[T]) -> Reader[T | CompatRules]:
+    """A table of switches, or one word that turns all of them off."""
+
+    def read(node: Node, spot: Spot) -> T | CompatRules:
+        if isinstance(node, Scalar) and not node.is_null and node.text in ("off", "false"):
+            return OFF
+        return reader(node, spot)
+
+    return read
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class _PinEntry:
     """What ``auto`` is rewritten to with ``auto: pin``."""
 
@@ -993,6 +1117,9 @@ class _ModelEntry:
     auto: Auto = setting(choice(Auto), Auto.BOUND)
     pin: Located[_PinEntry] | None = group(located(_stated(record(_PinEntry))), None)
     cache: bool = setting(boolean, True)
+    compat: _ModelCompatEntry | CompatRules | None = group(
+        _or_off(_stated(record(_ModelCompatEntry))), None
+    )
 
 
 def _model(node: Node, spot: Spot) -> _ModelEntry:
@@ -1066,6 +1193,9 @@ class _KeyEntry:
     soft_budget: _BudgetEntry = group(_budget, _BudgetEntry())
     expires: datetime | None = setting(instant, None)
     disabled: bool = setting(boolean, False)
+    compat: _KeyCompatEntry | CompatRules | None = group(
+        _or_off(_stated(record(_KeyCompatEntry))), None
+    )
 
 
 def _key(node: Node, spot: Spot) -> _KeyEntry:
@@ -1103,6 +1233,12 @@ def _team_objection(name: str) -> str | None:
     return None if is_team_name(name) else _NAME_RULE.format("a team")
 
 
+def _alias_objection(name: str) -> str | None:
+    if re.fullmatch(_MODEL_NAME, name):
+        return None
+    return "a model's name has letters, digits and ._:/@+- (at most 128)"
+
+
 def _model_objection(name: str) -> str | None:
     if name == WILDCARD or re.fullmatch(_MODEL_NAME, name):
         return None
@@ -1124,13 +1260,19 @@ class _Document:
     ledger: LedgerSettings = group(record(LedgerSettings), LedgerSettings())
     upstreams: dict[str, Upstream] | None = group(mapping(_upstream, _upstream_objection), None)
     models: dict[str, _ModelEntry] | None = group(mapping(_model, _model_objection), None)
+    compat: CompatSettings | CompatRules = group(_or_off(record(CompatSettings)), CompatSettings())
     prices: Prices = group(record(Prices), Prices())
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
     users: Users = group(record(Users), Users())
+    files: FileSettings = group(record(FileSettings), FileSettings())
+    moderations: CheckSettings = group(record(CheckSettings), CheckSettings())
+    provenance: CheckSettings = group(record(CheckSettings), CheckSettings())
+    hosted: Hosted = group(record(Hosted), Hosted())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
+    responses: Responses = group(record(Responses), Responses())
     relay: Relay = group(record(Relay), Relay())
     log: Log = group(record(Log), Log())
     tracing: Tracing = group(record(Tracing), Tracing())
@@ -1141,12 +1283,18 @@ _OVERRIDABLE = MappingProxyType(
         "server": names_of(Server),
         "storage": names_of(Storage),
         "ledger": names_of(LedgerSettings),
+        "compat": names_of(CompatSettings),
         "prices": names_of(Prices),
         "cache": names_of(CacheSettings),
         "results": names_of(Results),
         "users": names_of(Users),
+        "files": names_of(FileSettings),
+        "moderations": names_of(CheckSettings),
+        "provenance": names_of(CheckSettings),
+        "hosted": names_of(Hosted),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
+        "responses": names_of(Responses),
         "relay": names_of(Relay),
         "log": names_of(Log),
         "tracing": names_of(Tracing),
@@ -1166,6 +1314,7 @@ class DeclaredKey:
     limits: Limits = field(default_factory=Limits)
     expires: datetime | None = None
     disabled: bool = False
+    compat: CompatRules | None = None
 
     def key(self, key_id: str) -> Key:
         """The key's public half, once its id is known."""
@@ -1178,6 +1327,7 @@ class DeclaredKey:
             expires=self.expires,
             disabled=self.disabled,
             declared=True,
+            compat=self.compat,
         )
 
 
@@ -1191,13 +1341,19 @@ class Settings:
     ledger: LedgerSettings
     upstreams: Mapping[str, Upstream]
     catalogue: Catalogue
+    compat: Compat
     prices: Prices
     cache: CacheSettings
     results: Results
     users: Users
+    files: FileSettings
+    moderations: CheckSettings
+    provenance: CheckSettings
+    hosted: Hosted
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
+    responses: Responses
     relay: Relay
     log: Log
     tracing: Tracing
@@ -1207,9 +1363,19 @@ class Settings:
     ``${file:...}``, of the prices, and each CA bundle."""
 
     @property
+    def hosts_pictures(self) -> bool:
+        """Whether `response_format=url` can be answered with urls of this gateway."""
+        return self.hosted.enabled and self.server.public_url is not None
+
+    @property
     def lease_seconds(self) -> float:
         """How long a hold may live: as set, or the longest call and a minute."""
         return self.ledger.lease_seconds or _longest_call(self.upstreams) + 60
+
+    @property
+    def background_seconds(self) -> float:
+        """How long what an upstream goes on with by itself is looked after: its hold ends then."""
+        return max(1.0, self.lease_seconds - 60)
 
     @property
     def patience_seconds(self) -> float:
@@ -1356,6 +1522,8 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
     _check_sections(document, upstreams, root, spot)
     _check_teams(teams, _names(root, "models"), document.users.sources, root, spot)
     _check_secrets(teams, upstreams)
+    keys = (key for team in teams.values() for key in team.keys)
+    _check_compat(document.compat, keys, _names(root, "models"))
     return Settings(
         file=path,
         server=document.server,
@@ -1374,10 +1542,15 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
                 name for name, one in upstreams.items() if one.bill_on_5xx is BillOn5xx.ALWAYS
             ),
         ),
+        compat=_compat(document.compat),
         prices=document.prices,
         cache=document.cache,
         results=document.results,
         users=document.users,
+        files=document.files,
+        moderations=document.moderations,
+        provenance=document.provenance,
+        hosted=document.hosted,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)
@@ -1386,6 +1559,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
             if key.key.value is not None
         ),
         notify=document.notify,
+        responses=document.responses,
         relay=document.relay,
         log=document.log,
         tracing=document.tracing,
@@ -1430,6 +1604,16 @@ def _check_sections(
                 "whsec_$(openssl rand -base64 32)",
             )
     _check_results(document.results, root, spot.at("results"))
+    for section, named in (
+        ("files", document.files.upstream),
+        ("moderations", document.moderations.upstream),
+        ("provenance", document.provenance.upstream),
+    ):
+        if named is not None and named not in _names(root, "upstreams"):
+            spot.at(section).at("upstream").wrong(
+                _place(root, section, "upstream"),
+                f"is no upstream of this file{suggestion(named, sorted(upstreams))}",
+            )
     for name, upstream in upstreams.items():
         if upstream.places > upstream.max_connections:
             spot.at("upstreams").at(name).at("max_in_flight").warn(
@@ -1524,6 +1708,7 @@ def _catalogue(
             pin=Pin(pin.size, pin.quality) if entry.auto is Auto.PIN else None,
             others=tuple(sorted(others, key=lambda other: other.order)),
             fallbacks=tuple(fallback.value for fallback in entry.fallback),
+            compat=_compat_rules(entry.compat),
         )
     wildcard = models.pop(WILDCARD, None)
     return Catalogue(MappingProxyType(models), wildcard)
@@ -1683,7 +1868,47 @@ def _declared(team: str, entry: _KeyEntry, secret: Secret) -> DeclaredKey:
         limits=_bounds(entry.limits, entry.budget, entry.soft_budget),
         expires=entry.expires,
         disabled=entry.disabled,
+        compat=_compat_rules(entry.compat),
     )
+
+
+def _compat(said: CompatSettings | CompatRules) -> Compat:
+    if isinstance(said, CompatRules):
+        return merged(Compat(), said)
+    return Compat(
+        default_model=said.default_model.value if said.default_model else None,
+        aliases={name: model.value for name, model in (said.aliases or {}).items()},
+        **_switches(said),
+    )
+
+
+def _compat_rules(said: _ModelCompatEntry | CompatRules | None) -> CompatRules | None:
+    if said is None or isinstance(said, CompatRules):
+        return said
+    default = said.default_model if isinstance(said, _KeyCompatEntry) else None
+    return CompatRules(default_model=default.value if default else None, **_switches(said))
+
+
+def _switches(said: CompatSettings | _ModelCompatEntry) -> dict[str, Any]:
+    return {name: getattr(said, name) for name in names_of(_ModelCompatEntry)}
+
+
+def _check_compat(
+    said: CompatSettings | CompatRules, keys: Iterable[_KeyEntry], models: frozenset[str]
+) -> None:
+    """Defaults and aliases lead to what is configured; the wildcard does not count."""
+    settings = said if isinstance(said, CompatSettings) else CompatSettings()
+    aliases = settings.aliases or {}
+    entries = [key.compat for key in keys if isinstance(key.compat, _KeyCompatEntry)]
+    defaults = (settings.default_model, *(entry.default_model for entry in entries))
+    for name in (*aliases.values(), *(default for default in defaults if default is not None)):
+        if name.value not in models:
+            shown = f' "{name.value}"' if presentable(name.value) else ""
+            near = suggestion(name.value, sorted(models))
+            name.wrong(f"there is no model{shown} under models{near}")
+    for alias, name in aliases.items():
+        if alias in models:
+            name.warn("does nothing: the model of that name under models is the one that is asked")
 
 
 def _model_names(models: tuple[Located[str], ...]) -> frozenset[str]:

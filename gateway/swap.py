@@ -20,7 +20,9 @@ from typing import TypeAlias
 from gateway.assembly import (
     CannotServe,
     account_keys,
+    check_rules,
     declared_keys,
+    file_rules,
     make_account,
     open_notifier,
     owned_twice,
@@ -40,13 +42,18 @@ from gateway.ports import Cache, Clock, Directory, Notifier, StoreError
 from gateway.pricefile import PriceFileError
 from gateway.relay.admission import Admission
 from gateway.relay.attempts import Attempts
+from gateway.relay.background import Background
+from gateway.relay.checks import Checks
 from gateway.relay.comebacks import Comebacks
 from gateway.relay.factors import Factors
+from gateway.relay.files import Files
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
+from gateway.relay.lookups import Lookups
+from gateway.relay.owning import Owning
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CachePolicy, Planner
 from gateway.relay.purchase import Purchases
@@ -233,6 +240,11 @@ class Parts:
     comebacks: Comebacks
     purchases: Purchases
     pipeline: Pipeline
+    files: Files
+    lookups: Lookups
+    owning: Owning
+    background: Background
+    checks: Checks
     factors: Factors
     health: Health
     turnstile: Turnstile
@@ -270,6 +282,8 @@ def make_planner(
         frozenset(passing),
         factors.of,
         health.usable,
+        compat=settings.compat,
+        hosting=settings.hosts_pictures,
     )
 
 
@@ -357,6 +371,11 @@ class Swap:
             patience,
             log_prompts=relay.log_prompts,
         )
+        parts.files.rules = file_rules(settings)
+        parts.lookups.enabled = settings.responses.enabled
+        parts.owning.keep = settings.responses.keep
+        parts.background.seconds = settings.background_seconds
+        parts.checks.rules = check_rules(settings)
         parts.budget_watch.replace(settings.notify.budget_percent, notifier)
         before, self._notifier = self._notifier, notifier
         if before is not None and before is not notifier:

@@ -60,8 +60,27 @@ def rate(price: TokenPrice, name: str) -> int | None:
     return value
 
 
+TEXT_MODELS = {
+    "gpt-5.4-mini": ("0.75", "0.075", "4.5", 128_000),
+    "gpt-5.4-nano": ("0.2", "0.02", "1.25", 128_000),
+    "gpt-5-mini": ("0.25", "0.025", "2", 128_000),
+    "gpt-4.1": ("2", "0.5", "8", 32_768),
+}
+"""Dollars a million tokens read, read from a cache and written; the most that is written."""
+
+
+@pytest.mark.parametrize("model", TEXT_MODELS)
+def test_text_models_are_those_of_their_source(model: str) -> None:
+    price = BY_MODEL[model].price
+    assert isinstance(price, TokenPrice)
+    *dollars, most = TEXT_MODELS[model]
+    wanted = [Decimal(str(one)) * 1000 for one in dollars]
+    assert [price.text_in, price.cached_text_in, price.text_out] == wanted
+    assert (price.max_output_tokens, price.output, price.image_out) == (most, None, None)
+
+
 def test_every_model_of_the_contract_has_one_row() -> None:
-    assert set(BY_MODEL) == {*CONTRACT, "dall-e-3", "dall-e-2"}
+    assert set(BY_MODEL) == {*CONTRACT, "dall-e-3", "dall-e-2", *TEXT_MODELS}
     assert len(ROWS) == len(BY_MODEL)
     assert all(row.provider == "openai" and not row.own and row.source for row in ROWS)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies
 
+from gateway.domain.compat import OFF, Compat, CompatRules, merged
 from gateway.domain.money import format_dollars
 from gateway.domain.route import Target, Unpriced
 from gateway.domain.team import Limits, PerUser
@@ -145,6 +146,13 @@ MISTAKES = [
     ("server: {cors: {origins: [null]}}", "server.cors.origins[0]: needs a value"),
     ("server: {cors: {max_age: 0}}", "server.cors.max_age: must be a time from 1s"),
     ("server: {cors: {credentials: true}}", "server.cors.credentials: "),
+    ("server: {public_url: images.test}", "server.public_url: must be the url that clients reach"),
+    ("server: {public_url: 'https://h/v1/'}", "server.public_url: must not end in /v1"),
+    ("server: {public_url: 'https://a:b@h'}", "server.public_url: must not hold a user or a pass"),
+    ("server: {public_url: 'https://h/?a=b'}", 'server.public_url: must not hold "?" or "#"'),
+    ("server: {public_url: 'https://h:99999'}", "server.public_url: must be a url in ASCII"),
+    ("hosted: {ttl: 0}", "hosted.ttl: must be a time from 1s to 3650d"),
+    ("hosted: {max_bytes: lots}", "hosted.max_bytes: must be a size"),
     ("server: {port: 81, metrics_port: 81}", "1:34: server.metrics_port: is the same as"),
     # references
     ('server: {host: "${HOST}"}', "1:16: server.host: the environment variable HOST is not set: "
@@ -408,6 +416,27 @@ def test_origins_of_pages(tmp_path: Path) -> None:
     assert read(tmp_path, "").server.cors.origins == ()
 
 
+@pytest.mark.parametrize(
+    ("url", "kept", "warned"),
+    [
+        ("https://images.example.com/", "https://images.example.com", False),
+        ("https://images.example.com/a/b//", "https://images.example.com/a/b", False),
+        ("http://127.0.0.1:8080", "http://127.0.0.1:8080", False),
+        ("http://images.lan", "http://images.lan", False),
+        ("http://images.example.com", "http://images.example.com", True),
+    ],
+)
+def test_where_clients_reach_it(tmp_path: Path, url: str, kept: str, warned: bool) -> None:
+    found = read(tmp_path, f"server: {{public_url: {url}}}")
+    assert found.server.public_url == kept
+    assert found.hosts_pictures
+    said = [str(one) for one in found.warnings if one.path == "server.public_url"]
+    assert len(said) == warned
+    assert not read(tmp_path, "{}").hosts_pictures
+    off = f"{{server: {{public_url: {url}}}, hosted: {{enabled: false}}}}"
+    assert not read(tmp_path, off).hosts_pictures
+
+
 def test_the_file_of_the_house(tmp_path: Path) -> None:
     """The example that the design binds, whole."""
     text = """
@@ -498,6 +527,85 @@ def test_the_shipped_file_shows_every_default(tmp_path: Path) -> None:
             read(tmp_path, MODELS).upstreams["openai"], name="", base_url="", api_keys=()
         )
     )
+
+
+def test_the_shipped_file_shows_what_is_repaired(tmp_path: Path) -> None:
+    text = DEFAULT.read_text()
+    shown, bare = read(tmp_path, text), read(tmp_path, "")
+    assert dataclasses.replace(shown.compat, aliases={}) == bare.compat
+    assert shown.compat.aliases.keys() == {"dall-e-3", "dall-e-2", "gpt-image-1"}
+    assert set(shown.compat.aliases.values()) <= set(shown.catalogue.models)
+    for each in dataclasses.fields(bare.compat):
+        assert re.search(rf"^  {each.name}:", text, re.MULTILINE), each.name
+
+
+COMPAT = """
+upstreams: {openai: {kind: openai, base_url: https://api.openai.com/v1, api_keys: [sk-1]}}
+models:
+  art: {upstream: openai, compat: MODEL}
+  "*": {upstream: openai, compat: {sizes: false}}
+teams: {growth: {keys: [{key: growth-key-0123456789abcdef, compat: KEY}]}}
+compat: ALL
+"""
+
+
+def said_of_compat(tmp_path: Path, everybody: str, model: str = "{}", key: str = "{}") -> Settings:
+    text = COMPAT.replace("ALL", everybody).replace("MODEL", model).replace("KEY", key)
+    return read(tmp_path, text)
+
+
+def test_what_is_repaired(tmp_path: Path) -> None:
+    made = said_of_compat(
+        tmp_path,
+        "{style: false, repeated_images: true, default_model: art, aliases: {dall-e-3: art}}",
+        "{style: true}",
+        "{quality: false, default_model: art}",
+    )
+    assert made.compat == Compat(
+        style=False, repeated_images=True, default_model="art", aliases={"dall-e-3": "art"}
+    )
+    art, other = made.catalogue.find("art"), made.catalogue.find("another")
+    assert art is not None
+    assert other is not None
+    assert art.compat == CompatRules(style=True)
+    assert other.compat == CompatRules(sizes=False)
+    [declared] = made.declared_keys
+    assert declared.key("k1").compat == CompatRules(quality=False, default_model="art")
+
+
+@pytest.mark.parametrize("word", ["false", '"off"'])
+def test_nothing_is_repaired(tmp_path: Path, word: str) -> None:
+    made = said_of_compat(tmp_path, word, word, word)
+    assert made.compat == merged(Compat(), OFF)
+    assert not made.compat.style
+    art = made.catalogue.find("art")
+    assert art is not None
+    assert (art.compat, made.declared_keys[0].compat) == (OFF, OFF)
+    assert said_of_compat(tmp_path, "{}").declared_keys[0].compat == CompatRules()
+
+
+@pytest.mark.parametrize(
+    ("everybody", "key", "path"),
+    [
+        ("{aliases: {dall-e-3: arts}}", "{}", "compat.aliases.dall-e-3"),
+        # The wildcard serves every name, but is none.
+        ("{default_model: gpt-image-2}", "{}", "compat.default_model"),
+        ("{}", "{default_model: arts}", "teams.growth.keys[0].compat.default_model"),
+        ("{styles: false}", "{}", "compat.styles"),
+        ("true", "{}", "compat"),
+        ("{}", '{aliases: {"dall-e-3": art}}', "teams.growth.keys[0].compat.aliases"),
+        ("{}", "null", "teams.growth.keys[0].compat"),
+    ],
+)
+def test_a_repair_that_cannot_be(tmp_path: Path, everybody: str, key: str, path: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        said_of_compat(tmp_path, everybody, key=key)
+    assert [mistake.path for mistake in refused.value.mistakes] == [path]
+
+
+def test_an_alias_of_a_configured_name_does_nothing(tmp_path: Path) -> None:
+    made = said_of_compat(tmp_path, "{aliases: {art: art}}")
+    assert [warning.path for warning in made.warnings] == ["compat.aliases.art"]
 
 
 def test_the_commented_team_of_the_shipped_file_is_right(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ from gateway.relay.headers import error_head
 MAX_PATH = 200
 """Characters of a path that an error repeats."""
 SERVED = (
-    "/v1/images/generations, /v1/images/edits, /v1/images/estimate, /v1/images/results/{id} and "
-    "/v1/models"
+    "/v1/images/generations, /v1/images/edits, /v1/images/estimate, /v1/images/results/{id}, "
+    "/v1/models, /v1/responses, /v1/files, /v1/moderations and /v1/content_provenance_checks"
 )
 NOT_HERE: Mapping[str, str] = MappingProxyType(
     {
@@ -31,12 +31,9 @@ NOT_HERE: Mapping[str, str] = MappingProxyType(
         "conversations": "conversations",
         "embeddings": "embeddings",
         "evals": "evals",
-        "files": "files",
         "fine_tuning": "fine-tuning",
-        "moderations": "moderations",
         "organization": "an organization's administration",
         "realtime": "realtime sessions",
-        "responses": "responses",
         "threads": "threads",
         "uploads": "uploads",
         "vector_stores": "vector stores",

@@ -63,7 +63,7 @@ class RelayedRoutes:
         """From the request line to the log line."""
         started = self._clock.monotonic()
         rid = new_request_id()
-        trace = None if self._sample is None else self._trace(scope, self._sample)
+        trace = None if self._sample is None else trace_of(scope, self._sample, self._clock)
         door = Door(scope, receive, send)
         try:
             answer = await self._answer(rid, operation, scope, door, started, trace)
@@ -72,7 +72,7 @@ class RelayedRoutes:
             finally:
                 answer.head.close()
                 answer.done(door.delivered)
-            await self._close_books(answer, door, started, _address(scope))
+            await self._close_books(answer, door, started, address_of_client(scope))
         except asyncio.CancelledError:
             # The server's patience is over; the flight goes on as long as the process does.
             log.warning("a request was given up at the end", extra={"request_id": rid})
@@ -121,16 +121,6 @@ class RelayedRoutes:
             door.left_at(answer.gone)
         return answer
 
-    def _trace(self, scope: Scope, sample: float) -> Trace:
-        """Its span: under the client's, where the headers name one."""
-
-        def said(name: bytes) -> str:
-            found = [value for one, value in scope["headers"] if one == name]
-            return b",".join(found).decode("latin-1")
-
-        client = parse(said(b"traceparent"), said(b"tracestate"))
-        return begin(client, sample, self._clock.now())
-
     async def _close_books(self, answer: Answer, door: Door, started: float, address: str) -> None:
         """Waits for the end of the flight, which the client may not have, and tells of it."""
         seconds = self._clock.monotonic() - started
@@ -146,7 +136,18 @@ class RelayedRoutes:
             listener.finished(receipt, delivery)
 
 
-def _address(scope: Scope) -> str:
+def trace_of(scope: Scope, sample: float, clock: Clock) -> Trace:
+    """A request's span: under the client's, where the headers name one."""
+
+    def said(name: bytes) -> str:
+        found = [value for one, value in scope["headers"] if one == name]
+        return b",".join(found).decode("latin-1")
+
+    client = parse(said(b"traceparent"), said(b"tracestate"))
+    return begin(client, sample, clock.now())
+
+
+def address_of_client(scope: Scope) -> str:
     """Where the client is; behind a trusted proxy, where that one says."""
     client = scope.get("client")
     return str(client[0]) if client else ""

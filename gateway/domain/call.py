@@ -15,11 +15,20 @@ class Operation(StrEnum):
 
     GENERATION = "generation"
     EDIT = "edit"
+    RESPONSE = "response"
+    """A text model's answer, in which the image tool may draw (contract 3.4)."""
 
     @property
     def path(self) -> str:
         """Below ``/v1`` of this gateway and of an upstream that speaks OpenAI."""
-        return {Operation.GENERATION: "/images/generations", Operation.EDIT: "/images/edits"}[self]
+        return _PATHS[self]
+
+
+_PATHS = {
+    Operation.GENERATION: "/images/generations",
+    Operation.EDIT: "/images/edits",
+    Operation.RESPONSE: "/responses",
+}
 
 
 class Inquiry(StrEnum):
@@ -31,6 +40,25 @@ class Inquiry(StrEnum):
     def path(self) -> str:
         """Below ``/v1``."""
         return "/images/estimate"
+
+
+class Passage(StrEnum):
+    """What is passed on without being bought. The value is the label of metrics and of the log."""
+
+    FILE = "file"
+    RESPONSE_LOOKUP = "response_lookup"
+    MODERATION = "moderation"
+    PROVENANCE = "provenance"
+
+    @property
+    def path(self) -> str:
+        """Below ``/v1``; of several the one that the others stand under."""
+        return {
+            Passage.FILE: "/files",
+            Passage.RESPONSE_LOOKUP: "/responses",
+            Passage.MODERATION: "/moderations",
+            Passage.PROVENANCE: "/content_provenance_checks",
+        }[self]
 
 
 class Span(NamedTuple):
@@ -54,6 +82,56 @@ class Change(NamedTuple):
     name: str
     before: Json
     after: Json
+
+
+class Mend(NamedTuple):
+    """The headers of a form's file, written anew: what is told of that, and the bytes."""
+
+    changes: tuple[Change, ...]
+    edit: Edit
+
+
+class Spot(NamedTuple):
+    """Where one field lies in a body. ``value`` is its value alone, quotes included in JSON;
+    ``whole`` is a member from its name to its value's end, or a form's part from the line of its
+    boundary to that of the next."""
+
+    whole: Span
+    value: Span
+
+
+class FileSpot(NamedTuple):
+    """A file of a form. ``head`` are its headers without the empty line behind them;
+    ``media_type`` is as declared, ``seen`` as its first bytes say: empty where they do not."""
+
+    name: str
+    filename: str
+    media_type: str
+    seen: str
+    head: Span
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the fields of a body lie, in their order: what is needed to put one in, to change it
+    and to cut it out (``splice.py``).
+
+    ``opening`` is where a first one may stand: behind the brace of JSON, before a form's first
+    boundary line. ``boundary`` is that of a form, without its dashes. ``files`` are those of a
+    form, one for each of ``Call.inputs``.
+    """
+
+    opening: int = 0
+    fields: Mapping[str, Spot] = field(default_factory=dict)
+    files: tuple[FileSpot, ...] = ()
+    boundary: bytes = b""
+
+
+class AnswerAs(StrEnum):
+    """How pictures are handed over: in the answer, or by an address in it."""
+
+    B64 = "b64_json"
+    URL = "url"
 
 
 class Reference(NamedTuple):
@@ -97,20 +175,17 @@ class Call:
     values (multipart text fields that contract 1.2 types as numbers or booleans are converted).
     The typed members beside it are those that money and the relay need, with their defaults.
     ``n`` is 1-10, ``partial_images`` 0-3, ``frame_count`` 2-16 (1 where it is not a GIF).
-    ``model_span`` is where the model's name lies in the body, quotes excluded. ``value_spans`` is
-    where the values of size, quality and stream lie, as far as they were sent: quotes included in
-    JSON.
-    ``boundary`` is that of a form, without its dashes.
+    ``model`` is the name that is routed, empty where none was given yet; ``model_said`` is what
+    the body says, None where it says nothing.
     ``unknown`` names the parameters that the contract does not list: they are forwarded.
-    ``pinned`` are sizes and qualities that the client left open and the gateway fills in: what
-    the body does not say yet.
+    ``changes`` and ``mends`` are what the gateway sends on otherwise than it came: the members
+    beside them hold what is sent, the body and its ``layout`` what came.
     """
 
     operation: Operation
     encoding: Encoding
     content_type: str
     model: str
-    model_span: Span
     prompt_bytes: int
     parameters: Mapping[str, Json]
     inputs: tuple[InputImage, ...] = ()
@@ -123,11 +198,73 @@ class Call:
     frame_count: int = 1
     unknown: frozenset[str] = frozenset()
     body_bytes: int = 0
-    value_spans: Mapping[str, Span] = field(default_factory=dict)
-    boundary: bytes = b""
-    pinned: Mapping[str, str] = field(default_factory=dict)
     references: tuple[Reference, ...] = ()
     """Ids of files and responses at an upstream: whose they are is looked up before the plan."""
+    model_said: str | None = None
+    layout: Layout = field(default_factory=Layout)
+    changes: tuple[Change, ...] = ()
+    mends: tuple[Mend, ...] = ()
+    answer_as: AnswerAs = AnswerAs.B64
+    asks: ResponseAsk | None = None
+    """What only a response has: None for the operations of images."""
+
+    @property
+    def changed(self) -> tuple[Change, ...]:
+        """All that is told to the client, each change once."""
+        told = list(self.changes)
+        for mend in self.mends:
+            told += [change for change in mend.changes if change not in told]
+        return tuple(told)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageTool:
+    """The image tool of a response, with its parameters as a call for one picture would have them.
+
+    ``index`` is its place among the tools, ``model`` empty where it leaves the choice to the
+    provider. ``whole``: the list of tools is known to its last byte (no string in it was too long
+    to keep) and is ``tools``, so that it can be written anew.
+    """
+
+    index: int
+    model: str
+    size: str = "auto"
+    quality: str = "auto"
+    output_format: str = "png"
+    partial_images: int = 0
+    frame_count: int = 1
+    parameters: Mapping[str, Json] = field(default_factory=dict)
+    unknown: frozenset[str] = frozenset()
+    tools: tuple[Json, ...] = ()
+    whole: bool = True
+
+    def drawn_by(self, model: str) -> Json:
+        """The list of tools with another model in this one."""
+        tools = list(self.tools)
+        own = tools[self.index]
+        tools[self.index] = {**own, "model": model} if isinstance(own, dict) else own
+        return tools
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseAsk:
+    """What a response may cost depends on this, beside the pictures of the call.
+
+    ``text_bytes`` is the body without its pictures: no text has more tokens than bytes.
+    ``context_tokens`` and ``context_pictures`` are those of the conversation that it goes on with,
+    as it was when it was last seen here, and of pictures that it names. ``max_tool_calls``
+    is 0 without an image tool.
+    """
+
+    tool: ImageTool | None
+    text_bytes: int
+    max_output_tokens: int
+    max_tool_calls: int
+    background: bool = False
+    stored: bool = True
+    previous: str = ""
+    context_tokens: int = 0
+    context_pictures: int = 0
 
 
 @dataclass(frozen=True, slots=True)

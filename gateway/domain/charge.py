@@ -69,7 +69,7 @@ def charge(rid: str, quote: Quote, ending: Ending) -> Settlement:
         # Also where a usage says too little for the row; a price per picture needs none.
         flags = (*flags, "no_usage")
     cost: Money = quote.bound.amount if measured is None else measured
-    if measured is not None and answer.usage is not None:
+    if measured is not None and answer.tokens is not None:
         basis = Basis.USAGE
     else:
         basis = Basis.ESTIMATED if quote.row or cost else Basis.NONE
@@ -81,7 +81,7 @@ def charge(rid: str, quote: Quote, ending: Ending) -> Settlement:
         ending.outcome,
         basis,
         cost,
-        answer.usage or Usage(),
+        answer.tokens or Usage(),
         answer.images if ending.outcome is Outcome.DELIVERED else 0,
         flags,
     )

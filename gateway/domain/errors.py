@@ -16,6 +16,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   ├── InvalidKey         401
     │   ├── ModelNotAllowed    403
     │   ├── ModelNotFound      404
+    │   ├── NotOwned           404  no such file or response, or another team's
     │   ├── ModelRetired       404  its provider has stopped serving it
     │   ├── ResultNotFound     404  no such result, or another team's
     │   ├── ResultExpired      410  it was there, and is kept no longer
@@ -26,6 +27,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   ├── UpstreamRefused    the provider's own status and body, passed on unchanged; not billed
     │   ├── UpstreamUnavailable 503  surely not billed (class N of money.md 8.1)
     │   ├── UpstreamAccount    503  the owner's key or account is refused; not billed
+    │   ├── UpstreamUnanswered 502/504  what costs nothing was sent, and not answered to the end
     │   ├── UpstreamUnknown    502/504  something was sent and the outcome is unknown (class U)
     │   └── UpstreamBroken     502/504  a 200 was seen, then it broke (class B)
     └── GatewayFault           our own stores or limits
@@ -191,6 +193,15 @@ class ModelNotFound(TeamFault):
     reason = "model_not_found"
 
 
+class NotOwned(TeamFault):
+    """Nothing of this team's lives under this id at an upstream: what is unknown and what is
+    another team's look the same."""
+
+    status = 404
+    code = "not_found"
+    reason = "not_owned"
+
+
 class ModelRetired(TeamFault):
     """Everybody who served the model here has stopped: nothing is sent."""
 
@@ -306,6 +317,13 @@ class UpstreamAccount(UpstreamFault):
     code = "upstream_account_refused"
     reason = "upstream_account"
     should_retry = False
+
+
+class UpstreamUnanswered(UpstreamFault):
+    """Something that costs nothing was sent, and no whole answer came. It may have been done."""
+
+    code = "upstream_no_answer"
+    reason = "upstream_no_answer"
 
 
 class UpstreamUnknown(UpstreamFault):

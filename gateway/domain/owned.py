@@ -22,6 +22,9 @@ class OwnedKind(StrEnum):
     RESPONSE = "response"
     PICTURE = "picture"
     """An ``image_generation_call`` inside a response (``ig_...``)."""
+    ITEM = "item"
+    """Whatever else a response has put out: a message, a reasoning. The upstream knows it by its
+    id as well."""
 
 
 class Anchor(NamedTuple):

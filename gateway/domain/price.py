@@ -55,7 +55,8 @@ class Answer:
 
     ``images`` were delivered. ``size``, ``quality`` and ``output_format`` are as the answer says,
     or as they were asked for where it does not; empty where neither is known, and then the
-    dearest. ``input_images`` came with the request; None is not known.
+    dearest. ``input_images`` came with the request; None is not known. ``text_usage`` is what the
+    text model of a response used, beside ``usage``, which is that of its pictures.
     """
 
     images: int
@@ -64,6 +65,14 @@ class Answer:
     quality: str = ""
     output_format: str = ""
     input_images: int | None = None
+    text_usage: Usage | None = None
+
+    @property
+    def tokens(self) -> Usage | None:
+        """All that it used, of whichever model; None where it does not say."""
+        if self.usage is None or self.text_usage is None:
+            return self.usage or self.text_usage
+        return self.usage + self.text_usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +165,8 @@ class PriceRow:
     shuts_down: date | None = None
     own: bool = False
     replacement: str = ""
+    beside: PriceRow | None = None
+    """Of a response: the row of the model that draws its pictures."""
 
     def retired(self, day: date) -> bool:
         """Whether the model is not served any more on a (UTC) day."""
@@ -163,9 +174,11 @@ class PriceRow:
 
     @property
     def id(self) -> str:
-        """The name in the ledger: ``openai/gpt-image-2@2026-04-21``, ``own:comet/...``."""
+        """The name in the ledger: ``openai/gpt-image-2@2026-04-21``, ``own:comet/...``; of a
+        response those of its two models, with a plus sign between them."""
         whose = f"own:{self.provider}" if self.own else self.provider
-        return f"{whose}/{self.model}@{self.valid_from.isoformat()}"
+        own = f"{whose}/{self.model}@{self.valid_from.isoformat()}"
+        return own if self.beside is None else f"{own}+{self.beside.id}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,8 @@ class Receipt:
     """An SDK says that it has sent this before."""
     asynchronous: bool = False
     """The client did not wait: it asks for the result."""
+    changed: tuple[str, ...] = ()
+    """What was sent on otherwise than it came, by name (a closed list)."""
     joined: str = ""
     """The request whose flight, or kept answer, this one was answered with."""
     took_over: str = ""
@@ -124,6 +126,8 @@ class Receipt:
     """Of a request whose trace is sampled: its attempts, in order."""
     joined_trace: TraceContext | None = None
     """The span of the request that it joined, where that is known here."""
+    method: str = "POST"
+    """Of its request line, once that was found to be one that is answered."""
     prompt: str | None = None
     """Only where the operator asked for prompts in the log."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
 
+from gateway.domain.compat import CompatRules
+
 WILDCARD = "*"
 OTHER = "other"
 """The label of every model that no entry names."""
@@ -35,6 +37,8 @@ class Target:
     weight: int = 1
     stream_always: bool = False
     failures_billed: bool = False
+    tool: str = ""
+    """Of a response: the name there of the model behind its image tool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class Model:
     """Where else it is served, by order."""
     fallbacks: tuple[str, ...] = ()
     """Configured models to try, in this order, where no target of this one can be had."""
+    compat: CompatRules | None = None
+    """What is repaired of calls for it, where that is not what holds for all."""
 
     @property
     def targets(self) -> tuple[Target, ...]:
@@ -96,6 +102,7 @@ class Catalogue:
             pin=rule.pin,
             others=tuple(replace(other, model=name) for other in rule.others),
             fallbacks=rule.fallbacks,
+            compat=rule.compat,
         )
 
     def nearest(self, name: str) -> Model | None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
 
+from gateway.domain.compat import CompatRules
 from gateway.domain.money import Money
 from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, Window, zone_of
 
@@ -142,6 +143,8 @@ class Key:
     pepper: str = ""
     """The public id of the pepper that its digest was made with; empty where nobody noted it, and
     for a key of the file."""
+    compat: CompatRules | None = None
+    """What is repaired of its calls, where that is not what holds for all. Only of the file's."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from gateway.domain.call import Operation, SvgUsage, Usage
 
@@ -53,6 +54,45 @@ def read_usage(raw: object, svg_usage: object | None, operation: Operation) -> U
         # A delivered picture has output: a relay that fills in zeros must not make it free.
         raise InvalidUsage("output_tokens is 0")
     return Usage(text_in, image_in, cached_text_in, cached_image_in, text_out, image_out, svg)
+
+
+def read_text_usage(raw: object) -> Usage | None:
+    """The tokens of a response's text model, from its parsed ``usage`` (contract 3.4): pictures
+    that it reads are input like any other. None where there is none. Raises ``InvalidUsage``."""
+    if raw is None:
+        return None
+    usage = _members(raw, "usage")
+    tokens_in, tokens_out = _count(usage, "input_tokens"), _count(usage, "output_tokens")
+    if tokens_in is None and tokens_out is None:
+        return None
+    if tokens_in is None or tokens_out is None:
+        raise InvalidUsage("usage has only one of input_tokens and output_tokens")
+    total = _count(usage, "total_tokens")
+    if total is not None and total != tokens_in + tokens_out:
+        raise InvalidUsage("total_tokens is not input_tokens + output_tokens")
+    details = _members(usage.get("input_tokens_details"), "input_tokens_details")
+    cached = _count(details, "cached_tokens") or 0
+    if cached > tokens_in:
+        raise InvalidUsage("more cached tokens than input tokens")
+    return Usage(text_in=tokens_in, cached_text_in=cached, text_out=tokens_out)
+
+
+def read_tool_usage(raw: object, documents: Sequence[object], images: int) -> Usage | None:
+    """The tokens of a response's pictures, from its parsed ``tool_usage`` and the ``svg_usage`` of
+    each of its pictures. None where none were drawn, and where it does not say (it may leave it
+    out). Raises ``InvalidUsage``, also for authors of SVG that are more than one model."""
+    found = _members(_members(raw, "tool_usage").get("image_gen"), "tool_usage.image_gen")
+    if images == 0 and not (_count(found, "input_tokens") or _count(found, "output_tokens")):
+        return None
+    authors = [one for one in (_svg(document) for document in documents) if one is not None]
+    usage = read_usage(found or None, None, Operation.RESPONSE)
+    if usage is None or not authors:
+        return usage
+    if len({one.model for one in authors}) > 1:
+        raise InvalidUsage("svg_usage names more than one model")
+    tokens_in = sum(one.input_tokens for one in authors)
+    tokens_out = sum(one.output_tokens for one in authors)
+    return replace(usage, svg=SvgUsage(authors[0].model, tokens_in, tokens_out))
 
 
 def _members(value: object, name: str) -> Mapping[str, object]:

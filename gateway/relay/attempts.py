@@ -47,6 +47,7 @@ from gateway.relay.failover import (
 )
 from gateway.relay.health import Chance, Health, Ticket, Why
 from gateway.relay.plan import Plan, Way
+from gateway.relay.references import keys_at
 from gateway.relay.trail import Trail
 
 log = logging.getLogger(__name__)
@@ -255,7 +256,7 @@ class Attempts:
         name = way.upstream.name
         left = [
             one
-            for one in way.upstream.credentials
+            for one in keys_at(way.upstream.credentials, journey.plan.anchor)
             if (name, one.id, way.target.model) not in journey.barred_keys
         ]
         while left:
@@ -464,7 +465,8 @@ class Attempts:
                 waits.append(RETRY_SECONDS)
                 refused.append(None)
                 continue
-            for one in way.upstream.credentials if place not in journey.spent else ():
+            keys = keys_at(way.upstream.credentials, journey.plan.anchor)
+            for one in keys if place not in journey.spent else ():
                 asked = (way.upstream.name, one.id, way.target.model)
                 waits.append(self._health.wait(*asked))
                 refused.append(self._health.quarantined(*asked))

@@ -144,6 +144,7 @@ class Comebacks:
             shown = await self._joining.follow(
                 rid,
                 caller.team.id,
+                operation=routed.call.operation,
                 stream=stream,
                 client=arrival.client,
                 patience_seconds=None if stream else self.patience.max_wait_seconds,

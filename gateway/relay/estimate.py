@@ -26,6 +26,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.ledger import Balance, Basis, Denied, Line, Outcome
 from gateway.domain.money import Money, format_dollars
+from gateway.domain.owned import Anchor
 from gateway.domain.price import OLD_QUALITIES, OPEN, CannotPrice, parse_size, raised
 from gateway.domain.quota import Demand, Limit, Refusal, Unit
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
@@ -122,7 +123,13 @@ class Estimates:
                 del self._running[key]
 
     async def answer(
-        self, rid: str, planner: Planner, caller: Caller, call: Call, wish: CacheWish
+        self,
+        rid: str,
+        planner: Planner,
+        caller: Caller,
+        call: Call,
+        wish: CacheWish,
+        anchor: Anchor | None = None,
     ) -> tuple[Head, Plan | None]:
         """The estimate, and the plan where the call could be planned.
 
@@ -130,7 +137,7 @@ class Estimates:
         ``InvalidRequest``; and ``LedgerUnavailable``.
         """
         now = self._clock.now()
-        model, plan, refusal = await _plan(planner, caller, call, wish, now)
+        model, plan, refusal = await _plan(planner, caller, call, wish, now, anchor)
         lines, balances = await self._budgets.budgets(lines_of(caller, now))
         if plan is not None and refusal is None:
             refusal = _never_fits(plan) or _no_room(plan, dict(zip(lines, balances, strict=True)))
@@ -139,11 +146,11 @@ class Estimates:
             "object": "image.estimate",
             "request_id": rid,
             "operation": call.operation.value,
-            "model": call.model,
+            "model": call.model or (plan.call.model if plan else None),
             "model_served": target.model if target else None,
             "upstream": target.upstream if target else None,
             "images": call.n,
-            "changed": dict(plan.changed) if plan else {},
+            "changed": {change.name: change.after for change in plan.call.changed} if plan else {},
             "cache": plan.cache.value if plan else None,
             **self._costs(plan),
             "admitted": refusal is None,
@@ -210,15 +217,21 @@ class Estimates:
 
 
 async def _plan(
-    planner: Planner, caller: Caller, call: Call, wish: CacheWish, now: datetime
+    planner: Planner,
+    caller: Caller,
+    call: Call,
+    wish: CacheWish,
+    now: datetime,
+    anchor: Anchor | None,
 ) -> tuple[Model | None, Plan | None, GatewayError | None]:
     """As the call itself would be planned, as far as that goes, and what would refuse it."""
     try:
+        call = planner.repaired(caller, call)
         model = planner.route(caller, call.model)
     except ModelNotAllowed as error:
         return None, None, error
     try:
-        return model, await _planned(planner, caller, call, wish, now), None
+        return model, await _planned(planner, caller, call, wish, now, anchor), None
     except (UpstreamAccount, ModelRetired) as error:
         return model, None, error
     except InvalidRequest as error:
@@ -228,13 +241,18 @@ async def _plan(
             return model, None, error
         # What it would cost is then the very thing to be told.
         lifted = _without_most(caller)
-        return model, await _planned(planner, lifted, call, wish, now), error
+        return model, await _planned(planner, lifted, call, wish, now, anchor), error
 
 
 async def _planned(
-    planner: Planner, caller: Caller, call: Call, wish: CacheWish, now: datetime
+    planner: Planner,
+    caller: Caller,
+    call: Call,
+    wish: CacheWish,
+    now: datetime,
+    anchor: Anchor | None,
 ) -> Plan:
-    return await planner.plan(planner.route_call(caller, call), wish, now)
+    return await planner.plan(planner.route_call(caller, call, anchor), wish, now)
 
 
 def alternatives(call: Call, quote: Quote) -> list[tuple[Mapping[str, str], Call, Money]]:

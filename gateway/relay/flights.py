@@ -13,10 +13,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from gateway.domain.errors import ClientGone
+from gateway.domain.errors import ClientGone, GatewayError
 from gateway.domain.receipt import Receipt
 from gateway.domain.trace import TraceContext
 from gateway.ports import FlightNotice
+from gateway.relay.meter import error_event
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +28,8 @@ Headers: TypeAlias = tuple[tuple[str, str], ...]
 class Head:
     """The beginning of an answer, once it may be sent. ``length`` is None for a stream.
 
-    ``body`` is called at most once; ``close`` is called once, read or not.
+    ``body`` of a stream is called at most once, of anything else as often as it is to be read;
+    ``close`` is called once, read or not.
     """
 
     status: int
@@ -42,7 +44,8 @@ class Shown:
     """An answer that any number of clients may have. ``length`` is None for a stream.
 
     ``headers`` are of the answer, whoever reads it; ``own`` are for whom it was bought. ``body``
-    may be called once a reader; each has called ``share`` before, and ``close`` at its end.
+    of a stream may be called once a reader, else more often; each reader has called ``share``
+    before, and ``close`` at its end.
     """
 
     status: int
@@ -205,6 +208,8 @@ class Flight:
         """Puts its answer away, once there is one."""
         self.instead: Callable[[], AsyncIterator[bytes]] | None = None
         """What a stream that has begun says in the end, where it could not be said as it came."""
+        self.error_event: Callable[[GatewayError], bytes] = error_event
+        """How its stream says an error, once it has begun."""
         self.seat: Seat | None = None
         """That of the client it was launched for, once others may join it."""
         self.trace: TraceContext | None = None

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
 from email.utils import format_datetime
 
+from gateway.domain.call import AnswerAs, Call, Change
 from gateway.domain.charge import Quote
 from gateway.domain.errors import GatewayError, UpstreamRefused
 from gateway.domain.ledger import Balance, Basis, Line
@@ -27,6 +30,9 @@ MAX_WAIT_SECONDS = 60.0
 to come back at all."""
 
 ENDLESS = datetime.max.replace(tzinfo=UTC)
+CHANGED = "x-gateway-changed"
+_MODEL = "model="
+_UNSAFE = re.compile(r"[^\x20-\x7e]")
 PASSED_ON = ("openai-processing-ms", "openai-version")
 
 
@@ -41,13 +47,11 @@ def of_form(stream: bool) -> Headers:
 
 def of_way(plan: Plan, way: Way) -> Headers:
     """Who makes the picture, and what was changed for it."""
-    changed = dict(plan.changed)
-    if way.model.name != plan.asked.name:
-        changed["model"] = way.model.name
+    other = way.model.name if way.model.name != plan.asked.name else None
     return (
         ("x-model-served", way.target.model),
         ("x-gateway-upstream", way.upstream.name),
-        *_of_changes(changed),
+        *of_changes(plan.call, other),
         *of_sunset(plan.sunset),
     )
 
@@ -68,9 +72,34 @@ def of_attempts(count: int) -> Headers:
     return (("x-gateway-attempts", str(count)),)
 
 
-def _of_changes(changed: Mapping[str, str]) -> Headers:
-    said = ", ".join(f"{name}={value}" for name, value in changed.items())
-    return (("x-gateway-changed", said),) if said else ()
+def of_changes(call: Call, stand_in: str | None = None) -> Headers:
+    """What was changed of a request, and the model that stood in for the one it is for, if any:
+    ``name=value`` of what is sent instead, ``name`` alone of what is left out."""
+    said = [_say_change(change, call) for change in call.changed if change.name != "model"]
+    model = next((change.after for change in call.changes if change.name == "model"), None)
+    if stand_in is not None or model is not None:
+        said.insert(0, _MODEL + (stand_in or str(model)))
+    return ((CHANGED, _UNSAFE.sub("?", ", ".join(said))),) if said else ()
+
+
+def with_changes(head: Head, call: Call) -> Head:
+    """The head of an answer to ``call``, saying what was changed of this very request: who joins a
+    flight, or gets a kept answer, asked for the same in its own words. A model that stood in did
+    so for all of them."""
+    theirs = next((value for name, value in head.headers if name == CHANGED), "")
+    if not theirs and not call.changed:
+        return head
+    named = next((item for item in theirs.split(", ") if item.startswith(_MODEL)), "")
+    stand_in = named.removeprefix(_MODEL)
+    others = tuple(pair for pair in head.headers if pair[0] != CHANGED)
+    own = of_changes(call, stand_in if stand_in not in ("", call.model) else None)
+    return replace(head, headers=(*others, *own))
+
+
+def _say_change(change: Change, call: Call) -> str:
+    if change.name == "response_format" and call.answer_as is AnswerAs.URL:
+        return "response_format=url->hosted"
+    return change.name if change.after is None else f"{change.name}={change.after}"
 
 
 def of_upstream(headers: Mapping[str, str]) -> Headers:
@@ -92,6 +121,10 @@ NOTHING_SPENT: Headers = (*of_attempts(0), *of_cost(0, Basis.NONE))
 
 REPLAYED = ("idempotent-replayed", "true")
 """Of an answer that an earlier request under the same Idempotency-Key got."""
+
+
+NOT_HOSTED = ("x-gateway-warning", "the picture could not be put behind a url; it is in b64_json")
+"""Of an answer that is kept nowhere, and whose pictures could not be stored for their urls."""
 
 
 def of_bound(quote: Quote) -> Headers:

@@ -15,6 +15,8 @@ from gateway.relay.multipart import Part, say_bytes
 from gateway.relay.picture import BMP, GIF, PDF, SVG, TIFF, Picture, probe
 from gateway.relay.skim import Hole
 
+OCTETS = "application/octet-stream"
+"""What a library declares that does not know what it sends."""
 PICTURE_ROLES = frozenset({"image", "mask", "markup"})
 _NOT_TAKEN = frozenset({GIF, BMP, TIFF, SVG, PDF})
 """Types that can be told by their bytes and that no image model takes."""
@@ -33,9 +35,10 @@ class PictureRules:
     urls_allowed: bool
 
 
-def from_file(part: Part, role: str, param: str, rules: PictureRules) -> InputImage:
-    """The picture in a form's file. Its type is as declared, ``application/octet-stream`` where
-    nothing is. A file whose role is unknown is only described.
+def from_file(part: Part, role: str, param: str, rules: PictureRules) -> tuple[InputImage, str]:
+    """The picture in a form's file, and the type that its bytes say, empty where they do not. Its
+    own type is as declared, ``application/octet-stream`` where nothing is. A file whose role is
+    unknown is only described.
 
     Raises ``InvalidRequest`` (``invalid_image``, ``unsupported_file_mimetype``).
     """
@@ -44,14 +47,15 @@ def from_file(part: Part, role: str, param: str, rules: PictureRules) -> InputIm
         if part.size_bytes == 0:
             raise _invalid(param, "the file is empty. Send the picture's bytes.")
         _check(seen, param, rules)
-    return InputImage(
+    picture = InputImage(
         role=role,
         digest=part.digest,
         size_bytes=part.size_bytes,
-        media_type=_media_type(part.content_type) or "application/octet-stream",
+        media_type=_media_type(part.content_type) or OCTETS,
         width=seen.width if seen else 0,
         height=seen.height if seen else 0,
     )
+    return picture, seen.media_type if seen else ""
 
 
 def from_url(value: str | Hole, role: str, param: str, rules: PictureRules) -> InputImage:
@@ -78,6 +82,17 @@ def from_url(value: str | Hole, role: str, param: str, rules: PictureRules) -> I
             reason="ssrf_blocked",
         )
     return InputImage(role=role, digest=_sha256(text), size_bytes=0, media_type="")
+
+
+def from_id(id: str, role: str) -> InputImage:
+    """A file that lives at an upstream: how large it is, its owner's row says. Nothing is known of
+    its type and its pixels."""
+    return InputImage(role=role, digest=digest_of_file(id), size_bytes=0, media_type="")
+
+
+def digest_of_file(id: str) -> str:
+    """What stands for the content of a file, which never changes under its id."""
+    return _sha256(f"file_id:{id}")
 
 
 def _from_data(

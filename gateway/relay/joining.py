@@ -35,7 +35,7 @@ from gateway.ports import (
 from gateway.relay import headers
 from gateway.relay.body import KEEP_ALIVE, Spool
 from gateway.relay.flights import Client, Flight, Flights, Seat, Shown
-from gateway.relay.meter import error_frame
+from gateway.relay.meter import ERROR_FRAMES
 from gateway.relay.results import Results, as_stream, shown
 
 log = logging.getLogger(__name__)
@@ -200,6 +200,7 @@ class Joining:
         rid: str,
         team: str,
         *,
+        operation: Operation,
         stream: bool,
         client: Client,
         patience_seconds: float | None = None,
@@ -214,9 +215,11 @@ class Joining:
         if flight is not None and flight.stream == stream:
             return await flight.watch().shown(client, patience_seconds)
         async with asyncio.timeout(patience_seconds):
-            return await self._from_afar(rid, team, stream, client)
+            return await self._from_afar(rid, team, operation, stream, client)
 
-    async def _from_afar(self, rid: str, team: str, stream: bool, client: Client) -> Shown:
+    async def _from_afar(
+        self, rid: str, team: str, operation: Operation, stream: bool, client: Client
+    ) -> Shown:
         began = self._clock.monotonic()
         missing_since: float | None = None
         while True:
@@ -227,7 +230,7 @@ class Joining:
             if stream and self._shared and missing_since is None:
                 silent = self._clock.monotonic() - began >= self.keep_alive_seconds
                 if await self._has_begun(rid) or silent:
-                    return self._passed_on(rid, team)
+                    return self._passed_on(rid, team, operation)
             await _pause(client)
 
     async def _left_by_the_dead(self, rid: str, team: str) -> NoReturn:
@@ -264,10 +267,13 @@ class Joining:
             f"The request {rid} was answered and paid for, and its answer is not kept any more."
         )
 
-    def _passed_on(self, rid: str, team: str) -> Shown:
-        return Shown(200, headers.of_form(True), (), None, lambda: self._events(rid, team))
+    def _passed_on(self, rid: str, team: str, operation: Operation) -> Shown:
+        said = headers.of_form(True)
+        return Shown(200, said, (), None, lambda: self._events(rid, team, operation))
 
-    async def _events(self, rid: str, team: str) -> AsyncGenerator[bytes, None]:
+    async def _events(
+        self, rid: str, team: str, operation: Operation
+    ) -> AsyncGenerator[bytes, None]:
         """The stream of another process's flight: its partial pictures as they come through the
         board, and its end from the results."""
         position, quiet_since = 0, self._clock.monotonic()
@@ -285,10 +291,10 @@ class Joining:
             try:
                 missing_since = await self._goes_on(rid, team, missing_since)
             except NeverSent:
-                yield error_frame(unknown_outcome(rid).content)
+                yield ERROR_FRAMES[operation](unknown_outcome(rid).content)
                 return
             except GatewayError as error:
-                yield error_frame(error.content)
+                yield ERROR_FRAMES[operation](error.content)
                 return
             if now - quiet_since >= self.keep_alive_seconds:
                 quiet_since = now
@@ -341,7 +347,8 @@ async def _end_of(kept: Cached, position: int) -> AsyncGenerator[bytes, None]:
     """What a stream still owes to one who has its first ``position`` bytes."""
     meta = kept.meta
     if meta.status != 200:
-        yield error_frame(b"".join([chunk async for chunk in kept.chunks()]))
+        content = b"".join([chunk async for chunk in kept.chunks()])
+        yield ERROR_FRAMES[Operation(meta.operation)](content)
     elif meta.form is Form.JSON:
         async for piece in as_stream(Operation(meta.operation), kept):
             yield piece

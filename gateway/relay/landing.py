@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from gateway.domain.call import Span
+from gateway.domain.call import Call, Span
 from gateway.domain.charge import Ending
 from gateway.domain.errors import Evidence, Fault, GatewayError, Overloaded, UpstreamBroken
 from gateway.domain.ledger import Outcome
@@ -22,9 +23,11 @@ from gateway.relay.meter import (
     JsonMeter,
     NoPicture,
     Reading,
+    error_event,
     is_completed,
     is_partial,
 )
+from gateway.relay.meter_response import Told
 from gateway.relay.replay import Splice
 from gateway.relay.skim import Event
 
@@ -40,7 +43,8 @@ PAUSES_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Landing:
-    """How the upstream's part ended. Either ``reading`` is set, or ``error``.
+    """How the upstream's part ended. Either ``reading`` is set, or ``error``. ``told`` is what a
+    response said of itself, as far as it came.
 
     ``json`` and ``events`` are the answer in either form, as splices of the spool; None where it
     cannot be said in that form. ``streamed``: the spool holds events, to be followed as they are,
@@ -55,6 +59,46 @@ class Landing:
     streamed: bool = False
     upto: int = 0
     rest: AsyncGenerator[int, None] | None = None
+    told: Told | None = None
+
+
+class Taker(Protocol):
+    """Takes the answer to one call in. One per operation (``purchase.TAKERS``)."""
+
+    async def take(
+        self, reply: Reply, spool: Spool, upstream: str, begin: Callable[[Event], None]
+    ) -> Landing:
+        """Whatever its form; only a stream for a stream leaves early. ``begin`` is called before
+        an event with data is published."""
+
+    def error_event(self, error: GatewayError) -> bytes:
+        """An error in the form that it has inside this operation's streams."""
+
+
+class PictureTaker:
+    """Takes the answer to one call for pictures in."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    async def take(
+        self, reply: Reply, spool: Spool, upstream: str, begin: Callable[[Event], None]
+    ) -> Landing:
+        """As ``Taker`` says. A picture that came in the other form than asked is turned."""
+        call = self._call
+        if not is_stream(reply):
+            meter = JsonMeter(call.operation, upstream)
+            return await land_json(reply, spool, meter, as_stream=call.stream)
+        events = EventMeter(call.operation, upstream)
+        return await land_events(reply, spool, events, call.n, begin, as_json=not call.stream)
+
+    def error_event(self, error: GatewayError) -> bytes:
+        return error_event(error)
+
+
+def is_stream(reply: Reply) -> bool:
+    """Whether an upstream answers with events."""
+    return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")
 
 
 async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: bool) -> Landing:
@@ -65,7 +109,7 @@ async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: 
     try:
         async for chunk in reply.chunks():
             meter.feed(chunk)
-            await _keep(spool, chunk)
+            await keep(spool, chunk)
         reading = meter.close()
     except NoPicture as nothing:
         return _no_picture(nothing)
@@ -98,18 +142,18 @@ async def land_events(
     is slow the upstream is not read.
     """
     chunks = reply.chunks()
-    brake = _Brake(spool)
+    brake = Brake(spool)
     try:
         async for chunk in chunks:
-            await _keep(spool, chunk)
+            await keep(spool, chunk)
             events = meter.feed(chunk)
             for index, event in enumerate(events):
-                await _mend(spool, event)
+                await mend(spool, event)
                 refused = meter.see(event)
                 if refused is not None:
                     return _refused(refused, meter)
                 if meter.completed >= wanted or (event.done and meter.completed):
-                    rest = _rest(events[index + 1 :], chunks, spool, meter)
+                    rest = the_rest(events[index + 1 :], chunks, spool, meter)
                     return _landed(meter, as_json, event.end, rest)
                 if event.done:
                     # The SDKs read no further than [DONE]: behind it no error would be seen.
@@ -120,19 +164,25 @@ async def land_events(
                 spool.publish(event.start if is_completed(event) else event.end)
             await brake.hold()
         for event in meter.close():
-            await _mend(spool, event)
+            await mend(spool, event)
             refused = meter.see(event)
             if refused is not None:
                 return _refused(refused, meter)
             # Python's SDK loses a last event that has no blank line behind it (contract 4.7).
-            await _keep(spool, b"\n\n")
+            await keep(spool, b"\n\n")
     except GatewayError as error:
         return failed(error)
     return _landed(meter, as_json, spool.length) if meter.completed else _ended_early(meter)
 
 
-async def _rest(
-    seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: EventMeter
+class Feeds(Protocol):
+    """What cuts a stream into events."""
+
+    def feed(self, chunk: bytes) -> list[Event]: ...
+
+
+async def the_rest(
+    seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: Feeds
 ) -> AsyncGenerator[int, None]:
     """How far what follows the last picture may be published: whole events without a picture.
 
@@ -141,16 +191,16 @@ async def _rest(
     for event in seen:
         if not _is_harmless(event):
             return
-        await _mend(spool, event)
+        await mend(spool, event)
         yield event.end
         if event.done:
             return
     async for chunk in chunks:
-        await _keep(spool, chunk)
+        await keep(spool, chunk)
         for event in meter.feed(chunk):
             if not _is_harmless(event):
                 return
-            await _mend(spool, event)
+            await mend(spool, event)
             yield event.end
             if event.done:
                 return
@@ -163,7 +213,7 @@ def _is_harmless(event: Event) -> bool:
     return not (error or is_partial(event) or is_completed(event))
 
 
-class _Brake:
+class Brake:
     """Holds the reading of one upstream back while a follower of its stream is slow."""
 
     def __init__(self, spool: Spool) -> None:
@@ -188,7 +238,7 @@ class _Brake:
         self._left_seconds -= time() - began
 
 
-async def _keep(spool: Spool, chunk: bytes) -> None:
+async def keep(spool: Spool, chunk: bytes) -> None:
     """Raises ``UpstreamBroken`` where there is no room: the picture was bought all the same."""
     try:
         await spool.write(chunk)
@@ -196,7 +246,7 @@ async def _keep(spool: Spool, chunk: bytes) -> None:
         raise _not_held() from error
 
 
-async def _mend(spool: Spool, event: Event) -> None:
+async def mend(spool: Spool, event: Event) -> None:
     """Makes an event one that every SDK can read. Raises like ``_keep``."""
     try:
         for edit in event.mends:

@@ -6,6 +6,8 @@ leave at once, a completed one waits for the settlement.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +79,7 @@ class JsonMeter:
         if members.get("error") and pictures:
             raise NoPicture(f"The upstream {self.upstream} answered with an error too.", reading)
         if members.get("error"):
-            raise error_in_success(_plain(members["error"]), self.upstream)
+            raise error_in_success(plain(members["error"]), self.upstream)
         if not pictures:
             raise NoPicture(f"The upstream {self.upstream} answered without a picture.", reading)
         return reading
@@ -134,9 +136,9 @@ class EventMeter:
         if not isinstance(members, dict):
             return None
         if members.get("error"):
-            return error_in_success(_plain(members["error"]), self.upstream)
+            return error_in_success(plain(members["error"]), self.upstream)
         if event.name == "error" or members.get("type") == "error":
-            flat = {key: _plain(members.get(key)) for key in ("message", "code", "param")}
+            flat = {key: plain(members.get(key)) for key in ("message", "code", "param")}
             return error_in_success(flat, self.upstream)
         if is_partial(event):
             self.partials += 1
@@ -198,14 +200,14 @@ def _usage(members: dict[str, Any], operation: Operation) -> tuple[Usage | None,
         return None, True
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """A value of an answer without holes: of a long text, its beginning."""
     if isinstance(value, Hole):
         return value.head.decode("utf-8", "replace")
     if isinstance(value, dict):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
 
 
@@ -240,3 +242,24 @@ def error_event(error: GatewayError) -> bytes:
 def error_frame(content: bytes) -> bytes:
     """An error's body as an event."""
     return b"event: error\ndata: " + content.replace(b"\n", b" ") + b"\n\n"
+
+
+def flat_error_frame(content: bytes, sequence: int = 0) -> bytes:
+    """An error's body as an event of a response's stream: flat, as only there (contract 3.4)."""
+    described = json.loads(content).get("error", {})
+    flat = {
+        "type": "error",
+        "code": described.get("code"),
+        "message": described.get("message", ""),
+        "param": described.get("param"),
+        "sequence_number": sequence,
+    }
+    return b"event: error\ndata: " + json.dumps(flat, separators=(",", ":")).encode() + b"\n\n"
+
+
+ERROR_FRAMES: Mapping[Operation, Callable[[bytes], bytes]] = {
+    Operation.GENERATION: error_frame,
+    Operation.EDIT: error_frame,
+    Operation.RESPONSE: flat_error_frame,
+}
+"""How an error's body is said in the middle of an operation's stream."""

@@ -47,6 +47,7 @@ _BOUNDARY = re.compile(rb"[\x20-\x7e]*[\x21-\x7e]")
 _BREAKS = re.compile(r"[\x00\r\n]")
 _QUOTED_PERCENT = (("%22", '"'), ("%0D", "\r"), ("%0d", "\r"), ("%0A", "\n"), ("%0a", "\n"))
 """What browsers write for the three characters a quoted name cannot hold (RFC 7578 2)."""
+_NOWHERE = Span(0, 0)
 _PLAIN_TRANSFERS = frozenset({"7bit", "8bit", "binary"})
 
 
@@ -57,7 +58,8 @@ class Part:
     ``span`` is its content in the stream, in bytes. ``content`` is the whole of a text field or
     the first ``HEAD_BYTES`` of a file. ``filename`` is None for a text field; it is only shown,
     never used as a path. ``digest`` is the hex SHA-256 of a file, empty for a text field.
-    ``content_type`` is as declared, empty where it is not.
+    ``content_type`` is as declared, empty where it is not. ``head`` are its headers without the
+    empty line behind them, ``whole`` is from the line of its boundary to that of the next.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Part:
     span: Span
     content: bytes
     digest: str = ""
+    head: Span = _NOWHERE
+    whole: Span = _NOWHERE
 
     @property
     def is_file(self) -> bool:
@@ -107,18 +111,27 @@ class _State(Enum):
 class _Open:
     """The part whose content is arriving."""
 
-    __slots__ = ("content", "content_type", "digest", "filename", "name", "size", "start")
+    __slots__ = (
+        *("content", "content_type", "digest", "filename", "head", "line_at", "name", "size"),
+        "start",
+    )
 
-    def __init__(self, name: str, filename: str | None, content_type: str, start: int) -> None:
-        self.name = name
-        self.filename = filename
-        self.content_type = content_type
+    def __init__(
+        self,
+        named: tuple[str, str | None, str],
+        line_at: int,
+        head: Span,
+        start: int,
+    ) -> None:
+        self.name, self.filename, self.content_type = named
+        self.line_at = line_at
+        self.head = head
         self.start = start
         self.size = 0
         self.content = bytearray()
-        self.digest = None if filename is None else hashlib.sha256()
+        self.digest = None if self.filename is None else hashlib.sha256()
 
-    def closed(self) -> Part:
+    def closed(self, next_line_at: int) -> Part:
         return Part(
             name=self.name,
             filename=self.filename,
@@ -126,6 +139,8 @@ class _Open:
             span=Span(self.start, self.start + self.size),
             content=bytes(self.content),
             digest="" if self.digest is None else self.digest.hexdigest(),
+            head=self.head,
+            whole=Span(self.line_at, next_line_at),
         )
 
 
@@ -144,6 +159,7 @@ class FormScanner:
         self._seen = 0
         self._state = _State.CONTENT
         self._open: _Open | None = None
+        self._line_at = 0  # where the last boundary's line begins, at its dashes
         self._parts = 0
         self._ended = False
 
@@ -164,8 +180,9 @@ class FormScanner:
                     return parts
                 if self._ended:
                     raise _malformed(f"A part follows the end of the form, at byte {base + found}.")
+                self._line_at = base + found + len(b"\r\n")
                 if self._open is not None:
-                    parts.append(self._open.closed())
+                    parts.append(self._open.closed(self._line_at))
                     self._open = None
                 self._state = _State.DELIMITED
                 at = found + len(self._delimiter)
@@ -257,8 +274,8 @@ class FormScanner:
                 )
             return -1
         after = end + (2 if empty else 4)
-        name, filename, content_type = _parse_headers(data[at:end], base + at)
-        self._open = _Open(name, filename, content_type, base + after)
+        named = _parse_headers(data[at:end], base + at)
+        self._open = _Open(named, self._line_at, Span(base + at, base + end), base + after)
         self._state = _State.CONTENT
         return after
 

@@ -13,15 +13,16 @@ flight, one whose picture is there already gets that, and for everybody else a f
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from gateway.domain.call import Call, Inquiry
+from gateway.domain.call import AnswerAs, Call, Inquiry, Operation
+from gateway.domain.compat import changed_names
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
 from gateway.domain.ledger import Held, Outcome, Replay
 from gateway.domain.quota import Demand
-from gateway.domain.receipt import Receipt, Timings
+from gateway.domain.receipt import CacheResult, Receipt, Timings
 from gateway.domain.team import Caller
 from gateway.ports import Cached, Clock, FlightNotice, Ledger
 from gateway.relay import headers
@@ -33,13 +34,16 @@ from gateway.relay.comebacks import Comebacks, still_running
 from gateway.relay.drain import shutting_down
 from gateway.relay.estimate import Estimates, estimate_reader
 from gateway.relay.flights import Client, Flight, Flights, Head
+from gateway.relay.hosting import Hosting, NotHosted, not_hosted
 from gateway.relay.joining import Joining, flight_mark
 from gateway.relay.keeping import Keeping
 from gateway.relay.keyring import KeyRing
 from gateway.relay.news import Finished, ResultNews
 from gateway.relay.plan import Plan, Planner, lines_of
 from gateway.relay.purchase import Purchases, crash
-from gateway.relay.read import ReadRules, reader_for
+from gateway.relay.read import Reader, ReadRules, reader_for
+from gateway.relay.read_response import remembered, response_reader
+from gateway.relay.references import References, Resolved
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
 from gateway.relay.turnstile import Turnstile
@@ -47,6 +51,12 @@ from gateway.relay.users import Users
 
 log = logging.getLogger(__name__)
 
+READERS: Mapping[Operation, Callable[..., Reader]] = {
+    Operation.GENERATION: reader_for,
+    Operation.EDIT: reader_for,
+    Operation.RESPONSE: response_reader,
+}
+"""Who reads an operation's body."""
 MEMORY_BODY_BYTES = 1024 * 1024
 """A request's body over this goes to disk: it may wait there for minutes."""
 
@@ -58,6 +68,7 @@ class Pipeline:
         self,
         *,
         keyring: KeyRing,
+        references: References,
         planner: Planner,
         admission: Admission,
         purchases: Purchases,
@@ -67,6 +78,7 @@ class Pipeline:
         comebacks: Comebacks,
         joining: Joining,
         results: Results,
+        hosting: Hosting | None,
         news: ResultNews | None,
         patience: Patience,
         rules: ReadRules,
@@ -81,6 +93,7 @@ class Pipeline:
         """``begun`` hears of each call that its limits let in, before it is bought."""
         self._begun = begun
         self._keyring = keyring
+        self._references = references
         self._planner = planner
         self._admission = admission
         self._purchases = purchases
@@ -90,6 +103,7 @@ class Pipeline:
         self._comebacks = comebacks
         self._joining = joining
         self._results = results
+        self._hosting = hosting
         self._news = news
         self._patience = patience
         self._rules = rules
@@ -125,6 +139,7 @@ class Pipeline:
         )
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         caller: Caller | None = None
+        changed: headers.Headers = ()
         rules = self._rules
         try:
             if not _is_again(arrival):
@@ -136,25 +151,31 @@ class Pipeline:
                     so_far, call = await self._taken_in(arrival, body, so_far, rules)
                     caller = self._users.named(caller, call, arrival.user_hints)
                     so_far = replace(so_far, user=caller.recorded_user)
-                    return await self._estimate(arrival, self._planner, caller, call, so_far)
+                    found = await self._references.resolve(caller, call)
+                    return await self._estimate(arrival, self._planner, caller, found, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
+            call = self._planner.repaired(caller, call)
+            changed, so_far = headers.of_changes(call), _with_changes(so_far, call)
             caller = self._users.named(caller, call, arrival.user_hints)
             so_far = replace(so_far, user=caller.recorded_user)
-            return await self._answer(arrival, caller, call, body, so_far)
+            found = remembered(await self._references.resolve(caller, call))
+            answer = await self._answer(arrival, caller, found, body, so_far)
+            answer = replace(answer, head=headers.with_changes(answer.head, call))
+            return await self._as_asked(arrival, call, answer)
         except GatewayError as error:
-            return ended(so_far, error, await self._unspent(caller, error))
+            return ended(so_far, error, (*await self._unspent(caller, error), *changed))
         finally:
             body.close()
 
     async def _answer(
-        self, arrival: Arrival, caller: Caller, call: Call, body: Spool, so_far: Receipt
+        self, arrival: Arrival, caller: Caller, found: Resolved, body: Spool, so_far: Receipt
     ) -> Answer:
         """A call that is read: whose answer it gets. What is configured now plans it, also where
         it was read, or has waited for another one, for longer than anything else lives."""
         vacant: set[str] = set()
         while True:
             planner = self._planner
-            routed = planner.route_call(caller, call)
+            routed = planner.route_call(caller, found.call, found.anchor)
             earlier = await self._comebacks.earlier(arrival, routed)
             if earlier is not None and earlier.rid not in vacant:
                 answer = await self._comebacks.answer(arrival, routed, earlier, so_far)
@@ -180,6 +201,35 @@ class Pipeline:
             except KeyTaken as taken:
                 vacant.discard(taken.claimed.rid)
                 log.debug("an Idempotency-Key was taken meanwhile", extra={"by": taken.claimed.rid})
+
+    async def _as_asked(self, arrival: Arrival, call: Call, answer: Answer) -> Answer:
+        """The answer with urls in place of pictures, where that was asked for. What is bought is
+        booked already, and stays to be had: among the results, or, where it is not kept there, as
+        it is."""
+        head = answer.head
+        pictures = head.status == 200 and head.length is not None
+        if self._hosting is None or call.answer_as is not AnswerAs.URL or not pictures:
+            return answer
+        try:
+            return replace(answer, head=await self._hosting.hosted(head))
+        except NotHosted as why:
+            log.warning(
+                "a picture cannot be put behind a url",
+                extra={"request_id": arrival.rid, "error": str(why)},
+            )
+        except BaseException:
+            head.close()
+            answer.done(False)
+            raise
+        head = headers.with_changes(head, replace(call, answer_as=AnswerAs.B64))
+        said = dict(head.headers)
+        cached = said.get("x-cache") == CacheResult.HIT.value and headers.REPLAYED[0] not in said
+        if not cached and not self._keeps(arrival):
+            return replace(answer, head=replace(head, headers=(*head.headers, headers.NOT_HOSTED)))
+        head.close()
+        error = not_hosted(arrival.rid, kept=not cached)
+        refusal = headers.error_head(error, arrival.rid, head.headers)
+        return replace(answer, head=refusal, done=lambda delivered: answer.done(False))
 
     async def _buy(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Answer:
         """A flight of its own, and a client that watches it. Raises ``KeyTaken``."""
@@ -251,6 +301,8 @@ class Pipeline:
             except TimeoutError:
                 self._refuse_while_draining()
                 raise
+        if arrival.deployment is not None:
+            call = replace(call, model=arrival.deployment)
         seconds = self._clock.monotonic() - arrival.at
         return _with_call(so_far, call, seconds, self._prompt(call)), call
 
@@ -266,16 +318,18 @@ class Pipeline:
             async for chunk in arrival.body:
                 reader.feed(chunk)
             return reader.close()
-        reader = reader_for(arrival.operation, *announced)
+        reader = READERS[arrival.operation](arrival.operation, *announced)
         async for chunk in arrival.body:
             reader.feed(chunk)
             await body.write(chunk)
         return reader.close()
 
     async def _estimate(
-        self, arrival: Arrival, planner: Planner, caller: Caller, call: Call, so_far: Receipt
+        self, arrival: Arrival, planner: Planner, caller: Caller, found: Resolved, so_far: Receipt
     ) -> Answer:
-        head, plan = await self._estimates.answer(arrival.rid, planner, caller, call, arrival.wish)
+        head, plan = await self._estimates.answer(
+            arrival.rid, planner, caller, found.call, arrival.wish, found.anchor
+        )
         if plan is not None:
             so_far = _with_plan(so_far, plan)
         receipt = replace(so_far, status=head.status)
@@ -496,6 +550,10 @@ def _with_call(receipt: Receipt, call: Call, seconds: float, prompt: str | None)
         prompt=prompt,
         timings=Timings(reading=seconds),
     )
+
+
+def _with_changes(receipt: Receipt, call: Call) -> Receipt:
+    return replace(receipt, model=receipt.model or call.model, changed=changed_names(call))
 
 
 def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:

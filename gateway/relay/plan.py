@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 from datetime import date, datetime
 from typing import Protocol
 
-from gateway.domain.call import Call
+from gateway.domain.call import Call, Change
 from gateway.domain.charge import Quote
+from gateway.domain.compat import Compat, merged
 from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
@@ -22,6 +23,7 @@ from gateway.domain.fingerprint import fingerprint
 from gateway.domain.ledger import Line
 from gateway.domain.money import Money, say_dollars
 from gateway.domain.notices import money_lines
+from gateway.domain.owned import Anchor
 from gateway.domain.price import (
     FACTOR_ONE,
     OPEN,
@@ -33,11 +35,15 @@ from gateway.domain.price import (
     PriceRow,
     raised,
 )
+from gateway.domain.price_response import drawn as drawn_picture
+from gateway.domain.price_response import row_of
 from gateway.domain.quota import Demand, Limit, Scope, Unit
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import ANY_MODEL, Caller
 from gateway.ports import Cache, Cached, Upstream
+from gateway.relay.compat import repaired, routed_name
+from gateway.relay.plan_response import DEFAULT_TOOL_MODEL, served, with_tool
 from gateway.relay.retirement import Retirements, Sunset
 from gateway.relay.strict import validate_strict
 
@@ -75,8 +81,8 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Routed:
-    """A call whose model is known, before anything is looked up. ``call`` has what is pinned
-    filled in. ``enabled``: it may be looked up in the cache, and kept there under
+    """A call whose model is known, before anything is looked up. ``call`` is repaired.
+    ``enabled``: it may be looked up in the cache, and kept there under
     ``fingerprint``, which does not depend on which upstream it will be sent to. ``linked``: it
     names pictures by their addresses alone."""
 
@@ -86,6 +92,10 @@ class Routed:
     fingerprint: str
     enabled: bool
     linked: bool
+    tool: Model | None = None
+    """The model behind the image tool of a response."""
+    anchor: Anchor | None = None
+    """Where what it names by an id lives: it can go nowhere else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +123,8 @@ class Plan:
     cached: Cached | None = None
     sunset: Sunset | None = None
     """Where the model that was asked for is soon served no more: the client is told."""
+    anchor: Anchor | None = None
+    """The upstream of all its ways, and the key that it goes with."""
 
     @property
     def way(self) -> Way:
@@ -153,11 +165,6 @@ class Plan:
         demand = replace(self.demand, money=first.quote.bound.amount)
         return replace(self, ways=ways, demand=demand)
 
-    @property
-    def changed(self) -> Mapping[str, str]:
-        """What the gateway filled in, by name: the client is told."""
-        return self.call.pinned
-
 
 STOOD_IN_FOR = (UpstreamAccount, ModelRetired)
 """What a fallback helps against: nothing is wrong with the request."""
@@ -191,10 +198,15 @@ class Planner:
         factor_of: Callable[[str, str], int] = _as_priced,
         usable: Callable[[Upstream, str], bool] = _well,
         chooser: Chooser | None = None,
+        *,
+        compat: Compat | None = None,
+        hosting: bool = False,
     ) -> None:
         """``passing_urls`` are the upstreams that may be given addresses of pictures;
         ``factor_of`` says by what a model's bounds are raised at an upstream, in millionths;
-        ``usable`` whether an upstream can be asked for a model of its own now."""
+        ``usable`` whether an upstream can be asked for a model of its own now; ``compat`` what is
+        repaired where neither a model nor a key says otherwise, and ``hosting`` whether pictures
+        can be handed over by urls."""
         self._catalogue = catalogue
         self._upstreams = upstreams
         self._prices = prices
@@ -204,14 +216,25 @@ class Planner:
         self._factor_of = factor_of
         self._usable = usable
         self._chooser = chooser or random.Random()
+        self._compat = compat or Compat()
+        self._hosting = hosting
         self.retirements = Retirements(catalogue, self._row_of)
 
-    def route_call(self, caller: Caller, call: Call) -> Routed:
-        """Which model a call is for, and by what name it is known; nothing is looked up. Raises
-        ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
+    def repaired(self, caller: Caller, call: Call) -> Call:
+        """The call for a model that is configured, with what older clients send mended and what
+        was left open pinned. Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
+        base = merged(self._compat, caller.key.compat)
+        model = self.route(caller, routed_name(call, self._catalogue.models, base))
+        compat = merged(self._compat, model.compat, caller.key.compat)
+        return _pinned(repaired(call, model, compat, hosting=self._hosting), model.pin)
+
+    def route_call(self, caller: Caller, call: Call, anchor: Anchor | None = None) -> Routed:
+        """Which model a call, once it is repaired, is for, and by what name it is known; nothing
+        is looked up. ``anchor`` is where the ids that it names live. Raises ``ModelNotFound``,
+        ``ModelNotAllowed``, ``InvalidRequest``."""
         model = self.route(caller, call.model)
-        _judge(call, model)
-        call = _pinned(call, model.pin)
+        tool = self._tool(caller, call)
+        _judge(call, model, tool)
         # A picture known by its address alone (it has no size) is fetched by the upstream, and
         # what stands there may change: it is passed on only where that is allowed, never cached.
         linked = any(picture.size_bytes == 0 for picture in call.inputs)
@@ -230,7 +253,9 @@ class Planner:
             upstream=model.target.upstream,
         )
         switches = (self._policy.enabled, caller.team.cache_enabled, model.cache_enabled)
-        return Routed(caller, call, model, mark, all(switches) and not linked, linked)
+        # Whoever talks to a model wants an answer of its own.
+        enabled = all(switches) and not linked and call.asks is None
+        return Routed(caller, call, model, mark, enabled, linked, tool, anchor)
 
     async def plan(self, routed: Routed, wish: CacheWish, now: datetime) -> Plan:
         """A kept answer, or the ways to a new one. Raises ``InvalidRequest``, ``ModelRetired``,
@@ -263,6 +288,7 @@ class Planner:
             keep=routed.enabled and wish.write and any(way.quote.row for way in ways),
             at=now,
             sunset=sunset,
+            anchor=routed.anchor,
         )
 
     def route(self, caller: Caller, name: str) -> Model:
@@ -289,6 +315,18 @@ class Planner:
                 param="model",
             )
         return model
+
+    def _tool(self, caller: Caller, call: Call) -> Model | None:
+        """The model behind a response's image tool, which the caller has to be allowed as well.
+        Raises as ``route`` does, naming the tool."""
+        asked = None if call.asks is None else call.asks.tool
+        if asked is None:
+            return None
+        try:
+            return self.route(caller, asked.model or DEFAULT_TOOL_MODEL)
+        except (ModelNotFound, ModelNotAllowed) as error:
+            error.param = f"tools[{asked.index}].model"
+            raise
 
     def models(self, caller: Caller, now: datetime) -> list[Model]:
         """Every configured model that the caller may use and that is still served, by name."""
@@ -334,7 +372,7 @@ class Planner:
             if other is None or not routed.caller.may_use(name):
                 continue
             try:
-                _judge(routed.call, other)
+                _judge(routed.call, other, routed.tool)
             except InvalidRequest:
                 continue
             found += self._ways_of(routed, other, now)[0]
@@ -352,6 +390,8 @@ class Planner:
             upstream = self._upstreams[target.upstream]
             if routed.linked and not self._passes(target):
                 continue
+            if routed.anchor is not None and target.upstream != routed.anchor.upstream:
+                continue
             retired = self.retirements.refusal(routed.caller, model, target, now.date())
             if retired is not None:
                 refusals.append(retired)
@@ -360,13 +400,26 @@ class Planner:
                 refusals.append(_off(model, upstream))
                 continue
             try:
-                quote = self._quote(routed.caller, routed.call, model, target, now)
-            except InvalidRequest as error:
+                target = with_tool(target, routed.tool, routed.call)
+                if routed.tool is not None:
+                    self._refuse_retired(routed.caller, routed.tool, target, now)
+                quote = self._quote(routed, model, target, now)
+            except (InvalidRequest, ModelRetired) as error:
                 refusals.append(error)
             else:
                 rests = not self._usable(upstream, target.model)
                 found.append(Way(model, target, upstream, quote, rests))
+        if not found and not refusals:
+            refusals.append(_elsewhere(model, routed))
         return sorted(found, key=lambda way: way.rests), refusals
+
+    def _refuse_retired(self, caller: Caller, tool: Model, target: Target, now: datetime) -> None:
+        """Raises ``ModelRetired`` where what the tool would draw with is not served any more."""
+        drawing = replace(target, model=target.tool)
+        retired = self.retirements.refusal(caller, tool, drawing, now.date())
+        if retired is not None:
+            retired.param = "tools"
+            raise retired
 
     def _allowed(self, caller: Caller) -> str:
         names = [model.name for model in self._permitted(caller)]
@@ -397,15 +450,18 @@ class Planner:
         fits = not call.stream or cached.meta.streamable
         return cached if fits and age <= min(limits) else None
 
-    def _quote(
-        self, caller: Caller, call: Call, model: Model, target: Target, now: datetime
-    ) -> Quote:
+    def _quote(self, routed: Routed, model: Model, target: Target, now: datetime) -> Quote:
+        caller, call = routed.caller, served(routed.call, target)
         prices = self._price_list(self._upstreams[target.upstream], now)
         row = prices.find(target.model)
         most = caller.max_cost_per_request
+        picture = prices.find(target.tool) if target.tool else None
         if row is None:
             return Quote(self._unpriced_bound(caller, model, most), prices, None)
+        if routed.tool is not None and picture is None:
+            return Quote(self._unpriced_bound(caller, routed.tool, most), prices, None)
         try:
+            row = row if call.asks is None else row_of(row, picture)
             base = row.price.bound(call, prices)
         except CannotPrice as error:
             raise InvalidRequest(
@@ -476,8 +532,13 @@ def _drawn(targets: Sequence[Target], chooser: Chooser) -> Iterable[Target]:
             yield equal[place]
 
 
-def _judge(call: Call, model: Model) -> None:
-    """What a model of the operator's does not take. Raises ``InvalidRequest``."""
+def _judge(call: Call, model: Model, tool: Model | None) -> None:
+    """What a model of the operator's does not take; of a response that is the one that draws, and
+    the pictures are the other's to read. Raises ``InvalidRequest``."""
+    if call.asks is not None:
+        if tool is None:
+            return
+        call, model = replace(drawn_picture(call), inputs=()), tool
     if model.strict:
         validate_strict(call, model.target.model)
     if model.refuse_unknown and call.unknown:
@@ -491,6 +552,20 @@ def _judge(call: Call, model: Model) -> None:
         )
 
 
+def _elsewhere(model: Model, routed: Routed) -> InvalidRequest:
+    """What a call is told whose model is not served where the ids that it names live."""
+    param = routed.call.references[0].param if routed.call.references else "id"
+    there = routed.anchor.upstream if routed.anchor is not None else "another one"
+    others = ", ".join(dict.fromkeys(target.upstream for target in model.targets))
+    return InvalidRequest(
+        f"'{param}' lives at the upstream {there}, and {model.name} is served by {others}. Send "
+        f"the picture itself, or ask for a model that {there} serves.",
+        code="file_elsewhere",
+        param=param,
+        reason="invalid_param",
+    )
+
+
 def _off(model: Model, upstream: Upstream) -> UpstreamAccount:
     return UpstreamAccount(
         f"This gateway has no key for its upstream {upstream.name} yet, so {model.name} is "
@@ -502,7 +577,7 @@ def _off(model: Model, upstream: Upstream) -> UpstreamAccount:
 
 def _pinned(call: Call, pin: Pin | None) -> Call:
     """The call with what its client left open filled in. What was said is never touched."""
-    if pin is None:
+    if pin is None or call.asks is not None:
         return call
     wanted = (("size", call.size, pin.size), ("quality", call.quality, pin.quality))
     filled = {name: value for name, given, value in wanted if given in OPEN}
@@ -513,7 +588,10 @@ def _pinned(call: Call, pin: Pin | None) -> Call:
         size=filled.get("size", call.size),
         quality=filled.get("quality", call.quality),
         parameters={**call.parameters, **filled},
-        pinned=filled,
+        changes=(
+            *call.changes,
+            *(Change(name, call.parameters.get(name), value) for name, value in filled.items()),
+        ),
     )
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
-from gateway.domain.call import Call
+from gateway.domain.call import Call, Operation
 from gateway.domain.charge import Ending, charge
 from gateway.domain.errors import (
     Evidence,
@@ -24,6 +24,7 @@ from gateway.domain.errors import (
     UpstreamRefused,
 )
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
+from gateway.domain.owned import Anchor
 from gateway.domain.receipt import Receipt, Timings
 from gateway.ports import (
     Clock,
@@ -35,14 +36,17 @@ from gateway.ports import (
 from gateway.relay import headers, replay
 from gateway.relay.arrival import failed as ended_by
 from gateway.relay.attempts import Attempts, Failed, Opened
+from gateway.relay.background import Background
 from gateway.relay.body import Room, Spool, spliced
 from gateway.relay.budget import BudgetView
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flight, Flights, Shown
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Bought, Keeper, Keeping
-from gateway.relay.landing import Landing, failed, land_events, land_json
-from gateway.relay.meter import EventMeter, JsonMeter, error_event, is_partial
+from gateway.relay.landing import Landing, PictureTaker, Taker, failed
+from gateway.relay.landing_response import ResponseTaker, landed
+from gateway.relay.meter import is_partial
+from gateway.relay.owning import Owning
 from gateway.relay.plan import Plan, Way
 from gateway.relay.skim import Event as SkimmedEvent
 from gateway.relay.trail import Trail
@@ -53,6 +57,12 @@ log = logging.getLogger(__name__)
 SETTLE_PAUSES_SECONDS = (0.1, 0.5, 1.0)
 SETTLE_SECONDS = 2.0
 """A ledger that took so long to say nothing is not asked again before the answer goes out."""
+TAKERS: Mapping[Operation, Callable[[Call], Taker]] = {
+    Operation.GENERATION: PictureTaker,
+    Operation.EDIT: PictureTaker,
+    Operation.RESPONSE: ResponseTaker,
+}
+"""Who takes an operation's answers in."""
 MAX_PAUSE_SECONDS = 30.0
 SAFE_SECONDS = 5.0
 """How long an answer waits for a disk that takes its settlement while the ledger is away."""
@@ -109,6 +119,7 @@ class Beginning:
     spool: Spool
     common: headers.Headers
     own: headers.Headers
+    upstream: str
     keep_alive_seconds: float | None = None
 
     def __call__(self) -> None:
@@ -143,6 +154,8 @@ class Purchases:
         factors: Factors,
         joining: Joining,
         keeper: Keeper,
+        owning: Owning,
+        background: Background,
         keep_alive_seconds: float | None = None,
         keep: timedelta | None = None,
         propagate: bool = True,
@@ -152,6 +165,8 @@ class Purchases:
         self._keep_closed = keep
         self._joining = joining
         self._keeper = keeper
+        self._owning = owning
+        self._background = background
         self.keep_alive_seconds = keep_alive_seconds
         """As of now: another one may be set."""
         self._factors = factors
@@ -192,11 +207,13 @@ class Purchases:
         form, own, way = headers.of_form(plan.call.stream), flight.said, plan.way
         common = (*form, *headers.of_way(plan, way))
         course = Course(flight, place, way)
+        taker = TAKERS[plan.call.operation](plan.call)
+        flight.error_event = taker.error_event
 
         def break_silence() -> None:
             said = (*form, *headers.of_way(plan, course.way))
             early = self._early(own, plan, course.way, held)
-            self._beginning(flight, spool, said, early)()
+            self._beginning(flight, spool, said, early, course.way)()
 
         silence = self._break_silence(plan, break_silence)
         try:
@@ -214,9 +231,11 @@ class Purchases:
                 else:
                     common = (*common, *headers.of_upstream(tried.reply.headers))
                     early = self._early(own, plan, way, held)
-                    begin = self._beginning(flight, spool, common, early)
-                    landing = await self._land(begin, plan, way, tried.reply, marks)
+                    begin = self._beginning(flight, spool, common, early, way)
+                    landing = await self._land(taker, begin, plan, tried.reply, marks)
                     self._attempts.landed(tried, landing.error)
+                    if plan.call.asks is not None and plan.call.asks.background:
+                        landing = await self._look_after(begin, plan, tried, landing, marks)
             except GatewayError as error:
                 landing = failed(error)
             except Exception:
@@ -248,6 +267,8 @@ class Purchases:
             if tried is None:
                 sent = settlement.event is not Event.VOID
                 common = (*common, *headers.of_attempts(int(sent)))
+            if landing.told is not None and isinstance(tried, Opened):
+                await self._owning.own(plan.caller, plan.call, _anchor(tried), landing.told)
             bought = Bought(flight, plan, way, landing, spool, settlement, common)
             await self._keeper.keep(bought, keeping)
             if landing.error is not None:
@@ -289,16 +310,21 @@ class Purchases:
         return asyncio.get_running_loop().call_later(self.keep_alive_seconds, begin)
 
     def _beginning(
-        self, flight: Flight, spool: Spool, common: headers.Headers, own: headers.Headers
+        self,
+        flight: Flight,
+        spool: Spool,
+        common: headers.Headers,
+        own: headers.Headers,
+        way: Way,
     ) -> Beginning:
-        return Beginning(flight, spool, common, own, self.keep_alive_seconds)
+        return Beginning(flight, spool, common, own, way.upstream.name, self.keep_alive_seconds)
 
     def _hand_over(self, bought: Bought, own: headers.Headers) -> None:
         """Lets the clients have what is verified and settled, in the form that was asked for."""
         flight, spool, landing = bought.flight, bought.spool, bought.landing
         stream = bought.plan.call.stream
         if stream and landing.streamed:
-            self._beginning(flight, spool, bought.common, own)()
+            self._beginning(flight, spool, bought.common, own, bought.way)()
             flight.ends_at = spool.published
             spool.publish(landing.upto)
             return
@@ -335,25 +361,48 @@ class Purchases:
         self._voids -= 1
 
     async def _land(
-        self, beginning: Beginning, plan: Plan, way: Way, reply: Reply, marks: Marks
+        self, taker: Taker, beginning: Beginning, plan: Plan, reply: Reply, marks: Marks
     ) -> Landing:
         """Takes the answer in, whatever its form; only a stream for a stream leaves early."""
-        call, upstream = plan.call, way.upstream.name
-        flight, spool = beginning.flight, beginning.spool
-        if not _is_stream(reply):
-            return await land_json(
-                reply, spool, JsonMeter(call.operation, upstream), as_stream=call.stream
-            )
+        flight = beginning.flight
 
         def begin(event: SkimmedEvent) -> None:
             if is_partial(event):
                 marks.first = marks.first or self._clock.monotonic()
                 self._joining.saw_partial(flight)
-            if call.stream:
+            if plan.call.stream:
                 beginning()
 
-        meter = EventMeter(call.operation, upstream)
-        return await land_events(reply, spool, meter, call.n, begin, as_json=not call.stream)
+        return await taker.take(reply, beginning.spool, beginning.upstream, begin)
+
+    async def _look_after(
+        self, beginning: Beginning, plan: Plan, tried: Opened, landing: Landing, marks: Marks
+    ) -> Landing:
+        """A response that its upstream goes on with by itself: its beginning is handed over, with
+        its owner, and its end is waited for here."""
+        told, form, spool = landing.told, landing.json, beginning.spool
+        if told is None or not (told.runs or landing.error):
+            return landing
+        await self._owning.own(plan.caller, plan.call, _anchor(tried), told)
+        if form is not None:
+            beginning.flight.show(
+                Shown(
+                    200,
+                    beginning.common,
+                    beginning.own,
+                    replay.length(form),
+                    lambda: spliced(spool, form),
+                    spool.share,
+                    spool.close,
+                )
+            )
+        credential = tried.ticket.credential
+        ended = await self._background.end_of(
+            tried.way.upstream, credential, told.id, marks.started
+        )
+        if ended is None:
+            return replace(landing, ending=Ending(Outcome.UNKNOWN))
+        return landed(ended, landing)
 
     async def _book(
         self, flight: Flight, plan: Plan, way: Way, landing: Landing, spool: Spool, marks: Marks
@@ -492,7 +541,7 @@ async def _break_off(flight: Flight, spool: Spool, error: GatewayError) -> None:
     spool.forget_unpublished()
     flight.ends_at = spool.published
     try:
-        await spool.write(error_event(error))
+        await spool.write(flight.error_event(error))
     except GatewayError:
         log.warning("no room for an error event", extra={"request_id": flight.rid})
     spool.publish()
@@ -563,8 +612,11 @@ def _completed(ending: Ending, call: Call) -> Ending:
     )
 
 
-def _is_stream(reply: Reply) -> bool:
-    return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")
+def _anchor(opened: Opened) -> Anchor:
+    """Where an answer was made: what it leaves there is only known to that key's project."""
+    upstream, used = opened.way.upstream, opened.ticket.credential
+    mark = next((one.mark for one in upstream.credentials if one.id == used), "")
+    return Anchor(upstream.name, mark)
 
 
 def _with_purchase(

@@ -14,9 +14,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from gateway.domain.call import Call, Encoding, InputImage, Json, Operation, Span
+from gateway.domain.call import (
+    Call,
+    Encoding,
+    FileSpot,
+    InputImage,
+    Json,
+    Layout,
+    Operation,
+    Reference,
+    Spot,
+)
 from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
-from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_url
+from gateway.domain.owned import OwnedKind
+from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_id, from_url
 from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
 from gateway.relay.skim import BadJson, Hole, JsonSkimmer
 
@@ -51,9 +62,6 @@ _PRICED_NUMBERS: Mapping[str, tuple[int, int]] = {
     "frame_count": (2, 16),
 }
 _PRICED_TEXTS = ("size", "quality", "output_format")
-_SPLICED = ("size", "quality", "stream")
-"""Where their values lie is told: what a client leaves open may be pinned (money.md 7), and an
-upstream may be asked for events whatever the client asked for."""
 _FORM_NUMBERS = frozenset({*_PRICED_NUMBERS, "output_compression", "frame_duration_ms"})
 _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_identifier", "user")
 """Fields that come back in an answer's headers or body."""
@@ -65,6 +73,17 @@ _UNPRINTED = re.compile(r"[\x01-\x09\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 """The controls beside ``_BREAKS``."""
 _NESTED = re.compile(r"([^\[\]]+)((?:\[[^\[\]]*\])+)")
 _IMAGE = re.compile(r"image(?:\[([0-9]{0,4})\])?")
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseRules:
+    """What a response may ask for (``responses`` in the configuration). The two numbers are filled
+    in where a request leaves them open, and the most that it may say."""
+
+    enabled: bool = True
+    without_image_tool: bool = False
+    max_output_tokens: int = 16_384
+    max_tool_calls: int = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +101,12 @@ class ReadRules:
     max_side: int = 16_384
     max_images: int = 16
     image_urls_allowed: bool = False
+    responses: ResponseRules = ResponseRules()
 
     def body_limit(self, operation: Operation) -> int:
-        """The most bytes a request may have: pictures, in either encoding, only come to edits."""
-        return self.max_form_bytes if operation is Operation.EDIT else self.max_json_bytes
+        """The most bytes a request may have: no pictures come with a generation."""
+        small = operation is Operation.GENERATION
+        return self.max_json_bytes if small else self.max_form_bytes
 
     @property
     def picture(self) -> PictureRules:
@@ -143,6 +164,7 @@ class _JsonReader:
         self._rules = rules
         self._limit = rules.body_limit(operation)
         self._length = 0
+        self._references: list[Reference] = []
         self._skimmer = JsonSkimmer(
             keep_bytes=KEEP_BYTES,
             max_depth=MAX_DEPTH,
@@ -150,6 +172,7 @@ class _JsonReader:
             check_base64=operation is Operation.EDIT,
             check_controls=operation is Operation.GENERATION,
             max_kept=min(MAX_KEPT_BYTES, self._limit),
+            layout=True,
         )
 
     def feed(self, chunk: bytes) -> None:
@@ -159,52 +182,53 @@ class _JsonReader:
         try:
             self._skimmer.feed(chunk)
         except BadJson as bad:
-            raise _bad_json(bad) from None
+            raise bad_json(bad) from None
 
     def close(self) -> Call:
         try:
             skimmed = self._skimmer.close()
         except BadJson as bad:
-            raise _bad_json(bad) from None
+            raise bad_json(bad) from None
         fields = skimmed.value
         if not isinstance(fields, dict):
             raise InvalidRequest(
-                f"The body must be a JSON object, not {_kind(fields)}.",
+                f"The body must be a JSON object, not {kind_of(fields)}.",
                 code="invalid_type",
                 reason="invalid_param",
             )
         inputs: tuple[InputImage, ...] = ()
         extras: list[Json] = []
         taken: frozenset[str] = frozenset()
+        references: tuple[Reference, ...] = ()
         if self._operation is Operation.EDIT:
             taken = frozenset({"images", "mask", "markup"})
             inputs, extras = self._pictures(fields)
+            references = tuple(self._references)
         parameters = {name: value for name, value in fields.items() if name not in taken}
         if any(extras):
             # What stands beside a picture's address decides the answer too: it is kept with the
             # parameters, without the pictures.
             parameters["images"] = extras
-        quoted = skimmed.spans.get("model", Span(0, 0))
         return _call(
             operation=self._operation,
             encoding=Encoding.JSON,
             # Not as it was declared: a charset could make another reader see other names.
             content_type=JSON_TYPE,
-            model_span=Span(quoted.start + 1, quoted.end - 1),
-            value_spans={name: skimmed.spans[name] for name in _SPLICED if name in skimmed.spans},
+            layout=skimmed.layout,
             fields=parameters,
             inputs=inputs,
             unknown=parameters.keys() - KNOWN,
             body_bytes=self._length,
+            references=references,
         )
 
     def _pictures(self, fields: Mapping[str, object]) -> tuple[tuple[InputImage, ...], list[Json]]:
         """Every picture, and per picture the members that are not its address."""
         images = fields.get("images")
         if images is None or images == []:
-            raise _missing("images", 'a list like [{"image_url": "data:image/png;base64,..."}].')
+            raise missing("images", 'a list like [{"image_url": "data:image/png;base64,..."}].')
         if not isinstance(images, list):
-            raise _wrong_type("images", "an array of objects", images)
+            raise wrong_type("images", "an array of objects", images)
         if len(images) > self._rules.max_images:
             raise _too_many("images", self._rules.max_images)
         places = [("image", f"images[{index}]", item) for index, item in enumerate(images)]
@@ -219,7 +243,7 @@ class _JsonReader:
             inputs.append(self._picture(role, param, item))
             extras.append(
                 {
-                    name: _settled(value)
+                    name: settled(value)
                     for name, value in item.items()
                     if name not in ("image_url", "file_id") and value is not None
                 }
@@ -228,22 +252,31 @@ class _JsonReader:
 
     def _picture(self, role: str, param: str, item: object) -> InputImage:
         if not isinstance(item, dict):
-            raise _wrong_type(param, "an object with 'image_url'", item)
+            raise wrong_type(param, "an object with 'image_url'", item)
         if item.get("file_id") is not None:
-            raise InvalidRequest(
-                f"'{param}.file_id' cannot be used: files do not exist on this gateway yet. Send "
-                "the picture as a data URL in 'image_url', or as a file of a multipart form.",
-                code="file_id_unsupported",
-                param=f"{param}.file_id",
-                reason="invalid_param",
-            )
+            return self._file(role, param, item)
         param = f"{param}.image_url"
         address = item.get("image_url")
         if address is None:
-            raise _missing(param, "a data URL like data:image/png;base64,....")
+            raise missing(param, "a data URL like data:image/png;base64,....")
         if not isinstance(address, (str, Hole)):
-            raise _wrong_type(param, "a string", address)
+            raise wrong_type(param, "a string", address)
         return from_url(address, role, param, self._rules.picture)
+
+    def _file(self, role: str, param: str, item: Mapping[str, object]) -> InputImage:
+        """A file that was uploaded before; whose it is, is not known here."""
+        id, place = item["file_id"], f"{param}.file_id"
+        if item.get("image_url") is not None:
+            raise InvalidRequest(
+                f"Invalid value for '{param}': send one of 'image_url' and 'file_id', not both.",
+                code="invalid_value",
+                param=param,
+                reason="invalid_param",
+            )
+        if not isinstance(id, str) or not id:
+            raise wrong_type(place, "the id of a file, like file-...", id)
+        self._references.append(Reference(OwnedKind.FILE.value, id, place))
+        return from_id(id, role)
 
 
 class _FormReader:
@@ -259,8 +292,9 @@ class _FormReader:
         self._inputs: list[InputImage] = []
         self._names: set[str] = set()
         self._unknown_files: set[str] = set()
-        self._model_span = Span(0, 0)
-        self._value_spans: dict[str, Span] = {}
+        self._spots: dict[str, Spot] = {}
+        self._files: list[FileSpot] = []
+        self._opening = -1
         self._images = 0
         self._spelling = ""
         self._last_index = -1
@@ -270,9 +304,11 @@ class _FormReader:
         if self._length > self._limit:
             raise _too_large(self._operation, self._limit)
         for part in self._scanner.feed(chunk):
-            if part.name in self._names and "[]" not in part.name:
-                raise _duplicate(part.name)
+            if part.name in self._names and not _is_list(part):
+                raise duplicate(part.name)
             self._names.add(part.name)
+            if self._opening < 0:
+                self._opening = part.whole.start
             if part.is_file:
                 self._file(part)
             else:
@@ -281,14 +317,12 @@ class _FormReader:
     def close(self) -> Call:
         self._scanner.close()
         if self._images == 0:
-            raise _missing("image", "the picture to edit, as a file of the form.")
+            raise missing("image", "the picture to edit, as a file of the form.")
         return _call(
             operation=self._operation,
             encoding=Encoding.MULTIPART,
             content_type=self._content_type,
-            model_span=self._model_span,
-            value_spans=self._value_spans,
-            boundary=self._boundary,
+            layout=Layout(self._opening, self._spots, tuple(self._files), self._boundary),
             fields=self._fields,
             inputs=tuple(self._inputs),
             unknown=(self._fields.keys() - KNOWN) | self._unknown_files,
@@ -312,14 +346,16 @@ class _FormReader:
             role = param = name
             if name not in PICTURE_ROLES:
                 self._unknown_files.add(name)
-        self._inputs.append(from_file(part, role, param, self._rules.picture))
+        picture, seen = from_file(part, role, param, self._rules.picture)
+        self._inputs.append(picture)
+        self._files.append(FileSpot(name, part.filename or "", part.content_type, seen, part.head))
 
     def _count_image(self, name: str, index: str | None) -> str:
         """Counts an image and returns how an error names it. One spelling, in one order: how an
         upstream would order a mixture is not known, and the pictures' order matters."""
         spelling = name if not index else "image[0]"
         if self._spelling not in ("", spelling):
-            raise _duplicate("image")
+            raise duplicate("image")
         self._spelling = spelling
         if index:
             if int(index) <= self._last_index:
@@ -334,7 +370,7 @@ class _FormReader:
         self._images += 1
         if self._images > self._rules.max_images:
             raise _too_many("image", self._rules.max_images)
-        return "image" if name == "image" else f"image[{self._images - 1}]"
+        return "image" if name == "image" and self._images == 1 else f"image[{self._images - 1}]"
 
     def _text(self, part: Part) -> None:
         name = part.name
@@ -356,11 +392,14 @@ class _FormReader:
                 param=name[:64],
                 reason="invalid_multipart",
             ) from None
-        if name == "model":
-            self._model_span = part.span
-        elif name in _SPLICED:
-            self._value_spans[name] = part.span
+        self._spots[name] = Spot(part.whole, part.span)
         _put(self._fields, name, _from_text(name, text))
+
+
+def _is_list(part: Part) -> bool:
+    """Whether a name may come again. Pictures that are all called ``image`` are a list to some
+    readers and not to others: ``compat.py`` decides."""
+    return "[]" in part.name or (part.is_file and part.name == "image")
 
 
 def _base(name: str) -> str:
@@ -402,17 +441,17 @@ def _put(fields: dict[str, Json], name: str, value: Json) -> None:
     for key in parents:
         inner = place.setdefault(key, {})
         if not isinstance(inner, dict):
-            raise _duplicate(name)
+            raise duplicate(name)
         place = inner
     if many:
         items = place.setdefault(last, [])
         if not isinstance(items, list):
-            raise _duplicate(name)
+            raise duplicate(name)
         items.append(value)
     elif last not in place:
         place[last] = value
     elif name in KNOWN or len(path) > 1:
-        raise _duplicate(name)
+        raise duplicate(name)
     else:
         # Nobody here knows what it means twice: it is passed on, and all of it is the call's.
         before = place[last]
@@ -424,24 +463,24 @@ def _call(
     operation: Operation,
     encoding: Encoding,
     content_type: str,
-    model_span: Span,
-    value_spans: Mapping[str, Span],
+    layout: Layout,
     fields: Mapping[str, object],
     inputs: tuple[InputImage, ...],
     unknown: set[str],
     body_bytes: int,
-    boundary: bytes = b"",
+    references: tuple[Reference, ...] = (),
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given = {name: value for name, value in fields.items() if value is not None}
-    _check_spelling(fields.keys() | unknown)
-    model = _model(given)
+    check_spelling(fields.keys() | unknown)
+    _check_ids({**dict.fromkeys(unknown), **fields})
+    model = model_of(given)
     prompt = _prompt(given)
-    numbers = {name: _number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
+    numbers = {name: number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
     texts = {name: _optional_text(given, name) for name in _PRICED_TEXTS}
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
-        raise _wrong_type("stream", "true or false", stream)
+        raise wrong_type("stream", "true or false", stream)
     _check_svg(given)
     for name in _ECHOED:
         value = given.get(name)
@@ -459,10 +498,9 @@ def _call(
         encoding=encoding,
         content_type=content_type,
         model=model,
-        model_span=model_span,
         prompt_bytes=len(prompt.encode()),
         parameters={
-            name: _without_nulls(value) if name == "svg" else _settled(value)
+            name: _without_nulls(value) if name == "svg" else settled(value)
             for name, value in given.items()
             if name != "model"
         },
@@ -476,12 +514,13 @@ def _call(
         frame_count=1 if output_format in STILL_FORMATS else (frames or DEFAULT_FRAMES),
         unknown=frozenset(unknown & given.keys() | unknown - fields.keys()),
         body_bytes=body_bytes,
-        value_spans=value_spans,
-        boundary=boundary,
+        references=references,
+        model_said=model or None,
+        layout=layout,
     )
 
 
-def _check_spelling(fields: Iterable[str]) -> None:
+def check_spelling(fields: Iterable[str], known: frozenset[str] = READ_HERE) -> None:
     """Refuses a name that differs from a known one in case alone.
 
     Servers written in Go match names whatever their case, and let the last one win: what was
@@ -489,7 +528,7 @@ def _check_spelling(fields: Iterable[str]) -> None:
     """
     for name in fields:
         meant = name.casefold()
-        if name != meant and meant in READ_HERE:
+        if name != meant and meant in known:
             raise InvalidRequest(
                 f"Unknown parameter: '{name[:64]}'. Parameters are written in lower case: "
                 f"'{meant}'.",
@@ -499,12 +538,31 @@ def _check_spelling(fields: Iterable[str]) -> None:
             )
 
 
-def _model(given: Mapping[str, object]) -> str:
-    model = given.get("model")
-    if model is None or model == "":
-        raise _missing("model", "the name of a model; GET /v1/models lists yours.")
+def _check_ids(value: object, path: str = "") -> None:
+    """Refuses the id of a file where this gateway does not look whose it is: the provider's account
+    is all teams', and takes every id that it knows."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            place = f"{path}.{name}" if path else name
+            if "file_id" in name.casefold():
+                raise InvalidRequest(
+                    f"Unknown parameter: '{place[:64]}'. The id of a file is taken in "
+                    "'images[].file_id', 'mask.file_id' and 'markup.file_id' of a JSON edit.",
+                    code="unknown_parameter",
+                    param=place[:64],
+                    reason="invalid_param",
+                )
+            _check_ids(item, place)
+    elif isinstance(value, list):
+        for item in value:
+            _check_ids(item, path)
+
+
+def model_of(given: Mapping[str, object]) -> str:
+    """The name, empty where none is given: the path or the configuration may say it."""
+    model = given.get("model", "")
     if not isinstance(model, (str, Hole)):
-        raise _wrong_type("model", "a string", model)
+        raise wrong_type("model", "a string", model)
     if isinstance(model, Hole) or len(model) > MAX_MODEL_CHARS:
         raise InvalidRequest(
             f"Invalid value for 'model': a name has at most {MAX_MODEL_CHARS} characters.",
@@ -528,9 +586,9 @@ def _model(given: Mapping[str, object]) -> str:
 def _prompt(given: Mapping[str, object]) -> str:
     prompt = given.get("prompt")
     if prompt is None or prompt == "":
-        raise _missing("prompt", "a text that says what to draw.")
+        raise missing("prompt", "a text that says what to draw.")
     if not isinstance(prompt, (str, Hole)):
-        raise _wrong_type("prompt", "a string", prompt)
+        raise wrong_type("prompt", "a string", prompt)
     if isinstance(prompt, Hole) or len(prompt) > MAX_PROMPT_CHARS:
         length = "more" if isinstance(prompt, Hole) else f"{len(prompt):,}"
         raise InvalidRequest(
@@ -552,19 +610,22 @@ def _prompt(given: Mapping[str, object]) -> str:
     return prompt
 
 
-def _number(given: Mapping[str, object], name: str, low: int, high: int) -> int | None:
+def number(
+    given: Mapping[str, object], name: str, low: int, high: int, param: str = ""
+) -> int | None:
     value = given.get(name)
+    param = param or name
     if value is None:
         return None
     if not isinstance(value, int) or isinstance(value, bool):
-        raise _wrong_type(name, f"an integer from {low} to {high}", value)
+        raise wrong_type(param, f"an integer from {low} to {high}", value)
     if not low <= value <= high:
         # Python does not print an integer of thousands of digits, and nobody reads one.
         shown = str(value) if abs(value) < 10**18 else "this one"
         raise InvalidRequest(
-            f"Invalid value for '{name}': {shown} is not an integer from {low} to {high}.",
+            f"Invalid value for '{param}': {shown} is not an integer from {low} to {high}.",
             code="invalid_value",
-            param=name,
+            param=param,
             reason="invalid_param",
         )
     return value
@@ -573,7 +634,7 @@ def _number(given: Mapping[str, object], name: str, low: int, high: int) -> int 
 def _optional_text(given: Mapping[str, object], name: str) -> str | None:
     value = given.get(name)
     if value is not None and not isinstance(value, str):
-        raise _wrong_type(name, "a short string", value)
+        raise wrong_type(name, "a short string", value)
     return value
 
 
@@ -583,33 +644,33 @@ def _check_svg(given: Mapping[str, object]) -> None:
     if svg is None:
         return
     if not isinstance(svg, dict):
-        raise _wrong_type("svg", "an object", svg)
+        raise wrong_type("svg", "an object", svg)
     model = svg.get("model")
     if model is not None and not isinstance(model, str):
-        raise _wrong_type("svg.model", "a string", model)
+        raise wrong_type("svg.model", "a string", model)
 
 
 def _without_nulls(value: object) -> Json:
     """Like ``_settled``, for an object whose nulls mean what their absence means."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
-    return _settled(value)
+    return settled(value)
 
 
-def _settled(value: object) -> Json:
+def settled(value: object) -> Json:
     """A parsed value with its long strings replaced by ``{"sha256": ..., "bytes": ...}``."""
     if isinstance(value, Hole):
         return {"sha256": value.digest, "bytes": value.end - value.start}
     if isinstance(value, list):
-        return [_settled(item) for item in value]
+        return [settled(item) for item in value]
     if isinstance(value, dict):
-        return {name: _settled(item) for name, item in value.items()}
+        return {name: settled(item) for name, item in value.items()}
     if value is None or isinstance(value, (str, int, float)):
         return value
     raise TypeError(f"{type(value).__name__} is not JSON")
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     kinds: tuple[tuple[type | tuple[type, ...], str], ...] = (
         (bool, "a boolean"),
         (int, "an integer"),
@@ -622,7 +683,7 @@ def _kind(value: object) -> str:
     return next((said for kind, said in kinds if isinstance(value, kind)), "null")
 
 
-def _missing(param: str, wanted: str) -> InvalidRequest:
+def missing(param: str, wanted: str) -> InvalidRequest:
     return InvalidRequest(
         f"Missing required parameter: '{param}'. Send {wanted}",
         code="missing_required_parameter",
@@ -631,16 +692,16 @@ def _missing(param: str, wanted: str) -> InvalidRequest:
     )
 
 
-def _wrong_type(param: str, wanted: str, value: object) -> InvalidRequest:
+def wrong_type(param: str, wanted: str, value: object) -> InvalidRequest:
     return InvalidRequest(
-        f"Invalid type for '{param}': expected {wanted}, but got {_kind(value)}.",
+        f"Invalid type for '{param}': expected {wanted}, but got {kind_of(value)}.",
         code="invalid_type",
         param=param,
         reason="invalid_param",
     )
 
 
-def _duplicate(name: str) -> InvalidRequest:
+def duplicate(name: str) -> InvalidRequest:
     name = name[:64]
     return InvalidRequest(
         f"Duplicate parameter: '{name}'. You provided multiple values for this parameter, whereas "
@@ -668,5 +729,5 @@ def _too_large(operation: Operation, limit: int) -> GatewayError:
     )
 
 
-def _bad_json(bad: BadJson) -> InvalidRequest:
+def bad_json(bad: BadJson) -> InvalidRequest:
     return InvalidRequest(f"The body cannot be read. {bad}", code=bad.code, reason=bad.code)

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.domain.call import Edit, Span
+from gateway.domain.call import Edit, Layout, Span, Spot
 
 _QUOTE, _COLON, _COMMA, _LF, _CR = b'":,\n\r'
 _OPENING, _CLOSING = b"[{", b"]}"
@@ -32,6 +32,7 @@ _MAX_INTEGER_DIGITS = 100
 _MAX_NAME_BYTES = 1024
 _MAX_MENDS = 1000
 _MAX_ODD_BYTES = 16 * 1024
+_NO_LAYOUT = Layout()
 _ASCII = bytes(range(128))
 _TO_ASCII = _ASCII + b"?" * 128
 _BASE64 = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
@@ -86,7 +87,8 @@ class Hole:
     first raw bytes of it, escapes as they came. ``digest`` is the hex SHA-256 of the raw content,
     empty unless digests were asked for. ``escaped`` says whether a backslash occurs in it.
     ``base64`` is True only if that was asked for and the string (after the first comma, where it
-    starts with ``data:``) is strict base64 with correct padding, without any escape.
+    starts with ``data:``) is strict base64 with correct padding, without any escape; ``padding``
+    then says with how many ``=`` it ends.
     """
 
     start: int
@@ -95,6 +97,7 @@ class Hole:
     digest: str
     escaped: bool
     base64: bool
+    padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +105,14 @@ class Skimmed:
     """A parsed document; a ``Hole`` stands in ``value`` where a long string was.
 
     ``spans`` gives, for each member of a top-level object, where its raw value lies in the stream
-    (a string's quotes included). ``length`` is the document's size in bytes.
+    (a string's quotes included). ``layout`` has the same members with their names, for who wants
+    to edit them. ``length`` is the document's size in bytes.
     """
 
     value: Any
     spans: Mapping[str, Span]
     length: int
+    layout: Layout = _NO_LAYOUT
 
 
 class JsonSkimmer:
@@ -120,7 +125,7 @@ class JsonSkimmer:
     Lone surrogates are refused in kept strings and keys, not in holes. ``origin`` is the stream's
     offset of the first byte that will be fed. ``lenient`` is for answers that were paid for: keys
     given twice (the last one counts), lone surrogates and numbers beyond a float are let through,
-    as the SDKs let them.
+    as the SDKs let them. ``layout``: where whole members lie is told too.
 
     After a ``BadJson`` the skimmer is spent.
     """
@@ -142,6 +147,7 @@ class JsonSkimmer:
         "_holes",
         "_inside",
         "_keep",
+        "_layout",
         "_length",
         "_lenient",
         "_max_depth",
@@ -169,6 +175,7 @@ class JsonSkimmer:
         max_values: int = 10_000,
         origin: int = 0,
         lenient: bool = False,
+        layout: bool = False,
     ) -> None:
         if not 1 <= max_depth <= 500:
             # The C parser recurses; 500 stays far from the interpreter's limit.
@@ -182,6 +189,7 @@ class JsonSkimmer:
         self._max_values = max_values
         self._values = 0
         self._lenient = lenient
+        self._layout = layout
         self._position = origin  # stream offset of the next byte to look at
         self._length = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")()
@@ -272,7 +280,20 @@ class JsonSkimmer:
         if isinstance(value, dict) and len(value) == len(self._members):
             for name, (start, end) in zip(value, self._members, strict=True):
                 spans[name] = self._span(start, end)
-        return Skimmed(value, spans, self._length)
+        told = self._layout and isinstance(value, dict) and len(spans) == len(self._members)
+        layout = self._laid_out(spans) if told else _NO_LAYOUT
+        return Skimmed(value, spans, self._length, layout)
+
+    def _laid_out(self, spans: Mapping[str, Span]) -> Layout:
+        """A member's name begins behind the comma of the one before it."""
+        before = self._text.index(b"{") + 1
+        opening = self._to_stream(before)
+        fields: dict[str, Spot] = {}
+        for (name, value), (start, end) in zip(spans.items(), self._members, strict=True):
+            key = self._span(before, start)
+            fields[name] = Spot(Span(key.start, value.end), value)
+            before = end + 1
+        return Layout(opening, fields)
 
     def _read_structure(self, chunk: bytes, at: int) -> None:
         """Reads from ``at``, outside any string, to the end of the chunk."""
@@ -409,6 +430,7 @@ class JsonSkimmer:
                 digest="" if self._hash is None else self._hash.hexdigest(),
                 escaped=self._escaped,
                 base64=self._base64 is not None and self._base64.valid(),
+                padding=0 if self._base64 is None else self._base64.padding,
             )
         )
         self._heads += len(self._head)
@@ -453,13 +475,13 @@ class JsonSkimmer:
 class _Base64Watch:
     """Whether a string, seen in parts, is base64 or a data URL of base64."""
 
-    __slots__ = ("_characters", "_good", "_padding", "_payload", "_start")
+    __slots__ = ("_characters", "_good", "_payload", "_start", "padding")
 
     def __init__(self) -> None:
         self._start = b""
         self._payload = False
         self._characters = 0
-        self._padding = 0
+        self.padding = 0
         self._good = True
 
     def feed(self, part: bytes) -> None:
@@ -477,14 +499,14 @@ class _Base64Watch:
                 part = part[comma + 1 :]
             self._payload = True
         rest = part.translate(None, _BASE64)
-        if rest.strip(b"=") or not part.endswith(rest) or (self._padding and rest != part):
+        if rest.strip(b"=") or not part.endswith(rest) or (self.padding and rest != part):
             self._good = False
-        self._padding += len(rest)
+        self.padding += len(rest)
         self._characters += len(part)
 
     def valid(self) -> bool:
         whole = self._characters > 0 and self._characters % 4 == 0
-        return self._good and self._payload and whole and self._padding <= 2
+        return self._good and self._payload and whole and self.padding <= 2
 
 
 class _Refused(Exception):
@@ -577,7 +599,8 @@ class EventSkimmer:
     """Reads a stream of server-sent events in chunks.
 
     Lines may end in LF, CRLF or CR, and chunks may be cut anywhere. Fields other than ``data``
-    and ``event`` are passed over. ``keep_bytes`` and ``lenient`` are as for ``JsonSkimmer``.
+    and ``event`` are passed over. ``keep_bytes``, ``lenient``, ``max_kept`` and ``max_values``
+    (of one event) are as for ``JsonSkimmer``.
 
     What Python's SDK cannot read is mended: it takes a block without data for an event (a lone
     ``retry:``, a name alone), after an ``id:`` every later comment too, and it reads no line that
@@ -599,6 +622,8 @@ class EventSkimmer:
         "_lenient",
         "_line",
         "_line_at",
+        "_max_kept",
+        "_max_values",
         "_mends",
         "_name",
         "_odd",
@@ -609,9 +634,18 @@ class EventSkimmer:
         "_waiting",
     )
 
-    def __init__(self, *, keep_bytes: int = 4096, lenient: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        keep_bytes: int = 4096,
+        lenient: bool = False,
+        max_kept: int = 1 << 20,
+        max_values: int = 10_000,
+    ) -> None:
         self._keep = keep_bytes
         self._lenient = lenient
+        self._max_kept = max_kept
+        self._max_values = max_values
         self._position = 0
         self._error: BadEvent | None = None
         self._bare_cr = False  # the last CR stood alone, so lines end in CR
@@ -805,7 +839,11 @@ class EventSkimmer:
     def _skim(self, part: bytes) -> None:
         if self._skimmer is None:
             self._skimmer = JsonSkimmer(
-                keep_bytes=self._keep, origin=self._data_at, lenient=self._lenient
+                keep_bytes=self._keep,
+                origin=self._data_at,
+                lenient=self._lenient,
+                max_kept=self._max_kept,
+                max_values=self._max_values,
             )
         try:
             self._skimmer.feed(part)

@@ -7,43 +7,18 @@ a model of no known family is held to nothing but what holds for all of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from gateway.domain.call import Call, Encoding, InputImage, Json, Operation
 from gateway.domain.errors import InvalidRequest
+from gateway.domain.family import MORE_QUALITIES, Family, family_of
 from gateway.domain.price import parse_size
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_ANSWER = ("low", "medium", "high", "auto")
-_ANSWER_MORE = ("low", "medium", "high", "xhigh", "max", "auto")
-_FIXED_SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))
-_STEP, _MAX_RATIO, _MAX_EDGE = 16, 3, 3840
-_MIN_PIXELS, _MAX_PIXELS = 655_360, 8_294_400
 _MAX_MASK_BYTES = 4 << 20
 _MAX_FRAME_MS = 655_350
 _IMAGE_TYPES = frozenset({"image/png", "image/jpeg", "image/jpg", "image/webp"})
 _RETIRED = frozenset({"response_format", "style"})
 """Only models that are gone took these (contract 1.2)."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What the models of one generation take. ``sizes`` empty: any that the area rules allow."""
-
-    sizes: tuple[tuple[int, int], ...] = ()
-    qualities: tuple[str, ...] = _ANSWER_MORE
-    fidelities: tuple[str, ...] = ("high", "low")
-    markup: bool = True
-
-
-_FAMILIES: tuple[tuple[str, _Family], ...] = (
-    ("gpt-image-1-mini", _Family(_FIXED_SIZES, _ANSWER, ("low",), markup=False)),
-    ("gpt-image-1", _Family(_FIXED_SIZES, _ANSWER, markup=False)),
-    ("chatgpt-image", _Family(_FIXED_SIZES, _ANSWER, markup=False)),
-    ("gpt-image-2.", _Family()),
-    ("gpt-image-2", _Family((), _ANSWER, (), markup=False)),
-)
-"""By the beginning of a model's name, the first that fits."""
 
 
 def validate_strict(call: Call, model: str | None = None) -> None:
@@ -52,7 +27,7 @@ def validate_strict(call: Call, model: str | None = None) -> None:
     ``model`` is the model that serves the call, where ``call.model`` is an alias of it.
     """
     name = model or call.model
-    family = next((rules for start, rules in _FAMILIES if name.startswith(start)), None)
+    family = family_of(name)
     for check in _CHECKS:
         check(call)
     if family is not None:
@@ -70,7 +45,7 @@ def _check_unknown(call: Call) -> None:
 
 def _check_choices(call: Call) -> None:
     for name, choices in (
-        ("quality", _ANSWER_MORE),
+        ("quality", MORE_QUALITIES),
         ("complexity", ("low", "medium", "high")),
         ("background", ("transparent", "opaque", "auto")),
         ("moderation", ("low", "auto")),
@@ -202,7 +177,7 @@ _CHECKS: tuple[Callable[[Call], None], ...] = (
 )
 
 
-def _check_family(call: Call, model: str, family: _Family) -> None:
+def _check_family(call: Call, model: str, family: Family) -> None:
     _choose("quality", call.parameters.get("quality"), family.qualities)
     fidelity = call.parameters.get("input_fidelity")
     if fidelity is not None and not family.fidelities:
@@ -218,56 +193,14 @@ def _check_family(call: Call, model: str, family: _Family) -> None:
     if pixels is None:
         return
     width, height = pixels
-    if family.sizes:
-        nearest = min(
-            family.sizes,
-            key=lambda size: (
-                abs(size[0] * height - size[1] * width) / (size[1] * height),
-                abs(size[0] - width),
-            ),
-        )
-        why = "" if (width, height) in family.sizes else "It takes three sizes and auto."
-    else:
-        nearest = _nearest(width, height)
-        why = _size_problem(width, height)
+    why = family.size_problem(width, height)
     if why:
+        nearest = family.nearest(width, height)
         raise _refusal(
             f"{width}x{height} is not served by {model}. Nearest: {nearest[0]}x{nearest[1]}. {why}",
             "size",
             "invalid_size",
         )
-
-
-def _size_problem(width: int, height: int) -> str:
-    """Why gpt-image-2 and later refuse a size, empty where they take it."""
-    if width % _STEP or height % _STEP:
-        return f"Both sides must be divisible by {_STEP}."
-    if max(width, height) > _MAX_RATIO * min(width, height):
-        return f"One side may be at most {_MAX_RATIO} times the other."
-    if max(width, height) > _MAX_EDGE:
-        return f"A side may have at most {_MAX_EDGE} pixels."
-    if not _MIN_PIXELS <= width * height <= _MAX_PIXELS:
-        return f"The picture must have from {_MIN_PIXELS:,} to {_MAX_PIXELS:,} pixels."
-    return ""
-
-
-def _nearest(width: int, height: int) -> tuple[int, int]:
-    """A size that is served, of about the shape and area that was asked for."""
-    ratio = min(max(width / height, 1 / _MAX_RATIO), _MAX_RATIO)
-    area = min(max(width * height, _MIN_PIXELS), _MAX_PIXELS)
-    ideal = min((area * ratio) ** 0.5, _MAX_EDGE, _MAX_EDGE * ratio)
-    first = int(ideal / ratio) // _STEP * _STEP, int(ideal) // _STEP * _STEP
-    around = [
-        (first[1] + right * _STEP, first[0] + down * _STEP)
-        for right in range(-2, 4)
-        for down in range(-2, 4)
-    ]
-    served = [size for size in around if not _size_problem(*size)]
-    return min(
-        served,
-        key=lambda size: abs(size[0] - ideal) + abs(size[1] - ideal / ratio),
-        default=(1024, 1024),
-    )
 
 
 def _choose(name: str, value: Json, choices: tuple[str, ...]) -> None:

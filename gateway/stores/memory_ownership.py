@@ -33,6 +33,11 @@ class MemoryOwnership:
         found = (self._rows.owned.get(id) for id in dict.fromkeys(ids))
         return {one.id: one for one in found if one and one.team == team and _lives(one, now)}
 
+    async def others(self, team: str, ids: Sequence[str], now: datetime) -> frozenset[str]:
+        await asyncio.sleep(0)
+        found = (self._rows.owned.get(id) for id in ids)
+        return frozenset(one.id for one in found if one and one.team != team and _lives(one, now))
+
     async def owned(
         self,
         team: str,

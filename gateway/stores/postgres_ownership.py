@@ -24,6 +24,11 @@ SELECT {OWNED_COLUMNS} FROM owned
  WHERE id = ANY(%s::text[]) AND team = %s AND (expires IS NULL OR expires > %s)
 """  # noqa: S608 - names of columns
 
+_OTHERS = """
+SELECT id FROM owned
+ WHERE id = ANY(%s::text[]) AND team <> %s AND (expires IS NULL OR expires > %s)
+"""
+
 _PLACE = "SELECT created, id FROM owned WHERE id = %s AND team = %s AND kind = %s"
 
 # One statement for each direction, so that each can go along the index.
@@ -76,6 +81,11 @@ class PostgresOwnership:
         asked = (storable(ids), team, micros(now))
         rows = await self._reader.run(lambda link: link.execute(_FIND, asked).fetchall())
         return {one.id: one for one in map(owned_of, rows)}
+
+    async def others(self, team: str, ids: Sequence[str], now: datetime) -> frozenset[str]:
+        asked = (storable(ids), team, micros(now))
+        rows = await self._reader.run(lambda link: link.execute(_OTHERS, asked).fetchall())
+        return frozenset(id for (id,) in rows)
 
     async def owned(
         self,

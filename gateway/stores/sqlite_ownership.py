@@ -23,6 +23,11 @@ SELECT {OWNED_COLUMNS} FROM owned
  WHERE id IN (SELECT value FROM json_each(?)) AND team = ? AND (expires IS NULL OR expires > ?)
 """  # noqa: S608 - names of columns
 
+_OTHERS = """
+SELECT id FROM owned
+ WHERE id IN (SELECT value FROM json_each(?)) AND team <> ? AND (expires IS NULL OR expires > ?)
+"""
+
 _PLACE = "SELECT created, id FROM owned WHERE id = ? AND team = ? AND kind = ?"
 
 # One statement for each direction, so that each can go along the index.
@@ -72,6 +77,11 @@ class SQLiteOwnership:
         asked = (json.dumps(storable(ids)), team, micros(now))
         rows = await self._reader.run(lambda db: db.execute(_FIND, asked).fetchall())
         return {one.id: one for one in map(owned_of, rows)}
+
+    async def others(self, team: str, ids: Sequence[str], now: datetime) -> frozenset[str]:
+        asked = (json.dumps(storable(ids)), team, micros(now))
+        rows = await self._reader.run(lambda db: db.execute(_OTHERS, asked).fetchall())
+        return frozenset(id for (id,) in rows)
 
     async def owned(
         self,

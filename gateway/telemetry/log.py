@@ -123,6 +123,7 @@ class RequestLog:
             "stream": receipt.stream,
             "cache": receipt.cache.value,
             "joined": receipt.joined,
+            "changed": ",".join(receipt.changed),
             "attempts": receipt.attempts or None,
             "retried": receipt.retried or None,
             "async": receipt.asynchronous or None,

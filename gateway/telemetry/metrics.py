@@ -18,10 +18,12 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from gateway.domain.call import Inquiry
+from gateway.domain.call import Inquiry, Passage
+from gateway.domain.compat import CHANGES, OTHER_CHANGE
 from gateway.domain.errors import Fault
 from gateway.domain.ledger import Balance, Line, Outcome
 from gateway.domain.money import NANOS_PER_DOLLAR, Money
+from gateway.domain.owned import OwnedKind
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
 
 SECONDS = (0.1, 0.25, 0.5, 1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600)
@@ -75,18 +77,20 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "to": Label("the configured name of the model that was asked instead"),
     "upstream": Label("the configured name"),
     "key": Label("the number of the upstream's key; `-` where it needs none"),
-    "endpoint": Label("", ("generation", "edit", "estimate")),
+    "endpoint": Label("", ("generation", "edit", "estimate", *Passage)),
     "cache": Label("", ("hit", "miss", "off", "join")),
     "result": Label("", ("hit", "miss", "off", "join")),
     "modality": Label("", ("text", "image", "cached_text", "cached_image")),
     "quality": Label("", ("low", "medium", "high", "xhigh", "max", "standard", "hd", "auto",
                           "none", OTHER)),
+    "change": Label("", (*CHANGES, OTHER_CHANGE)),
     "limit": Label("what refused: `insufficient_quota` is a budget", (
         "requests_per_minute", "images_per_minute", "concurrent_requests", "insufficient_quota")),
     "scope": Label("", ("team",)),
     "window": Label("", ("day", "week", "month", "total")),
     "mark": Label("`budget` or `soft_budget`, and the percentage: `budget:80`"),
     "kind": Label("", ("open", "limit")),
+    "gateway_cross_team_denied_total.kind": Label("", tuple(OwnedKind)),
     "where": Label("", ("memory", "disk")),
     "folder": Label("`database` with SQLite alone", ("database", "blobs", "settlements")),
     "stage": Label("", ("upload", "queued", "reserved", "upstream", "response", "stalled",
@@ -114,6 +118,9 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "gateway_ledger_seconds.operation": Label("", ("reserve", "reroute", "settle")),
     "gateway_cache_errors_total.operation": Label("", ("store",)),
     "gateway_results_errors_total.operation": Label("", ("store",)),
+    "gateway_hosted_total.outcome": Label("", (
+        "stored", "failed", "served", "not_found", "unavailable")),
+    "gateway_hosted_errors_total.operation": Label("", ("store",)),
     "gateway_webhook_total.outcome": Label("", ("delivered", "failed")),
     "gateway_result_news_total.outcome": Label("", ("delivered", "abandoned")),
     "gateway_results_total.outcome": Label("", (
@@ -153,6 +160,9 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
         Spec("gateway_image_qualities_total", Kind.COUNTER, ("model", "quality"),
              "Pictures bought, by the quality that was answered, or asked for; none where neither "
              "says one."),
+        Spec("gateway_requests_changed_total", Kind.COUNTER, ("change",),
+             "Requests that were sent on otherwise than they came, by what was changed: repairs "
+             "(`compat`) and what was pinned."),
         Spec("gateway_request_bytes_total", Kind.COUNTER, ("endpoint",),
              "Bytes of bodies taken from clients."),
         Spec("gateway_response_bytes_total", Kind.COUNTER, ("endpoint",),
@@ -160,6 +170,9 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
         Spec("gateway_client_gone_total", Kind.COUNTER, ("stage",),
              "Clients that left, by stage: upload, queued, reserved, upstream, response, stalled, "
              "broken."),
+        Spec("gateway_cross_team_denied_total", Kind.COUNTER, ("kind",),
+             "Ids of another team's that a request named: file, response, picture. Each was "
+             "answered as one that is unknown."),
         Spec("gateway_orphaned_results_total", Kind.COUNTER, (),
              "Pictures bought whose client had left; it may have come back for them."),
     ),
@@ -296,6 +309,18 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
              mode="livesum"),
         Spec("gateway_results_errors_total", Kind.COUNTER, ("operation",),
              "Operations of the store of results that failed; that result may be lost."),
+        Spec("gateway_hosted_total", Kind.COUNTER, ("outcome",),
+             "Pictures behind urls: stored; failed, of an answer whose pictures could not be; and "
+             "what their urls were answered with: served, not_found (forged or over, mostly), or "
+             "unavailable."),
+        Spec("gateway_hosted_bytes", Kind.GAUGE, ("where",),
+             "Bytes of pictures behind urls kept by this process on disk, where they are there.",
+             mode="livesum"),
+        Spec("gateway_hosted_sent_bytes_total", Kind.COUNTER, (),
+             "Bytes sent to those who fetched pictures by their urls."),
+        Spec("gateway_hosted_errors_total", Kind.COUNTER, ("operation",),
+             "Operations of the store of pictures behind urls that failed; that picture may be "
+             "lost to its url."),
         Spec("gateway_result_news_total", Kind.COUNTER, ("outcome",),
              "Messages of asynchronous requests that are over: delivered, or abandoned."),
         Spec("gateway_result_news_waiting", Kind.GAUGE, (),
@@ -356,6 +381,8 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
 """Every metric, by what an operator looks for."""
 
 TABLE = tuple(spec for group in GROUPS.values() for spec in group)
+
+_PASSAGES = frozenset(one.value for one in Passage)
 
 BUDGET_GAUGES = tuple(
     spec.name
@@ -518,6 +545,8 @@ class Metrics:
         where = {"team": team, "model": model, "endpoint": receipt.operation}
         cache = receipt.cache.value
         self.add("gateway_requests_total", 0, status="2xx", cache=cache, **where)
+        if receipt.operation in _PASSAGES:
+            return
         self.add("gateway_images_total", 0, cache=cache, **where)
         self.add("gateway_spend_usd_total", 0, **where)
         self.add("gateway_team_request_seconds_total", 0, **where)
@@ -558,7 +587,7 @@ class Metrics:
             own = delivery.seconds - waited
             if receipt.cache is not CacheResult.JOIN:
                 self.observe("gateway_overhead_seconds", own, endpoint=endpoint)
-            if not asked:
+            if not asked and receipt.operation not in _PASSAGES:
                 self.add("gateway_images_total", receipt.images, team=team, cache=cache, **where)
         if receipt.joined or found is CacheResult.HIT:
             avoided = receipt.avoided / NANOS_PER_DOLLAR
@@ -571,6 +600,8 @@ class Metrics:
             )
         elif receipt.outcome is not None:
             self._count_purchase(receipt, team, model)
+        for change in receipt.changed:
+            self.add("gateway_requests_changed_total", change=change)
         self._count_flight(receipt)
 
     def _count_flight(self, receipt: Receipt) -> None:

@@ -23,7 +23,7 @@ from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
 from opentelemetry.trace.span import TraceState
 
-from gateway.domain.call import Inquiry, Operation
+from gateway.domain.call import Inquiry, Operation, Passage
 from gateway.domain.money import NANOS_PER_DOLLAR
 from gateway.domain.receipt import Attempt, Delivery, Receipt
 from gateway.domain.trace import TraceContext
@@ -42,7 +42,7 @@ FLUSH_SECONDS = 5.0
 MAX_TEXT = 256
 NANOS = 1_000_000_000
 SERVICE = "image-gateway"
-ROUTES = {one.value: f"/v1{one.path}" for one in (*Operation, *Inquiry)}
+ROUTES = {one.value: f"/v1{one.path}" for one in (*Operation, *Inquiry, *Passage)}
 NOT_ALLOWED = 405
 
 Value = str | int | float | bool
@@ -191,8 +191,8 @@ class _Story:
     def _server(self) -> ReadableSpan:
         receipt, delivery = self._receipt, self._delivery
         route = ROUTES[receipt.operation]
-        # What is no POST is refused at the door, before anybody has looked at more of it.
-        method = "_OTHER" if receipt.status == NOT_ALLOWED else "POST"
+        # Another method is refused at the door, before anybody has looked at more of it.
+        method = "_OTHER" if receipt.status == NOT_ALLOWED else receipt.method
         attributes: dict[str, Value | None] = {
             "http.request.method": method,
             "http.route": route,

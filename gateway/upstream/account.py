@@ -229,6 +229,7 @@ class Account:
             body=None if outgoing.body is None else _Counted(outgoing.body, self._news.sent),
             length=outgoing.length,
             timeouts=self._timeouts,
+            max_response_bytes=outgoing.max_response_bytes,
         )
         try:
             exchange = await self._wire.exchange(request)

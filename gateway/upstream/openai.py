@@ -1,8 +1,7 @@
 """The dialect of an upstream that speaks OpenAI's: almost nothing, as it is ours too. Pure.
 
-The client's body is sent on byte for byte; only the model's name, what is pinned (a size or a
-quality that was left open) and, where the target wants it, ``stream`` are spliced into it. A member
-or a part that is missing is put right behind the model, which every body has.
+The client's body is sent on byte for byte; only the model's name, what was changed for the call
+and, where the target wants it, ``stream`` are spliced into it (``domain/splice.py``).
 
 Nothing of the client's headers is passed on but the body's type: its key, its organisation, its
 cookies and its SDK's marks stay here (contract 2.2).
@@ -10,10 +9,9 @@ cookies and its SDK's marks stay here (contract 2.2).
 
 from __future__ import annotations
 
-import json
-
-from gateway.domain.call import Call, Edit, Encoding, Span
+from gateway.domain.call import Call, Edit, Json
 from gateway.domain.route import Target
+from gateway.domain.splice import spliced_fields
 from gateway.ports import UpstreamRequest
 
 USER_AGENT = "image-gateway/0.1"
@@ -37,18 +35,18 @@ def request(call: Call, target: Target) -> UpstreamRequest:
 
 
 def _edits(call: Call, target: Target) -> tuple[Edit, ...]:
-    as_json = _is_json(call)
-    edits = [
-        _filled_in(call, name, _json(value) if as_json else value.encode())
-        for name, value in call.pinned.items()
-    ]
+    fields: dict[str, Json] = {change.name: change.after for change in call.changes}
     if _streams_anyway(call, target):
-        edits.append(_filled_in(call, "stream", b"true"))
-    if target.model != call.model:
-        model = _json(target.model)[1:-1] if as_json else target.model.encode()
-        # First of those that begin at one place: its span is the one that is not empty.
-        edits.insert(0, Edit(call.model_span, model))
-    return tuple(edits)
+        fields["stream"] = True
+    if target.model == call.model_said:
+        fields.pop("model", None)
+    else:
+        fields["model"] = target.model
+    tool = None if call.asks is None else call.asks.tool
+    if tool is not None and target.tool not in ("", tool.model):
+        fields["tools"] = tool.drawn_by(target.tool)
+    edits = spliced_fields(call.encoding, call.layout, fields)
+    return (*edits, *(mend.edit for mend in call.mends)) if call.mends else edits
 
 
 def _streams_anyway(call: Call, target: Target) -> bool:
@@ -57,27 +55,5 @@ def _streams_anyway(call: Call, target: Target) -> bool:
     Only where the one form can be had from the other: of one picture, and not of a format that
     has no events (contract 1.2). ``partial_images`` is not added: it would cost more.
     """
-    wanted = target.stream_always and not call.stream
+    wanted = target.stream_always and not call.stream and call.asks is None
     return wanted and call.n == 1 and call.output_format not in ("gif", "svg")
-
-
-def _filled_in(call: Call, name: str, content: bytes) -> Edit:
-    """Replaces what the body says of ``name`` (``auto``, null), or says it for the first time."""
-    given = call.value_spans.get(name)
-    if given is not None:
-        return Edit(given, content)
-    end = call.model_span.end
-    if _is_json(call):
-        # Behind the closing quote.
-        return Edit(Span(end + 1, end + 1), b"," + _json(name) + b":" + content)
-    head = b'Content-Disposition: form-data; name="' + name.encode() + b'"'
-    part = b"\r\n--" + call.boundary + b"\r\n" + head + b"\r\n\r\n" + content
-    return Edit(Span(end, end), part)
-
-
-def _is_json(call: Call) -> bool:
-    return call.encoding is Encoding.JSON
-
-
-def _json(text: str) -> bytes:
-    return json.dumps(text).encode("ascii")

@@ -108,7 +108,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
             exchange = SocketExchange(
                 connection,
                 _returning(pool, connection),
-                self._max_response_bytes,
+                max(self._max_response_bytes, request.max_response_bytes),
                 loop.time() + timeouts.first_byte,
                 total_at,
             )
@@ -290,7 +290,8 @@ class HttpxWire:
             raise Lost(Reason.READ_TIMEOUT, "no answer came in time") from error
         except httpx.TransportError as error:
             raise _from_httpx_error(error) from error
-        return HttpxExchange(response, now + timeouts.total, self._max_response_bytes)
+        most = max(self._max_response_bytes, request.max_response_bytes)
+        return HttpxExchange(response, now + timeouts.total, most)
 
     async def aclose(self) -> None:
         await self._transport.aclose()

@@ -104,6 +104,8 @@ class WireRequest:
     body: AsyncIterator[bytes] | None
     length: int
     timeouts: Timeouts
+    max_response_bytes: int = 0
+    """Where it is more than the wire takes otherwise."""
 
 
 class Exchange(Protocol):

@@ -227,3 +227,14 @@ async def test_all_of_them_or_none(ownership: Ownership) -> None:
     with pytest.raises((OverflowError, psycopg.DataError)):
         await ownership.record([file(1), replace(CAT, size_bytes=2**70)])
     assert await listed(ownership) == []
+
+
+async def test_who_reaches_for_anothers_id_is_told_from_who_is_mistaken(
+    ownership: Ownership,
+) -> None:
+    await ownership.record([CAT, replace(ANSWER, team="design"), file(2, team="design")])
+    asked = [CAT.id, ANSWER.id, "file-2", "file-nobody", "\x00"]
+    assert await ownership.others("growth", asked, NOON) == {ANSWER.id, "file-2"}
+    assert await ownership.others("design", asked, NOON) == {CAT.id}
+    assert await ownership.others("growth", asked, NOON + 30 * SECOND) == {"file-2"}
+    assert await ownership.others("growth", [], NOON) == frozenset()

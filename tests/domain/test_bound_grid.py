@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.domain.call import Call, Encoding, InputImage, Operation, Span, Usage
+from gateway.domain.call import Call, Encoding, InputImage, Operation, Usage
 from gateway.domain.charge import Ending, Quote, charge
 from gateway.domain.ledger import Outcome
 from gateway.domain.price import Answer, Bound, Confidence, PriceBook, PriceRow
@@ -140,7 +140,6 @@ def a_call(model: str, size: str, quality: str) -> Call:
         encoding=Encoding.JSON,
         content_type="application/json",
         model=model,
-        model_span=Span(0, 0),
         prompt_bytes=PROMPT_BYTES,
         parameters={},
         size=size,

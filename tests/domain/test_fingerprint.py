@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from gateway.domain.call import Call, Encoding, InputImage, Operation, Span
+from gateway.domain.call import Call, Encoding, InputImage, Operation
 from gateway.domain.fingerprint import fingerprint
 from gateway.relay.read import ReadRules, reader_for
 
@@ -42,7 +42,6 @@ def call(parameters: dict[str, Any], inputs: list[InputImage] | None = None) -> 
         encoding=Encoding.JSON,
         content_type="application/json",
         model="m",
-        model_span=Span(0, 1),
         prompt_bytes=1,
         parameters=parameters,
         inputs=tuple(inputs or ()),

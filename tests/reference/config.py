@@ -38,6 +38,7 @@ _FORMS: Mapping[str, str] = MappingProxyType(
         "_database": "a url: `sqlite:///`, `postgresql://`",
         "_existing_file": "a file that exists",
         "_header_value": "a line of ASCII",
+        "_named_upstream": "the name of an upstream",
         "_headers": "a table of names and values",
         "_keep": "a time of a day or more",
         "_kind": "`openai` or `sandbox`",
@@ -47,6 +48,7 @@ _FORMS: Mapping[str, str] = MappingProxyType(
         "_pepper": "a text, best of 32 characters or more",
         "_provider_admin_key": "a key",
         "_proxy": "a url",
+        "_public_url": "a url",
         "_redis": "a url: `redis://`, `rediss://`, `redis+cluster://`, `redis+sentinel://`",
         "_row": "a row as in `prices.yaml`",
         "_team_secret": "a key of 20 characters or more",
@@ -104,11 +106,28 @@ MORE: Mapping[str, str] = MappingProxyType(
         "models.NAME.pin.size": "what a size that is left open becomes, with `auto: pin`",
         "models.NAME.pin.quality": "what a quality that is left open becomes, with `auto: pin`",
         "models.NAME.cache": "whether its results are kept, and shared",
+        **{
+            f"{whose}.compat.{name}": f"left out: {what}. `compat: false`: nothing is repaired"
+            for whose, what in (
+                ("models.NAME", "as for all models"),
+                ("teams.NAME.keys[]", "as for the model"),
+            )
+            for name in (
+                *("response_format", "style", "quality", "sizes", "media_types"),
+                "repeated_images",
+            )
+        },
+        "teams.NAME.keys[].compat.default_model": "for its requests that name no model",
+        "compat.style": "left out: no model of today takes it",
         "cache.enabled": "whether results are kept, and shared",
         "cache.ttl": "how long a result is kept",
         "cache.memory_bytes": "in the memory of each process",
         "results.enabled": "whether results can be fetched, and requests be asynchronous",
         "results.ttl": "how long a result can be fetched",
+        "responses.enabled": "whether `/v1/responses` is served",
+        "files.enabled": "whether `/v1/files` is served",
+        "moderations.enabled": "whether `/v1/moderations` is served",
+        "provenance.enabled": "whether `/v1/content_provenance_checks` is served",
         "teams.NAME.keys": "what its clients send as their API key, or a table that says more; "
         "teams of the directory have theirs by `gateway key create`",
         "teams.NAME.keys[].key": "what its clients send; `openssl rand -hex 24` makes one. It is "
@@ -281,7 +300,7 @@ def _below(reader: Callable[..., Any]) -> tuple[type[Any] | None, str]:
             return _below(given["reader"])[0], ".NAME"
         case "listing":
             return _below(given["reader"])[0], "[]"
-        case "located" | "optional" | "_stated":
+        case "located" | "optional" | "_stated" | "_or_off":
             return _below(given["reader"])
     used = getclosurevars(reader).globals.values()
     records = [one for one in used if isinstance(one, type) and is_dataclass(one)]
@@ -302,7 +321,9 @@ def _form(reader: Callable[..., Any]) -> str:
     match factory:
         case "optional":
             return f"{_form(given['reader'])}; `null`"
-        case "located" | "_stated":
+        case "mapping":
+            return "a table of names and values"
+        case "located" | "_stated" | "_or_off":
             return _form(given["reader"])
         case "listing":
             kind = _below(given["reader"])[0]

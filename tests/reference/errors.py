@@ -56,12 +56,21 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "may not have.",
         ("InvalidRequest", "duplicate_key"): "A name stands twice in the JSON.",
         ("InvalidRequest", "duplicate_parameter"): "A parameter stands twice in the form.",
-        ("InvalidRequest", "file_id_unsupported"): "Files cannot be referred to. Send the picture "
-        "itself.",
+        ("InvalidRequest", "file_elsewhere"): "The file lives at another upstream than the model. "
+        "Send the picture itself, or ask for a model that is served there.",
+        ("InvalidRequest", "file_storage_exceeded"): "Your team's files are as large together as "
+        "`files.max_total_bytes` allows. Delete some.",
         ("InvalidRequest", "idempotency_key_reused"): "The `Idempotency-Key` belongs to a request "
         "with another body, or another form of answer. Take a new one for each request.",
         ("InvalidRequest", "image_url_not_allowed"): "A picture is given by its address. Send it "
         "itself, or ask for `image_urls: passthrough`.",
+        (
+            "InvalidRequest",
+            "image_tool_required",
+        ): "A response without the tool `image_generation`. "
+        "Add it to `tools`, or ask for `responses: {without_image_tool: allow}`.",
+        ("InvalidRequest", "input_not_priced"): "A response with a document (`input_file`). Send "
+        "its text, or its pages as pictures.",
         ("InvalidRequest", "invalid_idempotency_key"): "1 to 255 printable ASCII characters.",
         ("InvalidRequest", "invalid_image"): "An input picture is damaged, or larger than "
         "`server.max_pixels` and `max_side` allow.",
@@ -90,9 +99,24 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("InvalidRequest", "max_cost_exceeded"): "It could cost more than `max_cost_per_request`. "
         "Name a smaller size or quality.",
         ("InvalidRequest", "missing_required_parameter"): "`param` says which.",
+        ("InvalidRequest", "mixed_upstreams"): "One request names files of two upstreams.",
         ("InvalidRequest", "model_not_priced"): "The operator adds a price, or says `unpriced: "
         "allow`.",
         ("InvalidRequest", "prompt_too_long"): "Shorten it.",
+        (
+            "InvalidRequest",
+            "urls_not_available",
+        ): "`response_format: url` where `server.public_url` is not set. Read `b64_json`.",
+        ("InvalidRequest", "tool_not_priced"): "A response with a tool that the provider runs and "
+        "that is not `image_generation`. Take it out of `tools`.",
+        ("InvalidRequest", "tool_not_rewritten"): "The model of the image tool has another name at "
+        "its upstream, and the tools hold a picture. Send the name in the message, or the mask as "
+        "a file's id.",
+        (
+            "InvalidRequest",
+            "unsupported_parameter",
+        ): "`conversation`, `prompt` and `service_tier` of "
+        "a response: what they cost is not known here. The message says what to send.",
         ("InvalidRequest", "unknown_parameter"): "No such parameter, with `unknown_parameters: "
         "refuse` or `validate: strict`; or a name in brackets that is none.",
         ("InvalidRequest", "unsupported_file_mimetype"): "The file is no picture that is taken.",
@@ -106,6 +130,9 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("NotServed", "endpoint_retired"): "OpenAI has retired `/v1/images/variations`. "
         "`/v1/images/edits` takes a picture and a prompt.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
+        ("NotServed", "picture_not_found"): "The url of a picture is not complete, or its time is "
+        "over (`hosted.ttl`). Ask for the picture again.",
+        ("NotServed", "range_not_satisfiable"): "The `Range` begins behind the picture's end.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
         "the route takes one, without a `Content-Encoding`.",
@@ -120,6 +147,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("ModelRetired", "model_retired"): "Its provider serves the model no more, on the day that "
         "the price list says (`shuts_down`). The message names what takes its place, where your "
         "team may use that.",
+        ("NotOwned", "not_found"): "Your team has no file, response or picture of this id. That of "
+        "another team looks the same.",
         ("QuotaExceeded", "insufficient_quota"): "A budget has no room for the most this could "
         "cost; nothing was taken. The message says whose, how much is left, when it is renewed, "
         "and what would be cheaper.",
@@ -140,6 +169,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "perhaps, refused it.",
         ("UpstreamFault", "upstream_redirect"): "The upstream answers with a redirect: its "
         "`base_url` is wrong.",
+        ("UpstreamUnanswered", "upstream_no_answer"): "A request that costs nothing (a file, a "
+        "look-up, a check) was sent and not answered to the end. See what became of it.",
         ("UpstreamUnavailable", "upstream_tls"): "The upstream's certificate is not trusted. The "
         "operator looks at `verify` and the upstream.",
         ("UpstreamUnavailable", "upstream_unavailable"): "It cannot be reached, or rests after "
@@ -156,6 +187,15 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "request id.",
         ("LedgerUnavailable", "ledger_unavailable"): "The database is away: nothing is bought that "
         "cannot be booked.",
+        (
+            "Overloaded",
+            "hosted_unavailable",
+        ): "Where hosted pictures are kept is away; the picture is not lost.",
+        (
+            "Overloaded",
+            "picture_not_hosted",
+        ): "The picture is made and could not be put behind a "
+        "url (a full disk, a Redis that is away). The message says how it is had without one.",
         ("Overloaded", "overloaded"): "No place for another request, connection or picture came "
         "free in time.",
         ("Overloaded", "results_unavailable"): "Where results are kept is away; the result is not "
@@ -173,6 +213,10 @@ _DYNAMIC: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
     {
         ("relay/read.py", "bad.code"): (
             "invalid_json", "duplicate_key", "json_too_deep", "json_too_large", "invalid_unicode",
+        ),
+        ("relay/files.py", "code"): (
+            "duplicate_parameter", "invalid_type", "invalid_value", "missing_required_parameter",
+            "unknown_parameter",
         ),
         ("relay/strict.py", "code"): (
             "invalid_image", "invalid_size", "invalid_type", "invalid_value", "unknown_parameter",
@@ -203,18 +247,21 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "x-model-served": "what an alias stands for",
         "x-gateway-upstream": "where it was bought",
         "x-gateway-attempts": "how often upstreams were asked",
-        "x-gateway-changed": "what was filled in or put in place of what was asked: `size=...`, "
-        "`model=...`",
+        "x-gateway-changed": "what was put in, or in place of what was asked: `size=...`, "
+        "`model=...`; a name alone was left out: `style`",
         "sunset": "the day on which the model that was asked for ends, where that is within 30 "
         "days (RFC 8594)",
-        "x-gateway-warning": "the same in words, and what to ask for instead",
+        "x-gateway-warning": "what the client should know of this answer: that the model ends, and what "
+        "takes its place; that a picture could not be put behind a url",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
         "retry-after": "seconds; `retry-after-ms` beside it",
         "idempotent-replayed": "`true`: the answer that an earlier request with this "
         "`Idempotency-Key` got",
         "preference-applied": "`respond-async`: of a 202",
+        "x-content-type-options": "`nosniff`, where a file or a check is handed on",
         "x-accel-buffering": "`no`, on streams: for nginx",
+        "x-content-type-options": "`nosniff`, of pictures that are fetched by their urls",
     }
 )
 REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(

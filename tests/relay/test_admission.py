@@ -10,7 +10,7 @@ from zoneinfo import ZoneInfo
 
 import pytest
 
-from gateway.domain.call import Call, Encoding, Operation, Span
+from gateway.domain.call import Call, Encoding, Operation
 from gateway.domain.charge import Quote
 from gateway.domain.errors import (
     GatewayError,
@@ -188,7 +188,7 @@ def a_plan(
     *, n: int = 1, key_name: str = "ci", priced: bool = True, lines: tuple[Line, ...] = ()
 ) -> Plan:
     call = Call(
-        *(Operation.GENERATION, Encoding.JSON, "application/json", "art", Span(0, 0), 3),
+        *(Operation.GENERATION, Encoding.JSON, "application/json", "art", 3),
         *({"prompt": "cat"}, (), n, "1024x1024", "high"),
     )
     row = PriceRow("openai", "flare", date(2026, 1, 1), "list", PRICE)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.domain.call import Call, Encoding, Operation, Span
+from gateway.domain.call import Call, Encoding, Operation
 from gateway.domain.charge import Quote
 from gateway.domain.errors import (
     GatewayError,
@@ -207,8 +207,9 @@ def a_quote(cents: int) -> Quote:
 
 FLARE = Model("flare", Target("a", "flare"), label="flare")
 CALL = Call(
-    *(Operation.GENERATION, Encoding.JSON, "application/json", "flare", Span(9, 16), 9),
+    *(Operation.GENERATION, Encoding.JSON, "application/json", "flare", 9),
     *({"prompt": "cat"}, (), 1),
+    model_said="flare",
 )
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.domain.call import Call, Encoding, Operation, Span
+from gateway.domain.call import Call, Encoding, Operation
 from gateway.domain.charge import Quote
 from gateway.domain.errors import GatewayError
 from gateway.domain.ledger import Basis, Outcome
@@ -71,7 +71,7 @@ class Comet:
 
 def a_call(size: str = SMALL, quality: str = "high", n: int = 1) -> Call:
     return Call(
-        *(Operation.GENERATION, Encoding.JSON, "application/json", "art", Span(0, 0), 3),
+        *(Operation.GENERATION, Encoding.JSON, "application/json", "art", 3),
         *({"prompt": "cat"}, (), n, size, quality),
     )
 

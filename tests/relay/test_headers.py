@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from gateway.domain.call import Call, Encoding, Operation, Span
+from gateway.domain.call import Call, Change, Encoding, Operation
 from gateway.domain.charge import Quote
 from gateway.domain.errors import (
     GatewayError,
@@ -60,9 +60,7 @@ class Azure(Comet):
     name = "azure"
 
 
-CALL = Call(
-    Operation.GENERATION, Encoding.JSON, "application/json", "art", Span(0, 0), 3, {"prompt": "cat"}
-)
+CALL = Call(Operation.GENERATION, Encoding.JSON, "application/json", "art", 3, {"prompt": "cat"})
 ART = Model("art", Target("comet", "gpt-image-2"))
 PLAN = Plan(
     caller=Caller(Team("growth"), Key("k1", "growth")),
@@ -103,14 +101,15 @@ def test_every_answer_says_who_makes_the_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pinned", "said"),
+    ("filled_in", "said"),
     [
         ({"quality": "medium"}, "quality=medium"),
         ({"size": "1024x1024", "quality": "medium"}, "size=1024x1024, quality=medium"),
     ],
 )
-def test_what_was_filled_in_is_said(pinned: dict[str, str], said: str) -> None:
-    plan = replace(PLAN, call=replace(PLAN.call, pinned=pinned))
+def test_what_was_filled_in_is_said(filled_in: dict[str, str], said: str) -> None:
+    changes = tuple(Change(name, None, value) for name, value in filled_in.items())
+    plan = replace(PLAN, call=replace(PLAN.call, changes=changes))
     assert dict(headers.of_way(plan, plan.way))["x-gateway-changed"] == said
 
 
@@ -366,11 +365,11 @@ async def test_an_error_is_sent_as_it_is() -> None:
 
 def test_another_way_than_the_first_is_said_as_it_is() -> None:
     spare = Model("spare", Target("azure", "dep-1"))
-    pinned = replace(PLAN, call=replace(CALL, pinned={"size": "1024x1024"}))
+    pinned = replace(PLAN, call=replace(CALL, changes=(Change("size", None, "1024x1024"),)))
     assert headers.of_way(pinned, Way(spare, spare.target, Azure(), QUOTE)) == (
         ("x-model-served", "dep-1"),
         ("x-gateway-upstream", "azure"),
-        ("x-gateway-changed", "size=1024x1024, model=spare"),
+        ("x-gateway-changed", "model=spare, size=1024x1024"),
     )
 
 

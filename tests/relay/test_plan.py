@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gateway.domain.call import Call, Encoding, InputImage, Operation, Span
+from gateway.domain.call import Call, Encoding, InputImage, Json, Operation
 from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
@@ -166,7 +166,8 @@ class Bench:
 
     async def plan(self, call: Call, who: Caller | None = None, wish: Any = None) -> Plan:
         planner = self.planner
-        routed = planner.route_call(who or caller(), call)
+        who = who or caller()
+        routed = planner.route_call(who, planner.repaired(who, call))
         return await planner.plan(routed, wish or CacheWish(), NOW)
 
     async def refused(
@@ -199,7 +200,6 @@ def a_call(model: str = "flare", **more: Any) -> Call:
         Encoding.JSON,
         "application/json",
         model,
-        Span(0, 0),
         3,
         **members,
     )
@@ -578,12 +578,21 @@ async def test_accounts_are_of_the_day_and_month_of_the_clock(day: Window) -> No
 async def test_what_openai_would_refuse_is_refused_here_where_asked() -> None:
     strict = Model("gpt-image-2", Target("openai", "gpt-image-2"), strict=True)
     bench = Bench(models=(strict, FLARE))
-    odd = {"prompt": "cat", "size": "5x5"}
-    await bench.refused(
-        InvalidRequest,
-        a_call("gpt-image-2", size="5x5", parameters=odd),
-    )
-    await bench.plan(a_call("flare", size="5x5", parameters=odd))
+    odd = {"prompt": "cat", "quality": "ultra"}
+    await bench.refused(InvalidRequest, a_call("gpt-image-2", parameters=odd))
+    await bench.plan(a_call("flare", parameters=odd))
+
+
+async def test_what_is_judged_is_what_is_sent() -> None:
+    """What is mended here would have been refused as it came."""
+    strict = Model("gpt-image-2", Target("openai", "gpt-image-2"), strict=True)
+    bench = Bench(models=(strict,))
+    call = a_call("gpt-image-2", size="5x5", parameters={"prompt": "cat", "size": "5x5"})
+    plan = await bench.plan(call)
+    assert changed_of(plan)["size"] == "1024x1024"
+    assert bench.price.asked == [plan.call]
+    with pytest.raises(InvalidRequest):
+        bench.planner.route_call(caller(), call)
 
 
 # A cheaper way
@@ -627,6 +636,12 @@ async def test_nothing_is_cheaper_than_what_has_no_price() -> None:
 # What a client leaves open
 
 PIN = Pin("1024x1024", "medium")
+
+
+def changed_of(plan: Plan) -> dict[str, Json]:
+    return {change.name: change.after for change in plan.call.changed}
+
+
 PINNED = replace(FLARE, pin=PIN)
 BY_PIN = ByQuality({"high": 20, "medium": 5, "low": 1, "auto": 70})
 
@@ -646,7 +661,7 @@ async def test_what_is_left_open_is_pinned_and_nothing_else(
     bench = Bench(models=(PINNED,), price=replace(BY_PIN, asked=[]))
     call = a_call(**asked, parameters={"prompt": "cat", **asked})
     plan = await bench.plan(call)
-    assert (plan.changed, plan.call.pinned) == (changed, changed)
+    assert changed_of(plan) == changed
     assert plan.quote.bound == Bound(cents * CENT, HARD)
     assert bench.price.asked == [plan.call]
     effective = {**asked, **changed}
@@ -654,19 +669,19 @@ async def test_what_is_left_open_is_pinned_and_nothing_else(
     assert plan.call.parameters == {"prompt": "cat", **effective}
     # The answer is that of a call which says so itself.
     said = await bench.plan(a_call(**effective, parameters={"prompt": "cat", **effective}))
-    assert (said.changed, said.fingerprint) == ({}, plan.fingerprint)
+    assert (changed_of(said), said.fingerprint) == ({}, plan.fingerprint)
 
 
 async def test_without_a_pin_what_is_left_open_stays_open() -> None:
     call = a_call(size="auto", quality="auto")
     plan = await Bench().plan(call)
-    assert (plan.call, plan.changed, plan.quote.bound.amount) == (call, {}, 70 * CENT)
+    assert (plan.call, changed_of(plan), plan.quote.bound.amount) == (call, {}, 70 * CENT)
 
 
 async def test_a_hit_says_what_was_pinned() -> None:
     bench = Bench(cache=OneAnswer(kept()), models=(PINNED,))
     plan = await bench.plan(a_call(size="auto"))
-    assert (plan.cache, plan.changed) == (CacheResult.HIT, {"size": "1024x1024"})
+    assert (plan.cache, changed_of(plan)) == (CacheResult.HIT, {"size": "1024x1024"})
 
 
 async def test_an_unknown_parameter_is_refused_where_the_operator_says_so() -> None:

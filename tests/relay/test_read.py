@@ -18,7 +18,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gateway.domain.call import Call, Encoding, InputImage, Operation, Span
+from gateway.domain.call import (
+    Call,
+    Encoding,
+    InputImage,
+    Layout,
+    Operation,
+    Reference,
+    Span,
+    Spot,
+)
 from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
 from gateway.relay.read import ReadRules, reader_for
 
@@ -189,12 +198,18 @@ def sdk_call(name: str) -> tuple[Operation, bytes, str, dict[str, Any], dict[str
     return (EDIT if endpoint == "edit" else GENERATION), body, content_type, arguments, expected
 
 
+def lies(body: bytes, call: Call, name: str) -> bytes:
+    """What lies in the body where a field's value does."""
+    return body[slice(*call.layout.fields[name].value)]
+
+
 @pytest.mark.parametrize("name", SDK_CALLS)
 def test_what_the_sdk_sends(name: str) -> None:
     operation, body, content_type, arguments, expected = sdk_call(name)
     call = read(operation, body, content_type)
     assert call.model == arguments["model"]
-    assert body[slice(*call.model_span)].decode() == call.model
+    assert call.model_said == call.model
+    assert lies(body, call, "model").strip(b'"').decode() == call.model
     assert call.parameters["prompt"] == arguments["prompt"]
     assert call.prompt_bytes == len(arguments["prompt"].encode())
     assert call.body_bytes == len(body)
@@ -239,7 +254,7 @@ def test_the_order_of_node() -> None:
     body = form(IMAGE, ("stream", "true"), ("model", "gpt-image-2"), ("n", "2"), ("prompt", "é"))
     call = read(EDIT, body, FORM, step=5)
     assert (call.model, call.n, call.stream, call.prompt_bytes) == ("gpt-image-2", 2, True, 2)
-    assert body[slice(*call.model_span)] == b"gpt-image-2"
+    assert lies(body, call, "model") == b"gpt-image-2"
     assert call.inputs == (
         InputImage("image", hashlib.sha256(PNG).hexdigest(), len(PNG), "image/png", 8, 6),
     )
@@ -274,16 +289,23 @@ def test_defaults_and_nulls() -> None:
     )
     call = read(GENERATION, generation(**nulls))
     bare = read(GENERATION, generation())
-    assert replace(call, body_bytes=0, value_spans={}) == replace(bare, body_bytes=0)
+    assert replace(call, layout=bare.layout, body_bytes=bare.body_bytes) == bare
     assert bare == Call(
         operation=GENERATION,
         encoding=Encoding.JSON,
         content_type="application/json",
         model="m",
-        model_span=Span(11, 12),
         prompt_bytes=1,
         parameters={"prompt": "p"},
         body_bytes=len(generation()),
+        model_said="m",
+        layout=Layout(
+            1,
+            {
+                "model": Spot(Span(1, 13), Span(10, 13)),
+                "prompt": Spot(Span(15, 28), Span(25, 28)),
+            },
+        ),
     )
 
 
@@ -299,14 +321,14 @@ def test_defaults_and_nulls() -> None:
 def test_where_the_size_lies_in_json(written: bytes, size: str, raw: bytes) -> None:
     body = b'{"model":"m", ' + written + b',"prompt":"p"}'
     call = read(GENERATION, body)
-    assert (call.size, body[slice(*call.value_spans["size"])]) == (size, raw)
-    assert call.value_spans.keys() == {"size"}
+    assert (call.size, lies(body, call, "size")) == (size, raw)
+    assert list(call.layout.fields) == ["model", "size", "prompt"]
 
 
 def test_an_escaped_model_has_its_raw_span() -> None:
     body = rb'{"prompt":"p", "model" : "gpt\u002dimage" }'
     call = read(GENERATION, body)
-    assert (call.model, body[slice(*call.model_span)]) == ("gpt-image", rb"gpt\u002dimage")
+    assert (call.model, lies(body, call, "model")) == ("gpt-image", rb'"gpt\u002dimage"')
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("gif", 9), ("png", 1)])
@@ -360,6 +382,25 @@ def test_json_edits() -> None:
         hashlib.sha256(text.encode()).hexdigest() for text in texts
     ]
     assert call.parameters == {"prompt": "p"}
+
+
+def test_files_are_named_by_their_ids() -> None:
+    body = edit(
+        images=[{"image_url": url(PNG)}, {"file_id": "file-1", "detail": "high"}],
+        mask={"file_id": "file-2", "image_url": None},
+        markup={"file_id": "file-1"},
+    )
+    call = read(EDIT, body, step=7)
+    assert call.references == (
+        Reference("file", "file-1", "images[1].file_id"),
+        Reference("file", "file-2", "mask.file_id"),
+        Reference("file", "file-1", "markup.file_id"),
+    )
+    assert [item.role for item in call.inputs] == ["image", "image", "mask", "markup"]
+    assert [item.size_bytes for item in call.inputs[1:]] == [0, 0, 0]
+    assert call.inputs[1].digest == call.inputs[3].digest != call.inputs[2].digest
+    # What stands beside an id is a part of the call, the id is not its text.
+    assert call.parameters["images"] == [{}, {"detail": "high"}, {}, {}]
 
 
 def test_slashes_may_be_escaped_in_a_data_url() -> None:
@@ -436,8 +477,6 @@ def test_bad_json(body: bytes, code: str, step: int) -> None:
 
 
 BAD_FIELDS: list[tuple[dict[str, Any], str, str]] = [
-    ({"model": None}, "missing_required_parameter", "model"),
-    ({"model": ""}, "missing_required_parameter", "model"),
     ({"model": 1}, "invalid_type", "model"),
     ({"model": ["m"]}, "invalid_type", "model"),
     ({"model": "m" * 257}, "invalid_value", "model"),
@@ -496,13 +535,11 @@ LONG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + struct.pack(">II", 16_385, 1) + 
 
 BAD_FORMS: list[tuple[bytes, str, str | None]] = [
     (form(*BASE), "missing_required_parameter", "image"),
-    (form(IMAGE, ("prompt", "p")), "missing_required_parameter", "model"),
     (form(IMAGE, ("model", "m")), "missing_required_parameter", "prompt"),
     (form(*BASE, ("image", "text")), "invalid_type", "image"),
     (form(*BASE, IMAGE, ("mask", "")), "invalid_type", "mask"),
     (form(*BASE, IMAGE, ("n", "2", "n.txt")), "invalid_type", "n"),
     (form(*BASE, IMAGE, ("svg[model]", "2", "n.txt")), "invalid_type", "svg[model]"),
-    (form(*BASE, IMAGE, IMAGE), "duplicate_parameter", "image"),
     (form(*BASE, IMAGE, ("n", "1"), ("n", "10")), "duplicate_parameter", "n"),
     (form(*BASE, IMAGE, ("model", "x")), "duplicate_parameter", "model"),
     (form(*BASE, IMAGE, ("model[]", "x")), "duplicate_parameter", "model[]"),
@@ -556,12 +593,34 @@ def test_bad_forms(body: bytes, code: str, param: str | None, step: int) -> None
     assert len(error.message) < 400
 
 
-def test_the_text_for_a_repeated_image_is_that_of_openai() -> None:
-    assert refusal(EDIT, form(*BASE, IMAGE, IMAGE), FORM).message == (
-        "Duplicate parameter: 'image'. You provided multiple values for this parameter, whereas "
-        "only one is allowed. If you are trying to provide a list of values, use the array syntax "
-        "instead e.g. 'image[]=<value>'."
-    )
+@pytest.mark.parametrize(
+    "fields", [{"model": None}, {"model": ""}, {}], ids=["null", "empty", "left out"]
+)
+def test_a_model_may_be_named_elsewhere(fields: dict[str, Any]) -> None:
+    said = {"prompt": "p", **fields}
+    call = read(GENERATION, json.dumps(said).encode())
+    assert (call.model, call.model_said) == ("", None)
+    assert ("model" in call.layout.fields) is bool(fields)
+    call = read(EDIT, form(IMAGE, ("prompt", "p")), FORM)
+    assert (call.model, call.model_said) == ("", None)
+
+
+def test_a_form_tells_where_its_parts_lie() -> None:
+    body = form(("model", "m"), IMAGE, ("prompt", "p"), IMAGE)
+    call = read(EDIT, body, FORM, step=3)
+    wholes = [body[slice(*spot.whole)] for spot in call.layout.fields.values()]
+    assert all(whole.startswith(b"--") for whole in wholes)
+    assert all(whole.endswith(b"\r\n") for whole in wholes)
+    assert body.startswith(wholes[0])
+    assert call.layout.opening == 0
+    assert body[: call.layout.fields["prompt"].whole.start].endswith(PNG + b"\r\n")
+    assert [picture.role for picture in call.inputs] == ["image", "image"]
+    for file in call.layout.files:
+        assert (file.name, file.seen) == ("image", "image/png")
+        head = body[slice(*file.head)]
+        assert head.startswith(b"Content-Disposition")
+        assert not head.endswith(b"\r\n")
+        assert body[file.head.end :].startswith(b"\r\n\r\n" + PNG)
 
 
 BAD_EDITS: list[tuple[dict[str, Any], int, str, str]] = [
@@ -571,9 +630,15 @@ BAD_EDITS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"images": ["data:,"]}, 400, "invalid_type", "images[0]"),
     ({"images": [{}]}, 400, "missing_required_parameter", "images[0].image_url"),
     ({"images": [{"image_url": 1}]}, 400, "invalid_type", "images[0].image_url"),
-    ({"images": [{"file_id": "file-1"}]}, 400, "file_id_unsupported", "images[0].file_id"),
+    ({"images": [{"file_id": 1}]}, 400, "invalid_type", "images[0].file_id"),
+    ({"images": [{"file_id": ""}]}, 400, "invalid_type", "images[0].file_id"),
+    ({"images": [{"file_id": "f", "image_url": url(PNG)}]}, 400, "invalid_value", "images[0]"),
+    ({"images": [{"image_url": url(PNG), "File_Id": "f"}]}, 400, "unknown_parameter",
+     "images.File_Id"),
+    ({"input_image_mask": {"file_id": "f"}}, 400, "unknown_parameter", "input_image_mask.file_id"),
+    ({"svg": {"x": [{"FILE_IDS": ["f"]}]}}, 400, "unknown_parameter", "svg.x.FILE_IDS"),
     ({"images": [{"image_url": url(PNG)}] * 17}, 400, "invalid_value", "images"),
-    ({"mask": {"file_id": "file-1"}}, 400, "file_id_unsupported", "mask.file_id"),
+    ({"mask": {"file_id": ["file-1"]}}, 400, "invalid_type", "mask.file_id"),
     ({"mask": "x"}, 400, "invalid_type", "mask"),
     ({"images": [{"image_url": "data:image/png,abc"}]}, 400, "invalid_image",
      "images[0].image_url"),
@@ -726,7 +791,7 @@ def test_any_document_is_a_call_or_a_refusal(fields: dict[str, Any], operation: 
     with contextlib.suppress(InvalidRequest):
         call = read(operation, json.dumps(fields).encode())
         assert 1 <= call.n <= 10
-        assert call.model == fields["model"]
+        assert call.model == (fields.get("model") or "")
 
 
 @pytest.mark.parametrize("name", ["N", "MODEL", "Prompt", "\u017fize", "Stream", "IMAGES"])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.domain.call import Call, Encoding, InputImage, Operation, Span
+from gateway.domain.call import Call, Encoding, InputImage, Operation
 from gateway.domain.errors import InvalidRequest
 from gateway.relay.strict import validate_strict
 
@@ -28,7 +28,6 @@ def call(*inputs: InputImage, model: str = "gpt-image-2.5-flare", **parameters: 
         encoding=Encoding.MULTIPART if inputs else Encoding.JSON,
         content_type="",
         model=model,
-        model_span=Span(0, 0),
         prompt_bytes=1,
         parameters={"prompt": "p", **parameters},
         inputs=inputs,

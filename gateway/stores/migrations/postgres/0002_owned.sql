@@ -4,7 +4,7 @@
 -- nobody's; it is deleted later, so that a page can still begin behind it.
 CREATE TABLE owned (
     id         TEXT   COLLATE "C" NOT NULL PRIMARY KEY,         -- as the upstream named it
-    kind       TEXT   COLLATE "C" NOT NULL CHECK (kind IN ('file', 'response', 'picture')),
+    kind       TEXT   COLLATE "C" NOT NULL CHECK (kind IN ('file', 'response', 'picture', 'item')),
     team       TEXT   COLLATE "C" NOT NULL,
     key_id     TEXT   COLLATE "C" NOT NULL,                     -- whose call made it
     upstream   TEXT   NOT NULL,                                 -- the configured upstream's name

@@ -4,7 +4,7 @@
 -- nobody's; it is deleted later, so that a page can still begin behind it.
 CREATE TABLE owned (
     id         TEXT    NOT NULL PRIMARY KEY,                    -- as the upstream named it
-    kind       TEXT    NOT NULL CHECK (kind IN ('file', 'response', 'picture')),
+    kind       TEXT    NOT NULL CHECK (kind IN ('file', 'response', 'picture', 'item')),
     team       TEXT    NOT NULL,
     key_id     TEXT    NOT NULL,                                -- whose call made it
     upstream   TEXT    NOT NULL,                                -- the configured upstream's name

@@ -1,0 +1,216 @@
+"""The routes that buy nothing, as raw ASGI: what they are forwarded as, is in ``relay/``.
+
+One table says which path and method is answered by which handler (``relay/passing.py``); every
+request there ends with a receipt, as those that cost money do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+
+from gateway.api import auth
+from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
+from gateway.api.relayed import address_of_client, trace_of
+from gateway.domain.call import Passage
+from gateway.domain.errors import ClientGone, GatewayError, Internal, NotServed, Overloaded
+from gateway.domain.receipt import Delivery, Receipt
+from gateway.domain.trace import Trace, of_stranger
+from gateway.ports import Clock, Telemetry
+from gateway.relay import headers as answers
+from gateway.relay.arrival import failed
+from gateway.relay.checks import Checks
+from gateway.relay.files import Files
+from gateway.relay.flights import Head
+from gateway.relay.lookups import Lookups
+from gateway.relay.passing import Handler, Visit
+
+log = logging.getLogger(__name__)
+
+BODIES = frozenset({"POST", "PUT", "PATCH"})
+
+
+@dataclass(frozen=True, slots=True)
+class Passes:
+    """One path, and who answers it by method. ``path`` is below ``/v1``; each ``{}`` in it is a
+    name, which the handler finds in ``Visit.names``."""
+
+    path: str
+    passage: Passage
+    handlers: Mapping[str, Handler]
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        return re.compile("/v1" + "([^/]+)".join(re.escape(part) for part in self.path.split("{}")))
+
+
+def passes_of(files: Files, checks: Checks, lookups: Lookups) -> list[Passes]:
+    """Every path that is passed on."""
+    return [
+        Passes("/files", Passage.FILE, {"GET": files.page, "POST": files.upload}),
+        Passes("/files/{}", Passage.FILE, {"GET": files.show, "DELETE": files.delete}),
+        Passes("/files/{}/content", Passage.FILE, {"GET": files.content}),
+        Passes(
+            "/responses/{}",
+            Passage.RESPONSE_LOOKUP,
+            {"GET": lookups.show, "DELETE": lookups.delete},
+        ),
+        Passes("/responses/{}/cancel", Passage.RESPONSE_LOOKUP, {"POST": lookups.cancel}),
+        Passes("/responses/{}/input_items", Passage.RESPONSE_LOOKUP, {"GET": lookups.items}),
+        Passes("/moderations", Passage.MODERATION, {"POST": checks.moderate}),
+        Passes("/content_provenance_checks", Passage.PROVENANCE, {"POST": checks.trace_origin}),
+    ]
+
+
+class PassedRoutes:
+    """Answers what is in its table; one coroutine a request. ``sample`` is as in
+    ``RelayedRoutes``."""
+
+    def __init__(
+        self,
+        table: Iterable[Passes],
+        telemetry: Sequence[Telemetry],
+        clock: Clock,
+        sample: float | None = None,
+    ) -> None:
+        self._table = tuple((one.pattern, one) for one in table)
+        self._telemetry = tuple(telemetry)
+        self._clock = clock
+        self._sample = sample
+
+    def takes(self, path: str) -> bool:
+        """Whether a path is in the table."""
+        return any(pattern.fullmatch(path) for pattern, _ in self._table)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """From the request line to the log line."""
+        started = self._clock.monotonic()
+        rid = new_request_id()
+        door = Door(scope, receive, send)
+        pattern, passes = next(
+            (pattern, one) for pattern, one in self._table if pattern.fullmatch(scope["path"])
+        )
+        found = pattern.fullmatch(scope["path"])
+        names = found.groups() if found else ()
+        trace = None if self._sample is None else trace_of(scope, self._sample, self._clock)
+        visit = _visit(rid, passes.passage, names, scope, door, started, trace)
+        length = visit.headers.get("content-length", "0")
+        announced = length != "0" or "transfer-encoding" in visit.headers
+        if not announced or scope["method"] not in BODIES:
+            visit.body = _nothing()
+            door.ignore_body(announced)
+        async with AsyncExitStack() as stack:
+            visit.stack = stack
+            try:
+                head = await self._answer(visit, passes)
+                if visit.receipt.reason == ClientGone.reason:
+                    door.left_at("upload")
+                try:
+                    await deliver(rid, head, door)
+                finally:
+                    head.close()
+                self._finish(visit, door, started, address_of_client(scope))
+            except asyncio.CancelledError:
+                log.warning("a request was given up at the end", extra={"request_id": rid})
+                # It ends here: whatever is raised, the server takes for a crash.
+                if door.status == 0:
+                    await deliver(rid, answers.error_head(_given_up(), rid), door)
+                elif not door.delivered:
+                    await door.abort()
+            finally:
+                door.stop_watching()
+
+    async def _answer(self, visit: Visit, passes: Passes) -> Head:
+        handler = passes.handlers.get(visit.method)
+        try:
+            if handler is None:
+                raise _not_allowed(passes, visit.method)
+            visit.receipt = replace(visit.receipt, method=visit.method)
+            head = await handler(visit)
+            visit.receipt = replace(visit.receipt, status=head.status)
+            return head
+        except ClientGone as gone:
+            visit.receipt = failed(visit.receipt, gone)
+            head = answers.error_head(gone, visit.rid)
+        except GatewayError as error:
+            visit.receipt = failed(visit.receipt, error)
+            allow = (("allow", ", ".join(sorted(passes.handlers))),) if handler is None else ()
+            head = answers.error_head(error, visit.rid, (*visit.said, *allow))
+        except Exception:
+            log.exception("a request crashed", extra={"request_id": visit.rid})
+            fault = Internal("The gateway failed in a way it should not.")
+            visit.receipt = failed(visit.receipt, fault)
+            head = answers.error_head(fault, visit.rid, visit.said)
+        return head
+
+    def _finish(self, visit: Visit, door: Door, started: float, address: str) -> None:
+        receipt = visit.receipt
+        if receipt.trace is not None and self._sample is not None and not receipt.team:
+            # Whoever has no key must not fill the collector.
+            receipt = replace(receipt, trace=of_stranger(receipt.trace, self._sample))
+        seconds = self._clock.monotonic() - started
+        delivery = Delivery(door.status, door.bytes_out, seconds, door.gone, address)
+        for listener in self._telemetry:
+            listener.finished(receipt, delivery)
+
+
+def _visit(
+    rid: str,
+    passage: Passage,
+    names: tuple[str, ...],
+    scope: Scope,
+    door: Door,
+    started: float,
+    trace: Trace | None,
+) -> Visit:
+    headers = {
+        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+    }
+    return Visit(
+        rid=rid,
+        passage=passage,
+        method=scope["method"],
+        names=names,
+        query=bytes(scope.get("query_string", b"")).decode("latin-1"),
+        headers=headers,
+        secret=auth.secret(headers),
+        body=door.body(),
+        client=door.client,
+        at=started,
+        receipt=Receipt(
+            rid,
+            passage.value,
+            0,
+            retried=headers.get("x-stainless-retry-count", "0").strip("0") != "",
+            trace=trace,
+        ),
+    )
+
+
+async def _nothing() -> AsyncIterator[bytes]:
+    """The body of a request that has none."""
+    none: tuple[bytes, ...] = ()
+    for chunk in none:
+        yield chunk
+
+
+def _not_allowed(passes: Passes, method: str) -> NotServed:
+    path = "/v1" + passes.path.replace("{}", "{id}")
+    return NotServed(
+        f"{path} takes {' and '.join(sorted(passes.handlers))}, not {method}.",
+        status=405,
+        code="method_not_allowed",
+    )
+
+
+def _given_up() -> Overloaded:
+    return Overloaded(
+        "The gateway is shutting down and could not wait for this answer. Nothing was bought; see "
+        "what became of it, and ask again.",
+        code="shutting_down",
+        should_retry=False,
+    )
