@@ -100,8 +100,6 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "Name a smaller size or quality.",
         ("InvalidRequest", "missing_required_parameter"): "`param` says which.",
         ("InvalidRequest", "mixed_upstreams"): "One request names files of two upstreams.",
-        ("InvalidRequest", "model_not_found"): "The model of a response's image tool is not served "
-        "where the response's own model is. Name another one.",
         ("InvalidRequest", "model_not_priced"): "The operator adds a price, or says `unpriced: "
         "allow`.",
         ("InvalidRequest", "prompt_too_long"): "Shorten it.",
