@@ -109,6 +109,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
             "InvalidRequest",
             "urls_not_available",
         ): "`response_format: url` where `server.public_url` is not set. Read `b64_json`.",
+        ("InvalidRequest", "tool_model_elsewhere"): "The model of the image tool is not served by "
+        "the upstream of the text model. Name one that is.",
         ("InvalidRequest", "tool_not_priced"): "A response with a tool that the provider runs and "
         "that is not `image_generation`. Take it out of `tools`.",
         ("InvalidRequest", "tool_not_rewritten"): "The model of the image tool has another name at "

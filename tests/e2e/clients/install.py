@@ -1,8 +1,8 @@
 """Installs the packages of the clients, each into a folder of its own under ``.tools/clients``.
 
 ``python -m tests.e2e.clients.install [half | NAME ...]``. Does nothing for what is there already:
-that is known by a copy of its lock file, written last. Needs pip alone (uv comes by it, and Node
-and npm come in a package of PyPI).
+that is known by a copy of its lock file, written last. Needs pip alone: uv comes by it, and Node
+and npm come in a package of PyPI. An index other than PyPI is told to uv by UV_DEFAULT_INDEX.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ books must be the upstream's bill. What each client ran is one short script of
 - **errors**: an unknown key, a spent budget and a bad parameter raise what the client's users
   catch, each after one attempt. **retry**: a 429 with `retry-after-ms`, and then the picture.
 
-**mended** is what the gateway changed of what the client sends, as it says itself in
-`x-gateway-changed`. A dash is what the client cannot do, or what was not tried with it.
+**mended** is what the gateway changed, or filled in, of all that the client sent, as it says itself
+in `x-gateway-changed`. A dash is what the client cannot do, or what was not tried with it.
 
 """
 

@@ -269,4 +269,5 @@ def _books(config: Path, journal: Journal) -> Result:
         )
     except AssertionError as error:
         return Result("books", False, str(error) or "the ledger's sums differ")
-    return Result("books", True, f"{journal.billed_images} pictures, ${billed / 10**9:.4f}")
+    made = journal.billed_images
+    return Result("books", True, f"{made} picture{'s' * (made != 1)}, ${billed / 10**9:.4f}")
