@@ -11,6 +11,9 @@ PYTHON ?=
 # More for pytest: make test ARGS="tests/cli -x"
 ARGS ?=
 
+# Of `make clients`: half, or how a name begins ("openai-node"); empty: all, and their page is written.
+CLIENTS ?=
+
 # How long `make torture` goes on, on both databases together.
 MINUTES ?= 2
 
@@ -87,6 +90,10 @@ image: $(DEV) ## Build the image and run it (buildah, podman).
 .PHONY: dashboards
 dashboards: $(DEV) ## Ask a real Prometheus every question of the dashboards and the alerts.
 	@$(IN_VENV) -m pytest -s -m dashboards tests/ops $(ARGS)
+
+.PHONY: clients
+clients: $(DEV) ## Try every client's real package against a gateway; CLIENTS=half, or a name.
+	@$(IN_VENV) -m tests.e2e.clients $(CLIENTS)
 
 .PHONY: docs
 docs: $(DEV) ## Write the reference pages anew (gateway/docs).

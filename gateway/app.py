@@ -23,6 +23,7 @@ from gateway.api import errors as api_errors
 from gateway.api.cors import Cors
 from gateway.api.door import ASGIApp
 from gateway.api.health import Readiness, health_routes, metrics_routes
+from gateway.api.hosted import HostedRoutes
 from gateway.api.middleware import RequestId
 from gateway.api.models import router as model_routes
 from gateway.api.passed import PassedRoutes, passes_of
@@ -38,6 +39,7 @@ from gateway.assembly import (
     make_cache,
     make_folder,
     make_gate,
+    make_hosting,
     make_results,
     message_id,
     open_notifier,
@@ -88,6 +90,7 @@ from gateway.relay.factors import Factors
 from gateway.relay.files import Files
 from gateway.relay.flights import Flights
 from gateway.relay.health import Health
+from gateway.relay.hosting import HOSTED, Hosting
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
@@ -219,6 +222,9 @@ async def open_gateway(
         kept = make_results(settings, clock, metrics, redis)
         if kept is not None:
             stack.push_async_callback(kept.aclose)
+        hosting = make_hosting(settings, clock, metrics, redis, lambda: keyring.peppers)
+        if hosting is not None:
+            stack.push_async_callback(hosting[1].aclose)
         result_policy = ResultPolicy(settings.results.ttl, settings.results.idempotent_ttl)
         results = Results(kept, result_policy)
         board = make_board(
@@ -350,6 +356,7 @@ async def open_gateway(
             comebacks=comebacks,
             joining=joining,
             results=results,
+            hosting=None if hosting is None else hosting[0],
             news=news,
             patience=patience,
             rules=read_rules(settings, addresses),
@@ -520,6 +527,8 @@ async def open_gateway(
             (passed.takes, passed.handle),
             (under(RESULTS), result_routes(desk, keyring, settings, metrics).handle),
         ]
+        if hosting is not None:
+            doors.append((under(HOSTED), hosted_routes(hosting[0], metrics).handle))
         router = Router(doors, RequestId(rest))
         cors = settings.server.cors
         yield Gateway(
@@ -548,6 +557,15 @@ def result_routes(
         ttl=settings.results.ttl,
         idempotent_ttl=settings.results.idempotent_ttl,
         counted=lambda outcome: metrics.add("gateway_results_total", outcome=outcome),
+    )
+
+
+def hosted_routes(hosting: Hosting, metrics: Metrics) -> HostedRoutes:
+    """The door of the pictures that are behind urls."""
+    return HostedRoutes(
+        hosting,
+        counted=lambda outcome: metrics.add("gateway_hosted_total", outcome=outcome),
+        sent=lambda count: metrics.add("gateway_hosted_sent_bytes_total", count),
     )
 
 

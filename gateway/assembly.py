@@ -18,7 +18,7 @@ from datetime import UTC, date, datetime, time
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from gateway.domain import keys
 from gateway.domain.bill import BilledItem
@@ -43,6 +43,7 @@ from gateway.relay.arrival import Patience
 from gateway.relay.checks import CheckRules
 from gateway.relay.files import FileRules, Place
 from gateway.relay.health import CircuitState, HealthListener, Why
+from gateway.relay.hosting import Hosting, Links
 from gateway.relay.news import ResultNews
 from gateway.relay.read import ReadRules, ResponseRules
 from gateway.settings import (
@@ -588,21 +589,64 @@ def make_results(
     """
     if not settings.results.enabled:
         return None
+    kind = _Shelf("results", "gwr", "gateway_results_bytes", "gateway_results_errors_total")
+    return _make_shelf(kind, settings.results.max_bytes, settings, clock, metrics, server)
 
+
+def make_hosting(
+    settings: Settings,
+    clock: Clock,
+    metrics: Metrics,
+    server: RedisServer,
+    peppers: Callable[[], keys.Peppers],
+) -> tuple[Hosting, Cache] | None:
+    """Who puts pictures behind urls, and where they are kept: as results are, apart from them.
+    None where nobody can ask for urls. ``peppers`` are those of now."""
+    public_url = settings.server.public_url
+    if public_url is None or not settings.hosts_pictures:
+        return None
+    kind = _Shelf("hosted", "gwh", "gateway_hosted_bytes", "gateway_hosted_errors_total")
+    shelf = _make_shelf(kind, settings.hosted.max_bytes, settings, clock, metrics, server)
+    return Hosting(
+        shelf,
+        Links(public_url, settings.hosted.ttl, peppers),
+        clock,
+        counted=lambda outcome: metrics.add("gateway_hosted_total", outcome=outcome),
+    ), shelf
+
+
+class _Shelf(NamedTuple):
+    """A store of what is fetched by its own name: a folder of blobs, or, where the cache is in a
+    Redis, keys there that begin with ``prefix``; and the names of its metrics."""
+
+    folder: str
+    prefix: str
+    bytes_held: str
+    errors: str
+
+
+def _make_shelf(
+    kind: _Shelf,
+    max_bytes: int,
+    settings: Settings,
+    clock: Clock,
+    metrics: Metrics,
+    server: RedisServer,
+) -> Cache:
     def failed(*_: object) -> None:
-        metrics.add("gateway_results_errors_total", operation="store")
+        metrics.add(kind.errors, operation="store")
 
     state = settings.storage.redis
     url = settings.cache.redis or state
     if url is None:
         disk = DiskCache(
-            settings.storage.blobs / "results",
+            settings.storage.blobs / kind.folder,
             clock,
-            max_bytes=settings.results.max_bytes,
+            max_bytes=max_bytes,
             max_entry_bytes=RESULT_MAX_BYTES,
             on_error=failed,
         )
-        metrics.watch("gateway_results_bytes", lambda: disk.bytes_held, where="disk")
+        metrics.watch(kind.bytes_held, lambda: disk.bytes_held, where="disk")
         disk.keep_swept()
         return disk
     same = state is not None and same_server(url.reveal(), state.reveal())
@@ -611,7 +655,7 @@ def make_results(
         clock,
         max_entry_bytes=RESULT_MAX_BYTES,
         data_seconds=RESULT_SECONDS,
-        prefix="gwr",
+        prefix=kind.prefix,
         server=server if same else None,
         on_error=failed,
     )

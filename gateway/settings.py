@@ -902,6 +902,15 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hosted:
+    """Pictures as urls: each may be fetched for ``ttl``; ``max_bytes`` is on disk."""
+
+    enabled: bool = setting(boolean, True)
+    ttl: timedelta = setting(duration, timedelta(hours=1))
+    max_bytes: int = setting(size, 10 * 1024 * MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Responses:
     """``/v1/responses``. ``max_output_tokens`` and ``max_tool_calls`` are filled in where a request
     leaves them open, and the most that it may say; ``keep`` is how long its ids are known."""
@@ -1255,6 +1264,7 @@ class _Document:
     prices: Prices = group(record(Prices), Prices())
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
+    hosted: Hosted = group(record(Hosted), Hosted())
     users: Users = group(record(Users), Users())
     files: FileSettings = group(record(FileSettings), FileSettings())
     moderations: CheckSettings = group(record(CheckSettings), CheckSettings())
@@ -1277,6 +1287,7 @@ _OVERRIDABLE = MappingProxyType(
         "prices": names_of(Prices),
         "cache": names_of(CacheSettings),
         "results": names_of(Results),
+        "hosted": names_of(Hosted),
         "users": names_of(Users),
         "files": names_of(FileSettings),
         "moderations": names_of(CheckSettings),
@@ -1334,6 +1345,7 @@ class Settings:
     prices: Prices
     cache: CacheSettings
     results: Results
+    hosted: Hosted
     users: Users
     files: FileSettings
     moderations: CheckSettings
@@ -1349,6 +1361,11 @@ class Settings:
     sources: tuple[Source, ...] = ()
     """The files that all of this was read from, as they were then: of the configuration, of each
     ``${file:...}``, of the prices, and each CA bundle."""
+
+    @property
+    def hosts_pictures(self) -> bool:
+        """Whether `response_format=url` can be answered with urls of this gateway."""
+        return self.hosted.enabled and self.server.public_url is not None
 
     @property
     def lease_seconds(self) -> float:
@@ -1529,6 +1546,7 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         prices=document.prices,
         cache=document.cache,
         results=document.results,
+        hosted=document.hosted,
         users=document.users,
         files=document.files,
         moderations=document.moderations,

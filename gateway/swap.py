@@ -283,7 +283,7 @@ def make_planner(
         factors.of,
         health.usable,
         compat=settings.compat,
-        hosting=settings.server.public_url is not None,
+        hosting=settings.hosts_pictures,
     )
 
 

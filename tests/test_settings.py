@@ -138,6 +138,13 @@ MISTAKES = [
     ("server: {trusted_proxies: [10.0.0.1/8]}", "1:28: server.trusted_proxies[0]: has bits set "
      "after its prefix: write 10.0.0.0/8"),
     ('server: {trusted_proxies: ["*"]}', "server.trusted_proxies[0]: must be an address or a netw"),
+    ("server: {public_url: images.test}", "server.public_url: must be the url that clients reach"),
+    ("server: {public_url: 'https://h/v1/'}", "server.public_url: must not end in /v1"),
+    ("server: {public_url: 'https://a:b@h'}", "server.public_url: must not hold a user or a pass"),
+    ("server: {public_url: 'https://h/?a=b'}", 'server.public_url: must not hold "?" or "#"'),
+    ("server: {public_url: 'https://h:99999'}", "server.public_url: must be a url in ASCII"),
+    ("hosted: {ttl: 0}", "hosted.ttl: must be a time from 1s to 3650d"),
+    ("hosted: {max_bytes: lots}", "hosted.max_bytes: must be a size"),
     ("server: {cors: {origins: https://a.com}}", "server.cors.origins: must be a list"),
     ("server: {cors: {origins: [https://a.com/]}}", "1:27: server.cors.origins[0]: must be the o"),
     ("server: {cors: {origins: [https://A.com]}}", "server.cors.origins[0]: must be the origin of"),
@@ -398,6 +405,27 @@ def test_http_over_a_public_network_needs_a_word(tmp_path: Path) -> None:
     text = "upstreams: {a: {kind: openai, api_keys: [k], base_url: 'http://h.com/v1', %s}}"
     assert "a" in read(tmp_path, text % "allow_http: true").upstreams
     assert len(refusal(tmp_path, text % "allow_http: false")) == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "kept", "warned"),
+    [
+        ("https://images.example.com/", "https://images.example.com", False),
+        ("https://images.example.com/a/b//", "https://images.example.com/a/b", False),
+        ("http://127.0.0.1:8080", "http://127.0.0.1:8080", False),
+        ("http://images.lan", "http://images.lan", False),
+        ("http://images.example.com", "http://images.example.com", True),
+    ],
+)
+def test_where_clients_reach_it(tmp_path: Path, url: str, kept: str, warned: bool) -> None:
+    found = read(tmp_path, f"server: {{public_url: {url}}}")
+    assert found.server.public_url == kept
+    assert found.hosts_pictures
+    said = [str(one) for one in found.warnings if one.path == "server.public_url"]
+    assert len(said) == warned
+    assert not read(tmp_path, "{}").hosts_pictures
+    off = f"{{server: {{public_url: {url}}}, hosted: {{enabled: false}}}}"
+    assert not read(tmp_path, off).hosts_pictures
 
 
 def test_origins_of_pages(tmp_path: Path) -> None:

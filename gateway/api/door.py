@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 STALL_SECONDS = 120.0
 """A client that takes nothing for so long has its connection dropped; its result is kept."""
+NO_CONTENT = (204, 304)
+"""Answers that end with their head, and say no length."""
 HUNG_UP = "gateway.hung_up"
 """In the scope: an event that is set when the client has closed its sending half."""
 CLOSED = "gateway.closed"
@@ -122,7 +124,7 @@ class Door:
             headers.append((b"connection", b"close"))
         if head.length is not None:
             headers.append((b"content-length", str(head.length).encode("ascii")))
-        else:
+        elif head.status not in NO_CONTENT:
             # The second one is for nginx, which would else keep events until a buffer is full.
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
         await self._put({"type": "http.response.start", "status": head.status, "headers": headers})
@@ -173,6 +175,16 @@ class Door:
             raise ClientGone("stalled") from None
         except OSError:
             raise ClientGone("response") from None
+
+
+def opened_to_read(scope: Scope, receive: Receive, send: Send) -> tuple[Door, Mapping[str, str]]:
+    """The door of a question that has no body, and its headers, names in lower case."""
+    door = Door(scope, receive, send)
+    headers = {
+        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+    }
+    door.ignore_body(headers.get("content-length", "0") != "0" or "transfer-encoding" in headers)
+    return door, headers
 
 
 async def deliver(rid: str, head: Head, door: Door) -> None:

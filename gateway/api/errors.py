@@ -18,7 +18,7 @@ MAX_PATH = 200
 """Characters of a path that an error repeats."""
 SERVED = (
     "/v1/images/generations, /v1/images/edits, /v1/images/estimate, /v1/images/results/{id}, "
-    "/v1/files, /v1/moderations, /v1/content_provenance_checks and /v1/models"
+    "/v1/models, /v1/responses, /v1/files, /v1/moderations and /v1/content_provenance_checks"
 )
 NOT_HERE: Mapping[str, str] = MappingProxyType(
     {
@@ -34,7 +34,6 @@ NOT_HERE: Mapping[str, str] = MappingProxyType(
         "fine_tuning": "fine-tuning",
         "organization": "an organization's administration",
         "realtime": "realtime sessions",
-        "responses": "responses",
         "threads": "threads",
         "uploads": "uploads",
         "vector_stores": "vector stores",

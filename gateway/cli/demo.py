@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -40,6 +41,12 @@ from openai import OpenAI
 image = OpenAI().images.generate(model="{MODEL}", prompt="{PROMPT}", quality="low")
 with open("{PICTURE}", "wb") as file:
     file.write(base64.b64decode(image.data[0].b64_json))
+"""
+AS_A_URL = f"""\
+image = OpenAI().images.generate(
+    model="{MODEL}", prompt="{PROMPT}", quality="low", response_format="url"
+)
+print(image.data[0].url)
 """
 
 CONFIG = """\
@@ -123,9 +130,12 @@ def _check_openai_key(secret: str) -> None:
 async def _run(settings: Settings, home: Path, port: int, *, free: bool) -> None:
     async with contextlib.AsyncExitStack() as stack:
         listening = stack.enter_context(open_socket("127.0.0.1", port, next_free=True))
+        origin = origin_of(listening)
+        if settings.server.public_url is None:
+            settings = replace(settings, server=replace(settings.server, public_url=origin))
         gateway = await stack.enter_async_context(open_gateway(settings, SystemClock()))
         secret = await _new_key(settings, gateway)
-        base_url = f"{origin_of(listening)}/v1"
+        base_url = f"{origin}/v1"
         main = server(
             gateway.app,
             drain_seconds=settings.server.drain_seconds,
@@ -157,13 +167,15 @@ async def _new_key(settings: Settings, gateway: Gateway) -> str:
 
 
 async def _show_a_picture(base_url: str, secret: str, home: Path) -> None:
-    """Runs the example that is printed below it, as a team would, with the real SDK."""
+    """Runs the example that is printed below it, as a team would, with the real SDK; then asks for
+    the same picture as a url, which buys nothing."""
     began = SystemClock().monotonic()
     example = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        EXAMPLE,
+        EXAMPLE + AS_A_URL,
         cwd=home,
+        stdout=asyncio.subprocess.PIPE,
         env={
             **os.environ,
             "OPENAI_BASE_URL": base_url,
@@ -171,12 +183,14 @@ async def _show_a_picture(base_url: str, secret: str, home: Path) -> None:
             "NO_PROXY": "127.0.0.1",
         },
     )
-    if await example.wait():
+    url, _ = await example.communicate()
+    if example.returncode:
         fail("the picture did not come back; what went wrong stands above", EXIT_FAILED)
     seconds = SystemClock().monotonic() - began
     click.echo(
         f"A picture came back in {seconds:.1f} s: {(home / PICTURE).resolve()}\n"
-        "The sandbox drew it on this machine; nothing was bought."
+        "The sandbox drew it on this machine; nothing was bought.\n"
+        f"The same as a url, for a browser: {url.decode().strip()}"
     )
 
 

@@ -53,6 +53,8 @@ def kept_in(settings: Settings) -> list[Kept]:
         most += settings.cache.max_bytes
     if on_disk and settings.results.enabled:
         most += settings.results.max_bytes
+    if on_disk and settings.hosts_pictures:
+        most += settings.hosted.max_bytes
     found.append(Kept("storage.blobs", storage.blobs, most))
     found.append(Kept("ledger.spool", settings.ledger.spool, lasting=True))
     return found
@@ -94,7 +96,8 @@ def look(kept: Kept, clock: Clock) -> Finding:
         if free + used < kept.most_bytes:
             return topic.warn(
                 f"{said}, and {sized(kept.most_bytes)} may be wanted",
-                "lower server.spool_bytes, cache.max_bytes and results.max_bytes, or make room",
+                "lower server.spool_bytes, cache.max_bytes, results.max_bytes and "
+                "hosted.max_bytes, or make room",
             )
         said += f", at most {sized(kept.most_bytes)} wanted"
     return topic.ok(said)

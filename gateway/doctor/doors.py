@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gateway.doctor.finding import Check, Topic
+from gateway.relay.hosting import HOSTED
 from gateway.settings import Settings
 
 LONG_PICTURE_SECONDS = 300
@@ -81,6 +82,13 @@ async def doors(settings: Settings) -> Check:
         yield topic.ok(
             "empty: X-Forwarded-For is not believed; behind a proxy its address is logged"
         )
+    topic = Topic("doors", "server.public_url")
+    if server.public_url is None:
+        yield topic.ok("not set: response_format=url is refused, with this setting's name")
+    elif settings.hosts_pictures:
+        yield topic.ok(f"pictures are fetched below {server.public_url}{HOSTED}, with no key")
+    else:
+        yield topic.ok("set, and hosted.enabled is false: response_format=url is refused")
     topic = Topic("doors", "server.metrics_port")
     if server.metrics_port is None:
         yield topic.ok(

@@ -323,7 +323,7 @@ class UpstreamUnanswered(UpstreamFault):
     """Something that costs nothing was sent, and no whole answer came. It may have been done."""
 
     code = "upstream_no_answer"
-    reason = "upstream_unknown"
+    reason = "upstream_no_answer"
 
 
 class UpstreamUnknown(UpstreamFault):

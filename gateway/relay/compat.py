@@ -23,6 +23,9 @@ from gateway.relay.read import duplicate, missing
 
 QUALITIES: Mapping[str, str] = {"standard": "medium", "hd": "high"}
 """Those of dall-e-3, and what the contract calls them today (1.2)."""
+URL_BY_DEFAULT = frozenset({"dall-e-2", "dall-e-3"})
+"""Who asks for these by name and says no format expects urls: that was their default
+(openai-python 1.109, ``types.Image.url``)."""
 _ENDINGS: Mapping[str, tuple[str, ...]] = {
     PNG: (".png",),
     JPEG: (".jpg", ".jpeg"),
@@ -82,7 +85,9 @@ def _of_model(call: Call, model: Model) -> Iterator[Change]:
 
 def _answer_as(call: Call, *, hosting: bool) -> AnswerAs:
     """A stream is never answered by urls: who reads events reads base64 from them."""
-    if call.parameters.get("response_format") != AnswerAs.URL or call.stream:
+    asked = call.parameters.get("response_format")
+    expected = asked is None and (call.model_said or call.model) in URL_BY_DEFAULT
+    if call.stream or not (asked == AnswerAs.URL or (expected and hosting)):
         return call.answer_as
     if not hosting:
         raise InvalidRequest(

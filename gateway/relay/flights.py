@@ -28,7 +28,8 @@ Headers: TypeAlias = tuple[tuple[str, str], ...]
 class Head:
     """The beginning of an answer, once it may be sent. ``length`` is None for a stream.
 
-    ``body`` is called at most once; ``close`` is called once, read or not.
+    ``body`` of a stream is called at most once, of anything else as often as it is to be read;
+    ``close`` is called once, read or not.
     """
 
     status: int
@@ -43,7 +44,8 @@ class Shown:
     """An answer that any number of clients may have. ``length`` is None for a stream.
 
     ``headers`` are of the answer, whoever reads it; ``own`` are for whom it was bought. ``body``
-    may be called once a reader; each has called ``share`` before, and ``close`` at its end.
+    of a stream may be called once a reader, else more often; each reader has called ``share``
+    before, and ``close`` at its end.
     """
 
     status: int

@@ -123,6 +123,10 @@ REPLAYED = ("idempotent-replayed", "true")
 """Of an answer that an earlier request under the same Idempotency-Key got."""
 
 
+NOT_HOSTED = ("x-gateway-warning", "the picture could not be put behind a url; it is in b64_json")
+"""Of an answer that is kept nowhere, and whose pictures could not be stored for their urls."""
+
+
 def of_bound(quote: Quote) -> Headers:
     """What a stream can say before its usage is known."""
     return (("x-cost-bound-usd", format_dollars(quote.bound.amount)),)

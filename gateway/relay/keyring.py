@@ -48,6 +48,11 @@ class KeyRing:
         self._move_from = clock.monotonic()
 
     @property
+    def peppers(self) -> keys.Peppers:
+        """What secrets are hashed with, as of now."""
+        return self._peppers
+
+    @property
     def declared(self) -> Declared:
         """The teams and keys of the file, as of now."""
         return self._declared

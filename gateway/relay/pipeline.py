@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
-from gateway.domain.call import Call, Inquiry, Operation
+from gateway.domain.call import AnswerAs, Call, Inquiry, Operation
 from gateway.domain.compat import changed_names
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
 from gateway.domain.ledger import Held, Outcome, Replay
 from gateway.domain.quota import Demand
-from gateway.domain.receipt import Receipt, Timings
+from gateway.domain.receipt import CacheResult, Receipt, Timings
 from gateway.domain.team import Caller
 from gateway.ports import Cached, Clock, FlightNotice, Ledger
 from gateway.relay import headers
@@ -34,6 +34,7 @@ from gateway.relay.comebacks import Comebacks, still_running
 from gateway.relay.drain import shutting_down
 from gateway.relay.estimate import Estimates, estimate_reader
 from gateway.relay.flights import Client, Flight, Flights, Head
+from gateway.relay.hosting import Hosting, NotHosted, not_hosted
 from gateway.relay.joining import Joining, flight_mark
 from gateway.relay.keeping import Keeping
 from gateway.relay.keyring import KeyRing
@@ -77,6 +78,7 @@ class Pipeline:
         comebacks: Comebacks,
         joining: Joining,
         results: Results,
+        hosting: Hosting | None,
         news: ResultNews | None,
         patience: Patience,
         rules: ReadRules,
@@ -101,6 +103,7 @@ class Pipeline:
         self._comebacks = comebacks
         self._joining = joining
         self._results = results
+        self._hosting = hosting
         self._news = news
         self._patience = patience
         self._rules = rules
@@ -157,7 +160,8 @@ class Pipeline:
             so_far = replace(so_far, user=caller.recorded_user)
             found = remembered(await self._references.resolve(caller, call))
             answer = await self._answer(arrival, caller, found, body, so_far)
-            return replace(answer, head=headers.with_changes(answer.head, call))
+            answer = replace(answer, head=headers.with_changes(answer.head, call))
+            return await self._as_asked(arrival, call, answer)
         except GatewayError as error:
             return ended(so_far, error, (*await self._unspent(caller, error), *changed))
         finally:
@@ -197,6 +201,35 @@ class Pipeline:
             except KeyTaken as taken:
                 vacant.discard(taken.claimed.rid)
                 log.debug("an Idempotency-Key was taken meanwhile", extra={"by": taken.claimed.rid})
+
+    async def _as_asked(self, arrival: Arrival, call: Call, answer: Answer) -> Answer:
+        """The answer with urls in place of pictures, where that was asked for. What is bought is
+        booked already, and stays to be had: among the results, or, where it is not kept there, as
+        it is."""
+        head = answer.head
+        pictures = head.status == 200 and head.length is not None
+        if self._hosting is None or call.answer_as is not AnswerAs.URL or not pictures:
+            return answer
+        try:
+            return replace(answer, head=await self._hosting.hosted(head))
+        except NotHosted as why:
+            log.warning(
+                "a picture cannot be put behind a url",
+                extra={"request_id": arrival.rid, "error": str(why)},
+            )
+        except BaseException:
+            head.close()
+            answer.done(False)
+            raise
+        head = headers.with_changes(head, replace(call, answer_as=AnswerAs.B64))
+        said = dict(head.headers)
+        cached = said.get("x-cache") == CacheResult.HIT.value and headers.REPLAYED[0] not in said
+        if not cached and not self._keeps(arrival):
+            return replace(answer, head=replace(head, headers=(*head.headers, headers.NOT_HOSTED)))
+        head.close()
+        error = not_hosted(arrival.rid, kept=not cached)
+        refusal = headers.error_head(error, arrival.rid, head.headers)
+        return replace(answer, head=refusal, done=lambda delivered: answer.done(False))
 
     async def _buy(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Answer:
         """A flight of its own, and a client that watches it. Raises ``KeyTaken``."""

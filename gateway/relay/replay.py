@@ -7,7 +7,7 @@ source, and the spans are streamed through. Only the small members are written a
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from gateway.domain.call import Operation, Span
@@ -93,6 +93,46 @@ def answer(event: Skimmed) -> Splice | None:
         + b"".join(b"," + member for member in after)
         + b"}",
     )
+
+
+def written(value: Any) -> Splice:
+    """A skimmed value as JSON again: each hole is spliced from its place, the rest written anew.
+
+    Raises ``ValueError`` for a number that JSON does not have, and where the holes do not ascend:
+    a name that stood twice counts where it stood first.
+    """
+    found: list[bytes | Span] = []
+    literal = bytearray()
+    end = 0
+    for part in _parts(value):
+        if not isinstance(part, Span):
+            literal += part
+            continue
+        if part.start < end:
+            raise ValueError("the holes of a document must ascend")
+        end = part.end
+        found += [bytes(literal), part]
+        literal.clear()
+    return (*found, bytes(literal))
+
+
+def _parts(value: Any) -> Iterator[bytes | Span]:
+    if isinstance(value, dict):
+        yield b"{"
+        for index, (name, member) in enumerate(value.items()):
+            yield (b"," if index else b"") + _json(name) + b":"
+            yield from _parts(member)
+        yield b"}"
+    elif isinstance(value, list):
+        yield b"["
+        for index, member in enumerate(value):
+            yield b"," if index else b""
+            yield from _parts(member)
+        yield b"]"
+    elif isinstance(value, Hole):
+        yield from _string(value)
+    else:
+        yield _json(value)
 
 
 def length(splice: Splice) -> int:

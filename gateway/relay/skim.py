@@ -87,7 +87,8 @@ class Hole:
     first raw bytes of it, escapes as they came. ``digest`` is the hex SHA-256 of the raw content,
     empty unless digests were asked for. ``escaped`` says whether a backslash occurs in it.
     ``base64`` is True only if that was asked for and the string (after the first comma, where it
-    starts with ``data:``) is strict base64 with correct padding, without any escape.
+    starts with ``data:``) is strict base64 with correct padding, without any escape; ``padding``
+    then says with how many ``=`` it ends.
     """
 
     start: int
@@ -96,6 +97,7 @@ class Hole:
     digest: str
     escaped: bool
     base64: bool
+    padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -428,6 +430,7 @@ class JsonSkimmer:
                 digest="" if self._hash is None else self._hash.hexdigest(),
                 escaped=self._escaped,
                 base64=self._base64 is not None and self._base64.valid(),
+                padding=0 if self._base64 is None else self._base64.padding,
             )
         )
         self._heads += len(self._head)
@@ -472,13 +475,13 @@ class JsonSkimmer:
 class _Base64Watch:
     """Whether a string, seen in parts, is base64 or a data URL of base64."""
 
-    __slots__ = ("_characters", "_good", "_padding", "_payload", "_start")
+    __slots__ = ("_characters", "_good", "_payload", "_start", "padding")
 
     def __init__(self) -> None:
         self._start = b""
         self._payload = False
         self._characters = 0
-        self._padding = 0
+        self.padding = 0
         self._good = True
 
     def feed(self, part: bytes) -> None:
@@ -496,14 +499,14 @@ class _Base64Watch:
                 part = part[comma + 1 :]
             self._payload = True
         rest = part.translate(None, _BASE64)
-        if rest.strip(b"=") or not part.endswith(rest) or (self._padding and rest != part):
+        if rest.strip(b"=") or not part.endswith(rest) or (self.padding and rest != part):
             self._good = False
-        self._padding += len(rest)
+        self.padding += len(rest)
         self._characters += len(part)
 
     def valid(self) -> bool:
         whole = self._characters > 0 and self._characters % 4 == 0
-        return self._good and self._payload and whole and self._padding <= 2
+        return self._good and self._payload and whole and self.padding <= 2
 
 
 class _Refused(Exception):

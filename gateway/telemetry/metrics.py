@@ -77,7 +77,7 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "to": Label("the configured name of the model that was asked instead"),
     "upstream": Label("the configured name"),
     "key": Label("the number of the upstream's key; `-` where it needs none"),
-    "endpoint": Label("", ("generation", "edit", "estimate", *Passage)),
+    "endpoint": Label("", ("generation", "edit", "response", "estimate", *Passage)),
     "cache": Label("", ("hit", "miss", "off", "join")),
     "result": Label("", ("hit", "miss", "off", "join")),
     "modality": Label("", ("text", "image", "cached_text", "cached_image")),
@@ -118,6 +118,9 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "gateway_ledger_seconds.operation": Label("", ("reserve", "reroute", "settle")),
     "gateway_cache_errors_total.operation": Label("", ("store",)),
     "gateway_results_errors_total.operation": Label("", ("store",)),
+    "gateway_hosted_total.outcome": Label("", (
+        "stored", "failed", "served", "not_found", "unavailable")),
+    "gateway_hosted_errors_total.operation": Label("", ("store",)),
     "gateway_webhook_total.outcome": Label("", ("delivered", "failed")),
     "gateway_result_news_total.outcome": Label("", ("delivered", "abandoned")),
     "gateway_results_total.outcome": Label("", (
@@ -306,6 +309,18 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
              mode="livesum"),
         Spec("gateway_results_errors_total", Kind.COUNTER, ("operation",),
              "Operations of the store of results that failed; that result may be lost."),
+        Spec("gateway_hosted_total", Kind.COUNTER, ("outcome",),
+             "Pictures behind urls: stored; failed, of an answer whose pictures could not be; and "
+             "what their urls were answered with: served, not_found (forged or over, mostly), or "
+             "unavailable."),
+        Spec("gateway_hosted_bytes", Kind.GAUGE, ("where",),
+             "Bytes of pictures behind urls kept by this process on disk, where they are there.",
+             mode="livesum"),
+        Spec("gateway_hosted_sent_bytes_total", Kind.COUNTER, (),
+             "Bytes sent to those who fetched pictures by their urls."),
+        Spec("gateway_hosted_errors_total", Kind.COUNTER, ("operation",),
+             "Operations of the store of pictures behind urls that failed; that picture may be "
+             "lost to its url."),
         Spec("gateway_result_news_total", Kind.COUNTER, ("outcome",),
              "Messages of asynchronous requests that are over: delivered, or abandoned."),
         Spec("gateway_result_news_waiting", Kind.GAUGE, (),

@@ -124,6 +124,10 @@ def test_from_a_taken_port_to_a_revoked_key(tmp_path: Path) -> None:
             assert re.match(r"A picture came back in \d+\.\d s: ", first.output)
             assert str(picture.resolve()) in first.output
             assert picture.read_bytes().startswith(PNG)
+            [url] = re.findall(r"^The same as a url, for a browser: (\S+)$", first.output, re.M)
+            with urllib.request.urlopen(url, timeout=10) as shown:
+                assert shown.headers["content-type"] == "image/png"
+                assert shown.read() == picture.read_bytes()
 
             for example in (
                 first.example("With curl", "With Python"),

@@ -973,6 +973,9 @@ async def test_the_chain_of_time_outs(tmp_path: Path, sandbox: SandboxServer) ->
                  "keep_alive_seconds is 75", "max_wait_seconds (500)"):  # fmt: skip
         assert word in told
     assert said.the(WARN, "doors", "trusted_proxies").says.startswith("0.0.0.0/0 is nearly every")
+    changes = {"server": {"public_url": "https://images.test"}}
+    said = await look_at(tmp_path, sandbox.base_url, changes, offline=True)
+    assert "https://images.test/v1/images/hosted/" in said.the(OK, "doors", "public_url").says
     said = await look_at(tmp_path, sandbox.base_url, offline=True)
     assert said.bad("time-outs") == said.bad("doors") == []
     answer, end = said.of("time-outs")

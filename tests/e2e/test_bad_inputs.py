@@ -350,7 +350,7 @@ async def test_16_types_are_strict_where_money_depends_on_them(gateway: GatewayU
             invalid("prompt", None, "missing_required_parameter"),
             invalid("prompt", "", "missing_required_parameter"),
             invalid("model", "m" * 257, "invalid_value"),
-            Refusal(b"{}", 400, "missing_required_parameter", "model"),
+            Refusal(b"{}", 400, "missing_required_parameter", "prompt"),
             Refusal(b'{"model":"m"}', 400, "missing_required_parameter", "prompt"),
         ],
     )
@@ -819,9 +819,9 @@ async def test_24_what_is_not_known_is_for_the_upstream(gateway: GatewayUnderTes
         for content, kind in (
             (b"\0\0\0\x1cftypavif\0\0\0\0", "image/avif"),
             (b"anything", "image/png"),
-            (PNG, "application/octet-stream"),
+            (b"anything", "application/octet-stream"),
             (PNG, "text/plain"),
-            (PNG, ""),
+            (b"anything", ""),
         )
     ]
     answers = await pass_on(gateway, bodies, EDITS, [FORM])

@@ -171,18 +171,20 @@ async def test_what_the_sdk_sends_arrives_byte_for_byte(
 
 @pytest.mark.parametrize("image", [PICTURE, io.BytesIO(PICTURE)], ids=["bytes", "BytesIO"])
 async def test_a_file_without_a_type_is_for_the_upstream_to_refuse(
-    gateway: GatewayUnderTest, image: Any
+    start: Start, image: Any
 ) -> None:
-    async with gateway.sdk() as sdk:
-        with pytest.raises(openai.BadRequestError) as refused:
-            await sdk.images.edit(model=MODEL, image=image, prompt="p", quality="low")
-    assert refused.value.code == "unsupported_file_mimetype"
-    assert refused.value.param == "image"
-    record = only(gateway.sandbox.journal)
-    assert list(record.files) == [arrived(PICTURE, "image", "upload", "application/octet-stream")]
-    assert record.status == 400
-    assert await gateway.usage() == []
-    assert (await gateway.metrics())["gateway_ledger_open_holds"] == 0
+    async with start({"compat": {"media_types": False}}) as gateway:
+        async with gateway.sdk() as sdk:
+            with pytest.raises(openai.BadRequestError) as refused:
+                await sdk.images.edit(model=MODEL, image=image, prompt="p", quality="low")
+        assert refused.value.code == "unsupported_file_mimetype"
+        assert refused.value.param == "image"
+        record = only(gateway.sandbox.journal)
+        octets = arrived(PICTURE, "image", "upload", "application/octet-stream")
+        assert list(record.files) == [octets]
+        assert record.status == 400
+        assert await gateway.usage() == []
+        assert (await gateway.metrics())["gateway_ledger_open_holds"] == 0
 
 
 @pytest.mark.parametrize("layer", ["mask", "markup"])

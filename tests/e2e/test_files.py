@@ -600,3 +600,15 @@ async def test_nothing_is_asked_while_the_store_is_away(
                 assert refused.value.status_code == 503
         assert asked_of(sandbox) == before
         assert (await sdk.files.retrieve(made.id)).id == made.id
+
+
+async def test_a_download_that_is_cut_looks_cut(
+    gateway: GatewayUnderTest, sandbox: SandboxServer
+) -> None:
+    async with gateway.sdk() as sdk, gateway.http() as http:
+        made = await uploaded(sdk)
+        sandbox.rules.add(Rule(path="/files/*/content", cut_after_bytes=10))
+        with pytest.raises(httpx.RemoteProtocolError):
+            await http.get(f"/files/{made.id}/content")
+    _, (receipt, delivery) = await gateway.told.until(2)
+    assert (receipt.status, delivery.gone) == (200, "broken")

@@ -114,7 +114,7 @@ async def test_an_alias_is_spliced_and_nothing_else_changes(gateway: GatewayUnde
     assert record.body == body.replace(ALIAS.encode(), MODEL.encode())
 
 
-async def test_every_parameter_of_the_contract_arrives(gateway: GatewayUnderTest) -> None:
+async def test_every_parameter_of_the_contract_arrives(start: Start) -> None:
     everything: dict[str, Any] = {
         "prompt": 'Ein Leuchtturm bei Sturm, 灯塔 \U0001f5fc "quoted" \\ \n',
         "model": ALIAS,
@@ -136,10 +136,10 @@ async def test_every_parameter_of_the_contract_arrives(gateway: GatewayUnderTest
         "response_format": "b64_json",
         "style": "vivid",
     }
-    answers(gateway, an_answer())
-    async with gateway.sdk() as sdk:
+    async with start({"compat": False}) as gateway, gateway.sdk() as sdk:
+        answers(gateway, an_answer())
         await sdk.images.generate(**everything)
-    [record] = gateway.sandbox.journal
+        [record] = gateway.sandbox.journal
     assert json.loads(record.body) == {**everything, "model": MODEL}
 
 
@@ -739,7 +739,7 @@ async def test_the_gateway_refuses_only_what_it_must(gateway: GatewayUnderTest) 
 
 async def test_strict_models_refuse_before_anything_is_sent(start: Start) -> None:
     strict = {"gpt-image-2": {"upstream": "openai", "validate": "strict"}}
-    async with start({"models": strict}) as gateway:
+    async with start({"models": strict, "compat": False}) as gateway:
         error = await failing(gateway.sdk(), model="gpt-image-2", size="512x512")
         assert error.status_code == 400
         assert error.message.endswith(

@@ -334,7 +334,8 @@ async def test_a_known_endpoint_of_openais_says_why_it_is_not_here(
         assert raised.value.body == {
             "message": "This gateway serves images only, not chat completions: "
             "/v1/chat/completions. It answers /v1/images/generations, /v1/images/edits, "
-            "/v1/images/estimate, /v1/images/results/{id} and /v1/models.",
+            "/v1/images/estimate, /v1/images/results/{id}, /v1/models, /v1/responses, /v1/files, "
+            "/v1/moderations and /v1/content_provenance_checks.",
             "type": "invalid_request_error",
             "param": None,
             "code": "unknown_url",

@@ -100,6 +100,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "Name a smaller size or quality.",
         ("InvalidRequest", "missing_required_parameter"): "`param` says which.",
         ("InvalidRequest", "mixed_upstreams"): "One request names files of two upstreams.",
+        ("InvalidRequest", "model_not_found"): "The model of a response's image tool is not served "
+        "where the response's own model is. Name another one.",
         ("InvalidRequest", "model_not_priced"): "The operator adds a price, or says `unpriced: "
         "allow`.",
         ("InvalidRequest", "prompt_too_long"): "Shorten it.",
@@ -132,6 +134,9 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("NotServed", "endpoint_retired"): "OpenAI has retired `/v1/images/variations`. "
         "`/v1/images/edits` takes a picture and a prompt.",
         ("NotServed", "method_not_allowed"): "The path is right, the method is not.",
+        ("NotServed", "picture_not_found"): "The url of a picture is not complete, or its time is "
+        "over (`hosted.ttl`). Ask for the picture again.",
+        ("NotServed", "range_not_satisfiable"): "The `Range` begins behind the picture's end.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
         "the route takes one, without a `Content-Encoding`.",
@@ -186,6 +191,15 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "request id.",
         ("LedgerUnavailable", "ledger_unavailable"): "The database is away: nothing is bought that "
         "cannot be booked.",
+        (
+            "Overloaded",
+            "hosted_unavailable",
+        ): "Where hosted pictures are kept is away; the picture is not lost.",
+        (
+            "Overloaded",
+            "picture_not_hosted",
+        ): "The picture is made and could not be put behind a "
+        "url (a full disk, a Redis that is away). The message says how it is had without one.",
         ("Overloaded", "overloaded"): "No place for another request, connection or picture came "
         "free in time.",
         ("Overloaded", "results_unavailable"): "Where results are kept is away; the result is not "
@@ -241,7 +255,8 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "`model=...`; a name alone was left out: `style`",
         "sunset": "the day on which the model that was asked for ends, where that is within 30 "
         "days (RFC 8594)",
-        "x-gateway-warning": "the same in words, and what to ask for instead",
+        "x-gateway-warning": "what the client should know of this answer: that the model ends, and "
+        "what takes its place; that a picture could not be put behind a url",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
         "retry-after": "seconds; `retry-after-ms` beside it",
@@ -249,6 +264,8 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "`Idempotency-Key` got",
         "preference-applied": "`respond-async`: of a 202",
         "x-accel-buffering": "`no`, on streams: for nginx",
+        "x-content-type-options": "`nosniff`, of pictures that are fetched by their urls, "
+        "and of files",
     }
 )
 REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(

@@ -164,6 +164,18 @@ def test_a_url_is_handed_over_where_it_can_be() -> None:
     assert mended(generation(response_format="url"), compat=off, hosting=False).changes == ()
 
 
+@pytest.mark.parametrize("name", ["dall-e-2", "dall-e-3"])
+def test_who_asks_for_dall_e_and_for_no_format_expects_urls(name: str) -> None:
+    """LangChain's wrapper for Python reads nothing else, and never says so."""
+    asked = generation(model=name)
+    assert mended(asked).answer_as is AnswerAs.URL
+    assert mended(asked, hosting=False).answer_as is AnswerAs.B64
+    assert mended(generation(model=name, stream=True)).answer_as is AnswerAs.B64
+    assert mended(generation(model=name, response_format="b64_json")).answer_as is AnswerAs.B64
+    off = replace(Compat(), response_format=False)
+    assert mended(asked, compat=off).answer_as is AnswerAs.B64
+
+
 @pytest.mark.parametrize(
     ("size", "served"),
     [

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gateway.domain.call import Inquiry, Operation
+from gateway.domain.call import Inquiry, Operation, Passage
 from gateway.domain.errors import Fault
 from gateway.domain.quota import Window
 from gateway.domain.receipt import CacheResult
@@ -61,7 +61,7 @@ def test_whatever_has_a_unit_says_it() -> None:
 @pytest.mark.parametrize(
     ("label", "values"),
     [
-        ("endpoint", {*Operation, *Inquiry}),
+        ("endpoint", {*Operation, *Inquiry, *Passage}),
         ("cache", set(CacheResult)),
         ("result", set(CacheResult)),
         ("class", set(Failure)),

@@ -387,6 +387,20 @@ async def test_an_answer_that_breaks(answer: bytes | None, status: int, reason: 
     assert error.evidence is Evidence.BILLED
 
 
+@pytest.mark.parametrize("proxied", [False, True])
+async def test_a_file_may_be_larger_than_a_picture(proxied: bool) -> None:
+    answer = HEAD + b"content-length: 2000\r\n\r\n" + b"x" * 2000
+    async with raw_server(answering(answer)) as server:
+        proxy = {"proxy": f"http://127.0.0.1:{server.port}"} if proxied else {}
+        used = account(server.port, max_response_bytes=1000, **proxy)
+        sent = replace(outgoing(), max_response_bytes=2000)
+        assert await whole(await used.send(sent, "1")) == b"x" * 2000
+        with pytest.raises(UpstreamBroken) as broken:
+            await whole(await used.send(outgoing(), "1"))
+        assert broken.value.reason == "too_large"
+        await used.aclose()
+
+
 _raw = zlib.compressobj(wbits=-15)
 RAW_DEFLATE = _raw.compress(b"a picture" * 1000) + _raw.flush()
 
