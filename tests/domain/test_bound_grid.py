@@ -156,7 +156,8 @@ def quarter_more(model: str, amount: int) -> int:
 
 
 def test_the_grid_covers_every_model_of_the_list_and_the_extremes() -> None:
-    assert {row.model for row in ROWS} == FAMILIES.keys()
+    drawing = {row.model for row in ROWS if row.price.knows("1024x1024", "auto")}
+    assert drawing == FAMILIES.keys()
     assert len(LEGAL) >= 200
     assert {f"{w}x{h}" for w, h in ALL_LEGAL} >= set(LEGAL)
     pixels = [w * h for w, h in (map(int, size.split("x")) for size in LEGAL)]

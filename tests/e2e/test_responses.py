@@ -16,7 +16,7 @@ from openai import AsyncOpenAI
 from openai.types.responses import Response
 
 from gateway.domain.ledger import Outcome
-from gateway.domain.money import format_dollars
+from gateway.domain.money import format_dollars, say_dollars
 from gateway.domain.receipt import Receipt
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
@@ -251,6 +251,8 @@ async def test_a_budget_without_room_refuses_with_the_whole_bound(
             await drawn(sdk)
         assert refused.value.code == "insufficient_quota"
         assert len(sandbox.journal) == 0
+        ((receipt, _),) = await gateway.told.until(1)
+        assert f"could cost up to {say_dollars(receipt.bound)}" in refused.value.message
         response = await drawn(sdk, max_tool_calls=1, max_output_tokens=2_000)
         assert response.status == "completed"
 
