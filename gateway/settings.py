@@ -902,6 +902,15 @@ class Results:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hosted:
+    """Pictures as urls: each may be fetched for ``ttl``; ``max_bytes`` is on disk."""
+
+    enabled: bool = setting(boolean, True)
+    ttl: timedelta = setting(duration, timedelta(hours=1))
+    max_bytes: int = setting(size, 10 * 1024 * MIB)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Responses:
     """``/v1/responses``. ``max_output_tokens`` and ``max_tool_calls`` are filled in where a request
     leaves them open, and the most that it may say; ``keep`` is how long its ids are known."""
@@ -932,15 +941,6 @@ class CheckSettings:
 
     enabled: bool = setting(boolean, True)
     upstream: str | None = setting(optional(_named_upstream), None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hosted:
-    """Pictures as urls: each may be fetched for ``ttl``; ``max_bytes`` is on disk."""
-
-    enabled: bool = setting(boolean, True)
-    ttl: timedelta = setting(duration, timedelta(hours=1))
-    max_bytes: int = setting(size, 10 * 1024 * MIB)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -1264,11 +1264,11 @@ class _Document:
     prices: Prices = group(record(Prices), Prices())
     cache: CacheSettings = group(record(CacheSettings), CacheSettings())
     results: Results = group(record(Results), Results())
+    hosted: Hosted = group(record(Hosted), Hosted())
     users: Users = group(record(Users), Users())
     files: FileSettings = group(record(FileSettings), FileSettings())
     moderations: CheckSettings = group(record(CheckSettings), CheckSettings())
     provenance: CheckSettings = group(record(CheckSettings), CheckSettings())
-    hosted: Hosted = group(record(Hosted), Hosted())
     teams: dict[str, _TeamEntry] | None = group(mapping(record(_TeamEntry), _team_objection), None)
     admin: Admin = group(record(Admin), Admin())
     notify: Notify = group(record(Notify), Notify())
@@ -1287,11 +1287,11 @@ _OVERRIDABLE = MappingProxyType(
         "prices": names_of(Prices),
         "cache": names_of(CacheSettings),
         "results": names_of(Results),
+        "hosted": names_of(Hosted),
         "users": names_of(Users),
         "files": names_of(FileSettings),
         "moderations": names_of(CheckSettings),
         "provenance": names_of(CheckSettings),
-        "hosted": names_of(Hosted),
         "admin": names_of(Admin),
         "notify": names_of(Notify),
         "responses": names_of(Responses),
@@ -1345,11 +1345,11 @@ class Settings:
     prices: Prices
     cache: CacheSettings
     results: Results
+    hosted: Hosted
     users: Users
     files: FileSettings
     moderations: CheckSettings
     provenance: CheckSettings
-    hosted: Hosted
     teams: Mapping[str, Team]
     declared_keys: tuple[DeclaredKey, ...]
     notify: Notify
@@ -1546,11 +1546,11 @@ def _settle(path: Path, document: _Document, root: Node, spot: Spot) -> Settings
         prices=document.prices,
         cache=document.cache,
         results=document.results,
+        hosted=document.hosted,
         users=document.users,
         files=document.files,
         moderations=document.moderations,
         provenance=document.provenance,
-        hosted=document.hosted,
         teams=MappingProxyType({name: _team(name, entry) for name, entry in teams.items()}),
         declared_keys=tuple(
             _declared(name, key, key.key.value)

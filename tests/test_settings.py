@@ -138,6 +138,13 @@ MISTAKES = [
     ("server: {trusted_proxies: [10.0.0.1/8]}", "1:28: server.trusted_proxies[0]: has bits set "
      "after its prefix: write 10.0.0.0/8"),
     ('server: {trusted_proxies: ["*"]}', "server.trusted_proxies[0]: must be an address or a netw"),
+    ("server: {public_url: images.test}", "server.public_url: must be the url that clients reach"),
+    ("server: {public_url: 'https://h/v1/'}", "server.public_url: must not end in /v1"),
+    ("server: {public_url: 'https://a:b@h'}", "server.public_url: must not hold a user or a pass"),
+    ("server: {public_url: 'https://h/?a=b'}", 'server.public_url: must not hold "?" or "#"'),
+    ("server: {public_url: 'https://h:99999'}", "server.public_url: must be a url in ASCII"),
+    ("hosted: {ttl: 0}", "hosted.ttl: must be a time from 1s to 3650d"),
+    ("hosted: {max_bytes: lots}", "hosted.max_bytes: must be a size"),
     ("server: {cors: {origins: https://a.com}}", "server.cors.origins: must be a list"),
     ("server: {cors: {origins: [https://a.com/]}}", "1:27: server.cors.origins[0]: must be the o"),
     ("server: {cors: {origins: [https://A.com]}}", "server.cors.origins[0]: must be the origin of"),
@@ -146,13 +153,6 @@ MISTAKES = [
     ("server: {cors: {origins: [null]}}", "server.cors.origins[0]: needs a value"),
     ("server: {cors: {max_age: 0}}", "server.cors.max_age: must be a time from 1s"),
     ("server: {cors: {credentials: true}}", "server.cors.credentials: "),
-    ("server: {public_url: images.test}", "server.public_url: must be the url that clients reach"),
-    ("server: {public_url: 'https://h/v1/'}", "server.public_url: must not end in /v1"),
-    ("server: {public_url: 'https://a:b@h'}", "server.public_url: must not hold a user or a pass"),
-    ("server: {public_url: 'https://h/?a=b'}", 'server.public_url: must not hold "?" or "#"'),
-    ("server: {public_url: 'https://h:99999'}", "server.public_url: must be a url in ASCII"),
-    ("hosted: {ttl: 0}", "hosted.ttl: must be a time from 1s to 3650d"),
-    ("hosted: {max_bytes: lots}", "hosted.max_bytes: must be a size"),
     ("server: {port: 81, metrics_port: 81}", "1:34: server.metrics_port: is the same as"),
     # references
     ('server: {host: "${HOST}"}', "1:16: server.host: the environment variable HOST is not set: "
@@ -407,15 +407,6 @@ def test_http_over_a_public_network_needs_a_word(tmp_path: Path) -> None:
     assert len(refusal(tmp_path, text % "allow_http: false")) == 1
 
 
-def test_origins_of_pages(tmp_path: Path) -> None:
-    origins = ["https://a.com", "https://b-c.a.com:8443", "http://localhost:5173"]
-    origins += ["http://127.0.0.1", "http://[::1]:3000", "*"]
-    cors = read(tmp_path, f"server: {{cors: {{origins: {json.dumps(origins)}}}}}").server.cors
-    assert cors.origins == tuple(origins)
-    assert cors.max_age == timedelta(minutes=10)
-    assert read(tmp_path, "").server.cors.origins == ()
-
-
 @pytest.mark.parametrize(
     ("url", "kept", "warned"),
     [
@@ -435,6 +426,15 @@ def test_where_clients_reach_it(tmp_path: Path, url: str, kept: str, warned: boo
     assert not read(tmp_path, "{}").hosts_pictures
     off = f"{{server: {{public_url: {url}}}, hosted: {{enabled: false}}}}"
     assert not read(tmp_path, off).hosts_pictures
+
+
+def test_origins_of_pages(tmp_path: Path) -> None:
+    origins = ["https://a.com", "https://b-c.a.com:8443", "http://localhost:5173"]
+    origins += ["http://127.0.0.1", "http://[::1]:3000", "*"]
+    cors = read(tmp_path, f"server: {{cors: {{origins: {json.dumps(origins)}}}}}").server.cors
+    assert cors.origins == tuple(origins)
+    assert cors.max_age == timedelta(minutes=10)
+    assert read(tmp_path, "").server.cors.origins == ()
 
 
 def test_the_file_of_the_house(tmp_path: Path) -> None:
@@ -1052,11 +1052,10 @@ def test_several_upstreams_of_a_model(tmp_path: Path) -> None:
     models = made.catalogue.models
     assert models["plain"].targets == (Target("one", "plain", 1),)
     assert models["list"].targets == (Target("one", "flare", 1), Target("two", "dep-1", 2, 2))
-    always = {"stream_always": True}
     assert models["order"].targets == (
-        Target("one", "order", 9, **always),
-        Target("two", "order", 2, **always),
-        Target("one", "x", 3, **always),
+        Target("one", "order", 9, stream_always=True),
+        Target("two", "order", 2, stream_always=True),
+        Target("one", "x", 3, stream_always=True),
     )
     assert models["order"].fallbacks == ("plain", "list")
     assert [target.stream_always for target in models["mixed"].targets] == [True, False]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, MutableMapping
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
@@ -175,6 +175,16 @@ class Door:
             raise ClientGone("stalled") from None
         except OSError:
             raise ClientGone("response") from None
+
+
+def opened_to_read(scope: Scope, receive: Receive, send: Send) -> tuple[Door, Mapping[str, str]]:
+    """The door of a question that has no body, and its headers, names in lower case."""
+    door = Door(scope, receive, send)
+    headers = {
+        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+    }
+    door.ignore_body(headers.get("content-length", "0") != "0" or "transfer-encoding" in headers)
+    return door, headers
 
 
 async def deliver(rid: str, head: Head, door: Door) -> None:

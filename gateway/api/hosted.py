@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Protocol
 
-from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
+from gateway.api.door import Receive, Scope, Send, deliver, new_request_id, opened_to_read
 from gateway.api.ranges import Unsatisfiable, names, part_of, still
 from gateway.domain.errors import GatewayError, Internal, NotServed, Overloaded
 from gateway.relay import replay
@@ -71,13 +71,7 @@ class HostedRoutes:
         """From the request line to the last byte; the name is what follows ``HOSTED`` in the
         path. Every answer has a request id of its own."""
         own = new_request_id()
-        door = Door(scope, receive, send)
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1")
-            for name, value in scope["headers"]
-        }
-        length = headers.get("content-length", "0")
-        door.ignore_body(length != "0" or "transfer-encoding" in headers)
+        door, headers = opened_to_read(scope, receive, send)
         try:
             head = await self._answer(own, scope, headers)
             try:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Protocol
 
 from gateway.api import auth
-from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
+from gateway.api.door import Receive, Scope, Send, deliver, new_request_id, opened_to_read
 from gateway.api.prefer import preferences
 from gateway.domain.errors import (
     ClientGone,
@@ -77,13 +77,7 @@ class ResultRoutes:
         Errors have a request id of their own, as every question has one.
         """
         own = new_request_id()
-        door = Door(scope, receive, send)
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1")
-            for name, value in scope["headers"]
-        }
-        length = headers.get("content-length", "0")
-        door.ignore_body(length != "0" or "transfer-encoding" in headers)
+        door, headers = opened_to_read(scope, receive, send)
         try:
             fetched = await self._answer(own, scope, headers, door.client)
             head = fetched.head

@@ -32,7 +32,7 @@ def with_tool(target: Target, tool: Model | None, call: Call) -> Target:
         raise InvalidRequest(
             f"The image tool's {tool.name} is not served by the upstream {target.upstream}, where "
             f"{call.model} is. Name another model in '{param}': GET /v1/models lists yours.",
-            code="model_not_found",
+            code="tool_model_elsewhere",
             param=param,
             reason="invalid_param",
         )

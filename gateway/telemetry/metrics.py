@@ -77,7 +77,7 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "to": Label("the configured name of the model that was asked instead"),
     "upstream": Label("the configured name"),
     "key": Label("the number of the upstream's key; `-` where it needs none"),
-    "endpoint": Label("", ("generation", "edit", "estimate", *Passage)),
+    "endpoint": Label("", ("generation", "edit", "response", "estimate", *Passage)),
     "cache": Label("", ("hit", "miss", "off", "join")),
     "result": Label("", ("hit", "miss", "off", "join")),
     "modality": Label("", ("text", "image", "cached_text", "cached_image")),

@@ -28,7 +28,7 @@ TEXT = "gpt-5-mini"
 SUNBURST = "gpt-image-2.6-sunburst"
 MODELS = {TEXT: {"upstream": "openai"}, SUNBURST: {"upstream": "openai"}}
 SETTINGS: dict[str, Any] = {"models": MODELS}
-TOOL: dict[str, Any] = {
+TOOL: Any = {
     "type": "image_generation",
     "model": MODEL,
     "quality": "low",
@@ -306,9 +306,9 @@ async def test_a_failed_response_is_paid_for_as_it_says(
         # Where it says nothing, nobody knows: the bound, until a later truth corrects it.
         sandbox.rules.add(Rule(times=1, response_status="failed", no_usage=True))
         assert (await drawn(sdk)).status == "failed"
-        await gateway.told.until(2)
-        assert gateway.told.last.outcome is Outcome.UNKNOWN
-        assert gateway.told.last.cost == gateway.told.last.bound
+        (_, (unknown, _)) = await gateway.told.until(2)
+        assert unknown.outcome is Outcome.UNKNOWN
+        assert unknown.cost == unknown.bound
 
 
 async def test_pictures_without_a_bill_cost_the_bound(start: Start, sandbox: SandboxServer) -> None:
@@ -345,9 +345,8 @@ async def test_a_client_that_leaves_in_the_middle_is_still_booked(
     held = Gate()
     sandbox.rules.add(Rule(times=1, wait_for=held, wait_after=1))
     async with start(SETTINGS) as gateway, gateway.sdk() as sdk:
-        stream = await sdk.responses.create(
-            model=TEXT, input="a cat", stream=True, tools=[TOOL | {"partial_images": 2}]
-        )
+        tool = TOOL | {"partial_images": 2}
+        stream = await sdk.responses.create(model=TEXT, input="a cat", stream=True, tools=[tool])
         async for event in stream:
             if event.type.endswith("partial_image"):
                 break

@@ -107,6 +107,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
             "InvalidRequest",
             "urls_not_available",
         ): "`response_format: url` where `server.public_url` is not set. Read `b64_json`.",
+        ("InvalidRequest", "tool_model_elsewhere"): "The model of the image tool is not served by "
+        "the upstream of the text model. Name one that is.",
         ("InvalidRequest", "tool_not_priced"): "A response with a tool that the provider runs and "
         "that is not `image_generation`. Take it out of `tools`.",
         ("InvalidRequest", "tool_not_rewritten"): "The model of the image tool has another name at "
@@ -251,17 +253,17 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "`model=...`; a name alone was left out: `style`",
         "sunset": "the day on which the model that was asked for ends, where that is within 30 "
         "days (RFC 8594)",
-        "x-gateway-warning": "what the client should know of this answer: that the model ends, and what "
-        "takes its place; that a picture could not be put behind a url",
+        "x-gateway-warning": "what the client should know of this answer: that the model ends, and "
+        "what takes its place; that a picture could not be put behind a url",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "
         "status",
         "retry-after": "seconds; `retry-after-ms` beside it",
         "idempotent-replayed": "`true`: the answer that an earlier request with this "
         "`Idempotency-Key` got",
         "preference-applied": "`respond-async`: of a 202",
-        "x-content-type-options": "`nosniff`, where a file or a check is handed on",
         "x-accel-buffering": "`no`, on streams: for nginx",
-        "x-content-type-options": "`nosniff`, of pictures that are fetched by their urls",
+        "x-content-type-options": "`nosniff`, of pictures that are fetched by their urls, "
+        "and of files",
     }
 )
 REQUEST_HEADERS: Mapping[str, str] = MappingProxyType(

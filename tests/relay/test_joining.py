@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.domain.call import Operation
 from gateway.domain.errors import ResultExpired
 from gateway.domain.ledger import Basis, Event, Outcome, Settlement
 from gateway.domain.team import Caller, Key, Team
@@ -95,7 +96,9 @@ async def test_what_is_put_away_between_two_looks_is_found(
         keep_alive_seconds=15,
         shared=True,
     )
-    follows = passing.follow("req_1", "growth", stream=False, client=Client())
+    follows = passing.follow(
+        "req_1", "growth", operation=Operation.GENERATION, stream=False, client=Client()
+    )
     if is_kept:
         found = await follows
         assert b"".join([chunk async for chunk in found.body()]) == PICTURE

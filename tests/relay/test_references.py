@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from gateway.domain.call import Call, Encoding, InputImage, Operation, Reference, Span
+from gateway.domain.call import Call, Encoding, InputImage, Operation, Reference
 from gateway.domain.errors import InvalidRequest, NotOwned
 from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.team import Caller, Key, Team
@@ -29,7 +29,7 @@ def owned(id: str, anchor: Anchor = HERE, team: str = "growth", size: int = 7) -
 
 def call_of(*ids: str) -> Call:
     return Call(
-        Operation.EDIT, Encoding.JSON, "application/json", "m", Span(0, 0), 1, {},
+        Operation.EDIT, Encoding.JSON, "application/json", "m", 1, {},
         inputs=(InputImage("image", "d", 5, "image/png"), *(from_id(id, "image") for id in ids)),
         references=tuple(
             Reference("file", id, f"images[{place}].file_id") for place, id in enumerate(ids, 1)

@@ -43,6 +43,7 @@ from gateway.stores.postgres_schema import upgrade, versions
 from gateway.stores.schema import Versions, migrations
 from tests.contract.stores import LEASE, NOON, claim, elsewhere, expired, lines, settled
 from tests.postgres import PASSWORD, USER, CuttingWire, Postgres, run_postgres
+from tests.stores.test_sqlite import file_named
 from tests.valkey import eventually
 
 NEWEST = len(migrations("postgres"))
@@ -831,3 +832,11 @@ def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None) -
         plan = str(link.execute(f"EXPLAIN {BY_USER}".encode(), asked).fetchall())
     assert "hold_user" in plan
     assert "Seq Scan on hold" not in plan
+
+
+async def test_nothing_is_remembered_of_a_file_that_was_disowned(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with opened(url) as store:
+        await store.ownership.record([file_named("my diary.png")])
+        assert await store.ownership.disown("growth", "file-1")
+        assert rows(url, "SELECT id, detail FROM owned") == [("file-1", "{}")]

@@ -41,6 +41,7 @@ from gateway.domain.ledger import (
     Settlement,
     State,
 )
+from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.domain.team import Key, Team
 from gateway.ports import StoreError
@@ -773,3 +774,18 @@ async def test_a_page_of_ids_goes_along_an_index(path: Path) -> None:
             rows = db.execute(f"EXPLAIN QUERY PLAN {page}", {**asked, "limit": 2})
             [step] = [row[3] for row in rows]
             assert "USING INDEX owned_page (team=? AND kind=?" in step
+
+
+async def test_nothing_is_remembered_of_a_file_that_was_disowned(path: Path) -> None:
+    store = SQLiteStore.open(path)
+    await store.ownership.record([file_named("my diary.png")])
+    assert await store.ownership.disown("growth", "file-1")
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("SELECT id, detail FROM owned").fetchall() == [("file-1", "{}")]
+    await store.aclose()
+
+
+def file_named(name: str) -> Owned:
+    detail = {"purpose": "vision", "filename": name}
+    anchor = Anchor("openai", "")
+    return Owned("file-1", OwnedKind.FILE, "growth", "k1", anchor, NOON, detail=detail)

@@ -391,8 +391,8 @@ async def test_an_answer_that_breaks(answer: bytes | None, status: int, reason: 
 async def test_a_file_may_be_larger_than_a_picture(proxied: bool) -> None:
     answer = HEAD + b"content-length: 2000\r\n\r\n" + b"x" * 2000
     async with raw_server(answering(answer)) as server:
-        proxy = {"proxy": f"http://127.0.0.1:{server.port}"} if proxied else {}
-        used = account(server.port, max_response_bytes=1000, **proxy)
+        proxy = f"http://127.0.0.1:{server.port}" if proxied else None
+        used = account(server.port, max_response_bytes=1000, proxy=proxy)
         sent = replace(outgoing(), max_response_bytes=2000)
         assert await whole(await used.send(sent, "1")) == b"x" * 2000
         with pytest.raises(UpstreamBroken) as broken:

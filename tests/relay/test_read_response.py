@@ -1,0 +1,292 @@
+"""Reading a response: what is filled in, what is refused, and which ids are found where."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gateway.domain.call import Call, Change, Json, Operation, Reference
+from gateway.domain.errors import (
+    BodyTooLarge,
+    GatewayError,
+    InvalidRequest,
+    NotServed,
+    UnsupportedMedia,
+)
+from gateway.domain.owned import Anchor, Owned, OwnedKind
+from gateway.domain.route import Model, Target
+from gateway.relay.plan_response import with_tool
+from gateway.relay.read import ReadRules, ResponseRules
+from gateway.relay.read_response import KEEP_BYTES, remembered, response_reader
+from gateway.relay.references import Resolved
+from gateway.upstream import openai
+from tests.clock import StillClock
+
+RULES = ReadRules()
+TOOL: dict[str, Json] = {"type": "image_generation"}
+PNG = base64.b64encode(
+    b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x20\x08\x02\0\0\0" + b"\0" * 8
+).decode()
+URL = f"data:image/png;base64,{PNG}"
+
+
+def read(rules: ReadRules = RULES, size: int = 1 << 20, **body: Any) -> Call:
+    said = {"model": "text", "input": "a cat", "tools": [TOOL], **body}
+    content = json.dumps({name: one for name, one in said.items() if one is not ...}).encode()
+    reader = response_reader(
+        Operation.RESPONSE, "application/json; charset=utf-8", None, len(content), rules
+    )
+    for start in range(0, len(content), size):
+        reader.feed(content[start : start + size])
+    return reader.close()
+
+
+def refused(rules: ReadRules = RULES, **body: Any) -> tuple[str, str | None]:
+    with pytest.raises(GatewayError) as error:
+        read(rules, **body)
+    assert error.value.status == 400
+    return error.value.code, error.value.param
+
+
+FILLED = (Change("max_output_tokens", None, 16_384), Change("max_tool_calls", None, 4))
+
+
+def test_what_is_left_open_is_filled_in() -> None:
+    call = read()
+    assert call.changes == FILLED
+    assert (call.n, call.size, call.quality, call.stream) == (4, "auto", "auto", False)
+    assert call.asks is not None
+    assert (call.asks.max_output_tokens, call.asks.max_tool_calls) == (16_384, 4)
+    assert call.parameters["max_tool_calls"] == 4
+    assert not call.asks.background
+    assert call.asks.stored
+
+
+def test_what_is_said_stays() -> None:
+    call = read(max_output_tokens=100, max_tool_calls=2, background=True, store=False, stream=True)
+    assert call.changes == ()
+    assert call.asks is not None
+    assert (call.asks.max_output_tokens, call.asks.max_tool_calls) == (100, 2)
+    assert (call.asks.background, call.asks.stored, call.stream) == (True, False, True)
+
+
+def test_text_alone_calls_no_tool() -> None:
+    rules = ReadRules(responses=ResponseRules(without_image_tool=True))
+    call = read(rules, tools=...)
+    assert call.changes == FILLED[:1]
+    assert call.asks is not None
+    assert (call.asks.tool, call.asks.max_tool_calls, call.n) == (None, 0, 0)
+
+
+@pytest.mark.parametrize("cut", [1, 7, 1 << 20])
+def test_pictures_are_no_text(cut: int) -> None:
+    large = f"data:image/png;base64,{PNG[:40]}{'A' * 4 * KEEP_BYTES}"
+    content = [
+        {"type": "input_text", "text": "both"},
+        {"type": "input_image", "image_url": URL},
+        {"type": "input_image", "image_url": large},
+    ]
+    plain = read(input=[{"role": "user", "content": content[:1]}])
+    call = read(size=cut, input=[{"role": "user", "content": content}])
+    assert [one.role for one in call.inputs] == ["image", "image"]
+    assert (call.inputs[0].width, call.inputs[0].height) == (64, 32)
+    assert plain.asks is not None
+    assert call.asks is not None
+    assert 0 < call.asks.text_bytes - plain.asks.text_bytes < 120
+
+
+IDS = [
+    {"type": "message", "id": "msg_1", "role": "assistant", "content": []},
+    {"type": "image_generation_call", "id": "ig_1", "result": "QUJD"},
+    {"type": "item_reference", "id": "msg_2"},
+    {"type": "reasoning", "id": "rs_1", "summary": []},
+    {"type": "function_call_output", "call_id": "c", "output": [
+        {"type": "input_image", "file_id": "file-1"},
+    ]},
+    {"role": "user", "content": [{"type": "input_image", "file_id": "file-2"}]},
+]  # fmt: skip
+
+
+def test_every_id_is_found_where_it_stands() -> None:
+    mask: dict[str, Json] = {**TOOL, "input_image_mask": {"file_id": "file-3"}}
+    call = read(input=IDS, previous_response_id="resp_1", tools=[{"type": "function"}, mask])
+    assert call.references == (
+        Reference("picture", "ig_1", "input[1].id"),
+        Reference("item", "msg_2", "input[2].id"),
+        Reference("item", "rs_1", "input[3].id"),
+        Reference("file", "file-1", "input[4].output[0].file_id"),
+        Reference("file", "file-2", "input[5].content[0].file_id"),
+        Reference("file", "file-3", "tools[1].input_image_mask.file_id"),
+        Reference("response", "resp_1", "previous_response_id"),
+    )
+    assert [(one.role, one.size_bytes) for one in call.inputs] == [
+        ("image", 0),
+        ("image", 0),
+        ("mask", 0),
+    ]
+    assert call.asks is not None
+    assert call.asks.context_pictures == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "param"),
+    [
+        ({"tools": ...}, "image_tool_required", "tools"),
+        ({"tools": []}, "image_tool_required", "tools"),
+        ({"tools": [{"type": "function"}]}, "image_tool_required", "tools"),
+        ({"tools": {}}, "invalid_type", "tools"),
+        ({"tools": ["x"]}, "invalid_type", "tools[0]"),
+        ({"tools": [TOOL, {"type": "web_search"}]}, "tool_not_priced", "tools[1].type"),
+        ({"tools": [TOOL, {"type": "mcp"}]}, "tool_not_priced", "tools[1].type"),
+        ({"tools": [TOOL, {}]}, "tool_not_priced", "tools[1].type"),
+        ({"tools": [TOOL, TOOL]}, "invalid_value", "tools[1]"),
+        ({"tools": [TOOL | {"n": 2}]}, "unknown_parameter", "tools[0].n"),
+        ({"tools": [TOOL | {"Quality": "low"}]}, "unknown_parameter", "Quality"),
+        ({"tools": [TOOL | {"size": 3}]}, "invalid_type", "tools[0].size"),
+        ({"tools": [TOOL | {"svg": 3}]}, "invalid_type", "tools[0].svg"),
+        (
+            {"tools": [TOOL | {"partial_images": 4}]},
+            "invalid_value",
+            "tools[0].partial_images",
+        ),
+        ({"max_output_tokens": 16_385}, "invalid_value", "max_output_tokens"),
+        ({"max_output_tokens": 0}, "invalid_value", "max_output_tokens"),
+        ({"max_tool_calls": 5}, "invalid_value", "max_tool_calls"),
+        ({"max_tool_calls": "2"}, "invalid_type", "max_tool_calls"),
+        ({"max_tool_calls": True}, "invalid_type", "max_tool_calls"),
+        ({"conversation": "conv_1"}, "unsupported_parameter", "conversation"),
+        ({"prompt": {"id": "pmpt_1"}}, "unsupported_parameter", "prompt"),
+        ({"service_tier": "priority"}, "unsupported_parameter", "service_tier"),
+        ({"stream": "true"}, "invalid_type", "stream"),
+        ({"store": 1}, "invalid_type", "store"),
+        ({"previous_response_id": 7}, "invalid_type", "previous_response_id"),
+        ({"model": ...}, "missing_required_parameter", "model"),
+        ({"Tools": [TOOL]}, "unknown_parameter", "Tools"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},
+            "input_not_priced",
+            "input[0].content[0]",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": 3}]}]},
+            "invalid_type",
+            "input[0].content[0].file_id",
+        ),
+        (
+            {
+                "input": [
+                    {"content": [{"type": "input_image", "image_url": "https://example.com/a.png"}]}
+                ]
+            },
+            "image_url_not_allowed",
+            "input[0].content[0].image_url",
+        ),
+        ({"input": [{"type": "reasoning"}]}, "invalid_type", "input[0].id"),
+    ],
+)
+def test_what_cannot_be_bounded_is_refused(body: dict[str, Any], code: str, param: str) -> None:
+    assert refused(**body) == (code, param)
+
+
+def test_the_door_of_other_bodies() -> None:
+    rules = ReadRules(max_form_bytes=100)
+    with pytest.raises(BodyTooLarge):
+        response_reader(Operation.RESPONSE, "application/json", None, 101, rules)
+    with pytest.raises(UnsupportedMedia):
+        response_reader(Operation.RESPONSE, "multipart/form-data", None, None, rules)
+    with pytest.raises(UnsupportedMedia):
+        response_reader(Operation.RESPONSE, "application/json", "gzip", None, rules)
+    off = ReadRules(responses=ResponseRules(enabled=False))
+    with pytest.raises(NotServed):
+        response_reader(Operation.RESPONSE, "application/json", None, None, off)
+    reader = response_reader(Operation.RESPONSE, "application/json", None, None, rules)
+    with pytest.raises(BodyTooLarge):
+        reader.feed(b" " * 101)
+
+
+def test_what_is_remembered_counts() -> None:
+    call = read(previous_response_id="resp_1", input=IDS[1:2])
+    clock = StillClock()
+    owned = Owned(
+        *("resp_1", OwnedKind.RESPONSE, "growth", "key", Anchor("openai", ""), clock.now()),
+        detail={"context_tokens": 812, "pictures": 2},
+    )
+    found = remembered(Resolved(call, owned.anchor, {"resp_1": owned}))
+    assert found.call.asks is not None
+    assert (found.call.asks.context_tokens, found.call.asks.context_pictures) == (812, 3)
+    other = Resolved(read(), None, {})
+    assert remembered(other) is other
+
+
+TARGET = Target("openai", "text-1")
+
+
+def drawing(name: str, upstream: str = "openai") -> Model:
+    return Model("art", Target(upstream, name))
+
+
+def test_the_model_of_the_tool_is_written_as_it_is_called_there() -> None:
+    call = read(tools=[{"type": "function", "name": "f"}, TOOL | {"quality": "low"}])
+    target = with_tool(TARGET, drawing("flare"), call)
+    request = openai.request(call, target)
+    (first, model, tools) = request.edits
+    assert first.content == b'"max_output_tokens":16384,"max_tool_calls":4,'
+    assert model.content == b'"text-1"'
+    assert json.loads(tools.content) == [
+        {"type": "function", "name": "f"},
+        {"type": "image_generation", "quality": "low", "model": "flare"},
+    ]
+
+
+def test_a_tool_that_says_its_model_is_not_touched() -> None:
+    call = read(tools=[TOOL | {"model": "flare"}], max_tool_calls=1, max_output_tokens=100)
+    target = with_tool(Target("openai", "text"), drawing("flare"), call)
+    assert openai.request(call, target).edits == ()
+
+
+def test_what_cannot_be_written_anew_is_refused_with_the_name_to_send() -> None:
+    mask = {"image_url": f"data:image/png;base64,{'A' * 4 * KEEP_BYTES}"}
+    call = read(tools=[TOOL | {"model": "art", "input_image_mask": mask}])
+    with pytest.raises(GatewayError, match="'flare'") as error:
+        with_tool(TARGET, drawing("flare"), call)
+    assert (error.value.code, error.value.param) == ("tool_not_rewritten", "tools[0].model")
+    named = read(tools=[TOOL | {"model": "flare", "input_image_mask": mask}])
+    assert with_tool(TARGET, drawing("flare"), named).tool == "flare"
+
+
+def test_both_models_live_at_one_upstream() -> None:
+    with pytest.raises(GatewayError) as error:
+        with_tool(TARGET, drawing("flare", "elsewhere"), read())
+    assert error.value.code == "tool_model_elsewhere"
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["input", "tools", "stream", "previous_response_id", "max_tool_calls"]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=3)
+                | st.dictionaries(
+                    st.sampled_from(["type", "id", "content", "file_id", "image_url", "result"]),
+                    inner
+                    | st.sampled_from(["image_generation", "image_generation_call", "reasoning"]),
+                    max_size=3,
+                )
+            ),
+            max_leaves=8,
+        ),
+        max_size=4,
+    )
+)
+def test_nothing_that_is_json_breaks_the_reader(body: dict[str, Any]) -> None:
+    with contextlib.suppress(InvalidRequest):
+        call = read(**body)
+        assert call.asks is not None
+        assert 0 < call.asks.text_bytes <= call.body_bytes
