@@ -41,10 +41,11 @@ from gateway.ports import (
 from gateway.pricefile import PriceFileError, load_prices
 from gateway.relay.arrival import Patience
 from gateway.relay.checks import CheckRules
-from gateway.relay.files import FileRules, Place
+from gateway.relay.files import FileRules
 from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.hosting import Hosting, Links
 from gateway.relay.news import ResultNews
+from gateway.relay.passing import Place
 from gateway.relay.read import ReadRules, ResponseRules
 from gateway.settings import (
     ImageUrls,

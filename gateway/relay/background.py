@@ -14,6 +14,7 @@ from urllib.parse import quote
 from gateway.domain.call import Operation
 from gateway.domain.errors import GatewayError
 from gateway.ports import Clock, Outgoing, Upstream
+from gateway.relay.media import JSON_TYPE
 from gateway.relay.meter_response import ResponseMeter, Told
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Background:
     async def _look(self, upstream: Upstream, credential: str, id: str) -> tuple[int, Told | None]:
         """Its status as HTTP says it, and, of a 200, what it says of itself."""
         path = f"{Operation.RESPONSE.path}/{quote(id, safe='')}"
-        asked = (("accept", "application/json"), ("user-agent", self._agent))
+        asked = (("accept", JSON_TYPE), ("user-agent", self._agent))
         reply = await upstream.send(Outgoing("GET", path, asked), credential)
         try:
             if reply.status != 200:

@@ -37,8 +37,9 @@ from gateway.relay import headers
 from gateway.relay.admission import quota_exceeded, rate_limited
 from gateway.relay.budget import BudgetView
 from gateway.relay.flights import Head
+from gateway.relay.media import FORM_TYPE, media_of
 from gateway.relay.plan import CacheWish, Plan, Planner, lines_of
-from gateway.relay.read import FORM_TYPE, Reader, ReadRules, reader_for
+from gateway.relay.read import Reader, ReadRules, reader_for
 
 REFUSALS = frozenset({"model_not_priced", "max_cost_exceeded"})
 """Codes of an ``InvalidRequest`` that are about money or rules, not about the body: what an
@@ -378,7 +379,7 @@ def estimate_reader(
         *(Operation.EDIT, content_type, content_encoding, content_length, rules),
         path=Inquiry.ESTIMATE.path,
     )
-    if content_type.partition(";")[0].strip().lower() == FORM_TYPE:
+    if media_of(content_type) == FORM_TYPE:
         return edit
     generation = reader_for(Operation.GENERATION, content_type, content_encoding, None, rules)
     return _EitherReader(generation, edit)

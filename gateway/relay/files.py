@@ -19,25 +19,22 @@ from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
     LedgerUnavailable,
-    NotServed,
     UpstreamRefused,
-    UpstreamUnavailable,
 )
 from gateway.domain.owned import Owned, OwnedKind
 from gateway.domain.team import Caller
 from gateway.ports import Clock, Ownership
 from gateway.relay.body import Spool
 from gateway.relay.flights import Head
+from gateway.relay.media import FORM_OVERHEAD_BYTES, FORM_TYPE, media_of, too_large
 from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
-from gateway.relay.passing import Errand, Passing, Visit, bad_answer, bad_query, too_large
+from gateway.relay.passing import Errand, Passing, Place, Visit, bad_answer, bad_query, place_of
 from gateway.relay.references import References, not_owned
 
 log = logging.getLogger(__name__)
 
-FORM = "multipart/form-data"
 PURPOSES = ("vision", "user_data")
 """The others are for endpoints that are not served here: what is in them would be bought unseen."""
-FORM_OVERHEAD_BYTES = 64 * 1024
 EXPIRY_SECONDS = (3600, 2_592_000)
 MAX_PAGE = 10_000
 MAX_FILENAME_CHARS = 1024
@@ -46,14 +43,6 @@ KEPT = ("object", "bytes", "created_at", "filename", "purpose", "status", "expir
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _RANGE = re.compile(r"bytes=[0-9, -]{1,200}")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Whether something is passed on, and to which upstream; empty where none is on."""
-
-    enabled: bool = True
-    upstream: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +79,7 @@ class Files:
         caller = await self._passing.enter(visit)
         reader = UploadReader(visit.headers.get("content-type", ""), rules.max_bytes)
         limit = rules.max_bytes + FORM_OVERHEAD_BYTES
-        body = await self._passing.take_in(visit, FORM, limit, reader.feed)
+        body = await self._passing.take_in(visit, FORM_TYPE, limit, reader.feed)
         upload = reader.close()
         team = caller.team.id
         used = await self._ownership.total_bytes(team, OwnedKind.FILE, self._clock.now())
@@ -248,20 +237,6 @@ class Files:
         return self._passing.head(visit, reply)
 
 
-def place_of(place: Place, path: str) -> str:
-    """The upstream that something is passed on to. Raises ``NotServed`` where it is switched off,
-    ``UpstreamUnavailable`` where no upstream is on."""
-    if not place.enabled:
-        raise NotServed(f"{path} is switched off on this gateway. Ask its operator.")
-    if not place.upstream:
-        raise UpstreamUnavailable(
-            f"This gateway has no upstream for {path} that is on. Ask its operator.",
-            reason="upstream_off",
-            should_retry=False,
-        )
-    return place.upstream
-
-
 @dataclass(frozen=True, slots=True)
 class Upload:
     """What a form says of the file in it. ``expires_after_seconds`` counts from its creation."""
@@ -283,7 +258,7 @@ class UploadReader:
         """Raises ``InvalidRequest`` where a form has no usable boundary; another media type is
         refused elsewhere."""
         self._content_type = content_type
-        is_form = content_type.partition(";")[0].strip().lower() == FORM
+        is_form = media_of(content_type) == FORM_TYPE
         boundary = boundary_of(content_type) if is_form else b"-"
         self._scanner = FormScanner(boundary, max_file_bytes=max_bytes)
         self._max_bytes = max_bytes

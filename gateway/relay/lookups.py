@@ -11,6 +11,7 @@ from gateway.domain.errors import BodyTooLarge, NotServed, UpstreamRefused
 from gateway.domain.owned import Owned, OwnedKind
 from gateway.ports import Ownership
 from gateway.relay.flights import Head
+from gateway.relay.media import JSON_TYPE
 from gateway.relay.passing import Errand, Passing, Visit
 from gateway.relay.references import References, not_owned
 
@@ -40,7 +41,7 @@ class Lookups:
         """``GET /responses/{id}``, as events where it is asked for so."""
         owned = await self._owned(visit)
         asked = _asked(visit, OF_SHOWING)
-        accept = EVENTS if "stream=true" in asked else "application/json"
+        accept = EVENTS if "stream=true" in asked else JSON_TYPE
         return await self._forwarded(visit, owned, "GET", asked, accept)
 
     async def items(self, visit: Visit) -> Head:
@@ -83,7 +84,7 @@ class Lookups:
         return await self._references.one(caller, OwnedKind.RESPONSE, visit.names[0])
 
     async def _forwarded(
-        self, visit: Visit, owned: Owned, method: str, rest: str, accept: str = "application/json"
+        self, visit: Visit, owned: Owned, method: str, rest: str, accept: str = JSON_TYPE
     ) -> Head:
         errand = Errand(
             method,

@@ -36,10 +36,10 @@ from typing import Any, TypeAlias, TypeVar
 
 from gateway.domain.call import Passage
 from gateway.domain.errors import (
-    BodyTooLarge,
     Evidence,
     GatewayError,
     InvalidRequest,
+    NotServed,
     Overloaded,
     UnsupportedMedia,
     UpstreamAccount,
@@ -70,7 +70,7 @@ from gateway.relay.failover import (
 from gateway.relay.flights import Client, Flights, Head
 from gateway.relay.health import Health, Ticket, Why
 from gateway.relay.keyring import KeyRing
-from gateway.relay.multipart import say_bytes
+from gateway.relay.media import JSON_TYPE, check_encoding, media_of, too_large
 from gateway.relay.plan import rates_of
 from gateway.relay.references import keys_at
 
@@ -141,11 +141,19 @@ class Errand:
     upstream: str = ""
     body: Spool | None = None
     content_type: str = ""
-    accept: str = "application/json"
+    accept: str = JSON_TYPE
     more: answers.Headers = ()
     repeatable: bool = True
     max_response_bytes: int = 0
     """Where it is more than an answer may have otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Whether something is passed on, and to which upstream; empty where none is on."""
+
+    enabled: bool = True
+    upstream: str = ""
 
 
 class Passing:
@@ -219,13 +227,9 @@ class Passing:
         ``ClientGone``, ``Overloaded``, and what ``feed`` does.
         """
         given = visit.headers.get("content-type", "")
-        if given.partition(";")[0].strip().lower() != media or not _is_clean(given):
+        if media_of(given) != media or not _is_clean(given):
             raise UnsupportedMedia(f"This takes {media}, not {given[:80]!r}.")
-        encoding = visit.headers.get("content-encoding", "").strip().lower()
-        if encoding not in ("", "identity"):
-            raise UnsupportedMedia(
-                f"Content-Encoding {encoding[:80]!r} is not taken: send the body uncompressed."
-            )
+        check_encoding(visit.headers.get("content-encoding"))
         length = visit.headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit_bytes:
             raise too_large(limit_bytes)
@@ -475,10 +479,18 @@ class Passing:
             self._health.unsure(ticket)
 
 
-def too_large(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(
-        f"The request is larger than the {say_bytes(limit_bytes)} that this takes.", close=True
-    )
+def place_of(place: Place, path: str) -> str:
+    """The upstream that something is passed on to. Raises ``NotServed`` where it is switched off,
+    ``UpstreamUnavailable`` where no upstream is on."""
+    if not place.enabled:
+        raise NotServed(f"{path} is switched off on this gateway. Ask its operator.")
+    if not place.upstream:
+        raise UpstreamUnavailable(
+            f"This gateway has no upstream for {path} that is on. Ask its operator.",
+            reason="upstream_off",
+            should_retry=False,
+        )
+    return place.upstream
 
 
 def bad_answer(upstream: str) -> UpstreamUnanswered:

@@ -25,14 +25,12 @@ from gateway.domain.call import (
     Reference,
     Spot,
 )
-from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
+from gateway.domain.errors import InvalidRequest
 from gateway.domain.owned import OwnedKind
 from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_id, from_url
-from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
+from gateway.relay.media import FORM_TYPE, JSON_TYPE, check_encoding, check_media, too_large
+from gateway.relay.multipart import FormScanner, Part, boundary_of
 from gateway.relay.skim import BadJson, Hole, JsonSkimmer
-
-JSON_TYPE = "application/json"
-FORM_TYPE = "multipart/form-data"
 
 KNOWN = frozenset(
     {
@@ -140,19 +138,12 @@ def reader_for(
     Raises ``UnsupportedMedia`` for a body in another form than the operation takes or in any
     content encoding, ``BodyTooLarge`` at once for a length over the limit.
     """
-    media = content_type.partition(";")[0].strip().lower()
-    takes_forms = operation is Operation.EDIT
-    if media != JSON_TYPE and not (takes_forms and media == FORM_TYPE):
-        wanted = f"{FORM_TYPE} or {JSON_TYPE}" if takes_forms else JSON_TYPE
-        given = f"not {media[:80]!r}" if media else "and this request has no Content-Type"
-        raise UnsupportedMedia(f"{path or operation.path} takes {wanted}, {given}.")
-    if content_encoding and content_encoding.strip().lower() != "identity":
-        raise UnsupportedMedia(
-            f"Content-Encoding {content_encoding[:80]!r} is not taken: send the body uncompressed."
-        )
+    wanted = (FORM_TYPE, JSON_TYPE) if operation is Operation.EDIT else (JSON_TYPE,)
+    media = check_media(content_type, wanted, path or operation.path)
+    check_encoding(content_encoding)
     limit = rules.body_limit(operation)
     if content_length is not None and content_length > limit:
-        raise _too_large(operation, limit)
+        raise too_large(limit, operation.path)
     if media == JSON_TYPE:
         return _JsonReader(operation, rules)
     return _FormReader(operation, content_type, rules)
@@ -178,7 +169,7 @@ class _JsonReader:
     def feed(self, chunk: bytes) -> None:
         self._length += len(chunk)
         if self._length > self._limit:
-            raise _too_large(self._operation, self._limit)
+            raise too_large(self._limit, self._operation.path)
         try:
             self._skimmer.feed(chunk)
         except BadJson as bad:
@@ -302,7 +293,7 @@ class _FormReader:
     def feed(self, chunk: bytes) -> None:
         self._length += len(chunk)
         if self._length > self._limit:
-            raise _too_large(self._operation, self._limit)
+            raise too_large(self._limit, self._operation.path)
         for part in self._scanner.feed(chunk):
             if part.name in self._names and not _is_list(part):
                 raise duplicate(part.name)
@@ -719,13 +710,6 @@ def _too_many(param: str, limit: int) -> InvalidRequest:
         code="invalid_value",
         param=param,
         reason="invalid_param",
-    )
-
-
-def _too_large(operation: Operation, limit: int) -> GatewayError:
-    return BodyTooLarge(
-        f"The request is larger than the {say_bytes(limit)} that {operation.path} takes.",
-        close=True,
     )
 
 

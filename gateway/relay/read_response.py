@@ -21,13 +21,12 @@ from gateway.domain.call import (
     Reference,
     ResponseAsk,
 )
-from gateway.domain.errors import BodyTooLarge, InvalidRequest, NotServed, UnsupportedMedia
+from gateway.domain.errors import InvalidRequest, NotServed
 from gateway.domain.owned import OwnedKind
 from gateway.relay.inputs import digest_of_file, from_url
-from gateway.relay.multipart import say_bytes
+from gateway.relay.media import JSON_TYPE, check_encoding, check_media, too_large
 from gateway.relay.read import (
     DEFAULT_FRAMES,
-    JSON_TYPE,
     MAX_DEPTH,
     MAX_KEPT_BYTES,
     STILL_FORMATS,
@@ -107,14 +106,8 @@ def response_reader(
             "This gateway does not offer /v1/responses. Ask for a picture with "
             "/v1/images/generations."
         )
-    media = content_type.partition(";")[0].strip().lower()
-    if media != JSON_TYPE:
-        given = f"not {media[:80]!r}" if media else "and this request has no Content-Type"
-        raise UnsupportedMedia(f"{operation.path} takes {JSON_TYPE}, {given}.")
-    if content_encoding and content_encoding.strip().lower() != "identity":
-        raise UnsupportedMedia(
-            f"Content-Encoding {content_encoding[:80]!r} is not taken: send the body uncompressed."
-        )
+    check_media(content_type, (JSON_TYPE,), operation.path)
+    check_encoding(content_encoding)
     reader = _ResponseReader(rules)
     reader.check_length(content_length or 0)
     return reader
@@ -138,11 +131,7 @@ class _ResponseReader:
     def check_length(self, length: int) -> None:
         """Raises ``BodyTooLarge``."""
         if length > self._limit:
-            raise BodyTooLarge(
-                f"The request is larger than the {say_bytes(self._limit)} that "
-                f"{Operation.RESPONSE.path} takes.",
-                close=True,
-            )
+            raise too_large(self._limit, Operation.RESPONSE.path)
 
     def feed(self, chunk: bytes) -> None:
         self._length += len(chunk)
