@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from gateway.domain.errors import ClientGone, Overloaded
 from gateway.relay import headers as answers
+from gateway.relay.chunks import read
 from gateway.relay.drain import shutting_down
 from gateway.relay.flights import Client, Head
 
@@ -191,7 +192,7 @@ async def deliver(rid: str, head: Head, door: Door) -> None:
     """Sends an answer as far as the client takes it; how far that was is the door's ``gone``."""
     try:
         await door.send_head(head)
-        async with aclosing(_chunks(head)) as chunks:
+        async with aclosing(read(head.body)) as chunks:
             async for chunk in chunks:
                 await door.send_chunk(chunk)
         await door.finish()
@@ -202,14 +203,3 @@ async def deliver(rid: str, head: Head, door: Door) -> None:
         log.exception("an answer broke off", extra={"request_id": rid})
         door.left_at("broken")
         await door.abort()
-
-
-async def _chunks(head: Head) -> AsyncGenerator[bytes, None]:
-    """The body; its source ends with it, wherever the client has left it."""
-    body = head.body()
-    try:
-        async for chunk in body:
-            yield chunk
-    finally:
-        if isinstance(body, AsyncGenerator):
-            await body.aclose()

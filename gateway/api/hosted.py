@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from gateway.api.door import Receive, Scope, Send, deliver, new_request_id, opened_to_read
 from gateway.api.ranges import Unsatisfiable, names, part_of, still
 from gateway.domain.errors import GatewayError, Internal, NotServed, Overloaded
 from gateway.relay import replay
+from gateway.relay.chunks import nothing
 from gateway.relay.flights import Head
 from gateway.relay.headers import Headers, error_head
 from gateway.relay.hosting import HOSTED, HostedPicture
@@ -90,7 +91,7 @@ class HostedRoutes:
     async def _answer(self, own: str, scope: Scope, headers: Mapping[str, str]) -> Head:
         method = scope["method"]
         if method == "OPTIONS":
-            return Head(204, (*PREFLIGHT, ("x-request-id", own)), None, _nothing)
+            return Head(204, (*PREFLIGHT, ("x-request-id", own)), None, nothing)
         if method not in ("GET", "HEAD"):
             refused = NotServed(
                 f"{HOSTED}{{name}} takes {METHODS}, not {method}.",
@@ -125,7 +126,7 @@ def _shown(own: str, found: HostedPicture, asked: Mapping[str, str], *, whole: b
         *HARMLESS,
     )
     if names(asked.get("if-none-match", ""), tag):
-        return Head(304, said, None, _nothing)
+        return Head(304, said, None, nothing)
     said = (
         *said,
         ("content-type", found.media_type),
@@ -133,7 +134,7 @@ def _shown(own: str, found: HostedPicture, asked: Mapping[str, str], *, whole: b
         ("accept-ranges", "bytes"),
     )
     if whole:
-        return Head(200, said, size, _nothing)
+        return Head(200, said, size, nothing)
     part = None
     if still(asked.get("if-range"), tag):
         try:
@@ -154,12 +155,6 @@ def _shown(own: str, found: HostedPicture, asked: Mapping[str, str], *, whole: b
         part.end - part.start,
         lambda: replay.pieces((part,), found.chunks()),
     )
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    nothing: tuple[bytes, ...] = ()
-    for piece in nothing:
-        yield piece
 
 
 def _shutting_down(own: str) -> Head:

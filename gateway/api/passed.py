@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
@@ -24,6 +24,7 @@ from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import failed
 from gateway.relay.checks import Checks
+from gateway.relay.chunks import nothing
 from gateway.relay.files import Files
 from gateway.relay.flights import Head
 from gateway.relay.lookups import Lookups
@@ -101,7 +102,7 @@ class PassedRoutes:
         length = visit.headers.get("content-length", "0")
         announced = length != "0" or "transfer-encoding" in visit.headers
         if not announced or scope["method"] not in BODIES:
-            visit.body = _nothing()
+            visit.body = nothing()
             door.ignore_body(announced)
         async with AsyncExitStack() as stack:
             visit.stack = stack
@@ -189,13 +190,6 @@ def _visit(
             trace=trace,
         ),
     )
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    """The body of a request that has none."""
-    none: tuple[bytes, ...] = ()
-    for chunk in none:
-        yield chunk
 
 
 def _not_allowed(passes: Passes, method: str) -> NotServed:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -37,7 +37,7 @@ from gateway.relay import headers
 from gateway.relay.admission import quota_exceeded, rate_limited
 from gateway.relay.budget import BudgetView
 from gateway.relay.flights import Head
-from gateway.relay.media import FORM_TYPE, media_of
+from gateway.relay.media import FORM_TYPE, JSON_TYPE, media_of
 from gateway.relay.plan import CacheWish, Plan, Planner, lines_of
 from gateway.relay.read import Reader, ReadRules, reader_for
 
@@ -167,14 +167,13 @@ class Estimates:
             "cheaper": self._cheaper(plan) if plan else [],
         }
         said = (
-            ("content-type", headers.JSON),
+            ("content-type", JSON_TYPE),
             ("x-request-id", rid),
             *headers.NOTHING_SPENT,
             *headers.of_sunset(plan.sunset if plan else None),
             *headers.of_budget(lines, balances),
         )
-        content = json.dumps(described).encode()
-        return Head(200, said, len(content), lambda: _once(content)), plan
+        return Head.of(200, said, json.dumps(described).encode()), plan
 
     def _costs(self, plan: Plan | None) -> dict[str, Json]:
         if plan is None:
@@ -365,10 +364,6 @@ def _say_rate(limit: Limit) -> Json:
 
 def _dollars(amount: Money | None) -> str | None:
     return None if amount is None else format_dollars(amount)
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content
 
 
 def estimate_reader(

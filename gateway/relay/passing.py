@@ -227,7 +227,7 @@ class Passing:
         ``ClientGone``, ``Overloaded``, and what ``feed`` does.
         """
         given = visit.headers.get("content-type", "")
-        if media_of(given) != media or not _is_clean(given):
+        if media_of(given) != media or not answers.is_clean(given):
             raise UnsupportedMedia(f"This takes {media}, not {given[:80]!r}.")
         check_encoding(visit.headers.get("content-encoding"))
         length = visit.headers.get("content-length", "")
@@ -293,7 +293,7 @@ class Passing:
         passed = tuple(
             (name, reply.headers[name])
             for name in PASSED_ON
-            if name in reply.headers and _is_clean(reply.headers[name])
+            if name in reply.headers and answers.is_clean(reply.headers[name])
         )
         length = reply.headers.get("content-length", "")
         known = int(length) if length.isdecimal() and len(length) < 16 else None
@@ -307,12 +307,8 @@ class Passing:
     def answer(self, visit: Visit, content: bytes, reply: Reply | None = None) -> Head:
         """JSON of known bytes; ``reply`` is the answer they were made from."""
         of_upstream = () if reply is None else answers.of_upstream(reply.headers)
-
-        async def body() -> AsyncIterator[bytes]:
-            yield content
-
-        said = (("content-type", answers.JSON), *self.said(visit), *of_upstream)
-        return Head(200, said, len(content), body)
+        said = (("content-type", JSON_TYPE), *self.said(visit), *of_upstream)
+        return Head.of(200, said, content)
 
     def said(self, visit: Visit) -> answers.Headers:
         """What every success says of the request that it is for."""
@@ -573,7 +569,3 @@ async def _refusal(reply: Reply, upstream: str) -> GatewayError:
 async def _body(reply: Reply) -> AsyncGenerator[bytes, None]:
     async for chunk in reply.chunks():
         yield chunk
-
-
-def _is_clean(value: str) -> bool:
-    return value.isascii() and value.isprintable()
