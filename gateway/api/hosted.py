@@ -8,9 +8,18 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from gateway.api.door import Receive, Scope, Send, deliver, new_request_id, opened_to_read
+from gateway.api.door import (
+    Receive,
+    Scope,
+    Send,
+    ask_again,
+    crashed,
+    deliver,
+    new_request_id,
+    opened_to_read,
+)
 from gateway.api.ranges import Unsatisfiable, names, part_of, still
-from gateway.domain.errors import GatewayError, Internal, NotServed, Overloaded
+from gateway.domain.errors import GatewayError, NotServed
 from gateway.relay import replay
 from gateway.relay.chunks import nothing
 from gateway.relay.flights import Head
@@ -81,10 +90,7 @@ class HostedRoutes:
                 self._sent(door.bytes_out)
         except asyncio.CancelledError:
             # It ends here: whatever is raised, the server takes for a crash.
-            if door.status == 0:
-                await deliver(own, _shutting_down(own), door)
-            elif not door.delivered:
-                await door.abort()
+            await door.give_up(own, error_head(ask_again("picture"), own, ANYBODY))
         finally:
             door.stop_watching()
 
@@ -108,8 +114,7 @@ class HostedRoutes:
         except Exception:
             log.exception("the question for a picture crashed", extra={"request_id": own})
             self._counted("unavailable")
-            fault = Internal("The gateway failed in a way it should not.")
-            return error_head(fault, own, ANYBODY)
+            return error_head(crashed(), own, ANYBODY)
         self._counted("served")
         return _shown(own, found, headers, whole=method == "HEAD")
 
@@ -155,14 +160,3 @@ def _shown(own: str, found: HostedPicture, asked: Mapping[str, str], *, whole: b
         part.end - part.start,
         lambda: replay.pieces((part,), found.chunks()),
     )
-
-
-def _shutting_down(own: str) -> Head:
-    """Asking again costs nothing, and another process may have it."""
-    error = Overloaded(
-        "The gateway is shutting down. Ask again for this picture.",
-        code="shutting_down",
-        should_retry=True,
-        retry_after_seconds=2,
-    )
-    return error_head(error, own, ANYBODY)
