@@ -89,6 +89,7 @@ from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
 from gateway.relay.files import Files
 from gateway.relay.flights import Flights
+from gateway.relay.forwarding import Forwarding
 from gateway.relay.health import Health
 from gateway.relay.hosting import HOSTED, Hosting
 from gateway.relay.joining import Joining
@@ -341,8 +342,9 @@ async def open_gateway(
             agent=openai.USER_AGENT,
             begun=metrics.begun,
         )
-        lookups = Lookups(passing, references, store.ownership, enabled=settings.responses.enabled)
-        files = Files(passing, references, store.ownership, clock, file_rules(settings))
+        forwarding = Forwarding(passing, references, store.ownership)
+        lookups = Lookups(forwarding, enabled=settings.responses.enabled)
+        files = Files(passing, forwarding, store.ownership, clock, file_rules(settings))
         checks = Checks(passing, check_rules(settings))
         pipeline = Pipeline(
             keyring=keyring,

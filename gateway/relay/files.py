@@ -19,17 +19,16 @@ from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
     LedgerUnavailable,
-    UpstreamRefused,
 )
 from gateway.domain.owned import Owned, OwnedKind
 from gateway.domain.team import Caller
 from gateway.ports import Clock, Ownership
 from gateway.relay.body import Spool
 from gateway.relay.flights import Head
+from gateway.relay.forwarding import Forwarding
 from gateway.relay.media import FORM_OVERHEAD_BYTES, FORM_TYPE, media_of, too_large
 from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
 from gateway.relay.passing import Errand, Passing, Place, Visit, bad_answer, bad_query, place_of
-from gateway.relay.references import References, not_owned
 
 log = logging.getLogger(__name__)
 
@@ -60,14 +59,14 @@ class Files:
     def __init__(
         self,
         passing: Passing,
-        references: References,
+        forwarding: Forwarding,
         ownership: Ownership,
         clock: Clock,
         rules: FileRules,
     ) -> None:
         self.rules = rules
         self._passing = passing
-        self._references = references
+        self._forwarding = forwarding
         self._ownership = ownership
         self._clock = clock
         self._arriving: dict[str, int] = {}
@@ -186,7 +185,8 @@ class Files:
     async def show(self, visit: Visit) -> Head:
         """``GET /files/{id}``."""
         owned = await self._owned(visit)
-        return await self._forwarded(visit, owned, Errand("GET", _path(owned), owned.anchor))
+        errand = Errand("GET", _path(owned), owned.anchor)
+        return await self._forwarding.show(visit, owned, errand)
 
     async def content(self, visit: Visit) -> Head:
         """``GET /files/{id}/content``, or a range of it."""
@@ -201,40 +201,16 @@ class Files:
             more=more,
             max_response_bytes=owned.size_bytes + FORM_OVERHEAD_BYTES,
         )
-        return await self._forwarded(visit, owned, errand)
+        return await self._forwarding.show(visit, owned, errand)
 
     async def delete(self, visit: Visit) -> Head:
-        """``DELETE /files/{id}``: at the upstream, and then here. Where it is not there any more,
-        its row goes too."""
+        """``DELETE /files/{id}``."""
         owned = await self._owned(visit)
-        return await self._passing.to_the_end(visit, self._delete(visit, owned))
-
-    async def _delete(self, visit: Visit, owned: Owned) -> Head:
-        errand = Errand("DELETE", _path(owned), owned.anchor)
-        try:
-            reply = await self._passing.send(visit, errand)
-        except UpstreamRefused as error:
-            if error.status != 404:
-                raise
-            await self._ownership.disown(owned.team, owned.id)
-            raise not_owned(OwnedKind.FILE, owned.id) from error
-        content = await self._passing.whole(visit, reply)
-        await self._ownership.disown(owned.team, owned.id)
-        return self._passing.answer(visit, content, reply)
+        return await self._forwarding.delete(visit, owned, _path(owned))
 
     async def _owned(self, visit: Visit) -> Owned:
         place_of(self.rules.place, "/v1/files")
-        caller = await self._passing.enter(visit)
-        return await self._references.one(caller, OwnedKind.FILE, visit.names[0])
-
-    async def _forwarded(self, visit: Visit, owned: Owned, errand: Errand) -> Head:
-        try:
-            reply = await self._passing.send(visit, errand)
-        except UpstreamRefused as error:
-            if error.status != 404:
-                raise
-            raise not_owned(OwnedKind.FILE, owned.id) from error
-        return self._passing.head(visit, reply)
+        return await self._forwarding.enter(visit, OwnedKind.FILE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,13 @@ that leaves in the middle of an upload has sent nothing upstream.
 
 A door's handler tells its own story with these steps; ``api/passed.py`` is the way in::
 
-    async def show(visit: Visit) -> Head:
-        caller = await passing.enter(visit)
-        owned = await references.one(caller, OwnedKind.RESPONSE, visit.names[0])
-        reply = await passing.send(visit, Errand("GET", f"/responses/{owned.id}", owned.anchor))
-        return passing.head(visit, reply)
+    async def moderate(visit: Visit) -> Head:
+        await passing.enter(visit)
+        body = await passing.take_in(visit, JSON_TYPE, MODERATION_BYTES)
+        errand = Errand("POST", "/moderations", upstream="openai", body=body)
+        return passing.head(visit, await passing.send(visit, errand))
+
+What names an id is looked up before (``forwarding.py``).
 """
 
 from __future__ import annotations
