@@ -37,6 +37,7 @@ ROOMS = {
     "housekeeping": {"ports", "domain"},
     "supervisor": {"ports"},
     "reload": {"domain", "filewatch", "settings", "yamlfile"},
+    "assembly_stores": {"domain", "ports", "relay", "settings", "stores", "telemetry"},
     "assembly": {
         "domain", "notify", "ports", "pricefile", "relay", "settings", "stores", "telemetry",
         "upstream", "yamlfile",
@@ -51,14 +52,14 @@ ROOMS = {
         "sandbox", "settings", "telemetry", "upstream",
     },
     "app": {
-        "api", "assembly", "clock", "descriptors", "domain", "housekeeping", "machine", "ports",
-        "relay", "reload", "reports", "settings", "stores", "swap", "telemetry", "upstream",
-        "watchdog",
+        "api", "assembly", "assembly_stores", "clock", "descriptors", "domain", "housekeeping",
+        "machine", "ports", "relay", "reload", "reports", "settings", "stores", "swap",
+        "telemetry", "upstream", "watchdog",
     },
     "cli": {
-        "app", "assembly", "clock", "doctor", "domain", "filewatch", "healthcheck", "ports",
-        "pricefile", "reload", "reports", "sandbox", "server", "settings", "stores", "supervisor",
-        "telemetry",
+        "app", "assembly", "assembly_stores", "clock", "doctor", "domain", "filewatch",
+        "healthcheck", "ports", "pricefile", "reload", "reports", "sandbox", "server", "settings",
+        "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip
