@@ -51,10 +51,12 @@ ROOMS = {
         "assembly", "domain", "filewatch", "ports", "pricefile", "relay", "reload", "reports",
         "sandbox", "settings", "telemetry", "upstream",
     },
+    "doors": {"api", "ports", "relay", "settings", "telemetry"},
+    "vitals": {"api", "domain", "machine", "ports", "relay", "stores", "telemetry"},
     "app": {
-        "api", "assembly", "assembly_stores", "clock", "descriptors", "domain", "housekeeping",
-        "machine", "ports", "relay", "reload", "reports", "settings", "stores", "swap",
-        "telemetry", "upstream", "watchdog",
+        "api", "assembly", "assembly_stores", "clock", "descriptors", "domain", "doors",
+        "housekeeping", "machine", "ports", "relay", "reload", "reports", "settings", "stores",
+        "swap", "telemetry", "upstream", "vitals", "watchdog",
     },
     "cli": {
         "app", "assembly", "assembly_stores", "clock", "doctor", "domain", "filewatch",
