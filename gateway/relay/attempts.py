@@ -37,7 +37,9 @@ from gateway.ports import (
 from gateway.relay.body import Spool, edited, edited_length
 from gateway.relay.failover import (
     ERROR_BODY_BYTES,
+    LEAST_WAIT_SECONDS,
     UNREACHED,
+    UPSTREAM_RID_CHARS,
     Kind,
     Next,
     kind_of,
@@ -57,9 +59,7 @@ PATIENCE_SECONDS = 50.0
 """After the first attempt began; the lease is a minute longer than the longest call."""
 PAUSE_SECONDS = (0.2, 2.0)
 """Before an upstream that has failed is asked again: full jitter."""
-UPSTREAM_RID_CHARS = 128
 RETRY_SECONDS = 5.0
-LEAST_WAIT_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,9 @@ BILLING_CODES = frozenset(
         "billing_hard_limit_reached",
     }
 )
+UPSTREAM_RID_CHARS = 128
+LEAST_WAIT_SECONDS = 0.05
+"""The shortest wait that a client is told."""
 EDGE_STATUSES = frozenset({408, 499, 502, 504, *range(520, 531)})
 """A proxy in front of the provider gave up waiting: the provider may have gone on."""
 

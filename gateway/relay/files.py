@@ -29,6 +29,7 @@ from gateway.relay.forwarding import Forwarding
 from gateway.relay.media import FORM_OVERHEAD_BYTES, FORM_TYPE, media_of, too_large
 from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
 from gateway.relay.passing import Errand, Passing, Place, Visit, bad_answer, bad_query, place_of
+from gateway.relay.references import path_of
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,9 @@ class Files:
     async def _take_back(self, visit: Visit, owned: Owned) -> None:
         """A file without an owner is of no use to anybody."""
         try:
-            await self._passing.send(visit, Errand("DELETE", f"/files/{owned.id}", owned.anchor))
+            await self._passing.send(
+                visit, Errand("DELETE", path_of(owned.kind, owned.id), owned.anchor)
+            )
         except GatewayError as error:
             log.error(
                 "a file without an owner stays at an upstream",
@@ -185,7 +188,7 @@ class Files:
     async def show(self, visit: Visit) -> Head:
         """``GET /files/{id}``."""
         owned = await self._owned(visit)
-        errand = Errand("GET", _path(owned), owned.anchor)
+        errand = Errand("GET", path_of(owned.kind, owned.id), owned.anchor)
         return await self._forwarding.show(visit, owned, errand)
 
     async def content(self, visit: Visit) -> Head:
@@ -195,7 +198,7 @@ class Files:
         more = (("range", asked),) if _RANGE.fullmatch(asked) else ()
         errand = Errand(
             "GET",
-            f"{_path(owned)}/content",
+            f"{path_of(owned.kind, owned.id)}/content",
             owned.anchor,
             accept="*/*",
             more=more,
@@ -206,7 +209,7 @@ class Files:
     async def delete(self, visit: Visit) -> Head:
         """``DELETE /files/{id}``."""
         owned = await self._owned(visit)
-        return await self._forwarding.delete(visit, owned, _path(owned))
+        return await self._forwarding.delete(visit, owned)
 
     async def _owned(self, visit: Visit) -> Owned:
         place_of(self.rules.place, "/v1/files")
@@ -317,10 +320,6 @@ def _query(query: str) -> dict[str, str]:
         return {name: values[-1] for name, values in parse_qs(query, max_num_fields=50).items()}
     except ValueError:
         raise bad_query("query", "of at most 50 parameters") from None
-
-
-def _path(owned: Owned) -> str:
-    return f"/files/{owned.id}"
 
 
 def _object(content: bytes) -> Mapping[str, Json]:

@@ -11,7 +11,7 @@ from gateway.domain.owned import Owned, OwnedKind
 from gateway.ports import Ownership, Reply
 from gateway.relay.flights import Head
 from gateway.relay.passing import Errand, Passing, Visit
-from gateway.relay.references import References, not_owned
+from gateway.relay.references import References, not_owned, path_of
 
 
 class Forwarding:
@@ -31,14 +31,15 @@ class Forwarding:
         """The upstream's answer as ours. Raises ``NotOwned`` where it is not there any more."""
         return self._passing.head(visit, await self._send(visit, owned, errand))
 
-    async def delete(self, visit: Visit, owned: Owned, path: str) -> Head:
+    async def delete(self, visit: Visit, owned: Owned) -> Head:
         """At the upstream, and then here, whoever has left meanwhile. Where it is not there any
         more, its row goes too."""
-        return await self._passing.to_the_end(visit, self._delete(visit, owned, path))
+        return await self._passing.to_the_end(visit, self._delete(visit, owned))
 
-    async def _delete(self, visit: Visit, owned: Owned, path: str) -> Head:
+    async def _delete(self, visit: Visit, owned: Owned) -> Head:
         try:
-            reply = await self._send(visit, owned, Errand("DELETE", path, owned.anchor))
+            errand = Errand("DELETE", path_of(owned.kind, owned.id), owned.anchor)
+            reply = await self._send(visit, owned, errand)
         except NotOwned:
             await self._ownership.disown(owned.team, owned.id)
             raise

@@ -20,6 +20,7 @@ from gateway.relay import replay
 from gateway.relay.body import Spool
 from gateway.relay.meter import (
     EventMeter,
+    EventReader,
     JsonMeter,
     NoPicture,
     Reading,
@@ -175,14 +176,8 @@ async def land_events(
     return _landed(meter, as_json, spool.length) if meter.completed else _ended_early(meter)
 
 
-class Feeds(Protocol):
-    """What cuts a stream into events."""
-
-    def feed(self, chunk: bytes) -> list[Event]: ...
-
-
 async def the_rest(
-    seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: Feeds
+    seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: EventReader
 ) -> AsyncGenerator[int, None]:
     """How far what follows the last picture may be published: whole events without a picture.
 
@@ -247,7 +242,7 @@ async def keep(spool: Spool, chunk: bytes) -> None:
 
 
 async def mend(spool: Spool, event: Event) -> None:
-    """Makes an event one that every SDK can read. Raises like ``_keep``."""
+    """Makes an event one that every SDK can read. Raises like ``keep``."""
     try:
         for edit in event.mends:
             await spool.mend(edit)

@@ -4,15 +4,15 @@ where they live, for the team that they belong to; nothing of it costs (contract
 from __future__ import annotations
 
 from collections.abc import Iterable
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, urlencode
 
-from gateway.domain.call import Operation
 from gateway.domain.errors import BodyTooLarge, NotServed
 from gateway.domain.owned import Owned, OwnedKind
 from gateway.relay.flights import Head
 from gateway.relay.forwarding import Forwarding
 from gateway.relay.media import JSON_TYPE
 from gateway.relay.passing import Errand, Visit
+from gateway.relay.references import path_of
 
 MAX_BODY_BYTES = 64 * 1024
 """Of a cancellation: the SDKs send none at all."""
@@ -57,7 +57,7 @@ class Lookups:
     async def delete(self, visit: Visit) -> Head:
         """``DELETE /responses/{id}``."""
         owned = await self._owned(visit)
-        return await self._forwarding.delete(visit, owned, _path(owned))
+        return await self._forwarding.delete(visit, owned)
 
     async def _owned(self, visit: Visit) -> Owned:
         if not self.enabled:
@@ -69,16 +69,12 @@ class Lookups:
     ) -> Head:
         errand = Errand(
             method,
-            _path(owned) + rest,
+            path_of(owned.kind, owned.id) + rest,
             owned.anchor,
             accept=accept,
             max_response_bytes=MAX_ANSWER_BYTES,
         )
         return await self._forwarding.show(visit, owned, errand)
-
-
-def _path(owned: Owned) -> str:
-    return f"{Operation.RESPONSE.path}/{quote(owned.id, safe='')}"
 
 
 def _asked(visit: Visit, known: Iterable[str]) -> str:

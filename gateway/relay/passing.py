@@ -61,7 +61,9 @@ from gateway.relay.body import Room, Spool
 from gateway.relay.drain import shutting_down
 from gateway.relay.failover import (
     ERROR_BODY_BYTES,
+    LEAST_WAIT_SECONDS,
     UNREACHED,
+    UPSTREAM_RID_CHARS,
     Kind,
     Next,
     kind_of,
@@ -85,8 +87,6 @@ MOST_AT_ONCE = 256
 MOST_ATTEMPTS = 3
 WHOLE_BYTES = 1024 * 1024
 """An answer that is read here before it is handed over: an object that describes something."""
-LEAST_WAIT_SECONDS = 0.05
-UPSTREAM_RID_CHARS = 128
 
 PASSED_ON = (
     *("content-type", "content-disposition", "content-range", "accept-ranges"),

@@ -642,7 +642,7 @@ def _check_svg(given: Mapping[str, object]) -> None:
 
 
 def _without_nulls(value: object) -> Json:
-    """Like ``_settled``, for an object whose nulls mean what their absence means."""
+    """Like ``settled``, for an object whose nulls mean what their absence means."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return settled(value)

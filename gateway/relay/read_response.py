@@ -25,6 +25,7 @@ from gateway.domain.errors import InvalidRequest, NotServed
 from gateway.domain.owned import OwnedKind
 from gateway.relay.inputs import digest_of_file, from_url
 from gateway.relay.media import JSON_TYPE, check_encoding, check_media, too_large
+from gateway.relay.meter_response import PICTURE_CALL
 from gateway.relay.read import (
     DEFAULT_FRAMES,
     MAX_DEPTH,
@@ -237,7 +238,7 @@ class _Seen:
                 param=place,
                 reason="unpriced",
             )
-        if kind == IMAGE_TOOL + "_call":
+        if kind == PICTURE_CALL:
             self._drawn_before(item, place)
         elif _is_item(place) and kind is not None and kind not in _BY_VALUE:
             self._refer(OwnedKind.ITEM, item.get("id"), f"{place}.id")

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
+from urllib.parse import quote
 
-from gateway.domain.call import Call, InputImage, Reference
+from gateway.domain.call import Call, InputImage, Operation, Reference
 from gateway.domain.errors import InvalidRequest, NotOwned
 from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.team import Caller
@@ -25,6 +26,9 @@ _UNKNOWN = {
     OwnedKind.PICTURE: "Item with id '{id}' not found.",
     OwnedKind.ITEM: "Item with id '{id}' not found.",
 }
+
+
+_PLACES = {OwnedKind.FILE: "/files", OwnedKind.RESPONSE: Operation.RESPONSE.path}
 
 
 class Resolved(NamedTuple):
@@ -84,6 +88,11 @@ class References:
 def not_owned(kind: OwnedKind, id: str, param: str = "id") -> NotOwned:
     """What OpenAI says of an id that it does not know."""
     return NotOwned(_UNKNOWN[kind].format(id=id[:MAX_SHOWN_CHARS]), param=param)
+
+
+def path_of(kind: OwnedKind, id: str) -> str:
+    """Where a file or a response is at its upstream."""
+    return f"{_PLACES[kind]}/{quote(id, safe='')}"
 
 
 def keys_at(credentials: Sequence[Credential], anchor: Anchor | None) -> Sequence[Credential]:
