@@ -46,11 +46,11 @@ from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.hosting import Hosting, Links
 from gateway.relay.news import ResultNews
 from gateway.relay.read import ReadRules, ResponseRules
+from gateway.secret import Secret
 from gateway.settings import (
     ImageUrls,
     Kind,
     OnUnknown,
-    Secret,
     Settings,
     UpstreamKey,
     WithoutImageTool,

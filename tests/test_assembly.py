@@ -15,7 +15,8 @@ from prometheus_client import generate_latest
 from gateway.assembly import RESULT_MAX_BYTES, CannotServe, make_results, open_result_news
 from gateway.ports import Cache, CachedMeta
 from gateway.relay.news import Finished
-from gateway.settings import Secret, Settings, load
+from gateway.secret import Secret
+from gateway.settings import Settings, load
 from gateway.stores.blobs import DiskCache
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_link import Server, connect
