@@ -40,11 +40,11 @@ from gateway.relay.health import CircuitState, HealthListener, Why
 from gateway.relay.news import ResultNews
 from gateway.relay.passing import Place
 from gateway.relay.read import ReadRules, ResponseRules
+from gateway.secret import Secret
 from gateway.settings import (
     ImageUrls,
     Kind,
     OnUnknown,
-    Secret,
     Settings,
     UpstreamKey,
     WithoutImageTool,

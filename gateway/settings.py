@@ -12,11 +12,8 @@ The names of the fields are the names in the file; ``config/gateway.yaml`` expla
 
 from __future__ import annotations
 
-import base64
-import hmac
-import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -25,15 +22,13 @@ from enum import StrEnum
 from ipaddress import (
     IPv4Network,
     IPv6Network,
-    ip_interface,
-    ip_network,
 )
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn
-from urllib.parse import SplitResult, urlsplit
-from zoneinfo import available_timezones
+from typing import Any
+from urllib.parse import urlsplit
 
+from gateway import settingvalues as values
 from gateway.domain.address import METADATA, address_of, is_never_an_upstream
 from gateway.domain.compat import OFF, Compat, CompatRules, merged
 from gateway.domain.money import Money
@@ -73,6 +68,7 @@ from gateway.reading import (
     text,
     whole,
 )
+from gateway.secret import Secret
 from gateway.yamlfile import (
     MAX_FILE_BYTES,
     Entry,
@@ -88,54 +84,7 @@ from gateway.yamlfile import (
 )
 
 MIB = 1024 * 1024
-MIN_KEY_CHARS = 20
-KEY_PREFIX = "igw_"
 _ENVIRONMENT_PREFIX = "GATEWAY_"
-
-
-class Secret:
-    """A text that does not show itself: ``repr``, ``str`` and ``format`` give ``***``.
-
-    ``reveal`` is for the one place that needs the value. Comparing takes the same time wherever
-    two values differ. It cannot be pickled; a copy is the same object.
-    """
-
-    __slots__ = ("_value",)
-
-    def __init__(self, value: str) -> None:
-        self._value = value
-
-    def reveal(self) -> str:
-        return self._value
-
-    def __repr__(self) -> str:
-        return "***"
-
-    def __format__(self, spec: str) -> str:
-        return "***"
-
-    def __bool__(self) -> bool:
-        return bool(self._value)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Secret):
-            return NotImplemented
-        return hmac.compare_digest(_octets(self._value), _octets(other._value))
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __copy__(self) -> Secret:
-        return self
-
-    def __deepcopy__(self, memo: object) -> Secret:
-        return self
-
-    def __reduce__(self) -> NoReturn:
-        raise TypeError("a Secret is not pickled")
-
-
-def _octets(value: str) -> bytes:
-    return value.encode("utf-8", "surrogatepass")
 
 
 class ConfigError(Exception):
@@ -238,219 +187,8 @@ class LogFormat(StrEnum):
     TEXT = "text"
 
 
-def _path(node: Node, spot: Spot) -> Path:
-    """A path, absolute from the folder of the file."""
-    value = scalar(node)
-    if "://" in value.text:
-        raise Wrong("must be the path of a folder or a file; urls do not exist in this version")
-    return _local(value.text, spot)
-
-
-def _local(name: str, spot: Spot) -> Path:
-    if not name or not name.isprintable():
-        raise Wrong("must be a path")
-    return spot.report.folder / name
-
-
-def _existing_file(node: Node, spot: Spot) -> Path:
-    path = _path(node, spot)
-    spot.report.sources.append(source(path))
-    if not os.path.isfile(path):  # Path.is_file raises for a name that is too long
-        raise Wrong(f"there is no such file{but_is(scalar(node)).replace(', not', ':')}")
-    return path
-
-
-def _blobs(node: Node, spot: Spot) -> Path:
-    if scalar(node).text.startswith("s3:"):
-        raise Wrong("blobs in S3 do not exist in this version: give the path of a folder")
-    return _path(node, spot)
-
-
-def _database(node: Node, spot: Spot) -> Path | Secret:
-    """The path of an SQLite file, or the url of a PostgreSQL database, which has a password."""
-    url = scalar(node).text
-    if url.partition(":")[0].lower() in ("postgresql", "postgres"):
-        hosts, _, name = url.partition("://")[2].rpartition("@")[2].partition("/")
-        for host in hosts.split(","):  # several: the primary and its standbys
-            _split(f"postgresql://{host}/")
-        if not name.partition("?")[0] or _VISIBLE.fullmatch(url) is None:
-            raise Wrong("must name a database: postgresql://user:password@host:5432/gateway")
-        return Secret(url)
-    name = url.removeprefix("sqlite:///")
-    if name == url or name in ("", ":memory:") or "?" in name or name.endswith("/"):
-        raise Wrong(
-            "must be sqlite:/// and the path of a file: sqlite:///data/gateway.db from the folder "
-            "of this file, sqlite:////var/lib/gateway.db from the root; or "
-            "postgresql://user:password@host:5432/gateway"
-        )
-    return _local(name, spot)
-
-
-def _split(url: str) -> SplitResult:
-    """The parts of a url. Raises ``Wrong`` where it has no host or a port out of range."""
-    try:
-        parts = urlsplit(url)
-        usable = parts.hostname and (parts.port is None or parts.port > 0)
-    except ValueError:
-        usable = False
-    if not usable or _VISIBLE.fullmatch(url) is None or "\\" in url:
-        raise Wrong("must be a url in ASCII with a host and, if any, a port: scheme://host:port")
-    return parts
-
-
-_TLS_FILES = frozenset(("ssl_ca_certs", "ssl_certfile", "ssl_keyfile"))
-
-
-def _redis(node: Node, spot: Spot) -> Secret:
-    url = scalar(node).text
-    scheme = url.partition(":")[0].lower()
-    transport, _, kind = scheme.partition("+")
-    if transport not in ("redis", "rediss") or kind not in ("", "cluster", "sentinel"):
-        raise Wrong(
-            "must be a url that starts with redis://, rediss://, redis+cluster:// or "
-            "redis+sentinel:// (rediss+cluster://, rediss+sentinel:// for TLS)"
-        )
-    if kind == "sentinel":
-        return _sentinel(url)
-    if kind == "cluster" and _split(url).path not in ("", "/", "/0"):
-        raise Wrong("must not name a database: a cluster has only the first")
-    if re.fullmatch(r"/?[0-9]{0,4}", _split(url).path, re.ASCII) is None:
-        raise Wrong("must end in the number of a database, if anything: redis://host:6379/0")
-    given = {option.partition("=")[0] for option in _split(url).query.split("&") if option}
-    if given - (_TLS_FILES if transport == "rediss" else frozenset()):
-        raise Wrong(
-            "must not have options, except for the files of TLS with rediss://: "
-            f"{', '.join(sorted(_TLS_FILES))}"
-        )
-    return Secret(url)
-
-
-def _sentinel(url: str) -> Secret:
-    hosts, slash, name = url.partition("://")[2].rpartition("@")[2].partition("/")
-    if not slash or re.fullmatch(r"[^/?#]+(/[0-9]{1,4})?", name, re.ASCII) is None:
-        raise Wrong(
-            "must name its sentinels and the service that they watch: "
-            "redis+sentinel://host:26379,host:26379/mymaster"
-        )
-    for host in hosts.split(","):
-        _split(f"redis://{host}")
-    return Secret(url)
-
-
-def _time_zone(node: Node, spot: Spot) -> str:
-    name = scalar(node).text
-    if name not in available_timezones():
-        raise Wrong(
-            f"must be a time zone's name, like Europe/Berlin{but_is(scalar(node))}"
-            f"{suggestion(name, sorted(available_timezones()))}"
-        )
-    return name
-
-
-def _public_url(node: Node, spot: Spot) -> str:
-    """Where clients reach this gateway: what the urls that it hands out begin with."""
-    url = scalar(node).text
-    example = "https://images.example.com"
-    if not url.lower().startswith(("http://", "https://")):
-        raise Wrong(f"must be the url that clients reach this gateway at: {example}")
-    parts = _split(url)
-    if parts.username is not None or parts.password is not None:
-        raise Wrong("must not hold a user or a password: it is told to everybody")
-    if "?" in url or "#" in url:
-        raise Wrong('must not hold "?" or "#"')
-    if parts.path.rstrip("/").endswith("/v1"):
-        raise Wrong(f"must not end in /v1, which is added: {example}")
-    if parts.scheme.lower() == "http" and not _is_near(parts.hostname or ""):
-        spot.warn(
-            node.place,
-            "is http:// on a public network: whoever is on the way sees the pictures, and the urls "
-            "that open them. Write https://",
-        )
-    return url.rstrip("/")
-
-
-def _webhook(node: Node, spot: Spot) -> Secret:
-    """Where news is sent; many such urls hold a token, so it is a secret."""
-    url = scalar(node).text
-    if not url.lower().startswith(("http://", "https://")):
-        raise Wrong("must be a url that starts with https:// (or http:// on a private network)")
-    parts = _split(url)
-    if parts.scheme.lower() == "http" and not _is_near(parts.hostname or ""):
-        raise Wrong("must be https:// on a public network")
-    return Secret(url)
-
-
-def _webhook_secret(node: Node, spot: Spot) -> Secret:
-    """What webhooks are signed with: ``whsec_`` and base64, as Standard Webhooks writes it."""
-    text = scalar(node).text
-    try:
-        raw = base64.b64decode(text.removeprefix("whsec_"), validate=True)
-    except ValueError:
-        raw = b""
-    if not text.startswith("whsec_") or not 24 <= len(raw) <= 64:
-        raise Wrong(
-            'must be "whsec_" and 24 to 64 bytes in base64: echo whsec_$(openssl rand -base64 32)'
-        )
-    return Secret(text)
-
-
-def _collector(node: Node, spot: Spot) -> str:
-    """Where spans are posted, path and all; what proves who sends them goes to the headers."""
-    url = scalar(node).text
-    example = "http://collector:4318/v1/traces"
-    if not url.lower().startswith(("http://", "https://")):
-        raise Wrong(f"must be the url that a collector takes traces at (OTLP/HTTP): {example}")
-    parts = _split(url)
-    if parts.username is not None or parts.password is not None:
-        raise Wrong("must not hold a user or a password: they go to tracing.headers")
-    if "?" in url or "#" in url:
-        raise Wrong('must not hold "?" or "#": what a collector asks for goes to tracing.headers')
-    if parts.path in ("", "/"):
-        raise Wrong(f"must have the path that traces are posted to, usually /v1/traces: {example}")
-    if parts.port == 4317:
-        spot.warn(node.place, "has the port of OTLP over gRPC: OTLP over HTTP is usually at 4318")
-    if parts.scheme.lower() == "http" and not _is_near(parts.hostname or ""):
-        raise Wrong("must be https:// on a public network")
-    return url
-
-
-def _is_near(host: str) -> bool:
-    """Whether a host is on a private network, as far as the text alone tells."""
-    address = address_of(host)
-    return not address.is_global if address else _is_private_name(host)
-
-
-def _proxy(node: Node, spot: Spot) -> Secret:
-    url = scalar(node).text
-    if not url.lower().startswith(("http://", "https://")):
-        raise Wrong("must be the url of a forward proxy: http://host:port or https://host:port")
-    _split(url)
-    return Secret(url)
-
-
-def _base_url(node: Node, spot: Spot) -> str:
-    url = scalar(node).text
-    if not url.lower().startswith(("http://", "https://")):
-        raise Wrong("must be a url that starts with https:// (or http:// on a private network)")
-    parts = _split(url)
-    if parts.username is not None or parts.password is not None:
-        raise Wrong("must not hold a user or a password: keys go to api_keys")
-    if "?" in url or "#" in url:
-        raise Wrong('must not hold "?" or "#"')
-    return url.rstrip("/")
-
-
 def _named_upstream(node: Node, spot: Spot) -> str:
     return scalar(node).text
-
-
-def _verify(node: Node, spot: Spot) -> Path | bool:
-    value = scalar(node)
-    if value.text == "true":
-        return True
-    if value.text == "false":
-        raise Wrong("is never off: give the path of a CA bundle that signs the upstream")
-    return _existing_file(node, spot)
 
 
 def _kind(node: Node, spot: Spot) -> Kind:
@@ -463,173 +201,6 @@ def _kind(node: Node, spot: Spot) -> Kind:
             f'{named} does not exist in this version; there are "openai" (for every provider '
             'that speaks OpenAI\'s API) and "sandbox"'
         ) from None
-
-
-def _pepper(node: Node, spot: Spot) -> Secret:
-    value = scalar(node)
-    _unless_encodable(value.text)
-    if len(value.text) < 32:
-        spot.warn(node.place, "is short: use 32 random characters or more (openssl rand -hex 32)")
-    return Secret(value.text)
-
-
-def _unless_encodable(value: str) -> None:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise Wrong("must be text in UTF-8") from None
-
-
-def _api_key(node: Node, spot: Spot) -> Secret:
-    """A provider's key; empty where its variable is."""
-    value = _maybe_empty(node)
-    if value.text.startswith(KEY_PREFIX):
-        raise Wrong("that is a key of this gateway, not of a provider")
-    if value.text and _VISIBLE.fullmatch(value.text) is None:
-        raise Wrong("must be a key without spaces or line breaks: was it copied whole?")
-    return Secret(value.text)
-
-
-def _provider_admin_key(node: Node, spot: Spot) -> Secret:
-    """A provider's admin key, which may only read what was spent; empty where its variable is."""
-    return _api_key(node, spot)
-
-
-def _admin_key(node: Node, spot: Spot) -> Secret:
-    value = _maybe_empty(node)
-    if value.text:
-        raise Wrong("the Admin API does not exist in this version: leave admin.keys empty")
-    return Secret("")
-
-
-def _maybe_empty(node: Node) -> Scalar:
-    """One value that may be the empty text, as ``"${NAME:-}"`` is where nothing is set."""
-    if isinstance(node, Scalar) and not node.broken and not node.text:
-        return node
-    return scalar(node)
-
-
-def _team_secret(node: Node, spot: Spot) -> Secret | None:
-    """A team's key; None where its variable is empty and says that it may be."""
-    value = _maybe_empty(node)
-    if not value.text and value.optional:
-        spot.warn(node.place, f"{_those(value.sources)} empty: this key is left out")
-        return None
-    if len(value.text) < MIN_KEY_CHARS:
-        raise Wrong(
-            f"a key must have at least {MIN_KEY_CHARS} characters; make one with: "
-            "openssl rand -hex 24"
-        )
-    if _VISIBLE.fullmatch(value.text) is None:
-        raise Wrong("a key must be without spaces and line breaks, in ASCII")
-    return Secret(value.text)
-
-
-def _those(names: tuple[str, ...]) -> str:
-    return f"{' and '.join(names)} {'are' if len(names) > 1 else 'is'}"
-
-
-def _header_value(node: Node, spot: Spot) -> Secret:
-    value = scalar(node).text
-    if re.fullmatch(r"[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?", value) is None:
-        raise Wrong("must be one line of ASCII without spaces around it")
-    return Secret(value)
-
-
-def _header_objection(name: str) -> str | None:
-    if re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]{1,100}", name) is None:
-        return "this is not the name of a header"
-    return _REFUSED_HEADERS.get(name.lower())
-
-
-def _collector_header_objection(name: str) -> str | None:
-    return None if name.lower() == "authorization" else _header_objection(name)
-
-
-def _headers(node: Node, spot: Spot) -> tuple[tuple[str, Secret], ...]:
-    return _header_pairs(node, spot, _header_objection)
-
-
-def _collector_headers(node: Node, spot: Spot) -> tuple[tuple[str, Secret], ...]:
-    return _header_pairs(node, spot, _collector_header_objection)
-
-
-def _header_pairs(
-    node: Node, spot: Spot, objection: Callable[[str], str | None]
-) -> tuple[tuple[str, Secret], ...]:
-    values = mapping(_header_value, objection)(node, spot)
-    lowered = {name.lower(): value for name, value in values.items()}
-    if len(lowered) < len(values):
-        raise Wrong("holds a header twice: upper and lower case are the same")
-    return tuple(lowered.items())
-
-
-_OURS = "cannot be set here: the gateway writes it for every request"
-_HOP = "cannot be set here: it belongs to one connection, not to a request"
-_REFUSED_HEADERS = MappingProxyType(
-    {
-        "authorization": "cannot be set here: keys go to api_keys",
-        "proxy-authorization": 'cannot be set here: write user and password into "proxy"',
-        "cookie": "cannot be set here: a cookie of one client would be sent for all",
-        "set-cookie": "cannot be set here: it is a header of answers",
-        **dict.fromkeys(
-            ("traceparent", "tracestate"), "cannot be set here: each request has its own (tracing)"
-        ),
-        "idempotency-key": "cannot be set here: one value for all requests would mix them up",
-        **dict.fromkeys(
-            ("host", "content-length", "content-type", "content-encoding", "accept-encoding"),
-            _OURS,
-        ),
-        **dict.fromkeys(
-            (
-                "connection",
-                "expect",
-                "keep-alive",
-                "proxy-authenticate",
-                "proxy-connection",
-                "te",
-                "trailer",
-                "transfer-encoding",
-                "upgrade",
-            ),
-            _HOP,
-        ),
-    }
-)
-
-
-def _network(node: Node, spot: Spot) -> IPv4Network | IPv6Network:
-    value = scalar(node)
-    try:
-        return ip_network(value.text)
-    except ValueError:
-        pass
-    try:
-        meant = ip_interface(value.text).network
-    except ValueError:
-        raise Wrong(
-            f"must be an address or a network of your proxies, like 10.0.0.0/8{but_is(value)}"
-        ) from None
-    raise Wrong(
-        f"has bits set after its prefix{'' if value.given else f': write {meant}'}",
-    )
-
-
-_ORIGIN = re.compile(
-    r"https://[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?(?::[1-9][0-9]{0,4})?"
-    r"|http://(?:localhost|127\.0\.0\.1|\[::1\])(?::[1-9][0-9]{0,4})?"
-)
-
-
-def _origin(node: Node, spot: Spot) -> str:
-    """As browsers write it, to the letter: it is compared, not understood."""
-    value = scalar(node)
-    if value.text != "*" and _ORIGIN.fullmatch(value.text) is None:
-        raise Wrong(
-            "must be the origin of a page in small letters and without a slash at its end, like "
-            f'https://studio.example.com, http://localhost:5173, or "*" for all{but_is(value)}'
-        )
-    return value.text
 
 
 def _keep(node: Node, spot: Spot) -> timedelta:
@@ -647,7 +218,7 @@ def _upstream_key(node: Node, spot: Spot) -> UpstreamKey:
     """A key alone, or one with its place among the others."""
     if isinstance(node, Table):
         return record(UpstreamKey)(node, spot)
-    return UpstreamKey(key=_api_key(node, spot))
+    return UpstreamKey(key=values.api_key(node, spot))
 
 
 _PORT = whole(0, 65_535, "a port")
@@ -662,7 +233,7 @@ class Cors:
     """Which pages of other origins browsers let in; none without ``origins``. ``max_age`` is how
     long a browser remembers that it may."""
 
-    origins: tuple[str, ...] = group(listing(_origin), ())
+    origins: tuple[str, ...] = group(listing(values.origin), ())
     max_age: timedelta = setting(duration, timedelta(minutes=10))
 
 
@@ -674,7 +245,7 @@ class Server:
     host: str = setting(_HOST, "0.0.0.0")
     port: int = setting(_PORT, 8080)
     metrics_port: int | None = setting(optional(_PORT), None)
-    public_url: str | None = setting(optional(_public_url), None)
+    public_url: str | None = setting(optional(values.public_url), None)
     workers: int = setting(whole(1, 256), 1)
     replicas: int = setting(whole(1, 10_000), 1)
     buffer_bytes: int = setting(size, 128 * MIB)
@@ -685,7 +256,7 @@ class Server:
     max_in_flight: int = setting(_COUNT, 10_000)
     queue: int = setting(whole(0, 1_000_000), 1000)
     queue_seconds: float = setting(seconds(0), 5.0)
-    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = group(listing(_network), ())
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = group(listing(values.network), ())
     max_json_bytes: int = setting(size, 4 * MIB)
     max_form_bytes: int = setting(size, 200 * MIB)
     max_file_bytes: int = setting(size, 50 * MIB)
@@ -700,12 +271,12 @@ class Storage:
     paths are absolute once loaded. ``pepper`` is what keys are hashed with, ``old_peppers`` what
     some of them still may be, the newest first."""
 
-    database: Path | Secret = setting(_database, Path("data/gateway.db"))
-    redis: Secret | None = setting(optional(_redis), None)
+    database: Path | Secret = setting(values.database, Path("data/gateway.db"))
+    redis: Secret | None = setting(optional(values.redis), None)
     without_redis: WithoutRedis = setting(choice(WithoutRedis), WithoutRedis.LOCAL)
-    blobs: Path = setting(_blobs, Path("data/blobs"))
-    pepper: Secret | None = setting(optional(_pepper), None)
-    old_peppers: tuple[Secret, ...] = group(listing(_pepper), ())
+    blobs: Path = setting(values.blobs, Path("data/blobs"))
+    pepper: Secret | None = setting(optional(values.pepper), None)
+    old_peppers: tuple[Secret, ...] = group(listing(values.pepper), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -715,7 +286,7 @@ class LedgerSettings:
 
     lease_seconds: float | None = setting(optional(seconds()), None)
     sweep_seconds: float = setting(seconds(), 15.0)
-    spool: Path = setting(_path, Path("data/settlements"))
+    spool: Path = setting(values.any_path, Path("data/settlements"))
     keep: timedelta | None = setting(optional(_keep), None)
 
 
@@ -731,7 +302,7 @@ class Timeouts:
 class UpstreamKey:
     """One of a provider's keys: of the lowest order first, those of one order by weight."""
 
-    key: Secret = setting(_api_key)
+    key: Secret = setting(values.api_key)
     weight: int = setting(_WEIGHT, 1)
     order: int = setting(_ORDER, 1)
 
@@ -747,19 +318,19 @@ class Upstream:
 
     name: str = ""
     kind: Kind = setting(_kind)
-    base_url: str = setting(_base_url, "")
+    base_url: str = setting(values.base_url, "")
     api_keys: tuple[UpstreamKey, ...] = group(listing(_upstream_key), ())
     timeouts: Timeouts = group(record(Timeouts), Timeouts())
-    headers: tuple[tuple[str, Secret], ...] = group(_headers, ())
-    proxy: Secret | None = setting(optional(_proxy), None)
-    verify: Path | bool = setting(_verify, True)
+    headers: tuple[tuple[str, Secret], ...] = group(values.headers, ())
+    proxy: Secret | None = setting(optional(values.proxy), None)
+    verify: Path | bool = setting(values.verify, True)
     max_connections: int = setting(whole(1, 100_000), 1000)
     max_in_flight: int | None = setting(optional(whole(1, 100_000)), None)
     prices: str = setting(text(r"[a-z0-9][a-z0-9_.-]{0,62}", "a provider's name"), "openai")
     allow_http: bool = setting(boolean, False)
     image_urls: ImageUrls = setting(choice(ImageUrls), ImageUrls.REFUSE)
     bill_on_5xx: BillOn5xx = setting(choice(BillOn5xx), BillOn5xx.NEVER)
-    admin_key: Secret | None = setting(optional(_provider_admin_key), None)
+    admin_key: Secret | None = setting(optional(values.provider_admin_key), None)
 
     @property
     def ready(self) -> bool:
@@ -822,17 +393,17 @@ def _check_origin(upstream: Upstream, spot: Spot, place: Place) -> None:
     parts = urlsplit(upstream.base_url)
     host = (parts.hostname or "").rstrip(".")
     address = address_of(host)
-    if address is None and _NUMERIC_HOST.fullmatch(host):
+    if address is None and values.NUMERIC_HOST.fullmatch(host):
         spot.wrong(place, "write the address in its usual form, like 10.1.2.3")
         return
-    if host in _METADATA_HOSTS or (address is not None and address in METADATA):
+    if host in values.METADATA_HOSTS or (address is not None and address in METADATA):
         spot.wrong(place, "is the metadata service of a cloud, which is never an upstream")
         return
     if address is not None and is_never_an_upstream(address):
         spot.wrong(place, "is a link-local, multicast or empty address, never an upstream")
         return
     if parts.scheme.lower() == "http":
-        near = not address.is_global if address is not None else _is_private_name(host)
+        near = not address.is_global if address is not None else values.is_private_name(host)
         if not near and not upstream.allow_http:
             spot.wrong(
                 place,
@@ -843,18 +414,6 @@ def _check_origin(upstream: Upstream, spot: Spot, place: Place) -> None:
             spot.warn(place, "sends keys and pictures unencrypted: https:// is better")
     if not parts.path:
         spot.warn(place, "has no path: base urls of OpenAI's API usually end in /v1")
-
-
-def _is_private_name(host: str) -> bool:
-    return "." not in host or host.endswith(_PRIVATE_SUFFIXES)
-
-
-_NUMERIC_HOST = re.compile(r"(0x[0-9a-f]*|[0-9]+)(\.(0x[0-9a-f]*|[0-9]+)){0,3}", re.ASCII)
-_METADATA_HOSTS = frozenset({"metadata", "metadata.google.internal", "instance-data"})
-_PRIVATE_SUFFIXES = (
-    ".localhost", ".local", ".internal", ".lan", ".intranet", ".home.arpa", ".svc", ".test",
-)  # fmt: skip
-_VISIBLE = re.compile(r"[\x21-\x7e]{1,4096}")
 
 
 def _row(node: Node, spot: Spot) -> Table:
@@ -870,7 +429,7 @@ class Prices:
     """``file`` None is the list that ships with the gateway. ``rows`` go before it, as written:
     ``yamlfile.plain(row)`` gives a row's values, its entries give their places."""
 
-    file: Path | None = setting(optional(_existing_file), None)
+    file: Path | None = setting(optional(values.existing_file), None)
     rows: tuple[Table, ...] = group(listing(_row), ())
 
 
@@ -885,7 +444,7 @@ class CacheSettings:
     max_bytes: int = setting(size, 10 * 1024 * MIB)
     memory_bytes: int = setting(size, 64 * MIB)
     max_entry_bytes: int = setting(size, 64 * MIB)
-    redis: Secret | None = setting(optional(_redis), None)
+    redis: Secret | None = setting(optional(values.redis), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -897,8 +456,8 @@ class Results:
     ttl: timedelta = setting(duration, timedelta(minutes=15))
     idempotent_ttl: timedelta = setting(duration, timedelta(hours=24))
     max_bytes: int = setting(size, 10 * 1024 * MIB)
-    webhook: Secret | None = setting(optional(_webhook), None)
-    secret: Secret | None = setting(optional(_webhook_secret), None)
+    webhook: Secret | None = setting(optional(values.webhook), None)
+    secret: Secret | None = setting(optional(values.webhook_secret), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -945,7 +504,7 @@ class CheckSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admin:
-    keys: tuple[Secret, ...] = group(listing(_admin_key), ())
+    keys: tuple[Secret, ...] = group(listing(values.admin_key), ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -953,8 +512,8 @@ class Notify:
     """Who hears of budgets and drifts. ``budget_percent`` of a budget is when it is warned of;
     a reconciliation that is off by more than ``drift_percent`` is told."""
 
-    webhook: Secret | None = setting(optional(_webhook), None)
-    secret: Secret | None = setting(optional(_webhook_secret), None)
+    webhook: Secret | None = setting(optional(values.webhook), None)
+    secret: Secret | None = setting(optional(values.webhook_secret), None)
     budget_percent: int = setting(whole(1, 100), 80)
     drift_percent: float = setting(percent, 1.0)
 
@@ -993,8 +552,8 @@ class Tracing:
     say what a call cost.
     ``propagate``: upstreams are told the trace."""
 
-    otlp: str | None = setting(optional(_collector), None)
-    headers: tuple[tuple[str, Secret], ...] = group(_collector_headers, ())
+    otlp: str | None = setting(optional(values.collector), None)
+    headers: tuple[tuple[str, Secret], ...] = group(values.collector_headers, ())
     sample: float = setting(share, 1.0)
     cost: bool = setting(boolean, False)
     propagate: bool = setting(boolean, True)
@@ -1183,7 +742,7 @@ class _PerUserEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _KeyEntry:
-    key: Located[Secret | None] = setting(located(_team_secret))
+    key: Located[Secret | None] = setting(located(values.team_secret))
     name: str = setting(
         text(r"[A-Za-z0-9][A-Za-z0-9 ._@-]{0,62}", "a name of letters, digits, spaces and ._@-"), ""
     )
@@ -1200,7 +759,7 @@ class _KeyEntry:
 
 def _key(node: Node, spot: Spot) -> _KeyEntry:
     if isinstance(node, Scalar):
-        return _KeyEntry(key=located(_team_secret)(node, spot))
+        return _KeyEntry(key=located(values.team_secret)(node, spot))
     return record(_KeyEntry)(node, spot)
 
 
@@ -1211,7 +770,7 @@ class _TeamEntry:
     limits: _LimitsEntry = group(_limits, _LimitsEntry())
     budget: _BudgetEntry = group(_budget, _BudgetEntry())
     soft_budget: _BudgetEntry = group(_budget, _BudgetEntry())
-    time_zone: str = setting(_time_zone, "UTC")
+    time_zone: str = setting(values.time_zone, "UTC")
     cache: _TeamCacheEntry = group(_stated(record(_TeamCacheEntry)), _TeamCacheEntry())
     weight: int = setting(whole(1, 1000), 1)
     per_user: _PerUserEntry = group(_stated(record(_PerUserEntry)), _PerUserEntry())

@@ -16,7 +16,8 @@ from gateway.assembly import CannotServe, open_result_news
 from gateway.assembly_stores import RESULT_MAX_BYTES, make_results
 from gateway.ports import Cache, CachedMeta
 from gateway.relay.news import Finished
-from gateway.settings import Secret, Settings, load
+from gateway.secret import Secret
+from gateway.settings import Settings, load
 from gateway.stores.blobs import DiskCache
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_link import Server, connect

@@ -22,7 +22,9 @@ ROOMS = {
     "watchdog": {"ports"},
     "yamlfile": {"filewatch"},
     "reading": {"filewatch", "yamlfile", "domain"},
-    "settings": {"filewatch", "reading", "yamlfile", "domain"},
+    "secret": set(),
+    "settingvalues": {"filewatch", "reading", "secret", "yamlfile", "domain"},
+    "settings": {"filewatch", "reading", "secret", "settingvalues", "yamlfile", "domain"},
     "healthcheck": {"settings"},
     "pricefile": {"domain"},
     "notify": {"ports", "domain"},
@@ -39,13 +41,13 @@ ROOMS = {
     "reload": {"domain", "filewatch", "settings", "yamlfile"},
     "assembly_stores": {"domain", "ports", "relay", "settings", "stores", "telemetry"},
     "assembly": {
-        "domain", "notify", "ports", "pricefile", "relay", "settings", "stores", "telemetry",
-        "upstream", "yamlfile",
+        "domain", "notify", "ports", "pricefile", "relay", "secret", "settings", "stores",
+        "telemetry", "upstream", "yamlfile",
     },
     # It looks at what the parts need, each by itself: so it sits beside them, above the stores.
     "doctor": {
-        "assembly", "descriptors", "domain", "ports", "pricefile", "relay", "settings", "stores",
-        "upstream", "yamlfile",
+        "assembly", "descriptors", "domain", "ports", "pricefile", "relay", "secret", "settings",
+        "stores", "upstream", "yamlfile",
     },
     "swap": {
         "assembly", "domain", "filewatch", "ports", "pricefile", "relay", "reload", "reports",

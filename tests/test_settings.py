@@ -21,13 +21,13 @@ from gateway.domain.money import format_dollars
 from gateway.domain.route import Target, Unpriced
 from gateway.domain.team import Limits, PerUser
 from gateway.domain.user import UserPolicy, UserSource
+from gateway.secret import Secret
 from gateway.settings import (
     CacheScope,
     ConfigError,
     Kind,
     OnUnknown,
     Results,
-    Secret,
     Settings,
     Tracing,
     UpstreamKey,

@@ -14,7 +14,8 @@ from urllib.parse import unquote, urlsplit
 from gateway.assembly import PEPPER_FILE, read_peppers
 from gateway.doctor.finding import Check, Finding, Topic, counted
 from gateway.ports import StoreError
-from gateway.settings import Kind, Secret, Settings, shipped
+from gateway.secret import Secret
+from gateway.settings import Kind, Settings, shipped
 from gateway.stores.sqlite import keys_in
 from gateway.stores.sqlite_glance import is_mounted, kind_of_disk
 from gateway.yamlfile import Listing, Mistake, Place, References, Table, parse

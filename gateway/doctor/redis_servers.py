@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from gateway.doctor.clocks import compared
 from gateway.doctor.finding import Check, Finding, Topic, sized
 from gateway.ports import Clock
-from gateway.settings import Secret, Settings
+from gateway.secret import Secret
+from gateway.settings import Settings
 from gateway.stores.redis_glance import (
     LIMITS_KEYS,
     PICTURES_KEYS,

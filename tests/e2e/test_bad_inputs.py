@@ -992,7 +992,7 @@ async def test_30_a_key_is_for_one_request(gateway: GatewayUnderTest) -> None:
 
 NO_KEYS = [
     "", "authorization:", "authorization: Bearer", "authorization: Bearer  ",
-    "authorization: Basic Z3Jvd3RoLWtleQ==", f"authorization: {KEY}", f"api-key: {KEY}",
+    "authorization: Basic Z3Jvd3RoLWtleQ==", f"authorization: {KEY}", f"api-key: {KEY}x",
     f"authorization: Token {KEY}", f"authorization: Bearer {KEY}x",
     f"authorization: Bearer {KEY.upper()}", f"authorization: Bearer {KEY[:-1]}",
     "authorization: Bearer igw_live_aaaaaaaaaa_" + "b" * 32 + "_cccccc",

@@ -25,6 +25,7 @@ NOT_FOR_PAGES = {
     "connection",
     "date",
     "transfer-encoding",
+    "x-content-type-options",
     "vary",
     "x-accel-buffering",
 }

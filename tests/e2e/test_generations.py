@@ -20,7 +20,7 @@ from openai import (
 from PIL import Image
 
 from gateway.domain.ledger import UsageRow
-from gateway.relay import purchase
+from gateway.relay import landing
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from tests.running import ALIAS, MODEL, GatewayUnderTest, Start
@@ -398,7 +398,7 @@ async def test_a_fault_of_our_own_is_booked_at_once(
     async def broken(*_: object, **__: object) -> None:
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(purchase, "land_json", broken)
+    monkeypatch.setattr(landing, "land_json", broken)
     error = await failing(gateway.sdk(max_retries=2))
     [(receipt, _)] = await gateway.told.until(1)
     assert (error.status_code, error.code) == (500, "internal_error")

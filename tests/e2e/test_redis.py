@@ -165,7 +165,7 @@ async def test_pictures_keep_coming_through_a_fault(
         kinds = Counter(receipt.degraded for receipt, _ in gateway.told.requests[before:])
         assert kinds[True] >= IN_FLIGHT
         # 0.5 s at the upstream, 0.32 s for Redis, and what 40 clients on a busy machine take.
-        assert load.longest < 5
+        assert load.longest < 10
         await check_money(gateway)
         metrics = await gateway.metrics()
         assert metrics["gateway_gate_degraded"] == 0
@@ -206,7 +206,7 @@ async def test_pictures_keep_coming_through_a_failover(
             await eventually(lambda: is_whole(gateway), 20)
             await load.more()
             await eventually(lambda: not gateway.told.last.degraded)
-        assert load.longest < 5
+        assert load.longest < 10
         await check_money(gateway)
     lost.restart()
     servers.settle()

@@ -26,7 +26,8 @@ from gateway.domain.price import BySize
 from gateway.domain.price_images import ImagePrice
 from gateway.pricefile import ALWAYS
 from gateway.reload import needs_restart
-from gateway.settings import Secret, Settings, _Document, load
+from gateway.secret import Secret
+from gateway.settings import Settings, _Document, load
 from tests.postgres import run_postgres
 from tests.processes import GatewayProcess
 from tests.processes import run as run_gateway
