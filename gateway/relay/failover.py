@@ -24,6 +24,7 @@ from gateway.domain.errors import (
     UpstreamRefused,
     UpstreamUnknown,
 )
+from gateway.relay.health import Why
 
 ERROR_BODY_BYTES = 256 * 1024
 """An error's body is read this far; what is longer is no API's error."""
@@ -332,3 +333,10 @@ def _plain_message(status: int, body: bytes) -> str:
 def _as_body(error: Mapping[str, Any]) -> bytes:
     shaped = {"message": "", "type": "server_error", "param": None, "code": None} | dict(error)
     return json.dumps({"error": shaped}, separators=(",", ":")).encode()
+
+
+def why_refused(error: UpstreamAccount, status: int) -> Why:
+    """Why an upstream refuses a key, by its error and its status."""
+    if kind_of(error) is Kind.ACCOUNT or status == 402:
+        return Why.BILLING
+    return Why.FORBIDDEN if status == 403 else Why.AUTH

@@ -18,6 +18,7 @@ from gateway.domain.ledger import Outcome
 from gateway.ports import Reply
 from gateway.relay import replay
 from gateway.relay.body import Spool
+from gateway.relay.media import is_stream
 from gateway.relay.meter import (
     EventMeter,
     EventReader,
@@ -95,11 +96,6 @@ class PictureTaker:
 
     def error_event(self, error: GatewayError) -> bytes:
         return error_event(error)
-
-
-def is_stream(reply: Reply) -> bool:
-    """Whether an upstream answers with events."""
-    return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")
 
 
 async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: bool) -> Landing:

@@ -1,10 +1,11 @@
-"""What a body may be: its media type, its encoding, its size; and how others are refused."""
+"""What a body is, and may be: its media type, its encoding, its size; and how others are refused."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from gateway.domain.errors import BodyTooLarge, UnsupportedMedia
+from gateway.ports import Reply
 from gateway.relay.multipart import say_bytes
 
 JSON_TYPE = "application/json"
@@ -41,3 +42,8 @@ def too_large(limit_bytes: int, who: str = "this") -> BodyTooLarge:
     return BodyTooLarge(
         f"The request is larger than the {say_bytes(limit_bytes)} that {who} takes.", close=True
     )
+
+
+def is_stream(reply: Reply) -> bool:
+    """Whether an upstream answers with events."""
+    return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")

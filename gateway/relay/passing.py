@@ -70,9 +70,10 @@ from gateway.relay.failover import (
     refusal,
     said_wait,
     verdict,
+    why_refused,
 )
 from gateway.relay.flights import Client, Flights, Head
-from gateway.relay.health import Health, Ticket, Why
+from gateway.relay.health import Health, Ticket
 from gateway.relay.keyring import KeyRing
 from gateway.relay.media import JSON_TYPE, check_encoding, media_of, too_large
 from gateway.relay.plan import rates_of
@@ -462,10 +463,7 @@ class Passing:
         if kind is None or kind is Kind.POOL:
             self._health.unused(ticket)
         elif isinstance(error, UpstreamAccount):
-            status = reply.status if reply else 0
-            forbidden = Why.FORBIDDEN if status == 403 else Why.AUTH
-            billing = kind is Kind.ACCOUNT or status == 402
-            self._health.refused(ticket, Why.BILLING if billing else forbidden)
+            self._health.refused(ticket, why_refused(error, reply.status if reply else 0))
         elif kind in UNREACHED:
             self._health.failed(ticket)
         elif kind is Kind.LIMITED:
