@@ -1,4 +1,4 @@
-"""What a body is, and may be: its media type, its encoding, its size; and how others are refused."""
+"""What a body is, and may be: its media type, its encoding, its size; how others are refused."""
 
 from __future__ import annotations
 
