@@ -145,7 +145,7 @@ def reader_for(
     if media != JSON_TYPE and not (takes_forms and media == FORM_TYPE):
         wanted = f"{FORM_TYPE} or {JSON_TYPE}" if takes_forms else JSON_TYPE
         given = f"not {media[:80]!r}" if media else "and this request has no Content-Type"
-        raise UnsupportedMedia(f"{path or operation.path} takes {wanted}, {given}.")
+        raise UnsupportedMedia(f"/v1{path or operation.path} takes {wanted}, {given}.")
     if content_encoding and content_encoding.strip().lower() != "identity":
         raise UnsupportedMedia(
             f"Content-Encoding {content_encoding[:80]!r} is not taken: send the body uncompressed."
@@ -724,10 +724,10 @@ def _too_many(param: str, limit: int) -> InvalidRequest:
 
 def _too_large(operation: Operation, limit: int) -> GatewayError:
     return BodyTooLarge(
-        f"The request is larger than the {say_bytes(limit)} that {operation.path} takes.",
+        f"The request is larger than the {say_bytes(limit)} that /v1{operation.path} takes.",
         close=True,
     )
 
 
 def bad_json(bad: BadJson) -> InvalidRequest:
-    return InvalidRequest(f"The body cannot be read. {bad}", code=bad.code, reason=bad.code)
+    return InvalidRequest(f"The body cannot be read as JSON. {bad}", code=bad.code, reason=bad.code)

@@ -110,7 +110,7 @@ def response_reader(
     media = content_type.partition(";")[0].strip().lower()
     if media != JSON_TYPE:
         given = f"not {media[:80]!r}" if media else "and this request has no Content-Type"
-        raise UnsupportedMedia(f"{operation.path} takes {JSON_TYPE}, {given}.")
+        raise UnsupportedMedia(f"/v1{operation.path} takes {JSON_TYPE}, {given}.")
     if content_encoding and content_encoding.strip().lower() != "identity":
         raise UnsupportedMedia(
             f"Content-Encoding {content_encoding[:80]!r} is not taken: send the body uncompressed."
