@@ -181,7 +181,9 @@ def test_every_example_of_a_command_is_understood() -> None:
             program, *given = shlex.split(example)
             assert program == "gateway"
             assert given[: len(words.split())] == words.split()
-            with command.make_context(words, given[len(words.split()) :]):
+            asked = given[len(words.split()) :]
+            # With the settings of the whole: a command remembers its option for help.
+            with command.make_context(words, asked, **main.context_settings):
                 pass
 
 

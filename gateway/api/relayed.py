@@ -96,7 +96,7 @@ class RelayedRoutes:
                 rid,
                 operation,
                 NotServed(
-                    f"{operation.path} takes POST, not {scope['method']}.",
+                    f"/v1{operation.path} takes POST, not {scope['method']}.",
                     status=405,
                     code="method_not_allowed",
                 ),

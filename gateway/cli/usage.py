@@ -29,14 +29,20 @@ DAY = click.DateTime(["%Y-%m-%d"])
 @click.option("--since", type=DAY, help="The first day (UTC).")
 @click.option("--until", type=DAY, help="The last day (UTC).")
 @click.option("--team", "team", help="Only this team's.")
-@click.option("--by", type=click.Choice(["user"]), help="By team and end user instead.")
+@click.option(
+    "--by",
+    type=click.Choice(["team", "user"]),
+    default="team",
+    show_default=True,
+    help="By day, team, key and model, or by team and end user.",
+)
 @json_option
 @config_option
 def usage(
     since: datetime | None,
     until: datetime | None,
     team: str | None,
-    by: str | None,
+    by: str,
     as_json: bool,
     config: Path | None,
 ) -> None:
@@ -84,6 +90,9 @@ def _by_user(rows: Sequence[UserUsage], *, as_json: bool) -> None:
     head = ("TEAM", "USER", "REQUESTS", "IMAGES", "COST", "UNRESOLVED")
     named = [(row.team, row.user or "(nobody named)", *_user_figures([row])) for row in rows]
     print_table(head, [*named, ("total", "", *_user_figures(rows))])
+    click.echo(
+        "Not counted by user: answers from the cache, adjustments, calls older than ledger.keep."
+    )
 
 
 def _user_figures(rows: Sequence[UserUsage]) -> tuple[str, ...]:

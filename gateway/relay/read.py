@@ -139,11 +139,11 @@ def reader_for(
     content encoding, ``BodyTooLarge`` at once for a length over the limit.
     """
     wanted = (FORM_TYPE, JSON_TYPE) if operation is Operation.EDIT else (JSON_TYPE,)
-    media = check_media(content_type, wanted, path or operation.path)
+    media = check_media(content_type, wanted, f"/v1{path or operation.path}")
     check_encoding(content_encoding)
     limit = rules.body_limit(operation)
     if content_length is not None and content_length > limit:
-        raise too_large(limit, operation.path)
+        raise too_large(limit, f"/v1{operation.path}")
     if media == JSON_TYPE:
         return _JsonReader(operation, rules)
     return _FormReader(operation, content_type, rules)
@@ -169,7 +169,7 @@ class _JsonReader:
     def feed(self, chunk: bytes) -> None:
         self._length += len(chunk)
         if self._length > self._limit:
-            raise too_large(self._limit, self._operation.path)
+            raise too_large(self._limit, f"/v1{self._operation.path}")
         try:
             self._skimmer.feed(chunk)
         except BadJson as bad:
@@ -293,7 +293,7 @@ class _FormReader:
     def feed(self, chunk: bytes) -> None:
         self._length += len(chunk)
         if self._length > self._limit:
-            raise too_large(self._limit, self._operation.path)
+            raise too_large(self._limit, f"/v1{self._operation.path}")
         for part in self._scanner.feed(chunk):
             if part.name in self._names and not _is_list(part):
                 raise duplicate(part.name)
@@ -714,4 +714,4 @@ def _too_many(param: str, limit: int) -> InvalidRequest:
 
 
 def bad_json(bad: BadJson) -> InvalidRequest:
-    return InvalidRequest(f"The body cannot be read. {bad}", code=bad.code, reason=bad.code)
+    return InvalidRequest(f"The body cannot be read as JSON. {bad}", code=bad.code, reason=bad.code)

@@ -107,7 +107,7 @@ def response_reader(
             "This gateway does not offer /v1/responses. Ask for a picture with "
             "/v1/images/generations."
         )
-    check_media(content_type, (JSON_TYPE,), operation.path)
+    check_media(content_type, (JSON_TYPE,), f"/v1{operation.path}")
     check_encoding(content_encoding)
     reader = _ResponseReader(rules)
     reader.check_length(content_length or 0)
@@ -132,7 +132,7 @@ class _ResponseReader:
     def check_length(self, length: int) -> None:
         """Raises ``BodyTooLarge``."""
         if length > self._limit:
-            raise too_large(self._limit, Operation.RESPONSE.path)
+            raise too_large(self._limit, f"/v1{Operation.RESPONSE.path}")
 
     def feed(self, chunk: bytes) -> None:
         self._length += len(chunk)

@@ -404,7 +404,7 @@ async def test_a_picture_is_posted_for(method: str) -> None:
     assert client.status == delivery.status == receipt.status == 405
     assert client.answer["allow"] == "POST"
     assert json.loads(client.body)["error"]["message"] == (
-        f"/images/generations takes POST, not {method}."
+        f"/v1/images/generations takes POST, not {method}."
     )
     assert (relay.arrival, receipt.reason) == (None, "not_served")
 

@@ -177,8 +177,15 @@ def test_by_user(ask: Ask, books: Path) -> None:
 
 
 def test_by_user_as_a_table(say: Say, books: Path) -> None:
-    lines = say("usage", "--by", "user", "--config", books).output.splitlines()
+    *lines, below = say("usage", "--by", "user", "--config", books).output.splitlines()
     assert lines[0].split() == ["TEAM", "USER", "REQUESTS", "IMAGES", "COST", "UNRESOLVED"]
     assert lines[1].split()[:4] == ["design", "(nobody", "named)", "1"]
     assert re.match(r"design +u_[0-9a-f]{20} +1 +2 +\$0\.0118", lines[2])
     assert lines[-1].split() == ["total", "3", "4", "$0.02364", "0"]
+    # One less than by team, and why.
+    assert below.startswith("Not counted by user: answers from the cache, ")
+
+
+def test_by_team_is_the_default(say: Say, books: Path) -> None:
+    by_team = say("usage", "--by", "team", "--config", books).output
+    assert by_team == say("usage", "--config", books).output

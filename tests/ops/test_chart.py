@@ -1045,7 +1045,7 @@ def test_the_notes_name_commands_that_exist() -> None:
             command, rest = main.commands[words[0]], words[1:]
             if isinstance(command, click.Group):
                 command, rest = command.commands[rest[0]], rest[1:]
-            command.make_context(words[0], rest)
+            command.make_context(words[0], rest, **main.context_settings)
     done = run(helm, "install", RELEASE, CHART, "--dry-run=client")
     assert "MISSING: config.models is empty" in done.stdout
     distributed = ("install", RELEASE, CHART, "--dry-run=client", "--values",

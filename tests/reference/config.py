@@ -118,13 +118,16 @@ MORE: Mapping[str, str] = MappingProxyType(
             )
         },
         "teams.NAME.keys[].compat.default_model": "for its requests that name no model",
-        "compat.style": "left out: no model of today takes it",
+        "compat.style": "taken out of the request: no model of today takes it",
+        "compat.aliases": "names that no entry of `models` has, each with one that has; none where "
+        "nothing is said",
         "cache.enabled": "whether results are kept, and shared",
         "cache.ttl": "how long a result is kept",
         "cache.memory_bytes": "in the memory of each process",
         "results.enabled": "whether results can be fetched, and requests be asynchronous",
         "results.ttl": "how long a result can be fetched",
         "responses.enabled": "whether `/v1/responses` is served",
+        "responses.without_image_tool": "`allow`: a response may be text alone, without the tool",
         "files.enabled": "whether `/v1/files` is served",
         "moderations.enabled": "whether `/v1/moderations` is served",
         "provenance.enabled": "whether `/v1/content_provenance_checks` is served",

@@ -71,20 +71,19 @@ def pins(package: str) -> list[tuple[str, str]]:
     return [(one.group(1), one.group(2)) for one in found if one is not None]
 
 
-IMAGES: Final = ("generate", "edit", "stream", "url", "errors", "retry")
 SDK: Final = ("generate", "edit", "stream", "url", "files", "responses", "errors", "retry")
 
 CLIENTS: Final = (
     Client(
-        "openai-python 1", "openai_sync.py", IMAGES, "openai-python-1", half=True,
+        "openai-python 1", "openai_sync.py", SDK, "openai-python-1", half=True,
         note="Synchronous. An edit's pictures are given as raw bytes.",
     ),
     Client(
-        "openai-python 2", "openai_sync.py", IMAGES, "openai-python-2",
+        "openai-python 2", "openai_sync.py", SDK, "openai-python-2",
         note="Synchronous. An edit's pictures are given as raw bytes.",
     ),
     Client(
-        "openai-python 3", "openai_sync.py", IMAGES, "openai-python-3", half=True,
+        "openai-python 3", "openai_sync.py", SDK, "openai-python-3", half=True,
         note="Synchronous. An edit's pictures are given as raw bytes.",
     ),
     Client(
@@ -92,7 +91,7 @@ CLIENTS: Final = (
         note="A file's id in a JSON edit; a second turn by `previous_response_id`.",
     ),
     Client(
-        "openai-python 3, aiohttp", "openai_aiohttp.py", IMAGES, "openai-python-3",
+        "openai-python 3, aiohttp", "openai_aiohttp.py", SDK, "openai-python-3",
         note="`openai[aiohttp]`, `DefaultAioHttpClient`.",
     ),
     Client(
@@ -111,8 +110,8 @@ CLIENTS: Final = (
     Client(
         "AzureOpenAI, Node", "azure_openai.mjs", ("generate", "edit", "stream", "errors", "retry"),
         "openai-node-6", "node-20",
-        note="As in Python. The path of an edit names no deployment, unless the client was made "
-        "with one: then the body does.",
+        note="As in Python, but the path of an edit names no deployment: its `model` says which. A "
+        "client made with `deployment` has that in every path, and there it wins over `model`.",
     ),
     Client(
         "Vercel AI SDK", "ai_sdk.mjs", ("generate", "edit", "responses", "errors", "retry"),
@@ -120,6 +119,11 @@ CLIENTS: Final = (
         attempts=3, split=("generate",), half=True,
         note="Of a name it does not know, n=2 is two calls of n=1, alike and at once: both are "
         "bought. It does not know `x-should-retry`: a spent budget is asked for three times.",
+    ),
+    Client(
+        "TanStack AI", "tanstack_ai.mjs", ("generate", "edit", "url", "errors", "retry"),
+        "tanstack-ai", "node-22",
+        note="`openaiImage`: of a name that it does not know it takes no `size`.",
     ),
     Client(
         "LangChain, Python", "langchain_dalle.py",
@@ -145,6 +149,11 @@ CLIENTS: Final = (
         note="`OpenAIImageGenerator`: 30 s time-out and 5 retries of its own.",
     ),
     Client(
+        "Agno", "agno_tool.py", ("generate", "errors", "retry"), "agno",
+        errors=("401", "429", "400"),
+        note="`OpenAITools`: raises nothing, what went wrong is a text for its model.",
+    ),
+    Client(
         "pydantic-ai", "pydantic_ai_images.py",
         ("generate", "edit", "responses", "errors", "retry"), "pydantic-ai",
         errors=("ModelHTTPError", "ModelHTTPError", "ModelHTTPError"), half=True,
@@ -161,7 +170,7 @@ CLIENTS: Final = (
         note="An agent with `ImageGenerationTool`.",
     ),
     Client(
-        "curl", "curl.sh", ("generate", "edit", "stream", "url", "errors", "retry"),
+        "curl", "curl.sh", SDK,
         errors=("401", "429", "400"), half=True,
         note="`--fail --retry` waits by `retry-after`.",
     ),

@@ -12,10 +12,18 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.clients.install import is_installed
-from tests.e2e.clients.matrix import CLIENTS, ERRORS, FEATURES, SCRIPTS, Client
+from tests.e2e.clients.matrix import (
+    CLIENTS,
+    ERRORS,
+    FEATURES,
+    SCRIPTS,
+    Client,
+    pins,
+)
 from tests.e2e.clients.page import PAGE
 from tests.e2e.clients.run import run
 
+ROOT = Path(__file__).parents[3]
 TELLING = r'^(?:async )?def (\w+)\(\):|^  async (\w+)\(|\bsay (\w+)|"feature": "(\w+)"'
 """How a script begins a feature, in Python, JavaScript and sh."""
 
@@ -43,6 +51,20 @@ def test_the_page_is_of_the_clients_that_are_pinned_today() -> None:
     assert [(row[0], row[1]) for row in rows()] == [
         (client.name, client.version) for client in CLIENTS
     ]
+
+
+def test_the_readme_says_the_same_versions() -> None:
+    """Of all that it says was run here, and of every client that was, the major and the minor."""
+    cells = re.findall(r"\| run: (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+    said = {version for cell in cells for version in re.findall(r"\d+\.\d+", cell)}
+    tried = [version for client in CLIENTS if client.package for _, version in pins(client.package)]
+    tried += [row[2].split()[1] for row in rows() if row[0] == "curl"]
+    short = {".".join(version.split(".")[:2]) for version in tried}
+    assert said <= short
+    for client in CLIENTS:
+        if client.package and (versions := pins(client.package)):
+            found = [".".join(version.split(".")[:2]) in said for _, version in versions]
+            assert any(found), client.name
 
 
 def test_the_page_tells_of_what_each_client_can_do() -> None:

@@ -55,6 +55,24 @@ read -r name url < <(curl -sS "$generations" -H "$key" -H "$json" \
   -d "$(order "url: a lighthouse" ', "response_format": "url"')" | take url)
 curl -sSf -o "$OUTPUTS/$name" "$url" && say url "$name" || say url ""
 
+# A picture is uploaded once, and named by its id.
+files="$OPENAI_BASE_URL/files"
+id=$(curl -sS "$files" -H "$key" -F purpose=vision -F "file=@$INPUTS/first.png" |
+  python3 -c 'import json, sys; print(json.load(sys.stdin)["id"])')
+say files "$(curl -sS "$OPENAI_BASE_URL/images/edits" -H "$key" -H "$json" \
+  -d "$(order "files: at night" ', "images": [{"file_id": "'"$id"'"}]')" | take files)"
+curl -sS -o /dev/null -X DELETE "$files/$id" -H "$key"
+
+# The picture of a response is the result of its tool.
+say responses "$(curl -sS "$OPENAI_BASE_URL/responses" -H "$key" -H "$json" -d '{
+    "model": "'"$TEXT_MODEL"'", "input": "responses: draw a lighthouse",
+    "tools": [{"type": "image_generation", "model": "'$model'", "quality": "low"}]}' |
+  python3 -c '
+import json, sys
+made = [item for item in json.load(sys.stdin)["output"] if item["type"] == "image_generation_call"]
+print(json.dumps({"data": [{"b64_json": item["result"]} for item in made]}))
+' | take responses)"
+
 status() { # key, more members
   curl -sS -o /dev/null -w '%{http_code}' "$generations" -H "authorization: Bearer $1" \
     -H "$json" -d "$(order "errors: a lighthouse" "${2:-}")"

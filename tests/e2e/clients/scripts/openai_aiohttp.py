@@ -3,7 +3,21 @@
 from __future__ import annotations
 
 from openai import AsyncOpenAI, DefaultAioHttpClient
-from story import FIRST, MASK, MODEL, POOR_KEY, SECOND, UNKNOWN_KEY, feature, raised_by, tell
+from openai.types import ImagesResponse
+from story import (
+    FIRST,
+    MASK,
+    MODEL,
+    POOR_KEY,
+    SECOND,
+    TEXT_MODEL,
+    UNKNOWN_KEY,
+    feature,
+    raised_by,
+    tell,
+)
+
+TOOL = {"type": "image_generation", "model": MODEL, "size": "1024x1024", "quality": "low"}
 
 
 def connect(**options):
@@ -63,6 +77,35 @@ async def url():
             response_format="url",
         )
     return [picture.url for picture in answer.data]
+
+
+@feature
+async def files():
+    async with connect() as client:
+        uploaded = await client.files.create(file=FIRST, purpose="vision")
+        answer = await client.post(
+            "/images/edits",
+            body={
+                "model": MODEL,
+                "images": [{"file_id": uploaded.id}],
+                "prompt": "files: at night",
+                "size": "1024x1024",
+                "quality": "low",
+            },
+            cast_to=ImagesResponse,
+        )
+        assert (await client.files.content(uploaded.id)).read() == FIRST.read_bytes()
+        assert (await client.files.delete(uploaded.id)).deleted
+    return [picture.b64_json for picture in answer.data]
+
+
+@feature
+async def responses():
+    async with connect() as client:
+        answer = await client.responses.create(
+            model=TEXT_MODEL, input="responses: draw a lighthouse", tools=[TOOL]
+        )
+    return [item.result for item in answer.output if item.type == "image_generation_call"]
 
 
 @feature

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from openai import OpenAI
-from story import FIRST, MASK, MODEL, POOR_KEY, SECOND, UNKNOWN_KEY, feature, raised, tell
+from openai.types import ImagesResponse
+from story import (
+    FIRST,
+    MASK,
+    MODEL,
+    POOR_KEY,
+    SECOND,
+    TEXT_MODEL,
+    UNKNOWN_KEY,
+    feature,
+    raised,
+    tell,
+)
 
 client = OpenAI()
+TOOL = {"type": "image_generation", "model": MODEL, "size": "1024x1024", "quality": "low"}
 
 
 @feature
@@ -58,6 +71,47 @@ def url():
         response_format="url",
     )
     return [picture.url for picture in answer.data]
+
+
+@feature
+def files():
+    """A picture is uploaded once, and named by its id; the SDK has no method for that edit."""
+    uploaded = client.files.create(file=FIRST, purpose="vision")
+    assert uploaded.id in [file.id for file in client.files.list(purpose="vision")]
+    answer = client.post(
+        "/images/edits",
+        body={
+            "model": MODEL,
+            "images": [{"file_id": uploaded.id}],
+            "prompt": "files: at night",
+            "size": "1024x1024",
+            "quality": "low",
+        },
+        cast_to=ImagesResponse,
+    )
+    assert client.files.content(uploaded.id).read() == FIRST.read_bytes()
+    assert client.files.delete(uploaded.id).deleted
+    return [picture.b64_json for picture in answer.data]
+
+
+@feature
+def responses():
+    """A picture, then a change to it."""
+    first = client.responses.create(
+        model=TEXT_MODEL, input="responses: draw a lighthouse", tools=[TOOL]
+    )
+    second = client.responses.create(
+        model=TEXT_MODEL,
+        input="responses: now at night",
+        previous_response_id=first.id,
+        tools=[TOOL],
+    )
+    return [
+        item.result
+        for response in (first, second)
+        for item in response.output
+        if item.type == "image_generation_call"
+    ]
 
 
 @feature

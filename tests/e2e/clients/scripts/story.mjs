@@ -17,8 +17,12 @@ export const [FIRST, SECOND, MASK] = ["first", "second", "mask"].map((name) =>
   path.join(process.env.INPUTS, `${name}.png`),
 );
 
-// Node looks for packages beside a script, and this one's are in a folder of .tools.
-export async function load(name) {
+// Node looks for packages beside a script, and this one's are in a folder of .tools. A package that
+// require does not find, being for import alone, is found by the file that import would take.
+export async function load(name, file) {
+  if (file !== undefined) {
+    return import(pathToFileURL(path.join(process.env.PACKAGE, "node_modules", name, file)).href);
+  }
   const require = createRequire(path.join(process.env.PACKAGE, "package.json"));
   return import(pathToFileURL(require.resolve(name)).href);
 }
