@@ -11,40 +11,22 @@ import os
 import random
 import secrets
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
 
-from fastapi import FastAPI
-
-from gateway.api import errors as api_errors
-from gateway.api.cors import Cors
 from gateway.api.door import ASGIApp
-from gateway.api.health import Readiness, health_routes, metrics_routes
-from gateway.api.hosted import HostedRoutes
-from gateway.api.middleware import RequestId
-from gateway.api.models import router as model_routes
-from gateway.api.passed import PassedRoutes, passes_of
-from gateway.api.relayed import RelayedRoutes
-from gateway.api.results import ResultRoutes
-from gateway.api.routes import Router, relayed_doors, under
+from gateway.api.passed import passes_of
 from gateway.assembly import (
     UpstreamNews,
     check_rules,
     declared_keys,
     file_rules,
-    make_board,
-    make_cache,
-    make_folder,
-    make_gate,
-    make_hosting,
-    make_results,
     message_id,
     open_notifier,
     open_result_news,
-    open_store,
     open_tracing,
     owned_twice,
     passes_urls,
@@ -53,21 +35,25 @@ from gateway.assembly import (
     read_peppers,
     read_rules,
     refuse,
-    stored_in,
     tell_prices,
     unpriced_models,
+)
+from gateway.assembly_stores import (
+    make_board,
+    make_cache,
+    make_folder,
+    make_gate,
+    make_hosting,
+    make_results,
+    open_store,
+    stored_in,
     without_redis,
 )
 from gateway.descriptors import limit as fd_limit
 from gateway.descriptors import opened as fds_open
 from gateway.descriptors import shares
-from gateway.domain.errors import GatewayError
 from gateway.domain.keys import derived
-from gateway.domain.money import NANOS_PER_DOLLAR
-from gateway.domain.notices import money_lines
-from gateway.domain.price import FACTOR_ONE
-from gateway.domain.quota import Scope as Owner
-from gateway.domain.team import Team
+from gateway.doors import DISTRIBUTION, client_doors, monitor_doors
 from gateway.housekeeping import Housekeeping, Pace
 from gateway.machine import Disks, cpu_seconds, memory_bytes
 from gateway.ports import (
@@ -89,8 +75,8 @@ from gateway.relay.estimate import Estimates, Observed
 from gateway.relay.factors import Factors
 from gateway.relay.files import Files
 from gateway.relay.flights import Flights
+from gateway.relay.forwarding import Forwarding
 from gateway.relay.health import Health
-from gateway.relay.hosting import HOSTED, Hosting
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Keeper
 from gateway.relay.keyring import KeyRing
@@ -101,7 +87,6 @@ from gateway.relay.pipeline import Pipeline
 from gateway.relay.purchase import Purchases
 from gateway.relay.references import References
 from gateway.relay.results import ResultPolicy, Results
-from gateway.relay.running import RESULTS
 from gateway.relay.turnstile import Turnstile
 from gateway.relay.users import Users
 from gateway.reload import Reloaded
@@ -109,22 +94,17 @@ from gateway.reports.budgets import BudgetWatch
 from gateway.settings import Settings
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import Server as RedisServer
-from gateway.stores.redis_link import StoreAway
 from gateway.stores.safe import SettlementSafe
 from gateway.swap import Parts, Swap, Upstreams, cache_policy, make_planner, places
 from gateway.telemetry.log import RequestLog
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.timed import TimedLedger
 from gateway.upstream import openai
+from gateway.vitals import Vitals
 from gateway.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
-DISTRIBUTION = "image-gateway"
-PING_SECONDS = 2.0
-MONEY_SECONDS = 2.0
-"""Both together stay far below a scrape's 10 s: a ledger that hangs must not look like a gateway
-that is gone."""
 LOOK_SECONDS = 1.0
 LAST_SECONDS = 5.0
 """What still runs when the doors are closed has this long; the server drained before."""
@@ -341,8 +321,9 @@ async def open_gateway(
             agent=openai.USER_AGENT,
             begun=metrics.begun,
         )
-        lookups = Lookups(passing, references, store.ownership, enabled=settings.responses.enabled)
-        files = Files(passing, references, store.ownership, clock, file_rules(settings))
+        forwarding = Forwarding(passing, references, store.ownership)
+        lookups = Lookups(forwarding, enabled=settings.responses.enabled)
+        files = Files(passing, forwarding, store.ownership, clock, file_rules(settings))
         checks = Checks(passing, check_rules(settings))
         pipeline = Pipeline(
             keyring=keyring,
@@ -448,42 +429,18 @@ async def open_gateway(
         stack.push_async_callback(_cancel, watching)
         stack.push_async_callback(_cancel, asyncio.create_task(factors.stay_fresh()))
 
-        disks = Disks(stored_in(settings))
-
-        async def look() -> Readiness:
-            if drain.begun:
-                return Readiness(False, {}, {}, draining=True)
-            pings = {"ledger": store.ledger.ping, "directory": store.directory.ping}
-            if isinstance(gate, RedisGate):
-                pings["redis"] = gate.ping
-            if shared_cache is not None:
-                pings["cache"] = shared_cache.ping
-            answers = await asyncio.gather(*(_answers(ping) for ping in pings.values()))
-            stores = dict(zip(pings, answers, strict=True))
-            degraded: dict[str, str] = {}
-            if isinstance(gate, RedisGate) and gate.trouble is not None:
-                degraded["redis"] = f"{gate.trouble}: {without_redis(settings)}"
-            if not stores.get("cache", True):
-                degraded["cache"] = "answers are kept by this process alone"
-            metrics.dependencies(stores)
-            return Readiness(stores["ledger"] and stores["directory"], degraded, stores)
-
-        async def exposition() -> bytes:
-            state, free = await asyncio.gather(look(), disks.free())
-            metrics.replace(
-                "gateway_disk_free_bytes", {(name,): float(left) for name, left in free.items()}
-            )
-            for (upstream, model), factor in factors.by_label().items():
-                metrics.set(
-                    "gateway_bound_factor", factor / FACTOR_ONE, upstream=upstream, model=model
-                )
-            metrics.set("gateway_clock_skew_seconds", store.clock_skew_seconds)
-            if all(state.stores.get(name, True) for name in ("ledger", "directory")):
-                await _look_at_money(
-                    store.ledger, store.directory, keyring.declared.teams, clock, metrics
-                )
-            return metrics.exposition()
-
+        vitals = Vitals(
+            store=store,
+            gate=gate,
+            shared_cache=shared_cache,
+            without_redis=without_redis(settings),
+            drain=drain,
+            declared=lambda: keyring.declared.teams,
+            factors=factors,
+            disks=Disks(stored_in(settings)),
+            clock=clock,
+            metrics=metrics,
+        )
         listeners: tuple[Telemetry, ...] = (
             RequestLog(),
             metrics,
@@ -492,14 +449,6 @@ async def open_gateway(
             *(() if spans is None else (spans,)),
             *telemetry,
         )
-        rest = _plain_app()
-        rest.include_router(health_routes(look))
-        rest.include_router(model_routes(keyring, lambda: swap.planner, clock))
-        monitor = _plain_app()
-        monitor.include_router(health_routes(look))
-        monitor.include_router(metrics_routes(exposition))
-        if settings.server.metrics_port is None:
-            rest.include_router(metrics_routes(exposition))
         desk = ResultDesk(
             results=results,
             flights=flights,
@@ -513,27 +462,23 @@ async def open_gateway(
             clock, lambda seconds: metrics.observe("gateway_loop_lag_seconds", seconds)
         )
         await stack.enter_async_context(watchdog.watching())
-        relayed = RelayedRoutes(
-            pipeline, listeners, clock, None if spans is None else settings.tracing.sample
-        )
-        passed = PassedRoutes(
-            passes_of(files, checks, lookups),
-            listeners,
+        doors = client_doors(
+            settings,
             clock,
-            None if spans is None else settings.tracing.sample,
+            metrics,
+            listeners,
+            keyring=keyring,
+            planner=lambda: swap.planner,
+            pipeline=pipeline,
+            passes=passes_of(files, checks, lookups),
+            desk=desk,
+            hosting=None if hosting is None else hosting[0],
+            look=vitals.look,
+            exposition=vitals.exposition,
         )
-        doors = [
-            *relayed_doors(relayed),
-            (passed.takes, passed.handle),
-            (under(RESULTS), result_routes(desk, keyring, settings, metrics).handle),
-        ]
-        if hosting is not None:
-            doors.append((under(HOSTED), hosted_routes(hosting[0], metrics).handle))
-        router = Router(doors, RequestId(rest))
-        cors = settings.server.cors
         yield Gateway(
-            Cors(router, cors.origins, cors.max_age) if cors.origins else router,
-            RequestId(monitor),
+            doors,
+            monitor_doors(vitals.look, vitals.exposition),
             store.ledger,
             store.directory,
             flights,
@@ -545,54 +490,6 @@ async def open_gateway(
             lambda: metrics.add("gateway_connections_refused_total"),
             swap.reload,
         )
-
-
-def result_routes(
-    desk: ResultDesk, keyring: KeyRing, settings: Settings, metrics: Metrics
-) -> ResultRoutes:
-    """The door of the results that ``desk`` has."""
-    return ResultRoutes(
-        keyring,
-        desk,
-        ttl=settings.results.ttl,
-        idempotent_ttl=settings.results.idempotent_ttl,
-        counted=lambda outcome: metrics.add("gateway_results_total", outcome=outcome),
-    )
-
-
-def hosted_routes(hosting: Hosting, metrics: Metrics) -> HostedRoutes:
-    """The door of the pictures that are behind urls."""
-    return HostedRoutes(
-        hosting,
-        counted=lambda outcome: metrics.add("gateway_hosted_total", outcome=outcome),
-        sent=lambda count: metrics.add("gateway_hosted_sent_bytes_total", count),
-    )
-
-
-def _plain_app() -> FastAPI:
-    app = FastAPI(
-        title="image-gateway",
-        version=version(DISTRIBUTION),
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
-        redirect_slashes=False,
-        # It would send what it likes, texts of exceptions too, to whatever the environment names.
-        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
-    )
-    api_errors.install(app)
-    return app
-
-
-async def _answers(ping: Callable[[], Awaitable[None]]) -> bool:
-    """Whether a store answers, and in time."""
-    try:
-        async with asyncio.timeout(PING_SECONDS):
-            await ping()
-    except (GatewayError, StoreAway, OSError) as error:
-        log.warning("a store does not answer", extra={"error": str(error)})
-        return False
-    return True
 
 
 async def _look_for_ever(metrics: Metrics, health: Health) -> None:
@@ -607,29 +504,3 @@ async def _look_for_ever(metrics: Metrics, health: Health) -> None:
 async def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait({task})
-
-
-async def _look_at_money(
-    ledger: Ledger,
-    directory: Directory,
-    declared: Mapping[str, Team],
-    clock: Clock,
-    metrics: Metrics,
-) -> None:
-    """Sets the gauges of open holds, unresolved dollars, and budgets of teams that may spend, as
-    far as they can be read in time."""
-    try:
-        async with asyncio.timeout(MONEY_SECONDS):
-            teams = [*declared.values(), *await directory.teams()]
-            lines = [
-                line
-                for team in teams
-                if not team.disabled
-                for line in money_lines(team.limits.of(Owner.TEAM, team.id), clock.now(), team.zone)
-            ]
-            metrics.budgets(zip(lines, await ledger.balances(lines), strict=True))
-            metrics.set("gateway_ledger_open_holds", await ledger.open_holds())
-            unresolved = await ledger.unresolved() / NANOS_PER_DOLLAR
-            metrics.set("gateway_ledger_unresolved_usd", unresolved)
-    except (GatewayError, TimeoutError) as error:
-        log.warning("the ledger cannot be read for the metrics", extra={"error": str(error)})

@@ -32,7 +32,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 import gateway.app
-import gateway.assembly
+import gateway.assembly_stores
 import gateway.relay.budget
 import gateway.relay.keeping
 import gateway.relay.keyring
@@ -350,7 +350,7 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
     that nobody gave back is held for longer than a test waits. A process that is ``dying`` has
     patience instead, so that it meets its call on a busy machine too."""
     app: Any = gateway.app
-    parts: Any = gateway.assembly
+    parts: Any = gateway.assembly_stores
     swap: Any = gateway.swap
     open_store, account, cache = app.open_store, swap.make_account, app.make_cache
     connect = parts.connect

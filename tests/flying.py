@@ -22,7 +22,7 @@ import pytest
 from PIL import Image
 
 import gateway.app
-import gateway.assembly
+import gateway.assembly_stores
 from gateway.domain.ledger import UsageRow
 from gateway.ports import Clock, FlightNotice, Store
 from gateway.sandbox.rules import Rule
@@ -198,7 +198,7 @@ Fly = Callable[..., contextlib.AbstractAsyncContextManager[House]]
 def flier(monkeypatch: pytest.MonkeyPatch, start: Start) -> Fly:
     """Opens gateways of which the inside can be seen."""
     inside = _Inside()
-    open_store = gateway.assembly.open_store
+    open_store = gateway.assembly_stores.open_store
 
     def opening(settings: Settings) -> Store:
         inside.stores.append(open_store(settings))

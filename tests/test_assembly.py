@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
-from gateway.assembly import RESULT_MAX_BYTES, CannotServe, make_results, open_result_news
+from gateway.assembly import CannotServe, open_result_news
+from gateway.assembly_stores import RESULT_MAX_BYTES, make_results
 from gateway.ports import Cache, CachedMeta
 from gateway.relay.news import Finished
 from gateway.secret import Secret

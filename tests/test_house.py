@@ -39,6 +39,7 @@ ROOMS = {
     "housekeeping": {"ports", "domain"},
     "supervisor": {"ports"},
     "reload": {"domain", "filewatch", "settings", "yamlfile"},
+    "assembly_stores": {"domain", "ports", "relay", "settings", "stores", "telemetry"},
     "assembly": {
         "domain", "notify", "ports", "pricefile", "relay", "secret", "settings", "stores",
         "telemetry", "upstream", "yamlfile",
@@ -52,15 +53,17 @@ ROOMS = {
         "assembly", "domain", "filewatch", "ports", "pricefile", "relay", "reload", "reports",
         "sandbox", "settings", "telemetry", "upstream",
     },
+    "doors": {"api", "ports", "relay", "settings", "telemetry"},
+    "vitals": {"api", "domain", "machine", "ports", "relay", "stores", "telemetry"},
     "app": {
-        "api", "assembly", "clock", "descriptors", "domain", "housekeeping", "machine", "ports",
-        "relay", "reload", "reports", "settings", "stores", "swap", "telemetry", "upstream",
-        "watchdog",
+        "api", "assembly", "assembly_stores", "clock", "descriptors", "domain", "doors",
+        "housekeeping", "machine", "ports", "relay", "reload", "reports", "settings", "stores",
+        "swap", "telemetry", "upstream", "vitals", "watchdog",
     },
     "cli": {
-        "app", "assembly", "clock", "doctor", "domain", "filewatch", "healthcheck", "ports",
-        "pricefile", "reload", "reports", "sandbox", "server", "settings", "stores", "supervisor",
-        "telemetry",
+        "app", "assembly", "assembly_stores", "clock", "doctor", "domain", "filewatch",
+        "healthcheck", "ports", "pricefile", "reload", "reports", "sandbox", "server", "settings",
+        "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip

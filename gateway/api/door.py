@@ -9,9 +9,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Mutabl
 from contextlib import aclosing
 from typing import Any, TypeAlias
 
-from gateway.domain.errors import ClientGone, Overloaded
-from gateway.relay import headers as answers
-from gateway.relay.drain import shutting_down
+from gateway.domain.errors import ClientGone, Internal, Overloaded
+from gateway.relay.chunks import read
 from gateway.relay.flights import Client, Head
 
 Scope: TypeAlias = MutableMapping[str, Any]
@@ -133,23 +132,14 @@ class Door:
         await self._put({"type": "http.response.body", "body": chunk, "more_body": True})
         self.bytes_out += len(chunk)
 
-    async def give_up(self, rid: str) -> None:
-        """The last word where the server waits no longer. Where nothing was said yet: what was not
-        even read may be sent elsewhere, what may have been bought an SDK must not buy again. An
-        answer that is half sent is broken off."""
+    async def give_up(self, rid: str, last: Head) -> None:
+        """The last word where the server waits no longer, if nothing was said yet. An answer that
+        is half sent is broken off."""
         if self.status != 0 or self.gone:
             if not self._finished:
                 await self.abort()
             return
-        error = shutting_down()
-        if self.body_read:
-            error = Overloaded(
-                "The gateway is shutting down and could not wait for this answer. If a picture "
-                f"was bought it stays on the books. Request id: {rid}.",
-                code="shutting_down",
-                should_retry=False,
-            )
-        await deliver(rid, answers.error_head(error, rid), self)
+        await deliver(rid, last, self)
 
     async def abort(self) -> None:
         """Drops the connection: the answer ends short of its length, so that it looks broken."""
@@ -179,19 +169,42 @@ class Door:
 
 def opened_to_read(scope: Scope, receive: Receive, send: Send) -> tuple[Door, Mapping[str, str]]:
     """The door of a question that has no body, and its headers, names in lower case."""
-    door = Door(scope, receive, send)
-    headers = {
+    door, headers = Door(scope, receive, send), headers_of(scope)
+    door.ignore_body(announces_body(headers))
+    return door, headers
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    """A request's headers, names in lower case."""
+    return {
         name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
     }
-    door.ignore_body(headers.get("content-length", "0") != "0" or "transfer-encoding" in headers)
-    return door, headers
+
+
+def announces_body(headers: Mapping[str, str]) -> bool:
+    return headers.get("content-length", "0") != "0" or "transfer-encoding" in headers
+
+
+def crashed() -> Internal:
+    """What is said of a defect; the log has the rest."""
+    return Internal("The gateway failed in a way it should not.")
+
+
+def ask_again(what: str) -> Overloaded:
+    """The last word on a question that costs nothing; another process may have ``what``."""
+    return Overloaded(
+        f"The gateway is shutting down. Ask again for this {what}.",
+        code="shutting_down",
+        should_retry=True,
+        retry_after_seconds=2,
+    )
 
 
 async def deliver(rid: str, head: Head, door: Door) -> None:
     """Sends an answer as far as the client takes it; how far that was is the door's ``gone``."""
     try:
         await door.send_head(head)
-        async with aclosing(_chunks(head)) as chunks:
+        async with aclosing(read(head.body)) as chunks:
             async for chunk in chunks:
                 await door.send_chunk(chunk)
         await door.finish()
@@ -202,14 +215,3 @@ async def deliver(rid: str, head: Head, door: Door) -> None:
         log.exception("an answer broke off", extra={"request_id": rid})
         door.left_at("broken")
         await door.abort()
-
-
-async def _chunks(head: Head) -> AsyncGenerator[bytes, None]:
-    """The body; its source ends with it, wherever the client has left it."""
-    body = head.body()
-    try:
-        async for chunk in body:
-            yield chunk
-    finally:
-        if isinstance(body, AsyncGenerator):
-            await body.aclose()

@@ -10,7 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
-from gateway.api.door import ASKED_PATH, new_request_id
+from gateway.api.door import ASKED_PATH, crashed, new_request_id
 from gateway.domain.errors import GatewayError, Internal, InvalidRequest, NotServed, Overloaded
 from gateway.relay.headers import error_head
 
@@ -98,7 +98,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _crash(request: Request, error: Exception) -> Response:
-    return await _answer(Internal("The gateway failed in a way it should not."), request)
+    return await _answer(crashed(), request)
 
 
 def no_http() -> bytes:

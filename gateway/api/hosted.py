@@ -5,13 +5,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from gateway.api.door import Receive, Scope, Send, deliver, new_request_id, opened_to_read
+from gateway.api.door import (
+    Receive,
+    Scope,
+    Send,
+    ask_again,
+    crashed,
+    deliver,
+    new_request_id,
+    opened_to_read,
+)
 from gateway.api.ranges import Unsatisfiable, names, part_of, still
-from gateway.domain.errors import GatewayError, Internal, NotServed, Overloaded
+from gateway.domain.errors import GatewayError, NotServed
 from gateway.relay import replay
+from gateway.relay.chunks import nothing
 from gateway.relay.flights import Head
 from gateway.relay.headers import Headers, error_head
 from gateway.relay.hosting import HOSTED, HostedPicture
@@ -80,17 +90,14 @@ class HostedRoutes:
                 self._sent(door.bytes_out)
         except asyncio.CancelledError:
             # It ends here: whatever is raised, the server takes for a crash.
-            if door.status == 0:
-                await deliver(own, _shutting_down(own), door)
-            elif not door.delivered:
-                await door.abort()
+            await door.give_up(own, error_head(ask_again("picture"), own, ANYBODY))
         finally:
             door.stop_watching()
 
     async def _answer(self, own: str, scope: Scope, headers: Mapping[str, str]) -> Head:
         method = scope["method"]
         if method == "OPTIONS":
-            return Head(204, (*PREFLIGHT, ("x-request-id", own)), None, _nothing)
+            return Head(204, (*PREFLIGHT, ("x-request-id", own)), None, nothing)
         if method not in ("GET", "HEAD"):
             refused = NotServed(
                 f"{HOSTED}{{name}} takes {METHODS}, not {method}.",
@@ -107,8 +114,7 @@ class HostedRoutes:
         except Exception:
             log.exception("the question for a picture crashed", extra={"request_id": own})
             self._counted("unavailable")
-            fault = Internal("The gateway failed in a way it should not.")
-            return error_head(fault, own, ANYBODY)
+            return error_head(crashed(), own, ANYBODY)
         self._counted("served")
         return _shown(own, found, headers, whole=method == "HEAD")
 
@@ -125,7 +131,7 @@ def _shown(own: str, found: HostedPicture, asked: Mapping[str, str], *, whole: b
         *HARMLESS,
     )
     if names(asked.get("if-none-match", ""), tag):
-        return Head(304, said, None, _nothing)
+        return Head(304, said, None, nothing)
     said = (
         *said,
         ("content-type", found.media_type),
@@ -133,7 +139,7 @@ def _shown(own: str, found: HostedPicture, asked: Mapping[str, str], *, whole: b
         ("accept-ranges", "bytes"),
     )
     if whole:
-        return Head(200, said, size, _nothing)
+        return Head(200, said, size, nothing)
     part = None
     if still(asked.get("if-range"), tag):
         try:
@@ -154,20 +160,3 @@ def _shown(own: str, found: HostedPicture, asked: Mapping[str, str], *, whole: b
         part.end - part.start,
         lambda: replay.pieces((part,), found.chunks()),
     )
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    nothing: tuple[bytes, ...] = ()
-    for piece in nothing:
-        yield piece
-
-
-def _shutting_down(own: str) -> Head:
-    """Asking again costs nothing, and another process may have it."""
-    error = Overloaded(
-        "The gateway is shutting down. Ask again for this picture.",
-        code="shutting_down",
-        should_retry=True,
-        retry_after_seconds=2,
-    )
-    return error_head(error, own, ANYBODY)

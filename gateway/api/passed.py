@@ -9,21 +9,32 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 from gateway.api import auth
-from gateway.api.door import Door, Receive, Scope, Send, deliver, new_request_id
-from gateway.api.relayed import address_of_client, trace_of
+from gateway.api.door import (
+    Door,
+    Receive,
+    Scope,
+    Send,
+    announces_body,
+    crashed,
+    deliver,
+    headers_of,
+    new_request_id,
+)
+from gateway.api.listeners import Listeners
 from gateway.domain.call import Passage
-from gateway.domain.errors import ClientGone, GatewayError, Internal, NotServed, Overloaded
-from gateway.domain.receipt import Delivery, Receipt
-from gateway.domain.trace import Trace, of_stranger
+from gateway.domain.errors import ClientGone, GatewayError, NotServed, Overloaded
+from gateway.domain.receipt import Receipt
+from gateway.domain.trace import Trace
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import failed
 from gateway.relay.checks import Checks
+from gateway.relay.chunks import nothing
 from gateway.relay.files import Files
 from gateway.relay.flights import Head
 from gateway.relay.lookups import Lookups
@@ -68,7 +79,7 @@ def passes_of(files: Files, checks: Checks, lookups: Lookups) -> list[Passes]:
 
 class PassedRoutes:
     """Answers what is in its table; one coroutine a request. ``sample`` is as in
-    ``RelayedRoutes``."""
+    ``Listeners``."""
 
     def __init__(
         self,
@@ -78,9 +89,8 @@ class PassedRoutes:
         sample: float | None = None,
     ) -> None:
         self._table = tuple((one.pattern, one) for one in table)
-        self._telemetry = tuple(telemetry)
+        self._listeners = Listeners(telemetry, clock, sample)
         self._clock = clock
-        self._sample = sample
 
     def takes(self, path: str) -> bool:
         """Whether a path is in the table."""
@@ -96,12 +106,11 @@ class PassedRoutes:
         )
         found = pattern.fullmatch(scope["path"])
         names = found.groups() if found else ()
-        trace = None if self._sample is None else trace_of(scope, self._sample, self._clock)
+        trace = self._listeners.trace(scope)
         visit = _visit(rid, passes.passage, names, scope, door, started, trace)
-        length = visit.headers.get("content-length", "0")
-        announced = length != "0" or "transfer-encoding" in visit.headers
+        announced = announces_body(visit.headers)
         if not announced or scope["method"] not in BODIES:
-            visit.body = _nothing()
+            visit.body = nothing()
             door.ignore_body(announced)
         async with AsyncExitStack() as stack:
             visit.stack = stack
@@ -113,14 +122,12 @@ class PassedRoutes:
                     await deliver(rid, head, door)
                 finally:
                     head.close()
-                self._finish(visit, door, started, address_of_client(scope))
+                seconds = self._clock.monotonic() - started
+                self._listeners.finished(visit.receipt, door, scope, seconds)
             except asyncio.CancelledError:
                 log.warning("a request was given up at the end", extra={"request_id": rid})
                 # It ends here: whatever is raised, the server takes for a crash.
-                if door.status == 0:
-                    await deliver(rid, answers.error_head(_given_up(), rid), door)
-                elif not door.delivered:
-                    await door.abort()
+                await door.give_up(rid, answers.error_head(_given_up(), rid))
             finally:
                 door.stop_watching()
 
@@ -142,20 +149,10 @@ class PassedRoutes:
             head = answers.error_head(error, visit.rid, (*visit.said, *allow))
         except Exception:
             log.exception("a request crashed", extra={"request_id": visit.rid})
-            fault = Internal("The gateway failed in a way it should not.")
+            fault = crashed()
             visit.receipt = failed(visit.receipt, fault)
             head = answers.error_head(fault, visit.rid, visit.said)
         return head
-
-    def _finish(self, visit: Visit, door: Door, started: float, address: str) -> None:
-        receipt = visit.receipt
-        if receipt.trace is not None and self._sample is not None and not receipt.team:
-            # Whoever has no key must not fill the collector.
-            receipt = replace(receipt, trace=of_stranger(receipt.trace, self._sample))
-        seconds = self._clock.monotonic() - started
-        delivery = Delivery(door.status, door.bytes_out, seconds, door.gone, address)
-        for listener in self._telemetry:
-            listener.finished(receipt, delivery)
 
 
 def _visit(
@@ -167,9 +164,7 @@ def _visit(
     started: float,
     trace: Trace | None,
 ) -> Visit:
-    headers = {
-        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
-    }
+    headers = headers_of(scope)
     return Visit(
         rid=rid,
         passage=passage,
@@ -189,13 +184,6 @@ def _visit(
             trace=trace,
         ),
     )
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    """The body of a request that has none."""
-    none: tuple[bytes, ...] = ()
-    for chunk in none:
-        yield chunk
 
 
 def _not_allowed(passes: Passes, method: str) -> NotServed:

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from gateway.api import auth
 from gateway.api.door import (
@@ -19,18 +18,22 @@ from gateway.api.door import (
     Receive,
     Scope,
     Send,
+    crashed,
     deliver,
+    headers_of,
     new_request_id,
 )
+from gateway.api.listeners import Listeners
 from gateway.api.prefer import Preferences, preferences
 from gateway.domain.call import Inquiry, Operation
-from gateway.domain.errors import ClientGone, GatewayError, Internal, InvalidRequest, NotServed
-from gateway.domain.receipt import Delivery, Receipt
-from gateway.domain.trace import Trace, begin, of_stranger, parse
+from gateway.domain.errors import ClientGone, GatewayError, InvalidRequest, NotServed, Overloaded
+from gateway.domain.receipt import Receipt
+from gateway.domain.trace import Trace
 from gateway.domain.user import USER_HEADERS
 from gateway.ports import Clock, Telemetry
 from gateway.relay import headers as answers
 from gateway.relay.arrival import Answer, Arrival
+from gateway.relay.drain import shutting_down
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.plan import CacheWish
 
@@ -41,9 +44,8 @@ MAX_AGE = re.compile(r"max-age\s*=\s*\"?(\d{1,9})\"?")
 
 
 class RelayedRoutes:
-    """Answers the operations of images; one coroutine a request. ``sample`` is the share of the
-    traces beginning here, and of those of unknown clients, that are sampled; None: nothing is
-    traced."""
+    """Answers the operations of images; one coroutine a request. ``sample`` is as in
+    ``Listeners``."""
 
     def __init__(
         self,
@@ -52,9 +54,8 @@ class RelayedRoutes:
         clock: Clock,
         sample: float | None = None,
     ) -> None:
-        self._sample = sample
         self._pipeline = pipeline
-        self._telemetry = tuple(telemetry)
+        self._listeners = Listeners(telemetry, clock, sample)
         self._clock = clock
 
     async def handle(
@@ -63,7 +64,7 @@ class RelayedRoutes:
         """From the request line to the log line."""
         started = self._clock.monotonic()
         rid = new_request_id()
-        trace = None if self._sample is None else trace_of(scope, self._sample, self._clock)
+        trace = self._listeners.trace(scope)
         door = Door(scope, receive, send)
         try:
             answer = await self._answer(rid, operation, scope, door, started, trace)
@@ -72,12 +73,12 @@ class RelayedRoutes:
             finally:
                 answer.head.close()
                 answer.done(door.delivered)
-            await self._close_books(answer, door, started, address_of_client(scope))
+            await self._close_books(answer, door, scope, started)
         except asyncio.CancelledError:
             # The server's patience is over; the flight goes on as long as the process does.
             log.warning("a request was given up at the end", extra={"request_id": rid})
             # It ends here: whatever is raised, the server takes for a crash.
-            await door.give_up(rid)
+            await door.give_up(rid, answers.error_head(_given_up(rid, door), rid))
         finally:
             door.stop_watching()
 
@@ -102,10 +103,7 @@ class RelayedRoutes:
                 (("allow", "POST"),),
                 trace=trace,
             )
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1")
-            for name, value in scope["headers"]
-        }
+        headers = headers_of(scope)
         try:
             wishes = preferences(scope["headers"])
             deployment = scope.get(DEPLOYMENT)
@@ -115,42 +113,19 @@ class RelayedRoutes:
             return _refused(rid, operation, error, trace=trace)
         except Exception:
             log.exception("a request crashed", extra={"request_id": rid})
-            fault = Internal("The gateway failed in a way it should not.")
-            return _refused(rid, operation, fault, trace=trace)
+            return _refused(rid, operation, crashed(), trace=trace)
         if answer.gone:
             door.left_at(answer.gone)
         return answer
 
-    async def _close_books(self, answer: Answer, door: Door, started: float, address: str) -> None:
+    async def _close_books(self, answer: Answer, door: Door, scope: Scope, started: float) -> None:
         """Waits for the end of the flight, which the client may not have, and tells of it."""
         seconds = self._clock.monotonic() - started
         receipt = await answer.receipt()
-        if receipt.trace is not None and self._sample is not None and not receipt.team:
-            # Whoever has no key must not fill the collector.
-            receipt = replace(receipt, trace=of_stranger(receipt.trace, self._sample))
         if door.gone == "upstream" and receipt.reason == ClientGone.reason:
             # The flight saw it in time: nothing was sent.
             door.gone = "reserved"
-        delivery = Delivery(door.status, door.bytes_out, seconds, door.gone, address)
-        for listener in self._telemetry:
-            listener.finished(receipt, delivery)
-
-
-def trace_of(scope: Scope, sample: float, clock: Clock) -> Trace:
-    """A request's span: under the client's, where the headers name one."""
-
-    def said(name: bytes) -> str:
-        found = [value for one, value in scope["headers"] if one == name]
-        return b",".join(found).decode("latin-1")
-
-    client = parse(said(b"traceparent"), said(b"tracestate"))
-    return begin(client, sample, clock.now())
-
-
-def address_of_client(scope: Scope) -> str:
-    """Where the client is; behind a trusted proxy, where that one says."""
-    client = scope.get("client")
-    return str(client[0]) if client else ""
+        self._listeners.finished(receipt, door, scope, seconds)
 
 
 def _arrival(
@@ -235,3 +210,16 @@ def _refused(
         return receipt
 
     return Answer(answers.error_head(error, rid, more), known)
+
+
+def _given_up(rid: str, door: Door) -> GatewayError:
+    """What was not even read may be sent elsewhere; what may have been bought an SDK must not buy
+    again."""
+    if not door.body_read:
+        return shutting_down()
+    return Overloaded(
+        "The gateway is shutting down and could not wait for this answer. If a picture "
+        f"was bought it stays on the books. Request id: {rid}.",
+        code="shutting_down",
+        should_retry=False,
+    )

@@ -12,22 +12,29 @@ from datetime import timedelta
 from typing import Protocol
 
 from gateway.api import auth
-from gateway.api.door import Receive, Scope, Send, deliver, new_request_id, opened_to_read
+from gateway.api.door import (
+    Receive,
+    Scope,
+    Send,
+    ask_again,
+    crashed,
+    deliver,
+    new_request_id,
+    opened_to_read,
+)
 from gateway.api.prefer import preferences
 from gateway.domain.errors import (
     ClientGone,
     GatewayError,
     IdempotentResultExpired,
-    Internal,
     InvalidKey,
     NotServed,
-    Overloaded,
     ResultExpired,
     ResultNotFound,
     UpstreamUnknown,
 )
 from gateway.domain.team import Caller
-from gateway.relay.flights import Client, Head
+from gateway.relay.flights import Client
 from gateway.relay.headers import Headers, error_head
 from gateway.relay.keyring import KeyRing
 from gateway.relay.running import RESULTS, Fetched, no_result
@@ -90,10 +97,7 @@ class ResultRoutes:
                 fetched.done(door.delivered)
         except asyncio.CancelledError:
             # It ends here: whatever is raised, the server takes for a crash.
-            if door.status == 0:
-                await deliver(own, _shutting_down(own), door)
-            elif not door.delivered:
-                await door.abort()
+            await door.give_up(own, error_head(ask_again("result"), own))
         finally:
             door.stop_watching()
 
@@ -116,8 +120,7 @@ class ResultRoutes:
         except Exception:
             log.exception("the question for a result crashed", extra={"request_id": own})
             self._counted("failed")
-            fault = Internal("The gateway failed in a way it should not.")
-            return Fetched(error_head(fault, own))
+            return Fetched(error_head(crashed(), own))
         self._counted("running" if fetched.head.status == 202 else "ready")
         return fetched
 
@@ -138,14 +141,3 @@ class ResultRoutes:
             self._counted("unknown_outcome")
         elif not isinstance(error, InvalidKey | ClientGone):
             self._counted("failed")
-
-
-def _shutting_down(own: str) -> Head:
-    """Asking again costs nothing, and another process may have it."""
-    error = Overloaded(
-        "The gateway is shutting down. Ask again for this result.",
-        code="shutting_down",
-        should_retry=True,
-        retry_after_seconds=2,
-    )
-    return error_head(error, own)

@@ -21,11 +21,11 @@ import click
 from gateway.assembly import (
     CannotServe,
     declared_keys,
-    open_store,
     price_book,
     read_peppers,
     unpriced_models,
 )
+from gateway.assembly_stores import open_store
 from gateway.clock import SystemClock
 from gateway.domain.errors import GatewayError
 from gateway.domain.keys import Peppers

@@ -32,15 +32,10 @@ def read_usage(raw: object, svg_usage: object | None, operation: Operation) -> U
     if raw is None:
         return None
     usage = _members(raw, "usage")
-    if usage.get("input_tokens") is None and usage.get("output_tokens") is None:
+    totals = _totals(usage)
+    if totals is None:
         return None
-    tokens_in = _count(usage, "input_tokens")
-    tokens_out = _count(usage, "output_tokens")
-    if tokens_in is None or tokens_out is None:
-        raise InvalidUsage("usage has only one of input_tokens and output_tokens")
-    total = _count(usage, "total_tokens")
-    if total is not None and total != tokens_in + tokens_out:
-        raise InvalidUsage("total_tokens is not input_tokens + output_tokens")
+    tokens_in, tokens_out = totals
     details_in = _members(usage.get("input_tokens_details"), "input_tokens_details")
     details_out = _members(usage.get("output_tokens_details"), "output_tokens_details")
     plain_input_is_text = operation is Operation.GENERATION
@@ -62,14 +57,10 @@ def read_text_usage(raw: object) -> Usage | None:
     if raw is None:
         return None
     usage = _members(raw, "usage")
-    tokens_in, tokens_out = _count(usage, "input_tokens"), _count(usage, "output_tokens")
-    if tokens_in is None and tokens_out is None:
+    totals = _totals(usage)
+    if totals is None:
         return None
-    if tokens_in is None or tokens_out is None:
-        raise InvalidUsage("usage has only one of input_tokens and output_tokens")
-    total = _count(usage, "total_tokens")
-    if total is not None and total != tokens_in + tokens_out:
-        raise InvalidUsage("total_tokens is not input_tokens + output_tokens")
+    tokens_in, tokens_out = totals
     details = _members(usage.get("input_tokens_details"), "input_tokens_details")
     cached = _count(details, "cached_tokens") or 0
     if cached > tokens_in:
@@ -93,6 +84,19 @@ def read_tool_usage(raw: object, documents: Sequence[object], images: int) -> Us
     tokens_in = sum(one.input_tokens for one in authors)
     tokens_out = sum(one.output_tokens for one in authors)
     return replace(usage, svg=SvgUsage(authors[0].model, tokens_in, tokens_out))
+
+
+def _totals(usage: Mapping[str, object]) -> tuple[int, int] | None:
+    """All tokens in, and out; None where neither is said. Raises ``InvalidUsage``."""
+    tokens_in, tokens_out = _count(usage, "input_tokens"), _count(usage, "output_tokens")
+    if tokens_in is None and tokens_out is None:
+        return None
+    if tokens_in is None or tokens_out is None:
+        raise InvalidUsage("usage has only one of input_tokens and output_tokens")
+    total = _count(usage, "total_tokens")
+    if total is not None and total != tokens_in + tokens_out:
+        raise InvalidUsage("total_tokens is not input_tokens + output_tokens")
+    return tokens_in, tokens_out
 
 
 def _members(value: object, name: str) -> Mapping[str, object]:

@@ -37,15 +37,19 @@ from gateway.ports import (
 from gateway.relay.body import Spool, edited, edited_length
 from gateway.relay.failover import (
     ERROR_BODY_BYTES,
+    LEAST_WAIT_SECONDS,
     UNREACHED,
+    UPSTREAM_RID_CHARS,
     Kind,
     Next,
     kind_of,
     refusal,
     said_wait,
     verdict,
+    why_refused,
 )
 from gateway.relay.health import Chance, Health, Ticket, Why
+from gateway.relay.media import is_stream
 from gateway.relay.plan import Plan, Way
 from gateway.relay.references import keys_at
 from gateway.relay.trail import Trail
@@ -57,9 +61,7 @@ PATIENCE_SECONDS = 50.0
 """After the first attempt began; the lease is a minute longer than the longest call."""
 PAUSE_SECONDS = (0.2, 2.0)
 """Before an upstream that has failed is asked again: full jitter."""
-UPSTREAM_RID_CHARS = 128
 RETRY_SECONDS = 5.0
-LEAST_WAIT_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +211,11 @@ class Attempts:
         kind = kind_of(error)
         if kind is None:
             return
-        if kind is Kind.BAD_ANSWER and _is_stream(opened.reply):
+        if kind is Kind.BAD_ANSWER and is_stream(opened.reply):
             kind = Kind.SSE
         self._health.listener.failed(opened.ticket.upstream, kind.value)
         if isinstance(error, UpstreamAccount):
-            self._health.refused(opened.ticket, _why(error, opened.reply.status))
+            self._health.refused(opened.ticket, why_refused(error, opened.reply.status))
 
     def _next(self, journey: _Journey) -> tuple[int, Credential, Ticket, bool] | None:
         """Where to go now: the place of a way, a key with leave to be used, and whether its
@@ -410,7 +412,7 @@ class Attempts:
             # Ours: our disk, or our own number of connections.
             self._health.unused(ticket)
         elif isinstance(error, UpstreamAccount):
-            self._health.refused(ticket, _why(error, reply.status if reply else 0))
+            self._health.refused(ticket, why_refused(error, reply.status if reply else 0))
         elif kind in UNREACHED:
             self._health.failed(ticket)
         elif kind is Kind.SERVER:
@@ -497,26 +499,16 @@ def _account_at_fault(model: str, *, exhausted: bool) -> UpstreamAccount:
     )
 
 
-def _why(error: UpstreamAccount, status: int) -> Why:
-    if kind_of(error) is Kind.ACCOUNT or status == 402:
-        return Why.BILLING
-    return Why.FORBIDDEN if status == 403 else Why.AUTH
-
-
 def _is_free(error: GatewayError | None, reply: Reply | None) -> bool:
     """Whether an attempt only found out that a key is good for nothing: that bounds itself, for
     the key rests. What is forbidden for one model may be so with every key."""
     if not isinstance(error, UpstreamAccount):
         return False
-    return _why(error, reply.status if reply else 0) is not Why.FORBIDDEN
+    return why_refused(error, reply.status if reply else 0) is not Why.FORBIDDEN
 
 
 def _wait(reply: Reply | None, now: datetime) -> float | None:
     return None if reply is None else said_wait(reply.headers, now)
-
-
-def _is_stream(reply: Reply) -> bool:
-    return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")
 
 
 async def _refusal(reply: Reply, upstream: str, *, failures_billed: bool) -> GatewayError:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from urllib.parse import quote
 
-from gateway.domain.call import Operation
 from gateway.domain.errors import GatewayError
+from gateway.domain.owned import OwnedKind
 from gateway.ports import Clock, Outgoing, Upstream
+from gateway.relay.media import JSON_TYPE
 from gateway.relay.meter_response import ResponseMeter, Told
+from gateway.relay.references import path_of
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +64,8 @@ class Background:
 
     async def _look(self, upstream: Upstream, credential: str, id: str) -> tuple[int, Told | None]:
         """Its status as HTTP says it, and, of a 200, what it says of itself."""
-        path = f"{Operation.RESPONSE.path}/{quote(id, safe='')}"
-        asked = (("accept", "application/json"), ("user-agent", self._agent))
+        path = path_of(OwnedKind.RESPONSE, id)
+        asked = (("accept", JSON_TYPE), ("user-agent", self._agent))
         reply = await upstream.send(Outgoing("GET", path, asked), credential)
         try:
             if reply.status != 200:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gateway.relay.files import FORM, Place, place_of
 from gateway.relay.flights import Head
-from gateway.relay.passing import Errand, Passing, Visit
+from gateway.relay.media import FORM_OVERHEAD_BYTES, FORM_TYPE, JSON_TYPE
+from gateway.relay.passing import Errand, Passing, Place, Visit, place_of
 
-JSON_TYPE = "application/json"
 MODERATION_BYTES = 8 * 1024 * 1024
 """Data URLs of pictures are among what is judged."""
-FORM_OVERHEAD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class Checks:
         """``POST /content_provenance_checks``: a form with a ``file``."""
         limit = self.rules.max_file_bytes + FORM_OVERHEAD_BYTES
         place = self.rules.provenance
-        return await self._check(visit, place, "/content_provenance_checks", FORM, limit)
+        return await self._check(visit, place, "/content_provenance_checks", FORM_TYPE, limit)
 
     async def _check(
         self, visit: Visit, place: Place, path: str, media: str, limit_bytes: int

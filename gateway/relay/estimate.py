@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import datetime
@@ -37,8 +37,9 @@ from gateway.relay import headers
 from gateway.relay.admission import quota_exceeded, rate_limited
 from gateway.relay.budget import BudgetView
 from gateway.relay.flights import Head
+from gateway.relay.media import FORM_TYPE, JSON_TYPE, media_of
 from gateway.relay.plan import CacheWish, Plan, Planner, lines_of
-from gateway.relay.read import FORM_TYPE, Reader, ReadRules, reader_for
+from gateway.relay.read import Reader, ReadRules, reader_for
 
 REFUSALS = frozenset({"model_not_priced", "max_cost_exceeded"})
 """Codes of an ``InvalidRequest`` that are about money or rules, not about the body: what an
@@ -166,14 +167,13 @@ class Estimates:
             "cheaper": self._cheaper(plan) if plan else [],
         }
         said = (
-            ("content-type", headers.JSON),
+            ("content-type", JSON_TYPE),
             ("x-request-id", rid),
             *headers.NOTHING_SPENT,
             *headers.of_sunset(plan.sunset if plan else None),
             *headers.of_budget(lines, balances),
         )
-        content = json.dumps(described).encode()
-        return Head(200, said, len(content), lambda: _once(content)), plan
+        return Head.of(200, said, json.dumps(described).encode()), plan
 
     def _costs(self, plan: Plan | None) -> dict[str, Json]:
         if plan is None:
@@ -366,10 +366,6 @@ def _dollars(amount: Money | None) -> str | None:
     return None if amount is None else format_dollars(amount)
 
 
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content
-
-
 def estimate_reader(
     content_type: str, content_encoding: str | None, content_length: int | None, rules: ReadRules
 ) -> Reader:
@@ -378,7 +374,7 @@ def estimate_reader(
         *(Operation.EDIT, content_type, content_encoding, content_length, rules),
         path=Inquiry.ESTIMATE.path,
     )
-    if content_type.partition(";")[0].strip().lower() == FORM_TYPE:
+    if media_of(content_type) == FORM_TYPE:
         return edit
     generation = reader_for(Operation.GENERATION, content_type, content_encoding, None, rules)
     return _EitherReader(generation, edit)

@@ -24,6 +24,7 @@ from gateway.domain.errors import (
     UpstreamRefused,
     UpstreamUnknown,
 )
+from gateway.relay.health import Why
 
 ERROR_BODY_BYTES = 256 * 1024
 """An error's body is read this far; what is longer is no API's error."""
@@ -38,6 +39,9 @@ BILLING_CODES = frozenset(
         "billing_hard_limit_reached",
     }
 )
+UPSTREAM_RID_CHARS = 128
+LEAST_WAIT_SECONDS = 0.05
+"""The shortest wait that a client is told."""
 EDGE_STATUSES = frozenset({408, 499, 502, 504, *range(520, 531)})
 """A proxy in front of the provider gave up waiting: the provider may have gone on."""
 
@@ -329,3 +333,10 @@ def _plain_message(status: int, body: bytes) -> str:
 def _as_body(error: Mapping[str, Any]) -> bytes:
     shaped = {"message": "", "type": "server_error", "param": None, "code": None} | dict(error)
     return json.dumps({"error": shaped}, separators=(",", ":")).encode()
+
+
+def why_refused(error: UpstreamAccount, status: int) -> Why:
+    """Why an upstream refuses a key, by its error and its status."""
+    if kind_of(error) is Kind.ACCOUNT or status == 402:
+        return Why.BILLING
+    return Why.FORBIDDEN if status == 403 else Why.AUTH

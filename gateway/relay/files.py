@@ -19,25 +19,22 @@ from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
     LedgerUnavailable,
-    NotServed,
-    UpstreamRefused,
-    UpstreamUnavailable,
 )
 from gateway.domain.owned import Owned, OwnedKind
 from gateway.domain.team import Caller
 from gateway.ports import Clock, Ownership
 from gateway.relay.body import Spool
 from gateway.relay.flights import Head
+from gateway.relay.forwarding import Forwarding
+from gateway.relay.media import FORM_OVERHEAD_BYTES, FORM_TYPE, media_of, too_large
 from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
-from gateway.relay.passing import Errand, Passing, Visit, bad_answer, bad_query, too_large
-from gateway.relay.references import References, not_owned
+from gateway.relay.passing import Errand, Passing, Place, Visit, bad_answer, bad_query, place_of
+from gateway.relay.references import path_of
 
 log = logging.getLogger(__name__)
 
-FORM = "multipart/form-data"
 PURPOSES = ("vision", "user_data")
 """The others are for endpoints that are not served here: what is in them would be bought unseen."""
-FORM_OVERHEAD_BYTES = 64 * 1024
 EXPIRY_SECONDS = (3600, 2_592_000)
 MAX_PAGE = 10_000
 MAX_FILENAME_CHARS = 1024
@@ -46,14 +43,6 @@ KEPT = ("object", "bytes", "created_at", "filename", "purpose", "status", "expir
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _RANGE = re.compile(r"bytes=[0-9, -]{1,200}")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Whether something is passed on, and to which upstream; empty where none is on."""
-
-    enabled: bool = True
-    upstream: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +60,14 @@ class Files:
     def __init__(
         self,
         passing: Passing,
-        references: References,
+        forwarding: Forwarding,
         ownership: Ownership,
         clock: Clock,
         rules: FileRules,
     ) -> None:
         self.rules = rules
         self._passing = passing
-        self._references = references
+        self._forwarding = forwarding
         self._ownership = ownership
         self._clock = clock
         self._arriving: dict[str, int] = {}
@@ -90,7 +79,7 @@ class Files:
         caller = await self._passing.enter(visit)
         reader = UploadReader(visit.headers.get("content-type", ""), rules.max_bytes)
         limit = rules.max_bytes + FORM_OVERHEAD_BYTES
-        body = await self._passing.take_in(visit, FORM, limit, reader.feed)
+        body = await self._passing.take_in(visit, FORM_TYPE, limit, reader.feed)
         upload = reader.close()
         team = caller.team.id
         used = await self._ownership.total_bytes(team, OwnedKind.FILE, self._clock.now())
@@ -153,7 +142,9 @@ class Files:
     async def _take_back(self, visit: Visit, owned: Owned) -> None:
         """A file without an owner is of no use to anybody."""
         try:
-            await self._passing.send(visit, Errand("DELETE", f"/files/{owned.id}", owned.anchor))
+            await self._passing.send(
+                visit, Errand("DELETE", path_of(owned.kind, owned.id), owned.anchor)
+            )
         except GatewayError as error:
             log.error(
                 "a file without an owner stays at an upstream",
@@ -197,7 +188,8 @@ class Files:
     async def show(self, visit: Visit) -> Head:
         """``GET /files/{id}``."""
         owned = await self._owned(visit)
-        return await self._forwarded(visit, owned, Errand("GET", _path(owned), owned.anchor))
+        errand = Errand("GET", path_of(owned.kind, owned.id), owned.anchor)
+        return await self._forwarding.show(visit, owned, errand)
 
     async def content(self, visit: Visit) -> Head:
         """``GET /files/{id}/content``, or a range of it."""
@@ -206,60 +198,22 @@ class Files:
         more = (("range", asked),) if _RANGE.fullmatch(asked) else ()
         errand = Errand(
             "GET",
-            f"{_path(owned)}/content",
+            f"{path_of(owned.kind, owned.id)}/content",
             owned.anchor,
             accept="*/*",
             more=more,
             max_response_bytes=owned.size_bytes + FORM_OVERHEAD_BYTES,
         )
-        return await self._forwarded(visit, owned, errand)
+        return await self._forwarding.show(visit, owned, errand)
 
     async def delete(self, visit: Visit) -> Head:
-        """``DELETE /files/{id}``: at the upstream, and then here. Where it is not there any more,
-        its row goes too."""
+        """``DELETE /files/{id}``."""
         owned = await self._owned(visit)
-        return await self._passing.to_the_end(visit, self._delete(visit, owned))
-
-    async def _delete(self, visit: Visit, owned: Owned) -> Head:
-        errand = Errand("DELETE", _path(owned), owned.anchor)
-        try:
-            reply = await self._passing.send(visit, errand)
-        except UpstreamRefused as error:
-            if error.status != 404:
-                raise
-            await self._ownership.disown(owned.team, owned.id)
-            raise not_owned(OwnedKind.FILE, owned.id) from error
-        content = await self._passing.whole(visit, reply)
-        await self._ownership.disown(owned.team, owned.id)
-        return self._passing.answer(visit, content, reply)
+        return await self._forwarding.delete(visit, owned)
 
     async def _owned(self, visit: Visit) -> Owned:
         place_of(self.rules.place, "/v1/files")
-        caller = await self._passing.enter(visit)
-        return await self._references.one(caller, OwnedKind.FILE, visit.names[0])
-
-    async def _forwarded(self, visit: Visit, owned: Owned, errand: Errand) -> Head:
-        try:
-            reply = await self._passing.send(visit, errand)
-        except UpstreamRefused as error:
-            if error.status != 404:
-                raise
-            raise not_owned(OwnedKind.FILE, owned.id) from error
-        return self._passing.head(visit, reply)
-
-
-def place_of(place: Place, path: str) -> str:
-    """The upstream that something is passed on to. Raises ``NotServed`` where it is switched off,
-    ``UpstreamUnavailable`` where no upstream is on."""
-    if not place.enabled:
-        raise NotServed(f"{path} is switched off on this gateway. Ask its operator.")
-    if not place.upstream:
-        raise UpstreamUnavailable(
-            f"This gateway has no upstream for {path} that is on. Ask its operator.",
-            reason="upstream_off",
-            should_retry=False,
-        )
-    return place.upstream
+        return await self._forwarding.enter(visit, OwnedKind.FILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +237,7 @@ class UploadReader:
         """Raises ``InvalidRequest`` where a form has no usable boundary; another media type is
         refused elsewhere."""
         self._content_type = content_type
-        is_form = content_type.partition(";")[0].strip().lower() == FORM
+        is_form = media_of(content_type) == FORM_TYPE
         boundary = boundary_of(content_type) if is_form else b"-"
         self._scanner = FormScanner(boundary, max_file_bytes=max_bytes)
         self._max_bytes = max_bytes
@@ -366,10 +320,6 @@ def _query(query: str) -> dict[str, str]:
         return {name: values[-1] for name, values in parse_qs(query, max_num_fields=50).items()}
     except ValueError:
         raise bad_query("query", "of at most 50 parameters") from None
-
-
-def _path(owned: Owned) -> str:
-    return f"/files/{owned.id}"
 
 
 def _object(content: bytes) -> Mapping[str, Json]:

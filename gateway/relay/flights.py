@@ -17,6 +17,7 @@ from gateway.domain.errors import ClientGone, GatewayError
 from gateway.domain.receipt import Receipt
 from gateway.domain.trace import TraceContext
 from gateway.ports import FlightNotice
+from gateway.relay.chunks import once
 from gateway.relay.meter import error_event
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,11 @@ class Head:
     length: int | None
     body: Callable[[], AsyncIterator[bytes]]
     close: Callable[[], None] = lambda: None
+
+    @classmethod
+    def of(cls, status: int, headers: Headers, content: bytes) -> Head:
+        """An answer whose bytes are known."""
+        return cls(status, headers, len(content), lambda: once(content))
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
 from email.utils import format_datetime
@@ -18,12 +18,12 @@ from gateway.domain.quota import Demand, Standing, Unit
 from gateway.domain.receipt import CacheResult
 from gateway.relay.failover import said_wait
 from gateway.relay.flights import Head
+from gateway.relay.media import JSON_TYPE
 from gateway.relay.plan import Plan, Way
 from gateway.relay.retirement import Sunset
 
 Headers = tuple[tuple[str, str], ...]
 
-JSON = "application/json"
 EVENTS = "text/event-stream; charset=utf-8"
 MAX_WAIT_SECONDS = 60.0
 """Node ignores a longer `retry-after` and comes back at once (contract 4.4), so it is told not
@@ -42,7 +42,7 @@ def of_request(rid: str, cache: CacheResult) -> Headers:
 
 
 def of_form(stream: bool) -> Headers:
-    return (("content-type", EVENTS if stream else JSON),)
+    return (("content-type", EVENTS if stream else JSON_TYPE),)
 
 
 def of_way(plan: Plan, way: Way) -> Headers:
@@ -64,7 +64,7 @@ def of_sunset(sunset: Sunset | None) -> Headers:
     warning = f"{sunset.model} shuts down on {sunset.day}{advice}"
     instant = format_datetime(datetime.combine(sunset.day, time(), UTC), usegmt=True)
     said = (("sunset", instant), ("x-gateway-warning", warning))
-    return tuple((name, value) for name, value in said if _is_clean(value))
+    return tuple((name, value) for name, value in said if is_clean(value))
 
 
 def of_attempts(count: int) -> Headers:
@@ -107,7 +107,7 @@ def of_upstream(headers: Mapping[str, str]) -> Headers:
     passed = [(name, headers[name]) for name in PASSED_ON if name in headers]
     if "x-request-id" in headers:
         passed.append(("x-upstream-request-id", headers["x-request-id"]))
-    return tuple((name, value) for name, value in passed if _is_clean(value))
+    return tuple((name, value) for name, value in passed if is_clean(value))
 
 
 def of_cost(cost: Money, basis: Basis) -> Headers:
@@ -187,18 +187,17 @@ def of_age(stored_at: datetime, now: datetime) -> Headers:
 def error_head(error: GatewayError, rid: str, more: Headers = ()) -> Head:
     """An error as an answer: OpenAI's shape, whether another try can help, and ``more``: what is
     known of the request. What the error says itself goes before that."""
-    content = error.content
-    headers = dict(more) | dict(of_advice(error)) | {"content-type": JSON, "x-request-id": rid}
-    if error.upstream_rid and _is_clean(error.upstream_rid):
+    headers = dict(more) | dict(of_advice(error)) | {"content-type": JSON_TYPE, "x-request-id": rid}
+    if error.upstream_rid and is_clean(error.upstream_rid):
         headers["x-upstream-request-id"] = error.upstream_rid
     if error.close:
         headers["connection"] = "close"
-    return Head(error.status, tuple(headers.items()), len(content), lambda: _once(content))
+    return Head.of(error.status, tuple(headers.items()), error.content)
 
 
 def of_advice(error: GatewayError) -> Headers:
     """What an error says of itself: the provider's advice, and whether another try can help."""
-    headers = {name: value for name, value in error.headers if _is_clean(value)}
+    headers = {name: value for name, value in error.headers if is_clean(value)}
     wait, retry = error.retry_after_seconds, error.should_retry
     if isinstance(error, UpstreamRefused):
         wait = said_wait(headers)
@@ -212,9 +211,5 @@ def of_advice(error: GatewayError) -> Headers:
     return tuple(headers.items())
 
 
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content
-
-
-def _is_clean(value: str) -> bool:
+def is_clean(value: str) -> bool:
     return value.isprintable() and value.isascii()

@@ -27,6 +27,7 @@ from gateway.domain.call import Span
 from gateway.domain.errors import NotServed, Overloaded
 from gateway.ports import Cache, Cached, CachedMeta, Clock, Unreachable
 from gateway.relay import picture, replay
+from gateway.relay.chunks import once, read
 from gateway.relay.flights import Head
 from gateway.relay.skim import BadJson, Hole, JsonSkimmer
 
@@ -160,17 +161,16 @@ class Hosting:
         if not isinstance(entries, list):
             raise ValueError("an answer without data")
         mended = []
-        async with aclosing(_read(head.body)) as source:
+        async with aclosing(read(head.body)) as source:
             cursor = _Cursor(source)
             for entry in entries:
                 mended.append(await self._with_url(entry, cursor, stored))
         form = replay.written({**document, "data": mended})
-        length = replay.length(form)
         if any(isinstance(part, Span) for part in form):
-            return replace(head, length=length, body=lambda: _spliced(form, head.body))
+            return replace(head, length=replay.length(form), body=lambda: _spliced(form, head.body))
         content = b"".join(part for part in form if not isinstance(part, Span))
         head.close()
-        return Head(head.status, head.headers, length, lambda: _once(content))
+        return Head.of(head.status, head.headers, content)
 
     async def _with_url(self, entry: Any, cursor: _Cursor, stored: list[str]) -> Any:
         """One of an answer's entries, with a url where its picture was."""
@@ -195,7 +195,7 @@ class Hosting:
             stored_at=now, cost=0, images=1, model_served="", upstream="",
             size_bytes=found.size_bytes, headers=(("content-type", media_type),),
         )  # fmt: skip
-        coded = _once(found.literal) if found.span is None else cursor.span(found.span)
+        coded = once(found.literal) if found.span is None else cursor.span(found.span)
         stored.append(key)
         async with aclosing(coded), aclosing(_decoded(coded)) as chunks:
             await self._store.put(key, meta, chunks, self._links.ttl.total_seconds())
@@ -336,7 +336,7 @@ async def _skimmed(body: Body) -> Any:
     """Raises ``BadJson``."""
     skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES, lenient=True, check_base64=True)
     looked_at = 0
-    async with aclosing(_read(body)) as chunks:
+    async with aclosing(read(body)) as chunks:
         async for chunk in chunks:
             skimmer.feed(chunk)
             looked_at += len(chunk)
@@ -348,21 +348,6 @@ async def _skimmed(body: Body) -> Any:
 
 
 async def _spliced(form: replay.Splice, body: Body) -> AsyncGenerator[bytes, None]:
-    async with aclosing(_read(body)) as source:
+    async with aclosing(read(body)) as source:
         async for piece in replay.pieces(form, source):
             yield piece
-
-
-async def _read(body: Body) -> AsyncGenerator[bytes, None]:
-    """A body; its source ends with it."""
-    source = body()
-    try:
-        async for chunk in source:
-            yield chunk
-    finally:
-        if isinstance(source, AsyncGenerator):
-            await source.aclose()
-
-
-async def _once(content: bytes) -> AsyncGenerator[bytes, None]:
-    yield content

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from gateway.domain.call import InputImage
 from gateway.domain.errors import BodyTooLarge, InvalidRequest
+from gateway.relay.media import media_of
 from gateway.relay.multipart import Part, say_bytes
 from gateway.relay.picture import BMP, GIF, PDF, SVG, TIFF, Picture, probe
 from gateway.relay.skim import Hole
@@ -51,7 +52,7 @@ def from_file(part: Part, role: str, param: str, rules: PictureRules) -> tuple[I
         role=role,
         digest=part.digest,
         size_bytes=part.size_bytes,
-        media_type=_media_type(part.content_type) or OCTETS,
+        media_type=media_of(part.content_type) or OCTETS,
         width=seen.width if seen else 0,
         height=seen.height if seen else 0,
     )
@@ -130,7 +131,7 @@ def _from_data(
         role=role,
         digest=digest,
         size_bytes=size,
-        media_type=_media_type(header.partition(":")[2]),
+        media_type=media_of(header.partition(":")[2]),
         width=seen.width if seen else 0,
         height=seen.height if seen else 0,
     )
@@ -175,11 +176,6 @@ def _decoded(payload: str) -> bytes:
     rest = usable[whole:]
     tail = rest + b"=" * (4 - len(rest)) if len(rest) > 1 else b""
     return base64.b64decode(usable[:whole] + tail)
-
-
-def _media_type(declared: str) -> str:
-    """``image/png; charset=x`` -> ``image/png``."""
-    return declared.partition(";")[0].strip().lower()
 
 
 def _sha256(text: str) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -17,6 +16,7 @@ from gateway.domain.ledger import Settlement
 from gateway.ports import Cache, CachedMeta, Clock, Form
 from gateway.relay import headers, replay
 from gateway.relay.body import Room, Spool, spliced
+from gateway.relay.chunks import once
 from gateway.relay.flights import Flight, Flights
 from gateway.relay.landing import Landing
 from gateway.relay.plan import CachePolicy, Plan, Way
@@ -102,7 +102,7 @@ class Keeper:
             await self._results.keep(
                 bought.flight.rid,
                 _of_error(bought, meta, error),
-                _once(error.content),
+                once(error.content),
                 idempotent=keeping.idempotent,
             )
             return
@@ -202,7 +202,3 @@ def _of_error(bought: Bought, meta: CachedMeta, error: GatewayError) -> CachedMe
         size_bytes=len(error.content),
         headers=(*result.headers, *headers.of_advice(error)),
     )
-
-
-async def _once(content: bytes) -> AsyncIterator[bytes]:
-    yield content

@@ -18,8 +18,10 @@ from gateway.domain.ledger import Outcome
 from gateway.ports import Reply
 from gateway.relay import replay
 from gateway.relay.body import Spool
+from gateway.relay.media import is_stream
 from gateway.relay.meter import (
     EventMeter,
+    EventReader,
     JsonMeter,
     NoPicture,
     Reading,
@@ -108,11 +110,6 @@ class PictureTaker:
         return error_event(error)
 
 
-def is_stream(reply: Reply) -> bool:
-    """Whether an upstream answers with events."""
-    return reply.headers.get("content-type", "").strip().lower().startswith("text/event-stream")
-
-
 async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: bool) -> Landing:
     """Takes a JSON answer in whole. Nothing of it is published.
 
@@ -187,14 +184,8 @@ async def land_events(
     return _landed(meter, as_json, spool.length) if meter.completed else _ended_early(meter)
 
 
-class Feeds(Protocol):
-    """What cuts a stream into events."""
-
-    def feed(self, chunk: bytes) -> list[Event]: ...
-
-
 async def the_rest(
-    seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: Feeds
+    seen: Sequence[Event], chunks: AsyncIterator[bytes], spool: Spool, meter: EventReader
 ) -> AsyncGenerator[int, None]:
     """How far what follows the last picture may be published: whole events without a picture.
 
@@ -259,7 +250,7 @@ async def keep(spool: Spool, chunk: bytes) -> None:
 
 
 async def mend(spool: Spool, event: Event) -> None:
-    """Makes an event one that every SDK can read. Raises like ``_keep``."""
+    """Makes an event one that every SDK can read. Raises like ``keep``."""
     try:
         for edit in event.mends:
             await spool.mend(edit)

@@ -18,7 +18,8 @@ from gateway.domain.owned import OwnedKind
 from gateway.domain.price import Answer
 from gateway.ports import Reply
 from gateway.relay.body import Spool
-from gateway.relay.landing import Brake, Landing, failed, is_stream, keep, mend, the_rest
+from gateway.relay.landing import Brake, Landing, failed, keep, mend, the_rest
+from gateway.relay.media import is_stream
 from gateway.relay.meter import Reading, flat_error_frame
 from gateway.relay.meter_response import (
     ResponseEventMeter,

@@ -4,15 +4,15 @@ where they live, for the team that they belong to; nothing of it costs (contract
 from __future__ import annotations
 
 from collections.abc import Iterable
-from urllib.parse import parse_qsl, quote, urlencode
+from urllib.parse import parse_qsl, urlencode
 
-from gateway.domain.call import Operation
-from gateway.domain.errors import BodyTooLarge, NotServed, UpstreamRefused
+from gateway.domain.errors import BodyTooLarge, NotServed
 from gateway.domain.owned import Owned, OwnedKind
-from gateway.ports import Ownership
 from gateway.relay.flights import Head
-from gateway.relay.passing import Errand, Passing, Visit
-from gateway.relay.references import References, not_owned
+from gateway.relay.forwarding import Forwarding
+from gateway.relay.media import JSON_TYPE
+from gateway.relay.passing import Errand, Visit
+from gateway.relay.references import path_of
 
 MAX_BODY_BYTES = 64 * 1024
 """Of a cancellation: the SDKs send none at all."""
@@ -27,26 +27,22 @@ class Lookups:
     """Answers for the responses that there are; each public method is a handler of
     ``api/passed.py``."""
 
-    def __init__(
-        self, passing: Passing, references: References, ownership: Ownership, *, enabled: bool
-    ) -> None:
+    def __init__(self, forwarding: Forwarding, *, enabled: bool) -> None:
         self.enabled = enabled
         """As of now: it may be switched off."""
-        self._passing = passing
-        self._references = references
-        self._ownership = ownership
+        self._forwarding = forwarding
 
     async def show(self, visit: Visit) -> Head:
         """``GET /responses/{id}``, as events where it is asked for so."""
         owned = await self._owned(visit)
         asked = _asked(visit, OF_SHOWING)
-        accept = EVENTS if "stream=true" in asked else "application/json"
-        return await self._forwarded(visit, owned, "GET", asked, accept)
+        accept = EVENTS if "stream=true" in asked else JSON_TYPE
+        return await self._show(visit, owned, "GET", asked, accept)
 
     async def items(self, visit: Visit) -> Head:
         """``GET /responses/{id}/input_items``."""
         owned = await self._owned(visit)
-        return await self._forwarded(visit, owned, "GET", "/input_items" + _asked(visit, OF_ITEMS))
+        return await self._show(visit, owned, "GET", "/input_items" + _asked(visit, OF_ITEMS))
 
     async def cancel(self, visit: Visit) -> Head:
         """``POST /responses/{id}/cancel``: whoever bought it hears of its end, and settles."""
@@ -56,53 +52,29 @@ class Lookups:
             length += len(chunk)
             if length > MAX_BODY_BYTES:
                 raise BodyTooLarge("A cancellation has no body.", close=True)
-        return await self._forwarded(visit, owned, "POST", "/cancel")
+        return await self._show(visit, owned, "POST", "/cancel")
 
     async def delete(self, visit: Visit) -> Head:
-        """``DELETE /responses/{id}``: at the upstream, and then here. Where it is not there any
-        more, its row goes too."""
+        """``DELETE /responses/{id}``."""
         owned = await self._owned(visit)
-        return await self._passing.to_the_end(visit, self._delete(visit, owned))
-
-    async def _delete(self, visit: Visit, owned: Owned) -> Head:
-        try:
-            reply = await self._passing.send(visit, Errand("DELETE", _path(owned), owned.anchor))
-        except UpstreamRefused as error:
-            if error.status != 404:
-                raise
-            await self._ownership.disown(owned.team, owned.id)
-            raise not_owned(OwnedKind.RESPONSE, owned.id) from error
-        content = await self._passing.whole(visit, reply)
-        await self._ownership.disown(owned.team, owned.id)
-        return self._passing.answer(visit, content, reply)
+        return await self._forwarding.delete(visit, owned)
 
     async def _owned(self, visit: Visit) -> Owned:
         if not self.enabled:
             raise NotServed("/v1/responses is switched off on this gateway. Ask its operator.")
-        caller = await self._passing.enter(visit)
-        return await self._references.one(caller, OwnedKind.RESPONSE, visit.names[0])
+        return await self._forwarding.enter(visit, OwnedKind.RESPONSE)
 
-    async def _forwarded(
-        self, visit: Visit, owned: Owned, method: str, rest: str, accept: str = "application/json"
+    async def _show(
+        self, visit: Visit, owned: Owned, method: str, rest: str, accept: str = JSON_TYPE
     ) -> Head:
         errand = Errand(
             method,
-            _path(owned) + rest,
+            path_of(owned.kind, owned.id) + rest,
             owned.anchor,
             accept=accept,
             max_response_bytes=MAX_ANSWER_BYTES,
         )
-        try:
-            reply = await self._passing.send(visit, errand)
-        except UpstreamRefused as error:
-            if error.status != 404:
-                raise
-            raise not_owned(OwnedKind.RESPONSE, owned.id) from error
-        return self._passing.head(visit, reply)
-
-
-def _path(owned: Owned) -> str:
-    return f"{Operation.RESPONSE.path}/{quote(owned.id, safe='')}"
+        return await self._forwarding.show(visit, owned, errand)
 
 
 def _asked(visit: Visit, known: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from gateway.domain.call import Operation, Usage
 from gateway.domain.errors import GatewayError, UpstreamBroken
@@ -94,12 +94,47 @@ class JsonMeter:
         return self._document
 
 
+class EventReader:
+    """Cuts a stream into events. ``bought`` is what they are of, as an error begins with it."""
+
+    __slots__ = ()
+    upstream: str
+    bought: ClassVar[str]
+    _skimmer: EventSkimmer
+
+    def feed(self, chunk: bytes) -> list[Event]:
+        """The events that ``chunk`` completes. Raises ``UpstreamBroken`` on garbage."""
+        try:
+            return self._skimmer.feed(chunk)
+        except BadEvent as error:
+            raise self.broken("sent an event that is not JSON") from error
+
+    def close(self) -> list[Event]:
+        """An event that the end of the body completes. Raises ``UpstreamBroken`` when the stream
+        was cut in the middle of one."""
+        self.feed(b"")  # Raises what was wrong behind the last good event.
+        try:
+            last = self._skimmer.close()
+        except BadEvent as error:
+            raise self.broken("was cut in the middle of an event") from error
+        return [] if last is None else [last]
+
+    def broken(self, what: str) -> UpstreamBroken:
+        """The error of a stream that ended before it was whole."""
+        return UpstreamBroken(
+            f"The upstream {self.upstream} {what}. {self.bought} may have been paid for, so this "
+            "is not retried for you."
+        )
+
+
 @dataclass(slots=True)
-class EventMeter:
+class EventMeter(EventReader):
     """Reads one stream of events as it passes.
 
     ``partials`` counts the partial pictures seen, ``completed`` the whole ones.
     """
+
+    bought: ClassVar[str] = "The picture"
 
     operation: Operation
     upstream: str
@@ -112,23 +147,6 @@ class EventMeter:
     _skimmer: EventSkimmer = field(
         default_factory=lambda: EventSkimmer(keep_bytes=KEEP_BYTES, lenient=True)
     )
-
-    def feed(self, chunk: bytes) -> list[Event]:
-        """The events that ``chunk`` completes. Raises ``UpstreamBroken`` on garbage."""
-        try:
-            return self._skimmer.feed(chunk)
-        except BadEvent as error:
-            raise self._broken("sent an event that is not JSON") from error
-
-    def close(self) -> list[Event]:
-        """An event that the end of the body completes. Raises ``UpstreamBroken`` when the stream
-        was cut in the middle of one."""
-        self.feed(b"")  # Raises what was wrong behind the last good event.
-        try:
-            last = self._skimmer.close()
-        except BadEvent as error:
-            raise self._broken("was cut in the middle of an event") from error
-        return [] if last is None else [last]
 
     def see(self, event: Event) -> GatewayError | None:
         """Counts an event. Returns the error that it stands for, if it does."""
@@ -165,12 +183,6 @@ class EventMeter:
             self._invalid,
             "b64_json" not in members,
             self._last if self.completed == 1 else None,
-        )
-
-    def _broken(self, what: str) -> UpstreamBroken:
-        return UpstreamBroken(
-            f"The upstream {self.upstream} {what}. The picture may have been paid for, so this is "
-            "not retried for you."
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from gateway.domain.call import Usage
 from gateway.domain.charge import Ending
@@ -19,8 +19,8 @@ from gateway.domain.owned import OwnedKind
 from gateway.domain.price import Answer
 from gateway.domain.usage import InvalidUsage, read_text_usage, read_tool_usage
 from gateway.relay.failover import error_in_success
-from gateway.relay.meter import plain
-from gateway.relay.skim import BadEvent, BadJson, Event, EventSkimmer, JsonSkimmer
+from gateway.relay.meter import EventReader, plain
+from gateway.relay.skim import BadJson, Event, EventSkimmer, JsonSkimmer
 
 KEEP_BYTES = 16 * 1024
 MAX_KEPT_BYTES = 16 << 20
@@ -41,7 +41,7 @@ class Told:
     """What a response said of itself.
 
     ``ids`` are what it leaves at the upstream, itself first; ``tokens`` is what its conversation
-    has come to, None where it does not say; ``pictures`` were delivered in it.
+    has come to, None where it does not say.
     """
 
     id: str
@@ -50,7 +50,6 @@ class Told:
     invalid_usage: bool = False
     ids: tuple[tuple[str, OwnedKind], ...] = ()
     tokens: int | None = None
-    pictures: int = 0
 
     @property
     def runs(self) -> bool:
@@ -100,7 +99,6 @@ def told(members: Mapping[str, Any]) -> Told:
         invalid_usage=invalid,
         ids=tuple(ids),
         tokens=None if text is None else text.text_in + text.text_out,
-        pictures=len(drawn),
     )
 
 
@@ -143,10 +141,12 @@ class ResponseMeter:
 
 
 @dataclass(slots=True)
-class ResponseEventMeter:
+class ResponseEventMeter(EventReader):
     """Reads one stream of events as it passes. ``told`` is what its last event said, None before
     it; ``worked`` whether anything but its beginning was seen; ``sequence`` is the number of the
     event seen last. ``seen`` are the ids so far."""
+
+    bought: ClassVar[str] = "The response"
 
     upstream: str
     told: Told | None = None
@@ -158,23 +158,6 @@ class ResponseEventMeter:
             keep_bytes=KEEP_BYTES, lenient=True, max_kept=MAX_KEPT_BYTES, max_values=MAX_VALUES
         )
     )
-
-    def feed(self, chunk: bytes) -> list[Event]:
-        """The events that ``chunk`` completes. Raises ``UpstreamBroken`` on garbage."""
-        try:
-            return self._skimmer.feed(chunk)
-        except BadEvent as error:
-            raise self.broken("sent an event that is not JSON") from error
-
-    def close(self) -> list[Event]:
-        """An event that the end of the body completes. Raises ``UpstreamBroken`` when the stream
-        was cut in the middle of one."""
-        self.feed(b"")  # Raises what was wrong behind the last good event.
-        try:
-            last = self._skimmer.close()
-        except BadEvent as error:
-            raise self.broken("was cut in the middle of an event") from error
-        return [] if last is None else [last]
 
     def see(self, event: Event) -> GatewayError | None:
         """Looks at an event. Returns the error that it stands for, if it does."""
@@ -198,13 +181,6 @@ class ResponseEventMeter:
         if kind in TERMINAL and isinstance(response, dict):
             self.told = told({"status": kind.removeprefix("response."), **response})
         return None
-
-    def broken(self, what: str) -> UpstreamBroken:
-        """The error of a stream that ended without its last event."""
-        return UpstreamBroken(
-            f"The upstream {self.upstream} {what}. The response may have been paid for, so this is "
-            "not retried for you."
-        )
 
 
 def _id(members: Mapping[str, Any]) -> str:

@@ -85,7 +85,7 @@ def _detail(kind: OwnedKind, call: Call, told: Told) -> Mapping[str, Json]:
 def conversation(call: Call, told: Told) -> dict[str, Json]:
     """How large a conversation has become: what the next response of it begins with."""
     ask = call.asks
-    pictures = told.pictures + len(call.inputs) + (ask.context_pictures if ask else 0)
+    pictures = told.answer.images + len(call.inputs) + (ask.context_pictures if ask else 0)
     tokens = told.tokens
     if tokens is None and ask is not None:
         tokens = ask.text_bytes + ask.context_tokens + ask.max_output_tokens

@@ -10,11 +10,13 @@ that leaves in the middle of an upload has sent nothing upstream.
 
 A door's handler tells its own story with these steps; ``api/passed.py`` is the way in::
 
-    async def show(visit: Visit) -> Head:
-        caller = await passing.enter(visit)
-        owned = await references.one(caller, OwnedKind.RESPONSE, visit.names[0])
-        reply = await passing.send(visit, Errand("GET", f"/responses/{owned.id}", owned.anchor))
-        return passing.head(visit, reply)
+    async def moderate(visit: Visit) -> Head:
+        await passing.enter(visit)
+        body = await passing.take_in(visit, JSON_TYPE, MODERATION_BYTES)
+        errand = Errand("POST", "/moderations", upstream="openai", body=body)
+        return passing.head(visit, await passing.send(visit, errand))
+
+What names an id is looked up before (``forwarding.py``).
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ from typing import Any, TypeAlias, TypeVar
 
 from gateway.domain.call import Passage
 from gateway.domain.errors import (
-    BodyTooLarge,
     Evidence,
     GatewayError,
     InvalidRequest,
+    NotServed,
     Overloaded,
     UnsupportedMedia,
     UpstreamAccount,
@@ -59,18 +61,21 @@ from gateway.relay.body import Room, Spool
 from gateway.relay.drain import shutting_down
 from gateway.relay.failover import (
     ERROR_BODY_BYTES,
+    LEAST_WAIT_SECONDS,
     UNREACHED,
+    UPSTREAM_RID_CHARS,
     Kind,
     Next,
     kind_of,
     refusal,
     said_wait,
     verdict,
+    why_refused,
 )
 from gateway.relay.flights import Client, Flights, Head
-from gateway.relay.health import Health, Ticket, Why
+from gateway.relay.health import Health, Ticket
 from gateway.relay.keyring import KeyRing
-from gateway.relay.multipart import say_bytes
+from gateway.relay.media import JSON_TYPE, check_encoding, media_of, too_large
 from gateway.relay.plan import rates_of
 from gateway.relay.references import keys_at
 
@@ -83,8 +88,6 @@ MOST_AT_ONCE = 256
 MOST_ATTEMPTS = 3
 WHOLE_BYTES = 1024 * 1024
 """An answer that is read here before it is handed over: an object that describes something."""
-LEAST_WAIT_SECONDS = 0.05
-UPSTREAM_RID_CHARS = 128
 
 PASSED_ON = (
     *("content-type", "content-disposition", "content-range", "accept-ranges"),
@@ -141,11 +144,19 @@ class Errand:
     upstream: str = ""
     body: Spool | None = None
     content_type: str = ""
-    accept: str = "application/json"
+    accept: str = JSON_TYPE
     more: answers.Headers = ()
     repeatable: bool = True
     max_response_bytes: int = 0
     """Where it is more than an answer may have otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Whether something is passed on, and to which upstream; empty where none is on."""
+
+    enabled: bool = True
+    upstream: str = ""
 
 
 class Passing:
@@ -219,13 +230,9 @@ class Passing:
         ``ClientGone``, ``Overloaded``, and what ``feed`` does.
         """
         given = visit.headers.get("content-type", "")
-        if given.partition(";")[0].strip().lower() != media or not _is_clean(given):
+        if media_of(given) != media or not answers.is_clean(given):
             raise UnsupportedMedia(f"This takes {media}, not {given[:80]!r}.")
-        encoding = visit.headers.get("content-encoding", "").strip().lower()
-        if encoding not in ("", "identity"):
-            raise UnsupportedMedia(
-                f"Content-Encoding {encoding[:80]!r} is not taken: send the body uncompressed."
-            )
+        check_encoding(visit.headers.get("content-encoding"))
         length = visit.headers.get("content-length", "")
         if length.isdecimal() and int(length) > limit_bytes:
             raise too_large(limit_bytes)
@@ -289,7 +296,7 @@ class Passing:
         passed = tuple(
             (name, reply.headers[name])
             for name in PASSED_ON
-            if name in reply.headers and _is_clean(reply.headers[name])
+            if name in reply.headers and answers.is_clean(reply.headers[name])
         )
         length = reply.headers.get("content-length", "")
         known = int(length) if length.isdecimal() and len(length) < 16 else None
@@ -303,12 +310,8 @@ class Passing:
     def answer(self, visit: Visit, content: bytes, reply: Reply | None = None) -> Head:
         """JSON of known bytes; ``reply`` is the answer they were made from."""
         of_upstream = () if reply is None else answers.of_upstream(reply.headers)
-
-        async def body() -> AsyncIterator[bytes]:
-            yield content
-
-        said = (("content-type", answers.JSON), *self.said(visit), *of_upstream)
-        return Head(200, said, len(content), body)
+        said = (("content-type", JSON_TYPE), *self.said(visit), *of_upstream)
+        return Head.of(200, said, content)
 
     def said(self, visit: Visit) -> answers.Headers:
         """What every success says of the request that it is for."""
@@ -460,10 +463,7 @@ class Passing:
         if kind is None or kind is Kind.POOL:
             self._health.unused(ticket)
         elif isinstance(error, UpstreamAccount):
-            status = reply.status if reply else 0
-            forbidden = Why.FORBIDDEN if status == 403 else Why.AUTH
-            billing = kind is Kind.ACCOUNT or status == 402
-            self._health.refused(ticket, Why.BILLING if billing else forbidden)
+            self._health.refused(ticket, why_refused(error, reply.status if reply else 0))
         elif kind in UNREACHED:
             self._health.failed(ticket)
         elif kind is Kind.LIMITED:
@@ -475,10 +475,18 @@ class Passing:
             self._health.unsure(ticket)
 
 
-def too_large(limit_bytes: int) -> BodyTooLarge:
-    return BodyTooLarge(
-        f"The request is larger than the {say_bytes(limit_bytes)} that this takes.", close=True
-    )
+def place_of(place: Place, path: str) -> str:
+    """The upstream that something is passed on to. Raises ``NotServed`` where it is switched off,
+    ``UpstreamUnavailable`` where no upstream is on."""
+    if not place.enabled:
+        raise NotServed(f"{path} is switched off on this gateway. Ask its operator.")
+    if not place.upstream:
+        raise UpstreamUnavailable(
+            f"This gateway has no upstream for {path} that is on. Ask its operator.",
+            reason="upstream_off",
+            should_retry=False,
+        )
+    return place.upstream
 
 
 def bad_answer(upstream: str) -> UpstreamUnanswered:
@@ -561,7 +569,3 @@ async def _refusal(reply: Reply, upstream: str) -> GatewayError:
 async def _body(reply: Reply) -> AsyncGenerator[bytes, None]:
     async for chunk in reply.chunks():
         yield chunk
-
-
-def _is_clean(value: str) -> bool:
-    return value.isascii() and value.isprintable()

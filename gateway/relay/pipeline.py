@@ -237,7 +237,7 @@ class Pipeline:
         self._room.refuse_if_full()
         flight = self._launch(arrival, plan, body, so_far)
         if arrival.asynchronous:
-            return await self._admitted(arrival, plan, flight, so_far)
+            return await self._admitted(arrival, flight)
         patience = None if plan.call.stream else self._patience.max_wait_seconds
 
         def done(delivered: bool) -> None:
@@ -256,9 +256,7 @@ class Pipeline:
             return Answer(head, flight.receipt, stage(error), done)
         return Answer(shown.head(shown.own), flight.receipt, done=done)
 
-    async def _admitted(
-        self, arrival: Arrival, plan: Plan, flight: Flight, so_far: Receipt
-    ) -> Answer:
+    async def _admitted(self, arrival: Arrival, flight: Flight) -> Answer:
         """The answer to a client that does not wait, once the money is held."""
         await flight.admitted.wait()
         if isinstance(flight.error, KeyTaken):

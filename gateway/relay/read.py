@@ -25,14 +25,12 @@ from gateway.domain.call import (
     Reference,
     Spot,
 )
-from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
+from gateway.domain.errors import InvalidRequest
 from gateway.domain.owned import OwnedKind
 from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_id, from_url
-from gateway.relay.multipart import FormScanner, Part, boundary_of, say_bytes
+from gateway.relay.media import FORM_TYPE, JSON_TYPE, check_encoding, check_media, too_large
+from gateway.relay.multipart import FormScanner, Part, boundary_of
 from gateway.relay.skim import BadJson, Hole, JsonSkimmer
-
-JSON_TYPE = "application/json"
-FORM_TYPE = "multipart/form-data"
 
 KNOWN = frozenset(
     {
@@ -65,6 +63,7 @@ _PRICED_NUMBERS: Mapping[str, tuple[int, int]] = {
 }
 _PRICED_TEXTS = ("size", "quality", "output_format")
 _FORM_NUMBERS = frozenset({*_PRICED_NUMBERS, "output_compression", "frame_duration_ms"})
+_TAKES_IDS = "'images[].file_id', 'mask.file_id' and 'markup.file_id' of a JSON edit"
 _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_identifier", "user")
 """Fields that come back in an answer's headers or body."""
 
@@ -142,19 +141,12 @@ def reader_for(
     Raises ``UnsupportedMedia`` for a body in another form than the operation takes or in any
     content encoding, ``BodyTooLarge`` at once for a length over the limit.
     """
-    media = content_type.partition(";")[0].strip().lower()
-    takes_forms = operation is Operation.EDIT
-    if media != JSON_TYPE and not (takes_forms and media == FORM_TYPE):
-        wanted = f"{FORM_TYPE} or {JSON_TYPE}" if takes_forms else JSON_TYPE
-        given = f"not {media[:80]!r}" if media else "and this request has no Content-Type"
-        raise UnsupportedMedia(f"{path or operation.path} takes {wanted}, {given}.")
-    if content_encoding and content_encoding.strip().lower() != "identity":
-        raise UnsupportedMedia(
-            f"Content-Encoding {content_encoding[:80]!r} is not taken: send the body uncompressed."
-        )
+    wanted = (FORM_TYPE, JSON_TYPE) if operation is Operation.EDIT else (JSON_TYPE,)
+    media = check_media(content_type, wanted, path or operation.path)
+    check_encoding(content_encoding)
     limit = rules.body_limit(operation)
     if content_length is not None and content_length > limit:
-        raise _too_large(operation, limit)
+        raise too_large(limit, operation.path)
     if media == JSON_TYPE:
         return _JsonReader(operation, rules)
     return _FormReader(operation, content_type, rules)
@@ -180,7 +172,7 @@ class _JsonReader:
     def feed(self, chunk: bytes) -> None:
         self._length += len(chunk)
         if self._length > self._limit:
-            raise _too_large(self._operation, self._limit)
+            raise too_large(self._limit, self._operation.path)
         try:
             self._skimmer.feed(chunk)
         except BadJson as bad:
@@ -304,7 +296,7 @@ class _FormReader:
     def feed(self, chunk: bytes) -> None:
         self._length += len(chunk)
         if self._length > self._limit:
-            raise _too_large(self._operation, self._limit)
+            raise too_large(self._limit, self._operation.path)
         for part in self._scanner.feed(chunk):
             if part.name in self._names and not _is_list(part):
                 raise duplicate(part.name)
@@ -475,7 +467,7 @@ def _call(
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given = {name: value for name, value in fields.items() if value is not None}
     check_spelling(fields.keys() | unknown)
-    _check_ids({**dict.fromkeys(unknown), **fields})
+    check_ids({**dict.fromkeys(unknown), **fields})
     model = model_of(given)
     prompt = _prompt(given)
     numbers = {name: number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
@@ -538,24 +530,23 @@ def check_spelling(
             )
 
 
-def _check_ids(value: object, path: str = "") -> None:
+def check_ids(value: object, path: str = "", taken: str = _TAKES_IDS) -> None:
     """Refuses the id of a file where this gateway does not look whose it is: the provider's account
-    is all teams', and takes every id that it knows."""
+    is all teams', and takes every id that it knows. ``taken`` is where it may stand."""
     if isinstance(value, dict):
         for name, item in value.items():
             place = f"{path}.{name}" if path else name
             if "file_id" in name.casefold():
                 raise InvalidRequest(
-                    f"Unknown parameter: '{place[:64]}'. The id of a file is taken in "
-                    "'images[].file_id', 'mask.file_id' and 'markup.file_id' of a JSON edit.",
+                    f"Unknown parameter: '{place[:64]}'. The id of a file is taken in {taken}.",
                     code="unknown_parameter",
                     param=place[:64],
                     reason="invalid_param",
                 )
-            _check_ids(item, place)
+            check_ids(item, place, taken)
     elif isinstance(value, list):
         for item in value:
-            _check_ids(item, path)
+            check_ids(item, path, taken)
 
 
 def model_of(given: Mapping[str, object]) -> str:
@@ -678,7 +669,7 @@ def _check_svg(given: Mapping[str, object]) -> None:
 
 
 def _without_nulls(value: object) -> Json:
-    """Like ``_settled``, for an object whose nulls mean what their absence means."""
+    """Like ``settled``, for an object whose nulls mean what their absence means."""
     if isinstance(value, dict):
         return {name: _without_nulls(item) for name, item in value.items() if item is not None}
     return settled(value)
@@ -746,13 +737,6 @@ def _too_many(param: str, limit: int) -> InvalidRequest:
         code="invalid_value",
         param=param,
         reason="invalid_param",
-    )
-
-
-def _too_large(operation: Operation, limit: int) -> GatewayError:
-    return BodyTooLarge(
-        f"The request is larger than the {say_bytes(limit)} that {operation.path} takes.",
-        close=True,
     )
 
 

@@ -23,13 +23,13 @@ from gateway.domain.call import (
     Reference,
     ResponseAsk,
 )
-from gateway.domain.errors import BodyTooLarge, InvalidRequest, NotServed, UnsupportedMedia
+from gateway.domain.errors import InvalidRequest, NotServed
 from gateway.domain.owned import OwnedKind
 from gateway.relay.inputs import digest_of_file, from_url
-from gateway.relay.multipart import say_bytes
+from gateway.relay.media import JSON_TYPE, check_encoding, check_media, too_large
+from gateway.relay.meter_response import PICTURE_CALL
 from gateway.relay.read import (
     DEFAULT_FRAMES,
-    JSON_TYPE,
     KNOWN_OF_SVG,
     MAX_DEPTH,
     MAX_KEPT_BYTES,
@@ -37,6 +37,7 @@ from gateway.relay.read import (
     Reader,
     ReadRules,
     bad_json,
+    check_ids,
     check_spelling,
     kind_of,
     missing,
@@ -119,14 +120,8 @@ def response_reader(
             "This gateway does not offer /v1/responses. Ask for a picture with "
             "/v1/images/generations."
         )
-    media = content_type.partition(";")[0].strip().lower()
-    if media != JSON_TYPE:
-        given = f"not {media[:80]!r}" if media else "and this request has no Content-Type"
-        raise UnsupportedMedia(f"{operation.path} takes {JSON_TYPE}, {given}.")
-    if content_encoding and content_encoding.strip().lower() != "identity":
-        raise UnsupportedMedia(
-            f"Content-Encoding {content_encoding[:80]!r} is not taken: send the body uncompressed."
-        )
+    check_media(content_type, (JSON_TYPE,), operation.path)
+    check_encoding(content_encoding)
     reader = _ResponseReader(rules)
     reader.check_length(content_length or 0)
     return reader
@@ -150,11 +145,7 @@ class _ResponseReader:
     def check_length(self, length: int) -> None:
         """Raises ``BodyTooLarge``."""
         if length > self._limit:
-            raise BodyTooLarge(
-                f"The request is larger than the {say_bytes(self._limit)} that "
-                f"{Operation.RESPONSE.path} takes.",
-                close=True,
-            )
+            raise too_large(self._limit, Operation.RESPONSE.path)
 
     def feed(self, chunk: bytes) -> None:
         self._length += len(chunk)
@@ -275,7 +266,7 @@ class _Seen:
         said = item.get("role") is not None and (
             item.get("content") is not None or item.get("id") is None
         )
-        by_value = said if kind is None else kind in _BY_VALUE or kind == IMAGE_TOOL + "_call"
+        by_value = said if kind is None else kind in _BY_VALUE or kind == PICTURE_CALL
         if not by_value:
             self._refer(OwnedKind.ITEM, item.get("id"), f"{place}.id")
 
@@ -290,7 +281,7 @@ class _Seen:
                 param=place,
                 reason="unpriced",
             )
-        if kind == IMAGE_TOOL + "_call":
+        if kind == PICTURE_CALL:
             self._drawn_before(item, place)
         self.picture(item, place, "image")
 
@@ -400,6 +391,8 @@ def _read_tool(
     place = f"tools[{index}]"
     said = {name: value for name, value in tool.items() if value is not None}
     check_spelling(tool, KNOWN_OF_TOOL, place)
+    unknown = frozenset(said.keys() - KNOWN_OF_TOOL)
+    check_ids({name: said[name] for name in unknown}, place, f"'{place}.input_image_mask.file_id'")
     if "n" in said:
         raise InvalidRequest(
             f"'{place}.n' is not taken: the tool draws one picture a call. Ask for more of them in "
@@ -435,7 +428,7 @@ def _read_tool(
         partial_images=number(said, "partial_images", 0, 3, f"{place}.partial_images") or 0,
         frame_count=1 if output_format in STILL_FORMATS else (frames or DEFAULT_FRAMES),
         parameters={name: settled(value) for name, value in said.items() if name != "type"},
-        unknown=frozenset(said.keys() - KNOWN_OF_TOOL),
+        unknown=unknown,
         tools=tuple(settled(one) for one in tools),
         whole=not any(_holes(tools)),
     )

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
+from urllib.parse import quote
 
-from gateway.domain.call import Call, InputImage, Reference
+from gateway.domain.call import Call, InputImage, Operation, Reference
 from gateway.domain.errors import InvalidRequest, NotOwned
 from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.team import Caller
@@ -31,6 +32,9 @@ _MAY_BE: Mapping[str, frozenset[OwnedKind]] = {
     OwnedKind.ITEM.value: frozenset({OwnedKind.ITEM, OwnedKind.PICTURE}),
 }
 """What an id may turn out to be, by the kind as which it is named: a picture is an item too."""
+
+
+_PLACES = {OwnedKind.FILE: "/files", OwnedKind.RESPONSE: Operation.RESPONSE.path}
 
 
 class Resolved(NamedTuple):
@@ -90,6 +94,11 @@ class References:
 def not_owned(kind: OwnedKind, id: str, param: str = "id") -> NotOwned:
     """What OpenAI says of an id that it does not know."""
     return NotOwned(_UNKNOWN[kind].format(id=id[:MAX_SHOWN_CHARS]), param=param)
+
+
+def path_of(kind: OwnedKind, id: str) -> str:
+    """Where a file or a response is at its upstream."""
+    return f"{_PLACES[kind]}/{quote(id, safe='')}"
 
 
 def keys_at(credentials: Sequence[Credential], anchor: Anchor | None) -> Sequence[Credential]:

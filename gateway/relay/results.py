@@ -16,7 +16,9 @@ from gateway.domain.call import Operation
 from gateway.domain.errors import InvalidRequest
 from gateway.ports import Cache, Cached, CachedMeta, Form, Unreachable
 from gateway.relay import headers, replay
+from gateway.relay.chunks import nothing
 from gateway.relay.flights import Shown
+from gateway.relay.media import JSON_TYPE
 from gateway.relay.meter import JsonMeter
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,7 @@ class Results:
             team=team, same_as=to,
         )  # fmt: skip
         if self._store is not None:
-            await self._store.put(_key(team, rid), meta, _nothing(), self._seconds(idempotent))
+            await self._store.put(_key(team, rid), meta, nothing(), self._seconds(idempotent))
 
     async def find(self, rid: str, team: str) -> Cached | None:
         """The kept answer of a team's request, errors too. None for other teams'."""
@@ -112,7 +114,7 @@ def shown(kept: Cached, *, stream: bool) -> Shown:
     """
     meta = kept.meta
     if meta.status != 200:
-        own = (("content-type", headers.JSON), *meta.headers)
+        own = (("content-type", JSON_TYPE), *meta.headers)
         return Shown(meta.status, own, (), meta.size_bytes, kept.chunks)
     if stream and meta.form is Form.JSON:
         if not meta.streamable:
@@ -124,7 +126,7 @@ def shown(kept: Cached, *, stream: bool) -> Shown:
             raise _other_form("as a stream, and it has no form as JSON")
         return _events(meta, kept.chunks)
     return Shown(
-        200, (("content-type", headers.JSON), *meta.headers), (), meta.size_bytes, kept.chunks
+        200, (("content-type", JSON_TYPE), *meta.headers), (), meta.size_bytes, kept.chunks
     )
 
 
@@ -170,9 +172,3 @@ def with_meta(
 def _key(team: str, rid: str) -> str:
     """Another team's result is not even looked at: it is a miss like any other."""
     return f"{team}:{rid}"
-
-
-async def _nothing() -> AsyncIterator[bytes]:
-    chunks: tuple[bytes, ...] = ()
-    for chunk in chunks:
-        yield chunk

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from gateway.domain.errors import ResultNotFound
 from gateway.ports import FlightNotice
 from gateway.relay.flights import Head
-from gateway.relay.headers import JSON, Headers
+from gateway.relay.headers import Headers
+from gateway.relay.media import JSON_TYPE
 
 RESULTS = "/v1/images/results/"
 """Results are below this path, by request id."""
@@ -68,18 +69,14 @@ def running_head(running: Running, more: Headers = ()) -> Head:
         "result_url": url,
     }
     content = json.dumps(document, separators=(",", ":")).encode()
-
-    async def body() -> AsyncIterator[bytes]:
-        yield content
-
     headers = {
-        "content-type": JSON,
+        "content-type": JSON_TYPE,
         "x-request-id": running.rid,
         "location": url,
         "retry-after": str(RETRY_SECONDS),
         **dict(more),
     }
-    return Head(202, tuple(headers.items()), len(content), body)
+    return Head.of(202, tuple(headers.items()), content)
 
 
 def no_result(rid: str, ttl: timedelta, idempotent_ttl: timedelta) -> ResultNotFound:

@@ -17,11 +17,11 @@ from gateway.sandbox.forms import picture
 from gateway.sandbox.pictures import check_picture
 from gateway.sandbox.refusals import (
     bad_value,
-    duplicate,
     missing,
     unknown,
     wrong_type,
 )
+from gateway.sandbox.validate import the_file
 
 MODERATORS = ("omni-moderation-latest", "omni-moderation-2024-09-26")
 CATEGORIES = (
@@ -145,14 +145,7 @@ async def check_provenance(exchange: Exchange, body: bytes, name: str) -> None:
         raise (
             wrong_type("file", "a file", form.fields[field]) if field == "file" else unknown(field)
         )
-    for upload in form.uploads:
-        if upload.part.field != "file":
-            raise unknown(upload.part.field)
-    if not form.uploads:
-        raise missing("file")
-    if len(form.uploads) > 1:
-        raise duplicate("file")
-    content = form.uploads[0].content
+    content = the_file(form).content
     model = await asyncio.to_thread(_maker, content)
     at = datetime.fromtimestamp(exchange.created, UTC).isoformat() if model is not None else None
     outcome = "detected" if model is not None else "not_detected"

@@ -19,6 +19,7 @@ from gateway.sandbox.refusals import (
     unknown,
     wrong_type,
 )
+from gateway.sandbox.validate import the_file
 
 MAX_FILE_BYTES = 512 * 1024 * 1024
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
@@ -130,19 +131,12 @@ def _checked(form: Form, now: int) -> StoredFile:
             raise unknown(name)
         if name in form.repeated:
             raise duplicate(name)
-    for upload in form.uploads:
-        if upload.part.field != "file":
-            raise unknown(upload.part.field)
-    if not form.uploads:
-        raise missing("file")
-    if len(form.uploads) > 1:
-        raise duplicate("file")
+    upload = the_file(form)
     if "purpose" not in form.fields:
         raise missing("purpose")
     purpose = form.fields["purpose"]
     if not isinstance(purpose, str) or purpose not in PURPOSES:
         raise bad_value("purpose", purpose, PURPOSES)
-    [upload] = form.uploads
     if len(upload.content) > MAX_FILE_BYTES:
         raise Refused(
             f"File is too large. The limit is {MAX_FILE_BYTES} bytes.",

@@ -412,3 +412,15 @@ def _bad_size(size: str, supported: str) -> Refused:
 
 def _conflict(name: str, message: str) -> Refused:
     return Refused(message, type_=USER_ERROR, code="invalid_value", param=name)
+
+
+def the_file(form: Form) -> Upload:
+    """The one file of a form, in its field ``file``. Raises ``Refused``."""
+    for upload in form.uploads:
+        if upload.part.field != "file":
+            raise unknown(upload.part.field)
+    if not form.uploads:
+        raise missing("file")
+    if len(form.uploads) > 1:
+        raise duplicate("file")
+    return form.uploads[0]

@@ -25,7 +25,8 @@ import pytest
 import trustme
 from click.testing import CliRunner
 
-from gateway.assembly import PEPPER_FILE, open_store
+from gateway.assembly import PEPPER_FILE
+from gateway.assembly_stores import open_store
 from gateway.cli import main
 from gateway.clock import SystemClock
 from gateway.doctor import examine as table

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, RateLimitError
 
-from gateway.assembly import open_store, read_peppers
+from gateway.assembly import read_peppers
+from gateway.assembly_stores import open_store
 from gateway.domain import keys
 from gateway.domain.errors import LedgerUnavailable
 from gateway.domain.ledger import Balance, Line

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 import gateway.app
-import gateway.assembly
+import gateway.assembly_stores
 import gateway.stores.postgres_writer
 from gateway.ports import Store
 from gateway.sandbox.journal import Journal
@@ -71,7 +71,7 @@ def valkey() -> Iterator[Valkey]:
 def stores_of(monkeypatch: pytest.MonkeyPatch) -> list[Store]:
     """The stores that gateways open from now on."""
     opened: list[Store] = []
-    open_store = gateway.assembly.open_store
+    open_store = gateway.assembly_stores.open_store
 
     def opening(settings: Settings) -> Store:
         opened.append(open_store(settings))
@@ -160,7 +160,7 @@ async def test_lost_answers_of_redis_count_nothing_twice(
         def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, offset=lambda: start - time.time(), beat_seconds=0.2, **named)
 
-    monkeypatch.setattr(gateway.assembly, "RedisGate", StillGate)
+    monkeypatch.setattr(gateway.assembly_stores, "RedisGate", StillGate)
     monkeypatch.setattr(gateway.app, "RedisServer", partial(Server, pause=0.05))
     # As much was counted before as leaves room for these: a count of little is soon forgotten, for
     # Redis ends its keys in real time.

@@ -188,6 +188,11 @@ def test_an_item_that_does_not_say_all_that_it_is_is_a_reference(
             "unknown_parameter",
             "tools[0].input_image_mask.File_id",
         ),
+        (
+            {"tools": [TOOL | {"like": [{"file_id": "f"}]}]},
+            "unknown_parameter",
+            "tools[0].like.file_id",
+        ),
         ({"tools": [{"type": ["x"]}]}, "invalid_type", "tools[0].type"),
         ({"tools": [{"type": "x" * 2 * KEEP_BYTES}]}, "invalid_type", "tools[0].type"),
         ({"service_tier": {}}, "invalid_type", "service_tier"),

@@ -1,0 +1,26 @@
+"""Bodies as chunks: one of known bytes, one of none, and one whose source ends with its reader."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+
+
+async def once(content: bytes) -> AsyncGenerator[bytes, None]:
+    yield content
+
+
+async def nothing() -> AsyncGenerator[bytes, None]:
+    none: tuple[bytes, ...] = ()
+    for chunk in none:
+        yield chunk
+
+
+async def read(body: Callable[[], AsyncIterator[bytes]]) -> AsyncGenerator[bytes, None]:
+    """A body from its beginning. Its source ends with it, wherever its reader has left it."""
+    source = body()
+    try:
+        async for chunk in source:
+            yield chunk
+    finally:
+        if isinstance(source, AsyncGenerator):
+            await source.aclose()
