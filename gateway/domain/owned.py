@@ -42,7 +42,9 @@ class Owned:
 
     ``expires`` None: until it is deleted. ``size_bytes`` is that of a file. ``detail`` is what is
     remembered beside it, small and JSON: of a file its object as the provider showed it, of a
-    response how large its conversation has become (``{"context_tokens": 812, "pictures": 1}``).
+    response how large its conversation has become (``{"context_tokens": 812, "pictures": 1}``), of
+    what it has put out which one it was, and of an item the most tokens that it can have
+    (``{"response": "resp_1", "context_tokens": 812}``).
     """
 
     id: str

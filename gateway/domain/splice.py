@@ -10,6 +10,9 @@ import json
 from collections.abc import Iterator, Mapping, Set
 
 from gateway.domain.call import Edit, Encoding, Json, Layout, Span, Spot
+from gateway.domain.errors import InvalidRequest
+
+_BREAKS = b"\0\r\n"
 
 
 def spliced_fields(
@@ -18,8 +21,8 @@ def spliced_fields(
     """What makes a body say ``fields``: each is put in or changed, and cut out where it is None.
     The edits do not overlap, and are in the order of the body.
 
-    ``fields`` are named as in ``layout``. In a form a value is text, and no text may hold the
-    form's boundary.
+    ``fields`` are named as in ``layout``. In a form a value is text. Raises ``InvalidRequest``
+    for text in which a form's delimiter could stand: behind it, everything would be the caller's.
     """
     as_json = encoding is Encoding.JSON
     edits: list[Edit] = []
@@ -32,7 +35,8 @@ def spliced_fields(
         elif value is None:
             cut.add(name)
         else:
-            edits.append(Edit(spot.value, _json(value) if as_json else _text(value)))
+            content = _json(value) if as_json else _text(name, value, layout.boundary)
+            edits.append(Edit(spot.value, content))
     if put_in:
         edits.append(_put_in(put_in, layout, comma=len(layout.fields) > len(cut), as_json=as_json))
     if as_json and cut:
@@ -51,7 +55,7 @@ def _put_in(fields: Mapping[str, Json], layout: Layout, *, comma: bool, as_json:
     else:
         content = b"".join(
             b'--%b\r\nContent-Disposition: form-data; name="%b"\r\n\r\n%b\r\n'
-            % (layout.boundary, name.encode(), _text(value))
+            % (layout.boundary, name.encode(), _text(name, value, layout.boundary))
             for name, value in fields.items()
         )
     return Edit(Span(layout.opening, layout.opening), content)
@@ -79,6 +83,18 @@ def _json(value: Json) -> bytes:
     return json.dumps(value).encode("ascii")
 
 
-def _text(value: Json) -> bytes:
-    """A value as a form writes it: ``true``, ``4``, and text without quotes."""
-    return value.encode() if isinstance(value, str) else _json(value)
+def _text(name: str, value: Json, boundary: bytes) -> bytes:
+    """A value as a form writes it: ``true``, ``4``, and text without quotes.
+
+    A delimiter begins behind a line break, and for some readers right behind a part's headers
+    (Go's ``mime/multipart`` of an empty part).
+    """
+    text = value.encode() if isinstance(value, str) else _json(value)
+    if any(byte in text for byte in _BREAKS) or text.startswith(b"--" + boundary):
+        raise InvalidRequest(
+            f"'{name}' must be one line, and must not begin with the form's boundary.",
+            code="bad_header",
+            param=name,
+            reason="bad_header",
+        )
+    return text

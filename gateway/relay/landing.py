@@ -7,7 +7,7 @@ pictures have left by then, the completed one waits in the spool, unpublished.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -68,10 +68,16 @@ class Taker(Protocol):
     """Takes the answer to one call in. One per operation (``purchase.TAKERS``)."""
 
     async def take(
-        self, reply: Reply, spool: Spool, upstream: str, begin: Callable[[Event], None]
+        self,
+        reply: Reply,
+        spool: Spool,
+        upstream: str,
+        begin: Callable[[Event], None],
+        named: Callable[[Told], Awaitable[None]],
     ) -> Landing:
         """Whatever its form; only a stream for a stream leaves early. ``begin`` is called before
-        an event with data is published."""
+        an event with data is published, ``named`` before the first one that says an id by which
+        clients can ask for what is being made."""
 
     def error_event(self, error: GatewayError) -> bytes:
         """An error in the form that it has inside this operation's streams."""
@@ -84,9 +90,15 @@ class PictureTaker:
         self._call = call
 
     async def take(
-        self, reply: Reply, spool: Spool, upstream: str, begin: Callable[[Event], None]
+        self,
+        reply: Reply,
+        spool: Spool,
+        upstream: str,
+        begin: Callable[[Event], None],
+        named: Callable[[Told], Awaitable[None]],
     ) -> Landing:
-        """As ``Taker`` says. A picture that came in the other form than asked is turned."""
+        """As ``Taker`` says. A picture that came in the other form than asked is turned; none is
+        asked for by an id."""
         call = self._call
         if not is_stream(reply):
             meter = JsonMeter(call.operation, upstream)

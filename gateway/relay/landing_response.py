@@ -7,7 +7,7 @@ handed over at once, and its end is fetched (``background.py``).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from gateway.domain.call import Call, Span
@@ -37,7 +37,12 @@ class ResponseTaker:
         self._events = ResponseEventMeter("")
 
     async def take(
-        self, reply: Reply, spool: Spool, upstream: str, begin: Callable[[Event], None]
+        self,
+        reply: Reply,
+        spool: Spool,
+        upstream: str,
+        begin: Callable[[Event], None],
+        named: Callable[[Told], Awaitable[None]],
     ) -> Landing:
         """As ``landing.Taker`` says. Events are passed on untouched."""
         if is_stream(reply) is not self._call.stream:
@@ -51,7 +56,7 @@ class ResponseTaker:
         if not self._call.stream:
             return await _land_json(reply, spool, ResponseMeter(upstream))
         self._events = ResponseEventMeter(upstream)
-        return await _land_events(reply, spool, self._events, begin)
+        return await _land_events(reply, spool, self._events, begin, named)
 
     def error_event(self, error: GatewayError) -> bytes:
         """An error of ours inside the stream, numbered as its next event."""
@@ -77,10 +82,15 @@ async def _land_json(reply: Reply, spool: Spool, meter: ResponseMeter) -> Landin
 
 
 async def _land_events(
-    reply: Reply, spool: Spool, meter: ResponseEventMeter, begin: Callable[[Event], None]
+    reply: Reply,
+    spool: Spool,
+    meter: ResponseEventMeter,
+    begin: Callable[[Event], None],
+    named: Callable[[Told], Awaitable[None]],
 ) -> Landing:
     chunks = reply.chunks()
     brake = Brake(spool)
+    unnamed = True
     try:
         async for chunk in chunks:
             await keep(spool, chunk)
@@ -99,6 +109,10 @@ async def _land_events(
                 if event.done:
                     # The SDKs read no further than [DONE]: behind it no error would be seen.
                     return _cut(meter.broken("ended its stream without an end"), meter)
+                seen = _seen(meter) if unnamed else None
+                if seen is not None:
+                    unnamed = False
+                    await named(seen)
                 if event.data is not None:
                     begin(event)
                 spool.publish(event.end)
@@ -132,7 +146,7 @@ def _cut(error: GatewayError, meter: ResponseEventMeter) -> Landing:
 
 
 def _seen(meter: ResponseEventMeter) -> Told | None:
-    """What a stream that was cut has named so far."""
+    """What a stream has named so far, as it would be told if it were cut now."""
     own = next((name for name, kind in meter.seen.items() if kind is OwnedKind.RESPONSE), "")
     if not own:
         return None

@@ -76,7 +76,10 @@ class Owning:
 def _detail(kind: OwnedKind, call: Call, told: Told) -> Mapping[str, Json]:
     if kind is OwnedKind.RESPONSE:
         return conversation(call, told)
-    return {"response": told.id}
+    detail: dict[str, Json] = {"response": told.id}
+    if kind is OwnedKind.ITEM:
+        detail["context_tokens"] = conversation(call, told)["context_tokens"]
+    return detail
 
 
 def conversation(call: Call, told: Told) -> dict[str, Json]:

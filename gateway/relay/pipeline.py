@@ -41,7 +41,7 @@ from gateway.relay.keyring import KeyRing
 from gateway.relay.news import Finished, ResultNews
 from gateway.relay.plan import Plan, Planner, lines_of
 from gateway.relay.purchase import Purchases, crash
-from gateway.relay.read import Reader, ReadRules, reader_for
+from gateway.relay.read import Reader, ReadRules, check_model, reader_for
 from gateway.relay.read_response import remembered, response_reader
 from gateway.relay.references import References, Resolved
 from gateway.relay.results import Results, as_stream
@@ -290,6 +290,8 @@ class Pipeline:
     async def _taken_in(
         self, arrival: Arrival, body: Spool, so_far: Receipt, rules: ReadRules
     ) -> tuple[Receipt, Call]:
+        if arrival.deployment is not None:
+            check_model(arrival.deployment)
         if _is_again(arrival):
             call = await self._read(arrival, body, rules)
         else:

@@ -30,7 +30,6 @@ from gateway.ports import (
     Clock,
     Ledger,
     NotKnown,
-    Reply,
     Safe,
 )
 from gateway.relay import headers, replay
@@ -46,6 +45,7 @@ from gateway.relay.keeping import Bought, Keeper, Keeping
 from gateway.relay.landing import Landing, PictureTaker, Taker, failed
 from gateway.relay.landing_response import ResponseTaker, landed
 from gateway.relay.meter import is_partial
+from gateway.relay.meter_response import Told
 from gateway.relay.owning import Owning
 from gateway.relay.plan import Plan, Way
 from gateway.relay.skim import Event as SkimmedEvent
@@ -232,7 +232,7 @@ class Purchases:
                     common = (*common, *headers.of_upstream(tried.reply.headers))
                     early = self._early(own, plan, way, held)
                     begin = self._beginning(flight, spool, common, early, way)
-                    landing = await self._land(taker, begin, plan, tried.reply, marks)
+                    landing = await self._land(taker, begin, plan, tried, marks)
                     self._attempts.landed(tried, landing.error)
                     if plan.call.asks is not None and plan.call.asks.background:
                         landing = await self._look_after(begin, plan, tried, landing, marks)
@@ -361,7 +361,7 @@ class Purchases:
         self._voids -= 1
 
     async def _land(
-        self, taker: Taker, beginning: Beginning, plan: Plan, reply: Reply, marks: Marks
+        self, taker: Taker, beginning: Beginning, plan: Plan, tried: Opened, marks: Marks
     ) -> Landing:
         """Takes the answer in, whatever its form; only a stream for a stream leaves early."""
         flight = beginning.flight
@@ -373,7 +373,12 @@ class Purchases:
             if plan.call.stream:
                 beginning()
 
-        return await taker.take(reply, beginning.spool, beginning.upstream, begin)
+        async def named(told: Told) -> None:
+            # In the background: from now on it can be looked at, resumed and cancelled.
+            if plan.call.asks is not None and plan.call.asks.background:
+                await self._owning.own(plan.caller, plan.call, _anchor(tried), told)
+
+        return await taker.take(tried.reply, beginning.spool, beginning.upstream, begin, named)
 
     async def _look_after(
         self, beginning: Beginning, plan: Plan, tried: Opened, landing: Landing, marks: Marks

@@ -42,6 +42,8 @@ KNOWN = frozenset(
 )
 """Fields of contract 1.2 and 2.1, without the pictures."""
 READ_HERE = KNOWN | PICTURE_ROLES | {"images"}
+KNOWN_OF_SVG = frozenset({"model", "reasoning"})
+"""Of the object that says who writes an SVG: its model is priced."""
 STILL_FORMATS = frozenset({"png", "jpeg", "webp", "svg"})
 
 MAX_PROMPT_CHARS = 32_000
@@ -61,6 +63,7 @@ _PRICED_NUMBERS: Mapping[str, tuple[int, int]] = {
 }
 _PRICED_TEXTS = ("size", "quality", "output_format")
 _FORM_NUMBERS = frozenset({*_PRICED_NUMBERS, "output_compression", "frame_duration_ms"})
+_TAKES_IDS = "'images[].file_id', 'mask.file_id' and 'markup.file_id' of a JSON edit"
 _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_identifier", "user")
 """Fields that come back in an answer's headers or body."""
 
@@ -464,7 +467,7 @@ def _call(
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given = {name: value for name, value in fields.items() if value is not None}
     check_spelling(fields.keys() | unknown)
-    _check_ids({**dict.fromkeys(unknown), **fields})
+    check_ids({**dict.fromkeys(unknown), **fields})
     model = model_of(given)
     prompt = _prompt(given)
     numbers = {name: number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
@@ -475,13 +478,8 @@ def _call(
     _check_svg(given)
     for name in _ECHOED:
         value = given.get(name)
-        if isinstance(value, str) and _BREAKS.search(value):
-            raise InvalidRequest(
-                f"'{name}' must not hold NUL, CR or LF characters.",
-                code="bad_header",
-                param=name,
-                reason="bad_header",
-            )
+        if isinstance(value, str):
+            _check_breaks(name, value)
     output_format = texts["output_format"] or "png"
     frames = numbers["frame_count"]
     return Call(
@@ -511,8 +509,11 @@ def _call(
     )
 
 
-def check_spelling(fields: Iterable[str], known: frozenset[str] = READ_HERE) -> None:
-    """Refuses a name that differs from a known one in case alone.
+def check_spelling(
+    fields: Iterable[str], known: frozenset[str] = READ_HERE, place: str = ""
+) -> None:
+    """Refuses a name that differs from a known one in case alone. ``place`` is where the fields
+    stand, empty for the body itself.
 
     Servers written in Go match names whatever their case, and let the last one win: what was
     priced and allowed here would not be what is served there.
@@ -520,33 +521,32 @@ def check_spelling(fields: Iterable[str], known: frozenset[str] = READ_HERE) -> 
     for name in fields:
         meant = name.casefold()
         if name != meant and meant in known:
+            given = f"{place}.{name[:64]}" if place else name[:64]
             raise InvalidRequest(
-                f"Unknown parameter: '{name[:64]}'. Parameters are written in lower case: "
-                f"'{meant}'.",
+                f"Unknown parameter: '{given}'. Parameters are written in lower case: '{meant}'.",
                 code="unknown_parameter",
-                param=name[:64],
+                param=given,
                 reason="invalid_param",
             )
 
 
-def _check_ids(value: object, path: str = "") -> None:
+def check_ids(value: object, path: str = "", taken: str = _TAKES_IDS) -> None:
     """Refuses the id of a file where this gateway does not look whose it is: the provider's account
-    is all teams', and takes every id that it knows."""
+    is all teams', and takes every id that it knows. ``taken`` is where it may stand."""
     if isinstance(value, dict):
         for name, item in value.items():
             place = f"{path}.{name}" if path else name
             if "file_id" in name.casefold():
                 raise InvalidRequest(
-                    f"Unknown parameter: '{place[:64]}'. The id of a file is taken in "
-                    "'images[].file_id', 'mask.file_id' and 'markup.file_id' of a JSON edit.",
+                    f"Unknown parameter: '{place[:64]}'. The id of a file is taken in {taken}.",
                     code="unknown_parameter",
                     param=place[:64],
                     reason="invalid_param",
                 )
-            _check_ids(item, place)
+            check_ids(item, place, taken)
     elif isinstance(value, list):
         for item in value:
-            _check_ids(item, path)
+            check_ids(item, path, taken)
 
 
 def model_of(given: Mapping[str, object]) -> str:
@@ -554,14 +554,22 @@ def model_of(given: Mapping[str, object]) -> str:
     model = given.get("model", "")
     if not isinstance(model, (str, Hole)):
         raise wrong_type("model", "a string", model)
-    if isinstance(model, Hole) or len(model) > MAX_MODEL_CHARS:
-        raise InvalidRequest(
-            f"Invalid value for 'model': a name has at most {MAX_MODEL_CHARS} characters.",
-            code="invalid_value",
-            param="model",
-            reason="invalid_param",
-        )
-    # A name is a row's in the ledger, a metric's label and a line of a log.
+    if isinstance(model, Hole):
+        raise _long_name()
+    check_model(model)
+    return model
+
+
+def check_model(model: str) -> None:
+    """Whether a name can be a model's, wherever it was said: in a body, or in a path, where it may
+    hold whatever can be percent-encoded. Raises ``InvalidRequest``.
+
+    A name is a row's in the ledger, a metric's label and a line of a log, and is written into
+    headers and into forms.
+    """
+    if len(model) > MAX_MODEL_CHARS:
+        raise _long_name()
+    _check_breaks("model", model)
     unprinted = _UNPRINTED.search(model)
     if unprinted is not None:
         raise InvalidRequest(
@@ -571,7 +579,25 @@ def model_of(given: Mapping[str, object]) -> str:
             param="model",
             reason="invalid_param",
         )
-    return model
+
+
+def _long_name() -> InvalidRequest:
+    return InvalidRequest(
+        f"Invalid value for 'model': a name has at most {MAX_MODEL_CHARS} characters.",
+        code="invalid_value",
+        param="model",
+        reason="invalid_param",
+    )
+
+
+def _check_breaks(name: str, value: str) -> None:
+    if _BREAKS.search(value):
+        raise InvalidRequest(
+            f"'{name}' must not hold NUL, CR or LF characters.",
+            code="bad_header",
+            param=name,
+            reason="bad_header",
+        )
 
 
 def _prompt(given: Mapping[str, object]) -> str:
@@ -636,6 +662,7 @@ def _check_svg(given: Mapping[str, object]) -> None:
         return
     if not isinstance(svg, dict):
         raise wrong_type("svg", "an object", svg)
+    check_spelling(svg, KNOWN_OF_SVG, "svg")
     model = svg.get("model")
     if model is not None and not isinstance(model, str):
         raise wrong_type("svg.model", "a string", model)

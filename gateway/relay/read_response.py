@@ -7,6 +7,7 @@ files become references; whose they are is asked before the plan (``references.p
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -17,6 +18,7 @@ from gateway.domain.call import (
     Encoding,
     ImageTool,
     InputImage,
+    Json,
     Operation,
     Reference,
     ResponseAsk,
@@ -28,12 +30,14 @@ from gateway.relay.media import JSON_TYPE, check_encoding, check_media, too_larg
 from gateway.relay.meter_response import PICTURE_CALL
 from gateway.relay.read import (
     DEFAULT_FRAMES,
+    KNOWN_OF_SVG,
     MAX_DEPTH,
     MAX_KEPT_BYTES,
     STILL_FORMATS,
     Reader,
     ReadRules,
     bad_json,
+    check_ids,
     check_spelling,
     kind_of,
     missing,
@@ -78,11 +82,20 @@ KNOWN_OF_TOOL = frozenset(
     }
 )
 """Members of the image tool (contract 3.4)."""
+KNOWN_OF_ITEM = frozenset(
+    {
+        *("type", "id", "role", "content", "output", "result"),
+        *("image_url", "file_id", "file_url", "file_data"),
+    }
+)
+"""Members of an item or of a part that decide what it is, whose, and how large."""
 _BY_VALUE = frozenset(
     {"message", "function_call", "function_call_output", "custom_tool_call"}
     | {"custom_tool_call_output"}
 )
 """Items that say all that they are. Others are looked up by their ids where they live."""
+_DOCUMENTS = ("file_url", "file_data")
+"""Members of a part that is a document, whatever type it says."""
 _NOT_KNOWN: Mapping[str, str] = MappingProxyType(
     {
         "conversation": "how long it is, and whose, is not known here. Send previous_response_id, "
@@ -160,7 +173,10 @@ class _ResponseReader:
         if not model:
             raise missing("model", "the name of a text model; GET /v1/models lists yours.")
         seen = _Seen(self._rules)
-        seen.walk(given.get("input"), "input")
+        seen.input(given.get("input"))
+        # An answer shows items there; in a request they would be items that nobody looked at.
+        if not isinstance(given.get("instructions", ""), str | Hole):
+            raise wrong_type("instructions", "a string", given["instructions"])
         tool = _image_tool(given, seen, self._rules)
         changes: list[Change] = []
         most = self._rules.responses
@@ -217,6 +233,19 @@ class _Seen:
     named_pictures: int = 0
     picture_bytes: int = 0
 
+    def input(self, value: object) -> None:
+        """Looks at all that is said: a text, or items. Raises ``InvalidRequest``."""
+        if value is None or isinstance(value, str | Hole):
+            return
+        if not isinstance(value, list):
+            raise wrong_type("input", "one of a string or an array", value)
+        for index, item in enumerate(value):
+            place = f"input[{index}]"
+            if not isinstance(item, dict):
+                raise wrong_type(place, "an object", item)
+            self.walk(item, place)
+            self._item(item, place)
+
     def walk(self, value: object, place: str) -> None:
         """Looks at a value and all that is in it. Raises ``InvalidRequest``."""
         if isinstance(value, list):
@@ -228,9 +257,23 @@ class _Seen:
                 if isinstance(item, list | dict):
                     self.walk(item, f"{place}.{name}")
 
-    def _see(self, item: Mapping[str, object], place: str) -> None:
+    def _item(self, item: Mapping[str, object], place: str) -> None:
+        """What one of the input's own items is: it is looked up where it may be known by its id."""
         kind = item.get("type")
-        if kind == "input_file":
+        if kind is not None and not isinstance(kind, str):
+            raise wrong_type(f"{place}.type", "a string", kind)
+        # A reference need not say that it is one (openai-python, ItemReference.type).
+        said = item.get("role") is not None and (
+            item.get("content") is not None or item.get("id") is None
+        )
+        by_value = said if kind is None else kind in _BY_VALUE or kind == PICTURE_CALL
+        if not by_value:
+            self._refer(OwnedKind.ITEM, item.get("id"), f"{place}.id")
+
+    def _see(self, item: Mapping[str, object], place: str) -> None:
+        check_spelling(item, KNOWN_OF_ITEM, place)
+        kind = item.get("type")
+        if kind == "input_file" or any(item.get(name) is not None for name in _DOCUMENTS):
             raise InvalidRequest(
                 f"'{place}' is a document, and how much of it a model reads is not known here. "
                 "Send its text as input_text, or its pages as input_image.",
@@ -240,16 +283,17 @@ class _Seen:
             )
         if kind == PICTURE_CALL:
             self._drawn_before(item, place)
-        elif _is_item(place) and kind is not None and kind not in _BY_VALUE:
-            self._refer(OwnedKind.ITEM, item.get("id"), f"{place}.id")
         self.picture(item, place, "image")
 
     def picture(self, item: Mapping[str, object], place: str, role: str) -> None:
         """One that is given by its address or the id of a file."""
         address, file_id = item.get("image_url"), item.get("file_id")
-        if isinstance(address, str | Hole):
-            self.picture_bytes += _size(address)
+        if address is not None:
             param = f"{place}.image_url"
+            if not isinstance(address, str | Hole):
+                # Chat completions have an object there, with an address that nobody looked at.
+                raise wrong_type(param, "a string, a data URL", address)
+            self.picture_bytes += _size(address)
             self.pictures.append(from_url(address, role, param, self.rules.picture))
         if file_id is not None:
             found = self._refer(OwnedKind.FILE, file_id, f"{place}.file_id")
@@ -271,11 +315,6 @@ class _Seen:
         return name
 
 
-def _is_item(place: str) -> bool:
-    """Whether a place is one of the input's own items, not a part of one."""
-    return place.startswith("input[") and place.endswith("]") and place.count("[") == 1
-
-
 def _size(text: str | Hole) -> int:
     return text.end - text.start if isinstance(text, Hole) else len(text)
 
@@ -290,6 +329,8 @@ def _refuse_unknown_sizes(given: Mapping[str, object]) -> None:
                 reason="unpriced",
             )
     tier = given.get("service_tier", "auto")
+    if not isinstance(tier, str):
+        raise wrong_type("service_tier", "a string", tier)
     if tier not in TIERS:
         raise InvalidRequest(
             "'service_tier' must be 'auto' or 'default': other tiers have prices that are not "
@@ -312,10 +353,12 @@ def _image_tool(given: Mapping[str, object], seen: _Seen, rules: ReadRules) -> I
         if not isinstance(tool, dict):
             raise wrong_type(place, "an object", tool)
         kind = tool.get("type")
+        if kind is not None and not isinstance(kind, str):
+            raise wrong_type(f"{place}.type", "a string", kind)
         if kind in OWN_TOOLS:
             continue
         if kind != IMAGE_TOOL:
-            named = f"'{kind[:64]}'" if isinstance(kind, str) else "without a type"
+            named = "without a type" if kind is None else f"'{kind[:64]}'"
             raise InvalidRequest(
                 f"The tool {named} is not taken by this gateway: its price is not known here. "
                 f"Take it out of 'tools'; '{IMAGE_TOOL}' and tools that you run yourself can stay.",
@@ -347,7 +390,9 @@ def _read_tool(
 ) -> ImageTool:
     place = f"tools[{index}]"
     said = {name: value for name, value in tool.items() if value is not None}
-    check_spelling(said, KNOWN_OF_TOOL)
+    check_spelling(tool, KNOWN_OF_TOOL, place)
+    unknown = frozenset(said.keys() - KNOWN_OF_TOOL)
+    check_ids({name: said[name] for name in unknown}, place, f"'{place}.input_image_mask.file_id'")
     if "n" in said:
         raise InvalidRequest(
             f"'{place}.n' is not taken: the tool draws one picture a call. Ask for more of them in "
@@ -365,9 +410,13 @@ def _read_tool(
     svg = said.get("svg", {})
     if not isinstance(svg, dict):
         raise wrong_type(f"{place}.svg", "an object", svg)
-    mask = said.get("input_image_mask")
-    if isinstance(mask, dict):
-        seen.picture(mask, f"{place}.input_image_mask", "mask")
+    check_spelling(svg, KNOWN_OF_SVG, f"{place}.svg")
+    mask, at = said.get("input_image_mask"), f"{place}.input_image_mask"
+    if mask is not None:
+        if not isinstance(mask, dict):
+            raise wrong_type(at, "an object with 'file_id' or 'image_url'", mask)
+        check_spelling(mask, KNOWN_OF_ITEM, at)
+        seen.picture(mask, at, "mask")
     output_format = texts["output_format"] or "png"
     frames = number(said, "frame_count", 2, 16, f"{place}.frame_count")
     return ImageTool(
@@ -379,7 +428,7 @@ def _read_tool(
         partial_images=number(said, "partial_images", 0, 3, f"{place}.partial_images") or 0,
         frame_count=1 if output_format in STILL_FORMATS else (frames or DEFAULT_FRAMES),
         parameters={name: settled(value) for name, value in said.items() if name != "type"},
-        unknown=frozenset(said.keys() - KNOWN_OF_TOOL),
+        unknown=unknown,
         tools=tuple(settled(one) for one in tools),
         whole=not any(_holes(tools)),
     )
@@ -427,15 +476,55 @@ def _previous(given: Mapping[str, object]) -> str:
 
 
 def remembered(found: Resolved) -> Resolved:
-    """A response with what is remembered of the one that it goes on with; another call as it is."""
+    """A response with what is remembered of all that it goes on with; another call as it is.
+
+    Raises ``InvalidRequest`` for an item of which nobody remembers how large it may be.
+    """
     ask = found.call.asks
-    if ask is None or not ask.previous:
+    if ask is None:
         return found
-    detail = found.owned[ask.previous].detail
-    tokens, pictures = detail.get("context_tokens"), detail.get("pictures")
+    tokens, pictures = _of_items(found)
+    if ask.previous:
+        detail = found.owned[ask.previous].detail
+        tokens += _count(detail, "context_tokens") or 0
+        pictures += _count(detail, "pictures") or 0
+    if not tokens and not pictures:
+        return found
     ask = replace(
         ask,
-        context_tokens=ask.context_tokens + (tokens if isinstance(tokens, int) else 0),
-        context_pictures=ask.context_pictures + (pictures if isinstance(pictures, int) else 0),
+        context_tokens=ask.context_tokens + tokens,
+        context_pictures=ask.context_pictures + pictures,
     )
     return found._replace(call=replace(found.call, asks=ask))
+
+
+def _of_items(found: Resolved) -> tuple[int, int]:
+    """The most tokens, and the pictures, that a call names as items. The items of one response
+    have together no more tokens than it had, so it counts once, or as often as one of them is
+    named."""
+    named = Counter(one.id for one in found.call.references if one.kind == OwnedKind.ITEM.value)
+    params = {one.id: one.param for one in found.call.references}
+    tokens: defaultdict[str, int] = defaultdict(int)
+    pictures = 0
+    for id, times in named.items():
+        owned = found.owned[id]
+        if owned.kind is OwnedKind.PICTURE:
+            pictures += times
+            continue
+        most = _count(owned.detail, "context_tokens")
+        if most is None:
+            raise InvalidRequest(
+                f"How long the item of '{params[id]}' is, is not known here any more. Send it as "
+                "it is, without its id.",
+                code="input_not_priced",
+                param=params[id],
+                reason="unpriced",
+            )
+        response = str(owned.detail.get("response", id))
+        tokens[response] = max(tokens[response], times * most)
+    return sum(tokens.values()), pictures
+
+
+def _count(detail: Mapping[str, Json], name: str) -> int | None:
+    value = detail.get(name)
+    return value if isinstance(value, int) else None

@@ -24,8 +24,14 @@ _UNKNOWN = {
     OwnedKind.FILE: "No such File object: {id}",
     OwnedKind.RESPONSE: "Response with id '{id}' not found.",
     OwnedKind.PICTURE: "Item with id '{id}' not found.",
-    OwnedKind.ITEM: "Item with id '{id}' not found.",
+    OwnedKind.ITEM: "Item with id '{id}' not found. Only what a response has put out is known by "
+    "its id. Send an item of its input as it is, or go on with previous_response_id.",
 }
+_MAY_BE: Mapping[str, frozenset[OwnedKind]] = {
+    **{kind.value: frozenset({kind}) for kind in OwnedKind},
+    OwnedKind.ITEM.value: frozenset({OwnedKind.ITEM, OwnedKind.PICTURE}),
+}
+"""What an id may turn out to be, by the kind as which it is named: a picture is an item too."""
 
 
 _PLACES = {OwnedKind.FILE: "/files", OwnedKind.RESPONSE: Operation.RESPONSE.path}
@@ -78,7 +84,7 @@ class References:
         found = await self._ownership.find(team, [one.id for one in references], now)
         for one in references:
             known = found.get(one.id)
-            if known is None or known.kind.value != one.kind:
+            if known is None or known.kind not in _MAY_BE[one.kind]:
                 if await self._ownership.others(team, [one.id], now):
                     self._denied(OwnedKind(one.kind))
                 raise not_owned(OwnedKind(one.kind), one.id, one.param)

@@ -253,8 +253,10 @@ def _hear(heard: _Heard, said: Json, recall: Recall) -> None:
         name = f"input[{place}]"
         if not isinstance(item, dict):
             raise wrong_type(name, "an object", item)
-        kind = item.get("type", "message")
         id_ = item.get("id")
+        # A reference need not say that it is one (openai-python, ItemReference.type).
+        usual = "message" if item.get("role") is not None else "item_reference"
+        kind = usual if item.get("type") is None else item["type"]
         if kind == "message":
             _message(heard, name, item, recall)
         elif kind in (TOOL + "_call", "item_reference"):

@@ -8,10 +8,12 @@ import json
 import random
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.domain.call import Edit, Encoding, Json, Layout, Spot
+from gateway.domain.errors import InvalidRequest
 from gateway.domain.splice import spliced_fields
 from gateway.relay.multipart import FormScanner
 from gateway.relay.skim import JsonSkimmer
@@ -148,3 +150,29 @@ def test_a_form_says_exactly_what_is_expected(
     read = email.message_from_bytes(head + made, policy=email.policy.HTTP).iter_parts()
     names = [str(part.get_param("name", header="content-disposition")) for part in read]
     assert names == [name for name, _ in expected]
+
+
+@pytest.mark.parametrize("place", ["put in", "changed"])
+@pytest.mark.parametrize(
+    "value",
+    [
+        'm\r\n--x-9\'(z\r\nContent-Disposition: form-data; name="n"\r\n\r\n10',
+        "\n",
+        "m\r",
+        "m\0",
+        "--x-9'(z",
+        "--x-9'(z--",
+    ],
+)
+def test_no_value_of_a_form_can_hold_a_delimiter(value: str, place: str) -> None:
+    body = b'--%b\r\nContent-Disposition: form-data; name="model"\r\n\r\nart\r\n--%b--\r\n' % (
+        BOUNDARY,
+        BOUNDARY,
+    )
+    layout, _ = scanned(body, len(body))
+    name = "model" if place == "changed" else "style"
+    with pytest.raises(InvalidRequest) as refused:
+        spliced_fields(Encoding.MULTIPART, layout, {name: value})
+    assert refused.value.param == name
+    # In JSON it is a text like any other.
+    assert spliced_fields(Encoding.JSON, Layout(1), {name: value})

@@ -200,6 +200,9 @@ async def test_nobody_sees_another_teams_ids(start: Start, sandbox: SandboxServe
             {"previous_response_id": mine.id},
             {"input": [{"type": "image_generation_call", "id": picture_of(mine)}]},
             {"input": [{"type": "item_reference", "id": mine.output[-1].id}]},
+            {"input": [{"id": picture_of(mine)}]},
+            {"input": [{"type": None, "id": mine.output[-1].id}]},
+            {"input": [{"type": "item_reference", "id": picture_of(mine)}]},
             {"input": [{"role": "user", "content": [{"type": "input_image", "file_id": file.id}]}]},
         ]
         for more in inputs:
@@ -401,6 +404,65 @@ async def test_in_the_background_it_is_looked_after_until_it_is_over(
         assert bought.images == 1
         # What it has drawn is its team's from then on.
         assert (await drawn(sdk, previous_response_id=queued.id)).status == "completed"
+
+
+async def test_a_stream_in_the_background_has_its_owner_before_it_names_itself(
+    start: Start, sandbox: SandboxServer
+) -> None:
+    held = Gate()
+    sandbox.rules.add(Rule(times=1, wait_for=held, wait_after=1))
+    async with start(SETTINGS) as gateway, gateway.sdk() as sdk, gateway.sdk(OTHER_KEY) as other:
+        tool = TOOL | {"partial_images": 2}
+        stream = await sdk.responses.create(
+            model=TEXT, input="a cat", stream=True, background=True, tools=[tool]
+        )
+        first = await anext(aiter(stream))
+        assert first.type == "response.created"
+        name, before = first.response.id, len(sandbox.journal)
+        assert (await sdk.responses.retrieve(name)).id == name
+        resumed = await sdk.responses.retrieve(name, stream=True, starting_after=1)
+        assert (await anext(aiter(resumed))).sequence_number == 2
+        await resumed.close()
+        # The sandbox has drawn all of it before its first event, so it says what it can of that.
+        with pytest.raises(openai.BadRequestError, match="completed response"):
+            await sdk.responses.cancel(name)
+        assert len(sandbox.journal) == before + 3
+        for route in (other.responses.retrieve(name), other.responses.cancel(name)):
+            with pytest.raises(openai.NotFoundError):
+                await route
+        await stream.close()
+        held.set()
+        bought = await bought_by(gateway)
+        assert bought.images == 1
+        assert bought.outcome is Outcome.DELIVERED
+
+
+async def test_an_item_by_its_id_is_as_long_as_it_was(start: Start, sandbox: SandboxServer) -> None:
+    usage: Any = {
+        "input_tokens": 1_000,
+        "input_tokens_details": {"cached_tokens": 0},
+        "output_tokens": 16_000,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": 17_000,
+    }
+    sandbox.rules.add(Rule(times=1, usage=usage))
+    async with start(SETTINGS) as gateway, gateway.sdk() as sdk:
+        long = await drawn(sdk)
+        again = {"type": "item_reference", "id": long.output[-1].id}
+        said = {"role": "user", "content": "x" * len(json.dumps(again))}
+        await drawn(sdk, input=[said])
+        await drawn(sdk, input=[{"role": "user", "content": ""}, again])
+        await drawn(sdk, input=[said, {"type": "item_reference", "id": picture_of(long)}])
+        assert sent(sandbox)["input"][1]["id"] == picture_of(long)
+        told = await gateway.told.until(4)
+        plain, item, picture = (receipt.bound for receipt, _ in told[1:])
+        # Read in each of five turns, and by the image model at each of four calls.
+        assert item - plain > 5 * 16_000 * TEXT_IN
+        assert picture - plain > 5 * 6_000 * TEXT_IN
+        # What the client has sent itself has an id too, and can be sent again.
+        (heard,) = (await sdk.responses.input_items.list(long.id)).data
+        with pytest.raises(openai.NotFoundError, match="Send an item of its input as it is"):
+            await drawn(sdk, input=[said, {"type": "item_reference", "id": heard.id}])
 
 
 async def test_what_is_cancelled_in_the_background_is_unresolved(

@@ -23,7 +23,14 @@ from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.route import Model, Target
 from gateway.relay.plan_response import with_tool
 from gateway.relay.read import ReadRules, ResponseRules
-from gateway.relay.read_response import KEEP_BYTES, remembered, response_reader
+from gateway.relay.read_response import (
+    KEEP_BYTES,
+    KNOWN_OF_ITEM,
+    KNOWN_OF_TOOL,
+    READ_HERE,
+    remembered,
+    response_reader,
+)
 from gateway.relay.references import Resolved
 from gateway.upstream import openai
 from tests.clock import StillClock
@@ -33,6 +40,8 @@ TOOL: dict[str, Json] = {"type": "image_generation"}
 PNG = base64.b64encode(
     b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\x40\0\0\0\x20\x08\x02\0\0\0" + b"\0" * 8
 ).decode()
+_NAMES = KNOWN_OF_ITEM | KNOWN_OF_TOOL
+_SAID = {"user", "message", "item_reference", "image_generation", "image_generation_call", "flex"}
 URL = f"data:image/png;base64,{PNG}"
 
 
@@ -135,6 +144,25 @@ def test_every_id_is_found_where_it_stands() -> None:
 
 
 @pytest.mark.parametrize(
+    ("item", "looked_up"),
+    [
+        ({"id": "msg_1"}, True),
+        ({"id": "msg_1", "type": None}, True),
+        ({"id": "msg_1", "role": None, "content": "a cat"}, True),
+        ({"id": "msg_1", "role": "user"}, True),
+        ({"id": "msg_1", "type": "item_reference", "role": "user", "content": "a cat"}, True),
+        ({"id": "msg_1", "role": "user", "content": "a cat"}, False),
+        ({"role": "user"}, False),
+    ],
+)
+def test_an_item_that_does_not_say_all_that_it_is_is_a_reference(
+    item: dict[str, Json], looked_up: bool
+) -> None:
+    expected = (Reference("item", "msg_1", "input[0].id"),) if looked_up else ()
+    assert read(input=[item]).references == expected
+
+
+@pytest.mark.parametrize(
     ("body", "code", "param"),
     [
         ({"tools": ...}, "image_tool_required", "tools"),
@@ -147,7 +175,61 @@ def test_every_id_is_found_where_it_stands() -> None:
         ({"tools": [TOOL, {}]}, "tool_not_priced", "tools[1].type"),
         ({"tools": [TOOL, TOOL]}, "invalid_value", "tools[1]"),
         ({"tools": [TOOL | {"n": 2}]}, "unknown_parameter", "tools[0].n"),
-        ({"tools": [TOOL | {"Quality": "low"}]}, "unknown_parameter", "Quality"),
+        ({"tools": [TOOL | {"Quality": "low"}]}, "unknown_parameter", "tools[0].Quality"),
+        ({"tools": [TOOL | {"Size": None}]}, "unknown_parameter", "tools[0].Size"),
+        ({"tools": [TOOL | {"svg": {"Model": "m"}}]}, "unknown_parameter", "tools[0].svg.Model"),
+        (
+            {"tools": [TOOL | {"input_image_mask": [{"file_id": "f"}]}]},
+            "invalid_type",
+            "tools[0].input_image_mask",
+        ),
+        (
+            {"tools": [TOOL | {"input_image_mask": {"File_id": "f"}}]},
+            "unknown_parameter",
+            "tools[0].input_image_mask.File_id",
+        ),
+        (
+            {"tools": [TOOL | {"like": [{"file_id": "f"}]}]},
+            "unknown_parameter",
+            "tools[0].like.file_id",
+        ),
+        ({"tools": [{"type": ["x"]}]}, "invalid_type", "tools[0].type"),
+        ({"tools": [{"type": "x" * 2 * KEEP_BYTES}]}, "invalid_type", "tools[0].type"),
+        ({"service_tier": {}}, "invalid_type", "service_tier"),
+        ({"service_tier": ["flex"]}, "invalid_type", "service_tier"),
+        ({"model": "text\0"}, "bad_header", "model"),
+        ({"instructions": [{"file_id": "f"}]}, "invalid_type", "instructions"),
+        ({"input": {"id": "msg_1"}}, "invalid_type", "input"),
+        ({"input": ["a cat"]}, "invalid_type", "input[0]"),
+        ({"input": [[{"id": "msg_1"}]]}, "invalid_type", "input[0]"),
+        ({"input": [{"type": {}, "id": "a"}]}, "invalid_type", "input[0].type"),
+        ({"input": [{"type": "x" * 2 * KEEP_BYTES}]}, "invalid_type", "input[0].type"),
+        ({"input": [{"content": "a cat"}]}, "invalid_type", "input[0].id"),
+        (
+            {"input": [{"Type": "item_reference", "id": "msg_1"}]},
+            "unknown_parameter",
+            "input[0].Type",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image", "File_id": "f"}]}]},
+            "unknown_parameter",
+            "input[0].content[0].File_id",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"\u212aind": 1, "Type": "input_file"}]}]},
+            "unknown_parameter",
+            "input[0].content[0].Type",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"file_url": "http://10.0.0.1/x"}]}]},
+            "input_not_priced",
+            "input[0].content[0]",
+        ),
+        (
+            {"input": [{"role": "user", "content": [{"image_url": {"url": "http://10.0.0.1"}}]}]},
+            "invalid_type",
+            "input[0].content[0].image_url",
+        ),
         ({"tools": [TOOL | {"size": 3}]}, "invalid_type", "tools[0].size"),
         ({"tools": [TOOL | {"svg": 3}]}, "invalid_type", "tools[0].svg"),
         (
@@ -179,11 +261,7 @@ def test_every_id_is_found_where_it_stands() -> None:
             "input[0].content[0].file_id",
         ),
         (
-            {
-                "input": [
-                    {"content": [{"type": "input_image", "image_url": "https://example.com/a.png"}]}
-                ]
-            },
+            {"input": [{"role": "user", "content": [{"image_url": "https://example.com/a.png"}]}]},
             "image_url_not_allowed",
             "input[0].content[0].image_url",
         ),
@@ -222,6 +300,43 @@ def test_what_is_remembered_counts() -> None:
     assert (found.call.asks.context_tokens, found.call.asks.context_pictures) == (812, 3)
     other = Resolved(read(), None, {})
     assert remembered(other) is other
+
+
+def put_out(id: str, kind: OwnedKind = OwnedKind.ITEM, **detail: Json) -> Owned:
+    at = StillClock().now()
+    return Owned(id, kind, "growth", "key", Anchor("openai", ""), at, detail=detail)
+
+
+@pytest.mark.parametrize(
+    ("named", "tokens", "pictures"),
+    [
+        (["msg_1"], 100, 0),
+        (["msg_1", "rs_1"], 100, 0),
+        (["msg_1", "msg_2"], 107, 0),
+        (["msg_1", "rs_1", "msg_1"], 200, 0),
+        (["ig_1"], 0, 1),
+        (["ig_1", "ig_1", "msg_2"], 7, 2),
+    ],
+)
+def test_an_item_counts_as_what_it_is(named: list[str], tokens: int, pictures: int) -> None:
+    rows = (
+        put_out("msg_1", response="resp_1", context_tokens=100),
+        put_out("rs_1", response="resp_1", context_tokens=100),
+        put_out("msg_2", response="resp_2", context_tokens=7),
+        put_out("ig_1", OwnedKind.PICTURE, response="resp_1"),
+    )
+    call = read(input=[{"type": "item_reference", "id": id} for id in named])
+    found = remembered(Resolved(call, rows[0].anchor, {one.id: one for one in rows}))
+    assert found.call.asks is not None
+    assert (found.call.asks.context_tokens, found.call.asks.context_pictures) == (tokens, pictures)
+
+
+def test_an_item_of_unknown_length_is_refused() -> None:
+    row = put_out("msg_1", response="resp_1")
+    call = read(input=[{"id": "msg_1"}])
+    with pytest.raises(InvalidRequest) as error:
+        remembered(Resolved(call, row.anchor, {"msg_1": row}))
+    assert (error.value.code, error.value.param) == ("input_not_priced", "input[0].id")
 
 
 TARGET = Target("openai", "text-1")
@@ -290,3 +405,37 @@ def test_nothing_that_is_json_breaks_the_reader(body: dict[str, Any]) -> None:
         call = read(**body)
         assert call.asks is not None
         assert 0 < call.asks.text_bytes <= call.body_bytes
+
+
+ANYTHING = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(st.characters(), max_size=5)
+    | st.just("x" * 2 * KEEP_BYTES)
+    | st.sampled_from(sorted(_SAID)),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3) | st.sampled_from(sorted(_NAMES)), inner, max_size=4)
+    ),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(st.sampled_from(sorted(_NAMES)), ANYTHING, max_size=4)
+DRAWING = OBJECTS.map(lambda members: {**members, **TOOL})
+
+
+@given(
+    body=st.dictionaries(st.sampled_from(sorted(READ_HERE)), ANYTHING, max_size=5),
+    tools=st.just(...) | st.lists(DRAWING | OBJECTS, max_size=2),
+    said=st.just(...) | st.lists(OBJECTS, max_size=3),
+)
+def test_whatever_a_member_holds_it_is_read_or_refused(
+    body: dict[str, Any], tools: Any, said: Any
+) -> None:
+    if tools is not ...:
+        body |= {"tools": tools}
+    if said is not ...:
+        body |= {"input": said}
+    with contextlib.suppress(GatewayError):
+        assert isinstance(read(**body), Call)

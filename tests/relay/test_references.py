@@ -91,6 +91,26 @@ async def test_what_is_not_the_teams_is_not_there(
     assert denied == counted
 
 
+@pytest.mark.parametrize(
+    ("named", "is_there", "found"),
+    [
+        (OwnedKind.ITEM, OwnedKind.ITEM, True),
+        (OwnedKind.ITEM, OwnedKind.PICTURE, True),
+        (OwnedKind.PICTURE, OwnedKind.ITEM, False),
+        (OwnedKind.ITEM, OwnedKind.RESPONSE, False),
+        (OwnedKind.ITEM, OwnedKind.FILE, False),
+    ],
+)
+async def test_a_picture_is_an_item_too(named: OwnedKind, is_there: OwnedKind, found: bool) -> None:
+    references, _ = await looked_up(replace(owned("b"), kind=is_there))
+    call = replace(call_of(), references=(Reference(named.value, "b", "input[0].id"),))
+    if found:
+        assert (await references.resolve(CALLER, call)).owned["b"].kind is is_there
+        return
+    with pytest.raises(NotOwned):
+        await references.resolve(CALLER, call)
+
+
 def test_the_key_that_made_it_or_any_where_that_is_gone() -> None:
     one, two = Credential("1", mark="m1"), Credential("2", mark="m2")
     assert keys_at((one, two), None) == (one, two)

@@ -135,6 +135,13 @@ def test_going_on_by_the_pictures_id(sdk: OpenAI) -> None:
         assert drawn.action == "edit"
 
 
+def test_a_reference_need_not_say_that_it_is_one(server: SandboxServer, sdk: OpenAI) -> None:
+    first = ask(sdk)
+    said: Any = [{"role": "user", "content": "At night"}, {"id": pictures(first)[0].id}]
+    [drawn] = pictures(ask(sdk, input=said))
+    assert drawn.action == "edit"
+
+
 def test_pictures_in_the_input(server: SandboxServer, sdk: OpenAI) -> None:
     stored = sdk.files.create(file=("a.png", png()), purpose="vision")
     url = f"data:image/png;base64,{base64.b64encode(png()).decode()}"
