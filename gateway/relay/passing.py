@@ -54,6 +54,7 @@ from gateway.domain.owned import Anchor
 from gateway.domain.quota import Demand, Refusal
 from gateway.domain.receipt import Receipt, Timings
 from gateway.domain.team import Caller
+from gateway.domain.user import USER_HEADERS
 from gateway.ports import Clock, Credential, Gate, Outgoing, Reply, Upstream
 from gateway.relay import headers as answers
 from gateway.relay.admission import rate_limited
@@ -75,6 +76,7 @@ from gateway.relay.keyring import KeyRing
 from gateway.relay.multipart import say_bytes
 from gateway.relay.plan import rates_of
 from gateway.relay.references import keys_at
+from gateway.relay.users import Users
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +164,7 @@ class Passing:
         self,
         *,
         keyring: KeyRing,
+        users: Users,
         gate: Gate,
         upstreams: Callable[[], Mapping[str, Upstream]],
         health: Health,
@@ -176,6 +179,7 @@ class Passing:
         a body of which nothing comes for ``idle_seconds`` is given up."""
         self._agent = agent
         self._keyring = keyring
+        self._users = users
         self._gate = gate
         self._upstreams = upstreams
         self._health = health
@@ -187,7 +191,7 @@ class Passing:
         self._under_way: Counter[str] = Counter()
 
     async def enter(self, visit: Visit) -> Caller:
-        """Who it is, within the rates of its team and key: one request, no picture, no slot.
+        """Who it is, within the rates of its team, its key and the user that it names: one request, no picture, no slot.
 
         Raises ``InvalidKey``, ``RateLimited``, ``Overloaded`` while the process ends,
         ``LedgerUnavailable``.
@@ -195,7 +199,14 @@ class Passing:
         if self._flights.draining:
             raise shutting_down()
         caller = await self._keyring.identify(visit.secret)
-        visit.receipt = replace(visit.receipt, team=caller.team.id, key_id=caller.key.id)
+        hints = {name: visit.headers[name] for name in USER_HEADERS if name in visit.headers}
+        caller = self._users.hinted(caller, hints)
+        visit.receipt = replace(
+            visit.receipt,
+            team=caller.team.id,
+            key_id=caller.key.id,
+            user=caller.recorded_user,
+        )
         visit.said = (*answers.of_attempts(0), *answers.of_cost(0, Basis.NONE))
         demand = Demand(requests=1, images=0, slots=0)
         answer = await self._gate.take(visit.rid, rates_of(caller), demand)

@@ -214,6 +214,51 @@ async def test_long_texts_beside_a_picture_are_spliced_from_their_source(tmp_pat
     assert told.closed == 1
 
 
+async def test_an_answer_that_was_handed_over_is_stored_no_second_time(tmp_path: Path) -> None:
+    told, clock = Told(), StillClock(NOW)
+    store = DiskCache(tmp_path, clock, max_bytes=100 * MIB)
+    puts = Hosting(store, links(), clock, told.outcomes.append)
+    document = {"data": [{"b64_json": coded(PICTURE)}, {"b64_json": coded(OTHER)}]}
+
+    async def urls(team: str = "growth") -> list[str]:
+        found = await read(await puts.hosted(head_of(document, told), team))
+        return [one["url"] for one in found["data"]]
+
+    first = await urls()
+    assert len(set(first)) == 2
+    assert told.outcomes == ["stored"] * 2
+    clock.advance(1800)
+    last = await urls()
+    assert told.outcomes[2:] == ["reused"] * 2
+    assert [urlsplit(url).path for url in first] == [urlsplit(url).path for url in last]
+    assert len(store) == 2
+    other = await urls("design")
+    assert not {urlsplit(url).path for url in other} & {urlsplit(url).path for url in first}
+    # Each url opens for all of its time, whenever its picture was stored.
+    clock.advance(3599)
+    for url, picture in zip(last, (PICTURE, OTHER), strict=True):
+        assert (await fetched(puts, url))[1] == picture
+    clock.advance(1)
+    with pytest.raises(NotServed):
+        await fetched(puts, last[0])
+
+
+@pytest.mark.parametrize(("after", "outcome"), [(1799, "reused"), (1801, "stored")])
+async def test_what_is_not_kept_for_long_enough_is_stored_anew(
+    tmp_path: Path, after: float, outcome: str
+) -> None:
+    told, clock = Told(), StillClock(NOW)
+    store = DiskCache(tmp_path, clock, max_bytes=100 * MIB)
+    puts = Hosting(store, links(), clock, told.outcomes.append)
+    document = {"data": [{"b64_json": coded(PICTURE)}]}
+    await puts.hosted(head_of(document, told), "growth")
+    clock.advance(after)
+    found = await read(await puts.hosted(head_of(document, told), "growth"))
+    assert told.outcomes == ["stored", outcome]
+    clock.advance(3599)
+    assert (await fetched(puts, found["data"][0]["url"]))[1] == PICTURE
+
+
 def broken() -> dict[str, bytes]:
     picture = coded(PICTURE)
     return {
