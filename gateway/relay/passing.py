@@ -191,7 +191,8 @@ class Passing:
         self._under_way: Counter[str] = Counter()
 
     async def enter(self, visit: Visit) -> Caller:
-        """Who it is, within the rates of its team, its key and the user that it names: one request, no picture, no slot.
+        """Who it is, within the rates of its team, its key and the user that a header names: one
+        request, no picture, no slot.
 
         Raises ``InvalidKey``, ``RateLimited``, ``Overloaded`` while the process ends,
         ``LedgerUnavailable``.

@@ -23,7 +23,17 @@ from gateway.relay.hosting import HOSTED
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from tests.flying import ASKED, FRESH, GENERATIONS, Fly, House, a_picture
-from tests.running import MODEL, OTHER_KEY, GatewayUnderTest, Start, TestClock, run_gateway
+from tests.processes import GatewayProcess
+from tests.running import (
+    KEY,
+    MODEL,
+    OTHER_KEY,
+    GatewayUnderTest,
+    Start,
+    TestClock,
+    config_of,
+    run_gateway,
+)
 from tests.valkey import run_valkey
 
 PUBLIC = "http://pictures.test/behind/a/prefix"
@@ -543,6 +553,34 @@ async def test_urls_outlive_a_restart_and_open_with_an_old_pepper(start: Start) 
         assert (await get(running, await a_url(running))).content == whole
     async with start({"storage": {**peppers, "old_peppers": []}, **URLS}) as running:
         assert (await get(running, path)).status_code == 404
+
+
+async def test_urls_outlive_a_process_that_is_killed(
+    tmp_path: Path, sandbox: SandboxServer
+) -> None:
+    config = config_of(tmp_path, sandbox.base_url, URLS)
+    with GatewayProcess(config) as first:
+        await asyncio.to_thread(first.wait_ready)
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(verify=False, headers=headers, timeout=30) as http:
+            answer = await http.post(first.base_url + GENERATIONS, json=AS_URL)
+            rid = answer.headers["x-request-id"]
+            path = inside(answer.json()["data"][0]["url"]).removeprefix("/v1")
+            whole = (await http.get(first.base_url + path)).content
+        first.kill()
+    with GatewayProcess(config) as second:
+        await asyncio.to_thread(second.wait_ready)
+        async with httpx.AsyncClient(verify=False, timeout=30) as anybody:
+            found = await anybody.get(second.base_url + path)
+        assert (found.status_code, found.headers["content-type"]) == (200, "image/png")
+        assert found.content == whole
+        async with httpx.AsyncClient(verify=False, headers=headers, timeout=30) as http:
+            kept = await http.get(f"{second.base_url}/images/results/{rid}")
+            assert base64.b64decode(kept.json()["data"][0]["b64_json"]) == whole
+            # Its picture is known by the same name to the next process.
+            again = await http.post(second.base_url + GENERATIONS, json=AS_URL)
+        assert again.headers["x-cache"] == "hit"
+        assert urlsplit(inside(again.json()["data"][0]["url"])).path == "/v1" + urlsplit(path).path
 
 
 @asynccontextmanager
