@@ -200,7 +200,7 @@ class Passing:
         if self._flights.draining:
             raise shutting_down()
         caller = await self._keyring.identify(visit.secret)
-        hints = {name: visit.headers[name] for name in USER_HEADERS if name in visit.headers}
+        hints = {name.value: visit.headers[name] for name in USER_HEADERS if name in visit.headers}
         caller = self._users.hinted(caller, hints)
         visit.receipt = replace(
             visit.receipt,

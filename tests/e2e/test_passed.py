@@ -15,7 +15,7 @@ from gateway.relay.passing import MOST_AT_ONCE, MOST_OF_A_TEAM, Passing
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
-from tests.e2e.test_load import soon
+from tests.e2e.test_endings import soon
 from tests.e2e.test_responses import SETTINGS, drawn
 from tests.running import KEY, OTHER_KEY, GatewayUnderTest, Start
 

@@ -326,8 +326,7 @@ async def test_what_is_passed_on_is_within_the_rate_of_the_user_that_a_header_na
         ann, bob = ({"x-openwebui-user-id": name} for name in (ANN, BOB))
         for _ in range(2):
             assert (await http.get("/files", headers=ann)).status_code == 200
-        judged = {"json": {"input": "A lighthouse"}}
-        refused = await http.post("/moderations", headers=ann, **judged)
+        refused = await http.post("/moderations", headers=ann, json={"input": "A lighthouse"})
         assert refused.status_code == 429
         [*_, (receipt, _)] = await gateway.told.until(3)
         assert USER.fullmatch(receipt.user)
