@@ -312,6 +312,7 @@ async def open_gateway(
         )
         passing = Passing(
             keyring=keyring,
+            users=users,
             gate=gate,
             upstreams=lambda: upstreams.accounts,
             health=health,

@@ -207,6 +207,8 @@ class Call:
     answer_as: AnswerAs = AnswerAs.B64
     asks: ResponseAsk | None = None
     """What only a response has: None for the operations of images."""
+    came: Call | None = field(default=None, compare=False, repr=False)
+    """As its client sent it, for who repairs it for another model; None where nothing has."""
 
     @property
     def changed(self) -> tuple[Change, ...]:

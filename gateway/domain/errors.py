@@ -10,6 +10,7 @@ retry can help (``x-should-retry``, contract 4.4) and whether the upstream may h
     │   ├── InvalidRequest     400  (or the 4xx given)
     │   ├── BodyTooLarge       413
     │   ├── UnsupportedMedia   415
+    │   ├── UploadStalled      408  the body stopped coming; never sent, so a retry is free
     │   ├── NotServed          404 / 405, no such route
     │   └── ClientGone         nobody left to answer; never sent
     ├── TeamFault              the team's key, permissions, limits or money
@@ -148,6 +149,15 @@ class UnsupportedMedia(ClientFault):
     status = 415
     code = "unsupported_media_type"
     reason = "unsupported_media"
+
+
+class UploadStalled(ClientFault):
+    """The body stopped coming on its way here: a network's fault as often as the client's."""
+
+    status = 408
+    code = "upload_stalled"
+    reason = "upload_stalled"
+    should_retry = True
 
 
 class NotServed(ClientFault):

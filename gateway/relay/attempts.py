@@ -359,7 +359,7 @@ class Attempts:
         ticket: Ticket,
         more: tuple[tuple[str, str], ...],
     ) -> tuple[Reply | None, GatewayError | None]:
-        request = self._provider(plan.call, way.target)
+        request = self._provider(way.call_of(plan), way.target)
         began = self._clock.monotonic()
         try:
             async with aclosing(edited(body, request.edits)) as content:

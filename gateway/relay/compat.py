@@ -44,12 +44,15 @@ def routed_name(call: Call, models: Mapping[str, Model], compat: Compat) -> str:
     return name if name in models else compat.aliases.get(name, name)
 
 
-def repaired(call: Call, model: Model, compat: Compat, *, hosting: bool) -> Call:
-    """``call`` as it is sent to ``model``. ``hosting``: pictures can be handed over by urls.
+def repaired(
+    call: Call, model: Model, compat: Compat, *, hosting: bool, served: str | None = None
+) -> Call:
+    """``call`` as it is sent to ``model``, where that is ``served``; None: at its first target.
+    ``hosting``: pictures can be handed over by urls.
 
     Raises ``InvalidRequest`` for what could be meant but not be done.
     """
-    served = model.target.model
+    served = model.target.model if served is None else served
     changes, answer_as = [*_of_model(call, model)], call.answer_as
     if is_gpt_image(served):
         if compat.response_format:

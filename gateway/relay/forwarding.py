@@ -6,6 +6,8 @@ that is gone there is unknown here too.
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
+
 from gateway.domain.errors import NotOwned, UpstreamRefused
 from gateway.domain.owned import Owned, OwnedKind
 from gateway.ports import Ownership, Reply
@@ -26,6 +28,10 @@ class Forwarding:
         """What the visit's path names. Raises as ``Passing.enter`` and ``References.one`` do."""
         caller = await self._passing.enter(visit)
         return await self._references.one(caller, kind, visit.names[0])
+
+    def arriving(self, visit: Visit) -> AsyncGenerator[bytes, None]:
+        """The visit's body. Raises as ``Passing.arriving`` does."""
+        return self._passing.arriving(visit)
 
     async def show(self, visit: Visit, owned: Owned, errand: Errand) -> Head:
         """The upstream's answer as ours. Raises ``NotOwned`` where it is not there any more."""

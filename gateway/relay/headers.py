@@ -46,12 +46,13 @@ def of_form(stream: bool) -> Headers:
 
 
 def of_way(plan: Plan, way: Way) -> Headers:
-    """Who makes the picture, and what was changed for it."""
+    """Who makes the picture, and what was changed for it. What is kept has its pictures in it,
+    as what is under way will; who gets urls is told so at the very end (``with_changes``)."""
     other = way.model.name if way.model.name != plan.asked.name else None
     return (
         ("x-model-served", way.target.model),
         ("x-gateway-upstream", way.upstream.name),
-        *of_changes(plan.call, other),
+        *of_changes(replace(way.call_of(plan), answer_as=AnswerAs.B64), other),
         *of_sunset(plan.sunset),
     )
 
@@ -80,6 +81,17 @@ def of_changes(call: Call, stand_in: str | None = None) -> Headers:
     if stand_in is not None or model is not None:
         said.insert(0, _MODEL + (stand_in or str(model)))
     return ((CHANGED, _UNSAFE.sub("?", ", ".join(said))),) if said else ()
+
+
+def stood_in(head: Head) -> tuple[str, str] | None:
+    """The configured model that an answer says it is from, empty where it is the asked one's own
+    name, and what that is where it was served; None where it does not say."""
+    said = dict(head.headers)
+    served = said.get("x-model-served")
+    if served is None:
+        return None
+    named = said.get(CHANGED, "").partition(", ")[0]
+    return (named.removeprefix(_MODEL) if named.startswith(_MODEL) else ""), served
 
 
 def with_changes(head: Head, call: Call) -> Head:

@@ -13,7 +13,6 @@ import hashlib
 import hmac
 import logging
 import re
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -41,7 +40,12 @@ STEP_BYTES = 256 * 1024
 MAX_QUERY_BYTES = 512
 BINARY = "application/octet-stream"
 
+SPARE = 0.5
+"""How much longer than a url's life a picture is kept, as a part of that: for so long it is
+handed out again as it is, and each url still opens it to its end."""
+
 _PURPOSE = "urls of hosted pictures"
+_NAMING = "names of hosted pictures"
 _EXTENSIONS = MappingProxyType(
     {
         picture.PNG: "png",
@@ -79,6 +83,13 @@ class Links:
         [signature, *_] = self._signatures(name, str(expires))
         query = f"expires={expires}&signature={signature}"
         return f"{self._public_url}{HOSTED}{name}?{query}"
+
+    def name(self, team: str, digest: bytes, index: int) -> str:
+        """What the picture at ``index`` of an answer is called, without its ending: the same
+        whenever the team gets the same answer. It tells nobody which answer that is."""
+        key = keys.derived(self._peppers(), _NAMING)
+        text = digest + f"{index}\n{team}".encode()
+        return hmac.digest(key, text, hashlib.sha256).hex()[:32]
 
     def left_seconds(self, name: str, query: str, now: datetime) -> int | None:
         """How long a name may be fetched with a url's query; None where it may not, for whatever
@@ -133,38 +144,40 @@ class Hosting:
         clock: Clock,
         counted: Callable[[str], None] = lambda outcome: None,
     ) -> None:
-        """``counted`` hears ``stored`` of each picture, and ``failed`` of each answer whose
-        pictures could not be."""
+        """``counted`` hears ``stored`` of each picture, or ``reused`` where it was already, and
+        ``failed`` of each answer whose pictures could not be."""
         self._store = store
         self._links = links
         self._clock = clock
         self._counted = counted
 
-    async def hosted(self, head: Head) -> Head:
+    async def hosted(self, head: Head, team: str) -> Head:
         """A JSON answer with a url in place of each picture's base64. It closes what ``head``
-        holds, or leaves that to its own ``close``.
+        holds, or leaves that to its own ``close``. An answer that this team had already is not
+        stored once more: what costs nothing must not push out what others wait for.
 
         Raises ``NotHosted``; then nothing of it is kept, and ``head`` is as it was.
         """
         stored: list[str] = []
         try:
-            return await self._hosted(head, stored)
+            return await self._hosted(head, team, stored)
         except (BadJson, replay.SourceTooShort, OSError, Unreachable, ValueError) as error:
             self._counted("failed")
             for key in stored:
                 await self._store.delete(key)
             raise NotHosted(str(error) or type(error).__name__) from error
 
-    async def _hosted(self, head: Head, stored: list[str]) -> Head:
-        document = await _skimmed(head.body)
+    async def _hosted(self, head: Head, team: str, stored: list[str]) -> Head:
+        document, digest = await _skimmed(head.body)
         entries = document.get("data") if isinstance(document, dict) else None
         if not isinstance(entries, list):
             raise ValueError("an answer without data")
         mended = []
         async with aclosing(read(head.body)) as source:
             cursor = _Cursor(source)
-            for entry in entries:
-                mended.append(await self._with_url(entry, cursor, stored))
+            for index, entry in enumerate(entries):
+                key = self._links.name(team, digest, index)
+                mended.append(await self._with_url(entry, key, cursor, stored))
         form = replay.written({**document, "data": mended})
         if any(isinstance(part, Span) for part in form):
             return replace(head, length=replay.length(form), body=lambda: _spliced(form, head.body))
@@ -172,36 +185,44 @@ class Hosting:
         head.close()
         return Head.of(head.status, head.headers, content)
 
-    async def _with_url(self, entry: Any, cursor: _Cursor, stored: list[str]) -> Any:
+    async def _with_url(self, entry: Any, key: str, cursor: _Cursor, stored: list[str]) -> Any:
         """One of an answer's entries, with a url where its picture was."""
         content = entry.get("b64_json") if isinstance(entry, dict) else None
         if not content:
             return entry
-        url = await self._store_picture(_found(content), cursor, stored)
-        self._counted("stored")
+        url = await self._url(key, _found(content), cursor, stored)
         members = {name: value for name, value in entry.items() if name != "url"}
         return {
             ("url" if name == "b64_json" else name): (url if name == "b64_json" else value)
             for name, value in members.items()
         }
 
-    async def _store_picture(self, found: _Found, cursor: _Cursor, stored: list[str]) -> str:
-        """Raises ``OSError`` where it is not there afterwards."""
-        now, key = self._clock.now(), secrets.token_hex(16)
+    async def _url(self, key: str, found: _Found, cursor: _Cursor, stored: list[str]) -> str:
+        """Raises ``OSError`` where the picture is not there afterwards."""
+        now = self._clock.now()
         head = binascii.a2b_base64(found.head)
         seen = picture.probe(head)
         media_type = seen.media_type if seen and seen.media_type in _EXTENSIONS else BINARY
+        url = self._links.make(f"{key}.{_EXTENSIONS.get(media_type, 'bin')}", now)
+        known = await self._store.get(key)
+        if known is not None and now - known.meta.stored_at <= self._links.ttl * SPARE:
+            self._counted("reused")
+            return url
         meta = CachedMeta(
             stored_at=now, cost=0, images=1, model_served="", upstream="",
             size_bytes=found.size_bytes, headers=(("content-type", media_type),),
         )  # fmt: skip
         coded = once(found.literal) if found.span is None else cursor.span(found.span)
-        stored.append(key)
+        if known is None:
+            # Else another answer's url may name it.
+            stored.append(key)
+        seconds = (self._links.ttl * (1 + SPARE)).total_seconds()
         async with aclosing(coded), aclosing(_decoded(coded)) as chunks:
-            await self._store.put(key, meta, chunks, self._links.ttl.total_seconds())
+            await self._store.put(key, meta, chunks, seconds)
         if not await self._store.holds(key):
             raise OSError("the store of hosted pictures does not take it")
-        return self._links.make(f"{key}.{_EXTENSIONS.get(media_type, 'bin')}", now)
+        self._counted("stored")
+        return url
 
     async def find(self, name: str, query: str) -> HostedPicture:
         """What a url names; ``query`` is what stands behind its question mark.
@@ -332,19 +353,21 @@ async def _decoded(coded: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
                 yield binascii.a2b_base64(piece[:whole])
 
 
-async def _skimmed(body: Body) -> Any:
-    """Raises ``BadJson``."""
+async def _skimmed(body: Body) -> tuple[Any, bytes]:
+    """The document, and the SHA-256 of its bytes. Raises ``BadJson``."""
+    digest = hashlib.sha256()
     skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES, lenient=True, check_base64=True)
     looked_at = 0
     async with aclosing(read(body)) as chunks:
         async for chunk in chunks:
             skimmer.feed(chunk)
+            digest.update(chunk)
             looked_at += len(chunk)
             if looked_at >= STEP_BYTES:
                 # What comes from memory never waits by itself.
                 looked_at = 0
                 await asyncio.sleep(0)
-    return skimmer.close().value
+    return skimmer.close().value, digest.digest()
 
 
 async def _spliced(form: replay.Splice, body: Body) -> AsyncGenerator[bytes, None]:

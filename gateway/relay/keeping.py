@@ -157,7 +157,8 @@ class Keeper:
         form, reading = landing.json, landing.reading
         if form is None or reading is None or reading.hosted or not plan.keep:
             return
-        if way.model is not plan.asked or way.quote.row is None:
+        # What was repaired otherwise than for the first way is not what the fingerprint stands for.
+        if way.model is not plan.asked or way.quote.row is None or way.call is not None:
             return
         size = replay.length(form)
         if bought.settlement.images != plan.call.n or size > self.policy.max_entry_bytes:

@@ -4,6 +4,7 @@ where they live, for the team that they belong to; nothing of it costs (contract
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import aclosing
 from urllib.parse import parse_qsl, urlencode
 
 from gateway.domain.errors import BodyTooLarge, NotServed
@@ -48,10 +49,11 @@ class Lookups:
         """``POST /responses/{id}/cancel``: whoever bought it hears of its end, and settles."""
         owned = await self._owned(visit)
         length = 0
-        async for chunk in visit.body:
-            length += len(chunk)
-            if length > MAX_BODY_BYTES:
-                raise BodyTooLarge("A cancellation has no body.", close=True)
+        async with aclosing(self._forwarding.arriving(visit)) as chunks:
+            async for chunk in chunks:
+                length += len(chunk)
+                if length > MAX_BODY_BYTES:
+                    raise BodyTooLarge("A cancellation has no body.", close=True)
         return await self._show(visit, owned, "POST", "/cancel")
 
     async def delete(self, visit: Visit) -> Head:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -44,6 +45,7 @@ from gateway.domain.errors import (
     NotServed,
     Overloaded,
     UnsupportedMedia,
+    UploadStalled,
     UpstreamAccount,
     UpstreamRefused,
     UpstreamUnanswered,
@@ -54,6 +56,7 @@ from gateway.domain.owned import Anchor
 from gateway.domain.quota import Demand, Refusal
 from gateway.domain.receipt import Receipt, Timings
 from gateway.domain.team import Caller
+from gateway.domain.user import USER_HEADERS
 from gateway.ports import Clock, Credential, Gate, Outgoing, Reply, Upstream
 from gateway.relay import headers as answers
 from gateway.relay.admission import rate_limited
@@ -78,13 +81,17 @@ from gateway.relay.keyring import KeyRing
 from gateway.relay.media import JSON_TYPE, check_encoding, media_of, too_large
 from gateway.relay.plan import rates_of
 from gateway.relay.references import keys_at
+from gateway.relay.users import Users
 
 log = logging.getLogger(__name__)
 
 MEMORY_BODY_BYTES = 1024 * 1024
 """A body over this goes to disk."""
 MOST_AT_ONCE = 256
-"""In one process: they hold no slots of their teams."""
+"""From being sent to being delivered, in one process: they hold no slots of their teams."""
+MOST_OF_A_TEAM = MOST_AT_ONCE // 4
+IDLE_SECONDS = 60.0
+"""How long a body may take without a byte of it."""
 MOST_ATTEMPTS = 3
 WHOLE_BYTES = 1024 * 1024
 """An answer that is read here before it is handed over: an object that describes something."""
@@ -125,6 +132,8 @@ class Visit:
     anchor: Anchor | None = None
     """Where it was sent last."""
     stack: AsyncExitStack = field(default_factory=AsyncExitStack)
+    placed: bool = False
+    """Whether it holds one of the places of what is under way."""
 
 
 Handler: TypeAlias = Callable[[Visit], Awaitable[Head]]
@@ -166,6 +175,7 @@ class Passing:
         self,
         *,
         keyring: KeyRing,
+        users: Users,
         gate: Gate,
         upstreams: Callable[[], Mapping[str, Upstream]],
         health: Health,
@@ -174,11 +184,13 @@ class Passing:
         clock: Clock,
         agent: str,
         begun: Callable[[Receipt], None] = lambda receipt: None,
+        idle_seconds: float = IDLE_SECONDS,
     ) -> None:
-        """``begun`` hears of each visit that was let in; ``agent`` is what upstreams know us
-        by."""
+        """``begun`` hears of each visit that was let in; ``agent`` is what upstreams know us by;
+        a body of which nothing comes for ``idle_seconds`` is given up."""
         self._agent = agent
         self._keyring = keyring
+        self._users = users
         self._gate = gate
         self._upstreams = upstreams
         self._health = health
@@ -186,36 +198,83 @@ class Passing:
         self._flights = flights
         self._clock = clock
         self._begun = begun
-        self._inside = 0
+        self._idle_seconds = idle_seconds
+        self._under_way: Counter[str] = Counter()
 
     async def enter(self, visit: Visit) -> Caller:
-        """Who it is, within the rates of its team and key: one request, no picture, no slot.
+        """Who it is, within the rates of its team, its key and the user that a header names: one
+        request, no picture, no slot.
 
-        Raises ``InvalidKey``, ``RateLimited``, ``Overloaded``, ``LedgerUnavailable``.
+        Raises ``InvalidKey``, ``RateLimited``, ``Overloaded`` while the process ends,
+        ``LedgerUnavailable``.
         """
         if self._flights.draining:
             raise shutting_down()
         caller = await self._keyring.identify(visit.secret)
-        visit.receipt = replace(visit.receipt, team=caller.team.id, key_id=caller.key.id)
+        hints = {name.value: visit.headers[name] for name in USER_HEADERS if name in visit.headers}
+        caller = self._users.hinted(caller, hints)
+        visit.receipt = replace(
+            visit.receipt,
+            team=caller.team.id,
+            key_id=caller.key.id,
+            user=caller.recorded_user,
+        )
         visit.said = (*answers.of_attempts(0), *answers.of_cost(0, Basis.NONE))
-        if self._inside >= MOST_AT_ONCE:
-            raise Overloaded(
-                "The gateway passes on as many requests as it can. Nothing was sent; try again.",
-                retry_after_seconds=1,
-            )
         demand = Demand(requests=1, images=0, slots=0)
         answer = await self._gate.take(visit.rid, rates_of(caller), demand)
         if isinstance(answer, Refusal):
             raise rate_limited(answer, caller, demand)
         visit.said = (*visit.said, *answers.of_rates(answer.standings))
         visit.receipt = replace(visit.receipt, degraded=answer.degraded)
-        self._inside += 1
-        visit.stack.callback(self._leave)
         self._begun(visit.receipt)
         return caller
 
-    def _leave(self) -> None:
-        self._inside -= 1
+    def _place(self, visit: Visit) -> None:
+        """One of the places of what is under way, until the visit is over. A body that is still
+        arriving has none, and no team has them all: else a few slow uploads would shut every
+        route that is passed on, for everybody. Raises ``Overloaded``."""
+        if visit.placed:
+            return
+        team = visit.receipt.team
+        if self._under_way.total() >= MOST_AT_ONCE:
+            raise Overloaded(
+                "The gateway passes on as many requests as it can. Nothing was sent; try again.",
+                retry_after_seconds=1,
+            )
+        if self._under_way[team] >= MOST_OF_A_TEAM:
+            raise Overloaded(
+                f"The gateway passes on at most {MOST_OF_A_TEAM} requests of a team at once. "
+                "Nothing was sent; try again when one of yours is over.",
+                retry_after_seconds=1,
+            )
+        self._under_way[team] += 1
+        visit.placed = True
+        visit.stack.callback(self._leave, team)
+
+    def _leave(self, team: str) -> None:
+        self._under_way[team] -= 1
+        if not self._under_way[team]:
+            del self._under_way[team]
+
+    async def arriving(self, visit: Visit) -> AsyncGenerator[bytes, None]:
+        """The body as it comes. Raises ``ClientGone``, ``UploadStalled`` where nothing of it comes
+        for too long, ``Overloaded`` where the process ends meanwhile."""
+        chunks = aiter(visit.body)
+        while True:
+            try:
+                async with self._flights.until_draining(), asyncio.timeout(self._idle_seconds):
+                    chunk = await anext(chunks, None)
+            except TimeoutError:
+                if self._flights.draining:
+                    raise shutting_down() from None
+                raise UploadStalled(
+                    f"Nothing of the request's body came for {self._idle_seconds:g} seconds. "
+                    "Nothing was sent; send it again.",
+                    close=True,
+                ) from None
+            if chunk is None:
+                return
+            yield chunk
 
     async def take_in(
         self,
@@ -227,7 +286,7 @@ class Passing:
         """The whole body, which has to be of this media type. ``feed`` sees it as it comes.
 
         Raises ``UnsupportedMedia``, ``BodyTooLarge`` (before reading where its length is said),
-        ``ClientGone``, ``Overloaded``, and what ``feed`` does.
+        ``ClientGone``, ``UploadStalled``, ``Overloaded``, and what ``feed`` does.
         """
         given = visit.headers.get("content-type", "")
         if media_of(given) != media or not answers.is_clean(given):
@@ -239,16 +298,12 @@ class Passing:
         spool = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
         visit.stack.callback(spool.close)
         try:
-            async with self._flights.until_draining():
-                async for chunk in visit.body:
+            async with aclosing(self.arriving(visit)) as chunks:
+                async for chunk in chunks:
                     if spool.length + len(chunk) > limit_bytes:
                         raise too_large(limit_bytes)
                     feed(chunk)
                     await spool.write(chunk)
-        except TimeoutError:
-            if self._flights.draining:
-                raise shutting_down() from None
-            raise
         finally:
             reading = self._clock.monotonic() - visit.at
             visit.receipt = replace(
@@ -263,6 +318,7 @@ class Passing:
         else, in the words of something that costs nothing: ``UpstreamRefused``,
         ``UpstreamAccount``, ``UpstreamUnavailable``, ``UpstreamUnanswered``, ``Overloaded``.
         """
+        self._place(visit)
         name = errand.upstream if errand.anchor is None else errand.anchor.upstream
         upstream = self._upstreams().get(name)
         if upstream is None or not upstream.ready:

@@ -160,8 +160,9 @@ class Pipeline:
             so_far = replace(so_far, user=caller.recorded_user)
             found = remembered(await self._references.resolve(caller, call))
             answer = await self._answer(arrival, caller, found, body, so_far)
+            call = self._handed_over(caller, call, answer.head)
             answer = replace(answer, head=headers.with_changes(answer.head, call))
-            return await self._as_asked(arrival, call, answer)
+            return await self._as_asked(arrival, caller, call, answer)
         except GatewayError as error:
             return ended(so_far, error, (*await self._unspent(caller, error), *changed))
         finally:
@@ -202,7 +203,20 @@ class Pipeline:
                 vacant.discard(taken.claimed.rid)
                 log.debug("an Idempotency-Key was taken meanwhile", extra={"by": taken.claimed.rid})
 
-    async def _as_asked(self, arrival: Arrival, call: Call, answer: Answer) -> Answer:
+    def _handed_over(self, caller: Caller, call: Call, head: Head) -> Call:
+        """The call as it was sent for this answer, and as the answer keeps it: who does not wait
+        gets a result, and results have their pictures in them."""
+        if head.status == 202:
+            call = replace(call, answer_as=AnswerAs.B64)
+        made_by = headers.stood_in(head)
+        if made_by is None:
+            return call
+        name, served = made_by
+        return self._planner.as_served(caller, call, name or call.model, served)
+
+    async def _as_asked(
+        self, arrival: Arrival, caller: Caller, call: Call, answer: Answer
+    ) -> Answer:
         """The answer with urls in place of pictures, where that was asked for. What is bought is
         booked already, and stays to be had: among the results, or, where it is not kept there, as
         it is."""
@@ -211,7 +225,7 @@ class Pipeline:
         if self._hosting is None or call.answer_as is not AnswerAs.URL or not pictures:
             return answer
         try:
-            return replace(answer, head=await self._hosting.hosted(head))
+            return replace(answer, head=await self._hosting.hosted(head, caller.team.id))
         except NotHosted as why:
             log.warning(
                 "a picture cannot be put behind a url",

@@ -77,6 +77,12 @@ class Way:
     upstream: Upstream
     quote: Quote
     rests: bool = False
+    call: Call | None = None
+    """The call as it is repaired for this way, where that is not as for the first."""
+
+    def call_of(self, plan: Plan) -> Call:
+        """What is sent this way."""
+        return plan.call if self.call is None else self.call
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,8 +231,44 @@ class Planner:
         was left open pinned. Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
         base = merged(self._compat, caller.key.compat)
         model = self.route(caller, routed_name(call, self._catalogue.models, base))
+        return replace(self._repaired(caller, call, model, model, model.target.model), came=call)
+
+    def as_served(self, caller: Caller, call: Call, name: str, served: str) -> Call:
+        """A repaired call as it was sent where the configured model ``name`` is ``served``: it may
+        have stood in, and wants other repairs. The same call where that makes no difference, or is
+        not known."""
+        asked, other = self._catalogue.find(call.model), self._catalogue.find(name)
+        if asked is None or other is None:
+            return call
+        try:
+            return self._sent_as(caller, call, asked, other, served) or call
+        except InvalidRequest:
+            return call
+
+    def _repaired(
+        self, caller: Caller, call: Call, asked: Model, model: Model, served: str
+    ) -> Call:
+        """What the asked model pins holds wherever the call goes: its price was asked for."""
         compat = merged(self._compat, model.compat, caller.key.compat)
-        return _pinned(repaired(call, model, compat, hosting=self._hosting), model.pin)
+        mended = repaired(call, model, compat, hosting=self._hosting, served=served)
+        return _pinned(mended, asked.pin)
+
+    def _sent_as(
+        self, caller: Caller, call: Call, asked: Model, model: Model, served: str
+    ) -> Call | None:
+        """A repaired call as ``model`` needs it where it is ``served``; None where that is as it
+        is, but for the model's name. Raises ``InvalidRequest`` where it cannot be repaired for
+        that."""
+        came = call.came
+        if came is None or call.asks is not None:
+            return None
+        if model.name == asked.name and served == asked.target.model:
+            return None
+        other = replace(
+            self._repaired(caller, came, asked, model, served), inputs=call.inputs, came=came
+        )
+        told = (_but_model(call), call.mends, call.answer_as)
+        return other if (_but_model(other), other.mends, other.answer_as) != told else None
 
     def route_call(self, caller: Caller, call: Call, anchor: Anchor | None = None) -> Routed:
         """Which model a call, once it is repaired, is for, and by what name it is known; nothing
@@ -372,7 +414,9 @@ class Planner:
             if other is None or not routed.caller.may_use(name):
                 continue
             try:
-                _judge(routed.call, other, routed.tool)
+                first = other.target.model
+                sent = self._sent_as(routed.caller, routed.call, model, other, first)
+                _judge(sent or routed.call, other, routed.tool)
             except InvalidRequest:
                 continue
             found += self._ways_of(routed, other, now)[0]
@@ -403,12 +447,13 @@ class Planner:
                 target = with_tool(target, routed.tool, routed.call)
                 if routed.tool is not None:
                     self._refuse_retired(routed.caller, routed.tool, target, now)
-                quote = self._quote(routed, model, target, now)
+                sent = self._sent_as(routed.caller, routed.call, routed.model, model, target.model)
+                quote = self._quote(routed, sent or routed.call, model, target, now)
             except (InvalidRequest, ModelRetired) as error:
                 refusals.append(error)
             else:
                 rests = not self._usable(upstream, target.model)
-                found.append(Way(model, target, upstream, quote, rests))
+                found.append(Way(model, target, upstream, quote, rests, sent))
         if not found and not refusals:
             refusals.append(_elsewhere(model, routed))
         return sorted(found, key=lambda way: way.rests), refusals
@@ -450,8 +495,10 @@ class Planner:
         fits = not call.stream or cached.meta.streamable
         return cached if fits and age <= min(limits) else None
 
-    def _quote(self, routed: Routed, model: Model, target: Target, now: datetime) -> Quote:
-        caller, call = routed.caller, served(routed.call, target)
+    def _quote(
+        self, routed: Routed, sent: Call, model: Model, target: Target, now: datetime
+    ) -> Quote:
+        caller, call = routed.caller, served(sent, target)
         prices = self._price_list(self._upstreams[target.upstream], now)
         row = prices.find(target.model)
         most = caller.max_cost_per_request
@@ -550,6 +597,10 @@ def _judge(call: Call, model: Model, tool: Model | None) -> None:
             param=name,
             reason="unpriced",
         )
+
+
+def _but_model(call: Call) -> tuple[Change, ...]:
+    return tuple(change for change in call.changes if change.name != "model")
 
 
 def _elsewhere(model: Model, routed: Routed) -> InvalidRequest:

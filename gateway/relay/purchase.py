@@ -415,7 +415,9 @@ class Purchases:
         """Settles. A fault of our own ends a stream that has begun with an error: it must not look
         whole."""
         try:
-            settlement = charge(flight.rid, way.quote, _completed(landing.ending, plan.call))
+            settlement = charge(
+                flight.rid, way.quote, _completed(landing.ending, way.call_of(plan))
+            )
             entry = await self._settle(settlement)
             marks.settled = self._clock.monotonic()
             self._compare(way, settlement)

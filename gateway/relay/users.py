@@ -29,8 +29,7 @@ class Users:
         calls need one and this has none."""
         said = said_user(self._policy.sources, call.parameters, hints)
         if said:
-            user = user_id(self._key, caller.team.id, said)
-            return replace(caller, user=user, records_user=self._policy.record)
+            return self._as(caller, said)
         if caller.team.per_user.required:
             raise InvalidRequest(
                 f"Team {caller.team.id} has limits for each of its users, and this request does "
@@ -41,3 +40,13 @@ class Users:
                 reason="user_required",
             )
         return caller
+
+    def hinted(self, caller: Caller, hints: Mapping[str, str]) -> Caller:
+        """The caller, with the end user that its headers name, if any: what is only passed on is
+        not read, and needs none."""
+        said = said_user(self._policy.sources, {}, hints)
+        return self._as(caller, said) if said else caller
+
+    def _as(self, caller: Caller, said: str) -> Caller:
+        user = user_id(self._key, caller.team.id, said)
+        return replace(caller, user=user, records_user=self._policy.record)

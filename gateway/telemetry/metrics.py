@@ -119,7 +119,7 @@ LABELS: Mapping[str, Label] = MappingProxyType({
     "gateway_cache_errors_total.operation": Label("", ("store",)),
     "gateway_results_errors_total.operation": Label("", ("store",)),
     "gateway_hosted_total.outcome": Label("", (
-        "stored", "failed", "served", "not_found", "unavailable")),
+        "stored", "reused", "failed", "served", "not_found", "unavailable")),
     "gateway_hosted_errors_total.operation": Label("", ("store",)),
     "gateway_webhook_total.outcome": Label("", ("delivered", "failed")),
     "gateway_result_news_total.outcome": Label("", ("delivered", "abandoned")),
@@ -310,7 +310,8 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
         Spec("gateway_results_errors_total", Kind.COUNTER, ("operation",),
              "Operations of the store of results that failed; that result may be lost."),
         Spec("gateway_hosted_total", Kind.COUNTER, ("outcome",),
-             "Pictures behind urls: stored; failed, of an answer whose pictures could not be; and "
+             "Pictures behind urls: stored; reused, of an answer whose pictures were already; "
+             "failed, of an answer whose pictures could not be stored; and "
              "what their urls were answered with: served, not_found (forged or over, mostly), or "
              "unavailable."),
         Spec("gateway_hosted_bytes", Kind.GAUGE, ("where",),

@@ -23,7 +23,17 @@ from gateway.relay.hosting import HOSTED
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from tests.flying import ASKED, FRESH, GENERATIONS, Fly, House, a_picture
-from tests.running import MODEL, GatewayUnderTest, Start, TestClock, run_gateway
+from tests.processes import GatewayProcess
+from tests.running import (
+    KEY,
+    MODEL,
+    OTHER_KEY,
+    GatewayUnderTest,
+    Start,
+    TestClock,
+    config_of,
+    run_gateway,
+)
 from tests.valkey import run_valkey
 
 PUBLIC = "http://pictures.test/behind/a/prefix"
@@ -36,6 +46,13 @@ AUTHOR = {
 """What the writer of an SVG costs."""
 URLS: dict[str, Any] = {"server": {"public_url": f"{PUBLIC}/"}, "prices": {"rows": [AUTHOR]}}
 AS_URL = {**ASKED, "response_format": "url"}
+SMALL: dict[str, Any] = {
+    "model": MODEL,
+    "prompt": "A harbour",
+    "size": "1024x1024",
+    "quality": "low",
+    "response_format": "url",
+}
 LATER = {"prefer": "respond-async", **FRESH}
 MISSING = f"{HOSTED}{32 * '0'}.png?expires=1795348800&signature={64 * '0'}"
 
@@ -220,16 +237,67 @@ async def test_urls_of_an_upstream_stay_as_they_are(urls: GatewayUnderTest) -> N
 # Who comes back
 
 
-async def test_a_kept_answer_has_urls_of_its_own(seen: House) -> None:
-    first = await generate(seen.gateway)
-    await seen.gateway.put_away()
-    again = await generate(seen.gateway)
+async def test_a_kept_answer_has_the_same_picture_by_a_newer_url(urls: GatewayUnderTest) -> None:
+    first = await generate(urls)
+    await urls.put_away()
+    urls.clock.advance(minutes=5)
+    again = await generate(urls)
     assert (again.headers["x-cache"], again.headers["x-cost-usd"]) == ("hit", "0")
     paths = [inside(one.json()["data"][0]["url"]) for one in (first, again)]
-    assert paths[0] != paths[1]
-    one, other = [(await get(seen.gateway, path)).content for path in paths]
-    assert one == other
-    await seen.settled(purchases=1, cached=1)
+    one, other = (urlsplit(path) for path in paths)
+    assert one.path == other.path
+    assert one.query != other.query
+    assert await pictures(urls, *paths) == 2 * await bought(urls, first.headers["x-request-id"])
+    urls.clock.advance(minutes=57)
+    assert (await get(urls, paths[0])).status_code == 404
+    assert (await get(urls, paths[1])).status_code == 200
+
+
+async def pictures(gateway: GatewayUnderTest, *paths: str) -> list[bytes]:
+    return [(await get(gateway, path)).content for path in paths]
+
+
+async def test_what_costs_nothing_pushes_no_other_team_s_picture_out(start: Start) -> None:
+    """Room for two pictures: one team has one, and the other asks for its own again and again."""
+    async with start({**URLS, "hosted": {"max_bytes": "1MiB"}}) as gateway:
+        async with gateway.http(OTHER_KEY) as http:
+            first = (await http.post(GENERATIONS, json=SMALL)).json()
+        path = inside(first["data"][0]["url"])
+        whole = (await get(gateway, path)).content
+        assert 2 * len(whole) < 1024 * 1024 < 12 * len(whole)
+        found = [await generate(gateway, **SMALL) for _ in range(12)]
+        assert {one.headers["x-cache"] for one in found[1:]} == {"hit"}
+        names = {urlsplit(one.json()["data"][0]["url"]).path for one in found}
+        assert len(names) == 1
+        again = await get(gateway, path)
+        assert (again.status_code, again.content) == (200, whole)
+        metrics = await gateway.metrics()
+        assert metrics['gateway_hosted_total{outcome="stored"}'] == 2
+        assert metrics['gateway_hosted_total{outcome="reused"}'] == 11
+        # The same answer in two teams has two names: one's url says nothing of the other's.
+        assert urlsplit(path).path not in names
+
+
+async def test_who_does_not_wait_is_told_that_the_result_has_base64(urls: GatewayUnderTest) -> None:
+    async with urls.http() as http:
+        later = await http.post(GENERATIONS, json=AS_URL, headers=LATER)
+        assert (later.status_code, later.headers["x-gateway-changed"]) == (202, "response_format")
+        await urls.told.until(1)
+        await urls.put_away()
+        found = await http.get(f"/images/results/{later.headers['x-request-id']}")
+        assert (found.status_code, found.headers["x-gateway-changed"]) == (200, "response_format")
+        assert list(found.json()["data"][0]) == ["b64_json"]
+        # So it is with what was handed over by a url, and is fetched from there.
+        waited = await generate(urls, prompt="Another lighthouse")
+        found = await http.get(f"/images/results/{waited.headers['x-request-id']}")
+        assert found.headers["x-gateway-changed"] == "response_format"
+        # From the cache there is nothing to wait for.
+        kept = await http.post(
+            GENERATIONS, json={**AS_URL, "prompt": "Another lighthouse"},
+            headers={"prefer": "respond-async"},
+        )  # fmt: skip
+        assert kept.headers["x-gateway-changed"] == "response_format=url->hosted"
+        assert kept.json()["data"][0]["url"]
 
 
 async def test_a_retry_that_joins_its_flight_gets_a_url(seen: House) -> None:
@@ -485,6 +553,34 @@ async def test_urls_outlive_a_restart_and_open_with_an_old_pepper(start: Start) 
         assert (await get(running, await a_url(running))).content == whole
     async with start({"storage": {**peppers, "old_peppers": []}, **URLS}) as running:
         assert (await get(running, path)).status_code == 404
+
+
+async def test_urls_outlive_a_process_that_is_killed(
+    tmp_path: Path, sandbox: SandboxServer
+) -> None:
+    config = config_of(tmp_path, sandbox.base_url, URLS)
+    with GatewayProcess(config) as first:
+        await asyncio.to_thread(first.wait_ready)
+        headers = {"authorization": f"Bearer {KEY}"}
+        async with httpx.AsyncClient(verify=False, headers=headers, timeout=30) as http:
+            answer = await http.post(first.base_url + GENERATIONS, json=AS_URL)
+            rid = answer.headers["x-request-id"]
+            path = inside(answer.json()["data"][0]["url"]).removeprefix("/v1")
+            whole = (await http.get(first.base_url + path)).content
+        first.kill()
+    with GatewayProcess(config) as second:
+        await asyncio.to_thread(second.wait_ready)
+        async with httpx.AsyncClient(verify=False, timeout=30) as anybody:
+            found = await anybody.get(second.base_url + path)
+        assert (found.status_code, found.headers["content-type"]) == (200, "image/png")
+        assert found.content == whole
+        async with httpx.AsyncClient(verify=False, headers=headers, timeout=30) as http:
+            kept = await http.get(f"{second.base_url}/images/results/{rid}")
+            assert base64.b64decode(kept.json()["data"][0]["b64_json"]) == whole
+            # Its picture is known by the same name to the next process.
+            again = await http.post(second.base_url + GENERATIONS, json=AS_URL)
+        assert again.headers["x-cache"] == "hit"
+        assert urlsplit(inside(again.json()["data"][0]["url"])).path == "/v1" + urlsplit(path).path
 
 
 @asynccontextmanager

@@ -12,6 +12,7 @@ import openai
 import pytest
 from PIL import Image
 
+from gateway.sandbox.rules import Rule
 from tests.flying import Fly
 from tests.raw import FORM, JSON, Field, RawClient, form, texts
 from tests.running import KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start
@@ -241,6 +242,81 @@ async def test_who_joins_is_told_of_its_own_words(fly: Fly) -> None:
                 answer = await asking
             assert (answer.status_code, answer.headers["x-cache"]) == (200, "join")
             assert answer.headers.get(CHANGED) == announced
+
+
+# What stands in.
+
+CUSTOM = "sd-xl"
+OWN = {"upstream": "openai", "model": CUSTOM, "unpriced": "allow"}
+ANOTHER: dict[str, Any] = {
+    "prompt": "A lighthouse",
+    "style": "vivid",
+    "quality": "hd",
+    "size": "1024x1792",
+    "response_format": "b64_json",
+}
+
+
+def standing_in(asked: Any, name: str, other: str) -> dict[str, Any]:
+    return {"models": {name: {**asked, "fallback": [other]}, "custom": OWN, **(
+        {"custom": {**OWN, "fallback": [other]}} if name == "custom" else {}
+    )}}  # fmt: skip
+
+
+async def test_what_stands_in_for_another_family_is_repaired_for(start: Start) -> None:
+    """A model of which nothing is known gets the call as it came; the one that stands in for it
+    would refuse that."""
+    async with start(standing_in(OWN, "custom", MODEL)) as gateway, gateway.http() as http:
+        gateway.sandbox.rules.add(Rule(model=CUSTOM, status=503, times=1))
+        answer = await http.post("/images/generations", json={"model": "custom", **ANOTHER})
+        assert answer.status_code == 200, answer.text
+        bodies = [json.loads(one.body) for one in gateway.sandbox.journal]
+        assert bodies == [
+            {"model": CUSTOM, **ANOTHER},
+            {"model": MODEL, "prompt": "A lighthouse", "quality": "high", "size": "1024x1792"},
+        ]
+        said = f"model={MODEL}, response_format, style, quality=high"
+        assert answer.headers[CHANGED] == said
+        [(receipt, _)] = await gateway.told.until(1)
+        assert (receipt.model_served, receipt.price_id.partition("@")[0]) == (
+            MODEL, f"openai/{MODEL}"
+        )  # fmt: skip
+        # Its price is that of what was sent, and it is kept for nobody.
+        assert receipt.cost > 0
+        rid = answer.headers["x-request-id"]
+        found = await http.get(f"/images/results/{rid}")
+        assert found.headers[CHANGED] == said
+        gateway.sandbox.rules.add(Rule(model=CUSTOM, status=503, times=1))
+        again = await http.post("/images/generations", json={"model": "custom", **ANOTHER})
+        assert again.headers["x-cache"] == "miss"
+
+
+async def test_what_stands_in_for_a_gpt_image_model_gets_the_call_as_it_came(start: Start) -> None:
+    changes = standing_in({"upstream": "openai"}, MODEL, "custom")
+    async with start(changes) as gateway, gateway.http() as http:
+        gateway.sandbox.rules.add(Rule(model=MODEL, status=503, times=1))
+        answer = await http.post("/images/generations", json={"model": MODEL, **ANOTHER})
+        bodies = [json.loads(one.body) for one in gateway.sandbox.journal]
+        assert bodies == [
+            {"model": MODEL, "prompt": "A lighthouse", "quality": "high", "size": "1024x1792"},
+            {"model": CUSTOM, **ANOTHER},
+        ]
+        assert answer.headers[CHANGED] == "model=custom"
+        # Asked itself, it is told of its own repairs.
+        own = await http.post("/images/generations", json={"model": MODEL, **ANOTHER})
+        assert own.headers[CHANGED] == "response_format, style, quality=high"
+
+
+async def test_urls_from_what_stands_in(start: Start) -> None:
+    """Of base64 alone a picture is put behind a url of ours, and only that is said."""
+    asked = {"prompt": "A lighthouse", "quality": "low", "response_format": "url"}
+    public = {"server": {"public_url": "http://pictures.test"}}
+    changes = {**standing_in(OWN, "custom", MODEL), **public}
+    async with start(changes) as gateway, gateway.http() as http:
+        gateway.sandbox.rules.add(Rule(model=CUSTOM, status=503, times=1))
+        answer = await http.post("/images/generations", json={"model": "custom", **asked})
+        assert answer.headers[CHANGED] == f"model={MODEL}, response_format=url->hosted"
+        assert answer.json()["data"][0]["url"].startswith("http://pictures.test/v1/")
 
 
 # Forms.

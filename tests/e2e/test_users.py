@@ -7,7 +7,8 @@ import base64
 import re
 import sqlite3
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import AsyncExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
 from tests.e2e.test_limits import LeapingClock, ask, refused, said
 from tests.e2e.test_reload import again
-from tests.running import KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start
+from tests.postgres import Postgres
+from tests.running import KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start, run_gateway
+from tests.valkey import run_valkey
 
 ANN, BOB = "ann@example.com", "bob-4711"
 ONE_PIXEL = base64.b64decode(
@@ -308,3 +311,61 @@ async def test_an_estimate_knows_its_user(start: Start) -> None:
         assert nobody["budgets"] == nobody["rate_limits"] == []
         many = await estimate(user=BOB, n=4)
         assert many["refusal"]["code"] in ("limit_exceeded", "insufficient_quota")
+
+
+# What is passed on, and what is shared.
+
+
+async def test_what_is_passed_on_is_within_the_rate_of_the_user_that_a_header_names(
+    start: Start, sandbox: SandboxServer
+) -> None:
+    async with (
+        start(per_user(limits={"requests_per_minute": 2})) as gateway,
+        gateway.http() as http,
+    ):
+        ann, bob = ({"x-openwebui-user-id": name} for name in (ANN, BOB))
+        for _ in range(2):
+            assert (await http.get("/files", headers=ann)).status_code == 200
+        refused = await http.post("/moderations", headers=ann, json={"input": "A lighthouse"})
+        assert refused.status_code == 429
+        [*_, (receipt, _)] = await gateway.told.until(3)
+        assert USER.fullmatch(receipt.user)
+        assert f"User {receipt.user} of team growth is limited to 2" in refused.text
+        assert not len(sandbox.journal)
+        # Nobody else is held up by that, and nobody has to be named here.
+        for headers in (bob, {}, {}, {}):
+            assert (await http.get("/files", headers=headers)).status_code == 200
+
+
+@pytest.mark.parametrize("by", ["rate", "budget"])
+async def test_the_limits_of_one_user_hold_over_all_replicas(
+    tmp_path: Path, sandbox: SandboxServer, clock: LeapingClock, postgres: Postgres, by: str
+) -> None:
+    """The rate by the gate in Redis, the budget by the ledger in PostgreSQL."""
+    limits: dict[str, Any] = {
+        "rate": {"limits": {"requests_per_minute": 1}},
+        "budget": {"budget": {"day": 0.01}},
+    }
+    async with AsyncExitStack() as stack:
+        valkey = stack.enter_context(run_valkey())
+        shared = {"database": postgres.fresh_database(), "redis": valkey.url}
+        changes = {"storage": {**shared, "pepper": 4 * "pepper of both "}, **per_user(**limits[by])}
+        both = []
+        for name in ("one", "other"):
+            (tmp_path / name).mkdir()
+            running = run_gateway(tmp_path / name, sandbox, changes, clock)
+            both.append(await stack.enter_async_context(running))
+        one, other = both
+        await ask(one, **of(ANN))
+        await one.told.until(1)
+        error = await refused(other, **of(ANN))
+        code = "rate_limit_exceeded" if by == "rate" else "insufficient_quota"
+        assert (error.status_code, error.code) == (429, code)
+        assert said(error).startswith(f"User {one.told.last.user} of team growth ")
+        await ask(other, **of(BOB))
+        await other.told.until(2)
+        assert (await refused(one, **of(BOB))).code == code
+        users = {one.told.requests[0][0].user, other.told.last.user}
+        assert len(users) == 2
+        rows = await other.usage()
+        assert sum(row.requests for row in rows) == 2

@@ -136,6 +136,11 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "over (`hosted.ttl`). Ask for the picture again.",
         ("NotServed", "range_not_satisfiable"): "The `Range` begins behind the picture's end.",
         ("NotServed", "unknown_url"): "No such path. Base urls end in `/v1`.",
+        (
+            "UploadStalled",
+            "upload_stalled",
+        ): "For a minute nothing came of a body that is only "
+        "passed on. Nothing was sent; the connection ends. Send it again.",
         ("UnsupportedMedia", "unsupported_media_type"): "Send `application/json`, or a form where "
         "the route takes one, without a `Content-Encoding`.",
         ("IdempotentResultExpired", "idempotent_result_expired"): "The call of this key was "

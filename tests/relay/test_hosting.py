@@ -178,7 +178,7 @@ async def test_each_picture_becomes_a_url_and_all_else_stays(tmp_path: Path, siz
     if size == 1:
         document["data"] = document["data"][2:5]  # type: ignore[index]
     puts, _ = hosting(tmp_path, told)
-    found = await read(await puts.hosted(head_of(document, told, size)))
+    found = await read(await puts.hosted(head_of(document, told, size), "growth"))
     wanted = json.loads(json.dumps(document))
     kinds = []
     for before, after in zip(wanted["data"], found["data"], strict=True):
@@ -205,13 +205,58 @@ async def test_long_texts_beside_a_picture_are_spliced_from_their_source(tmp_pat
     text = 'A "long" \u2603 text\n' * 5000
     document = {"before": text, "data": [{"b64_json": coded(PICTURE), "x": text}], "after": text}
     puts, _ = hosting(tmp_path, told)
-    head = await puts.hosted(head_of(document, told))
+    head = await puts.hosted(head_of(document, told), "growth")
     assert told.closed == 0
     found = await read(head)
     assert (await fetched(puts, found["data"][0].pop("url"))) == ("image/png", PICTURE)
     assert found == {"before": text, "data": [{"x": text}], "after": text}
     head.close()
     assert told.closed == 1
+
+
+async def test_an_answer_that_was_handed_over_is_stored_no_second_time(tmp_path: Path) -> None:
+    told, clock = Told(), StillClock(NOW)
+    store = DiskCache(tmp_path, clock, max_bytes=100 * MIB)
+    puts = Hosting(store, links(), clock, told.outcomes.append)
+    document = {"data": [{"b64_json": coded(PICTURE)}, {"b64_json": coded(OTHER)}]}
+
+    async def urls(team: str = "growth") -> list[str]:
+        found = await read(await puts.hosted(head_of(document, told), team))
+        return [one["url"] for one in found["data"]]
+
+    first = await urls()
+    assert len(set(first)) == 2
+    assert told.outcomes == ["stored"] * 2
+    clock.advance(1800)
+    last = await urls()
+    assert told.outcomes[2:] == ["reused"] * 2
+    assert [urlsplit(url).path for url in first] == [urlsplit(url).path for url in last]
+    assert len(store) == 2
+    other = await urls("design")
+    assert not {urlsplit(url).path for url in other} & {urlsplit(url).path for url in first}
+    # Each url opens for all of its time, whenever its picture was stored.
+    clock.advance(3599)
+    for url, picture in zip(last, (PICTURE, OTHER), strict=True):
+        assert (await fetched(puts, url))[1] == picture
+    clock.advance(1)
+    with pytest.raises(NotServed):
+        await fetched(puts, last[0])
+
+
+@pytest.mark.parametrize(("after", "outcome"), [(1799, "reused"), (1801, "stored")])
+async def test_what_is_not_kept_for_long_enough_is_stored_anew(
+    tmp_path: Path, after: float, outcome: str
+) -> None:
+    told, clock = Told(), StillClock(NOW)
+    store = DiskCache(tmp_path, clock, max_bytes=100 * MIB)
+    puts = Hosting(store, links(), clock, told.outcomes.append)
+    document = {"data": [{"b64_json": coded(PICTURE)}]}
+    await puts.hosted(head_of(document, told), "growth")
+    clock.advance(after)
+    found = await read(await puts.hosted(head_of(document, told), "growth"))
+    assert told.outcomes == ["stored", outcome]
+    clock.advance(3599)
+    assert (await fetched(puts, found["data"][0]["url"]))[1] == PICTURE
 
 
 def broken() -> dict[str, bytes]:
@@ -239,7 +284,7 @@ async def test_what_cannot_be_a_url_stays_as_it_was(tmp_path: Path, text: bytes)
     puts, store = hosting(tmp_path, told)
     head = head_of(text, told)
     with pytest.raises(NotHosted):
-        await puts.hosted(head)
+        await puts.hosted(head, "growth")
     assert told.closed == 0
     assert b"".join([chunk async for chunk in head.body()]) == text
     assert told.outcomes[-1] == "failed"
@@ -262,14 +307,14 @@ async def test_a_store_that_does_not_take_it(
     told = Told()
     puts, _ = hosting(tmp_path / "hosted", told, **spoil(tmp_path))
     with pytest.raises(NotHosted):
-        await puts.hosted(head_of({"data": [{"b64_json": coded(PICTURE)}]}, told))
+        await puts.hosted(head_of({"data": [{"b64_json": coded(PICTURE)}]}, told), "growth")
     assert told.outcomes == ["failed"]
 
 
 async def test_a_picture_that_is_gone_and_one_that_cannot_be_looked_for(tmp_path: Path) -> None:
     told = Told()
     puts, store = hosting(tmp_path / "hosted", told)
-    head = await puts.hosted(head_of({"data": [{"b64_json": coded(PICTURE)}]}, told))
+    head = await puts.hosted(head_of({"data": [{"b64_json": coded(PICTURE)}]}, told), "growth")
     url = urlsplit((await read(head))["data"][0]["url"])
     name = url.path.removeprefix(HOSTED)
     await store.delete(name.partition(".")[0])
@@ -303,7 +348,7 @@ async def test_a_large_picture_is_never_whole_in_memory(tmp_path: Path) -> None:
     head = Head(200, (), len(before) + count * len(piece) + len(after), body, told.close)
     tracemalloc.start()
     try:
-        url = urlsplit((await read(await puts.hosted(head)))["data"][0]["url"])
+        url = urlsplit((await read(await puts.hosted(head, "growth")))["data"][0]["url"])
         found = await puts.find(url.path.removeprefix(HOSTED), url.query)
         size = 0
         async for chunk in found.chunks():
