@@ -179,13 +179,16 @@ def retired_names(settings: Settings, book: PriceBook, day: date) -> list[str]:
     return found
 
 
-def standing_in(settings: Settings, book: PriceBook, model: Model, day: date) -> str:
-    """The first of a model's fallbacks that can answer for it; empty where none can."""
+def standing_in(
+    settings: Settings, book: PriceBook, model: Model, day: date, *, ready: bool = False
+) -> str:
+    """The first of a model's fallbacks that can answer for it; empty where none can. ``ready``: by
+    the keys that there are now."""
     for name in model.fallbacks:
         other = settings.catalogue.models.get(name)
         targets = other.targets if other else ()
         if any(
-            settings.upstreams[target.upstream].ready
+            (settings.upstreams[target.upstream].ready or not ready)
             and ended_row(settings, book, target, day) is None
             for target in targets
         ):

@@ -88,7 +88,7 @@ def _answered_by(settings: Settings, book: PriceBook, model: Model, today: date)
         ready = settings.upstreams[target.upstream].ready
         if ready and ended_row(settings, book, target, today) is None:
             return f"the upstream {target.upstream}"
-    stand_in = standing_in(settings, book, model, today)
+    stand_in = standing_in(settings, book, model, today, ready=True)
     return f"its fallback {stand_in}" if stand_in else ""
 
 

@@ -402,8 +402,8 @@ async def test_a_model_that_ends_is_said_once(tmp_path: Path, sandbox: SandboxSe
     said = await look_at(tmp_path, sandbox.base_url, {"models": models}, TestClock())
     assert [(one.subject, one.state) for one in said.bad("models")] == [
         ("gpt-image-1", FAIL),
-        ("old", WARN),
         ("gpt-image-1.5", WARN),
+        ("old", WARN),
     ]
     for one in said.bad("models"):
         assert f"model: {MODEL}}}" in one.fix
