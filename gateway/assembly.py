@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from gateway.domain import keys
 from gateway.domain.bill import BilledItem
-from gateway.domain.price import Price, PriceBook
+from gateway.domain.price import Price, PriceBook, PriceRow
 from gateway.domain.route import WILDCARD, Model, Pin, Target, Unpriced
 from gateway.domain.team import Declared, Key, Team
 from gateway.notify import PAUSES_SECONDS, Webhooks
@@ -125,6 +125,59 @@ def _placed(mistake: str, settings: Settings) -> str:
         return mistake
     place = settings.prices.rows[int(row[1])].place
     return f"{settings.file}:{place.line}:{place.column}: {mistake}"
+
+
+def retired_names(settings: Settings, book: PriceBook, day: date) -> list[str]:
+    """What is configured and leads to a model that is served no more, by its place: models,
+    aliases and defaults. A model that has another target, or a fallback, is answered still."""
+    found: list[str] = []
+    over: dict[str, str] = {}
+    for model in settings.catalogue.models.values():
+        rows = [ended_row(settings, book, target, day) for target in model.targets]
+        ended = [row for row in rows if row is not None]
+        if len(ended) < len(rows):
+            continue
+        row = ended[0]
+        said = f"{row.provider} shut {row.model} down on {row.shuts_down}"
+        instead = f" Its replacement is {row.replacement}" if row.replacement else ""
+        if stand_in := standing_in(settings, book, model, day):
+            found.append(f"models.{model.name}: {said}; {stand_in} answers for it.{instead}")
+        else:
+            over[model.name] = f"{said}, so such calls are refused.{instead}"
+            found.append(f"models.{model.name}: {over[model.name]}")
+    compat = settings.compat
+    places = [(f"compat.aliases.{alias}", name) for alias, name in compat.aliases.items()]
+    places.append(("compat.default_model", compat.default_model or ""))
+    for key in settings.declared_keys:
+        named = f"the key {key.name}" if key.name else "a key"
+        own = key.compat.default_model if key.compat else None
+        places.append((f"teams.{key.team}.keys: {named}: compat.default_model", own or ""))
+    found += [f"{place} leads to {name}: {over[name]}" for place, name in places if name in over]
+    return found
+
+
+def standing_in(
+    settings: Settings, book: PriceBook, model: Model, day: date, *, ready: bool = False
+) -> str:
+    """The first of a model's fallbacks that can answer for it; empty where none can. ``ready``: by
+    the keys that there are now."""
+    for name in model.fallbacks:
+        other = settings.catalogue.models.get(name)
+        targets = other.targets if other else ()
+        if any(
+            (settings.upstreams[target.upstream].ready or not ready)
+            and ended_row(settings, book, target, day) is None
+            for target in targets
+        ):
+            return name
+    return ""
+
+
+def ended_row(settings: Settings, book: PriceBook, target: Target, day: date) -> PriceRow | None:
+    """The price of a target that is served no more; None of one that is, as far as is known."""
+    upstream = settings.upstreams[target.upstream]
+    row = book.of(upstream.name, upstream.prices, day).find(target.model)
+    return row if row is not None and row.retired(day) else None
 
 
 def unpriced_models(settings: Settings, book: PriceBook, day: date) -> list[str]:

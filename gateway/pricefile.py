@@ -217,7 +217,7 @@ def _token_price(fields: Mapping[str, object], spot: Spot, say: Say) -> Price:
         if rate in rates and name not in fields:
             say((*rates_spot, rate), f"this needs {name} beside the rates, for the bound")
     if "output_tokens" not in fields and "max_output_tokens" not in fields:
-        say(spot, "a row needs output_tokens (it draws) or max_output_tokens (it writes SVG)")
+        say(spot, "a row needs output_tokens (it draws) or max_output_tokens (it writes)")
     return TokenPrice(
         text_in=rates.get("text_in", 0),
         image_in=rates.get("image_in"),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import click
 
-from gateway.cli.common import config_option, load_settings, require_servable
+from gateway.assembly import price_book, retired_names
+from gateway.cli.common import config_option, failures, load_settings, require_servable
+from gateway.clock import SystemClock
 
 
 @click.command()
@@ -14,10 +16,15 @@ from gateway.cli.common import config_option, load_settings, require_servable
 def check(config: Path | None) -> None:
     """Check the configuration and the prices; print every mistake with its place.
 
-    Ends with 0 when it would serve, with 2 when not. Nothing is opened and nothing is sent.
+    Ends with 0 when it would serve, with 2 when not. Nothing is opened and nothing is sent. Names
+    that lead to a model which its provider has shut down are warned of.
     """
     settings = load_settings(config)
     require_servable(settings)
+    with failures():
+        book = price_book(settings)
+    for mistake in retired_names(settings, book, SystemClock().now().date()):
+        click.echo(f"warning: {settings.file}: {mistake}", err=True)
     models, teams = len(settings.catalogue.models), len(settings.teams)
     behind = " and any other behind '*'" if settings.catalogue.wildcard else ""
     click.echo(f"{settings.file}: ok ({models} models{behind}, {teams} teams)")

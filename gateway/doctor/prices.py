@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import date
 
-from gateway.assembly import price_book, unpriced_models
+from gateway.assembly import ended_row, price_book, standing_in, unpriced_models
 from gateway.doctor.finding import Check, Finding, Topic, counted
 from gateway.domain.price import PriceBook
+from gateway.domain.route import Model, Target
 from gateway.pricefile import PriceFileError
 from gateway.settings import Settings
 
@@ -65,15 +66,44 @@ def ending(settings: Settings, book: PriceBook, today: date) -> Iterator[Finding
             if row is None or row.shuts_down is None:
                 continue
             found = ends(
-                model.name, target.model, upstream.name, row.shuts_down, today, row.replacement
+                *(model.name, target.model, upstream.name, row.shuts_down, today),
+                replacement=row.replacement,
+                answered_by=_answered_by(settings, book, model, today),
             )
             if found is not None:
                 yield found
 
 
+def has_spoken(settings: Settings, book: PriceBook, target: Target, today: date) -> date | None:
+    """The day on which a target ends, where ``ending`` says something of it."""
+    upstream = settings.upstreams[target.upstream]
+    row = book.of(upstream.name, upstream.prices, today).find(target.model)
+    day = None if row is None else row.shuts_down
+    return day if day is not None and (day - today).days <= SOON_DAYS else None
+
+
+def _answered_by(settings: Settings, book: PriceBook, model: Model, today: date) -> str:
+    """Who answers calls for a model of which a target has ended; empty for nobody."""
+    for target in model.targets:
+        ready = settings.upstreams[target.upstream].ready
+        if ready and ended_row(settings, book, target, today) is None:
+            return f"the upstream {target.upstream}"
+    stand_in = standing_in(settings, book, model, today, ready=True)
+    return f"its fallback {stand_in}" if stand_in else ""
+
+
 def ends(
-    model: str, there: str, upstream: str, day: date, today: date, replacement: str = ""
+    model: str,
+    there: str,
+    upstream: str,
+    day: date,
+    today: date,
+    *,
+    replacement: str = "",
+    answered_by: str = "",
 ) -> Finding | None:
+    """What is said of a model that has ended, or ends soon. ``answered_by``: who answers its calls
+    all the same, empty for nobody."""
     topic = Topic("models", model)
     name = f"{there} at {upstream}" if there != model else f"it at {upstream}"
     left = (day - today).days
@@ -81,6 +111,10 @@ def ends(
         f"route models.{model} to another one ({{upstream: {upstream}, model: "
         f"{replacement or '...'}}}), and tell who calls it"
     )
+    if left <= 0 and answered_by:
+        return topic.warn(
+            f"its provider has stopped serving {name} on {day}; {answered_by} answers", fix
+        )
     if left <= 0:
         return topic.fail(f"its provider has stopped serving {name} on {day}", fix)
     if left <= SOON_DAYS:

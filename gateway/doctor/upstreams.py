@@ -13,14 +13,16 @@ from datetime import date, datetime, timedelta
 from difflib import get_close_matches
 from urllib.parse import urlsplit
 
-from gateway.assembly import make_account
+from gateway.assembly import make_account, price_book
 from gateway.doctor.clocks import compared, date_of
 from gateway.doctor.files import place_of_keys
 from gateway.doctor.finding import Check, Finding, Topic, counted, is_failed
-from gateway.doctor.prices import ends
+from gateway.doctor.prices import ends, has_spoken
 from gateway.domain.address import address_of, is_never_an_upstream
 from gateway.domain.errors import GatewayError
+from gateway.domain.price import PriceBook
 from gateway.ports import Clock, Outgoing
+from gateway.pricefile import PriceFileError
 from gateway.relay.failover import BILLING_CODES
 from gateway.settings import Kind, Settings, Timeouts, Upstream, UpstreamKey
 from gateway.upstream.account import split_base_url
@@ -250,11 +252,21 @@ def judge_answer(topic: Topic, name: str, where: str, answer: Answer | str) -> F
 def judge_models(
     settings: Settings, upstream: str, served: Mapping[str, date | None], today: date
 ) -> Iterator[Finding]:
-    """Configured models that the provider does not list, or says that it ends."""
-    missing = 0
+    """Configured models that the provider does not list, or says that it ends. Of those that the
+    price list says so of, with what takes their place, it says nothing again; only that one ends
+    earlier."""
+    try:
+        book = price_book(settings)
+    except PriceFileError:
+        book = PriceBook(())
+    missing = gone = 0
     for model in settings.catalogue.models.values():
         for target in model.targets:
             if target.upstream != upstream:
+                continue
+            known = has_spoken(settings, book, target, today)
+            if target.model not in served and known is not None:
+                gone += 1
                 continue
             if target.model not in served:
                 missing += 1
@@ -266,12 +278,15 @@ def judge_models(
                 )
                 continue
             day = served[target.model]
+            if day is not None and known is not None and known <= day:
+                continue
             found = ends(model.name, target.model, upstream, day, today) if day else None
             if found is not None:
                 yield found
     if not missing:
+        but = " but those that have ended, or end soon" if gone else ""
         yield Topic("upstream", upstream).ok(
-            f"lists {counted(len(served), 'model')}, and all that are configured"
+            f"lists {counted(len(served), 'model')}, and all that are configured{but}"
         )
 
 

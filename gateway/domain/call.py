@@ -239,6 +239,8 @@ class ImageTool:
     unknown: frozenset[str] = frozenset()
     tools: tuple[Json, ...] = ()
     whole: bool = True
+    routed: str = ""
+    """The name that ``model`` leads to, by an alias or the default; empty before it is known."""
 
     def drawn_by(self, model: str) -> Json:
         """The list of tools with another model in this one."""

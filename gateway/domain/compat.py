@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, fields, replace
 
 from gateway.domain.call import Call
 
+TOOL_MODEL = "tool_model"
+"""The model of a response's image tool: no field of the body, but one of a tool in it."""
 CHANGES = (
     *("model", "response_format", "style", "quality", "size", "content_type", "image"),
-    *("max_output_tokens", "max_tool_calls"),
+    *("max_output_tokens", "max_tool_calls", TOOL_MODEL),
 )
 """The names of all that is ever changed: the labels of the metric."""
 OTHER_CHANGE = "other"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from enum import StrEnum
@@ -105,7 +105,13 @@ class Catalogue:
             compat=rule.compat,
         )
 
-    def nearest(self, name: str) -> Model | None:
-        """The configured model whose name is most like an unknown one."""
-        close = get_close_matches(name, list(self.models), n=1, cutoff=0.5)
+    def permitted(self, allowed: Callable[[str], bool]) -> list[Model]:
+        """Every configured model whose name is ``allowed``, by name."""
+        return [model for name, model in sorted(self.models.items()) if allowed(name)]
+
+    def nearest(self, name: str, among: Iterable[str] | None = None) -> Model | None:
+        """The configured model whose name is most like an unknown one; of some of them alone,
+        where these are given."""
+        names = list(self.models if among is None else among)
+        close = get_close_matches(name, names, n=1, cutoff=0.5)
         return self.models[close[0]] if close else None

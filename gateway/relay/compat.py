@@ -41,6 +41,11 @@ def routed_name(call: Call, models: Mapping[str, Model], compat: Compat) -> str:
     name = call.model or compat.default_model
     if not name:
         raise missing("model", "the name of a model; GET /v1/models lists yours.")
+    return alias_of(name, models, compat)
+
+
+def alias_of(name: str, models: Mapping[str, Model], compat: Compat) -> str:
+    """What a name leads to: a model goes before an alias of the same name."""
     return name if name in models else compat.aliases.get(name, name)
 
 

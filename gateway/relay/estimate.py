@@ -170,7 +170,7 @@ class Estimates:
             ("content-type", JSON_TYPE),
             ("x-request-id", rid),
             *headers.NOTHING_SPENT,
-            *headers.of_sunset(plan.sunset if plan else None),
+            *headers.of_sunsets(plan.sunsets if plan else ()),
             *headers.of_budget(lines, balances),
         )
         return Head.of(200, said, json.dumps(described).encode()), plan
@@ -226,9 +226,9 @@ async def _plan(
 ) -> tuple[Model | None, Plan | None, GatewayError | None]:
     """As the call itself would be planned, as far as that goes, and what would refuse it."""
     try:
-        call = planner.repaired(caller, call)
-        model = planner.route(caller, call.model)
-    except ModelNotAllowed as error:
+        call = planner.repaired(caller, call, now)
+        model = planner.route(caller, call.model, now)
+    except (ModelNotAllowed, ModelRetired) as error:
         return None, None, error
     try:
         return model, await _planned(planner, caller, call, wish, now, anchor), None
@@ -252,7 +252,7 @@ async def _planned(
     now: datetime,
     anchor: Anchor | None,
 ) -> Plan:
-    return await planner.plan(planner.route_call(caller, call, anchor), wish, now)
+    return await planner.plan(planner.route_call(caller, call, now, anchor), wish, now)
 
 
 def alternatives(call: Call, quote: Quote) -> list[tuple[Mapping[str, str], Call, Money]]:

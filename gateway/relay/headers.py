@@ -11,6 +11,7 @@ from email.utils import format_datetime
 
 from gateway.domain.call import AnswerAs, Call, Change
 from gateway.domain.charge import Quote
+from gateway.domain.compat import TOOL_MODEL
 from gateway.domain.errors import GatewayError, UpstreamRefused
 from gateway.domain.ledger import Balance, Basis, Line
 from gateway.domain.money import Money, format_dollars
@@ -20,6 +21,7 @@ from gateway.relay.failover import said_wait
 from gateway.relay.flights import Head
 from gateway.relay.media import JSON_TYPE
 from gateway.relay.plan import Plan, Way
+from gateway.relay.plan_response import tool_param
 from gateway.relay.retirement import Sunset
 
 Headers = tuple[tuple[str, str], ...]
@@ -32,6 +34,7 @@ to come back at all."""
 ENDLESS = datetime.max.replace(tzinfo=UTC)
 CHANGED = "x-gateway-changed"
 _MODEL = "model="
+_TOOL = "tools["
 _UNSAFE = re.compile(r"[^\x20-\x7e]")
 PASSED_ON = ("openai-processing-ms", "openai-version")
 
@@ -52,20 +55,26 @@ def of_way(plan: Plan, way: Way) -> Headers:
     return (
         ("x-model-served", way.target.model),
         ("x-gateway-upstream", way.upstream.name),
-        *of_changes(replace(way.call_of(plan), answer_as=AnswerAs.B64), other),
-        *of_sunset(plan.sunset),
+        *of_changes(replace(way.call_of(plan), answer_as=AnswerAs.B64), other, way.target.tool),
+        *of_sunsets(plan.sunsets),
     )
 
 
-def of_sunset(sunset: Sunset | None) -> Headers:
-    """That the model which was asked for is soon served no more (RFC 8594), and what to do."""
-    if sunset is None:
+def of_sunsets(sunsets: Sequence[Sunset]) -> Headers:
+    """That models which a call needs are soon served no more (RFC 8594): from the first of their
+    days on it cannot be had, and what to do."""
+    if not sunsets:
         return ()
-    advice = f"; use {sunset.replacement}." if sunset.replacement else "."
-    warning = f"{sunset.model} shuts down on {sunset.day}{advice}"
-    instant = format_datetime(datetime.combine(sunset.day, time(), UTC), usegmt=True)
+    warning = " ".join(_say_sunset(sunset) for sunset in sunsets)
+    first = min(sunset.day for sunset in sunsets)
+    instant = format_datetime(datetime.combine(first, time(), UTC), usegmt=True)
     said = (("sunset", instant), ("x-gateway-warning", warning))
     return tuple((name, value) for name, value in said if is_clean(value))
+
+
+def _say_sunset(sunset: Sunset) -> str:
+    advice = f"; use {sunset.replacement}." if sunset.replacement else "."
+    return f"{sunset.model} shuts down on {sunset.day}{advice}"
 
 
 def of_attempts(count: int) -> Headers:
@@ -73,13 +82,22 @@ def of_attempts(count: int) -> Headers:
     return (("x-gateway-attempts", str(count)),)
 
 
-def of_changes(call: Call, stand_in: str | None = None) -> Headers:
+def of_changes(call: Call, stand_in: str | None = None, drawn_by: str = "") -> Headers:
     """What was changed of a request, and the model that stood in for the one it is for, if any:
-    ``name=value`` of what is sent instead, ``name`` alone of what is left out."""
-    said = [_say_change(change, call) for change in call.changed if change.name != "model"]
-    model = next((change.after for change in call.changes if change.name == "model"), None)
+    ``name=value`` of what is sent instead, ``name`` alone of what is left out. ``drawn_by`` is what
+    the image tool's model is called where the call is sent, empty before that is known."""
+    models = ("model", TOOL_MODEL)
+    said = [_say_change(change, call) for change in call.changed if change.name not in models]
+    model, drawing = (
+        next((change.after for change in call.changes if change.name == name), None)
+        for name in models
+    )
     if stand_in is not None or model is not None:
         said.insert(0, _MODEL + (stand_in or str(model)))
+    tool = None if call.asks is None else call.asks.tool
+    sent = drawn_by or str(drawing or "")
+    if tool is not None and sent not in ("", tool.model):
+        said.append(f"{tool_param(tool)}={sent}")
     return ((CHANGED, _UNSAFE.sub("?", ", ".join(said))),) if said else ()
 
 
@@ -101,10 +119,12 @@ def with_changes(head: Head, call: Call) -> Head:
     theirs = next((value for name, value in head.headers if name == CHANGED), "")
     if not theirs and not call.changed:
         return head
-    named = next((item for item in theirs.split(", ") if item.startswith(_MODEL)), "")
+    items = theirs.split(", ")
+    named = next((item for item in items if item.startswith(_MODEL)), "")
     stand_in = named.removeprefix(_MODEL)
+    drawn_by = next((item.partition("=")[2] for item in items if item.startswith(_TOOL)), "")
     others = tuple(pair for pair in head.headers if pair[0] != CHANGED)
-    own = of_changes(call, stand_in if stand_in not in ("", call.model) else None)
+    own = of_changes(call, stand_in if stand_in not in ("", call.model) else None, drawn_by)
     return replace(head, headers=(*others, *own))
 
 

@@ -154,7 +154,7 @@ class Pipeline:
                     found = await self._references.resolve(caller, call)
                     return await self._estimate(arrival, self._planner, caller, found, so_far)
             so_far, call = await self._taken_in(arrival, body, so_far, rules)
-            call = self._planner.repaired(caller, call)
+            call = self._planner.repaired(caller, call, self._clock.now())
             changed, so_far = headers.of_changes(call), _with_changes(so_far, call)
             caller = self._users.named(caller, call, arrival.user_hints)
             so_far = replace(so_far, user=caller.recorded_user)
@@ -176,7 +176,8 @@ class Pipeline:
         vacant: set[str] = set()
         while True:
             planner = self._planner
-            routed = planner.route_call(caller, found.call, found.anchor)
+            now = self._clock.now()
+            routed = planner.route_call(caller, found.call, now, found.anchor)
             earlier = await self._comebacks.earlier(arrival, routed)
             if earlier is not None and earlier.rid not in vacant:
                 answer = await self._comebacks.answer(arrival, routed, earlier, so_far)

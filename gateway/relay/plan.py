@@ -14,8 +14,6 @@ from gateway.domain.compat import Compat, merged
 from gateway.domain.errors import (
     GatewayError,
     InvalidRequest,
-    ModelNotAllowed,
-    ModelNotFound,
     ModelRetired,
     UpstreamAccount,
 )
@@ -40,10 +38,11 @@ from gateway.domain.price_response import row_of
 from gateway.domain.quota import Demand, Limit, Scope, Unit
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Pin, Target, Unpriced
-from gateway.domain.team import ANY_MODEL, Caller
+from gateway.domain.team import Caller
 from gateway.ports import Cache, Cached, Upstream
-from gateway.relay.compat import repaired, routed_name
-from gateway.relay.plan_response import DEFAULT_TOOL_MODEL, served, with_tool
+from gateway.relay.compat import alias_of, repaired
+from gateway.relay.naming import Names, refuse_kind
+from gateway.relay.plan_response import served, tool_beside, tool_param, with_tool
 from gateway.relay.retirement import Retirements, Sunset
 from gateway.relay.strict import validate_strict
 
@@ -127,8 +126,9 @@ class Plan:
     at: datetime
     """The one instant that its periods and its day of usage are counted from."""
     cached: Cached | None = None
-    sunset: Sunset | None = None
-    """Where the model that was asked for is soon served no more: the client is told."""
+    sunsets: tuple[Sunset, ...] = ()
+    """Where a model that was asked for, or the one behind the image tool, is soon served no more:
+    the client is told."""
     anchor: Anchor | None = None
     """The upstream of all its ways, and the key that it goes with."""
 
@@ -224,14 +224,24 @@ class Planner:
         self._chooser = chooser or random.Random()
         self._compat = compat or Compat()
         self._hosting = hosting
-        self.retirements = Retirements(catalogue, self._row_of)
+        self.retirements = Retirements(catalogue, self._row_of, self._lists)
+        self._names = Names(catalogue, self.retirements)
 
-    def repaired(self, caller: Caller, call: Call) -> Call:
+    def repaired(self, caller: Caller, call: Call, now: datetime) -> Call:
         """The call for a model that is configured, with what older clients send mended and what
-        was left open pinned. Raises ``ModelNotFound``, ``ModelNotAllowed``, ``InvalidRequest``."""
+        was left open pinned. Raises ``ModelNotFound``, ``ModelNotAllowed``, ``ModelRetired``,
+        ``InvalidRequest``."""
         base = merged(self._compat, caller.key.compat)
-        model = self.route(caller, routed_name(call, self._catalogue.models, base))
-        return replace(self._repaired(caller, call, model, model, model.target.model), came=call)
+        model = self._names.asked(caller, call, base, now.date())
+        try:
+            mended = self._repaired(caller, call, model, model, model.target.model)
+        except InvalidRequest:
+            # Nothing is to be mended of a call for what is gone.
+            gone = self.retirements.over(caller, model, now.date())
+            if gone is None or model.fallbacks:
+                raise
+            raise gone from None
+        return replace(self._names.with_tool(mended, base), came=call)
 
     def as_served(self, caller: Caller, call: Call, name: str, served: str) -> Call:
         """A repaired call as it was sent where the configured model ``name`` is ``served``: it may
@@ -270,17 +280,27 @@ class Planner:
         told = (_but_model(call), call.mends, call.answer_as)
         return other if (_but_model(other), other.mends, other.answer_as) != told else None
 
-    def route_call(self, caller: Caller, call: Call, anchor: Anchor | None = None) -> Routed:
+    def route_call(
+        self, caller: Caller, call: Call, now: datetime, anchor: Anchor | None = None
+    ) -> Routed:
         """Which model a call, once it is repaired, is for, and by what name it is known; nothing
         is looked up. ``anchor`` is where the ids that it names live. Raises ``ModelNotFound``,
-        ``ModelNotAllowed``, ``InvalidRequest``."""
-        model = self.route(caller, call.model)
-        tool = self._tool(caller, call)
-        _judge(call, model, tool)
+        ``ModelNotAllowed``, ``InvalidRequest``, and ``ModelRetired`` for a name that no entry
+        routes; where an entry does, ``plan`` raises it, for an answer may be kept."""
+        model = self.route(caller, call.model, now)
+        tool = self._names.tool(caller, call, lambda one: self.row(one, now), now.date())
+        # What is gone is said to be gone, before anything that it would not have taken.
+        over = any(
+            self.retirements.is_over(one, now.date()) for one in (model, tool) if one is not None
+        )
+        if not over:
+            drawing = None if tool is None else self.row(tool, now)
+            refuse_kind(call, model, self.row(model, now), drawing)
+            _judge(call, model, tool)
         # A picture known by its address alone (it has no size) is fetched by the upstream, and
         # what stands there may change: it is passed on only where that is allowed, never cached.
         linked = any(picture.size_bytes == 0 for picture in call.inputs)
-        if linked and not any(self._passes(target) for target in model.targets):
+        if linked and not over and not any(self._passes(target) for target in model.targets):
             raise InvalidRequest(
                 f"{model.name} does not take addresses of pictures on this gateway. Send the "
                 "picture itself, as a data URL or a file of a multipart form.",
@@ -308,13 +328,17 @@ class Planner:
         if routed.enabled and wish.read and not over:
             cached = await self._look_up(routed.fingerprint, call, wish, now)
         rates = rates_of(caller)
-        sunset = self.retirements.sunset(caller, model, now.date())
+        drawing = None if routed.tool is None else tool_beside(routed.tool, model)
+        ending = (
+            self.retirements.sunset(caller, one, now.date()) for one in (model, drawing) if one
+        )
+        sunsets = tuple(sunset for sunset in ending if sunset is not None)
         if cached is not None:
             nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
             kept = Way(model, model.target, self._upstreams[model.target.upstream], nothing)
             return Plan(
                 caller, call, model, (kept,), Demand(), rates, (), routed.fingerprint,
-                CacheResult.HIT, False, now, cached, sunset,
+                CacheResult.HIT, False, now, cached, sunsets,
             )  # fmt: skip
         ways = self._ways(routed, now)
         return Plan(
@@ -329,57 +353,23 @@ class Planner:
             cache=CacheResult.MISS if routed.enabled else CacheResult.OFF,
             keep=routed.enabled and wish.write and any(way.quote.row for way in ways),
             at=now,
-            sunset=sunset,
+            sunsets=sunsets,
             anchor=routed.anchor,
         )
 
-    def route(self, caller: Caller, name: str) -> Model:
+    def route(self, caller: Caller, name: str, now: datetime) -> Model:
         """The model behind a name, if this caller may use it. Raises ``ModelNotFound``,
-        ``ModelNotAllowed``."""
-        model = self._catalogue.find(name)
-        if model is None:
-            near = self._catalogue.nearest(name)
-            hint = ""
-            if near is not None and caller.may_use(near.name):
-                served = near.target.model
-                via = f" (served by {served})" if served != near.name else ""
-                hint = f" Did you mean {near.name}{via}?"
-            raise ModelNotFound(
-                f"No model {name}.{hint} GET /v1/models lists yours.", param="model"
-            )
-        if not caller.may_use(model.name):
-            allowed = self._allowed(caller)
-            names = caller.team.models
-            by_key = " with this key" if ANY_MODEL in names or model.name in names else ""
-            raise ModelNotAllowed(
-                f"Team {caller.team.id} may use {allowed}, not {name}{by_key}. "
-                "Ask an administrator to add it.",
-                param="model",
-            )
-        return model
+        ``ModelNotAllowed``, and ``ModelRetired`` where no entry routes what is gone."""
+        return self._names.find(caller, name, now.date())
 
-    def _tool(self, caller: Caller, call: Call) -> Model | None:
-        """The model behind a response's image tool, which the caller has to be allowed as well.
-        Raises as ``route`` does, naming the tool."""
-        asked = None if call.asks is None else call.asks.tool
-        if asked is None:
-            return None
-        try:
-            return self.route(caller, asked.model or DEFAULT_TOOL_MODEL)
-        except (ModelNotFound, ModelNotAllowed) as error:
-            error.param = f"tools[{asked.index}].model"
-            raise
+    def named(self, caller: Caller, name: str, now: datetime) -> Model:
+        """The same, of a name that may be an alias."""
+        compat = merged(self._compat, caller.key.compat)
+        return self.route(caller, alias_of(name, self._catalogue.models, compat), now)
 
     def models(self, caller: Caller, now: datetime) -> list[Model]:
         """Every configured model that the caller may use and that is still served, by name."""
-        permitted = self._permitted(caller)
-        return [one for one in permitted if not self.retirements.is_over(one, now.date())]
-
-    def _permitted(self, caller: Caller) -> list[Model]:
-        known = self._catalogue.models.values()
-        return sorted(
-            (model for model in known if caller.may_use(model.name)), key=lambda model: model.name
-        )
+        return self._names.serving(caller, now.date())
 
     def row(self, model: Model, now: datetime) -> PriceRow | None:
         """The price of a model today: at the first of its upstreams that has one, and still serves
@@ -396,6 +386,10 @@ class Planner:
 
     def _price_list(self, upstream: Upstream, now: datetime) -> PriceList:
         return self._prices.of(upstream.name, upstream.provider, now.date())
+
+    def _lists(self, today: date) -> Iterable[PriceList]:
+        for upstream in self._upstreams.values():
+            yield self._prices.of(upstream.name, upstream.provider, today)
 
     def _passes(self, target: Target) -> bool:
         return target.upstream in self._passing_urls
@@ -430,6 +424,9 @@ class Planner:
         """A model's own ways, and why others of its targets are none."""
         found: list[Way] = []
         refusals: list[GatewayError] = []
+        gone = self._gone(routed, model, now.date())
+        if gone is not None:
+            return found, [gone]
         for target in _drawn(model.targets, self._chooser):
             upstream = self._upstreams[target.upstream]
             if routed.linked and not self._passes(target):
@@ -458,6 +455,19 @@ class Planner:
             refusals.append(_elsewhere(model, routed))
         return sorted(found, key=lambda way: way.rests), refusals
 
+    def _gone(self, routed: Routed, model: Model, today: date) -> ModelRetired | None:
+        """Why none of a model's targets is one any more, or none of those that its image tool's
+        model has beside it."""
+        gone = self.retirements.over(routed.caller, model, today)
+        ask = routed.call.asks
+        if gone is not None or routed.tool is None or ask is None or ask.tool is None:
+            return gone
+        drawing = tool_beside(routed.tool, model)
+        gone = None if drawing is None else self.retirements.over(routed.caller, drawing, today)
+        if gone is not None:
+            gone.param = tool_param(ask.tool)
+        return gone
+
     def _refuse_retired(self, caller: Caller, tool: Model, target: Target, now: datetime) -> None:
         """Raises ``ModelRetired`` where what the tool would draw with is not served any more."""
         drawing = replace(target, model=target.tool)
@@ -465,12 +475,6 @@ class Planner:
         if retired is not None:
             retired.param = "tools"
             raise retired
-
-    def _allowed(self, caller: Caller) -> str:
-        names = [model.name for model in self._permitted(caller)]
-        if not names:
-            return "no model"
-        return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
     def _scope(self, caller: Caller) -> str:
         match self._policy.scope:
@@ -504,9 +508,10 @@ class Planner:
         most = caller.max_cost_per_request
         picture = prices.find(target.tool) if target.tool else None
         if row is None:
-            return Quote(self._unpriced_bound(caller, model, most), prices, None)
+            return Quote(self._unpriced_bound(caller, model, most, now.date()), prices, None)
         if routed.tool is not None and picture is None:
-            return Quote(self._unpriced_bound(caller, routed.tool, most), prices, None)
+            bound = self._unpriced_bound(caller, routed.tool, most, now.date())
+            return Quote(bound, prices, None)
         try:
             row = row if call.asks is None else row_of(row, picture)
             base = row.price.bound(call, prices)
@@ -523,12 +528,13 @@ class Planner:
             raise _too_dear(caller, call, quote, most)
         return quote
 
-    def _unpriced_bound(self, caller: Caller, model: Model, most: Money | None) -> Bound:
+    def _unpriced_bound(
+        self, caller: Caller, model: Model, most: Money | None, today: date
+    ) -> Bound:
         if model.unpriced is Unpriced.REFUSE:
-            near = self._catalogue.nearest(model.name) if model.label == OTHER else None
             hint = ""
-            if near is not None and caller.may_use(near.name):
-                hint = f" Did you mean {near.name}? GET /v1/models lists yours."
+            if model.label == OTHER and (near := self._names.hint(caller, model.name, today)):
+                hint = f"{near} GET /v1/models lists yours."
             raise InvalidRequest(
                 f"{model.name} has no price on this gateway, so nothing is bought.{hint} "
                 "Ask the gateway's operator to add one.",

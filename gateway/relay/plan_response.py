@@ -8,13 +8,39 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gateway.domain.call import Call
+from gateway.domain.call import Call, ImageTool
 from gateway.domain.errors import InvalidRequest
+from gateway.domain.price import PriceRow
+from gateway.domain.price_tokens import TokenPrice
 from gateway.domain.route import Model, Target
 
 DEFAULT_TOOL_MODEL = "gpt-image-2.6-sunburst"
 """What the provider draws with where the tool does not say (contract 3.4). It is always said, for
 it is what is allowed and priced."""
+
+
+def is_text_model(row: PriceRow) -> bool:
+    """Whether a price is that of a model which only writes."""
+    return isinstance(row.price, TokenPrice) and row.price.output is None
+
+
+def is_image_model(row: PriceRow) -> bool:
+    """Whether a price is that of a model which only draws."""
+    price = row.price
+    return not (isinstance(price, TokenPrice) and price.text_out and price.max_output_tokens)
+
+
+def tool_param(tool: ImageTool) -> str:
+    """How an error names the place of the tool's model."""
+    return f"tools[{tool.index}].model"
+
+
+def tool_beside(tool: Model, model: Model) -> Model | None:
+    """The tool's model as it can be asked for together with ``model``: at the same upstreams
+    alone; None where it is at none of them."""
+    upstreams = {target.upstream for target in model.targets}
+    beside = [target for target in tool.targets if target.upstream in upstreams]
+    return replace(tool, target=beside[0], others=tuple(beside[1:])) if beside else None
 
 
 def with_tool(target: Target, tool: Model | None, call: Call) -> Target:
@@ -27,7 +53,7 @@ def with_tool(target: Target, tool: Model | None, call: Call) -> Target:
     if tool is None or asked is None:
         return target
     served_there = [one for one in tool.targets if one.upstream == target.upstream]
-    param = f"tools[{asked.index}].model"
+    param = tool_param(asked)
     if not served_there:
         raise InvalidRequest(
             f"The image tool's {tool.name} is not served by the upstream {target.upstream}, where "

@@ -55,6 +55,8 @@ KEEP_BYTES = 64 * 1024
 MAX_VALUES = 50_000
 """A conversation that is sent along has many small members."""
 
+MIN_OUTPUT_TOKENS = 16
+"""The least that OpenAI takes as ``max_output_tokens``."""
 OWN_TOOLS = frozenset({"function", "custom"})
 """Tools that the client runs itself: they cost nothing beside their text."""
 TIERS = frozenset({"auto", "default"})
@@ -180,10 +182,12 @@ class _ResponseReader:
         tool = _image_tool(given, seen, self._rules)
         changes: list[Change] = []
         most = self._rules.responses
-        words = _filled(given, "max_output_tokens", most.max_output_tokens, changes)
+        words = _filled(
+            given, "max_output_tokens", MIN_OUTPUT_TOKENS, most.max_output_tokens, changes
+        )
         calls = 0
         if tool is not None:
-            calls = _filled(given, "max_tool_calls", most.max_tool_calls, changes)
+            calls = _filled(given, "max_tool_calls", 1, most.max_tool_calls, changes)
         flags = {name: _flag(given, name) for name in ("stream", "background", "store")}
         previous = _previous(given)
         if previous:
@@ -442,7 +446,9 @@ def _holes(value: object) -> Iterator[Hole]:
             yield from _holes(item)
 
 
-def _filled(given: dict[str, object], name: str, most: int, changes: list[Change]) -> int:
+def _filled(
+    given: dict[str, object], name: str, least: int, most: int, changes: list[Change]
+) -> int:
     """What a request says, or the most that it may say, which is then filled in."""
     value = given.get(name)
     if value is None:
@@ -451,9 +457,9 @@ def _filled(given: dict[str, object], name: str, most: int, changes: list[Change
         return most
     if not isinstance(value, int) or isinstance(value, bool):
         raise wrong_type(name, "an integer", value)
-    if not 1 <= value <= most:
+    if not least <= value <= most:
         raise InvalidRequest(
-            f"Invalid value for '{name}': this gateway takes 1 to {most}.",
+            f"Invalid value for '{name}': this gateway takes {least} to {most}.",
             code="invalid_value",
             param=name,
             reason="invalid_param",

@@ -10,6 +10,7 @@ cookies and its SDK's marks stay here (contract 2.2).
 from __future__ import annotations
 
 from gateway.domain.call import Call, Edit, Json
+from gateway.domain.compat import TOOL_MODEL
 from gateway.domain.route import Target
 from gateway.domain.splice import spliced_fields
 from gateway.ports import UpstreamRequest
@@ -35,7 +36,9 @@ def request(call: Call, target: Target) -> UpstreamRequest:
 
 
 def _edits(call: Call, target: Target) -> tuple[Edit, ...]:
-    fields: dict[str, Json] = {change.name: change.after for change in call.changes}
+    fields: dict[str, Json] = {
+        change.name: change.after for change in call.changes if change.name != TOOL_MODEL
+    }
     if _streams_anyway(call, target):
         fields["stream"] = True
     if target.model == call.model_said:

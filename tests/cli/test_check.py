@@ -152,3 +152,33 @@ def test_a_pin_that_it_knows_is_taken(say: Say, tmp_path: Path) -> None:
     model = "{upstream: o, model: gpt-image-2, auto: pin}"
     path = written(tmp_path, UPSTREAM + f"models: {{art: {model}}}\n")
     assert say("check", "--config", path).exit_code == 0
+
+
+RETIRED = """\
+compat: {default_model: old, aliases: {dall-e-2: old, dall-e-3: stood-in-for}}
+models:
+  gpt-image-2: {upstream: o}
+  old: {upstream: o, model: gpt-image-1}
+  stood-in-for: {upstream: o, model: gpt-image-1, fallback: [old, gpt-image-2]}
+teams:
+  growth: {keys: [{key: growth-key-0123456789abcdef, name: ci, compat: {default_model: old}}]}
+"""
+
+
+def test_what_leads_to_a_retired_model_is_warned_of(say: Say, tmp_path: Path) -> None:
+    path = written(tmp_path, UPSTREAM + RETIRED)
+    said = say("check", "--config", path)
+    assert said.exit_code == 0, said.stderr
+    over = "openai shut gpt-image-1 down on 2026-10-23"
+    instead = "Its replacement is gpt-image-2.5-flare"
+    refused = f"{over}, so such calls are refused. {instead}"
+    assert said.stderr.splitlines() == [
+        f"warning: {path}: {line}"
+        for line in (
+            f"models.old: {refused}",
+            f"models.stood-in-for: {over}; gpt-image-2 answers for it. {instead}",
+            f"compat.aliases.dall-e-2 leads to old: {refused}",
+            f"compat.default_model leads to old: {refused}",
+            f"teams.growth.keys: the key ci: compat.default_model leads to old: {refused}",
+        )
+    ]

@@ -388,6 +388,46 @@ async def test_models_that_end_soon(tmp_path: Path, sandbox: SandboxServer) -> N
     assert warned["m"].endswith("on 2026-11-23, in 1 day")
 
 
+async def test_a_model_that_ends_is_said_once(tmp_path: Path, sandbox: SandboxServer) -> None:
+    models = {
+        "gpt-image-1": {"upstream": "openai"},
+        "old": {"upstream": "openai", "model": "gpt-image-1", "fallback": ["gpt-image-2"]},
+        "gpt-image-1.5": {"upstream": "openai"},
+    }
+    rows: Any = [
+        {"id": MODEL},
+        {"id": "gpt-image-2"},
+        {"id": "gpt-image-1.5", "shutdown_date": "2026-12-01"},
+    ]
+    sandbox.rules.add(Rule(path="/models", status=200, body={"data": rows}))
+    said = await look_at(tmp_path, sandbox.base_url, {"models": models}, TestClock())
+    assert [(one.subject, one.state) for one in said.bad("models")] == [
+        ("gpt-image-1", FAIL),
+        ("gpt-image-1.5", WARN),
+        ("old", WARN),
+    ]
+    for one in said.bad("models"):
+        assert f"model: {MODEL}}}" in one.fix
+    old = said.the(WARN, "models", "old").says
+    assert old == (
+        "its provider has stopped serving gpt-image-1 at openai on 2026-10-23; its fallback "
+        "gpt-image-2 answers"
+    )
+    listed = said.of("upstream", "openai")[-1].says
+    assert listed.endswith("all that are configured but those that have ended, or end soon")
+
+
+async def test_a_provider_that_ends_a_model_before_the_list_says(
+    tmp_path: Path, sandbox: SandboxServer
+) -> None:
+    rows: Any = [{"id": name} for name in (MODEL, "gpt-image-2")]
+    rows.append({"id": "gpt-image-1.5", "shutdown_date": "2026-11-25"})
+    sandbox.rules.add(Rule(path="/models", status=200, body={"data": rows}))
+    models = {"gpt-image-1.5": {"upstream": "openai"}}
+    said = await look_at(tmp_path, sandbox.base_url, {"models": models}, TestClock())
+    assert any("on 2026-11-25, in 3 days" in one.says for one in said.bad("models"))
+
+
 def test_how_old_the_prices_are(tmp_path: Path) -> None:
     settings = load(config_of(tmp_path, "http://127.0.0.1/v1", {}), {})
     compiled = date(2026, 11, 22)

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gateway.sandbox.server import SandboxServer
 from tests.flying import Fly, House, flier
 from tests.postgres import Postgres, run_postgres
-from tests.running import GatewayUnderTest, Start, TestClock, run_gateway
+from tests.running import GatewayUnderTest, Start, TestClock, config_of, run_gateway
 
 
 @pytest.fixture
@@ -48,6 +49,20 @@ async def gateway(start: Start) -> AsyncIterator[GatewayUnderTest]:
     """A gateway as it comes: no limits, the cache on."""
     async with start() as running:
         yield running
+
+
+@pytest.fixture
+def no_star(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every gateway of the test is configured without the model of all other names."""
+
+    def config(folder: Path, upstream: str, changes: Mapping[str, Any]) -> Path:
+        path = config_of(folder, upstream, changes)
+        document = yaml.safe_load(path.read_text())
+        del document["models"]["*"]
+        path.write_text(yaml.safe_dump(document))
+        return path
+
+    monkeypatch.setattr("tests.running.config_of", config)
 
 
 @pytest.fixture

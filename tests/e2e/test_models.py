@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from openai import APIStatusError, NotFoundError, PermissionDeniedError
 
 from gateway.sandbox.rules import Rule
-from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start, config_of
+from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start
 
 CI_KEY = "growth-ci-key-0123456789abcdef"
 ASKED: dict[str, Any] = {"prompt": "A lighthouse", "quality": "low", "size": "1024x1024"}
@@ -157,20 +154,6 @@ async def test_an_omitted_model_is_never_a_default(start: Start) -> None:
             assert raised.value.status_code == 400
             assert raised.value.param == "model"
         assert len(gateway.sandbox.journal) == 0
-
-
-@pytest.fixture
-def no_star(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every gateway of the test is configured without the model of all other names."""
-
-    def config(folder: Path, upstream: str, changes: Mapping[str, Any]) -> Path:
-        path = config_of(folder, upstream, changes)
-        document = yaml.safe_load(path.read_text())
-        del document["models"]["*"]
-        path.write_text(yaml.safe_dump(document))
-        return path
-
-    monkeypatch.setattr("tests.running.config_of", config)
 
 
 @pytest.mark.usefixtures("no_star")

@@ -118,6 +118,19 @@ async def test_no_model_at_all(start: Start, body: dict[str, Any]) -> None:
             assert gateway.told.last.model == model
 
 
+async def test_a_default_that_the_team_may_not_use_is_said_to_be_one(start: Start) -> None:
+    teams = {"growth": {"models": ["gpt-image-2", "team-art"]}}
+    changes = {**compat(default_model=MODEL), "teams": teams}
+    async with start(changes) as gateway, gateway.http() as http:
+        answer = await http.post("/images/generations", json={"prompt": "A lighthouse"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (403, "model_not_allowed")
+        assert error["message"] == (
+            f"This request names no model, and the default here is {MODEL}, which team growth may "
+            "not use with this key. Name one in 'model' that it may: gpt-image-2, team-art."
+        )
+
+
 async def test_no_model_and_no_default(start: Start) -> None:
     async with start() as gateway, gateway.http() as http:
         answer = await http.post("/images/generations", json={"prompt": "A lighthouse"})

@@ -495,3 +495,147 @@ async def test_switched_off_there_are_no_responses(start: Start) -> None:
             await drawn(sdk)
         with pytest.raises(openai.NotFoundError, match="switched off"):
             await sdk.responses.retrieve("resp_1")
+
+
+# The names of its two models
+
+
+CHANGED = "x-gateway-changed"
+FILLED = "max_output_tokens=16384, max_tool_calls=4"
+
+
+async def asked_with(gateway: GatewayUnderTest, **tool: Any) -> httpx.Response:
+    """The answer to a response whose image tool says this."""
+    said = {"type": "image_generation", "quality": "low", "size": "1024x1024", **tool}
+    async with gateway.http() as http:
+        return await http.post(
+            "/responses", json={"model": TEXT, "input": "draw a cat", "tools": [said]}
+        )
+
+
+@pytest.mark.parametrize("said", ["dall-e-3", "team-art", None])
+async def test_the_tools_model_is_routed_as_the_call_is_and_told(
+    start: Start, sandbox: SandboxServer, said: str | None
+) -> None:
+    aliases = {"dall-e-3": "team-art", SUNBURST: MODEL}
+    models = {TEXT: {"upstream": "openai"}}
+    async with start({"models": models, "compat": {"aliases": aliases}}) as gateway:
+        answer = await asked_with(gateway, **({} if said is None else {"model": said}))
+        assert answer.status_code == 200, answer.text
+        assert answer.headers[CHANGED] == f"{FILLED}, tools[0].model={MODEL}"
+        assert sent(sandbox)["tools"][0]["model"] == MODEL
+        receipt = await bought_by(gateway)
+        assert receipt.changed == ("max_output_tokens", "max_tool_calls", "tool_model")
+        metrics = await gateway.metrics()
+        assert metrics['gateway_requests_changed_total{change="tool_model"}'] == 1
+
+
+async def test_a_tools_model_is_told_as_its_own_upstream_calls_it(
+    start: Start, sandbox: SandboxServer
+) -> None:
+    upstream = {"kind": "openai", "base_url": sandbox.base_url, "api_keys": ["sk-2"]}
+    art = [{"upstream": "openai", "model": SUNBURST}, {"upstream": "second", "model": MODEL}]
+    changes = {
+        "upstreams": {"second": upstream},
+        "models": {TEXT: {"upstream": "second"}, "art": {"upstreams": art}},
+    }
+    async with start(changes) as gateway:
+        answer = await asked_with(gateway, model="art")
+        assert answer.headers[CHANGED] == f"{FILLED}, tools[0].model={MODEL}"
+
+
+async def test_a_tool_without_a_model_whose_default_cannot_be_had(start: Start) -> None:
+    models = {**MODELS, "gpt-image-1": {"upstream": "openai"}}
+    teams = {"growth": {"models": [TEXT, MODEL, "gpt-image-2", "gpt-image-1"]}}
+    async with start({"models": models, "teams": teams}) as gateway:
+        answer = await asked_with(gateway)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (
+            *(403, "model_not_allowed"),
+            "tools[0].model",
+        )
+        assert error["message"] == (
+            f"The image tool names no model, and OpenAI's default {SUNBURST} is not allowed for "
+            f"team growth. Name one in 'tools[0].model': gpt-image-2, {MODEL}."
+        )
+
+
+async def test_a_default_that_is_not_served(start: Start, no_star: None) -> None:
+    async with start({"models": {TEXT: {"upstream": "openai"}}}) as gateway:
+        answer = await asked_with(gateway)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (404, "model_not_found")
+        assert error["message"] == (
+            f"The image tool names no model, and OpenAI's default {SUNBURST} is not served here. "
+            f"Name one in 'tools[0].model': gpt-image-2, {MODEL}, team-art."
+        )
+
+
+@pytest.mark.parametrize("model", ["dall-e-3", "gpt-image-1"])
+async def test_a_tool_that_would_draw_with_what_is_gone(start: Start, model: str) -> None:
+    async with start({"models": {**MODELS, "dall-e-3": {"upstream": "openai"}}}) as gateway:
+        answer = await asked_with(gateway, model=model, quality="hd")
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"], error["param"]) == (
+            *(404, "model_retired"),
+            "tools[0].model",
+        )
+        assert error["message"].endswith(f"Use {MODEL}.")
+
+
+async def test_both_models_of_it_may_end(start: Start) -> None:
+    rows = [
+        {
+            "upstream": "openai",
+            "model": TEXT,
+            "shuts_down": "2026-12-05",
+            "usd_per_million_tokens": {"text_in": "0.25", "text_out": 2},
+            "max_output_tokens": 128_000,
+        }
+    ]
+    async with start({**SETTINGS, "prices": {"rows": rows}}) as gateway:
+        answer = await asked_with(gateway, model="gpt-image-1.5")
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["sunset"] == "Tue, 01 Dec 2026 00:00:00 GMT"
+        assert answer.headers["x-gateway-warning"] == (
+            f"{TEXT} shuts down on 2026-12-05. gpt-image-1.5 shuts down on 2026-12-01; use {MODEL}."
+        )
+        answer = await asked_with(gateway, model=MODEL)
+        assert answer.headers["x-gateway-warning"] == f"{TEXT} shuts down on 2026-12-05."
+
+
+async def test_each_kind_of_model_at_the_others_place(start: Start) -> None:
+    draws = f"{TEXT} is a text model: it draws no pictures here. "
+    ends = "; GET /v1/models lists yours."
+    async with start(SETTINGS) as gateway:
+        async with gateway.http() as http:
+            picture = await http.post(
+                "/images/generations", json={"model": TEXT, "prompt": "a cat"}
+            )
+            response = await http.post(
+                "/responses", json={"model": MODEL, "input": "a cat", "tools": [TOOL]}
+            )
+        tool = await asked_with(gateway, model=TEXT)
+        for answer, param, says in (
+            (picture, "model", f"{draws}Ask for an image model{ends}"),
+            (tool, "tools[0].model", f"{draws}Name an image model{ends}"),
+            (
+                *(response, "model"),
+                f"{MODEL} is an image model: it answers no responses here. Ask for a text model, "
+                f"and name this one in the tool image_generation{ends}",
+            ),
+        ):
+            error = answer.json()["error"]
+            assert (answer.status_code, error["message"]) == (400, says)
+            assert (error["code"], error["param"]) == ("invalid_value", param)
+        assert len(gateway.sandbox.journal) == 0
+
+
+async def test_the_least_that_it_may_write(start: Start) -> None:
+    async with start(SETTINGS) as gateway, gateway.http() as http:
+        asked = {"model": TEXT, "input": "a cat", "tools": [TOOL], "max_output_tokens": 15}
+        answer = await http.post("/responses", json=asked)
+        assert answer.status_code == 400
+        assert "'max_output_tokens': this gateway takes 16 to 16384." in answer.text
+        answer = await http.post("/responses", json={**asked, "max_output_tokens": 16})
+        assert answer.status_code == 200

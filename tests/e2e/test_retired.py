@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from openai import AsyncOpenAI, InternalServerError, NotFoundError
+from openai import APIStatusError, AsyncOpenAI, InternalServerError, NotFoundError
 
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
-from tests.running import ALIAS, KEY, MODEL, GatewayUnderTest, Start, TestClock
+from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, GatewayUnderTest, Start, TestClock
 
 ASKED: dict[str, Any] = {"prompt": "A lighthouse", "quality": "low", "size": "1024x1024"}
 ENDING = "gpt-image-1.5"
@@ -206,3 +206,118 @@ async def test_a_model_that_goes_on_warns_of_nothing(gateway: GatewayUnderTest) 
     async with gateway.sdk(KEY) as sdk:
         answer = await sdk.images.with_raw_response.generate(model=MODEL, **ASKED)
     assert warned(answer.headers) == {}
+
+
+# Names that nobody configured
+
+
+@pytest.mark.usefixtures("no_star")
+async def test_a_retired_name_that_nobody_configured_is_known_by_the_list(start: Start) -> None:
+    aliases = {"compat": {"aliases": {"dall-e-3": MODEL}}}
+    teams = {"growth": {"keys": [{"key": KEY, "compat": False}]}}
+    models = {ENDING: {"upstream": "openai"}}
+    async with start({"models": models, "teams": teams, **aliases}) as gateway:
+        async with gateway.sdk() as sdk:
+            for model, day in (("gpt-image-1", "2026-10-23"), ("dall-e-3", "2026-05-12")):
+                said = await refused(sdk, model)
+                assert said == f"{model} was shut down by openai on {day}. Use {MODEL}."
+                with pytest.raises(NotFoundError) as raised:
+                    await sdk.models.retrieve(model)
+                assert raised.value.code == "model_retired"
+        async with gateway.http() as http:
+            answer = await http.post("/images/estimate", json={"model": "gpt-image-1", **ASKED})
+        assert answer.json()["refusal"]["code"] == "model_retired"
+        assert len(gateway.sandbox.journal) == 0
+
+
+@pytest.mark.usefixtures("no_star")
+async def test_without_the_replacement_another_one_of_the_teams_is_named(start: Start) -> None:
+    teams: dict[str, Any] = {"growth": {"models": [ENDING, "gpt-image-2", "gpt-5-mini"]}}
+    models = {name: {"upstream": "openai"} for name in (ENDING, "gpt-5-mini")}
+    over = "gpt-image-1 was shut down by openai on 2026-10-23."
+    async with start({"models": models, "teams": teams}) as gateway, gateway.sdk() as sdk:
+        said = await refused(sdk, "gpt-image-1")
+        assert said == f"{over} You may use gpt-image-2. GET /v1/models lists yours."
+    teams["growth"]["models"] = ["gpt-5-mini"]
+    async with start({"models": models, "teams": teams}) as gateway, gateway.sdk() as sdk:
+        # A model that only writes is no help to who wants a picture.
+        assert await refused(sdk, "gpt-image-1") == f"{over} GET /v1/models lists yours."
+
+
+@pytest.mark.usefixtures("no_star")
+async def test_a_hint_prefers_what_goes_on(start: Start, clock: TestClock) -> None:
+    changes: dict[str, Any] = {"models": {ENDING: {"upstream": "openai"}}}
+
+    async def hint(gateway: GatewayUnderTest) -> str:
+        async with gateway.sdk() as sdk:
+            with pytest.raises(NotFoundError) as raised:
+                await sdk.images.generate(model="gpt-image-1.6", **ASKED)
+        assert raised.value.code == "model_not_found"
+        return raised.value.message.removeprefix("Error code: 404 - No model gpt-image-1.6.")
+
+    async with start(changes) as gateway:
+        assert (await hint(gateway)).startswith(" Did you mean gpt-image-2?")
+    changes["teams"] = {"growth": {"models": [ENDING]}}
+    async with start(changes) as gateway:
+        assert (await hint(gateway)).startswith(f" Did you mean {ENDING}?")
+        clock.advance(days=10)
+        assert await hint(gateway) == " GET /v1/models lists yours."
+
+
+async def test_a_replacement_that_ends_leads_on_to_its_own(
+    start: Start, sandbox: SandboxServer
+) -> None:
+    changes = {
+        "upstreams": {"azure": elsewhere(sandbox)},
+        "models": {name: {"upstream": "azure"} for name in ("a", "b", "c")},
+        "prices": {
+            "rows": [
+                row("a", shuts_down="2026-11-01", replacement="b"),
+                row("b", shuts_down="2026-12-10", replacement="c"),
+                row("c"),
+            ]
+        },
+    }
+    async with start(changes) as gateway, gateway.sdk() as sdk:
+        assert (await refused(sdk, "a")).endswith("Use c.")
+
+
+async def test_no_administrator_can_open_what_is_gone(start: Start) -> None:
+    async with start({"teams": {"growth": {"models": [MODEL]}}}) as gateway, gateway.sdk() as sdk:
+        assert (await refused(sdk, "gpt-image-1")).endswith(f"Use {MODEL}.")
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [{"quality": "ultra"}, {"response_format": "url"}, {"background": "purple"}],
+    ids=str,
+)
+async def test_that_it_is_gone_goes_before_what_it_would_not_take(
+    start: Start, mistake: dict[str, Any]
+) -> None:
+    models = {"gpt-image-1": {"upstream": "openai", "validate": "strict"}}
+    asked = {"model": "gpt-image-1", **ASKED, **mistake}
+    async with start({"models": models}) as gateway, gateway.http() as http:
+        answer = await http.post("/images/generations", json=asked)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_retired")
+        estimate = await http.post("/images/estimate", json=asked)
+        assert estimate.json()["refusal"]["code"] == "model_retired"
+        assert len(gateway.sandbox.journal) == 0
+
+
+async def test_an_alias_is_described_under_its_own_name(start: Start) -> None:
+    aliases = {"dall-e-3": MODEL, "dall-e-2": "gpt-image-1"}
+    models = {"gpt-image-1": {"upstream": "openai"}}
+    teams = {"design": {"models": ["gpt-image-2"]}}
+    changes = {"models": models, "compat": {"aliases": aliases}, "teams": teams}
+    async with start(changes) as gateway, gateway.sdk() as sdk:
+        model, meant = await sdk.models.retrieve("dall-e-3"), await sdk.models.retrieve(MODEL)
+        assert model.model_dump() == {**meant.model_dump(), "id": "dall-e-3"}
+        assert "dall-e-3" not in {one.id async for one in sdk.models.list()}
+        with pytest.raises(NotFoundError) as raised:
+            await sdk.models.retrieve("dall-e-2")
+        assert raised.value.code == "model_retired"
+        async with gateway.sdk(OTHER_KEY) as other:
+            with pytest.raises(APIStatusError) as hidden:
+                await other.models.retrieve("dall-e-3")
+        assert hidden.value.code == "model_not_found"

@@ -255,9 +255,10 @@ ANSWER_HEADERS: Mapping[str, str] = MappingProxyType(
         "x-gateway-upstream": "where it was bought",
         "x-gateway-attempts": "how often upstreams were asked",
         "x-gateway-changed": "what was put in, or in place of what was asked: `size=...`, "
-        "`model=...`; a name alone was left out: `style`",
-        "sunset": "the day on which the model that was asked for ends, where that is within 30 "
-        "days (RFC 8594)",
+        "`model=...`, `tools[0].model=...` of a response's image tool; a name alone was left out: "
+        "`style`",
+        "sunset": "the day on which the model that was asked for ends, or the one of the image "
+        "tool: the first of both, where that is within 30 days (RFC 8594)",
         "x-gateway-warning": "what the client should know of this answer: that the model ends, and "
         "what takes its place; that a picture could not be put behind a url",
         "x-should-retry": "`true` or `false`; both SDKs obey. Left out: the SDK's own rule for the "

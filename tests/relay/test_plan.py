@@ -167,7 +167,7 @@ class Bench:
     async def plan(self, call: Call, who: Caller | None = None, wish: Any = None) -> Plan:
         planner = self.planner
         who = who or caller()
-        routed = planner.route_call(who, planner.repaired(who, call))
+        routed = planner.route_call(who, planner.repaired(who, call, NOW), NOW)
         return await planner.plan(routed, wish or CacheWish(), NOW)
 
     async def refused(
@@ -569,7 +569,7 @@ async def test_accounts_are_of_the_day_and_month_of_the_clock(day: Window) -> No
         (late, {Window.DAY: "d|2026-11-30", Window.MONTH: "m|2026-11"}),
         (late + timedelta(seconds=1), {Window.DAY: "d|2026-12-01", Window.MONTH: "m|2026-12"}),
     ):
-        routed = planner.route_call(caller(), a_call())
+        routed = planner.route_call(caller(), a_call(), NOW)
         plan = await planner.plan(routed, CacheWish(), instant)
         found = {line.limit.window: line.period.label for line in plan.lines}
         assert found[day] == labels[day]
@@ -592,7 +592,7 @@ async def test_what_is_judged_is_what_is_sent() -> None:
     assert changed_of(plan)["size"] == "1024x1024"
     assert bench.price.asked == [plan.call]
     with pytest.raises(InvalidRequest):
-        bench.planner.route_call(caller(), call)
+        bench.planner.route_call(caller(), call, NOW)
 
 
 # A cheaper way
