@@ -125,6 +125,8 @@ class Plan:
     """Where the model that was asked for is soon served no more: the client is told."""
     anchor: Anchor | None = None
     """The upstream of all its ways, and the key that it goes with."""
+    tool: Model | None = None
+    """The model behind the image tool of a response."""
 
     @property
     def way(self) -> Way:
@@ -289,6 +291,7 @@ class Planner:
             at=now,
             sunset=sunset,
             anchor=routed.anchor,
+            tool=routed.tool,
         )
 
     def route(self, caller: Caller, name: str) -> Model:
@@ -456,10 +459,12 @@ class Planner:
         row = prices.find(target.model)
         most = caller.max_cost_per_request
         picture = prices.find(target.tool) if target.tool else None
+        draws = "" if routed.tool is None else routed.tool.name
         if row is None:
-            return Quote(self._unpriced_bound(caller, model, most), prices, None)
+            return Quote(self._unpriced_bound(caller, model, most), prices, None, draws=draws)
         if routed.tool is not None and picture is None:
-            return Quote(self._unpriced_bound(caller, routed.tool, most), prices, None)
+            bound = self._unpriced_bound(caller, routed.tool, most)
+            return Quote(bound, prices, None, draws=draws)
         try:
             row = row if call.asks is None else row_of(row, picture)
             base = row.price.bound(call, prices)
@@ -471,7 +476,7 @@ class Planner:
                 reason="unpriced",
             ) from error
         factor = self._factor_of(target.upstream, target.model)
-        quote = Quote(raised(base, factor), prices, row, base.amount, factor)
+        quote = Quote(raised(base, factor), prices, row, base.amount, factor, draws)
         if most is not None and quote.bound.amount > most:
             raise _too_dear(caller, call, quote, most)
         return quote
