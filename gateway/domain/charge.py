@@ -98,7 +98,7 @@ def charge(rid: str, quote: Quote, ending: Ending) -> Settlement:
 
 def _drawn(quote: Quote, answer: Answer, images: int, measured: Money | None) -> Part | None:
     """What the model behind the tool has of a settlement; None where it did nothing."""
-    if not quote.draws or (answer.usage is None and not images):
+    if not quote.draws or (answer.usage is None and not answer.images):
         return None
     cost: Money | None = 0
     if measured is not None and quote.row is not None:
