@@ -204,7 +204,7 @@ def test_without_a_price_what_was_drawn_for_responses_is_split_by_pictures() -> 
         UsageRow(DAY, "growth", "k", FLARE, images=3),
         UsageRow(DAY, "design", "k", FLARE, images=1),
     ]
-    found = compared([BilledItem(FLARE, 80)], rows)
+    found = reconcile(["openai"], DAY, [BilledItem(FLARE, 80)], rows, served)
     assert {one.team: one.amount for one in found.proposals} == {"growth": 60, "design": 20}
 
 
