@@ -338,6 +338,13 @@ def hold_json(hold: Hold) -> dict[str, object]:
         "lease_ends": hold.lease_ends.isoformat(),
         "bound_usd": format_dollars(hold.bound),
         "cost_usd": format_dollars(hold.cost),
+        "drawn": None
+        if hold.drawn is None
+        else {
+            "model": hold.drawn.model,
+            "images": hold.drawn.images,
+            "cost_usd": format_dollars(hold.drawn.cost),
+        },
         "outcome": hold.outcome,
         "basis": hold.basis,
         "flags": list(hold.flags),
@@ -444,13 +451,16 @@ def _facts(hold: Hold) -> list[tuple[str, str]]:
         state += f" ({doubt})"
     if hold.state is State.HELD:
         state += f", at the latest until {_when(hold.lease_ends)}"
+    drawn = ""
+    if (part := hold.drawn) is not None:
+        drawn = f", of it {exact_dollars(part.cost)} for {part.images} by {part.model}"
     return [
         ("call", f"{hold.rid}, {_when(hold.at)}"),
         ("state", state),
         ("team", f"{hold.team}, key {hold.key_id}" + f", user {hold.user}" * bool(hold.user)),
         ("asked for", f"{hold.operation} with {hold.model} from {hold.upstream}, n={hold.images}"),
         ("bound", f"{exact_dollars(hold.bound)}, by price {hold.price_id or '(none)'}"),
-        ("cost", exact_dollars(hold.cost)),
+        ("cost", exact_dollars(hold.cost) + drawn),
         ("counted in", ", ".join(hold.accounts)),
     ]
 

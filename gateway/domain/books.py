@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from gateway.domain.call import Json
-from gateway.domain.ledger import Basis, Outcome, State
+from gateway.domain.ledger import Basis, Outcome, Part, State
 from gateway.domain.money import Money
 
 
@@ -44,6 +44,8 @@ class Hold:
     flags: tuple[str, ...] = ()
     user: str = ""
     """The end user of the call, as a hash; empty where nobody said."""
+    drawn: Part | None = None
+    """Of the cost, that of another model; without its usage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,8 @@ class Correction:
     """The truth about one call, said by a person or a reconciliation: it cost ``cost``.
 
     An expired or doubtful hold is resolved by it: it is POSTED, without flags. ``images`` were
-    delivered, where that is known (an expired hold counts none).
+    delivered, where that is known (an expired hold counts none). Of a call that another model drew
+    for, that one's part becomes its share of ``cost`` (``transition.corrected_part``).
     """
 
     id: str

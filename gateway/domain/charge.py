@@ -7,6 +7,9 @@ bought, but no picture         settle     measured, else the bound; ``estimated`
 surely not billed              void       nothing
 outcome unknown                expire     the bound, until a later truth corrects it
 =============================  =========  =====================================
+
+Of a response, what was measured has two parts, one for each model that is billed. A bound is of
+both together, and stays with the model that was asked for.
 """
 
 from __future__ import annotations
@@ -14,9 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gateway.domain.call import Usage
-from gateway.domain.ledger import Basis, Event, Outcome, Settlement
+from gateway.domain.ledger import Basis, Event, Outcome, Part, Settlement
 from gateway.domain.money import Money
 from gateway.domain.price import FACTOR_ONE, Answer, Bound, Confidence, PriceList, PriceRow
+from gateway.domain.price_response import ResponsePrice
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,9 @@ class Quote:
     row: PriceRow | None
     base: Money = 0
     factor: int = FACTOR_ONE
+    draws: str = ""
+    """The configured name of the model behind the image tool of a response; empty where there is
+    none."""
 
     @property
     def price_id(self) -> str:
@@ -75,6 +82,7 @@ def charge(rid: str, quote: Quote, ending: Ending) -> Settlement:
         basis = Basis.ESTIMATED if quote.row or cost else Basis.NONE
     if cost > quote.bound.amount:
         flags = (*flags, "over_bound")
+    images = answer.images if ending.outcome is Outcome.DELIVERED else 0
     return Settlement(
         rid,
         Event.SETTLE,
@@ -82,6 +90,18 @@ def charge(rid: str, quote: Quote, ending: Ending) -> Settlement:
         basis,
         cost,
         answer.tokens or Usage(),
-        answer.images if ending.outcome is Outcome.DELIVERED else 0,
+        images,
         flags,
+        drawn=_drawn(quote, answer, images, measured),
     )
+
+
+def _drawn(quote: Quote, answer: Answer, images: int, measured: Money | None) -> Part | None:
+    """What the model behind the tool has of a settlement; None where it did nothing."""
+    if not quote.draws or (answer.usage is None and not answer.images):
+        return None
+    cost: Money | None = 0
+    if measured is not None and quote.row is not None:
+        price = quote.row.price
+        cost = price.picture_cost(answer, quote.prices) if isinstance(price, ResponsePrice) else 0
+    return Part(quote.draws, images, cost or 0, answer.usage or Usage())

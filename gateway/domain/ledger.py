@@ -173,8 +173,23 @@ class Reroute:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Of a call, what another model than its own drew: the one behind a response's image tool. The
+    provider bills it under that one's name.
+
+    ``model`` is its configured name, ``images`` were delivered, ``cost`` is in nano-dollars. The
+    books keep no ``usage`` of it beside a hold: that stands in the journal."""
+
+    model: str
+    images: int = 0
+    cost: Money = 0
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
 class Settlement:
-    """How a call ended and what it owes, in nano-dollars. ``images`` were delivered."""
+    """How a call ended and what it owes, in nano-dollars. ``images`` were delivered. Raises
+    ``ValueError`` where ``drawn`` is more than the whole."""
 
     rid: str
     event: Event
@@ -187,6 +202,12 @@ class Settlement:
     """A closed list: ``unpriced``, ``no_usage``, ``invalid_usage``, ``over_bound``, ``soft``."""
     at: datetime | None = None
     """When it was settled, for the journal."""
+    drawn: Part | None = None
+    """Contained in ``cost``, ``usage`` and ``images``, which are the whole."""
+
+    def __post_init__(self) -> None:
+        if self.drawn is not None and not 0 <= self.drawn.cost <= max(self.cost, 0):
+            raise ValueError("what another model drew is a part of the cost, and never negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +237,8 @@ class Replay:
     images: int
     avoided: Money
     at: datetime
+    draws: str = ""
+    """The model whose pictures they are, where it is not ``model``: that of a response's tool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +246,8 @@ class UsageRow:
     """What one team, key and model did on one UTC day. Money is nano-dollars.
 
     ``unresolved`` counts the expired holds among ``requests``, whose cost is their bound.
-    Requests that were voided count nowhere.
+    Requests that were voided count nowhere. A request counts with the model that it asked for; what
+    another one drew for it (``Part``) is in that one's row, without a request.
     """
 
     day: str

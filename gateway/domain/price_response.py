@@ -81,12 +81,17 @@ class ResponsePrice:
         if answer.text_usage is None:
             return None
         text = self.text.cost(Answer(0, answer.text_usage), prices)
-        if text is None or (answer.usage is None and answer.images == 0):
-            return text
+        picture = self.picture_cost(answer, prices)
+        return None if text is None or picture is None else text + picture
+
+    def picture_cost(self, answer: Answer, prices: PriceList) -> Money | None:
+        """Of the cost, that of the pictures: 0 where none were drawn, None where the answer does
+        not say enough."""
+        if answer.usage is None and answer.images == 0:
+            return 0
         if self.picture is None:
             return None
-        picture = self.picture.cost(replace(answer, text_usage=None), prices)
-        return None if picture is None else text + picture
+        return self.picture.cost(replace(answer, text_usage=None), prices)
 
     def knows(self, size: str, quality: str) -> bool:
         """Whether its pictures have a sure price."""

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from gateway.domain.call import Usage
 from gateway.domain.errors import Fault
-from gateway.domain.ledger import Basis, Outcome
+from gateway.domain.ledger import Basis, Outcome, Part
 from gateway.domain.money import Money
 from gateway.domain.trace import Trace, TraceContext
 
@@ -81,6 +81,9 @@ class Receipt:
     model: str = ""
     model_label: str = ""
     model_served: str = ""
+    drawn_label: str = ""
+    """As ``model_label``, of the model behind a response's image tool, whose its ``images`` are;
+    empty where there is none."""
     upstream: str = ""
     upstream_rid: str = ""
     upstream_status: int = 0
@@ -97,6 +100,8 @@ class Receipt:
     images_asked: int = 0
     images: int = 0
     usage: Usage = field(default_factory=Usage)
+    drawn: Part | None = None
+    """Of cost, images and usage, what that model has."""
     flags: tuple[str, ...] = ()
     reason: str = ""
     fault: Fault | None = None

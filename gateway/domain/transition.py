@@ -7,7 +7,7 @@ can disagree about money. Nothing here knows where the numbers are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import NamedTuple, TypeAlias
 
@@ -20,6 +20,7 @@ from gateway.domain.ledger import (
     Event,
     Line,
     Outcome,
+    Part,
     Replay,
     Reroute,
     Route,
@@ -232,9 +233,58 @@ def correction_counts(
     return gained
 
 
+def settled_part(move: Move, settlement: Settlement) -> Part | None:
+    """What a hold has of another model after ``move``: only a posted one knows of any. One that is
+    booked at its bound has all of it under the model that was asked for."""
+    return settlement.drawn if move.state is State.POSTED else None
+
+
+def corrected_part(part: Part | None, cost: Money, new_cost: Money) -> Part | None:
+    """What becomes of the other model's part where ``cost`` turns out to be ``new_cost``.
+
+    Who corrects a call names one sum. It is split as the call was booked, a fraction of a
+    nano-dollar going to the model that was asked for, which also has all of a call of which nothing
+    was booked for the other one.
+    """
+    if part is None:
+        return None
+    return replace(part, cost=part.cost * new_cost // cost if cost else 0)
+
+
+def by_model(
+    model: str, gained: Counts, part: Part | None, before: Part | None = None
+) -> list[tuple[str, Counts]]:
+    """The models whose rows of the day gain something, and what: ``gained`` is the whole, of a call
+    for ``model``; ``part`` is what another one now has of it, ``before`` what it had."""
+    its = _counted_part(part).minus(_counted_part(before))
+    other = part or before
+    if other is None or not any(its):
+        return [(model, gained)]
+    return [(model, gained.minus(its)), (other.model, its)]
+
+
+def _counted_part(part: Part | None) -> Counts:
+    if part is None:
+        return Counts()
+    return Counts(
+        images=part.images,
+        text_in=part.usage.text_in,
+        image_in=part.usage.image_in,
+        text_out=part.usage.text_out,
+        image_out=part.usage.image_out,
+        cost=part.cost,
+    )
+
+
 def counted_replay(replay: Replay) -> Counts:
     """What an answer from the cache adds to its day: no money but the cost it avoided."""
     return Counts(requests=1, images=replay.images, cached_requests=1, avoided=replay.avoided)
+
+
+def replay_by_model(replay: Replay) -> list[tuple[str, Counts]]:
+    """As ``by_model``: the pictures of an answer count with the model that drew them."""
+    part = Part(replay.draws, replay.images) if replay.draws else None
+    return by_model(replay.model, counted_replay(replay), part)
 
 
 def expiry(rid: str, bound: Money) -> Settlement:

@@ -123,7 +123,11 @@ class Comebacks:
         rid, caller, stream = earlier.rid, routed.caller, routed.call.stream
         cache = CacheResult.HIT if earlier.over else CacheResult.JOIN
         label = routed.model.label or routed.model.name
-        so_far = replace(so_far, cache=cache, joined=rid, model_label=label)
+        tool = routed.tool
+        drawn_label = "" if tool is None else tool.label or tool.name
+        so_far = replace(
+            so_far, cache=cache, joined=rid, model_label=label, drawn_label=drawn_label
+        )
         if so_far.trace is not None and (flight := self._flights.find(rid)) is not None:
             so_far = replace(so_far, joined_trace=flight.trace)
         said = (*headers.of_request(arrival.rid, cache), *headers.NOTHING_SPENT)
@@ -210,10 +214,13 @@ class Comebacks:
             await flight.receipt()
         hold = await self._books.find(receipt.joined)
         delivered = receipt.status == 200
+        images = call.n
+        if call.asks is not None:  # It may have drawn fewer than it was allowed to.
+            images = 0 if hold is None or hold.drawn is None else hold.drawn.images
         receipt = replace(
             receipt,
             avoided=hold.cost if hold is not None and delivered else 0,
-            images=call.n if delivered else 0,
+            images=images if delivered else 0,
         )
         if not delivered:
             # As where it is heard while the flight still runs: an error is no cached answer.
@@ -228,6 +235,7 @@ class Comebacks:
                 receipt.images,
                 receipt.avoided,
                 self._clock.now(),
+                "" if routed.tool is None else routed.tool.name,
             )
         )
         return receipt

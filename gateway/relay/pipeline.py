@@ -576,6 +576,7 @@ def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:
         receipt,
         model_label=plan.model.label or plan.model.name,
         model_served=plan.target.model,
+        drawn_label="" if plan.tool is None else plan.tool.label or plan.tool.name,
         upstream=plan.upstream.name,
         # As it is bought: what was left open may be pinned.
         size=plan.call.size,

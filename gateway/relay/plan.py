@@ -131,6 +131,8 @@ class Plan:
     the client is told."""
     anchor: Anchor | None = None
     """The upstream of all its ways, and the key that it goes with."""
+    tool: Model | None = None
+    """The model behind the image tool of a response."""
 
     @property
     def way(self) -> Way:
@@ -355,6 +357,7 @@ class Planner:
             at=now,
             sunsets=sunsets,
             anchor=routed.anchor,
+            tool=routed.tool,
         )
 
     def route(self, caller: Caller, name: str, now: datetime) -> Model:
@@ -507,11 +510,14 @@ class Planner:
         row = prices.find(target.model)
         most = caller.max_cost_per_request
         picture = prices.find(target.tool) if target.tool else None
+        draws = "" if routed.tool is None else routed.tool.name
         if row is None:
-            return Quote(self._unpriced_bound(caller, model, most, now.date()), prices, None)
+            return Quote(
+                self._unpriced_bound(caller, model, most, now.date()), prices, None, draws=draws
+            )
         if routed.tool is not None and picture is None:
             bound = self._unpriced_bound(caller, routed.tool, most, now.date())
-            return Quote(bound, prices, None)
+            return Quote(bound, prices, None, draws=draws)
         try:
             row = row if call.asks is None else row_of(row, picture)
             base = row.price.bound(call, prices)
@@ -523,7 +529,7 @@ class Planner:
                 reason="unpriced",
             ) from error
         factor = self._factor_of(target.upstream, target.model)
-        quote = Quote(raised(base, factor), prices, row, base.amount, factor)
+        quote = Quote(raised(base, factor), prices, row, base.amount, factor, draws)
         if most is not None and quote.bound.amount > most:
             raise _too_dear(caller, call, quote, most)
         return quote

@@ -632,12 +632,15 @@ def _with_purchase(
     entry: Entry | None,
     timings: Timings,
 ) -> Receipt:
+    cost = entry.cost if entry else settlement.cost
     return replace(
         receipt,
         status=200,
         outcome=settlement.outcome,
         basis=settlement.basis,
-        cost=entry.cost if entry else settlement.cost,
+        cost=cost,
+        # Where another final answer stands, it is not known what of that is whose.
+        drawn=settlement.drawn if cost == settlement.cost else None,
         usage=settlement.usage,
         images=settlement.images,
         flags=settlement.flags,

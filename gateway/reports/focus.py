@@ -9,6 +9,8 @@ the gateway's own, which begin with ``x_``. What the specification leaves to dec
 - A row adds up calls at several prices, so it has no unit price, and is counted in requests. The
   unit price columns, and those of a pricing currency, must not be null where they are present;
   they are asked of providers that publish such prices, and so they are left out.
+- What another model drew for a response is that model's row, and the request is the row's of the
+  model that was asked for: so the former may have a cost and no request.
 - An adjustment (``Books.adjust``) is a row of its own with the charge category "Adjustment".
   ``ChargeClass`` is null throughout: "Correction" is for billing periods that were invoiced
   before, and the gateway writes no invoices: an export shows the books as they are now.
@@ -125,7 +127,7 @@ def focus_rows(
     return [
         _row(row, account, key_names, provider_of(row.model))
         for row in rows
-        if row.requests or row.cost
+        if row.requests or row.images or row.cost
     ]
 
 

@@ -262,13 +262,15 @@ def split(amount: Money, weights: Mapping[tuple[str, str], int]) -> dict[tuple[s
 
 def _shares(amount: Money, rows: Iterable[UsageRow]) -> dict[tuple[str, str], Money]:
     """By what each team was booked for each name; where nothing was booked (a model without a
-    price), by its requests. Empty where nobody asked."""
+    price), by its requests, and by its pictures where it drew for another model's requests. Empty
+    where nobody asked."""
     costs: dict[tuple[str, str], int] = {}
     requests: dict[tuple[str, str], int] = {}
     for row in rows:
         who = (row.team, row.model)
         costs[who] = costs.get(who, 0) + row.cost
-        requests[who] = requests.get(who, 0) + max(row.requests - row.cached_requests, 0)
+        asked = row.requests - row.cached_requests if row.requests else row.images
+        requests[who] = requests.get(who, 0) + max(asked, 0)
     for weights in (costs, requests):
         positive = {who: weight for who, weight in weights.items() if weight > 0}
         if positive:

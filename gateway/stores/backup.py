@@ -104,8 +104,8 @@ TABLES = (
         "hold",
         "rid state bound# cost# accounts team key_id model operation upstream images# price_id"
         " fingerprint idempotency_key worker at# day lease_ends# outcome basis flags"
-        " end_user",
-        later=((2, ""),),
+        " end_user drawn_model drawn_images# drawn_cost#",
+        later=((2, ""), (2, ""), (2, 0), (2, 0)),
     ),
     _table("journal", "seq# at# rid kind pending# posted# detail"),
     _table(

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
-from gateway.domain.ledger import Entry, Outcome, State, UsageRow, UserUsage
+from gateway.domain.call import Operation
+from gateway.domain.ledger import Entry, Outcome, Part, State, UsageRow, UserUsage
 from gateway.domain.money import Money
 from gateway.domain.transition import (
     CORRECTED,
@@ -17,12 +18,16 @@ from gateway.domain.transition import (
     WORKER_MEMORY,
     Counts,
     Move,
+    by_model,
     corrected,
+    corrected_part,
     correction_counts,
 )
 from gateway.ports import NotKnown
 from gateway.stores.memory_rows import NOTHING, MemoryHold, MemoryRows
 from gateway.stores.rows import adjustment_detail, compare_booked, correction_detail, routed_of
+
+NO_PART = Part("")
 
 
 class MemoryBooks:
@@ -73,7 +78,9 @@ class MemoryBooks:
         move = corrected(hold.state, hold.cost, correction.cost, doubtful)
         if move.applied:
             gained = correction_counts(hold.state, hold.cost, hold.flags, correction)
-            rows.count(hold.usage_row, gained)
+            drawn = corrected_part(hold.drawn, hold.cost, move.cost)
+            gains = by_model(hold.claim.model, gained, drawn, hold.drawn)
+            rows.count(hold.day, hold.claim.team, hold.claim.key_id, gains)
             rows.add(hold.accounts, move.pending, move.posted)
             rows.corrections.add(correction.id)
             rows.write_journal(
@@ -82,9 +89,10 @@ class MemoryBooks:
                 CORRECTED,
                 pending=move.pending,
                 posted=move.posted,
-                detail=json.loads(correction_detail(correction, hold.cost)),
+                detail=json.loads(correction_detail(correction, hold.cost, drawn)),
             )
             hold.state, hold.cost, hold.flags = move.state, move.cost, ()
+            hold.drawn = drawn
         return rows.entry_of(hold, move)
 
     async def adjustment(self, adjustment_id: str) -> Adjustment | None:
@@ -110,8 +118,8 @@ class MemoryBooks:
             return False
         rows.adjustments[adjustment.id] = adjustment
         rows.add(dict.fromkeys(adjustment.accounts), 0, adjustment.amount)
-        row = (adjustment.day, adjustment.team, "", adjustment.model)
-        rows.count(row, Counts(cost=adjustment.amount))
+        gains = [(adjustment.model, Counts(cost=adjustment.amount))]
+        rows.count(adjustment.day, adjustment.team, "", gains)
         rows.write_journal(
             adjustment.at,
             adjustment.id,
@@ -125,12 +133,18 @@ class MemoryBooks:
         await asyncio.sleep(0)
         found: dict[tuple[str, str, str, str], tuple[int, int, int]] = {}
         for hold in self._rows.holds.values():
-            if hold.usage_row[0] == day and hold.state in (State.POSTED, State.EXPIRED):
+            if hold.day == day and hold.state in (State.POSTED, State.EXPIRED):
                 one = self._hold(hold)
-                who = (one.upstream, one.team, one.key_id, one.model)
-                requests, images, cost = found.get(who, (0, 0, 0))
-                found[who] = (requests + 1, images + one.images, cost + one.cost)
-        return [routed_of(day, (*who, *sums)) for who, sums in found.items()]
+                part = one.drawn or NO_PART
+                asked = 0 if one.operation == Operation.RESPONSE else one.images
+                for model, *sums in (
+                    (one.model, 1, asked, one.cost - part.cost),
+                    (part.model, 0, part.images, part.cost),
+                ):
+                    who = (one.upstream, one.team, one.key_id, model)
+                    requests, images, cost = found.get(who, (0, 0, 0))
+                    found[who] = (requests + sums[0], images + sums[1], cost + sums[2])
+        return [routed_of(day, (*who, *sums)) for who, sums in found.items() if who[3]]
 
     async def usage_by_user(
         self, team: str | None = None, since: str | None = None, until: str | None = None
@@ -138,7 +152,7 @@ class MemoryBooks:
         await asyncio.sleep(0)
         found: dict[tuple[str, str], UserUsage] = {}
         for hold in self._rows.holds.values():
-            day, owner, *_ = hold.usage_row
+            day, owner = hold.day, hold.claim.team
             if (
                 hold.state not in (State.POSTED, State.EXPIRED)
                 or (team is not None and owner != team)
@@ -148,11 +162,14 @@ class MemoryBooks:
                 continue
             who = (owner, hold.claim.user)
             known = found.get(who, UserUsage(*who, 0, 0, 0, 0))
-            delivered = hold.outcome is Outcome.DELIVERED
+            if hold.claim.operation is Operation.RESPONSE:
+                images = 0 if hold.drawn is None else hold.drawn.images
+            else:
+                images = hold.claim.images if hold.outcome is Outcome.DELIVERED else 0
             found[who] = UserUsage(
                 *who,
                 known.requests + 1,
-                known.images + (hold.claim.images if delivered else 0),
+                known.images + images,
                 known.cost + hold.cost,
                 known.unresolved + (hold.state is State.EXPIRED),
             )
@@ -209,6 +226,7 @@ class MemoryBooks:
             basis=hold.basis,
             flags=hold.flags,
             user=claim.user,
+            drawn=hold.drawn,
         )
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 
+from gateway.domain.call import Usage
 from gateway.domain.ledger import (
     Balance,
     Claim,
@@ -31,14 +33,16 @@ from gateway.domain.transition import (
     KEY_LIFETIME,
     REROUTED,
     OnConflict,
+    by_model,
     contradicts,
     correction,
-    counted_replay,
     expiry,
     ignore_conflict,
     no_room,
     no_room_elsewhere,
+    replay_by_model,
     rerouted,
+    settled_part,
     transition,
     usage_day,
     yields_key,
@@ -147,8 +151,8 @@ class MemoryLedger:
 
     async def replay(self, replay: Replay) -> None:
         await asyncio.sleep(0)
-        row = (usage_day(replay.at), replay.team, replay.key_id, replay.model)
-        self._rows.count(row, counted_replay(replay))
+        day = usage_day(replay.at)
+        self._rows.count(day, replay.team, replay.key_id, replay_by_model(replay))
 
     async def sweep(
         self, now: datetime, limit: int = 100, silent_before: datetime | None = None
@@ -184,7 +188,7 @@ class MemoryLedger:
         return [
             UsageRow(*row, *counts)
             for row, counts in sorted(self._rows.usage.items())
-            if (counts.requests > 0 or counts.cost != 0)
+            if (counts.requests > 0 or counts.images != 0 or counts.cost != 0)
             and (since is None or row[0] >= since)
             and (until is None or row[0] <= until)
         ]
@@ -225,7 +229,9 @@ class MemoryLedger:
         move = transition(hold.state, settlement.event, claim.bound, hold.cost, settlement.cost)
         if move.applied:
             gained = correction(hold.state, hold.cost, hold.flags, move, settlement)
-            self._rows.count(hold.usage_row, gained)
+            drawn = settled_part(move, settlement)
+            gains = by_model(claim.model, gained, drawn)
+            self._rows.count(hold.day, claim.team, claim.key_id, gains)
             self._rows.add(hold.accounts, move.pending, move.posted)
             self._rows.write_journal(
                 at,
@@ -237,4 +243,5 @@ class MemoryLedger:
             )
             hold.state, hold.cost, hold.flags = move.state, move.cost, settlement.flags
             hold.outcome, hold.basis = settlement.outcome, settlement.basis
+            hold.drawn = None if drawn is None else replace(drawn, usage=Usage())
         return self._rows.entry_of(hold, move)

@@ -13,7 +13,7 @@ from datetime import datetime
 
 from gateway.domain.books import Adjustment, JournalLine
 from gateway.domain.call import Json
-from gateway.domain.ledger import Balance, Basis, Claim, Entry, Outcome, Route, State
+from gateway.domain.ledger import Balance, Basis, Claim, Entry, Outcome, Part, Route, State
 from gateway.domain.money import Money
 from gateway.domain.owned import Owned
 from gateway.domain.transition import Counts, Move, usage_day
@@ -33,11 +33,11 @@ class MemoryHold:
     flags: tuple[str, ...] = ()
     outcome: Outcome | None = None
     basis: Basis | None = None
+    drawn: Part | None = None
 
     @property
-    def usage_row(self) -> tuple[str, str, str, str]:
-        """Its row of the daily roll-up."""
-        return usage_day(self.claim.at), self.claim.team, self.claim.key_id, self.claim.model
+    def day(self) -> str:
+        return usage_day(self.claim.at)
 
     @property
     def route(self) -> Route:
@@ -77,8 +77,11 @@ class MemoryRows:
             before = self.balances.get(account, NOTHING)
             self.balances[account] = Balance(before.posted + posted, before.pending + pending)
 
-    def count(self, row: tuple[str, str, str, str], counts: Counts) -> None:
-        self.usage[row] = self.usage.get(row, Counts()).plus(counts)
+    def count(self, day: str, team: str, key_id: str, gains: Iterable[tuple[str, Counts]]) -> None:
+        """Adds to the roll-up of a day, by model."""
+        for model, counts in gains:
+            row = (day, team, key_id, model)
+            self.usage[row] = self.usage.get(row, Counts()).plus(counts)
 
     def write_journal(
         self,

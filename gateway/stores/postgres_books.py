@@ -49,15 +49,25 @@ _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = %s AND rid IS N
 _TURN = "SELECT pg_advisory_xact_lock(hashtextextended('adjust_all', 0))"
 
 _ROUTED = """
-SELECT upstream, team, key_id, model, count(*), sum(images), sum(cost) FROM hold
- WHERE day = %s AND state IN ('P', 'X') GROUP BY upstream, team, key_id, model
+WITH closed AS (SELECT * FROM hold WHERE day = %s AND state IN ('P', 'X'))
+SELECT upstream, team, key_id, model, sum(requests), sum(images), sum(cost) FROM (
+       SELECT upstream, team, key_id, model, 1 AS requests,
+              CASE operation WHEN 'response' THEN 0 ELSE images END AS images,
+              cost - drawn_cost AS cost
+         FROM closed
+        UNION ALL
+       SELECT upstream, team, key_id, drawn_model, 0, drawn_images, drawn_cost
+         FROM closed WHERE drawn_model <> ''
+       ) AS part GROUP BY upstream, team, key_id, model
 """
 
 # By team even where all are asked for, so that each goes along the index hold_user. Whoever has a
 # closed call has a row of daily usage.
 BY_USER = """
 SELECT team, end_user, count(*),
-       sum(CASE outcome WHEN 'delivered' THEN images ELSE 0 END)::bigint, sum(cost)::bigint,
+       sum(CASE WHEN operation = 'response' THEN drawn_images
+                WHEN outcome = 'delivered' THEN images ELSE 0 END)::bigint,
+       sum(cost)::bigint,
        sum(CASE state WHEN 'X' THEN 1 ELSE 0 END)
   FROM hold
  WHERE team IN (SELECT %(team)s::text WHERE %(team)s::text IS NOT NULL

@@ -25,8 +25,8 @@ from gateway.domain.transition import (
     KEY_LIFETIME,
     OnConflict,
     contradicts,
-    counted_replay,
     expiry,
+    replay_by_model,
     usage_day,
     yields_key,
 )
@@ -49,7 +49,7 @@ _BALANCES = "SELECT account, posted, pending FROM balance WHERE account = ANY(%s
 _USAGE = f"""
 SELECT {USAGE_COLUMNS}
   FROM usage_daily
- WHERE (requests > 0 OR cost <> 0)  -- a row whose calls were all voided counts nothing
+ WHERE (requests > 0 OR images <> 0 OR cost <> 0)  -- if all its calls were voided it is nothing
    AND (%(since)s::text IS NULL OR day >= %(since)s)
    AND (%(until)s::text IS NULL OR day <= %(until)s)
  ORDER BY day, team, key_id, model
@@ -136,8 +136,8 @@ class PostgresLedger:
         return entry
 
     async def replay(self, replay: Replay) -> None:
-        key = (usage_day(replay.at), replay.team, replay.key_id, replay.model)
-        self._writer.post(lambda page, _: page.count(key, counted_replay(replay)), replay.rid)
+        row = (usage_day(replay.at), replay.team, replay.key_id)
+        self._writer.post(lambda page, _: page.count(*row, replay_by_model(replay)), replay.rid)
 
     async def sweep(
         self, now: datetime, limit: int = 100, silent_before: datetime | None = None

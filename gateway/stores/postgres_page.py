@@ -28,6 +28,7 @@ from gateway.domain.ledger import (
     Entry,
     Event,
     Held,
+    Part,
     Reroute,
     Route,
     Settlement,
@@ -41,12 +42,15 @@ from gateway.domain.transition import (
     REROUTED,
     Counts,
     Move,
+    by_model,
     corrected,
+    corrected_part,
     correction,
     correction_counts,
     no_room,
     no_room_elsewhere,
     rerouted,
+    settled_part,
     transition,
     usage_day,
     yields_key,
@@ -60,6 +64,8 @@ from gateway.stores.rows import (
     correction_detail,
     detail_of,
     micros,
+    part_of,
+    part_row,
     reroute_detail,
 )
 
@@ -82,7 +88,7 @@ SELECT account, posted, pending FROM balance WHERE account = ANY(%s::text[])
 
 _HOLD = (
     "rid, state, bound, cost, accounts, team, key_id, model, upstream, price_id, fingerprint,"
-    " idempotency_key, at, day, outcome, basis, flags"
+    " idempotency_key, at, day, outcome, basis, drawn_model, drawn_images, drawn_cost, flags"
 )
 
 _LOCK_HOLDS = f"""
@@ -107,14 +113,15 @@ UPDATE balance SET posted = new.posted, pending = new.pending
 _WRITE_HOLDS = """
 UPDATE hold SET state = new.state, cost = new.cost, outcome = new.outcome, basis = new.basis,
        flags = new.flags, idempotency_key = new.idempotency_key, bound = new.bound,
-       model = new.model, upstream = new.upstream, price_id = new.price_id
+       model = new.model, upstream = new.upstream, price_id = new.price_id,
+       drawn_model = new.drawn_model, drawn_images = new.drawn_images, drawn_cost = new.drawn_cost
   FROM json_populate_recordset(NULL::hold, %s) AS new WHERE hold.rid = new.rid
 """
 
 _NEW_HOLD = (
     "rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images, price_id,"
     " fingerprint, idempotency_key, worker, at, day, lease_ends, outcome, basis, flags,"
-    " end_user"
+    " end_user, drawn_model, drawn_images, drawn_cost"
 )
 
 _MAKE_HOLDS = f"""
@@ -184,13 +191,10 @@ class _Hold:
     day: str
     outcome: str | None = None
     basis: str | None = None
+    drawn: Part | None = None
     flags: tuple[str, ...] = ()
     rest: dict[str, Any] | None = None
     changed: bool = False
-
-    @property
-    def usage_key(self) -> UsageKey:
-        return self.day, self.team, self.key_id, self.model
 
     @property
     def route(self) -> Route:
@@ -203,6 +207,7 @@ class _Hold:
 
     def row(self) -> dict[str, Any]:
         """For a hold that is there, what may change; for a new one, everything."""
+        drawn_model, drawn_images, drawn_cost = part_row(self.drawn)
         row: dict[str, Any] = {
             "rid": self.rid,
             "state": self.state.value,
@@ -213,6 +218,9 @@ class _Hold:
             "basis": self.basis,
             "flags": json.dumps(self.flags),
             "idempotency_key": self.idempotency_key,
+            "drawn_model": drawn_model,
+            "drawn_images": drawn_images,
+            "drawn_cost": drawn_cost,
         }
         if self.rest is not None:
             row |= self.rest
@@ -221,8 +229,9 @@ class _Hold:
 
 def _hold_of(row: Sequence[Any]) -> _Hold:
     rid, state, bound, cost, accounts, *names = row
-    *names, flags = names
+    *names, drawn_model, drawn_images, drawn_cost, flags = names
     hold = _Hold(rid, State(state), bound, cost, tuple(json.loads(accounts)), *names)
+    hold.drawn = part_of(drawn_model, drawn_images, drawn_cost)
     hold.flags = tuple(json.loads(flags))
     return hold
 
@@ -329,7 +338,7 @@ class Page:
         move = transition(hold.state, settlement.event, hold.bound, hold.cost, settlement.cost)
         if move.applied:
             counts = correction(hold.state, hold.cost, hold.flags, move, settlement)
-            self._apply(hold, move, counts, settlement.flags)
+            self._apply(hold, move, counts, settlement.flags, settled_part(move, settlement))
             hold.outcome, hold.basis = settlement.outcome.value, settlement.basis.value
             detail = detail_of(settlement)
             self._note(at, rid, move.state.value, move.pending, move.posted, detail)
@@ -348,9 +357,10 @@ class Page:
         doubtful = not DOUBTFUL.isdisjoint(hold.flags)
         move = corrected(hold.state, hold.cost, correction.cost, doubtful)
         if move.applied:
-            detail = correction_detail(correction, hold.cost)
+            drawn = corrected_part(hold.drawn, hold.cost, move.cost)
+            detail = correction_detail(correction, hold.cost, drawn)
             counts = correction_counts(hold.state, hold.cost, hold.flags, correction)
-            self._apply(hold, move, counts, ())
+            self._apply(hold, move, counts, (), drawn)
             at = micros(correction.at)
             self._note(at, hold.rid, CORRECTED, move.pending, move.posted, detail)
             self._adjustments.append(
@@ -373,15 +383,18 @@ class Page:
     def adjust(self, adjustment: Adjustment) -> None:
         accounts = tuple(dict.fromkeys(adjustment.accounts))
         self._move(accounts, pending=0, posted=adjustment.amount)
-        key = (adjustment.day, adjustment.team, "", adjustment.model)
-        self.count(key, Counts(cost=adjustment.amount))
+        gains = [(adjustment.model, Counts(cost=adjustment.amount))]
+        self.count(adjustment.day, adjustment.team, "", gains)
         at, detail = micros(adjustment.at), adjustment_detail(adjustment)
         self._note(at, adjustment.id, CORRECTED, 0, adjustment.amount, detail)
         self._adjustments.append(adjustment_row(adjustment, json.dumps(accounts)))
 
-    def count(self, key: UsageKey, counts: Counts) -> None:
-        if any(counts):
-            self._usage[key] = self._usage.get(key, Counts()).plus(counts)
+    def count(self, day: str, team: str, key_id: str, gains: Iterable[tuple[str, Counts]]) -> None:
+        """Adds to the roll-up of a day, by model."""
+        for model, counts in gains:
+            if any(counts):
+                key = (day, team, key_id, model)
+                self._usage[key] = self._usage.get(key, Counts()).plus(counts)
 
     def write(self, link: Link) -> None:
         """Sends everything that was decided; inside a pipeline."""
@@ -446,10 +459,13 @@ class Page:
         if claim.idempotency_key is not None:
             self._keys[claim.team, claim.idempotency_key] = claim.rid
 
-    def _apply(self, hold: _Hold, move: Move, counts: Counts, flags: tuple[str, ...]) -> None:
+    def _apply(
+        self, hold: _Hold, move: Move, counts: Counts, flags: tuple[str, ...], drawn: Part | None
+    ) -> None:
         self._move(hold.accounts, move.pending, move.posted)
-        self.count(hold.usage_key, counts)
-        hold.state, hold.cost, hold.flags = move.state, move.cost, flags
+        gains = by_model(hold.model, counts, drawn, hold.drawn)
+        self.count(hold.day, hold.team, hold.key_id, gains)
+        hold.state, hold.cost, hold.flags, hold.drawn = move.state, move.cost, flags, drawn
         hold.changed = True
 
     def _move(self, accounts: tuple[str, ...], pending: Money, posted: Money) -> None:

@@ -14,7 +14,17 @@ from typing import Any
 
 from gateway.domain.books import Adjustment, Correction, Hold, JournalLine
 from gateway.domain.call import Usage
-from gateway.domain.ledger import Basis, Claim, Outcome, Reroute, Route, Settlement, State, UsageRow
+from gateway.domain.ledger import (
+    Basis,
+    Claim,
+    Outcome,
+    Part,
+    Reroute,
+    Route,
+    Settlement,
+    State,
+    UsageRow,
+)
 from gateway.domain.money import Money, exact_dollars
 from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.team import Key, Limits, PerUser, Team
@@ -27,7 +37,8 @@ MICROSECOND = timedelta(microseconds=1)
 # What each reader expects, in its order; a statement names them itself.
 HOLD_COLUMNS = (
     "rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images, price_id,"
-    " worker, at, lease_ends, idempotency_key, outcome, basis, flags, end_user"
+    " worker, at, lease_ends, idempotency_key, outcome, basis, flags, end_user,"
+    " drawn_model, drawn_images, drawn_cost"
 )
 """In the order that ``hold_of`` reads them."""
 
@@ -70,11 +81,15 @@ def detail_of(settlement: Settlement) -> str:
         detail["usage"] = asdict(settlement.usage)
     if settlement.flags:
         detail["flags"] = settlement.flags
+    if settlement.drawn is not None:
+        detail["drawn"] = asdict(settlement.drawn)
     return json.dumps(detail)
 
 
-def correction_detail(correction: Correction, before: Money) -> str:
-    """What the journal keeps of a correction; ``before`` is what the hold had posted."""
+def correction_detail(correction: Correction, before: Money, drawn: Part | None) -> str:
+    """What the journal keeps of a correction; ``before`` is what the hold had posted, ``drawn`` is
+    the other model's part of the new cost."""
+    part = {} if drawn is None else {"drawn": {"model": drawn.model, "cost": drawn.cost}}
     return json.dumps(
         {
             "id": correction.id,
@@ -82,8 +97,18 @@ def correction_detail(correction: Correction, before: Money) -> str:
             "actor": correction.actor,
             "before": before,
             "cost": correction.cost,
+            **part,
         }
     )
+
+
+def part_row(drawn: Part | None) -> tuple[str, int, Money]:
+    """drawn_model, drawn_images, drawn_cost; no model where there is no part."""
+    return ("", 0, 0) if drawn is None else (drawn.model, drawn.images, drawn.cost)
+
+
+def part_of(model: str, images: int, cost: Money) -> Part | None:
+    return Part(model, images, cost) if model else None
 
 
 def reroute_detail(reroute: Reroute, before: Route) -> str:
@@ -171,7 +196,7 @@ def hold_of(row: Sequence[Any]) -> Hold:
     """``row`` has ``HOLD_COLUMNS``."""
     (
         rid, state, bound, cost, accounts, team, key_id, model, operation, upstream, images,
-        price_id, worker, at, lease_ends, idempotency_key, outcome, basis, flags, user,
+        price_id, worker, at, lease_ends, idempotency_key, outcome, basis, flags, user, *drawn,
     ) = row  # fmt: skip
     return Hold(
         rid=rid,
@@ -194,6 +219,7 @@ def hold_of(row: Sequence[Any]) -> Hold:
         basis=None if basis is None else Basis(basis),
         flags=tuple(json.loads(flags)),
         user=user,
+        drawn=part_of(*drawn),
     )
 
 

@@ -28,8 +28,9 @@ from typing import Any
 from urllib.parse import quote
 
 from gateway.domain.call import SvgUsage, Usage
-from gateway.domain.ledger import Basis, Event, Outcome, Settlement
+from gateway.domain.ledger import Basis, Event, Outcome, Part, Settlement
 from gateway.ports import StoreError
+from gateway.stores.rows import part_row
 
 SUFFIX = ".jsonl"
 CLOSE_SECONDS = 5.0
@@ -345,6 +346,7 @@ def encode(settlement: Settlement) -> bytes:
             "images": settlement.images,
             "flags": settlement.flags,
             "at": None if settlement.at is None else settlement.at.isoformat(),
+            "drawn": None if settlement.drawn is None else asdict(settlement.drawn),
         }
     )
 
@@ -355,25 +357,37 @@ def decode(value: Mapping[str, Any]) -> Settlement:
     Raises ``ValueError``.
     """
     try:
-        at, usage = value["at"], _known(Usage, value["usage"])
-        svg = usage.get("svg")
+        at, drawn = value["at"], value.get("drawn")
         settlement = Settlement(
             rid=value["rid"],
             event=Event(value["event"]),
             outcome=Outcome(value["outcome"]),
             basis=Basis(value["basis"]),
             cost=value["cost"],
-            usage=Usage(**{**usage, "svg": svg and SvgUsage(**_known(SvgUsage, svg))}),
+            usage=_usage(value["usage"]),
             images=value["images"],
             flags=tuple(value["flags"]),
             at=None if at is None else datetime.fromisoformat(at),
+            drawn=None if drawn is None else _part(drawn),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it is no settlement of this version: {error!r}") from error
-    numbers = (value["cost"], value["images"])
+    numbers = (value["cost"], value["images"], *part_row(settlement.drawn)[1:])
     if not isinstance(value["rid"], str) or any(type(one) is not int for one in numbers):
         raise ValueError("it is no settlement of this version")
     return settlement
+
+
+def _usage(value: Mapping[str, Any]) -> Usage:
+    usage = _known(Usage, value)
+    svg = usage.get("svg")
+    return Usage(**{**usage, "svg": svg and SvgUsage(**_known(SvgUsage, svg))})
+
+
+def _part(value: Mapping[str, Any]) -> Part:
+    if not isinstance(value["model"], str):
+        raise TypeError("the model of a part")
+    return Part(value["model"], value["images"], value["cost"], _usage(value["usage"]))
 
 
 def _known(noun: type[Usage | SvgUsage], value: Mapping[str, Any]) -> dict[str, Any]:

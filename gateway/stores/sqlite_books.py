@@ -14,7 +14,9 @@ from gateway.domain.transition import (
     DOUBTFUL,
     Counts,
     Move,
+    by_model,
     corrected,
+    corrected_part,
     correction_counts,
 )
 from gateway.ports import NotKnown
@@ -137,15 +139,24 @@ _APPLIED = "SELECT 1 FROM adjustment WHERE id = ?"
 _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = ? AND rid IS NULL"  # noqa: S608
 
 _ROUTED = """
-SELECT upstream, team, key_id, model, count(*), sum(images), sum(cost) FROM hold
- WHERE day = ? AND state IN ('P', 'X') GROUP BY upstream, team, key_id, model
+WITH closed AS (SELECT * FROM hold WHERE day = ? AND state IN ('P', 'X'))
+SELECT upstream, team, key_id, model, sum(requests), sum(images), sum(cost) FROM (
+       SELECT upstream, team, key_id, model, 1 AS requests,
+              iif(operation = 'response', 0, images) AS images, cost - drawn_cost AS cost
+         FROM closed
+        UNION ALL
+       SELECT upstream, team, key_id, drawn_model, 0, drawn_images, drawn_cost
+         FROM closed WHERE drawn_model <> ''
+       ) GROUP BY upstream, team, key_id, model
 """
 
 # By team even where all are asked for, so that each goes along the index hold_user. Whoever has a
 # closed call has a row of daily usage.
 BY_USER = """
-SELECT team, end_user, count(*), sum(iif(outcome = 'delivered', images, 0)), sum(cost),
-       sum(state = 'X')
+SELECT team, end_user, count(*),
+       sum(CASE WHEN operation = 'response' THEN drawn_images
+                WHEN outcome = 'delivered' THEN images ELSE 0 END),
+       sum(cost), sum(state = 'X')
   FROM hold
  WHERE team IN (SELECT :team WHERE :team IS NOT NULL
                  UNION
@@ -199,12 +210,15 @@ def _correct(db: sqlite3.Connection, correction: Correction) -> Entry:
     move = corrected(hold.state, hold.cost, correction.cost, doubtful)
     if move.applied:
         # Outcome and basis stay what the gateway saw; the journal says who knew better.
+        drawn = corrected_part(hold.drawn, hold.cost, move.cost)
         db.execute(
-            "UPDATE hold SET state = ?, cost = ?, flags = '[]' WHERE rid = ?",
-            (move.state.value, move.cost, hold.rid),
+            "UPDATE hold SET state = ?, cost = ?, flags = '[]', drawn_cost = ? WHERE rid = ?",
+            (move.state.value, move.cost, 0 if drawn is None else drawn.cost, hold.rid),
         )
         move_balances(db, hold.accounts, move.pending, move.posted)
-        count(db, hold.usage_row, correction_counts(hold.state, hold.cost, flags, correction))
+        gained = correction_counts(hold.state, hold.cost, flags, correction)
+        gains = by_model(hold.model, gained, drawn, hold.drawn)
+        count(db, hold.day, hold.team, hold.key_id, gains)
         db.execute(
             _ADJUSTMENT,
             (
@@ -228,7 +242,7 @@ def _correct(db: sqlite3.Connection, correction: Correction) -> Entry:
             CORRECTED,
             pending=move.pending,
             posted=move.posted,
-            detail=correction_detail(correction, hold.cost),
+            detail=correction_detail(correction, hold.cost, drawn),
         )
     return entry_of(db, hold, move)
 
@@ -243,8 +257,8 @@ def _adjust(db: sqlite3.Connection, adjustment: Adjustment) -> bool:
         " ON CONFLICT DO UPDATE SET posted = posted + excluded.posted",
         (adjustment.amount, accounts),
     )
-    row = (adjustment.day, adjustment.team, "", adjustment.model)
-    count(db, row, Counts(cost=adjustment.amount))
+    gains = [(adjustment.model, Counts(cost=adjustment.amount))]
+    count(db, adjustment.day, adjustment.team, "", gains)
     write_journal(
         db,
         adjustment.at,

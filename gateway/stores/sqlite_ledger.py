@@ -28,19 +28,28 @@ from gateway.domain.transition import (
     KEY_LIFETIME,
     REROUTED,
     OnConflict,
+    by_model,
     contradicts,
     correction,
-    counted_replay,
     expiry,
     no_room,
     no_room_elsewhere,
+    replay_by_model,
     rerouted,
+    settled_part,
     transition,
     usage_day,
     yields_key,
 )
 from gateway.ports import NotKnown
-from gateway.stores.rows import USAGE_COLUMNS, claim_row, detail_of, micros, reroute_detail
+from gateway.stores.rows import (
+    USAGE_COLUMNS,
+    claim_row,
+    detail_of,
+    micros,
+    part_row,
+    reroute_detail,
+)
 from gateway.stores.sqlite_file import Reader, Writer, one_number
 from gateway.stores.sqlite_rows import (
     PING,
@@ -100,8 +109,8 @@ class SQLiteLedger:
         return entry
 
     async def replay(self, replay: Replay) -> None:
-        row = (usage_day(replay.at), replay.team, replay.key_id, replay.model)
-        self._writer.post(lambda db: count(db, row, counted_replay(replay)), replay.rid)
+        row = (usage_day(replay.at), replay.team, replay.key_id)
+        self._writer.post(lambda db: count(db, *row, replay_by_model(replay)), replay.rid)
 
     async def sweep(
         self, now: datetime, limit: int = 100, silent_before: datetime | None = None
@@ -145,7 +154,7 @@ class SQLiteLedger:
 _USAGE = f"""
 SELECT {USAGE_COLUMNS}
   FROM usage_daily
- WHERE (requests > 0 OR cost <> 0)  -- a row whose calls were all voided counts nothing
+ WHERE (requests > 0 OR images <> 0 OR cost <> 0)  -- if all its calls were voided it is nothing
    AND (:since IS NULL OR day >= :since) AND (:until IS NULL OR day <= :until)
  ORDER BY day, team, key_id, model
 """  # noqa: S608 - names of columns
@@ -259,20 +268,24 @@ def _settle(db: sqlite3.Connection, settlement: Settlement, at: datetime | None)
         return Entry(settlement.rid, State.VOIDED, bound=0, cost=0, applied=False)
     move = transition(hold.state, settlement.event, hold.bound, hold.cost, settlement.cost)
     if move.applied:
+        drawn = settled_part(move, settlement)
         db.execute(
-            "UPDATE hold SET state = ?, cost = ?, outcome = ?, basis = ?, flags = ? WHERE rid = ?",
+            "UPDATE hold SET state = ?, cost = ?, outcome = ?, basis = ?, flags = ?,"
+            "       drawn_model = ?, drawn_images = ?, drawn_cost = ? WHERE rid = ?",
             (
                 move.state.value,
                 move.cost,
                 settlement.outcome.value,
                 settlement.basis.value,
                 json.dumps(settlement.flags),
+                *part_row(drawn),
                 hold.rid,
             ),
         )
         move_balances(db, hold.accounts, move.pending, move.posted)
         flags = json.loads(hold.flags)
-        count(db, hold.usage_row, correction(hold.state, hold.cost, flags, move, settlement))
+        gained = correction(hold.state, hold.cost, flags, move, settlement)
+        count(db, hold.day, hold.team, hold.key_id, by_model(hold.model, gained, drawn))
         write_journal(
             db,
             at,

@@ -11,10 +11,10 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import NamedTuple
 
-from gateway.domain.ledger import Balance, Entry, Route, State
+from gateway.domain.ledger import Balance, Entry, Part, Route, State
 from gateway.domain.money import Money
 from gateway.domain.transition import Counts, Move
-from gateway.stores.rows import micros
+from gateway.stores.rows import micros, part_of
 
 PING = "SELECT account FROM balance LIMIT 1"
 
@@ -34,21 +34,23 @@ class Booked(NamedTuple):
     model: str
     upstream: str
     price_id: str
+    drawn_model: str
+    drawn_images: int
+    drawn_cost: Money
+
+    @property
+    def drawn(self) -> Part | None:
+        return part_of(self.drawn_model, self.drawn_images, self.drawn_cost)
 
     @property
     def route(self) -> Route:
         return Route(self.model, self.upstream, self.price_id)
 
-    @property
-    def usage_row(self) -> tuple[str, str, str, str]:
-        """Its row of the daily roll-up."""
-        return self.day, self.team, self.key_id, self.model
-
 
 def booked(db: sqlite3.Connection, rid: str) -> Booked | None:
     found = db.execute(
         "SELECT rid, state, bound, cost, accounts, flags, day, team, key_id, model, upstream,"
-        "       price_id FROM hold WHERE rid = ?",
+        "       price_id, drawn_model, drawn_images, drawn_cost FROM hold WHERE rid = ?",
         (rid,),
     ).fetchone()
     return None if found is None else Booked(found[0], State(found[1]), *found[2:])
@@ -84,10 +86,13 @@ def move_balances(db: sqlite3.Connection, accounts: str, pending: Money, posted:
     )
 
 
-def count(db: sqlite3.Connection, row: tuple[str, str, str, str], counts: Counts) -> None:
-    """Adds to the roll-up of (day, team, key_id, model)."""
-    if any(counts):
-        db.execute(_COUNT, (*row, *counts))
+def count(
+    db: sqlite3.Connection, day: str, team: str, key_id: str, gains: Iterable[tuple[str, Counts]]
+) -> None:
+    """Adds to the roll-up of a day, by model."""
+    for model, counts in gains:
+        if any(counts):
+            db.execute(_COUNT, (day, team, key_id, model, *counts))
 
 
 def write_journal(

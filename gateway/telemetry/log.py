@@ -136,6 +136,8 @@ class RequestLog:
             "flags": ",".join(receipt.flags),
             "images_asked": receipt.images_asked,
             "images": receipt.images,
+            "drawn_model": receipt.drawn.model[:MAX_TEXT] if receipt.drawn else "",
+            "drawn_usd": format_dollars(receipt.drawn.cost) if receipt.drawn else "",
             "tokens_in": usage.text_in + usage.image_in,
             "tokens_out": usage.text_out + usage.image_out,
             "bytes_in": receipt.bytes_in,

@@ -18,10 +18,10 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from gateway.domain.call import Inquiry, Passage
+from gateway.domain.call import Inquiry, Passage, Usage
 from gateway.domain.compat import CHANGES, OTHER_CHANGE
 from gateway.domain.errors import Fault
-from gateway.domain.ledger import Balance, Line, Outcome
+from gateway.domain.ledger import Balance, Line, Outcome, Part
 from gateway.domain.money import NANOS_PER_DOLLAR, Money
 from gateway.domain.owned import OwnedKind
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
@@ -548,8 +548,10 @@ class Metrics:
         self.add("gateway_requests_total", 0, status="2xx", cache=cache, **where)
         if receipt.operation in _PASSAGES:
             return
-        self.add("gateway_images_total", 0, cache=cache, **where)
-        self.add("gateway_spend_usd_total", 0, **where)
+        for each in dict.fromkeys((model, receipt.drawn_label or model)):
+            spent = {**where, "model": each}
+            self.add("gateway_images_total", 0, cache=cache, **spent)
+            self.add("gateway_spend_usd_total", 0, **spent)
         self.add("gateway_team_request_seconds_total", 0, **where)
         if receipt.cache is CacheResult.MISS:
             self.add("gateway_spend_avoided_usd_total", 0, **where)
@@ -589,6 +591,7 @@ class Metrics:
             if receipt.cache is not CacheResult.JOIN:
                 self.observe("gateway_overhead_seconds", own, endpoint=endpoint)
             if not asked and receipt.operation not in _PASSAGES:
+                where["model"] = receipt.drawn_label or model
                 self.add("gateway_images_total", receipt.images, team=team, cache=cache, **where)
         if receipt.joined or found is CacheResult.HIT:
             avoided = receipt.avoided / NANOS_PER_DOLLAR
@@ -626,7 +629,8 @@ class Metrics:
 
     def _count_purchase(self, receipt: Receipt, team: str, model: str) -> None:
         where = {"model": model, "endpoint": receipt.operation}
-        timings, usage = receipt.timings, receipt.usage
+        timings, drawer = receipt.timings, receipt.drawn_label or model
+        part = receipt.drawn or Part(drawer)
         self.observe("gateway_reserve_seconds", timings.reserving)
         self.observe("gateway_settle_seconds", timings.settling)
         if receipt.attempts:
@@ -638,31 +642,29 @@ class Metrics:
             )
         if timings.first_image:
             self.observe("gateway_first_image_seconds", timings.first_image, **where)
-        self.add("gateway_spend_usd_total", receipt.cost / NANOS_PER_DOLLAR, team=team, **where)
-        tokens = (
-            ("in", "text", usage.text_in - usage.cached_text_in),
-            ("in", "image", usage.image_in - usage.cached_image_in),
-            ("in", "cached_text", usage.cached_text_in),
-            ("in", "cached_image", usage.cached_image_in),
-            ("out", "text", usage.text_out),
-            ("out", "image", usage.image_out),
-        )
-        for direction, modality, count in tokens:
-            if count:
-                self.add(
-                    "gateway_tokens_total",
-                    count,
-                    team=team,
-                    model=model,
-                    direction=direction,
-                    modality=modality,
-                )
+        whose, tokens = {"team": team, "endpoint": receipt.operation}, _tokens(receipt.usage)
+        own, its = receipt.cost - part.cost, _tokens(part.usage)
+        self.add("gateway_spend_usd_total", own / NANOS_PER_DOLLAR, model=model, **whose)
+        if part.cost:
+            self.add("gateway_spend_usd_total", part.cost / NANOS_PER_DOLLAR, model=drawer, **whose)
+        for (direction, modality), count in tokens.items():
+            drawn = its[direction, modality]
+            for name, number in ((model, count - drawn), (drawer, drawn)):
+                if number:
+                    self.add(
+                        "gateway_tokens_total",
+                        number,
+                        team=team,
+                        model=name,
+                        direction=direction,
+                        modality=modality,
+                    )
         if receipt.images:
             quality = receipt.quality or "none"
             self.add(
                 "gateway_image_qualities_total",
                 receipt.images,
-                model=model,
+                model=drawer,
                 quality=quality if quality in LABELS["quality"].values else OTHER,
             )
         if receipt.basis == "estimated":
@@ -735,6 +737,18 @@ def status_class(status: int) -> str:
     if status == 429:
         return "429"
     return {0: "none", 2: "2xx", 4: "4xx", 5: "5xx"}.get(status // 100, OTHER)
+
+
+def _tokens(usage: Usage) -> dict[tuple[str, str], int]:
+    """By direction and modality; what was cached is no other input."""
+    return {
+        ("in", "text"): usage.text_in - usage.cached_text_in,
+        ("in", "image"): usage.image_in - usage.cached_image_in,
+        ("in", "cached_text"): usage.cached_text_in,
+        ("in", "cached_image"): usage.cached_image_in,
+        ("out", "text"): usage.text_out,
+        ("out", "image"): usage.image_out,
+    }
 
 
 def _dollars(nanousd: Money) -> float:

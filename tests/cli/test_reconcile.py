@@ -21,16 +21,17 @@ import yaml
 from gateway.cli.common import with_store
 from gateway.cli.reconcile import apply_all
 from gateway.domain.bill import BilledItem
+from gateway.domain.money import format_dollars
 from gateway.domain.route import Target
 from gateway.reports.reconcile import reconcile as compare
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
 from gateway.settings import load
 from tests.cli.conftest import Say
-from tests.cli.spending import DAY, NOON, ONE, spend
+from tests.cli.spending import DAY, NOON, ONE, PROMPT, spend
 from tests.inbox import SECRET, Inbox
 from tests.inbox import inbox as open_inbox
-from tests.running import ALIAS, MODEL, TestClock
+from tests.running import ALIAS, KEY, MODEL, OTHER_KEY, TestClock, run_gateway
 
 Ask = Callable[..., Any]
 COSTS = "/organization/costs"
@@ -82,6 +83,82 @@ def test_books_that_agree(say: Say, books: Path) -> None:
         }
     ]
     assert found["drifts"] == found["proposals"] == found["suspects"] == found["other"] == []
+
+
+TEXT = "gpt-5-mini"
+TOOL: Any = {
+    "type": "image_generation",
+    "model": ALIAS,
+    "quality": "low",
+    "size": "1024x1024",
+}
+
+
+async def spend_on_both(folder: Path, sandbox: SandboxServer) -> Path:
+    """Growth asks for responses that draw by the alias, and one that does not draw; design for
+    pictures, and for a response that draws by the model's own name."""
+    settings = {
+        "upstreams": {"openai": {"admin_key": "sk-admin-1"}},
+        "models": {TEXT: {"upstream": "openai"}},
+        "responses": {"without_image_tool": "allow"},
+    }
+    async with run_gateway(folder, sandbox, settings, TestClock(NOON)) as gateway:
+        async with gateway.sdk(KEY) as growth, gateway.sdk(OTHER_KEY) as design:
+            for _ in range(3):
+                await growth.responses.create(model=TEXT, input=PROMPT, tools=[TOOL])
+            await growth.responses.create(model=TEXT, input=PROMPT)
+            for _ in range(2):
+                await design.images.generate(
+                    model=MODEL,
+                    prompt=PROMPT,
+                    quality="low",
+                    size="1024x1024",
+                    extra_headers={"cache-control": "no-cache"},
+                )
+            tool: Any = {**TOOL, "model": MODEL}
+            await design.responses.create(model=TEXT, input=PROMPT, tools=[tool])
+        await gateway.told.until(7)
+        return gateway.config
+
+
+def test_responses_and_pictures_of_two_teams_agree_with_the_bill(
+    say: Say, ask: Ask, tmp_path: Path, sandbox: SandboxServer
+) -> None:
+    """Each model's line items are what both teams were booked for it, to the nano-dollar."""
+    books = asyncio.run(spend_on_both(tmp_path, sandbox))
+    billed: dict[str, int] = {}
+    for _, item, nanos in sandbox.journal.costs:
+        model = item.partition(",")[0]
+        billed[model] = billed.get(model, 0) + nanos
+    assert billed.keys() == {MODEL, TEXT}
+    found = report(say, books)
+    assert {one["model"]: one["booked_usd"] for one in found["models"]} == {
+        model: format_dollars(nanos) for model, nanos in billed.items()
+    }
+    assert found["total"]["difference_usd"] == "0"
+    assert found["drifts"] == found["proposals"] == found["suspects"] == []
+
+    usage = ask("usage", "--since", DAY, "--until", DAY, "--json", "--config", books)["rows"]
+    rows = {(row["team"], row["model"]): row for row in usage}
+    assert {who: (row["requests"], row["images"]) for who, row in rows.items()} == {
+        ("growth", TEXT): (4, 0),
+        ("growth", ALIAS): (0, 3),
+        ("design", TEXT): (1, 0),
+        ("design", MODEL): (2, 3),
+    }
+    assert rows["growth", ALIAS]["tokens"]["image_out"] > 0
+    assert Decimal(rows["growth", ALIAS]["cost_usd"]) > Decimal(rows["growth", TEXT]["cost_usd"])
+
+    # What the provider bills beyond that is each team's share of the model that it is billed for.
+    drift(sandbox, 2)
+    found = report(say, books, "--apply", code=3)
+    shares = {(one["team"], one["model"]): one["amount_usd"] for one in found["proposals"]}
+    assert shares.keys() == rows.keys()
+    for who, share in shares.items():
+        exact = Decimal(rows[who]["cost_usd"]) / 50
+        assert abs(Decimal(share) - exact) <= Decimal("1e-9")
+    assert report(say, books)["total"]["difference_usd"] == "0"
+    assert ask("ledger", "verify", "--json", "--config", books)["ok"]
 
 
 def test_half_a_percent_is_silent(say: Say, books: Path, sandbox: SandboxServer) -> None:

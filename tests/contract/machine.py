@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -31,6 +32,7 @@ from gateway.domain.ledger import (
     Event,
     Held,
     Outcome,
+    Part,
     Replay,
     Reroute,
     Settlement,
@@ -66,6 +68,8 @@ class Call:
     cost: int = 0
     images: int = 0
     tokens: int = 0
+    part: int | None = None
+    """Of the cost, that of the pictures which another model drew; it has one of the tokens."""
     doubtful: bool = False
     reroutes: int = 0
 
@@ -304,9 +308,13 @@ class LedgerMachine(RuleBasedStateMachine):
         cost=st.integers(0, 4),
         images=st.integers(0, 2),
         flags=st.sampled_from(FLAGS),
+        part=st.sampled_from((None, None, 0, 1, 3)),
     )
-    def settle(self, pick: int, cost: int, images: int, flags: tuple[str, ...]) -> None:
-        self.end(self.picked(pick), Event.SETTLE, cost, images, flags)
+    def settle(
+        self, pick: int, cost: int, images: int, flags: tuple[str, ...], part: int | None
+    ) -> None:
+        part = None if part is None else min(part, cost)
+        self.end(self.picked(pick), Event.SETTLE, cost, images, flags, part)
 
     @precondition(lambda self: self.calls)
     @rule(pick=PICKS)
@@ -325,9 +333,12 @@ class LedgerMachine(RuleBasedStateMachine):
         cost: int = 0,
         images: int = 0,
         flags: tuple[str, ...] = (),
+        part: int | None = None,
     ) -> None:
+        drawn = None if part is None else Part("drawer", images, part, Usage(image_out=1))
+        usage = Usage(text_in=cost, image_out=0 if drawn is None else 1)
         end = Settlement(
-            rid, event, Outcome.DELIVERED, Basis.USAGE, cost, Usage(text_in=cost), images, flags
+            rid, event, Outcome.DELIVERED, Basis.USAGE, cost, usage, images, flags, drawn=drawn
         )
         call = self.calls.get(rid)
         if call is None:
@@ -351,6 +362,7 @@ class LedgerMachine(RuleBasedStateMachine):
             case Event.SETTLE:
                 call.state, call.cost = P, end.cost
                 call.images, call.tokens = end.images, end.usage.text_in
+                call.part = None if end.drawn is None else end.drawn.cost
             case Event.VOID:
                 call.state, call.cost = V, 0
             case Event.EXPIRE:
@@ -405,6 +417,8 @@ class LedgerMachine(RuleBasedStateMachine):
             self.applied.add(name)
             if call.state is not P:
                 call.images, call.tokens = images, 0
+            if call.part is not None:
+                call.part = int(Fraction(call.part, call.cost) * cost) if call.cost else 0
             call.state, call.cost, call.doubtful = P, cost, False
         self.check(self.entry(call, applied), lambda store: store.books.correct(said))
 
@@ -456,15 +470,18 @@ class LedgerMachine(RuleBasedStateMachine):
 
         for call in (*self.calls.values(), *self.forgotten):
             if call.state in (P, X):
-                unknown = call.state is X
+                unknown, split = call.state is X, call.part is not None
+                day, part = call.claim.at.date().isoformat(), call.part or 0
+                if split:
+                    add(day, "k1", "drawer", images=call.images, image_out=1, cost=part)
                 add(
-                    call.claim.at.date().isoformat(),
+                    day,
                     "k1",
                     call.claim.model,
                     requests=1,
-                    images=call.images,
+                    images=0 if split else call.images,
                     text_in=call.tokens,
-                    cost=call.cost,
+                    cost=call.cost - part,
                     unresolved=unknown,
                     unresolved_cost=unknown * call.cost,
                     flagged=call.doubtful,
@@ -474,7 +491,7 @@ class LedgerMachine(RuleBasedStateMachine):
             add(day, "k1", "flare", requests=1, images=1, cached_requests=1, avoided=hit.avoided)
         for one in self.adjustments:
             add(one.day, "", "flare", cost=one.amount)
-        return [row for _, row in sorted(rows.items()) if row.requests or row.cost]
+        return [row for _, row in sorted(rows.items()) if row.requests or row.images or row.cost]
 
     @invariant()
     def the_books_agree(self) -> None:

@@ -28,7 +28,7 @@ from gateway.domain.ledger import State
 from gateway.domain.transition import ignore_conflict
 from gateway.ports import Store
 from gateway.stores import sqlite_books, sqlite_ledger, sqlite_upkeep
-from tests.contract import test_books, test_ledger, test_upkeep
+from tests.contract import test_books, test_ledger, test_parts, test_upkeep
 from tests.contract.machine import LedgerMachine
 from tests.contract.stores import H, V, X, sqlite
 from tests.sizes import size
@@ -292,6 +292,24 @@ BUGS = (
         sqlite_upkeep, "_ROLL_UP",
         "SET posted = posted + excluded.posted", "SET posted = excluded.posted",
         test_upkeep.test_the_oldest_are_forgotten_first_in_batches,
+    ),
+    Bug(
+        "what another model drew is not remembered",
+        sqlite_ledger, "_settle", "*part_row(drawn),", "*part_row(None),",
+    ),
+    Bug(
+        "a correction leaves the part of another model as it is",
+        sqlite_books, "_correct",
+        "drawn = corrected_part(hold.drawn, hold.cost, move.cost)", "drawn = hold.drawn",
+    ),
+    Bug(
+        "both models have the whole of what one of them drew",
+        arithmetic, "by_model", "(model, gained.minus(its))", "(model, gained)",
+    ),
+    Bug(
+        "where calls went forgets who drew",
+        sqlite_books, "_ROUTED", "drawn_model <> ''", "drawn_model = ''",
+        test_parts.test_where_its_parts_went,
     ),
 )  # fmt: skip
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 
 import pytest
 
 from gateway.domain.call import Call, SvgUsage, Usage
 from gateway.domain.charge import Ending, Quote, charge
-from gateway.domain.ledger import Basis, Event, Outcome, Settlement
+from gateway.domain.ledger import Basis, Event, Outcome, Part, Settlement
 from gateway.domain.money import Money
 from gateway.domain.price import (
     Answer,
@@ -22,6 +22,7 @@ from gateway.domain.price import (
     PriceRow,
 )
 from gateway.domain.price_images import ImagePrice
+from gateway.domain.price_response import ResponsePrice
 from gateway.domain.price_tokens import TokenPrice
 
 BOUND = 1000
@@ -196,3 +197,61 @@ def test_no_combination_breaks_the_rules(bound: Money) -> None:
 @pytest.mark.parametrize(("price", "name"), [(TOKENS, "openai/m@2026-01-01"), (None, "")])
 def test_a_quote_names_its_price(price: Price | None, name: str) -> None:
     assert quote(price).price_id == name
+
+
+WROTE = Usage(text_in=4, text_out=3)
+"""Costs 4 + 3 x 2 = 10."""
+WRITES = TokenPrice(text_in=1, text_out=2, max_output_tokens=100)
+
+
+@pytest.mark.parametrize(
+    ("picture", "answer", "invalid", "cost", "drawn"),
+    [
+        (TOKENS, Answer(1, LITTLE, text_usage=WROTE), False, 102, Part("art", 1, 92, LITTLE)),
+        (IMAGES, Answer(2, LITTLE, text_usage=WROTE), False, 610, Part("art", 2, 600, LITTLE)),
+        (IMAGES, Answer(2, None, text_usage=WROTE), False, 610, Part("art", 2, 600)),
+        (TOKENS, Answer(1, MUCH, text_usage=WROTE), False, 1020, Part("art", 1, 1010, MUCH)),
+        # It drew, and delivered nothing: it is on the bill.
+        (TOKENS, Answer(0, LITTLE, text_usage=WROTE), False, 102, Part("art", 0, 92, LITTLE)),
+        (TOKENS, Answer(0, None, text_usage=WROTE), False, 10, None),
+        # Nobody measured it: the bound is of both, the pictures were seen.
+        (TOKENS, Answer(1, None, text_usage=WROTE), False, BOUND, Part("art", 1)),
+        (TOKENS, Answer(1, LITTLE), False, BOUND, Part("art", 1, 0, LITTLE)),
+        (TOKENS, Answer(1), True, BOUND, Part("art", 1)),
+        (TOKENS, Answer(0), False, BOUND, None),
+    ],
+)
+def test_a_response_has_a_part_for_each_of_its_models(
+    picture: Price, answer: Answer, invalid: bool, cost: Money, drawn: Part | None
+) -> None:
+    asked = replace(quote(ResponsePrice(WRITES, picture)), draws="art")
+    settlement = owed(asked, Ending(Outcome.DELIVERED, answer, invalid))
+    assert (settlement.cost, settlement.drawn) == (cost, drawn)
+    assert settlement.images == answer.images
+    assert settlement.usage == (answer.tokens or Usage())
+    # One that failed has delivered nothing, and owes the same.
+    broken = owed(asked, Ending(Outcome.BROKEN, answer, invalid))
+    assert broken.cost == cost
+    assert broken.drawn == (None if drawn is None else replace(drawn, images=0))
+    for outcome in (Outcome.UNKNOWN, Outcome.REFUSED):
+        assert owed(asked, Ending(outcome, answer)).drawn is None
+
+
+def test_without_a_price_the_bound_stays_with_the_model_that_was_asked() -> None:
+    asked = replace(quote(None, SOFT, bound=50), draws="art")
+    settlement = owed(asked, Ending(Outcome.DELIVERED, Answer(1, LITTLE, text_usage=WROTE)))
+    assert (settlement.cost, settlement.drawn) == (50, Part("art", 1, 0, LITTLE))
+
+
+def test_a_response_without_an_image_tool_is_one_models() -> None:
+    answer = Answer(0, None, text_usage=WROTE)
+    settlement = owed(quote(ResponsePrice(WRITES, None)), Ending(Outcome.DELIVERED, answer))
+    assert (settlement.cost, settlement.drawn) == (10, None)
+
+
+@pytest.mark.parametrize(("cost", "part"), [(5, 6), (5, -1), (0, 1)])
+def test_a_part_is_no_more_than_the_whole(cost: Money, part: Money) -> None:
+    with pytest.raises(ValueError, match="part of the cost"):
+        Settlement(
+            "r", Event.SETTLE, Outcome.DELIVERED, Basis.USAGE, cost, drawn=Part("art", 1, part)
+        )

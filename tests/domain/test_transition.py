@@ -1,6 +1,8 @@
 """Every cell of money.md 3's table, and what each move does to the daily roll-up."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
@@ -15,6 +17,7 @@ from gateway.domain.ledger import (
     Event,
     Line,
     Outcome,
+    Part,
     Replay,
     Reroute,
     Route,
@@ -26,8 +29,10 @@ from gateway.domain.transition import (
     Bump,
     Counts,
     Move,
+    by_model,
     contradicts,
     corrected,
+    corrected_part,
     correction,
     correction_counts,
     counted,
@@ -35,7 +40,9 @@ from gateway.domain.transition import (
     expiry,
     no_room,
     no_room_elsewhere,
+    replay_by_model,
     rerouted,
+    settled_part,
     transition,
     usage_day,
     yields_key,
@@ -327,3 +334,55 @@ def test_the_day_is_utc() -> None:
     tokyo = timezone(timedelta(hours=9))
     assert usage_day(datetime(2026, 11, 23, 8, 59, tzinfo=tokyo)) == "2026-11-22"
     assert usage_day(datetime(2026, 11, 23, 9, 0, tzinfo=tokyo)) == "2026-11-23"
+
+
+# What another model drew
+
+
+PART = Part("art", 2, 12, Usage(text_in=1, image_out=7))
+
+
+@pytest.mark.parametrize(
+    ("cost", "new_cost", "part"),
+    [(17, 17, 12), (17, 34, 24), (17, 18, 12), (17, 16, 11), (17, 0, 0), (12, 5, 5), (0, 9, 0)],
+)
+def test_a_part_of_a_corrected_call_keeps_its_share(cost: int, new_cost: int, part: int) -> None:
+    assert corrected_part(PART, cost, new_cost) == replace(PART, cost=part)
+    assert corrected_part(None, cost, new_cost) is None
+
+
+@given(cost=amounts, new_cost=amounts, share=st.fractions(0, 1))
+def test_a_share_is_within_the_whole(cost: int, new_cost: int, share: Fraction) -> None:
+    found = corrected_part(replace(PART, cost=int(cost * share)), cost, new_cost)
+    assert found is not None
+    assert 0 <= found.cost <= new_cost
+
+
+@pytest.mark.parametrize("state", [P, V, X])
+def test_only_a_posted_call_has_a_part(state: State) -> None:
+    said = replace(settlement(SETTLE, 17), drawn=PART)
+    assert settled_part(Move(state, 17), said) == (PART if state is P else None)
+
+
+def test_the_rows_of_both_models_add_up_to_the_call() -> None:
+    whole = Counts(requests=1, images=2, text_in=4, text_out=5, image_out=7, cost=17, flagged=1)
+    drawn = Counts(images=2, text_in=1, image_out=7, cost=12)
+    assert by_model("text", whole, None) == [("text", whole)]
+    assert by_model("text", whole, PART) == [("text", whole.minus(drawn)), ("art", drawn)]
+    # Of one that had a part already, what that one gains; also where it loses all of it.
+    gone = Counts(cost=-17)
+    nothing = replace(PART, cost=0)
+    assert by_model("text", gone, nothing, PART) == [
+        ("text", Counts(cost=-5)),
+        ("art", Counts(cost=-12)),
+    ]
+    assert by_model("text", gone, PART, PART) == [("text", gone)]
+
+
+def test_the_pictures_of_a_kept_response_count_with_who_drew_them() -> None:
+    at = datetime(2026, 11, 22, tzinfo=UTC)
+    replay = Replay("r", "growth", "k", "text", Operation.RESPONSE, 2, 9, at, draws="art")
+    assert replay_by_model(replay) == [
+        ("text", Counts(requests=1, cached_requests=1, avoided=9)),
+        ("art", Counts(images=2)),
+    ]

@@ -46,16 +46,21 @@ async def drawn(sdk: AsyncOpenAI, **more: Any) -> Response:
     return response
 
 
-def costs(response: Mapping[str, Any]) -> int:
-    """In nano-dollars, by both usages of contract 3.4."""
+def parts(response: Mapping[str, Any]) -> tuple[int, int]:
+    """What the text and what the pictures cost, in nano-dollars, by both usages of contract 3.4."""
     usage = response["usage"]
     cached = usage["input_tokens_details"]["cached_tokens"]
-    total = (usage["input_tokens"] - cached) * TEXT_IN + cached * TEXT_IN // 10
-    total += usage["output_tokens"] * TEXT_OUT
+    text = (usage["input_tokens"] - cached) * TEXT_IN + cached * TEXT_IN // 10
+    text += usage["output_tokens"] * TEXT_OUT
     tool = response["tool_usage"]["image_gen"]
     details = tool["input_tokens_details"]
-    total += details["text_tokens"] * PROMPT_IN + details["image_tokens"] * IMAGE_IN
-    return int(total + tool["output_tokens"] * IMAGE_OUT)
+    pictures = details["text_tokens"] * PROMPT_IN + details["image_tokens"] * IMAGE_IN
+    return text, pictures + tool["output_tokens"] * IMAGE_OUT
+
+
+def costs(response: Mapping[str, Any]) -> int:
+    """Of both, in nano-dollars."""
+    return sum(parts(response))
 
 
 def picture_of(response: Response) -> str:
@@ -105,12 +110,52 @@ async def test_a_response_draws_and_both_models_are_paid_for(start: Start) -> No
         changed = "max_output_tokens=16384, max_tool_calls=4"
         assert raw.headers["x-gateway-changed"] == changed
         await settled(gateway, 1)
-        (row,) = await gateway.usage()
-        assert (row.model, row.cost, row.images, row.requests) == (TEXT, cost, 1, 1)
+        wrote, drew = await gateway.usage()
+        text, picture = parts(response.model_dump())
+        assert (wrote.model, wrote.cost, wrote.images, wrote.requests) == (TEXT, text, 0, 1)
+        assert (drew.model, drew.cost, drew.images, drew.requests) == (MODEL, picture, 1, 0)
+        assert drew.image_out > 0 == wrote.image_out
         assert gateway.told.last.price_id == (
             "openai/gpt-5-mini@2026-01-01+openai/gpt-image-2.5-flare@2026-09-08"
         )
         assert gateway.told.last.bound > cost
+
+
+async def test_each_model_is_counted_under_its_own_name(start: Start) -> None:
+    """In the metrics, and in the line of the request: the picture is the larger part."""
+    async with start(SETTINGS) as gateway, gateway.sdk() as sdk:
+        response = await drawn(sdk)
+        text, picture = parts(response.model_dump())
+        await settled(gateway, 1)
+        found = await gateway.metrics()
+
+        def of(name: str, model: str, more: str = "") -> float | None:
+            labels = f'endpoint="response",model="{model}",team="growth"'
+            return found.get(f"{name}{{{more}{labels}}}")
+
+        for model, cost, images in ((TEXT, text, 0), (MODEL, picture, 1)):
+            assert of("gateway_spend_usd_total", model) == pytest.approx(cost / 10**9)
+            assert of("gateway_images_total", model, 'cache="off",') == images
+        tokens = {
+            (model, direction, modality): found.get(
+                f'gateway_tokens_total{{direction="{direction}",modality="{modality}",'
+                f'model="{model}",team="growth"}}'
+            )
+            for model in (TEXT, MODEL)
+            for direction, modality in (("in", "text"), ("out", "text"), ("out", "image"))
+        }
+        usage, tool = response.usage, response.model_dump()["tool_usage"]["image_gen"]
+        assert usage is not None
+        assert tokens == {
+            (TEXT, "in", "text"): usage.input_tokens,
+            (TEXT, "out", "text"): usage.output_tokens,
+            (TEXT, "out", "image"): None,
+            (MODEL, "in", "text"): tool["input_tokens_details"]["text_tokens"],
+            (MODEL, "out", "text"): None,
+            (MODEL, "out", "image"): tool["output_tokens"],
+        }
+        assert gateway.told.last.drawn is not None
+        assert (gateway.told.last.drawn.model, gateway.told.last.drawn.cost) == (MODEL, picture)
 
 
 async def test_only_what_is_not_said_is_filled_in(start: Start, sandbox: SandboxServer) -> None:
@@ -147,8 +192,9 @@ async def test_events_pass_untouched_and_the_last_one_waits_for_the_settlement(
         assert kinds.count("response.image_generation_call.partial_image") == 2
         assert kinds[-1] == "response.completed"
         await settled(gateway, 1)
-        (row,) = await gateway.usage()
-        assert row.cost == costs(events[-1]["response"])
+        found = {row.model: row.cost for row in await gateway.usage()}
+        text, picture = parts(events[-1]["response"])
+        assert found == {TEXT: text, MODEL: picture}
 
         path = f"/responses/{events[-1]['response']['id']}?stream=true"
         upstream = {"authorization": "Bearer sk-upstream-secret"}
@@ -324,6 +370,10 @@ async def test_pictures_without_a_bill_cost_the_bound(start: Start, sandbox: San
         last = gateway.told.last
         assert (last.cost, last.basis.value) == (last.bound, "estimated")
         assert "no_usage" in last.flags
+        # The picture was seen; what of the bound is whose, nobody knows.
+        wrote, drew = await gateway.usage()
+        assert (drew.model, drew.images, drew.cost) == (MODEL, 1, 0)
+        assert (wrote.model, wrote.images, wrote.cost) == (TEXT, 0, last.bound)
 
 
 async def test_a_stream_that_is_cut_ends_in_a_flat_error_and_is_unresolved(
@@ -380,6 +430,13 @@ async def test_a_retry_joins_the_response_that_is_under_way(
         assert two.headers["x-cache"] == "join"
         assert two.headers["x-cost-usd"] == "0"
         assert len(sandbox.journal) == 1
+        # The picture of both answers counts with the model that drew it, and was paid for once.
+        await settled(gateway, 2)
+        text, picture = parts(one.json())
+        wrote, drew = await gateway.usage()
+        assert (drew.model, drew.requests, drew.images, drew.cost) == (MODEL, 0, 2, picture)
+        assert (wrote.model, wrote.requests, wrote.images, wrote.cost) == (TEXT, 2, 0, text)
+        assert (wrote.cached_requests, wrote.avoided) == (1, text + picture)
 
 
 async def test_in_the_background_it_is_looked_after_until_it_is_over(

@@ -221,6 +221,16 @@ def test_a_row_of_usage() -> None:
     }
 
 
+def test_what_another_model_drew_for_a_response_is_a_row_without_a_request() -> None:
+    picture = row("2026-12-30", "growth", "k1", 5_895_000, images=1, image_out=196)
+    unpriced = row("2026-12-30", "growth", "k2", 0, images=1)
+    found = exported([picture, unpriced])
+    assert [one["BilledCost"] for one in found] == ["0.005895", "0"]
+    for one in found:
+        assert (one["ChargeCategory"], one["ConsumedQuantity"]) == ("Usage", 0)
+        assert (one["x_Requests"], one["x_Images"]) == (0, 1)
+
+
 def test_an_adjustment_is_a_charge_of_its_own() -> None:
     _, adjusted, unresolved, last, gone = exported()
     assert adjusted["ChargeCategory"] == "Adjustment"

@@ -198,6 +198,16 @@ def test_a_difference_is_split_by_what_each_was_booked() -> None:
     assert sum(shares.values()) == 1_049 - 950
 
 
+def test_without_a_price_what_was_drawn_for_responses_is_split_by_pictures() -> None:
+    """They have no requests of their own in the row of who drew them."""
+    rows = [
+        UsageRow(DAY, "growth", "k", FLARE, images=3),
+        UsageRow(DAY, "design", "k", FLARE, images=1),
+    ]
+    found = reconcile(["openai"], DAY, [BilledItem(FLARE, 80)], rows, served)
+    assert {one.team: one.amount for one in found.proposals} == {"growth": 60, "design": 20}
+
+
 def test_without_a_price_it_is_split_by_requests() -> None:
     rows = [row("growth", FLARE, 0, requests=3), row("design", FLARE, 0)]
     found = reconcile(["openai"], DAY, [BilledItem(FLARE, 8)], rows, served)

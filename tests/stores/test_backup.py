@@ -7,6 +7,7 @@ import json
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 
 from gateway.domain.books import Adjustment, Correction
 from gateway.domain.call import Operation
-from gateway.domain.ledger import Replay
+from gateway.domain.ledger import Part, Replay
 from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.team import Key, Limits, Team
 from gateway.domain.transition import OnConflict, ignore_conflict
@@ -106,7 +107,7 @@ async def fill(store: Store) -> None:
         await ledger.reserve(claim(f"r{number}", 10 + number, key=f"key-{number} é \U0001f5bc"))
     for rid in ("r0", "r4"):
         await ledger.reroute(elsewhere(rid, 20, model="blaze"))
-    await ledger.settle(settled("r0", 7))
+    await ledger.settle(replace(settled("r0", 7), drawn=Part("drawer", 1, 6)))
     await ledger.settle(voided("r1"))
     await ledger.settle(expired("r2"))
     await ledger.settle(settled("r3", 9, "no_usage"))
@@ -388,7 +389,8 @@ def as_of_format_1(path: Path) -> None:
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
         db.execute("DROP TABLE owned")
         db.execute("DELETE FROM backup_part WHERE name = 'owned'")
-        db.execute("ALTER TABLE hold DROP COLUMN end_user")
+        for column in ("end_user", "drawn_model", "drawn_images", "drawn_cost"):
+            db.execute(f"ALTER TABLE hold DROP COLUMN {column}")
         rows = db.execute("SELECT * FROM hold ORDER BY rid").fetchall()
         lines = "".join(json.dumps(list(row)) + "\n" for row in rows)
         db.execute(
@@ -412,7 +414,7 @@ async def test_a_backup_of_the_release_before_is_restored(
     target.restore(tmp_path / "backup")
     expected = source.rows()
     expected["owned"] = []
-    expected["hold"] = [(*row[:-1], "") for row in expected["hold"]]
+    expected["hold"] = [(*row[:-4], "", "", 0, 0) for row in expected["hold"]]
     assert target.rows() == expected
     # And it is whole: one that lacks more than that release did is not.
     with closing(sqlite3.connect(tmp_path / "backup", isolation_level=None)) as db:

@@ -22,7 +22,7 @@ from hypothesis import settings as bounded
 from hypothesis import strategies as st
 
 from gateway.domain.call import SvgUsage, Usage
-from gateway.domain.ledger import Basis, Event, Outcome, Settlement
+from gateway.domain.ledger import Basis, Event, Outcome, Part, Settlement
 from gateway.ports import StoreError
 from gateway.stores import safe as module
 from gateway.stores.safe import SettlementSafe, decode, encode
@@ -67,21 +67,23 @@ async def leave(folder: Path, *settlements: Settlement) -> Path:
 
 
 numbers = st.integers(0, 2**70)
+usages = st.builds(
+    Usage,
+    *[numbers] * 6,
+    svg=st.none() | st.builds(SvgUsage, st.text(), numbers, numbers),
+)
 settlements = st.builds(
     Settlement,
     rid=st.text(),
     event=st.sampled_from(Event),
     outcome=st.sampled_from(Outcome),
     basis=st.sampled_from(Basis),
-    cost=numbers,
-    usage=st.builds(
-        Usage,
-        *[numbers] * 6,
-        svg=st.none() | st.builds(SvgUsage, st.text(), numbers, numbers),
-    ),
+    cost=numbers.map(lambda cost: cost + 2**70),
+    usage=usages,
     images=st.integers(0, 10),
     flags=st.lists(st.sampled_from(["soft", "no_usage", "over_bound"])).map(tuple),
     at=st.none() | st.datetimes(timezones=st.just(UTC)),
+    drawn=st.none() | st.builds(Part, st.text(min_size=1), numbers, numbers, usages),
 )
 
 
@@ -94,9 +96,33 @@ def test_a_settlement_comes_back_as_it_went(settlement: Settlement) -> None:
 
 
 def test_no_member_of_the_nouns_is_left_out() -> None:
-    value = json.loads(encode(ONE))
+    value = json.loads(encode(replace(ONE, drawn=Part("flare"))))
     assert value.keys() == {one.name for one in fields(Settlement)}
     assert value["usage"].keys() == {one.name for one in fields(Usage)}
+    assert value["drawn"].keys() == {one.name for one in fields(Part)}
+    # What an earlier release left behind knows of no part.
+    before = json.loads(encode(ONE))
+    assert before.pop("drawn") is None
+    assert decode(before) == ONE
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cost": ONE.cost + 1},
+        {"cost": -1},
+        {"cost": "1"},
+        {"cost": True},
+        {"images": 1.5},
+        {"model": 1},
+        {"usage": None},
+    ],
+)
+def test_a_part_that_cannot_be_is_no_settlement(wrong: dict[str, object]) -> None:
+    value = json.loads(encode(replace(ONE, drawn=Part("flare", 1, 1))))
+    value["drawn"] |= wrong
+    with pytest.raises(ValueError, match=r"part of the cost|no settlement"):
+        decode(value)
 
 
 async def test_a_process_that_is_gone_leaves_what_it_kept(tmp_path: Path) -> None:

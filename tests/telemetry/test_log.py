@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gateway.domain import keys
 from gateway.domain.call import Usage
-from gateway.domain.ledger import Basis, Outcome
+from gateway.domain.ledger import Basis, Outcome, Part
 from gateway.domain.receipt import CacheResult, Delivery, Receipt, Timings
 from gateway.telemetry.log import MAX_PROMPT, MAX_TEXT, RequestLog, configure, redact
 
@@ -84,6 +84,12 @@ def told(stream: io.StringIO, receipt: Receipt, delivery: Delivery = SENT) -> di
 
 
 # The line of a request
+
+
+def test_the_line_names_both_models_of_a_response(stream: io.StringIO) -> None:
+    line = told(stream, replace(RECEIPT, drawn=Part("art", 1, 50_000_000)))
+    assert (line["model"], line["cost_usd"]) == ("team-art", "0.05268")
+    assert (line["drawn_model"], line["drawn_usd"]) == ("art", "0.05")
 
 
 def test_the_line_of_a_request(stream: io.StringIO) -> None:

@@ -25,3 +25,9 @@ CREATE INDEX owned_expiry ON owned (expires) WHERE expires IS NOT NULL;
 ALTER TABLE hold ADD COLUMN end_user TEXT NOT NULL DEFAULT '';
 -- Calls of a team between two days, by user.
 CREATE INDEX hold_user ON hold (team, day, end_user);
+
+-- Of a call's cost, what another model than its own drew (the one behind a response's image tool) and
+-- its provider bills under that name; '': none did.
+ALTER TABLE hold ADD COLUMN drawn_model  TEXT    NOT NULL DEFAULT '';   -- as the configuration names it
+ALTER TABLE hold ADD COLUMN drawn_images INTEGER NOT NULL DEFAULT 0;    -- pictures delivered
+ALTER TABLE hold ADD COLUMN drawn_cost   INTEGER NOT NULL DEFAULT 0;    -- contained in cost
