@@ -86,6 +86,12 @@ def anchors(text: str) -> set[str]:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_section_stands_twice(document: Path) -> None:
+    found = re.findall(r"^## .+", document.read_text(), re.MULTILINE)
+    assert [title for title in found if found.count(title) > 1] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
         if target.startswith("https://"):
