@@ -23,6 +23,7 @@ from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
 from tests.e2e.test_files import uploaded
 from tests.running import MODEL, OTHER_KEY, GatewayUnderTest, Start
+from tests.valkey import eventually
 
 TEXT = "gpt-5-mini"
 SUNBURST = "gpt-image-2.6-sunburst"
@@ -433,6 +434,12 @@ async def test_a_retry_joins_the_response_that_is_under_way(
         # The picture of both answers counts with the model that drew it, and was paid for once.
         await settled(gateway, 2)
         text, picture = parts(one.json())
+
+        async def both_count() -> bool:
+            return [row.images for row in await gateway.usage()] == [0, 2]
+
+        # What costs nothing is counted behind its answer.
+        await eventually(both_count)
         wrote, drew = await gateway.usage()
         assert (drew.model, drew.requests, drew.images, drew.cost) == (MODEL, 0, 2, picture)
         assert (wrote.model, wrote.requests, wrote.images, wrote.cost) == (TEXT, 2, 0, text)

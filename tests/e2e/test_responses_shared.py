@@ -57,7 +57,8 @@ async def test_a_stream_is_joined_from_another_replica(
     if cut:
         rule = replace(rule, drip=Drip(400, 0.4), cut_after_bytes=6000)
     sandbox.rules.add(rule)
-    asked = {**ASKED, "stream": True}
+    # Of its own: what another test has left on the board is the same call, too.
+    asked = {**ASKED, "stream": True, "input": f"a cat, {'cut' if cut else 'whole'}"}
     async with (
         replicas(tmp_path, sandbox, postgres, valkey, models=MODELS) as both,
         both.http(0) as first,
@@ -145,8 +146,9 @@ async def test_an_answer_does_not_wait_for_its_owner_to_be_written_down(
                 return False
 
         await eventually(is_known)
-        [row] = await gateway.usage()
-        assert (row.requests, row.unresolved) == (1, 0)
+        wrote, drew = await gateway.usage()
+        assert (wrote.requests, wrote.unresolved) == (1, 0)
+        assert (drew.requests, drew.images, drew.unresolved) == (0, 1, 0)
 
 
 # In the background
