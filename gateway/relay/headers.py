@@ -55,7 +55,7 @@ def of_way(plan: Plan, way: Way) -> Headers:
     return (
         ("x-model-served", way.target.model),
         ("x-gateway-upstream", way.upstream.name),
-        *of_changes(replace(way.call_of(plan), answer_as=AnswerAs.B64), other, way.target.tool),
+        *of_changes(way.call_of(plan), other, way.target.tool),
         *of_sunsets(plan.sunsets),
     )
 
@@ -82,12 +82,15 @@ def of_attempts(count: int) -> Headers:
     return (("x-gateway-attempts", str(count)),)
 
 
-def of_changes(call: Call, stand_in: str | None = None, drawn_by: str = "") -> Headers:
+def of_changes(
+    call: Call, stand_in: str | None = None, drawn_by: str = "", *, hosted: bool = False
+) -> Headers:
     """What was changed of a request, and the model that stood in for the one it is for, if any:
     ``name=value`` of what is sent instead, ``name`` alone of what is left out. ``drawn_by`` is what
-    the image tool's model is called where the call is sent, empty before that is known."""
+    the image tool's model is called where the call is sent, empty before that is known; ``hosted``:
+    the answer has urls where its pictures were."""
     models = ("model", TOOL_MODEL)
-    said = [_say_change(change, call) for change in call.changed if change.name not in models]
+    said = [_say_change(change, hosted) for change in call.changed if change.name not in models]
     model, drawing = (
         next((change.after for change in call.changes if change.name == name), None)
         for name in models
@@ -124,12 +127,13 @@ def with_changes(head: Head, call: Call) -> Head:
     stand_in = named.removeprefix(_MODEL)
     drawn_by = next((item.partition("=")[2] for item in items if item.startswith(_TOOL)), "")
     others = tuple(pair for pair in head.headers if pair[0] != CHANGED)
-    own = of_changes(call, stand_in if stand_in not in ("", call.model) else None, drawn_by)
+    other = stand_in if stand_in not in ("", call.model) else None
+    own = of_changes(call, other, drawn_by, hosted=call.answer_as is AnswerAs.URL)
     return replace(head, headers=(*others, *own))
 
 
-def _say_change(change: Change, call: Call) -> str:
-    if change.name == "response_format" and call.answer_as is AnswerAs.URL:
+def _say_change(change: Change, hosted: bool) -> str:
+    if change.name == "response_format" and hosted:
         return "response_format=url->hosted"
     return change.name if change.after is None else f"{change.name}={change.after}"
 

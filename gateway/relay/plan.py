@@ -243,7 +243,9 @@ class Planner:
             if gone is None or model.fallbacks:
                 raise
             raise gone from None
-        return replace(self._names.with_tool(mended, base), came=call)
+        mended = self._names.with_tool(mended, base)
+        # As it came it is needed where it may yet be sent another way.
+        return replace(mended, came=call) if model.others or model.fallbacks else mended
 
     def as_served(self, caller: Caller, call: Call, name: str, served: str) -> Call:
         """A repaired call as it was sent where the configured model ``name`` is ``served``: it may

@@ -68,7 +68,8 @@ def sent(body: bytes, call: Call, model: Model = FLARE) -> bytes:
 
 
 def said(call: Call) -> str:
-    return dict(headers.of_changes(call)).get("x-gateway-changed", "")
+    told = headers.of_changes(call, hosted=call.answer_as is AnswerAs.URL)
+    return dict(told).get("x-gateway-changed", "")
 
 
 # Fields.
