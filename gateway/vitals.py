@@ -9,10 +9,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from gateway.api.health import Readiness
 from gateway.domain.errors import GatewayError
 from gateway.domain.money import NANOS_PER_DOLLAR
-from gateway.domain.notices import money_lines
 from gateway.domain.price import FACTOR_ONE
 from gateway.domain.quota import Scope as Owner
-from gateway.domain.team import Team
+from gateway.domain.team import Team, money_lines
 from gateway.machine import Disks
 from gateway.ports import Cache, Clock, Gate, Store
 from gateway.relay.drain import Drain

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 from gateway.domain.call import Operation, Usage
@@ -59,7 +60,7 @@ class Event(StrEnum):
     EXPIRE = "expire"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Line:
     """One account a call draws on, in the period it was reserved in.
 
@@ -69,7 +70,7 @@ class Line:
     limit: Limit
     period: Period
 
-    @property
+    @cached_property
     def account(self) -> str:
         return f"{self.limit.scope}:{self.limit.owner}|{self.period.label}"
 

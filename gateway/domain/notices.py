@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import datetime, tzinfo
 from enum import StrEnum
 
-from gateway.domain.ledger import Balance, Line
+from gateway.domain.ledger import Balance
 from gateway.domain.money import Money, format_dollars
-from gateway.domain.quota import Limit, Unit, period
+from gateway.domain.quota import Limit
 
 
 class Kind(StrEnum):
@@ -66,10 +64,3 @@ def marks(
                 passed.add(100)
             found += [Mark(kind, percent, amount) for percent in sorted(passed)]
     return tuple(found)
-
-
-def money_lines(limits: Iterable[Limit], now: datetime, zone: tzinfo) -> tuple[Line, ...]:
-    """The accounts of money among ``limits``, in the periods that run at ``now`` in ``zone``."""
-    return tuple(
-        Line(limit, period(limit.window, now, zone)) for limit in limits if limit.unit is Unit.MONEY
-    )

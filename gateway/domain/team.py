@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
+from functools import cached_property
 
 from gateway.domain.compat import CompatRules
+from gateway.domain.ledger import Line
 from gateway.domain.money import Money
-from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, Window, zone_of
+from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, Window, period, zone_of
 
 ANY_MODEL = "*"
+SPAN_SECONDS = 900
+"""Days begin at such marks in every zone: within one of these spans no period of money ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,10 +160,14 @@ class Declared:
     keys: Mapping[bytes, tuple[Team, Key]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Caller:
     """A known key and its team: who stands at the door. ``user`` is the end user of its call, as a
-    hash (``user.user_id``), once the call is read and says so."""
+    hash (``user.user_id``), once the call is read and says so.
+
+    A key's calls share one of these as long as nothing changes, so what follows from it is worked
+    out once.
+    """
 
     team: Team
     key: Key
@@ -171,24 +179,50 @@ class Caller:
         allowed = (self.team.models, self.key.models)
         return all(names is None or ANY_MODEL in names or model in names for names in allowed)
 
-    @property
+    @cached_property
     def limits(self) -> tuple[Limit, ...]:
         """Every account a call of this caller draws on: its user's, the key's, then the team's."""
         user = self.team.per_user.of(f"{self.team.id}/{self.user}") if self.user else ()
         key = self.key.limits.of(Scope.KEY, self.key.id)
         return user + key + self.team.limits.of(Scope.TEAM, self.team.id)
 
+    @cached_property
+    def rates(self) -> tuple[Limit, ...]:
+        """Those of them that the gate keeps."""
+        return tuple(limit for limit in self.limits if limit.unit is not Unit.MONEY)
+
+    def lines(self, now: datetime) -> tuple[Line, ...]:
+        """Every account of money among them, in the periods that run at ``now`` (aware)."""
+        span = int(now.timestamp()) // SPAN_SECONDS
+        lines = self._lines.get(span)
+        if lines is None:
+            self._lines.clear()
+            lines = self._lines[span] = money_lines(self.limits, now, self.team.zone)
+        return lines
+
+    @cached_property
+    def _lines(self) -> dict[int, tuple[Line, ...]]:
+        """Those of the span that was last asked for."""
+        return {}
+
     @property
     def recorded_user(self) -> str:
         """Whom the books and the log may name; empty for nobody."""
         return self.user if self.records_user else ""
 
-    @property
+    @cached_property
     def max_cost_per_request(self) -> Money | None:
         bounds = (self.key.limits.max_cost_per_request, self.team.limits.max_cost_per_request)
         return min((bound for bound in bounds if bound is not None), default=None)
 
-    @property
+    @cached_property
     def has_budget(self) -> bool:
         budgets = [self.key.limits.has_budget, self.team.limits.has_budget]
         return any(budgets) or (bool(self.user) and self.team.per_user.limits.has_budget)
+
+
+def money_lines(limits: Iterable[Limit], now: datetime, zone: tzinfo) -> tuple[Line, ...]:
+    """The accounts of money among ``limits``, in the periods that run at ``now`` in ``zone``."""
+    return tuple(
+        Line(limit, period(limit.window, now, zone)) for limit in limits if limit.unit is Unit.MONEY
+    )

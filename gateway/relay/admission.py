@@ -22,7 +22,7 @@ from gateway.domain.team import Caller
 from gateway.ports import Clock, Gate, Ledger
 from gateway.relay import headers
 from gateway.relay.budget import BudgetView
-from gateway.relay.plan import Plan, rates_of, say_cheaper, say_owner
+from gateway.relay.plan import Plan, say_cheaper, say_owner
 
 NOUNS = {Unit.REQUESTS: "request", Unit.IMAGES: "image", Unit.SLOTS: "request"}
 
@@ -67,7 +67,7 @@ class Admission:
     async def pass_gate_for_replay(self, rid: str, caller: Caller) -> None:
         """A request, and nothing else: an answer that is there already. Raises ``RateLimited``."""
         demand = Demand(requests=1, images=0, slots=0)
-        answer = await self._gate.take(rid, rates_of(caller), demand)
+        answer = await self._gate.take(rid, caller.rates, demand)
         if isinstance(answer, Refusal):
             raise rate_limited(answer, caller, demand)
 

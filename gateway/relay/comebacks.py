@@ -26,7 +26,7 @@ from gateway.relay.arrival import Answer, Arrival, Patience, ended, known
 from gateway.relay.budget import BudgetView
 from gateway.relay.flights import Flights, Seat
 from gateway.relay.joining import Joining, NeverSent, unknown_outcome
-from gateway.relay.plan import Routed, lines_of
+from gateway.relay.plan import Routed
 from gateway.relay.results import Results
 from gateway.relay.running import APPLIED, running, running_head
 
@@ -168,7 +168,7 @@ class Comebacks:
             # What is to be tried again has not been answered yet.
             final = error.should_retry is False
             return ended(so_far, error, said, lambda told: earlier.done(told and final))
-        left = headers.of_budget(*await self._budgets.balances(lines_of(caller, self._clock.now())))
+        left = headers.of_budget(*await self._budgets.balances(caller.lines(self._clock.now())))
         receipt = replace(so_far, status=shown.status, outcome=Outcome.REPLAYED)
         return Answer(
             shown.head((*said, *left)), lambda: self._receipt(routed, receipt), done=earlier.done

@@ -38,7 +38,7 @@ from gateway.relay.admission import quota_exceeded, rate_limited
 from gateway.relay.budget import BudgetView
 from gateway.relay.flights import Head
 from gateway.relay.media import FORM_TYPE, JSON_TYPE, media_of
-from gateway.relay.plan import CacheWish, Plan, Planner, lines_of
+from gateway.relay.plan import CacheWish, Plan, Planner
 from gateway.relay.read import Reader, ReadRules, reader_for
 
 REFUSALS = frozenset({"model_not_priced", "max_cost_exceeded"})
@@ -139,7 +139,7 @@ class Estimates:
         """
         now = self._clock.now()
         model, plan, refusal = await _plan(planner, caller, call, wish, now, anchor)
-        lines, balances = await self._budgets.budgets(lines_of(caller, now))
+        lines, balances = await self._budgets.budgets(caller.lines(now))
         if plan is not None and refusal is None:
             refusal = _never_fits(plan) or _no_room(plan, dict(zip(lines, balances, strict=True)))
         target = plan.target if plan else model.target if model else None

@@ -45,6 +45,7 @@ class KeyRing:
         self._directory = directory
         self._clock = clock
         self._remembered: OrderedDict[bytes, _Remembered] = OrderedDict()
+        self._callers: OrderedDict[str, Caller] = OrderedDict()
         self._move_from = clock.monotonic()
 
     @property
@@ -64,6 +65,7 @@ class KeyRing:
         self._peppers = peppers
         self._declared = declared
         self._remembered.clear()
+        self._callers.clear()
 
     async def identify(self, secret: str | None) -> Caller:
         """The caller behind a secret. Raises ``InvalidKey``, ``LedgerUnavailable``."""
@@ -88,7 +90,17 @@ class KeyRing:
                 f"{whose} expired on {key.expires:%Y-%m-%d %H:%M} UTC. "
                 "Ask the owner of your team for another."
             )
-        return Caller(team, key)
+        return self._caller(team, key)
+
+    def _caller(self, team: Team, key: Key) -> Caller:
+        """The same one for all calls of a key, until it is looked up anew: its accounts of
+        money alone cost 130 us to work out, a tenth of all that a small call cost."""
+        caller = self._callers.get(key.id)
+        if caller is None or caller.key is not key or caller.team is not team:
+            caller = self._callers[key.id] = Caller(team, key)
+            while len(self._callers) > MAX_REMEMBERED:
+                self._callers.popitem(last=False)
+        return caller
 
     async def _find(
         self, peppers: keys.Peppers, digests: tuple[bytes, ...]

@@ -79,7 +79,6 @@ from gateway.relay.flights import Client, Flights, Head
 from gateway.relay.health import Health, Ticket
 from gateway.relay.keyring import KeyRing
 from gateway.relay.media import JSON_TYPE, check_encoding, media_of, too_large
-from gateway.relay.plan import rates_of
 from gateway.relay.references import keys_at
 from gateway.relay.users import Users
 
@@ -221,7 +220,7 @@ class Passing:
         )
         visit.said = (*answers.of_attempts(0), *answers.of_cost(0, Basis.NONE))
         demand = Demand(requests=1, images=0, slots=0)
-        answer = await self._gate.take(visit.rid, rates_of(caller), demand)
+        answer = await self._gate.take(visit.rid, caller.rates, demand)
         if isinstance(answer, Refusal):
             raise rate_limited(answer, caller, demand)
         visit.said = (*visit.said, *answers.of_rates(answer.standings))

@@ -39,7 +39,7 @@ from gateway.relay.joining import Joining, flight_mark
 from gateway.relay.keeping import Keeping
 from gateway.relay.keyring import KeyRing
 from gateway.relay.news import Finished, ResultNews
-from gateway.relay.plan import Plan, Planner, lines_of
+from gateway.relay.plan import Plan, Planner
 from gateway.relay.purchase import Purchases, crash
 from gateway.relay.read import Reader, ReadRules, check_model, reader_for
 from gateway.relay.read_response import remembered, response_reader
@@ -295,7 +295,7 @@ class Pipeline:
         return (*headers.NOTHING_SPENT, *await self._left(caller))
 
     async def _left(self, caller: Caller) -> headers.Headers:
-        lines = lines_of(caller, self._clock.now())
+        lines = caller.lines(self._clock.now())
         return headers.of_budget(*await self._budgets.balances(lines))
 
     def _prompt(self, call: Call) -> str | None:

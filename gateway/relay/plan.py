@@ -20,7 +20,6 @@ from gateway.domain.errors import (
 from gateway.domain.fingerprint import fingerprint
 from gateway.domain.ledger import Line
 from gateway.domain.money import Money, say_dollars
-from gateway.domain.notices import money_lines
 from gateway.domain.owned import Anchor
 from gateway.domain.price import (
     FACTOR_ONE,
@@ -35,7 +34,7 @@ from gateway.domain.price import (
 )
 from gateway.domain.price_response import drawn as drawn_picture
 from gateway.domain.price_response import row_of
-from gateway.domain.quota import Demand, Limit, Scope, Unit
+from gateway.domain.quota import Demand, Limit, Scope
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import OTHER, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import Caller
@@ -331,7 +330,7 @@ class Planner:
         over = self.retirements.is_over(model, now.date())
         if routed.enabled and wish.read and not over:
             cached = await self._look_up(routed.fingerprint, call, wish, now)
-        rates = rates_of(caller)
+        rates = caller.rates
         drawing = None if routed.tool is None else tool_beside(routed.tool, model)
         ending = (
             self.retirements.sunset(caller, one, now.date()) for one in (model, drawing) if one
@@ -352,7 +351,7 @@ class Planner:
             ways=ways,
             demand=Demand(images=call.n, money=ways[0].quote.bound.amount),
             rates=rates,
-            lines=lines_of(caller, now),
+            lines=caller.lines(now),
             fingerprint=routed.fingerprint,
             cache=CacheResult.MISS if routed.enabled else CacheResult.OFF,
             keep=routed.enabled and wish.write and any(way.quote.row for way in ways),
@@ -559,16 +558,6 @@ class Planner:
                 reason="unpriced",
             )
         return Bound(most or 0, Confidence.SOFT)
-
-
-def rates_of(caller: Caller) -> tuple[Limit, ...]:
-    """Every limit of the caller's that the gate keeps."""
-    return tuple(limit for limit in caller.limits if limit.unit is not Unit.MONEY)
-
-
-def lines_of(caller: Caller, now: datetime) -> tuple[Line, ...]:
-    """Every account of money that the caller draws on now: its user's, the key's, the team's."""
-    return money_lines(caller.limits, now, caller.team.zone)
 
 
 def drawn(weights: Sequence[int], chooser: Chooser) -> Iterable[int]:

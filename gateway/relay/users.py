@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from gateway.domain.errors import InvalidRequest
 from gateway.domain.keys import Peppers, derived
 from gateway.domain.team import Caller
 from gateway.domain.user import UserPolicy, said_user, user_id
+
+MAX_REMEMBERED = 1000
 
 
 class Users:
@@ -23,6 +26,7 @@ class Users:
         """From now on these hold."""
         self._key = derived(peppers, "end users")
         self._policy = policy
+        self._callers: OrderedDict[tuple[str, str], Caller] = OrderedDict()
 
     def named(self, caller: Caller, call: Call, hints: Mapping[str, str]) -> Caller:
         """The caller, with the end user of this call. Raises ``InvalidRequest`` where the team's
@@ -48,5 +52,13 @@ class Users:
         return self._as(caller, said) if said else caller
 
     def _as(self, caller: Caller, said: str) -> Caller:
+        """The same one for all calls of a user, as for those of a key (``KeyRing``)."""
         user = user_id(self._key, caller.team.id, said)
-        return replace(caller, user=user, records_user=self._policy.record)
+        known = self._callers.get((caller.key.id, user))
+        if known is not None and known.key is caller.key and known.team is caller.team:
+            return known
+        named = replace(caller, user=user, records_user=self._policy.record)
+        self._callers[caller.key.id, user] = named
+        while len(self._callers) > MAX_REMEMBERED:
+            self._callers.popitem(last=False)
+        return named

@@ -14,10 +14,10 @@ from datetime import UTC, datetime, timedelta
 from gateway.domain.errors import GatewayError, QuotaExceeded
 from gateway.domain.ledger import Balance, Line
 from gateway.domain.money import Money, format_dollars
-from gateway.domain.notices import Mark, marks, money_lines
+from gateway.domain.notices import Mark, marks
 from gateway.domain.quota import Limit, Scope
 from gateway.domain.receipt import Delivery, Receipt
-from gateway.domain.team import Declared, Key, Team
+from gateway.domain.team import Declared, Key, Team, money_lines
 from gateway.ports import Clock, Directory, Ledger, Message, Notifier, Upkeep
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.domain.ledger import Balance
-from gateway.domain.notices import Kind, Mark, marks, money_lines
+from gateway.domain.notices import Kind, Mark, marks
 from gateway.domain.quota import Limit, Scope, Unit, Window
-from gateway.domain.team import Limits
+from gateway.domain.team import Limits, money_lines
 
 DOLLAR = 1_000_000_000
 
