@@ -444,13 +444,17 @@ class JsonSkimmer:
         self._cut_by.append(position - len(self._text))
 
     def _to_stream(self, reduced: int) -> int:
+        if len(self._cut_at) == 1:
+            return reduced + self._cut_by[0]
         return reduced + self._cut_by[bisect_right(self._cut_at, reduced) - 1]
 
     def _span(self, start: int, end: int) -> Span:
         """A value's place in the stream, from what lies between its colon and its comma."""
-        raw = self._text[start:end]
-        start += len(raw) - len(raw.lstrip(_BLANK))
-        end -= len(raw) - len(raw.rstrip(_BLANK))
+        text = self._text
+        while start < end and text[start] in _BLANK:
+            start += 1
+        while start < end and text[end - 1] in _BLANK:
+            end -= 1
         return Span(self._to_stream(start), self._to_stream(end))
 
     def _check_size(self) -> None:
