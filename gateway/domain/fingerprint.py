@@ -9,6 +9,7 @@ from gateway.domain.call import Call, Json
 
 DELIVERY = frozenset({"stream", "partial_images"})
 """Parameters that say how an answer arrives, not which."""
+_canonical = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode
 
 
 def fingerprint(call: Call, *, scope: str, model_served: str, upstream: str) -> str:
@@ -34,8 +35,7 @@ def fingerprint(call: Call, *, scope: str, model_served: str, upstream: str) -> 
         "parameters": parameters,
         "inputs": [[picture.role, picture.digest] for picture in inputs],
     }
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return hashlib.sha256(canonical.encode("ascii")).hexdigest()
+    return hashlib.sha256(_canonical(document).encode("ascii")).hexdigest()
 
 
 def _plain(value: Json) -> Json:
