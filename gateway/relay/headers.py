@@ -37,9 +37,19 @@ CHANGED = "x-gateway-changed"
 _MODEL = "model="
 _TOOL = "tools["
 _UNSAFE = re.compile(r"[^\x20-\x7e]")
-_RATES = tuple(
-    (unit, tuple(f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset")))
-    for unit in (Unit.REQUESTS, Unit.IMAGES)
+_RATES = (
+    (
+        Unit.REQUESTS,
+        "x-ratelimit-limit-requests",
+        "x-ratelimit-remaining-requests",
+        "x-ratelimit-reset-requests",
+    ),
+    (
+        Unit.IMAGES,
+        "x-ratelimit-limit-images",
+        "x-ratelimit-remaining-images",
+        "x-ratelimit-reset-images",
+    ),
 )
 PASSED_ON = ("openai-processing-ms", "openai-version")
 
@@ -202,17 +212,16 @@ def of_rates(standings: Sequence[Standing]) -> Headers:
         known = tightest.get(unit)
         if known is None or standing.remaining < known.remaining:
             tightest[unit] = standing
-    return tuple(
-        said
-        for unit, names in _RATES
-        if unit in tightest
-        for said in zip(names, _say_rate(tightest[unit]), strict=True)
-    )
-
-
-def _say_rate(standing: Standing) -> tuple[str, str, str]:
-    reset = f"{standing.reset_seconds:.3f}s"
-    return str(standing.limit.amount), str(standing.remaining), reset
+    found: list[tuple[str, str]] = []
+    for unit, limit, remaining, reset in _RATES:
+        if unit in tightest:
+            standing = tightest[unit]
+            found += (
+                (limit, str(standing.limit.amount)),
+                (remaining, str(standing.remaining)),
+                (reset, f"{standing.reset_seconds:.3f}s"),
+            )
+    return tuple(found)
 
 
 def given_back(standings: Sequence[Standing], demand: Demand) -> tuple[Standing, ...]:
