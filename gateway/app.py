@@ -443,7 +443,7 @@ async def open_gateway(
             metrics=metrics,
         )
         listeners: tuple[Telemetry, ...] = (
-            RequestLog(),
+            RequestLog(clock),
             metrics,
             observed,
             budget_watch,

@@ -21,8 +21,8 @@ from gateway.api.door import (
     crashed,
     deliver,
     headers_of,
-    new_request_id,
 )
+from gateway.api.ids import RequestIds
 from gateway.api.listeners import Listeners
 from gateway.api.prefer import Preferences, preferences
 from gateway.domain.call import Inquiry, Operation
@@ -57,13 +57,14 @@ class RelayedRoutes:
         self._pipeline = pipeline
         self._listeners = Listeners(telemetry, clock, sample)
         self._clock = clock
+        self._ids = RequestIds()
 
     async def handle(
         self, operation: Operation | Inquiry, scope: Scope, receive: Receive, send: Send
     ) -> None:
         """From the request line to the log line."""
         started = self._clock.monotonic()
-        rid = new_request_id()
+        rid = self._ids.new()
         trace = self._listeners.trace(scope)
         door = Door(scope, receive, send)
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from decimal import ROUND_HALF_UP, Decimal, InvalidOperation
 from fractions import Fraction
+from functools import lru_cache
 from typing import TypeAlias
 
 Money: TypeAlias = int
@@ -50,8 +51,10 @@ def without_exponent(number: str) -> str:
     return format(Decimal(number), "f") if _SCIENTIFIC.fullmatch(number) else number
 
 
+@lru_cache(maxsize=1024)
 def format_dollars(nanousd: Money) -> str:
-    """Exact decimal dollars without trailing zeros: ``52680000`` -> ``"0.05268"``."""
+    """Exact decimal dollars without trailing zeros: ``52680000`` -> ``"0.05268"``. A request says
+    its few amounts, those of its price, a dozen times."""
     sign, rest = ("-", -nanousd) if nanousd < 0 else ("", nanousd)
     whole, fraction = divmod(rest, NANOS_PER_DOLLAR)
     digits = f"{fraction:09d}".rstrip("0")

@@ -67,12 +67,11 @@ class Demand:
     money: Money = 0
 
     def of(self, unit: Unit) -> int:
-        return {
-            Unit.REQUESTS: self.requests,
-            Unit.IMAGES: self.images,
-            Unit.SLOTS: self.slots,
-            Unit.MONEY: self.money,
-        }[unit]
+        if unit is Unit.REQUESTS:
+            return self.requests
+        if unit is Unit.IMAGES:
+            return self.images
+        return self.slots if unit is Unit.SLOTS else self.money
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +127,21 @@ def period(window: Window, instant: datetime, zone: tzinfo = UTC) -> Period:
 
     Labels are ``d|2026-11-22``, ``w|2026-W47``, ``m|2026-11`` and ``t|all``.
     """
-    local = instant.astimezone(zone).date()
+    return _period_of(window, instant.astimezone(zone).date(), zone)
+
+
+@lru_cache(maxsize=1024)
+def _period_of(window: Window, day: date, zone: tzinfo) -> Period:
+    """Kept, as a day has many calls and each asks for several windows: 0.1 us against 5."""
     if window is Window.DAY:
-        return Period(window, f"d|{local.isoformat()}", _midnight(local + timedelta(days=1), zone))
+        return Period(window, f"d|{day.isoformat()}", _midnight(day + timedelta(days=1), zone))
     if window is Window.WEEK:
-        year, week, weekday = local.isocalendar()
-        monday = local + timedelta(days=8 - weekday)
+        year, week, weekday = day.isocalendar()
+        monday = day + timedelta(days=8 - weekday)
         return Period(window, f"w|{year}-W{week:02}", _midnight(monday, zone))
     if window is Window.MONTH:
-        following = date(local.year + local.month // 12, local.month % 12 + 1, 1)
-        return Period(window, f"m|{local:%Y-%m}", _midnight(following, zone))
+        following = date(day.year + day.month // 12, day.month % 12 + 1, 1)
+        return Period(window, f"m|{day:%Y-%m}", _midnight(following, zone))
     if window is Window.TOTAL:
         return Period(window, "t|all", None)
     raise ValueError(f"{window} is not a window of money")

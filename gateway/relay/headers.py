@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
 from email.utils import format_datetime
+from functools import lru_cache
 
 from gateway.domain.call import AnswerAs, Call, Change
 from gateway.domain.charge import Quote
@@ -36,6 +37,20 @@ CHANGED = "x-gateway-changed"
 _MODEL = "model="
 _TOOL = "tools["
 _UNSAFE = re.compile(r"[^\x20-\x7e]")
+_RATES = (
+    (
+        Unit.REQUESTS,
+        "x-ratelimit-limit-requests",
+        "x-ratelimit-remaining-requests",
+        "x-ratelimit-reset-requests",
+    ),
+    (
+        Unit.IMAGES,
+        "x-ratelimit-limit-images",
+        "x-ratelimit-remaining-images",
+        "x-ratelimit-reset-images",
+    ),
+)
 PASSED_ON = ("openai-processing-ms", "openai-version")
 
 
@@ -171,35 +186,41 @@ def of_bound(quote: Quote) -> Headers:
 def of_budget(lines: Sequence[Line], balances: Sequence[Balance]) -> Headers:
     """What is left of the tightest budget, and until when if it is ever renewed."""
     left = [
-        (line.limit.amount - balance.used, line.period.ends)
+        (line.limit.amount - balance.used, line.period.ends or ENDLESS)
         for line, balance in zip(lines, balances, strict=False)
         if line.limit.amount is not None
     ]
     if not left:
         return ()
-    remaining, resets = min(left, key=lambda one: (one[0], one[1] or ENDLESS))
-    said = (("x-budget-remaining-usd", format_dollars(max(0, remaining))),)
-    return said if resets is None else (*said, ("x-budget-reset", say_instant(resets)))
+    remaining, resets = min(left)
+    said = ("x-budget-remaining-usd", format_dollars(max(0, remaining)))
+    return (said,) if resets is ENDLESS else (said, ("x-budget-reset", say_instant(resets)))
 
 
+@lru_cache(maxsize=256)
 def say_instant(instant: datetime) -> str:
-    """An instant in UTC, as RFC 3339 writes it."""
+    """An instant in UTC, as RFC 3339 writes it. A period's end is said all the while that it
+    runs."""
     return instant.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def of_rates(standings: Sequence[Standing]) -> Headers:
     """The team's own rates, in OpenAI's words: the tightest limit of each unit."""
+    tightest: dict[Unit, Standing] = {}
+    for standing in standings:
+        unit = standing.limit.unit
+        known = tightest.get(unit)
+        if known is None or standing.remaining < known.remaining:
+            tightest[unit] = standing
     found: list[tuple[str, str]] = []
-    for unit in (Unit.REQUESTS, Unit.IMAGES):
-        own = [standing for standing in standings if standing.limit.unit is unit]
-        if not own:
-            continue
-        tightest = min(own, key=lambda standing: standing.remaining)
-        found += [
-            (f"x-ratelimit-limit-{unit.value}", str(tightest.limit.amount)),
-            (f"x-ratelimit-remaining-{unit.value}", str(tightest.remaining)),
-            (f"x-ratelimit-reset-{unit.value}", f"{tightest.reset_seconds:.3f}s"),
-        ]
+    for unit, limit, remaining, reset in _RATES:
+        if unit in tightest:
+            standing = tightest[unit]
+            found += (
+                (limit, str(standing.limit.amount)),
+                (remaining, str(standing.remaining)),
+                (reset, f"{standing.reset_seconds:.3f}s"),
+            )
     return tuple(found)
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import datetime
 
 from gateway.domain.ledger import (
@@ -23,6 +22,24 @@ from gateway.domain.money import Money
 from gateway.ports import Clock, Ledger
 
 
+class _Timed:
+    """A block that is timed. A generator with ``contextmanager`` takes three times as long."""
+
+    __slots__ = ("_began", "_clock", "_operation", "_took")
+
+    def __init__(self, operation: str, clock: Clock, took: Callable[[str, float], None]) -> None:
+        self._operation = operation
+        self._clock = clock
+        self._took = took
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        self._began = self._clock.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._took(self._operation, self._clock.monotonic() - self._began)
+
+
 class TimedLedger(Ledger):
     """The port ``Ledger``, as ``ledger`` keeps it. ``took`` hears of each transaction of a call,
     ``reserve``, ``reroute`` or ``settle``, how many seconds it took, also where it failed."""
@@ -32,13 +49,8 @@ class TimedLedger(Ledger):
         self._clock = clock
         self._took = took
 
-    @contextmanager
-    def _timed(self, operation: str) -> Iterator[None]:
-        began = self._clock.monotonic()
-        try:
-            yield
-        finally:
-            self._took(operation, self._clock.monotonic() - began)
+    def _timed(self, operation: str) -> _Timed:
+        return _Timed(operation, self._clock, self._took)
 
     async def reserve(self, claim: Claim) -> Held | Denied | Claimed:
         with self._timed("reserve"):

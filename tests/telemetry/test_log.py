@@ -19,6 +19,7 @@ from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Outcome, Part
 from gateway.domain.receipt import CacheResult, Delivery, Receipt, Timings
 from gateway.telemetry.log import MAX_PROMPT, MAX_TEXT, RequestLog, configure, redact
+from tests.clock import StillClock
 
 RECEIPT = Receipt(
     rid="req_1",
@@ -79,8 +80,19 @@ def only(stream: io.StringIO) -> dict[str, Any]:
 def told(stream: io.StringIO, receipt: Receipt, delivery: Delivery = SENT) -> dict[str, Any]:
     stream.seek(0)
     stream.truncate()
-    RequestLog().finished(receipt, delivery)
+    with alone():
+        RequestLog(StillClock()).finished(receipt, delivery)
     return only(stream)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Without pytest, which listens too once a test runs."""
+    listening, logging.root.handlers = logging.root.handlers, logging.root.handlers[:1]
+    try:
+        yield
+    finally:
+        logging.root.handlers = listening
 
 
 # The line of a request
@@ -163,6 +175,47 @@ def test_a_key_in_a_prompt_is_struck_out(stream: io.StringIO) -> None:
 def test_long_names_are_cut(stream: io.StringIO) -> None:
     line = told(stream, replace(RECEIPT, model="m " * 9000, model_served="s " * 9000))
     assert len(line["model"]) == len(line["model_served"]) == MAX_TEXT
+
+
+@pytest.mark.parametrize(
+    "receipt",
+    [
+        RECEIPT,
+        replace(RECEIPT, upstream_rid=f"of {keys.mint().secret}", model="BEARER of news"),
+        replace(
+            RECEIPT, prompt="see DATA:IMAGE/png;base64,AAAA data:image/png;base64,iVBORw0KGgo="
+        ),
+        replace(RECEIPT, code="A" * 200, upstream="a " * 400, prompt="é" * 9000),
+        replace(RECEIPT, model="a task-force", team="\u2028\ud800"),
+    ],
+    ids=["ordinary", "keys", "pictures", "long", "harmless"],
+)
+def test_the_short_way_writes_what_logging_would(stream: io.StringIO, receipt: Receipt) -> None:
+    short = told(stream, receipt)
+    stream.truncate(stream.seek(0))
+    assert len(logging.root.handlers) > 1
+    RequestLog(StillClock()).finished(receipt, SENT)
+    long = only(stream)
+    assert short.pop("timestamp") == "2026-11-22T12:00:00.000000Z"
+    assert len(str(long.pop("timestamp"))) == len("2026-11-22T12:00:00.000000Z")
+    assert list(short.items()) == list(long.items())
+
+
+def test_a_log_that_cannot_be_written_fails_no_request(
+    stream: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream.close()
+    with alone():
+        RequestLog(StillClock()).finished(RECEIPT, SENT)
+    assert "Logging error" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("level", ["warning", "error"])
+def test_the_line_of_a_request_is_information(stream: io.StringIO, level: str) -> None:
+    logging.root.setLevel(level.upper())
+    with alone():
+        RequestLog(StillClock()).finished(RECEIPT, SENT)
+    assert not stream.getvalue()
 
 
 ODD = ["a\nb", 'a"},\n{"event": "request"', "\x1b[31mred", "\r\x00\x08", "\u2028", "ü", "a\\nb"]

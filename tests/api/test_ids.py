@@ -1,0 +1,36 @@
+"""A request's name is its own, in every process."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from gateway.api.ids import BLOCK_BYTES, ID_BYTES, RequestIds
+
+
+def test_ids_are_random_over_the_ends_of_blocks() -> None:
+    ids, other = RequestIds(), RequestIds()
+    many = [ids.new() for _ in range(3 * BLOCK_BYTES // ID_BYTES + 1)]
+    assert all(re.fullmatch("req_[0-9a-f]{24}", one) for one in many)
+    assert len({*many, *(other.new() for _ in many)}) == 2 * len(many)
+
+
+FORKED = """
+import os
+from gateway.api.ids import RequestIds
+
+ids = RequestIds()
+ids.new()
+child = os.fork()
+print(*(ids.new() for _ in range(10)), flush=True)
+if child:
+    os.waitpid(child, 0)
+"""
+
+
+def test_a_forked_process_gives_names_of_its_own() -> None:
+    """In a process of its own: one with threads should not fork."""
+    ended = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, check=True)
+    found = ended.stdout.decode().split()
+    assert len(found) == len(set(found)) == 20
