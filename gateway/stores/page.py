@@ -361,12 +361,11 @@ class Page:
         self.ended[hold.rid] = hold
 
     def _move(self, accounts: tuple[str, ...], pending: Money, posted: Money) -> None:
-        after = []
-        for balance in self.balances(accounts):
-            now_posted, now_pending = balance.posted + posted, balance.pending + pending
-            if not (-MOST <= now_posted <= MOST and -MOST <= now_pending <= MOST):
+        before = self.balances(accounts)
+        after = [Balance(spent + posted, held + pending) for spent, held in before]
+        for spent, held in after:
+            if not (-MOST <= spent <= MOST and -MOST <= held <= MOST):
                 raise OverflowError("an amount does not fit into 64 bits")
-            after.append(Balance(now_posted, now_pending))
         self.accounts.update(zip(accounts, after, strict=True))
         self.moved.update(accounts)
 

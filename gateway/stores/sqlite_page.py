@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from gateway.domain.ledger import Balance
@@ -21,6 +21,8 @@ from gateway.stores.page import (
     Needs,
     Page,
 )
+
+_NOTHING = Balance()
 
 Decide: TypeAlias = Callable[[Page], Any]
 
@@ -78,19 +80,17 @@ def _answer(decide: Decide, page: Page) -> Any:
 
 def _read(db: sqlite3.Connection, needs: Sequence[Needs]) -> Page:
     page = Page()
-    rids = [rid for need in needs for rid in need.rids]
-    if rids:
-        page.know(db.execute(_HOLDS, (json.dumps(rids),)))
+    rids = {rid: None for need in needs for rid in need.rids}
+    page.know(_HOLDS.found(db, rids))
     keys = [key for need in needs for key in need.keys]
     if keys:
         page.know(db.execute(_HOLDS_OF_KEYS, (json.dumps(keys),)))
-    accounts = dict.fromkeys(account for need in needs for account in need.accounts)
+    accounts = {account: _NOTHING for need in needs for account in need.accounts}
     for hold in page.holds.values():
-        accounts.update(dict.fromkeys(hold.accounts))
-    if accounts:
-        page.accounts = dict.fromkeys(accounts, Balance())
-        for account, posted, pending in db.execute(_BALANCES, (json.dumps(list(accounts)),)):
-            page.accounts[account] = Balance(posted, pending)
+        accounts.update(dict.fromkeys(hold.accounts, _NOTHING))
+    page.accounts = accounts
+    for account, posted, pending in _BALANCES.found(db, accounts):
+        accounts[account] = Balance(posted, pending)
     return page
 
 
@@ -129,27 +129,48 @@ class _Rows:
 
     def run(self, db: sqlite3.Connection, rows: Sequence[tuple[object, ...]]) -> None:
         done = 0
+        for text, size in self._parts(len(rows)):
+            some = rows[done : done + size]
+            db.execute(text, [value for row in some for value in row])
+            done += size
+
+    def found(self, db: sqlite3.Connection, names: Iterable[str]) -> Iterator[tuple[Any, ...]]:
+        """What a query for rows of one name each finds."""
+        asked, done = list(names), 0
+        for text, size in self._parts(len(asked)):
+            yield from db.execute(text, asked[done : done + size])
+            done += size
+
+    def _parts(self, length: int) -> Iterator[tuple[str, int]]:
         for size, text in self._texts:
-            while len(rows) - done >= size:
-                some = rows[done : done + size]
-                db.execute(text, [value for row in some for value in row])
-                done += size
+            while length >= size:
+                yield text, size
+                length -= size
 
 
-_HOLDS = f"""
-SELECT {HOLD_COLUMNS} FROM hold WHERE rid IN (SELECT value FROM json_each(?))
-"""  # noqa: S608 - names of columns
+# CROSS JOIN: what is asked for comes first, and each is looked up by its key. A list of values is
+# read in half the time of a list in JSON.
+_HOLDS = _Rows(
+    f"""
+SELECT {HOLD_COLUMNS} FROM (VALUES {{rows}}) AS asked CROSS JOIN hold WHERE rid = asked.column1
+""",  # noqa: S608 - names of columns
+    "(?)",
+)
 
-# CROSS JOIN: what is asked for comes first, and each is looked up in the index hold_idempotency.
+# Each is looked up in the index hold_idempotency.
 _HOLDS_OF_KEYS = f"""
 SELECT {HOLD_COLUMNS} FROM json_each(?) AS asked CROSS JOIN hold
  WHERE hold.team = asked.value ->> 0 AND hold.idempotency_key = asked.value ->> 1
    AND hold.idempotency_key IS NOT NULL
 """  # noqa: S608 - names of columns
 
-_BALANCES = """
-SELECT account, posted, pending FROM balance WHERE account IN (SELECT value FROM json_each(?))
-"""
+_BALANCES = _Rows(
+    """
+SELECT account, posted, pending FROM (VALUES {rows}) AS asked CROSS JOIN balance
+ WHERE account = asked.column1
+""",
+    "(?)",
+)
 
 _WRITE_BALANCES = _Rows(
     """
