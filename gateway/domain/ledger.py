@@ -106,9 +106,10 @@ class Claim:
     """The end user of the call, as a hash; empty where nobody said, or it is not to be kept."""
 
 
-@dataclass(frozen=True, slots=True)
-class Balance:
-    """An account in nano-dollars: ``posted`` is spent, ``pending`` is held by running calls."""
+class Balance(NamedTuple):
+    """An account in nano-dollars: ``posted`` is spent, ``pending`` is held by running calls.
+
+    Each call makes sixteen of them; a tuple is made in a third of a dataclass's time."""
 
     posted: Money = 0
     pending: Money = 0

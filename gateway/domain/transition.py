@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from operator import add, sub
 from typing import NamedTuple, TypeAlias
 
 from gateway.domain.books import Correction
@@ -84,8 +85,11 @@ def transition(state: State, event: Event, bound: Money, cost: Money, new_cost: 
 def no_room(lines: Iterable[Line], balances: Mapping[str, Balance], bound: Money) -> Denied | None:
     """The first line whose limit ``bound`` does not fit under, beside what its account has."""
     for line in lines:
-        amount, balance = line.limit.amount, balances[line.account]
-        if amount is not None and balance.used + bound > amount:
+        amount = line.limit.amount
+        if amount is None:
+            continue
+        balance = balances[line.account]
+        if balance.used + bound > amount:
             return Denied(line, balance)
     return None
 
@@ -178,10 +182,10 @@ class Counts(NamedTuple):
     flagged: int = 0
 
     def plus(self, other: Counts) -> Counts:
-        return Counts(*(mine + its for mine, its in zip(self, other, strict=True)))
+        return Counts._make(map(add, self, other))
 
     def minus(self, other: Counts) -> Counts:
-        return Counts(*(mine - its for mine, its in zip(self, other, strict=True)))
+        return Counts._make(map(sub, self, other))
 
 
 def counted(state: State, cost: Money, settlement: Settlement, flags: Collection[str]) -> Counts:
@@ -256,9 +260,11 @@ def by_model(
 ) -> list[tuple[str, Counts]]:
     """The models whose rows of the day gain something, and what: ``gained`` is the whole, of a call
     for ``model``; ``part`` is what another one now has of it, ``before`` what it had."""
-    its = _counted_part(part).minus(_counted_part(before))
     other = part or before
-    if other is None or not any(its):
+    if other is None:
+        return [(model, gained)]
+    its = _counted_part(part).minus(_counted_part(before))
+    if not any(its):
         return [(model, gained)]
     return [(model, gained.minus(its)), (other.model, its)]
 

@@ -9,8 +9,9 @@ from gateway.domain.ledger import Entry, UsageRow, UserUsage
 from gateway.domain.money import Money
 from gateway.domain.transition import DOUBTFUL
 from gateway.stores.audit import AUDIT_JOURNAL, AUDIT_USAGE, discrepancies
+from gateway.stores.page import Needs
 from gateway.stores.postgres_link import Link
-from gateway.stores.postgres_page import Needs, Page
+from gateway.stores.postgres_page import Page
 from gateway.stores.postgres_writer import Reader, Transaction, Writer, with_page
 from gateway.stores.rows import (
     ADJUSTMENT_COLUMNS,

@@ -30,8 +30,9 @@ from gateway.domain.transition import (
     usage_day,
     yields_key,
 )
+from gateway.stores.page import Needs, needs_of
 from gateway.stores.postgres_link import Link
-from gateway.stores.postgres_page import Needs, Page, needs_of
+from gateway.stores.postgres_page import Page
 from gateway.stores.postgres_writer import Reader, Transaction, Writer, alone, with_page
 from gateway.stores.rows import MICROSECOND, USAGE_COLUMNS, micros
 
@@ -95,11 +96,12 @@ class PostgresLedger:
         if claim.bound < 0:
             raise ValueError("a bound is never negative")
         lease = (claim.lease_ends - claim.at) // MICROSECOND
+        needs = needs_of(claim)
 
         def decide(page: Page, transaction: Transaction) -> Held | Denied | Claimed:
-            return page.reserve(claim, transaction.instant(claim.at) + lease)
+            return page.reserve(claim, needs.accounts, transaction.instant(claim.at) + lease)
 
-        return await self._writer.decide(needs_of(claim), decide, droppable=True)
+        return await self._writer.decide(needs, decide, droppable=True)
 
     async def claimed(
         self, team: str, idempotency_key: str, fingerprint: str, at: datetime

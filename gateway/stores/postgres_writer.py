@@ -40,6 +40,7 @@ import psycopg
 
 from gateway.domain.errors import LedgerUnavailable
 from gateway.ports import NotKnown
+from gateway.stores.page import NOTHING, Needs, Outdated
 from gateway.stores.postgres_link import (
     Link,
     ServerSilent,
@@ -48,7 +49,7 @@ from gateway.stores.postgres_link import (
     is_transient,
     said_of,
 )
-from gateway.stores.postgres_page import NOTHING, Needs, Outdated, Page
+from gateway.stores.postgres_page import Page
 from gateway.stores.rows import micros
 from gateway.stores.writing import Operation, T, WriterThread, deliver, unavailable, unreadable
 
@@ -228,14 +229,13 @@ class Writer(WriterThread[_Operation[Any]]):
         done in time (where it may still come: every call can be repeated).
         """
         operation = _Operation(needs=needs, decide=decide, droppable=droppable)
-        self._enqueue(operation)
-        return await self._in_time(operation.heard())
+        result: T = await self._asked(operation)
+        return result
 
     async def run(self, errand: Errand[T]) -> T:
         """Runs an errand; raises as ``decide``."""
-        operation = _Operation(errand=errand)
-        self._enqueue(operation)
-        return await self._in_time(operation.heard())
+        result: T = await self._asked(_Operation(errand=errand))
+        return result
 
     def post(self, decide: Decision[object], rid: str) -> None:
         """Decides in the next transaction; nobody waits, and a failure is only logged."""

@@ -59,6 +59,8 @@ KEY_COLUMNS = "id, team, name, models, limits, created, expires, disabled, revok
 
 _LIMITS = frozenset(field.name for field in fields(Limits))
 _PER_USER = "per_user"
+_USAGE = tuple(field.name for field in fields(Usage))
+_NO_USAGE = Usage()
 
 
 def micros(instant: datetime) -> int:
@@ -72,13 +74,17 @@ def instant(micros: int) -> datetime:
 
 def detail_of(settlement: Settlement) -> str:
     """What the journal keeps of a settlement beside its amounts."""
-    detail: dict[str, object] = {
+    detail: dict[str, Any] = {
         "outcome": settlement.outcome.value,
         "basis": settlement.basis.value,
         "images": settlement.images,
     }
-    if settlement.usage != Usage():
-        detail["usage"] = asdict(settlement.usage)
+    usage = settlement.usage
+    if usage != _NO_USAGE:
+        # Ten times as fast as ``asdict``, which copies every number.
+        detail["usage"] = {name: getattr(usage, name) for name in _USAGE}
+        if usage.svg is not None:
+            detail["usage"]["svg"] = asdict(usage.svg)
     if settlement.flags:
         detail["flags"] = settlement.flags
     if settlement.drawn is not None:
@@ -163,12 +169,9 @@ def compare_booked(
             )
 
 
-def accounts_of(claim: Claim) -> list[str]:
-    """The accounts of a claim, each once, in the order of its lines."""
-    return list(dict.fromkeys(line.account for line in claim.lines))
-
-
-def claim_row(claim: Claim, accounts: str, lease_ends: int) -> tuple[object, ...]:
+def claim_row(
+    claim: Claim, accounts: str, lease_ends: int, idempotency_key: str | None
+) -> tuple[object, ...]:
     """A new hold: rid, bound, accounts, team, key_id, model, operation, upstream, images,
     price_id, fingerprint, idempotency_key, worker, at, day, lease_ends, end_user."""
     return (
@@ -183,7 +186,7 @@ def claim_row(claim: Claim, accounts: str, lease_ends: int) -> tuple[object, ...
         claim.images,
         claim.price_id,
         claim.fingerprint,
-        claim.idempotency_key,
+        idempotency_key,
         claim.worker,
         micros(claim.at),
         usage_day(claim.at),

@@ -5,7 +5,8 @@ It knows nothing of money; what is kept in the file is ``sqlite``'s. How a write
     any task ──► queue ──► the writer: one thread a process ──► futures, after COMMIT
                            takes what has queued (at most 128)
                            flock(<db>.lock)  BEGIN IMMEDIATE
-                             SAVEPOINT, one operation, RELEASE   (each)
+                             calls on money: read, decided, written together (sqlite_page)
+                             other work: SAVEPOINT, one piece of it, RELEASE
                            COMMIT (fsync)    checkpoint when the WAL is large
 
 Several processes may use the file at once: a serving gateway, its other workers, a command. They
@@ -33,10 +34,14 @@ from pathlib import Path
 from typing import Any
 
 from gateway.ports import StoreError
+from gateway.stores.page import NOTHING, Needs, Page
+from gateway.stores.sqlite_page import Asked, book, decide_all, is_of_one_call
 from gateway.stores.writing import Operation, T, WriterThread, deliver, unavailable, unreadable
 
 WAL_BYTES = 4 * 1024 * 1024
 BUSY_SECONDS = 2.0
+STATEMENTS = 256
+"""Prepared ones that a connection remembers: there are a dozen for each table that is written."""
 APPLICATION_ID = 0x67747779
 """``gtwy``, as 0001_initial.sql writes it into the file's header."""
 NETWORK_FILESYSTEMS = frozenset(
@@ -91,6 +96,8 @@ class DatabaseFile:
         self.path = path
         self.busy_seconds = busy_seconds
         self._wal = path.with_name(path.name + "-wal")
+        # Looked at in every transaction: a ``Path`` is four times as slow to ask.
+        self._name, self._wal_name = os.fspath(self.path), os.fspath(self._wal)
         self._lock: int | None = None
         self._identity = (0, 0)
 
@@ -172,12 +179,12 @@ class DatabaseFile:
     def still_there(self) -> None:
         """Raises ``OSError`` when the file we have open is not the one at the path any more:
         what is written to it would be lost with the last process."""
-        status = self.path.stat()
+        status = os.stat(self._name)
         if (status.st_dev, status.st_ino) != self._identity:
             raise OSError(f"{self.path} was replaced while it was in use")
 
     def wal_is_large(self) -> bool:
-        return self._wal.stat().st_size > WAL_BYTES
+        return os.stat(self._wal_name).st_size > WAL_BYTES
 
 
 def _connect(path: Path, busy_seconds: float, ours: bool = False) -> sqlite3.Connection:
@@ -188,6 +195,7 @@ def _connect(path: Path, busy_seconds: float, ours: bool = False) -> sqlite3.Con
         timeout=busy_seconds,
         isolation_level=None,
         check_same_thread=False,
+        cached_statements=STATEMENTS,
     )
     try:
         if ours and one_number(connection, "PRAGMA application_id") != APPLICATION_ID:
@@ -260,14 +268,15 @@ def filesystem_of(folder: Path, mounts: str) -> str:
 
 
 class _Operation(Operation[T]):
-    """``work`` is run in the writer's transaction. ``committed``: nothing may say any more that it
-    is not in the ledger."""
+    """Either a call that is ``asked`` together with others, or ``work`` that has the writer's
+    transaction for itself. ``committed``: nothing may say any more that it is not in the ledger."""
 
-    __slots__ = ("committed", "work")
+    __slots__ = ("asked", "committed", "work")
 
     def __init__(
         self,
-        work: Callable[[sqlite3.Connection], T],
+        work: Callable[[sqlite3.Connection], T] | None = None,
+        asked: Asked | None = None,
         *,
         awaited: bool = True,
         droppable: bool = False,
@@ -275,27 +284,63 @@ class _Operation(Operation[T]):
     ) -> None:
         super().__init__(awaited=awaited, droppable=droppable, rid=rid)
         self.work = work
+        self.asked = asked
         self.committed = False
 
-    def run(self, connection: sqlite3.Connection) -> None:
-        """Works inside a savepoint, so that a bad operation does not sink the batch.
-
-        Raises what makes the whole transaction doubtful: a full disk, a lock, a damaged file.
-        """
-        connection.execute("SAVEPOINT operation")
-        try:
-            self.succeed(self.work(connection))
-        except Exception as error:
-            if _sinks_the_batch(error):
-                raise
-            connection.execute("ROLLBACK TO operation")
-            self.fail(error)
-        connection.execute("RELEASE operation")
+    def hear(self, answer: Any) -> None:
+        if isinstance(answer, Exception):
+            self.fail(answer)
+        else:
+            self.succeed(answer)
 
 
-def _sinks_the_batch(error: Exception) -> bool:
-    only_this_one = (sqlite3.IntegrityError, sqlite3.DataError, sqlite3.ProgrammingError)
-    return isinstance(error, sqlite3.Error) and not isinstance(error, only_this_one)
+def _work(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], Any]) -> Any:
+    """Works inside a savepoint, so that a bad operation does not sink the batch; its result, or
+    what it raised.
+
+    Raises what makes the whole transaction doubtful: a full disk, a lock, a damaged file.
+    """
+    connection.execute("SAVEPOINT operation")
+    try:
+        answer = work(connection)
+    except Exception as error:
+        if not is_of_one_call(error):
+            raise
+        connection.execute("ROLLBACK TO operation")
+        answer = error
+    connection.execute("RELEASE operation")
+    return answer
+
+
+def _run(connection: sqlite3.Connection, batch: Sequence[_Operation[Any]]) -> None:
+    """Each operation hears its answer, in their order. Raises as ``_work``."""
+    asked = [operation.asked for operation in batch if operation.asked is not None]
+    if len(asked) == len(batch):
+        _hear(batch, _book(connection, asked))
+        return
+    for operation in batch:
+        if operation.work is not None:
+            operation.hear(_work(connection, operation.work))
+        elif operation.asked is not None:
+            _hear([operation], book(connection, [operation.asked]))
+
+
+def _book(connection: sqlite3.Connection, asked: Sequence[Asked]) -> list[Any]:
+    """As ``book``, for what is alone in its transaction. A savepoint would copy every page that
+    is changed, so it is only made where something did go wrong."""
+    try:
+        return decide_all(connection, asked)
+    except Exception as error:
+        if not is_of_one_call(error):
+            raise
+    connection.execute("ROLLBACK")
+    connection.execute("BEGIN IMMEDIATE")
+    return book(connection, asked)
+
+
+def _hear(batch: Sequence[_Operation[Any]], answers: Sequence[Any]) -> None:
+    for operation, answer in zip(batch, answers, strict=True):
+        operation.hear(answer)
 
 
 class Writer(WriterThread[_Operation[Any]]):
@@ -316,13 +361,21 @@ class Writer(WriterThread[_Operation[Any]]):
         Raises what ``work`` raises, and ``LedgerUnavailable`` when the commit failed or is not
         done in time (where it may still come: every operation can be repeated).
         """
-        operation = _Operation(work, droppable=droppable)
-        self._enqueue(operation)
-        return await self._in_time(operation.heard())
+        result: T = await self._asked(_Operation(work, droppable=droppable))
+        return result
 
-    def post(self, work: Callable[[sqlite3.Connection], object], rid: str) -> None:
-        """Runs ``work`` in the next transaction; nobody waits, and a failure is only logged."""
-        self._leave(_Operation(work, awaited=False, rid=rid))
+    async def decide(
+        self, needs: Needs, decide: Callable[[Page], T], *, droppable: bool = False
+    ) -> T:
+        """Decides in the next transaction, on a page with others; returns and raises as
+        ``submit``."""
+        operation = _Operation[T](asked=Asked(needs, decide), droppable=droppable)
+        result: T = await self._asked(operation)
+        return result
+
+    def post(self, decide: Callable[[Page], object], rid: str) -> None:
+        """Decides in the next transaction; nobody waits, and a failure is only logged."""
+        self._leave(_Operation(asked=Asked(NOTHING, decide), awaited=False, rid=rid))
 
     def work(self, batch: Sequence[_Operation[Any]]) -> None:
         try:
@@ -350,8 +403,7 @@ class Writer(WriterThread[_Operation[Any]]):
             if self._connection is None:
                 self._connection = self._file.connect()
             self._connection.execute("BEGIN IMMEDIATE")
-            for operation in wanted:
-                operation.run(self._connection)
+            _run(self._connection, wanted)
             self._connection.execute("COMMIT")
             # From here on nothing that goes wrong may say that it is not in the ledger.
             for operation in wanted:

@@ -14,7 +14,8 @@ import logging
 import queue
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from gateway.domain.errors import LedgerUnavailable
@@ -50,7 +51,7 @@ class Operation(Generic[T]):
     ``droppable`` is skipped when its waiter has gone before its turn.
     """
 
-    __slots__ = ("droppable", "error", "future", "loop", "result", "rid")
+    __slots__ = ("deadline", "droppable", "error", "future", "loop", "result", "rid")
 
     def __init__(self, *, awaited: bool = True, droppable: bool = False, rid: str = "") -> None:
         self.droppable = droppable
@@ -59,21 +60,18 @@ class Operation(Generic[T]):
         self.error: Exception | None = None
         self.loop = asyncio.get_running_loop()
         self.future: asyncio.Future[T] | None = self.loop.create_future() if awaited else None
+        self.deadline = 0.0
 
     @property
     def abandoned(self) -> bool:
-        return self.droppable and self.future is not None and self.future.cancelled()
+        """Whether its waiter has gone, or was told that it has waited in vain."""
+        return self.droppable and self.future is not None and self.future.done()
 
     def succeed(self, result: T) -> None:
         self.result, self.error = (result,), None
 
     def fail(self, error: Exception) -> None:
         self.result, self.error = None, error
-
-    async def heard(self) -> T:
-        """The result, once it is there; raises the error."""
-        assert self.future is not None
-        return await self.future
 
     def deliver(self) -> None:
         """On the waiter's loop: hands over the result, if it is still wanted."""
@@ -83,6 +81,42 @@ class Operation(Generic[T]):
             self.future.set_result(self.result[0])
         else:
             self.future.set_exception(self.error or unavailable())
+
+
+class _Waiters:
+    """Those of one loop who wait for the writer, in the order they came, and one timer for all of
+    them: a timeout for each costs more than the rest of its way through the loop (12 us)."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, patience_seconds: float) -> None:
+        self.loop = loop
+        self._patience_seconds = patience_seconds
+        self._waiting: deque[Operation[Any]] = deque()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, operation: Operation[Any]) -> None:
+        operation.deadline = self.loop.time() + self._patience_seconds
+        self._forget_answered()
+        self._waiting.append(operation)
+        if self._timer is None:
+            self._timer = self.loop.call_at(operation.deadline, self._look)
+
+    def _forget_answered(self) -> None:
+        waiting = self._waiting
+        while waiting and (waiting[0].future is None or waiting[0].future.done()):
+            waiting.popleft()
+
+    def _look(self) -> None:
+        now = self.loop.time()
+        self._forget_answered()
+        while self._waiting and self._waiting[0].deadline <= now:
+            future = self._waiting.popleft().future
+            if future is not None:
+                _log.warning("the ledger's writer does not answer in time")
+                future.set_exception(unavailable())
+            self._forget_answered()
+        self._timer = None
+        if self._waiting:
+            self._timer = self.loop.call_at(self._waiting[0].deadline, self._look)
 
 
 O = TypeVar("O", bound="Operation[Any]")  # noqa: E741
@@ -98,7 +132,9 @@ class WriterThread(ABC, Generic[O]):
     def __init__(self, patience_seconds: float) -> None:
         self._patience_seconds = patience_seconds
         self._closed = False
-        self._queue: queue.Queue[O | None] = queue.Queue(QUEUE)
+        self._queue: queue.SimpleQueue[O | None] = queue.SimpleQueue()
+        self._room = QUEUE
+        self._waiters: _Waiters | None = None
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
 
     @abstractmethod
@@ -119,14 +155,15 @@ class WriterThread(ABC, Generic[O]):
             self._closed = True
             await asyncio.to_thread(self._stop)
 
-    async def _in_time(self, heard: Awaitable[T]) -> T:
+    async def _asked(self, operation: O) -> Any:
         """What an operation is answered. Raises ``LedgerUnavailable`` where that is too late."""
-        try:
-            async with asyncio.timeout(self._patience_seconds):
-                return await heard
-        except TimeoutError:
-            _log.warning("the ledger's writer does not answer in time")
-            raise unavailable() from None
+        self._enqueue(operation)
+        waiters = self._waiters
+        if waiters is None or waiters.loop is not operation.loop:
+            waiters = self._waiters = _Waiters(operation.loop, self._patience_seconds)
+        waiters.add(operation)
+        assert operation.future is not None
+        return await operation.future
 
     def _leave(self, operation: O) -> None:
         """Queues what nobody waits for."""
@@ -138,18 +175,12 @@ class WriterThread(ABC, Generic[O]):
             )
 
     def _enqueue(self, operation: O) -> None:
-        if self._closed:
+        if self._closed or self._queue.qsize() >= self._room:
             raise unavailable()
-        try:
-            self._queue.put_nowait(operation)
-        except queue.Full:
-            raise unavailable() from None
+        self._queue.put(operation)
 
     def _stop(self) -> None:
-        try:
-            self._queue.put(None, timeout=CLOSE_SECONDS)
-        except queue.Full:
-            _log.error("the ledger's writer is stuck: its queue is given up")
+        self._queue.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             _log.error("the ledger's writer is stuck: its thread is given up")
@@ -168,12 +199,9 @@ class WriterThread(ABC, Generic[O]):
         operation = self._queue.get()
         while operation is not None:
             batch.append(operation)
-            if len(batch) == BATCH:
+            if len(batch) == BATCH or self._queue.empty():
                 return batch, True
-            try:
-                operation = self._queue.get_nowait()
-            except queue.Empty:
-                return batch, True
+            operation = self._queue.get_nowait()
         return batch, False
 
 

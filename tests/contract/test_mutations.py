@@ -28,6 +28,7 @@ from gateway.domain.ledger import State
 from gateway.domain.transition import ignore_conflict
 from gateway.ports import Store
 from gateway.stores import sqlite_books, sqlite_ledger, sqlite_upkeep
+from gateway.stores.page import HeldRow, Page
 from tests.contract import test_books, test_ledger, test_parts, test_upkeep
 from tests.contract.machine import LedgerMachine
 from tests.contract.stores import H, V, X, sqlite
@@ -38,10 +39,11 @@ Test: TypeAlias = Callable[[Store], Coroutine[object, object, None]]
 
 @dataclass(frozen=True)
 class Bug:
-    """``name`` is the function or the constant of ``module`` in which ``old`` becomes ``new``."""
+    """``name`` is the function or the constant of ``module``, a class of one too, in which ``old``
+    becomes ``new``."""
 
     what: str
-    module: ModuleType
+    module: ModuleType | type
     name: str
     old: str
     new: str
@@ -158,12 +160,12 @@ BUGS = (
     ),
     Bug(
         "an idempotency key is not moved on",
-        sqlite_ledger, "_reserve", "if holder is not None:", "if holder == '':",
+        Page, "reserve", "if holder is not None:", "if holder == '':",
         one_key_one_call("f"),
     ),
     Bug(
         "an idempotency key lives for ever",
-        sqlite_ledger, "_holder_of_key", "reserved < micros(at - KEY_LIFETIME) or", "",
+        Page, "_holder_of_key", "outlived or", "",
         key_for_a_day,
     ),
     Bug(
@@ -183,12 +185,12 @@ BUGS = (
     ),
     Bug(
         "a repeat of an unknown outcome is refused",
-        sqlite_ledger, "_reserve", ", claim.repeat_unknown", "",
+        Page, "_holder_of_key", ", claim.repeat_unknown", "",
         taken_over(X),
     ),
     Bug(
         "a reroute holds nothing more",
-        sqlite_ledger, "_reroute", "bump.pending, posted=0", "0, posted=0",
+        Page, "reroute", "bump.pending, posted=0", "0, posted=0",
     ),
     Bug(
         "a reroute holds both bounds",
@@ -231,15 +233,15 @@ BUGS = (
     ),
     Bug(
         "a rerouted call is counted for its first model",
-        sqlite_ledger, "_reroute", "SET model = ?", "SET model = coalesce(model, ?)",
+        HeldRow, "go", "self.model, self.upstream", "_, self.upstream",
     ),
     Bug(
         "a rerouted call keeps its bound",
-        sqlite_ledger, "_reroute", "bound = ? WHERE", "bound = iif(?, bound, bound) WHERE",
+        HeldRow, "go", "self.bound = bound", "pass",
     ),
     Bug(
         "a raised bound is not in the journal",
-        sqlite_ledger, "_reroute", "pending=bump.pending", "pending=0",
+        Page, "reroute", "REROUTED, bump.pending", "REROUTED, 0",
     ),
     Bug(
         "a sweep expires a lease at its end, not after it",
@@ -295,7 +297,7 @@ BUGS = (
     ),
     Bug(
         "what another model drew is not remembered",
-        sqlite_ledger, "_settle", "*part_row(drawn),", "*part_row(None),",
+        HeldRow, "end", "*part_row(self.drawn)", "*part_row(None)",
     ),
     Bug(
         "a correction leaves the part of another model as it is",
@@ -340,7 +342,7 @@ def compiled(bug: Bug, source: str) -> FunctionType:
     names: dict[str, object] = {}
     flags = __future__.annotations.compiler_flag
     code = compile(source, f"<{bug.what}>", "exec", flags=flags, dont_inherit=True)
-    exec(code, vars(bug.module), names)
+    exec(code, dict(vars(bug.module)), names)
     function = names[bug.name]
     assert isinstance(function, FunctionType)
     return function
