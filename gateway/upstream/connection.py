@@ -16,6 +16,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from typing import cast
 
 import httptools
 
@@ -82,12 +83,12 @@ class Connection(asyncio.BufferedProtocol):
         return self._transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # uvloop's transports have asyncio's methods, and are no subclass of its class.
+        self._transport = connected = cast(asyncio.Transport, transport)
         if self.closed:  # given up while it was being made
-            transport.abort()
+            connected.abort()
             return
-        transport.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        connected.set_write_buffer_limits(high=WRITE_HIGH_WATER)
         raw = transport.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):  # not on macOS
