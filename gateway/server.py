@@ -1,9 +1,7 @@
-"""The sockets: uvicorn, with seven things it does not do.
+"""The sockets: uvicorn, with connections of our own, and three things it does not do.
 
-It answers clients that close their sending half, it lets a client that is still uploading read why
-it was refused, it refuses what is no HTTP in the shape of every other error, it can drop a
-connection that takes nothing any more, it says so when it has no room for another one, it goes on
-listening while it drains, and it ends with exit code 0 when it was told to end.
+It accepts only as many connections at once as it can count, it goes on listening while it drains,
+and it ends with exit code 0 when it was told to end.
 """
 
 from __future__ import annotations
@@ -15,16 +13,14 @@ import math
 import os
 import signal
 import socket
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any, Protocol, cast
+from typing import Protocol
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from gateway.api.door import ABORT, CLOSED, HUNG_UP, ASGIApp, Scope
-from gateway.api.errors import no_http, no_room
+from gateway.api.door import ASGIApp
+from gateway.protocol import Connection, Door
 
 log = logging.getLogger(__name__)
 
@@ -32,30 +28,6 @@ KEEP_ALIVE_SECONDS = 75
 BACKLOG = 2048
 ACCEPTED_AT_ONCE = 16
 """Of connections in one turn of the loop: each is counted before the next turn."""
-TURNED_AWAY = 16
-"""How many connections without a place may be open, to hear that there is none."""
-LINGER_SECONDS = 10.0
-LINGER_BYTES = 256 * 1024 * 1024
-"""How much of a refused upload is read and thrown away, so that the refusal arrives."""
-
-
-class _Lingering:
-    """A transport whose ``close`` waits for a client that is still sending.
-
-    Closing a socket with unread bytes resets it, and the reset overtakes the answer: the client
-    would see a broken connection, and send the same upload again.
-    """
-
-    def __init__(self, transport: asyncio.Transport, linger: Callable[[], bool]) -> None:
-        self._transport = transport
-        self._linger = linger
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
-
-    def close(self) -> None:
-        if self._transport.is_closing() or not self._linger():
-            self._transport.close()
 
 
 class Draining(Protocol):
@@ -66,126 +38,6 @@ class Draining(Protocol):
 
     async def over(self) -> None:
         """Waits until all that was taken is done."""
-
-
-class Door:
-    """How many connections a server may have; those beyond it are turned away."""
-
-    def __init__(self, limit: int | None, refused: Callable[[], None]) -> None:
-        self.limit = limit
-        self.refused = refused
-        self._away: OrderedDict[asyncio.Transport, None] = OrderedDict()
-
-    def turn_away(self, transport: asyncio.Transport) -> None:
-        """Tells a connection that there is no room. It may stay until it has read that, or until
-        too many others are told the same."""
-        self.refused()
-        self._away[transport] = None
-        transport.write(no_room())
-        transport.write_eof()
-        asyncio.get_running_loop().call_later(LINGER_SECONDS, transport.close)
-        if len(self._away) > TURNED_AWAY:
-            oldest, _ = self._away.popitem(last=False)
-            oldest.abort()
-
-    def left(self, transport: asyncio.Transport) -> None:
-        self._away.pop(transport, None)
-
-    def close(self) -> None:
-        for transport in self._away:
-            transport.abort()
-
-
-class Connection(HttpToolsProtocol):
-    """One client's connection."""
-
-    _real: asyncio.Transport
-    _closed: asyncio.Event
-    _door: Door | None = None
-    _turned_away = False
-    _unwanted_bytes = 0
-    _lingers: asyncio.TimerHandle | None = None
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._real = transport
-        self._closed = asyncio.Event()
-        door = self._door
-        if door is not None and door.limit is not None and len(self.connections) >= door.limit:
-            self._turned_away = True
-            door.turn_away(transport)
-            return
-        super().connection_made(cast(asyncio.Transport, _Lingering(transport, self._linger)))
-
-    def on_headers_complete(self) -> None:
-        super().on_headers_complete()
-        # Requests are parsed one after the other, so this scope is the one that began just now.
-        scope = cast(Scope, self.scope)
-        scope[HUNG_UP] = asyncio.Event()
-        scope[CLOSED] = self._closed
-        scope[ABORT] = self._real.abort
-
-    def _linger(self) -> bool:
-        """Whether the end waits: the answer is complete, the request is not."""
-        cycle = cast(RequestResponseCycle | None, self.cycle)
-        if cycle is None or not cycle.response_complete or not cycle.more_body:
-            return False
-        if self._lingers is None:
-            self._lingers = self.loop.call_later(LINGER_SECONDS, self._real.close)
-            self._real.write_eof()
-            self._real.resume_reading()
-        return True
-
-    def _unsupported_upgrade_warning(self) -> None:
-        """An upgrade is not made; anybody may ask for one, so it is not worth a line."""
-
-    def timeout_keep_alive_handler(self) -> None:
-        """An idle connection is closed; one that does not even take the end of its last answer is
-        dropped, since closing would wait for it."""
-        if self._real.get_write_buffer_size():
-            self._real.abort()
-        else:
-            super().timeout_keep_alive_handler()
-
-    def shutdown(self) -> None:
-        if self._lingers is None:
-            super().shutdown()
-        else:
-            self._real.close()
-
-    def data_received(self, data: bytes) -> None:
-        if self._lingers is None and not self._turned_away:
-            super().data_received(data)
-            return
-        self._unwanted_bytes += len(data)
-        if self._unwanted_bytes > LINGER_BYTES:
-            self._real.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._closed.set()
-        if self._turned_away:
-            if self._door is not None:
-                self._door.left(self._real)
-            return
-        if self._lingers is not None:
-            self._lingers.cancel()
-        super().connection_lost(exc)
-
-    def send_400_response(self, msg: str) -> None:
-        """For bytes that no parser takes. uvicorn's own says it in plain text."""
-        self.transport.write(no_http())
-        self.transport.close()
-
-    def eof_received(self) -> bool | None:  # type: ignore[override]
-        """A client that has sent all it wants may still read. It cannot be told from one that has
-        left until something is written, so it is noted, and answered."""
-        cycle = cast(RequestResponseCycle | None, self.cycle)
-        if self._turned_away or cycle is None or cycle.response_complete or cycle.more_body:
-            self._closed.set()
-            self._real.close()
-            return None
-        cycle.keep_alive = False
-        cast(Scope, cycle.scope)[HUNG_UP].set()
-        return True
 
 
 class Server(uvicorn.Server):

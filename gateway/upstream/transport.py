@@ -16,7 +16,7 @@ from contextlib import suppress
 import httpx
 
 from gateway.domain.address import address_of, is_never_an_upstream
-from gateway.upstream.connection import Connection, SocketExchange, encode_head
+from gateway.upstream.connection import READ_BYTES, Connection, SocketExchange, encode_head
 from gateway.upstream.pool import Pool
 from gateway.upstream.wire import (
     Exchange,
@@ -74,6 +74,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self._max_response_bytes = max_response_bytes
         self._timeouts = timeouts if timeouts is not None else Timeouts()
         self._waited = waited
+        self._buffer = memoryview(bytearray(READ_BYTES))
         self._pools: dict[Origin, Pool] = {}
         self._connections: set[Connection] = set()
         self._closed = False
@@ -200,7 +201,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
             pool.forget(connection)
 
         loop = asyncio.get_running_loop()
-        connection = Connection(on_closed)
+        connection = Connection(self._buffer, on_closed)
         if origin.tls and self._tls is None:
             self._tls = tls_context()
         try:
