@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -387,7 +388,7 @@ RESULT = "growth:req_0123456789abcdef01234567"
 class Pair:
     """Results beside a cache: what both keep is one file."""
 
-    def __init__(self, folder: Path, **options: int) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         self.clock = StillClock()
         self.errors: list[OSError] = []
         self.cache = DiskCache(
@@ -421,7 +422,8 @@ async def test_what_two_folders_keep_is_one_file(tmp_path: Path) -> None:
     assert pair.cache.bytes_held == pair.results.bytes_held == held(tmp_path / "cache")
     for store in (pair, Pair(tmp_path)):
         kept, again = await store.results.get(RESULT), await store.cache.get(KEY)
-        assert kept is not None and again is not None
+        assert kept is not None
+        assert again is not None
         assert (kept.meta.team, kept.meta.cost, again.meta) == ("t", 2, meta_of(data))
         assert await content(kept) == await content(again) == data
         assert await store.cache.get(RESULT) is None
