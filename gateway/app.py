@@ -199,7 +199,7 @@ async def open_gateway(
         lease = timedelta(seconds=settings.lease_seconds)
         budgets = BudgetView(store.ledger, clock)
         observed = Observed()
-        kept = make_results(settings, clock, metrics, redis)
+        kept = make_results(settings, clock, metrics, redis, cache)
         if kept is not None:
             stack.push_async_callback(kept.aclose)
         hosting = make_hosting(settings, clock, metrics, redis, lambda: keyring.peppers)

@@ -184,7 +184,10 @@ def make_cache(
     url = cache.redis or state
     if url is None:
         folder = settings.storage.blobs / "cache"
-        disk = DiskCache(folder, clock, max_bytes=cache.max_bytes, on_error=failed)
+        processes = settings.server.replicas * settings.server.workers
+        disk = DiskCache(
+            folder, clock, max_bytes=cache.max_bytes, on_error=failed, alone=processes == 1
+        )
         metrics.watch("gateway_cache_bytes", lambda: disk.bytes_held, where="disk")
         return TieredCache(front, disk), None
     same = state is not None and same_server(url.reveal(), state.reveal())
@@ -199,16 +202,23 @@ def make_cache(
 
 
 def make_results(
-    settings: Settings, clock: Clock, metrics: Metrics, server: RedisServer
+    settings: Settings,
+    clock: Clock,
+    metrics: Metrics,
+    server: RedisServer,
+    cache: Cache | None = None,
 ) -> Cache | None:
     """Answers by request id, in the Redis of the cache, else on disk; None where they are off.
 
-    ``server`` is that of the gate. No tier in memory: hardly any is read twice.
+    ``server`` is that of the gate. No tier in memory: hardly any is read twice. What goes into
+    ``cache`` too is one file with its entry there.
     """
     if not settings.results.enabled:
         return None
     kind = _Shelf("results", "gwr", "gateway_results_bytes", "gateway_results_errors_total")
-    return _make_shelf(kind, settings.results.max_bytes, settings, clock, metrics, server)
+    back = cache.back if isinstance(cache, TieredCache) else None
+    beside = back if isinstance(back, DiskCache) else None
+    return _make_shelf(kind, settings.results.max_bytes, settings, clock, metrics, server, beside)
 
 
 def make_hosting(
@@ -250,6 +260,7 @@ def _make_shelf(
     clock: Clock,
     metrics: Metrics,
     server: RedisServer,
+    beside: DiskCache | None = None,
 ) -> Cache:
     def failed(*_: object) -> None:
         metrics.add(kind.errors, operation="store")
@@ -263,6 +274,7 @@ def _make_shelf(
             max_bytes=max_bytes,
             max_entry_bytes=RESULT_MAX_BYTES,
             on_error=failed,
+            beside=beside,
         )
         metrics.watch(kind.bytes_held, lambda: disk.bytes_held, where="disk")
         disk.keep_swept()

@@ -393,6 +393,49 @@ class Cached:
     chunks: Callable[[], AsyncIterator[bytes]]
 
 
+@dataclass(frozen=True, slots=True)
+class CacheEntry:
+    """What is kept of an answer beside its bytes: under which key, and for how long."""
+
+    key: str
+    meta: CachedMeta
+    ttl_seconds: float
+
+
+class Parts:
+    """A body of which every byte is in memory: ``parts``, as they came. It is read like any other;
+    who takes ``parts`` instead waits for nothing and copies nothing.
+
+    ``beside`` is another entry that will be made of the same bytes, in another store: one that
+    can make both at once says in ``made`` where it has made that one too.
+    """
+
+    __slots__ = ("_rest", "beside", "made", "parts")
+
+    def __init__(self, parts: Sequence[bytes], beside: CacheEntry | None = None) -> None:
+        self.parts = parts
+        self.beside = beside
+        self.made: object | None = None
+        self._rest = iter(parts)
+
+    def __aiter__(self) -> Parts:
+        return self
+
+    async def __anext__(self) -> bytes:
+        for part in self._rest:
+            return part
+        raise StopAsyncIteration
+
+    def again(self) -> Parts:
+        """The same, to be read once more."""
+        parts = Parts(self.parts)
+        parts.made = self.made
+        return parts
+
+    async def aclose(self) -> None:
+        """Nothing is open: so that it can stand where a generator does."""
+
+
 class Cache(Protocol):
     """Exact results, by fingerprint. A store that is away is a miss, never an error."""
 
@@ -400,8 +443,9 @@ class Cache(Protocol):
 
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
-        """Keeps an answer. Nothing is visible to ``get`` before the last chunk is stored."""
+    ) -> bool:
+        """Keeps an answer; whether it did. Nothing is visible to ``get`` before the last chunk is
+        stored."""
 
     async def holds(self, key: str) -> bool:
         """Whether it is there, though ``get`` may be too busy to hand it out. Unlike ``get`` it

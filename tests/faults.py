@@ -252,9 +252,9 @@ class _Cache(_Wrapped):
 
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
-        await self._faults.through(
-            "cache.put", lambda: self._target.put(key, meta, chunks, ttl_seconds), lambda _: None
+    ) -> bool:
+        return await self._faults.through(
+            "cache.put", lambda: self._target.put(key, meta, chunks, ttl_seconds), lambda _: False
         )
 
 

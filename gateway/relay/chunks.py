@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-
-async def once(content: bytes) -> AsyncGenerator[bytes, None]:
-    yield content
+from gateway.ports import Parts
 
 
-async def nothing() -> AsyncGenerator[bytes, None]:
-    none: tuple[bytes, ...] = ()
-    for chunk in none:
-        yield chunk
+def once(content: bytes) -> Parts:
+    return Parts((content,))
+
+
+def nothing() -> Parts:
+    return Parts(())
 
 
 async def read(body: Callable[[], AsyncIterator[bytes]]) -> AsyncGenerator[bytes, None]:

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from gateway.domain.call import Span
 from gateway.domain.errors import GatewayError
 from gateway.domain.ledger import Settlement
-from gateway.ports import Cache, CachedMeta, Clock, Form
+from gateway.ports import Cache, CachedMeta, CacheEntry, Clock, Form, Parts
 from gateway.relay import headers, replay
-from gateway.relay.body import Room, Spool, spliced
+from gateway.relay.body import Room, Spool, held
 from gateway.relay.chunks import once
 from gateway.relay.flights import Flight, Flights
 from gateway.relay.landing import Landing
 from gateway.relay.plan import CachePolicy, Plan, Way
 from gateway.relay.replay import Splice
-from gateway.relay.results import Results, with_meta
+from gateway.relay.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +32,8 @@ KEEP_SECONDS = 0.5
 PAUSE_SECONDS = 5.0
 """Before a result that could not be kept is tried again."""
 LOOK_SECONDS = 0.5
+
+Body: TypeAlias = Parts | AsyncGenerator[bytes, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,25 +110,36 @@ class Keeper:
                 idempotent=keeping.idempotent,
             )
             return
-        kept = not keeping.result or await self._keep_result(bought, meta, keeping)
-        await self._keep_cached(bought, meta)
+        cached = self._cached(bought, meta)
+        body = _body(bought)
+        if isinstance(body, Parts):
+            # A store that keeps both makes them of one copy.
+            body.beside = cached
+        kept = not keeping.result or await self._keep_result(bought, meta, keeping, body)
+        if cached is not None:
+            # What is cached has the same bytes as the result.
+            again = body.again() if isinstance(body, Parts) else _body(bought)
+            async with aclosing(again) as chunks:
+                await self._cache.put(cached.key, cached.meta, chunks, cached.ttl_seconds)
         if not kept:
             await self._keep_trying(bought, meta, keeping)
 
-    async def _keep_result(self, bought: Bought, meta: CachedMeta, keeping: Keeping) -> bool:
+    async def _keep_result(
+        self, bought: Bought, meta: CachedMeta, keeping: Keeping, body: Body
+    ) -> bool:
         """Whether it is kept, or never can be."""
         landing = bought.landing
-        pieces: Splice = landing.json or (Span(0, landing.upto),)
-        size = replay.length(pieces)
+        size = replay.length(_pieces(landing))
         if not self._results.takes(size):
             return True
-        meta = replace(
-            _as_result(bought, meta),
+        meta = _as_result(
+            bought,
+            meta,
             size_bytes=size,
             form=Form.EVENTS if landing.json is None else Form.JSON,
             streamable=landing.events is not None and landing.json is not None,
         )
-        async with aclosing(spliced(bought.spool, pieces)) as chunks:
+        async with aclosing(body) as chunks:
             return await self._results.keep(
                 bought.flight.rid, meta, chunks, idempotent=keeping.idempotent
             )
@@ -145,27 +160,36 @@ class Keeper:
             if self._flights.draining or self._room.is_tight:
                 break
             if now >= next_try:
-                if await self._keep_result(bought, meta, keeping):
+                if await self._keep_result(bought, meta, keeping, _body(bought)):
                     return
                 next_try = now + PAUSE_SECONDS
             await asyncio.sleep(LOOK_SECONDS)
         log.error("a result was never kept", extra={"request_id": bought.flight.rid})
 
-    async def _keep_cached(self, bought: Bought, meta: CachedMeta) -> None:
-        """A whole, priced answer of the model that was asked for, in its JSON form."""
+    def _cached(self, bought: Bought, meta: CachedMeta) -> CacheEntry | None:
+        """What the cache is to have: a whole, priced answer of the model that was asked for, in
+        its JSON form."""
         plan, way, landing = bought.plan, bought.way, bought.landing
         form, reading = landing.json, landing.reading
         if form is None or reading is None or reading.hosted or not plan.keep:
-            return
+            return None
         # What was repaired otherwise than for the first way is not what the fingerprint stands for.
         if way.model is not plan.asked or way.quote.row is None or way.call is not None:
-            return
+            return None
         size = replay.length(form)
         if bought.settlement.images != plan.call.n or size > self.policy.max_entry_bytes:
-            return
+            return None
         meta = replace(meta, size_bytes=size, streamable=landing.events is not None)
-        async with aclosing(spliced(bought.spool, form)) as chunks:
-            await self._cache.put(plan.fingerprint, meta, chunks, self.policy.ttl_seconds)
+        return CacheEntry(plan.fingerprint, meta, self.policy.ttl_seconds)
+
+
+def _pieces(landing: Landing) -> Splice:
+    return landing.json or (Span(0, landing.upto),)
+
+
+def _body(bought: Bought) -> Body:
+    """The answer as it is kept, of whose spool the keeper has a share."""
+    return held(bought.spool, _pieces(bought.landing))
 
 
 def _meta(bought: Bought, clock: Clock) -> CachedMeta:
@@ -184,22 +208,18 @@ def _meta(bought: Bought, clock: Clock) -> CachedMeta:
     )
 
 
-def _as_result(bought: Bought, meta: CachedMeta) -> CachedMeta:
+def _as_result(bought: Bought, meta: CachedMeta, **changes: Any) -> CachedMeta:
     settlement = bought.settlement
     said = tuple(pair for pair in bought.common if pair[0] != "content-type")
-    return with_meta(
+    return replace(
         meta,
         team=bought.plan.caller.team.id,
-        operation=bought.plan.call.operation,
-        said=(*said, *headers.of_cost(settlement.cost, settlement.basis)),
+        operation=bought.plan.call.operation.value,
+        headers=(*said, *headers.of_cost(settlement.cost, settlement.basis)),
+        **changes,
     )
 
 
 def _of_error(bought: Bought, meta: CachedMeta, error: GatewayError) -> CachedMeta:
-    result = _as_result(bought, meta)
-    return replace(
-        result,
-        status=error.status,
-        size_bytes=len(error.content),
-        headers=(*result.headers, *headers.of_advice(error)),
-    )
+    result = _as_result(bought, meta, status=error.status, size_bytes=len(error.content))
+    return replace(result, headers=(*result.headers, *headers.of_advice(error)))

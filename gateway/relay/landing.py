@@ -118,7 +118,8 @@ async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: 
     try:
         async for chunk in reply.chunks():
             meter.feed(chunk)
-            await keep(spool, chunk)
+            if not spool.take(chunk):
+                await keep(spool, chunk)
         reading = meter.close()
     except NoPicture as nothing:
         return _no_picture(nothing)
@@ -154,7 +155,8 @@ async def land_events(
     brake = Brake(spool)
     try:
         async for chunk in chunks:
-            await keep(spool, chunk)
+            if not spool.take(chunk):
+                await keep(spool, chunk)
             events = meter.feed(chunk)
             for index, event in enumerate(events):
                 await mend(spool, event)

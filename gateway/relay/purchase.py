@@ -36,7 +36,7 @@ from gateway.relay import headers, replay
 from gateway.relay.arrival import failed as ended_by
 from gateway.relay.attempts import Attempts, Failed, Opened
 from gateway.relay.background import Background
-from gateway.relay.body import Room, Spool, spliced
+from gateway.relay.body import Room, Spool, held, spliced
 from gateway.relay.budget import BudgetView
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flight, Flights, Shown
@@ -338,7 +338,7 @@ class Purchases:
         length = None if stream else replay.length(form)
 
         def pieces() -> AsyncIterator[bytes]:
-            return spliced(spool, form)
+            return held(spool, form)
 
         flight.show(Shown(200, bought.common, own, length, pieces, spool.share, spool.close))
 

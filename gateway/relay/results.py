@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from gateway.domain.call import Operation
@@ -55,14 +55,7 @@ class Results:
         if self._store is None:
             return False
         key = _key(meta.team, rid)
-        await self._store.put(key, meta, chunks, self._seconds(idempotent))
-        return not await self._is_missing(key)
-
-    async def _is_missing(self, key: str) -> bool:
-        try:
-            return self._store is None or not await self._store.holds(key)
-        except (OSError, Unreachable):
-            return True
+        return await self._store.put(key, meta, chunks, self._seconds(idempotent))
 
     async def point(self, rid: str, to: str, team: str, now: datetime, *, idempotent: bool) -> None:
         """Lets the answer of one request be found by the id of another that joined it."""
@@ -160,13 +153,6 @@ async def as_stream(operation: Operation, cached: Cached) -> AsyncIterator[bytes
         raise RuntimeError("only what has the form of a stream is kept as streamable")
     async for piece in replay.pieces(form, cached.chunks()):
         yield piece
-
-
-def with_meta(
-    meta: CachedMeta, *, team: str, operation: Operation, said: headers.Headers
-) -> CachedMeta:
-    """What a kept answer says of itself as a result."""
-    return replace(meta, team=team, operation=operation.value, headers=said)
 
 
 def _key(team: str, rid: str) -> str:

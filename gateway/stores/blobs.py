@@ -2,6 +2,9 @@
 
 A file is ``gwc1``, the header's length (4 bytes, big endian), the header (JSON), the content, and
 nothing after it. It appears under its name by a rename, whole, and is never written again.
+
+An answer that is kept in two folders, as a result and as a cached entry, is one file under two
+names: its header says the one entry, and the other one in ``also``.
 """
 
 from __future__ import annotations
@@ -11,16 +14,17 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import tempfile
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from gateway.ports import Cached, CachedMeta, Clock
+from gateway.ports import Cached, CachedMeta, CacheEntry, Clock, Parts
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.kept import Kept
 
@@ -28,6 +32,8 @@ T = TypeVar("T")
 
 MAGIC = b"gwc1"
 READ_BYTES = 512 * 1024
+MOST_PARTS = 1024
+"""In one call: the least that every system takes."""
 MAX_HEADER_BYTES = 1024 * 1024
 SWEEP_SECONDS = 60.0
 _KEY = re.compile(r"[a-z0-9][a-z0-9:_-]{2,250}")
@@ -116,9 +122,16 @@ class DiskCache:
         max_entry_bytes: int | None = None,
         puts_at_once: int = 16,
         on_error: Callable[[OSError], None] | None = None,
+        beside: DiskCache | None = None,
+        alone: bool = False,
     ) -> None:
-        """Further puts wait: each that runs holds a part of its answer in memory."""
+        """Further puts wait: each that runs holds a part of its answer in memory. Of a body that
+        is also kept in ``beside`` one file is made for both. ``alone``: no other process puts
+        anything into the folder, so that what is not known is not there."""
+        self._beside = beside
+        self._alone = alone
         self._folder = folder
+        self._root = os.fspath(folder)
         self._clock = clock
         self._max_bytes = max_bytes
         self._max_entry_bytes = max_bytes if max_entry_bytes is None else max_entry_bytes
@@ -146,8 +159,11 @@ class DiskCache:
 
     async def get(self, key: str) -> Cached | None:
         path = self._path(key)
-        await self._scan_once()
+        if not self._scanned:
+            await self._scan_once()
         known = self._known.get(key)
+        if known is None and self._alone and self._scanned:
+            return None
         try:
             entry = await asyncio.to_thread(_look, path, self._now())
         except FileNotFoundError:
@@ -169,37 +185,88 @@ class DiskCache:
 
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
-        path = self._path(key)
-        if ttl_seconds <= 0:
-            return
-        async with self._puts:
-            await self._put(path, meta, chunks, ttl_seconds)
-
-    async def _put(
-        self, path: Path, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
-        key = path.name
-        await self._scan_once()
-        expires = self._now() + ttl_seconds
-        header = encode(meta, {"key": key, "expires": expires})
-        head = MAGIC + len(header).to_bytes(4, "big") + header
-        size = len(head) + meta.size_bytes
-        if size > self._max_bytes or meta.size_bytes > self._max_entry_bytes:
-            return
+    ) -> bool:
+        self._check(key)
+        if isinstance(chunks, Parts) and chunks.made is self:
+            return True
+        if not self._takes(meta, ttl_seconds):
+            return False
+        if not self._scanned:
+            await self._scan_once()
         await self._sweep()
+        if isinstance(chunks, Parts):
+            return await self._put_whole(CacheEntry(key, meta, ttl_seconds), chunks)
+        async with self._puts:
+            return await self._put(CacheEntry(key, meta, ttl_seconds), chunks)
+
+    def _takes(self, meta: CachedMeta, ttl_seconds: float) -> bool:
+        return ttl_seconds > 0 and meta.size_bytes <= self._max_entry_bytes
+
+    async def _put_whole(self, entry: CacheEntry, body: Parts) -> bool:
+        """Writes what is in memory in one go, and perhaps a second name for it: one thread is
+        asked once, where a body that still arrives takes three and more."""
+        caches = [(self, entry), *await self._others(body)]
+        head = _head([one for _, one in caches], self._now())
+        size = len(head) + entry.meta.size_bytes
+        if size > self._max_bytes or sum(map(len, body.parts)) != entry.meta.size_bytes:
+            return False
+        names = [cache._name(one.key) for cache, one in caches]
+        # Counted before it is written, so that half-written files are within the bound too.
+        for cache, _ in caches:
+            cache._bytes += size
+        made = 0
+        try:
+            for cache, _ in caches:
+                await cache._make_room()
+            made = await _in_thread(_write_whole, names, [head, *body.parts], self._now())
+        except OSError as error:
+            self._tell(error)
+        finally:
+            for cache, _ in caches:
+                cache._bytes -= size
+        for cache, one in caches[:made]:
+            await cache._kept(one, size)
+        if made > 1:
+            body.made = self._beside
+        return made > 0
+
+    async def _others(self, body: Parts) -> list[tuple[DiskCache, CacheEntry]]:
+        """Where a second name for this body's file is wanted, and what it is to say."""
+        other, entry = self._beside, body.beside
+        if other is None or entry is None or not other._takes(entry.meta, entry.ttl_seconds):
+            return []
+        if entry.meta.size_bytes > other._max_bytes // 2:
+            # It may be too large with what stands in front of it: that is looked at by its own put.
+            return []
+        other._check(entry.key)
+        if not other._scanned:
+            await other._scan_once()
+        await other._sweep()
+        return [(other, entry)]
+
+    async def _kept(self, entry: CacheEntry, size: int) -> None:
+        """A file is in its place."""
+        self._forget(entry.key)
+        self._learn(entry.key, _Known(size, self._now() + entry.ttl_seconds))
+        await self._make_room()
+
+    async def _put(self, entry: CacheEntry, chunks: AsyncIterator[bytes]) -> bool:
+        head = _head([entry], self._now())
+        size = len(head) + entry.meta.size_bytes
+        if size > self._max_bytes:
+            return False
         # Counted before it is written, so that half-written files are within the bound too.
         self._bytes += size
         kept = False
         try:
             await self._make_room()
-            kept = await self._write(path, head, meta.size_bytes, chunks)
+            path = Path(self._name(entry.key))
+            kept = await self._write(path, head, entry.meta.size_bytes, chunks)
         finally:
             self._bytes -= size
         if kept:
-            self._forget(key)
-            self._learn(key, _Known(size, expires))
-            await self._make_room()
+            await self._kept(entry, size)
+        return kept
 
     async def holds(self, key: str) -> bool:
         await self.ping()
@@ -220,10 +287,18 @@ class DiskCache:
             await asyncio.wait({self._sweeping})
 
     def _path(self, key: str) -> Path:
+        """Raises as ``_check`` does."""
+        self._check(key)
+        return Path(self._name(key))
+
+    @staticmethod
+    def _check(key: str) -> None:
         """Raises ``ValueError`` for a key that is not ``[a-z0-9:_-]``: it would be a path."""
         if not _KEY.fullmatch(key):
             raise ValueError("a cache key is 3 to 251 of a-z, 0-9, colon, hyphen and underscore")
-        return self._folder / key[:2] / key
+
+    def _name(self, key: str) -> str:
+        return f"{self._root}/{key[:2]}/{key}"
 
     def _now(self) -> float:
         return self._clock.now().timestamp()
@@ -339,6 +414,11 @@ class _DiskError(Exception):
         self.cause = cause
 
 
+async def _in_thread(work: Callable[..., T], *args: object) -> T:
+    """As ``asyncio.to_thread``, without a copy of the context that nothing here looks at."""
+    return await asyncio.get_running_loop().run_in_executor(None, work, *args)
+
+
 async def _threaded(work: Callable[..., T], *args: object) -> T:
     """Raises ``_DiskError`` for an ``OSError``."""
     try:
@@ -398,6 +478,85 @@ class _Half:
                 self._end()
 
 
+def _head(entries: Sequence[CacheEntry], now: float) -> bytes:
+    """What stands in front of the content of a file: its entry, and the one it is beside."""
+    header = b""
+    for entry in reversed(entries):
+        extra: dict[str, float | str] = {"key": entry.key, "expires": now + entry.ttl_seconds}
+        if header:
+            extra["also"] = header.decode()
+        header = encode(entry.meta, extra)
+    return MAGIC + len(header).to_bytes(4, "big") + header
+
+
+def _write_whole(names: Sequence[str], parts: Sequence[bytes], used: float) -> int:
+    """Writes a file that appears under each of these names, the first one surely; how many it is.
+    Another name may be on a disk of its own, or a file may be unable to have two.
+
+    Raises ``OSError``; then there is no file.
+    """
+    name, *others = names
+    half = f"{os.path.dirname(name)}/{_HALF}{secrets.token_hex(8)}"
+    fd = _create(half)
+    linked: list[str] = []
+    try:
+        # Tells a starting process, which removes what a crash left behind, that we live.
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _write_all(fd, parts)
+        os.utime(fd, (used, used))
+        linked += [other for other in others if _linked(half, other)]
+        os.replace(half, name)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _unlink_all([half, *linked])
+        raise
+    finally:
+        os.close(fd)
+    return 1 + len(linked)
+
+
+def _create(name: str) -> int:
+    flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(name, flags, 0o600)
+    except FileNotFoundError:
+        _make_folder(name)
+        return os.open(name, flags, 0o600)
+
+
+def _make_folder(name: str) -> None:
+    Path(name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _write_all(fd: int, parts: Sequence[bytes]) -> None:
+    """As few calls as can be: for each, the thread gives up Python's lock and waits for it."""
+    for at in range(0, len(parts), MOST_PARTS):
+        some = parts[at : at + MOST_PARTS]
+        written, size = os.writev(fd, some), sum(map(len, some))
+        if written < size:
+            rest = memoryview(b"".join(some))[written:]
+            while rest:
+                rest = rest[os.write(fd, rest) :]
+
+
+def _linked(half: str, name: str) -> bool:
+    """Whether a file that is whole has this name too, in place of what had it before."""
+    try:
+        try:
+            os.link(half, name)
+        except FileNotFoundError:
+            _make_folder(name)
+            os.link(half, name)
+        except FileExistsError:
+            # A link cannot replace: it is made beside its place, and renamed.
+            spare = f"{os.path.dirname(name)}/{os.path.basename(half)}"
+            os.link(half, spare)
+            os.replace(spare, name)
+    except OSError:
+        return False
+    return True
+
+
 def _abandon(fd: int, name: str) -> None:
     os.close(fd)
     with contextlib.suppress(OSError):
@@ -432,6 +591,8 @@ def _parse(file: _File, key: str) -> _Entry:
         raise ValueError("no header")
     meta, document = decode(file.read(length, start))
     start += length
+    if document.get("key") != key and isinstance(also := document.get("also"), str):
+        meta, document = decode(also.encode())
     expires = document.get("expires")
     if document.get("key") != key or not isinstance(expires, int | float):
         raise ValueError("another entry's header")
@@ -493,9 +654,10 @@ def _remove_if_abandoned(path: Path) -> None:
         os.close(fd)
 
 
-def _unlink_all(paths: list[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)
+def _unlink_all(names: Sequence[str | Path]) -> None:
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
 
 
 def _try_to_write(folder: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Standing, Unit, Window
-from gateway.ports import Cached, CachedMeta, Clock
+from gateway.ports import Cached, CachedMeta, Clock, Parts
 from gateway.stores.kept import Kept
 
 MINUTE_US = 60_000_000
@@ -228,9 +228,8 @@ class _Entry:
     size: int
     expires: float
 
-    async def iterate(self) -> AsyncIterator[bytes]:
-        for chunk in self.chunks:
-            yield chunk
+    def iterate(self) -> Parts:
+        return Parts(self.chunks)
 
 
 class MemoryCache:
@@ -268,11 +267,13 @@ class MemoryCache:
 
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
+    ) -> bool:
         if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes:
-            return
+            return False
+        if isinstance(chunks, Parts):
+            return self._keep(key, meta, tuple(chunks.parts), ttl_seconds)
         if self._taking + meta.size_bytes > self._max_bytes:
-            return
+            return False
         # Counted before it is taken, so that answers still arriving are within the bound too.
         self._taking += meta.size_bytes
         try:
@@ -280,13 +281,20 @@ class MemoryCache:
             taken = await _whole(chunks, meta.size_bytes)
         finally:
             self._taking -= meta.size_bytes
-        if taken is None:
-            return
+        return taken is not None and self._keep(key, meta, taken, ttl_seconds)
+
+    def _keep(
+        self, key: str, meta: CachedMeta, chunks: tuple[bytes, ...], ttl_seconds: float
+    ) -> bool:
+        """Holds the very chunks that are given."""
+        if sum(map(len, chunks)) != meta.size_bytes:
+            return False
         self._drop(key)
-        now = self._clock.monotonic()
-        self._entries[key] = _Entry(meta, taken, meta.size_bytes, now + ttl_seconds)
+        expires = self._clock.monotonic() + ttl_seconds
+        self._entries[key] = _Entry(meta, chunks, meta.size_bytes, expires)
         self._bytes += meta.size_bytes
         self._make_room()
+        return key in self._entries
 
     async def holds(self, key: str) -> bool:
         return await self.get(key) is not None

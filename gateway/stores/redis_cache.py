@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.ports import Cached, CachedMeta, Clock
+from gateway.ports import Cached, CachedMeta, Clock, Parts
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.kept import Kept
 from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Reason, Script, Server, StoreAway
@@ -100,17 +100,17 @@ class RedisCache:
 
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
+    ) -> bool:
         if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes:
-            return
+            return False
         async with self._puts:
-            await self._put(key, meta, chunks, ttl_seconds)
+            return await self._put(key, meta, chunks, ttl_seconds)
 
     async def _put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
+    ) -> bool:
         if self._link.breaker(self._name(key)).open:
-            return
+            return False
         generation = secrets.token_hex(8)
         staging = f"{self._name(key)}:{generation}"
         try:
@@ -121,14 +121,15 @@ class RedisCache:
                 await self._run(
                     _KEEP, (staging, self._name(key)), header, round(ttl_seconds * 1000)
                 )
-                return
+                return True
         except StoreAway:
             # Whatever was staged ends by its own time to live.
-            return
+            return False
         except BaseException:
             await self._forget(staging)
             raise
         await self._forget(staging)
+        return False
 
     async def holds(self, key: str) -> bool:
         header = await self._read(key, "meta")
@@ -214,6 +215,5 @@ class RedisCache:
 class _Pieces:
     pieces: tuple[bytes, ...]
 
-    async def iterate(self) -> AsyncIterator[bytes]:
-        for piece in self.pieces:
-            yield piece
+    def iterate(self) -> Parts:
+        return Parts(self.pieces)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from gateway.ports import Cache, Cached, CachedMeta
+from gateway.ports import Cache, Cached, CachedMeta, Parts
 from gateway.stores.kept import Kept
 
 
@@ -27,7 +27,7 @@ class TieredCache:
     ) -> None:
         """Further puts wait: each that runs holds pieces of its answer in memory."""
         self._front = front
-        self._back = back
+        self.back = back
         self._copy_max_bytes = copy_max_bytes
         self._copy_seconds = copy_seconds
         self._puts = asyncio.Semaphore(puts_at_once)
@@ -36,7 +36,7 @@ class TieredCache:
         near = await self._front.get(key)
         if near is not None:
             return near
-        far = await self._back.get(key)
+        far = await self.back.get(key)
         if far is None or far.meta.size_bytes > self._copy_max_bytes:
             return far
         left = self._copy_seconds
@@ -51,17 +51,21 @@ class TieredCache:
 
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
+    ) -> bool:
+        if isinstance(chunks, Parts):
+            # Nothing is copied, and nobody waits for the slower of the two.
+            near = await self._front.put(key, meta, chunks, ttl_seconds)
+            return await self.back.put(key, meta, chunks, ttl_seconds) or near
         async with self._puts:
-            await self._put_both(key, meta, chunks, ttl_seconds)
+            return await self._put_both(key, meta, chunks, ttl_seconds)
 
     async def _put_both(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
+    ) -> bool:
         branches = (_Branch(), _Branch())
         puts = [
             asyncio.create_task(_put(cache, branch, key, meta, ttl_seconds))
-            for cache, branch in zip((self._front, self._back), branches, strict=True)
+            for cache, branch in zip((self._front, self.back), branches, strict=True)
         ]
         try:
             async for chunk in chunks:
@@ -69,7 +73,7 @@ class TieredCache:
                     await branch.feed(chunk)
             for branch in branches:
                 await branch.feed(None)
-            await asyncio.gather(*puts)
+            return any(await asyncio.gather(*puts))
         finally:
             # Nothing to do after a whole put; after a cut one, neither tier may keep its part.
             for task in puts:
@@ -77,19 +81,19 @@ class TieredCache:
             await asyncio.gather(*puts, return_exceptions=True)
 
     async def holds(self, key: str) -> bool:
-        return await self._front.holds(key) or await self._back.holds(key)
+        return await self._front.holds(key) or await self.back.holds(key)
 
     async def delete(self, key: str) -> None:
         await self._front.delete(key)
-        await self._back.delete(key)
+        await self.back.delete(key)
 
     async def ping(self) -> None:
         await self._front.ping()
-        await self._back.ping()
+        await self.back.ping()
 
     async def aclose(self) -> None:
         await self._front.aclose()
-        await self._back.aclose()
+        await self.back.aclose()
 
 
 class _Branch:
@@ -115,8 +119,8 @@ class _Branch:
 
 async def _put(
     cache: Cache, branch: _Branch, key: str, meta: CachedMeta, ttl_seconds: float
-) -> None:
+) -> bool:
     try:
-        await cache.put(key, meta, branch.chunks(), ttl_seconds)
+        return await cache.put(key, meta, branch.chunks(), ttl_seconds)
     finally:
         branch.leave()

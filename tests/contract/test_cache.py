@@ -518,13 +518,14 @@ async def test_tiers_hold_no_more_than_a_chunk_or_two() -> None:
     class Slow(MemoryCache):
         async def put(
             self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-        ) -> None:
+        ) -> bool:
             taken = 0
             async for _ in chunks:
                 taken += 1
                 for _ in range(10):
                     await asyncio.sleep(0)
                 ahead.append(given - taken)
+            return False
 
     async def stream() -> AsyncIterator[bytes]:
         nonlocal given

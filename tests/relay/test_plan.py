@@ -100,7 +100,7 @@ class OneAnswer:
 
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
-    ) -> None:
+    ) -> bool:
         raise NotImplementedError
 
     async def holds(self, key: str) -> bool:

@@ -12,10 +12,11 @@ import textwrap
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from gateway.ports import Cached, CachedMeta
+from gateway.ports import Cached, CachedMeta, CacheEntry, Parts
 from gateway.stores.blobs import DiskCache
 from tests.clock import StillClock
 from tests.valkey import eventually, pieces
@@ -379,3 +380,117 @@ async def test_two_processes_may_share_a_folder(disk: Disk) -> None:
     await two.delete(KEY)
     assert await one.get(KEY) is None
     assert one.bytes_held == two.bytes_held == 0
+
+
+RESULT = "growth:req_0123456789abcdef01234567"
+
+
+class Pair:
+    """Results beside a cache: what both keep is one file."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.clock = StillClock()
+        self.errors: list[OSError] = []
+        self.cache = DiskCache(
+            folder / "cache",
+            self.clock,
+            on_error=self.errors.append,
+            **{"max_bytes": 64 * MIB, **options},
+        )
+        self.results = DiskCache(
+            folder / "results",
+            self.clock,
+            max_bytes=64 * MIB,
+            on_error=self.errors.append,
+            beside=self.cache,
+        )
+
+    async def keep(self, data: bytes, brief: float = 900, long: float = 86_400) -> list[bool]:
+        body = Parts([data[:7], data[7:]], CacheEntry(KEY, meta_of(data), long))
+        named = CachedMeta(datetime(2026, 11, 22, tzinfo=UTC), 2, 1, "m", "u", len(data), team="t")
+        return [
+            await self.results.put(RESULT, named, body, brief),
+            await self.cache.put(KEY, meta_of(data), body.again(), long),
+        ]
+
+
+async def test_what_two_folders_keep_is_one_file(tmp_path: Path) -> None:
+    pair, data = Pair(tmp_path), os.urandom(2 * MIB)
+    assert await pair.keep(data) == [True, True]
+    result, cached = files(tmp_path / "results"), files(tmp_path / "cache")
+    assert [one.stat().st_ino for one in result] == [one.stat().st_ino for one in cached]
+    assert pair.cache.bytes_held == pair.results.bytes_held == held(tmp_path / "cache")
+    for store in (pair, Pair(tmp_path)):
+        kept, again = await store.results.get(RESULT), await store.cache.get(KEY)
+        assert kept is not None
+        assert again is not None
+        assert (kept.meta.team, kept.meta.cost, again.meta) == ("t", 2, meta_of(data))
+        assert await content(kept) == await content(again) == data
+        assert await store.cache.get(RESULT) is None
+    assert pair.errors == []
+
+
+async def test_each_name_of_a_file_has_an_end_of_its_own(tmp_path: Path) -> None:
+    pair = Pair(tmp_path)
+    await pair.keep(b"0123456789", brief=10)
+    pair.clock.advance(11)
+    assert await pair.results.get(RESULT) is None
+    assert files(tmp_path / "results") == []
+    assert await content(await pair.cache.get(KEY)) == b"0123456789"
+    await pair.keep(b"9876543210")
+    await pair.cache.delete(KEY)
+    assert await content(await pair.results.get(RESULT)) == b"9876543210"
+    assert files(tmp_path / "cache") == []
+    await pair.keep(b"newer than that")
+    await pair.keep(b"the newest of all")
+    assert await content(await pair.cache.get(KEY)) == b"the newest of all"
+    assert len(files(tmp_path)) == 2
+    assert pair.cache.bytes_held == held(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("options", [{"max_bytes": 1000}, {"max_entry_bytes": 1000}])
+async def test_one_that_takes_no_such_answer_gets_no_name_of_it(
+    tmp_path: Path, options: dict[str, int]
+) -> None:
+    pair = Pair(tmp_path, **options)
+    assert await pair.keep(b"x" * 1001) == [True, False]
+    assert len(files(tmp_path)) == 1
+    assert (await pair.results.get(RESULT)) is not None
+
+
+async def test_where_a_file_cannot_have_two_names_it_is_written_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", fails)
+    pair = Pair(tmp_path)
+    assert await pair.keep(b"0123456789") == [True, True]
+    assert len({one.stat().st_ino for one in files(tmp_path)}) == 2
+    assert await content(await pair.cache.get(KEY)) == b"0123456789"
+
+
+async def test_a_file_that_finds_no_place_has_no_name_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fails)
+    pair = Pair(tmp_path)
+    assert await pair.keep(b"0123456789") == [False, False]
+    assert files(tmp_path) == []
+    assert pair.cache.bytes_held == pair.results.bytes_held == 0
+    assert {error.errno for error in pair.errors} == {errno.ENOSPC}
+
+
+async def test_who_is_alone_does_not_look_for_what_it_does_not_know(disk: Disk) -> None:
+    await keep(disk.cache(), KEY, b"from before")
+    alone = DiskCache(disk.folder, disk.clock, max_bytes=MIB, alone=True)
+    assert await content(await alone.get(KEY)) == b"from before"
+    assert await alone.get(key_of("other")) is None
+    await keep(disk.cache(), key_of("other"), b"from another")
+    assert await alone.get(key_of("other")) is None
+    await keep(alone, key_of("other"), b"its own")
+    assert await content(await alone.get(key_of("other"))) == b"its own"
