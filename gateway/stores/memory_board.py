@@ -124,18 +124,29 @@ class MemoryBoard:
         return found.notice
 
     async def leave(self, rid: str, *, delivered: bool) -> None:
+        self.leave_at_once(rid, delivered=delivered)
+
+    def leave_at_once(self, rid: str, *, delivered: bool) -> bool:
         flight = self._flights.get(rid)
         if flight is not None:
             flight.watchers = max(0, flight.watchers - 1)
             flight.delivered |= delivered
             self._review(flight)
+        return True
 
     async def progress(self, rid: str, partials: int) -> None:
+        self.progress_at_once(rid, partials)
+
+    def progress_at_once(self, rid: str, partials: int) -> bool:
         flight = self._flights.get(rid)
         if flight is not None:
             flight.partials = max(flight.partials, partials)
+        return True
 
     async def end(self, rid: str, *, joinable: bool) -> None:
+        self.end_at_once(rid, joinable=joinable)
+
+    def end_at_once(self, rid: str, *, joinable: bool) -> bool:
         flight = self._flights.get(rid)
         if flight is not None and flight.ended is None:
             flight.ended = self._clock.monotonic()
@@ -143,6 +154,7 @@ class MemoryBoard:
             self._ended[rid] = flight
             self._review(flight)
             self._prune()
+        return True
 
     async def look(self, rid: str) -> FlightSeen | None:
         flight = self._flights.get(rid)
