@@ -281,6 +281,10 @@ class Flight:
         """The headers that are known so far."""
         return self.say()
 
+    @said.setter
+    def said(self, headers: Headers) -> None:
+        self.say = lambda: headers
+
     def start(self, run: Coroutine[Any, Any, Receipt]) -> asyncio.Task[Receipt]:
         """``run`` never raises for what can go wrong with a call: it answers and returns."""
         self._task = asyncio.get_running_loop().create_task(run, name=self.rid)
@@ -366,9 +370,9 @@ class UntilDraining:
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
-    ) -> bool | None:
+    ) -> None:
         self._under_way.discard(self._end)
-        return await self._end.__aexit__(kind, error, traceback)
+        await self._end.__aexit__(kind, error, traceback)
 
 
 class Flights:

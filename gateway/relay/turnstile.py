@@ -35,18 +35,23 @@ MAX_WAIT_SECONDS = 60.0
 
 class _Waiter:
     """One wait for a place. It ends when it is ``given`` one, or when it is ``out``: it left, or
-    gave its place in the queue up. ``woken`` is done then, and when it is to look around."""
+    gave its place in the queue up."""
 
-    __slots__ = ("given", "out", "woken")
+    __slots__ = ("_woken", "given", "out")
 
     def __init__(self) -> None:
         self.given = False
         self.out = False
-        self.woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._woken: asyncio.Future[None] | None = None
+
+    async def woken(self) -> None:
+        """Until it ends, or is to look around."""
+        self._woken = asyncio.get_running_loop().create_future()
+        await self._woken
 
     def wake(self) -> None:
-        if not self.woken.done():
-            self.woken.set_result(None)
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
 
 
 @dataclass(slots=True)
@@ -63,9 +68,7 @@ class _Team:
 class _Lane:
     """``limit`` places. Taking, leaving and handing on cost O(log teams)."""
 
-    def __init__(
-        self, limit: int, clock: Clock, served: Callable[[_Waiter], None]
-    ) -> None:
+    def __init__(self, limit: int, clock: Clock, served: Callable[[_Waiter], None]) -> None:
         """``served`` hears of each wait that ends with a place."""
         self.limit = limit
         self.taken = 0
@@ -336,9 +339,7 @@ class Turnstile:
                 self._lanes[name] = self._lane(most)
                 self._flying[name] = 0
 
-    async def enter(
-        self, team: str, weight: int, upstreams: Sequence[str], gone: Moment
-    ) -> Place:
+    async def enter(self, team: str, weight: int, upstreams: Sequence[str], gone: Moment) -> Place:
         """A place in the process and at the first of ``upstreams`` that has one. Where all of them
         are full it waits for one at the first.
 
@@ -379,7 +380,8 @@ class Turnstile:
         gone.then(waiter.wake)
         keeps = False
         try:
-            await waiter.woken
+            if not gone.is_set():
+                await waiter.woken()
             if gone.is_set():
                 raise ClientGone("queued")
             if waiter.out:

@@ -51,9 +51,7 @@ class Crowd:
             self.tasks.append(asyncio.ensure_future(self._call(team, weight, upstreams, gone)))
             await turns()
 
-    async def _call(
-        self, team: str, weight: int, upstreams: Sequence[str], gone: Moment
-    ) -> None:
+    async def _call(self, team: str, weight: int, upstreams: Sequence[str], gone: Moment) -> None:
         try:
             place = await self.turnstile.enter(team, weight, upstreams, gone)
         except (Overloaded, ClientGone) as error:
