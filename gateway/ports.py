@@ -516,6 +516,15 @@ class FlightBoard(Protocol):
         """It is over, and its result is kept. ``joinable`` is False where surely nothing was
         billed: a retry is then a new call."""
 
+    def leave_at_once(self, rid: str, *, delivered: bool) -> bool:
+        """``leave``, where that has to wait for nothing; False, and nothing done, where it has."""
+
+    def progress_at_once(self, rid: str, partials: int) -> bool:
+        """``progress``, likewise."""
+
+    def end_at_once(self, rid: str, *, joinable: bool) -> bool:
+        """``end``, likewise."""
+
     async def look(self, rid: str) -> FlightSeen | None:
         """None for one that nobody knows, or any more: it is over and nobody can join it."""
 

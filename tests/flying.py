@@ -76,18 +76,21 @@ class SeenBoard(MemoryBoard):
             self._tell()
         return found
 
-    async def leave(self, rid: str, *, delivered: bool) -> None:
-        await super().leave(rid, delivered=delivered)
+    def leave_at_once(self, rid: str, *, delivered: bool) -> bool:
+        left = super().leave_at_once(rid, delivered=delivered)
         self._tell()
+        return left
 
-    async def progress(self, rid: str, partials: int) -> None:
-        await super().progress(rid, partials)
+    def progress_at_once(self, rid: str, partials: int) -> bool:
+        seen = super().progress_at_once(rid, partials)
         self._tell()
+        return seen
 
-    async def end(self, rid: str, *, joinable: bool) -> None:
-        await super().end(rid, joinable=joinable)
+    def end_at_once(self, rid: str, *, joinable: bool) -> bool:
+        ended = super().end_at_once(rid, joinable=joinable)
         self.ended.append(rid)
         self._tell()
+        return ended
 
     def watchers(self, rid: str) -> int:
         flight = self.flight(rid)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from gateway.domain.call import Inquiry, Operation
+from gateway.domain.call import Call, Inquiry, Operation
+from gateway.domain.compat import changed_names
 from gateway.domain.errors import ClientGone, GatewayError
-from gateway.domain.receipt import Receipt
+from gateway.domain.receipt import Receipt, Timings
+from gateway.domain.team import Caller
 from gateway.domain.trace import Trace
 from gateway.relay import headers
 from gateway.relay.flights import Client, Head
-from gateway.relay.plan import CacheWish
+from gateway.relay.plan import CacheWish, Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,98 @@ class Patience:
     repeat_unknown: bool = False
 
 
+class Draft:
+    """What is known of a request before it ends. Its receipt is written from that, once and whole:
+    growing one field by field cost ten copies a request (a quarter of a millisecond).
+    """
+
+    __slots__ = ("arrival", "call", "caller", "changed", "model", "prompt", "reading", "took_over")
+
+    def __init__(self, arrival: Arrival) -> None:
+        self.arrival = arrival
+        self.caller: Caller | None = None
+        """With the end user, once the call has named one."""
+        self.call: Call | None = None
+        """As it came."""
+        self.model = ""
+        """As it was asked for."""
+        self.reading = 0.0
+        """Seconds until it was read."""
+        self.prompt: str | None = None
+        self.changed: tuple[str, ...] = ()
+        self.took_over = ""
+        """The request of a dead process that it makes good."""
+
+    @property
+    def trace(self) -> Trace | None:
+        return self.arrival.trace
+
+    def read(self, call: Call, seconds: float, prompt: str | None) -> None:
+        self.call, self.model, self.reading, self.prompt = call, call.model, seconds, prompt
+
+    def repaired(self, call: Call) -> None:
+        self.model = self.model or call.model
+        self.changed = changed_names(call)
+
+    def receipt(self, plan: Plan | None = None, **more: Any) -> Receipt:
+        """The receipt as far as it goes. ``plan``: as it was bought, where it came to that;
+        ``more`` are further fields, and go before those."""
+        arrival, caller, call = self.arrival, self.caller, self.call
+        known: dict[str, Any] = {
+            "rid": arrival.rid,
+            "operation": arrival.operation.value,
+            "status": 0,
+            "retried": arrival.retried,
+            "asynchronous": arrival.asynchronous,
+            "trace": arrival.trace,
+            "model": self.model,
+            "changed": self.changed,
+            "took_over": self.took_over,
+        }
+        if caller is not None:
+            known["team"] = caller.team.id
+            known["key_id"] = caller.key.id
+            known["user"] = caller.recorded_user
+        if call is not None:
+            known["stream"] = call.stream
+            known["images_asked"] = call.n
+            known["bytes_in"] = call.body_bytes
+            known["prompt"] = self.prompt
+            if "timings" not in more:
+                known["timings"] = Timings(self.reading)
+        # As it is bought: what was left open may be pinned.
+        bought = call if plan is None else plan.call
+        if bought is not None:
+            known["size"] = bought.size
+            known["quality"] = bought.quality
+            known["output_format"] = bought.output_format
+        if plan is not None:
+            known["model_label"], known["drawn_label"] = labels(plan)
+            known["model_served"] = plan.target.model
+            known["upstream"] = plan.upstream.name
+            known["cache"] = plan.cache
+            known["bound"] = plan.quote.bound.amount
+            known["price_id"] = plan.quote.price_id
+        return Receipt(**{**known, **more})
+
+
+def labels(plan: Plan) -> tuple[str, str]:
+    """What its model is counted as, and the one behind its image tool, or empty."""
+    tool = plan.tool
+    drawn = "" if tool is None else tool.label or tool.name
+    return plan.model.label or plan.model.name, drawn
+
+
+def of_error(error: GatewayError) -> dict[str, Any]:
+    """What a receipt says of the error that ended its request."""
+    return {
+        "status": error.status,
+        "reason": error.reason,
+        "fault": error.fault,
+        "code": error.code,
+    }
+
+
 def ended(
     receipt: Receipt,
     error: GatewayError,
@@ -76,13 +171,7 @@ def ended(
 
 def failed(receipt: Receipt, error: GatewayError) -> Receipt:
     """A receipt, ended by an error."""
-    return replace(
-        receipt,
-        status=error.status,
-        reason=error.reason,
-        fault=error.fault,
-        code=error.code,
-    )
+    return replace(receipt, **of_error(error))
 
 
 def stage(error: GatewayError) -> str:

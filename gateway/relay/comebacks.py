@@ -22,7 +22,7 @@ from gateway.domain.receipt import CacheResult, Receipt
 from gateway.ports import Books, Clock, FlightNotice, Ledger
 from gateway.relay import headers
 from gateway.relay.admission import Admission, key_of, key_reused
-from gateway.relay.arrival import Answer, Arrival, Patience, ended, known
+from gateway.relay.arrival import Answer, Arrival, Draft, Patience, ended, known
 from gateway.relay.budget import BudgetView
 from gateway.relay.flights import Flights, Seat
 from gateway.relay.joining import Joining, NeverSent, unknown_outcome
@@ -116,7 +116,7 @@ class Comebacks:
         raise unknown_outcome(claimed.rid)
 
     async def answer(
-        self, arrival: Arrival, routed: Routed, earlier: Earlier, so_far: Receipt
+        self, arrival: Arrival, routed: Routed, earlier: Earlier, draft: Draft
     ) -> Answer | Vacant:
         """What the earlier request shows, for this one too; nothing is bought. ``Vacant`` where it
         came to nothing before anything was sent, too."""
@@ -125,11 +125,16 @@ class Comebacks:
         label = routed.model.label or routed.model.name
         tool = routed.tool
         drawn_label = "" if tool is None else tool.label or tool.name
-        so_far = replace(
-            so_far, cache=cache, joined=rid, model_label=label, drawn_label=drawn_label
+        joined_trace = None
+        if draft.trace is not None and (flight := self._flights.find(rid)) is not None:
+            joined_trace = flight.trace
+        so_far = draft.receipt(
+            cache=cache,
+            joined=rid,
+            model_label=label,
+            drawn_label=drawn_label,
+            joined_trace=joined_trace,
         )
-        if so_far.trace is not None and (flight := self._flights.find(rid)) is not None:
-            so_far = replace(so_far, joined_trace=flight.trace)
         said = (*headers.of_request(arrival.rid, cache), *headers.NOTHING_SPENT)
         try:
             if earlier.over:

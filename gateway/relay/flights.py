@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, TypeAlias
 
 from gateway.domain.errors import ClientGone, GatewayError
@@ -19,6 +19,7 @@ from gateway.domain.trace import TraceContext
 from gateway.ports import FlightNotice
 from gateway.relay.chunks import once
 from gateway.relay.meter import error_event
+from gateway.relay.moment import Moment
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +74,12 @@ class Shown:
 class Client:
     """Whether the client is still there; told by the door, read by the flight."""
 
-    def __init__(self, closed: asyncio.Event | None = None) -> None:
+    __slots__ = ("_acts", "_away", "_last_acts", "closed", "gone")
+
+    def __init__(self, closed: Moment | asyncio.Event | None = None) -> None:
         """``closed`` is set when its connection ends, which may be after all was said."""
         self.closed = closed
-        self.gone = asyncio.Event()
+        self.gone = Moment()
         self._away = False
         self._acts: list[Callable[[], None]] = []
         self._last_acts: list[Callable[[], object]] = []
@@ -117,6 +120,8 @@ class Client:
 class Seat:
     """One client's place among those who wait for a flight, given up once."""
 
+    __slots__ = ("_leave", "_left")
+
     def __init__(self, leave: Callable[[bool], None]) -> None:
         self._leave = leave
         self._left = False
@@ -130,25 +135,41 @@ class Seat:
     def tell(self, delivered: bool) -> None:
         self.leave(delivered=delivered)
 
+    def abandon(self) -> None:
+        """It does not wait for it any more."""
+        self.leave(delivered=False)
+
 
 class Watch:
     """One client's look at a flight: what it shows, or the error that it ends in."""
 
+    __slots__ = ("_error", "_flight", "_given_up", "_shown", "_waiter")
+
     def __init__(self, flight: Flight) -> None:
         self._flight = flight
-        self._shown: asyncio.Future[Shown] = asyncio.get_running_loop().create_future()
+        self._shown: Shown | None = None
+        self._error: BaseException | None = None
         self._given_up = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    @property
+    def _done(self) -> bool:
+        return self._shown is not None or self._error is not None
 
     def show(self, shown: Shown) -> None:
-        if not (self._given_up or self._shown.done()):
+        if not (self._given_up or self._done):
             shown.share()
-            self._shown.set_result(shown)
+            self._shown = shown
+            self._wake()
 
     def refuse(self, error: BaseException) -> None:
-        if not self._shown.done():
-            self._shown.set_exception(error)
-            # A client that left never asks: that is no fault to be reported.
-            self._shown.exception()
+        if not self._done:
+            self._error = error
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def shown(self, client: Client, patience_seconds: float | None = None) -> Shown:
         """What there is to be read, with a share of it. Waits as long as the client does.
@@ -156,44 +177,64 @@ class Watch:
         Raises the flight's error, ``ClientGone``, and ``TimeoutError`` when the patience is over;
         then, and where it is cancelled, this watch has ended.
         """
-        gone = asyncio.ensure_future(client.gone.wait())
-        try:
-            either: set[asyncio.Future[Any]] = {self._shown, gone}
-            await asyncio.wait(
-                either, timeout=patience_seconds, return_when=asyncio.FIRST_COMPLETED
-            )
-        except asyncio.CancelledError:
-            self.give_up()
-            raise
-        finally:
-            gone.cancel()
-        if self._shown.done():
-            return self._shown.result()
+        if not self._done:
+            try:
+                await self._wait(client, patience_seconds)
+            except asyncio.CancelledError:
+                self.give_up()
+                raise
+        if self._error is not None:
+            raise self._error
+        if self._shown is not None:
+            return self._shown
         self.give_up()
         if client.gone.is_set():
             raise ClientGone(self._flight.stage)
         raise TimeoutError
 
+    async def _wait(self, client: Client, patience_seconds: float | None) -> None:
+        """Until there is something, or nobody waits for it. One future for all of it: a task that
+        waits for the client's end costs as much as ten of these."""
+        loop = asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        timer = None
+        if patience_seconds is not None:
+            timer = loop.call_later(patience_seconds, self._wake)
+        client.gone.then(self._wake)
+        try:
+            await self._waiter
+        finally:
+            client.gone.forget(self._wake)
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+
     def give_up(self) -> None:
         """Nobody looks any more."""
         self._given_up = True
-        if self._shown.done() and not self._shown.cancelled() and not self._shown.exception():
-            self._shown.result().close()
+        if self._shown is not None:
+            self._shown.close()
 
 
 class Flight:
     """One running call: what it shows when there is something, its receipt when all is over."""
+
+    __slots__ = (
+        "_closed", "_error", "_shown", "_task", "_watches", "admitted", "awaited", "begun",
+        "client", "deserted", "ends_at", "error_event", "instead", "joinable", "keeping", "notice",
+        "over", "own", "partials", "say", "seat", "stage", "tells", "trace",
+    )  # fmt: skip
 
     def __init__(self, notice: FlightNotice, client: Client) -> None:
         self.notice = notice
         self.client = client
         self.partials = 0
         """Partial pictures that were seen so far."""
-        self.said: Headers = ()
-        """The headers that are known so far, for an error that ends it."""
+        self.say: Callable[[], Headers] = tuple
+        """Says the headers that are known so far, for an error that ends it."""
         self.stage = "upstream"
         """Where it is, for a client that leaves."""
-        self.deserted = asyncio.Event()
+        self.deserted = Moment()
         """Nobody waits for it any more: it ends, unless it has been sent."""
         self.begun = False
         """It is, or was, sent."""
@@ -203,9 +244,9 @@ class Flight:
         """Whether it needs somebody who waits: one who asks later for its result does not."""
         self.tells = False
         """Somebody wants to be told of its end."""
-        self.admitted = asyncio.Event()
+        self.admitted = Moment()
         """Set when its money is held and it is about to be sent, and when it is over."""
-        self.over = asyncio.Event()
+        self.over = Moment()
         """Set when no more of its answer will come."""
         self.ends_at: int | None = None
         """Where the end of its stream begins. Other processes have that from the results alone:
@@ -235,13 +276,22 @@ class Flight:
     def stream(self) -> bool:
         return self.notice.stream
 
+    @property
+    def said(self) -> Headers:
+        """The headers that are known so far."""
+        return self.say()
+
+    @said.setter
+    def said(self, headers: Headers) -> None:
+        self.say = lambda: headers
+
     def start(self, run: Coroutine[Any, Any, Receipt]) -> asyncio.Task[Receipt]:
         """``run`` never raises for what can go wrong with a call: it answers and returns."""
-        self._task = asyncio.get_running_loop().create_task(run, name=f"flight {self.rid}")
-        self._task.add_done_callback(self._ended)
+        self._task = asyncio.get_running_loop().create_task(run, name=self.rid)
         return self._task
 
-    def _ended(self, task: asyncio.Task[Receipt]) -> None:
+    def ended(self, task: asyncio.Task[Receipt]) -> None:
+        """Its task is done: whoever still waits for something waits no longer."""
         error = None if task.cancelled() else task.exception()
         self.refuse(error or asyncio.CancelledError())
         self.admitted.set()
@@ -295,7 +345,34 @@ class Flight:
         """Waits for the end, without being able to bring it about."""
         if self._task is None:
             raise RuntimeError("a flight has a receipt after it has started")
+        if self._task.done():
+            return self._task.result()
         return await asyncio.shield(self._task)
+
+
+class UntilDraining:
+    """A block that ends with ``TimeoutError`` when the process begins to end. It has no timer until
+    then; ``under_way`` are the blocks that are to be broken off."""
+
+    __slots__ = ("_end", "_under_way")
+
+    def __init__(self, under_way: set[asyncio.Timeout], *, now: bool) -> None:
+        self._under_way = under_way
+        self._end = asyncio.timeout(0 if now else None)
+
+    async def __aenter__(self) -> None:
+        await self._end.__aenter__()
+        if self._end.when() is None:
+            self._under_way.add(self._end)
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._under_way.discard(self._end)
+        await self._end.__aexit__(kind, error, traceback)
 
 
 class Flights:
@@ -325,16 +402,9 @@ class Flights:
             one.reschedule(asyncio.get_running_loop().time())
         self._until_draining.clear()
 
-    @asynccontextmanager
-    async def until_draining(self) -> AsyncIterator[None]:
+    def until_draining(self) -> UntilDraining:
         """Breaks the block off with ``TimeoutError`` where the process ends meanwhile."""
-        async with asyncio.timeout(0 if self._draining else None) as end:
-            if not self._draining:
-                self._until_draining.add(end)
-            try:
-                yield
-            finally:
-                self._until_draining.discard(end)
+        return UntilDraining(self._until_draining, now=self._draining)
 
     def find(self, rid: str) -> Flight | None:
         """A flight that can still be watched here."""
@@ -352,7 +422,12 @@ class Flights:
         self._open[flight.rid] = flight
         task = flight.start(run(flight))
         self._running.add(task)
-        task.add_done_callback(self._running.discard)
+
+        def ended(task: asyncio.Task[Receipt]) -> None:
+            self._running.discard(task)
+            flight.ended(task)
+
+        task.add_done_callback(ended)
         return flight
 
     def close(self, flight: Flight) -> None:

@@ -12,6 +12,7 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import replace
+from functools import partial
 from typing import NoReturn
 
 from gateway.domain.call import Operation
@@ -34,6 +35,7 @@ from gateway.ports import (
 )
 from gateway.relay import headers
 from gateway.relay.body import KEEP_ALIVE, Spool
+from gateway.relay.doubts import Doubts
 from gateway.relay.flights import Client, Flight, Flights, Seat, Shown
 from gateway.relay.meter import ERROR_FRAMES
 from gateway.relay.results import Results, as_stream, shown
@@ -44,11 +46,6 @@ POLL_SECONDS = 0.25
 """How often another process's flight is looked at: a look costs a look-up, a picture takes 5 s."""
 KEEPING_SECONDS = 2.0
 """How long a settled answer that no board knows of may still be on its way to where it is kept."""
-DOUBT_TICKS, TICK_SECONDS = 10, 0.05
-"""Who still has its connection open so long after its answer has read it. Only time in which this
-process could have heard of its end counts: a tick is a tick, however long it took."""
-RETRY_SECONDS = 5.0
-"""How long after giving up an SDK sends its next try: half a second, then one, then two."""
 PASS_ON_SECONDS = 0.5
 PIECE_BYTES = 256 * 1024
 
@@ -83,7 +80,7 @@ class Joining:
         self.keep_alive_seconds = keep_alive_seconds
         """As of now: another one may be set."""
         self._shared = shared
-        self._doubts: dict[str, asyncio.Task[None]] = {}
+        self._doubts = Doubts(lambda rid: self._leave(rid, delivered=True))
 
     async def find(
         self, fingerprint: str, key_id: str, *, stream: bool, orphans_only: bool
@@ -96,47 +93,34 @@ class Joining:
     def seat(self, rid: str, client: Client) -> Seat:
         """The place of one who watches; given up when the client leaves, or has all of it."""
 
-        def leave(delivered: bool) -> None:
-            if delivered and client.closed is not None:
-                self._make_sure(rid, client.closed)
-            else:
-                self._flights.errand(self._board.leave(rid, delivered=delivered))
-
-        seat = Seat(leave)
-        client.when_away(lambda: seat.leave(delivered=False))
+        seat = Seat(partial(self._left, rid, client))
+        client.when_away(seat.abandon)
         return seat
 
-    def _make_sure(self, rid: str, closed: asyncio.Event) -> None:
-        """A client that closes its connection right behind its answer may have given up a moment
-        before it came: its retry is still led to it, for as long as it takes to be sent."""
+    def _left(self, rid: str, client: Client, delivered: bool) -> None:
+        """One who watched has all of it, or has left."""
+        if delivered and client.closed is not None:
+            # A client that closes its connection right behind its answer may have given up a
+            # moment before it came: its retry is still led to it, for as long as it takes.
+            self._doubts.add(rid, client.closed)
+        else:
+            self._leave(rid, delivered=delivered)
 
-        async def wait() -> None:
-            for _ in range(DOUBT_TICKS):
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(TICK_SECONDS):
-                        await closed.wait()
-                if closed.is_set():
-                    await asyncio.sleep(RETRY_SECONDS)
-                    break
-            await self._board.leave(rid, delivered=True)
-
-        task = asyncio.create_task(wait())
-        self._doubts[rid] = task
-        task.add_done_callback(lambda done: self._doubts.pop(rid, None))
+    def _leave(self, rid: str, *, delivered: bool) -> None:
+        if not self._board.leave_at_once(rid, delivered=delivered):
+            self._flights.errand(self._board.leave(rid, delivered=delivered))
 
     async def aclose(self) -> None:
         """Whoever may still come back does so to another process."""
-        doubts = dict(self._doubts)
-        for task in doubts.values():
-            task.cancel()
-        await asyncio.gather(*(self._board.leave(rid, delivered=True) for rid in doubts))
+        left = self._doubts.close()
+        await asyncio.gather(*(self._board.leave(rid, delivered=True) for rid in left))
 
     def reader(self, rid: str) -> Seat:
         """The place of one who was not counted, because the ledger or an id led it there."""
 
         def leave(delivered: bool) -> None:
             if delivered:
-                self._flights.errand(self._board.leave(rid, delivered=True))
+                self._leave(rid, delivered=True)
 
         return Seat(leave)
 
@@ -144,10 +128,15 @@ class Joining:
         """From here on it can be joined."""
         await self._board.announce(flight.notice)
         flight.seat = self.seat(flight.rid, flight.client)
-        flight.client.when_gone(lambda: self._flights.errand(self._desert(flight)))
+        flight.client.when_gone(partial(self._lost, flight))
+
+    def _lost(self, flight: Flight) -> None:
+        """Its client has gone. Who came back for it meanwhile keeps it flying. That of one that is
+        sent already matters to nobody."""
+        if not flight.begun:
+            self._flights.errand(self._desert(flight))
 
     async def _desert(self, flight: Flight) -> None:
-        """Its client has gone. Who came back for it meanwhile keeps it flying."""
         if await self.is_deserted(flight):
             flight.deserted.set()
 
@@ -167,17 +156,20 @@ class Joining:
 
     def saw_partial(self, flight: Flight) -> None:
         flight.partials += 1
-        self._flights.errand(self._board.progress(flight.rid, flight.partials))
+        if not self._board.progress_at_once(flight.rid, flight.partials):
+            self._flights.errand(self._board.progress(flight.rid, flight.partials))
 
     def ended(self, flight: Flight) -> None:
         """It is over. What it ended with can be found as soon as it is put away."""
-        self._flights.errand(self._end(flight))
+        if flight.keeping is None or flight.keeping.done():
+            self._end(flight)
+        else:
+            flight.keeping.add_done_callback(lambda kept: self._end(flight))
 
-    async def _end(self, flight: Flight) -> None:
-        if flight.keeping is not None:
-            await asyncio.wait({flight.keeping})
+    def _end(self, flight: Flight) -> None:
         self._flights.close(flight)
-        await self._board.end(flight.rid, joinable=flight.joinable)
+        if not self._board.end_at_once(flight.rid, joinable=flight.joinable):
+            self._flights.errand(self._board.end(flight.rid, joinable=flight.joinable))
 
     async def forget(self, rid: str) -> None:
         """Nobody is led to this flight any more."""

@@ -14,20 +14,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
 from dataclasses import replace
 
 from gateway.domain.call import AnswerAs, Call, Inquiry, Operation
-from gateway.domain.compat import changed_names
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
 from gateway.domain.ledger import Held, Outcome, Replay
-from gateway.domain.quota import Demand
-from gateway.domain.receipt import CacheResult, Receipt, Timings
+from gateway.domain.quota import Demand, Grant
+from gateway.domain.receipt import CacheResult, Receipt
 from gateway.domain.team import Caller
 from gateway.ports import Cached, Clock, FlightNotice, Ledger
 from gateway.relay import headers
 from gateway.relay.admission import Admission, KeyTaken
-from gateway.relay.arrival import Answer, Arrival, Patience, ended, failed, known, stage
+from gateway.relay.arrival import (
+    Answer,
+    Arrival,
+    Draft,
+    Patience,
+    ended,
+    known,
+    labels,
+    of_error,
+    stage,
+)
 from gateway.relay.body import Room, Spool
 from gateway.relay.budget import BudgetView
 from gateway.relay.comebacks import Comebacks, still_running
@@ -40,7 +48,7 @@ from gateway.relay.keeping import Keeping
 from gateway.relay.keyring import KeyRing
 from gateway.relay.news import Finished, ResultNews
 from gateway.relay.plan import Plan, Planner
-from gateway.relay.purchase import Purchases, crash
+from gateway.relay.purchase import Marks, Purchases, crash
 from gateway.relay.read import Reader, ReadRules, check_model, reader_for
 from gateway.relay.read_response import remembered, response_reader
 from gateway.relay.references import References, Resolved
@@ -59,6 +67,8 @@ READERS: Mapping[Operation, Callable[..., Reader]] = {
 """Who reads an operation's body."""
 MEMORY_BODY_BYTES = 1024 * 1024
 """A request's body over this goes to disk: it may wait there for minutes."""
+MAX_TOLD = 10_000
+"""Kinds of calls that are remembered as told of."""
 
 
 class Pipeline:
@@ -92,6 +102,7 @@ class Pipeline:
     ) -> None:
         """``begun`` hears of each call that its limits let in, before it is bought."""
         self._begun = begun
+        self._told: set[tuple[str, ...]] = set()
         self._keyring = keyring
         self._references = references
         self._planner = planner
@@ -122,6 +133,7 @@ class Pipeline:
         self._rules = rules
         self._patience = patience
         self._log_prompts = log_prompts
+        self._told.clear()
 
     async def answer(self, arrival: Arrival) -> Answer:
         """The whole story. Whatever can go wrong with a request is an answer too; ``ClientGone``
@@ -129,47 +141,40 @@ class Pipeline:
         if arrival.asynchronous and not self._results.on:
             # A preference: without results there is nothing to come back for.
             arrival = replace(arrival, asynchronous=False)
-        so_far = Receipt(
-            arrival.rid,
-            arrival.operation.value,
-            0,
-            retried=arrival.retried,
-            asynchronous=arrival.asynchronous,
-            trace=arrival.trace,
-        )
+        draft = Draft(arrival)
         body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
-        caller: Caller | None = None
         changed: headers.Headers = ()
         rules = self._rules
         try:
             if not _is_again(arrival):
                 self._refuse_while_draining()
-            caller = await self._keyring.identify(arrival.secret)
-            so_far = replace(so_far, team=caller.team.id, key_id=caller.key.id)
+            caller = draft.caller = await self._keyring.identify(arrival.secret)
             if isinstance(arrival.operation, Inquiry):
                 with self._estimates.turn(caller):
-                    so_far, call = await self._taken_in(arrival, body, so_far, rules)
-                    caller = self._users.named(caller, call, arrival.user_hints)
-                    so_far = replace(so_far, user=caller.recorded_user)
+                    call = await self._taken_in(arrival, body, draft, rules)
+                    caller = draft.caller = self._users.named(caller, call, arrival.user_hints)
                     found = await self._references.resolve(caller, call)
-                    return await self._estimate(arrival, self._planner, caller, found, so_far)
-            so_far, call = await self._taken_in(arrival, body, so_far, rules)
+                    return await self._estimate(arrival, self._planner, caller, found, draft)
+            call = await self._taken_in(arrival, body, draft, rules)
             call = self._planner.repaired(caller, call, self._clock.now())
-            changed, so_far = headers.of_changes(call), _with_changes(so_far, call)
-            caller = self._users.named(caller, call, arrival.user_hints)
-            so_far = replace(so_far, user=caller.recorded_user)
+            changed = headers.of_changes(call)
+            draft.repaired(call)
+            caller = draft.caller = self._users.named(caller, call, arrival.user_hints)
             found = remembered(await self._references.resolve(caller, call))
-            answer = await self._answer(arrival, caller, found, body, so_far)
+            answer = await self._answer(arrival, caller, found, body, draft)
             call = self._handed_over(caller, call, answer.head)
-            answer = replace(answer, head=headers.with_changes(answer.head, call))
+            head = headers.with_changes(answer.head, call)
+            if head is not answer.head:
+                answer = replace(answer, head=head)
             return await self._as_asked(arrival, caller, call, answer)
         except GatewayError as error:
-            return ended(so_far, error, (*await self._unspent(caller, error), *changed))
+            said = (*await self._unspent(draft.caller, error), *changed)
+            return ended(draft.receipt(took_over=""), error, said)
         finally:
             body.close()
 
     async def _answer(
-        self, arrival: Arrival, caller: Caller, found: Resolved, body: Spool, so_far: Receipt
+        self, arrival: Arrival, caller: Caller, found: Resolved, body: Spool, draft: Draft
     ) -> Answer:
         """A call that is read: whose answer it gets. What is configured now plans it, also where
         it was read, or has waited for another one, for longer than anything else lives."""
@@ -180,26 +185,25 @@ class Pipeline:
             routed = planner.route_call(caller, found.call, now, found.anchor)
             earlier = await self._comebacks.earlier(arrival, routed)
             if earlier is not None and earlier.rid not in vacant:
-                answer = await self._comebacks.answer(arrival, routed, earlier, so_far)
+                answer = await self._comebacks.answer(arrival, routed, earlier, draft)
                 if isinstance(answer, Answer):
                     return answer
                 vacant.add(earlier.rid)
-                so_far = replace(so_far, took_over=answer.took_over or so_far.took_over)
+                draft.took_over = answer.took_over or draft.took_over
                 continue
             plan = await planner.plan(routed, arrival.wish, self._clock.now())
-            so_far = _with_plan(so_far, plan)
             if plan.cached is not None:
-                return await self._replay(arrival, plan, plan.cached, so_far)
+                return await self._replay(arrival, plan, plan.cached, draft)
             orphan = await self._comebacks.earlier(arrival, routed, orphans_only=True)
             if orphan is not None and orphan.rid not in vacant:
-                answer = await self._comebacks.answer(arrival, routed, orphan, so_far)
+                answer = await self._comebacks.answer(arrival, routed, orphan, draft)
                 if isinstance(answer, Answer):
                     return answer
                 vacant.add(orphan.rid)
-                so_far = replace(so_far, took_over=answer.took_over or so_far.took_over)
+                draft.took_over = answer.took_over or draft.took_over
                 continue
             try:
-                return await self._buy(arrival, plan, body, so_far)
+                return await self._buy(arrival, plan, body, draft)
             except KeyTaken as taken:
                 vacant.discard(taken.claimed.rid)
                 log.debug("an Idempotency-Key was taken meanwhile", extra={"by": taken.claimed.rid})
@@ -246,11 +250,11 @@ class Pipeline:
         refusal = headers.error_head(error, arrival.rid, head.headers)
         return replace(answer, head=refusal, done=lambda delivered: answer.done(False))
 
-    async def _buy(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Answer:
+    async def _buy(self, arrival: Arrival, plan: Plan, body: Spool, draft: Draft) -> Answer:
         """A flight of its own, and a client that watches it. Raises ``KeyTaken``."""
         self._refuse_while_draining()
         self._room.refuse_if_full()
-        flight = self._launch(arrival, plan, body, so_far)
+        flight = self._launch(arrival, plan, body, draft)
         if arrival.asynchronous:
             return await self._admitted(arrival, flight)
         patience = None if plan.call.stream else self._patience.max_wait_seconds
@@ -303,8 +307,8 @@ class Pipeline:
         return prompt if self._log_prompts and isinstance(prompt, str) else None
 
     async def _taken_in(
-        self, arrival: Arrival, body: Spool, so_far: Receipt, rules: ReadRules
-    ) -> tuple[Receipt, Call]:
+        self, arrival: Arrival, body: Spool, draft: Draft, rules: ReadRules
+    ) -> Call:
         if arrival.deployment is not None:
             check_model(arrival.deployment)
         if _is_again(arrival):
@@ -319,7 +323,8 @@ class Pipeline:
         if arrival.deployment is not None:
             call = replace(call, model=arrival.deployment)
         seconds = self._clock.monotonic() - arrival.at
-        return _with_call(so_far, call, seconds, self._prompt(call)), call
+        draft.read(call, seconds, self._prompt(call))
+        return call
 
     async def _read(self, arrival: Arrival, body: Spool, rules: ReadRules) -> Call:
         """Takes the body in, once, while the scanners look at it. That of an estimate is not kept:
@@ -340,14 +345,12 @@ class Pipeline:
         return reader.close()
 
     async def _estimate(
-        self, arrival: Arrival, planner: Planner, caller: Caller, found: Resolved, so_far: Receipt
+        self, arrival: Arrival, planner: Planner, caller: Caller, found: Resolved, draft: Draft
     ) -> Answer:
         head, plan = await self._estimates.answer(
             arrival.rid, planner, caller, found.call, arrival.wish, found.anchor
         )
-        if plan is not None:
-            so_far = _with_plan(so_far, plan)
-        receipt = replace(so_far, status=head.status)
+        receipt = draft.receipt(plan, status=head.status)
         return Answer(head, lambda: known(receipt))
 
     async def _replay(
@@ -355,7 +358,7 @@ class Pipeline:
         arrival: Arrival,
         plan: Plan,
         cached: Cached,
-        so_far: Receipt,
+        draft: Draft,
     ) -> Answer:
         """A kept answer: an upstream whose price is nothing, so nothing has to be held."""
         call, meta, now = plan.call, cached.meta, self._clock.now()
@@ -386,8 +389,8 @@ class Pipeline:
             head = Head(200, said, None, lambda: as_stream(call.operation, cached))
         else:
             head = Head(200, said, meta.size_bytes, cached.chunks)
-        receipt = replace(
-            so_far,
+        receipt = draft.receipt(
+            plan,
             status=200,
             outcome=Outcome.REPLAYED,
             avoided=meta.cost,
@@ -397,7 +400,7 @@ class Pipeline:
         )
         return Answer(head, lambda: known(receipt))
 
-    def _launch(self, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt) -> Flight:
+    def _launch(self, arrival: Arrival, plan: Plan, body: Spool, draft: Draft) -> Flight:
         body.share()
         caller, call = plan.caller, plan.call
         notice = FlightNotice(
@@ -407,29 +410,31 @@ class Pipeline:
         # Who does not wait cannot leave either.
         client = Client() if arrival.asynchronous else arrival.client
         flight = self._flights.launch(
-            notice, client, lambda flight: self._fly(flight, arrival, plan, body, so_far)
+            notice, client, lambda flight: self._fly(flight, arrival, plan, body, draft)
         )
         flight.trace = None if arrival.trace is None else arrival.trace.context
         return flight
 
     async def _fly(
-        self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, so_far: Receipt
+        self, flight: Flight, arrival: Arrival, plan: Plan, body: Spool, draft: Draft
     ) -> Receipt:
         """From the reservation to the settlement. Clients may watch; they cannot cancel."""
         flight.tells, flight.awaited = arrival.asynchronous, not arrival.asynchronous
-        first = headers.of_request(flight.rid, plan.cache)
+        first, degraded = headers.of_request(flight.rid, plan.cache), False
         flight.said = (*first, *headers.NOTHING_SPENT)
-        receipt = so_far
         try:
             grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
-            back = headers.given_back(grant.standings, plan.demand)
-            flight.said = (*flight.said, *headers.of_rates(back))
-            so_far = replace(so_far, degraded=grant.degraded)
-            self._begun(so_far)
+            degraded = grant.degraded
+            # Said of one that is refused, and worked out for that alone.
+            flight.say = lambda: (
+                *first,
+                *headers.NOTHING_SPENT,
+                *headers.of_rates(headers.given_back(grant.standings, plan.demand)),
+            )
+            self._is_let_in(arrival, plan, draft)
             try:
                 await self._joining.announce(flight)
-                said = (*first, *headers.of_rates(grant.standings))
-                receipt = await self._with_a_place(flight, arrival, plan, body, so_far, said)
+                receipt = await self._with_a_place(flight, arrival, plan, body, draft, grant)
             finally:
                 await self._leave(flight, plan)
         except GatewayError as error:
@@ -439,14 +444,18 @@ class Pipeline:
                 *await self._left(plan.caller),
             )
             flight.refuse(error)
-            receipt = failed(so_far, error)
+            receipt = draft.receipt(plan, degraded=degraded, **of_error(error))
         except KeyTaken as taken:
             flight.refuse(taken)
+            receipt = draft.receipt()
         except Exception:
             log.exception("a flight crashed", extra={"request_id": flight.rid})
             fault = crash(flight.rid)
             flight.refuse(fault)
-            receipt = replace(failed(so_far, fault), cost=so_far.bound, posted=False)
+            bound = plan.quote.bound.amount
+            receipt = draft.receipt(
+                plan, degraded=degraded, cost=bound, posted=False, **of_error(fault)
+            )
         finally:
             body.close()
             self._joining.ended(flight)
@@ -457,44 +466,58 @@ class Pipeline:
             flight.seat.leave(delivered=True)
         return receipt
 
+    def _is_let_in(self, arrival: Arrival, plan: Plan, draft: Draft) -> None:
+        """Tells of a call that its limits let in, where none that counts alike was told of."""
+        kind = (plan.caller.team.id, arrival.operation.value, plan.cache, *labels(plan))
+        if kind not in self._told:
+            if len(self._told) >= MAX_TOLD:
+                self._told.clear()
+            self._told.add(kind)
+            self._begun(draft.receipt(plan))
+
     async def _with_a_place(
         self,
         flight: Flight,
         arrival: Arrival,
         plan: Plan,
         body: Spool,
-        so_far: Receipt,
-        said: headers.Headers,
+        draft: Draft,
+        grant: Grant,
     ) -> Receipt:
-        """The queue, the reservation, the purchase. ``said`` are the headers of a call that was
-        let in."""
+        """The queue, the reservation, the purchase."""
         came, team = self._clock.monotonic(), plan.caller.team
         flight.stage = "queued"
-        turn = self._turnstile.turn(team.id, team.weight, plan.entrances, flight.deserted)
-        async with AsyncExitStack() as stack:
-            try:
-                place = await stack.enter_async_context(turn)
-            except GatewayError:
-                await self._admission.undo(flight.rid, plan)
-                raise
+        try:
+            place = await self._turnstile.enter(
+                team.id, team.weight, plan.entrances, flight.deserted
+            )
+        except GatewayError:
+            await self._admission.undo(flight.rid, plan)
+            raise
+        try:
             flight.stage = "upstream"
             plan = plan.entered_at(place.upstream)
-            so_far = _with_plan(so_far, plan)
             queueing = self._clock.monotonic() - came
             held = await self._hold(flight, arrival, plan)
-            flight.said = said
-            reserved = self._clock.monotonic() - arrival.at
-            timings = replace(
-                so_far.timings,
+            flight.said = (
+                *headers.of_request(flight.rid, plan.cache),
+                *headers.of_rates(grant.standings),
+            )
+            started = self._clock.monotonic()
+            marks = Marks(
+                started,
+                reading=draft.reading,
                 queueing=queueing,
-                reserving=reserved - so_far.timings.reading - queueing,
+                reserving=started - arrival.at - draft.reading - queueing,
                 queued_at=came - arrival.at,
+                degraded=grant.degraded,
             )
             keeping = Keeping(
                 result=self._keeps(arrival), idempotent=arrival.idempotency_key is not None
             )
-            so_far = replace(so_far, timings=timings)
-            return await self._purchases.buy(flight, plan, body, held, so_far, keeping, place)
+            return await self._purchases.buy(flight, plan, body, held, draft, marks, keeping, place)
+        finally:
+            place.leave()
 
     def _tell(self, flight: Flight, receipt: Receipt, *, idempotent: bool) -> None:
         """Says that an asynchronous request is over, to who wants to hear of it."""
@@ -550,39 +573,3 @@ def _is_again(arrival: Arrival) -> bool:
     """Whether an earlier request of this process may answer it. While the process ends, what is
     surely new goes elsewhere, the sooner the better."""
     return arrival.retried or arrival.idempotency_key is not None
-
-
-def _with_call(receipt: Receipt, call: Call, seconds: float, prompt: str | None) -> Receipt:
-    return replace(
-        receipt,
-        model=call.model,
-        size=call.size,
-        quality=call.quality,
-        output_format=call.output_format,
-        stream=call.stream,
-        images_asked=call.n,
-        bytes_in=call.body_bytes,
-        prompt=prompt,
-        timings=Timings(reading=seconds),
-    )
-
-
-def _with_changes(receipt: Receipt, call: Call) -> Receipt:
-    return replace(receipt, model=receipt.model or call.model, changed=changed_names(call))
-
-
-def _with_plan(receipt: Receipt, plan: Plan) -> Receipt:
-    return replace(
-        receipt,
-        model_label=plan.model.label or plan.model.name,
-        model_served=plan.target.model,
-        drawn_label="" if plan.tool is None else plan.tool.label or plan.tool.name,
-        upstream=plan.upstream.name,
-        # As it is bought: what was left open may be pinned.
-        size=plan.call.size,
-        quality=plan.call.quality,
-        output_format=plan.call.output_format,
-        cache=plan.cache,
-        bound=plan.quote.bound.amount,
-        price_id=plan.quote.price_id,
-    )

@@ -33,7 +33,7 @@ from gateway.ports import (
     Safe,
 )
 from gateway.relay import headers, replay
-from gateway.relay.arrival import failed as ended_by
+from gateway.relay.arrival import Draft, of_error
 from gateway.relay.attempts import Attempts, Failed, Opened
 from gateway.relay.background import Background
 from gateway.relay.body import Room, Spool, held, spliced
@@ -73,22 +73,31 @@ REST_SECONDS = 5.0
 
 @dataclass(slots=True)
 class Marks:
-    """When a purchase reached its stages, in the clock's seconds; 0 where it did not."""
+    """When a purchase reached its stages, in the clock's seconds; 0 where it did not. Those before
+    it are seconds already. ``degraded``: a local gate let it in."""
 
     started: float
+    reading: float = 0.0
+    queueing: float = 0.0
+    reserving: float = 0.0
+    queued_at: float = 0.0
+    degraded: bool = False
     opened: float = 0.0
     first: float = 0.0
     landed: float = 0.0
     settled: float = 0.0
 
-    def timings(self, so_far: Receipt) -> Timings:
-        """The stages as durations, beside those before the purchase."""
-        return replace(
-            so_far.timings,
+    def timings(self) -> Timings:
+        """All stages as durations."""
+        return Timings(
+            reading=self.reading,
+            reserving=self.reserving,
             upstream_first_byte=(self.opened or self.landed) - self.started,
             first_image=(self.first or self.started) - self.started,
             upstream=self.landed - self.started,
             settling=self.settled - self.landed,
+            queueing=self.queueing,
+            queued_at=self.queued_at,
         )
 
 
@@ -113,28 +122,38 @@ class Course:
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
-    """Lets clients follow a stream's spool, when called; harmless when they do already."""
+    """Lets clients follow a stream's spool, when called; harmless when they do already. What its
+    head says is worked out then: most answers are shown when they are whole. ``tried`` is None
+    where no upstream has answered yet."""
 
+    purchases: Purchases
     flight: Flight
+    plan: Plan
+    way: Way
     spool: Spool
-    common: headers.Headers
-    own: headers.Headers
-    upstream: str
-    keep_alive_seconds: float | None = None
+    held: Held
+    tried: Opened | None
 
     def __call__(self) -> None:
-        spool = self.spool
-        self.flight.show(
-            Shown(200, self.common, self.own, None, self._events, spool.share, spool.close)
-        )
+        if not self.flight.answered:
+            self.flight.show(
+                self.purchases.streaming(self.flight, self.spool, self.common, self.own)
+            )
 
-    async def _events(self) -> AsyncGenerator[bytes, None]:
-        async with aclosing(self.spool.follow(self.keep_alive_seconds)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-        if self.flight.instead is not None:
-            async for piece in self.flight.instead():
-                yield piece
+    @property
+    def common(self) -> headers.Headers:
+        if self.tried is None:
+            return (*headers.of_form(self.plan.call.stream), *headers.of_way(self.plan, self.way))
+        return _common(self.plan, self.way, self.tried, sent=True)
+
+    @property
+    def own(self) -> headers.Headers:
+        """What a stream says to whom it was bought for, before its cost is known."""
+        return (
+            *self.flight.said,
+            *headers.of_bound(self.way.quote),
+            *headers.of_budget(self.plan.lines, self.held.balances),
+        )
 
 
 class Purchases:
@@ -191,7 +210,8 @@ class Purchases:
         plan: Plan,
         body: Spool,
         held: Held,
-        so_far: Receipt,
+        draft: Draft,
+        marks: Marks,
         keeping: Keeping,
         place: Place,
     ) -> Receipt:
@@ -201,21 +221,13 @@ class Purchases:
         where the plan begins, and goes along to where the call is sent.
         """
         spool = Spool(self._room)
-        marks = Marks(self._clock.monotonic())
-        trail = self._trail(so_far, marks)
+        trail = self._trail(draft, marks)
         tried: Opened | Failed | None = None
-        form, own, way = headers.of_form(plan.call.stream), flight.said, plan.way
-        common = (*form, *headers.of_way(plan, way))
+        own, way = flight.said, plan.way
         course = Course(flight, place, way)
         taker = TAKERS[plan.call.operation](plan.call)
         flight.error_event = taker.error_event
-
-        def break_silence() -> None:
-            said = (*form, *headers.of_way(plan, course.way))
-            early = self._early(own, plan, course.way, held)
-            self._beginning(flight, spool, said, early, course.way)()
-
-        silence = self._break_silence(plan, break_silence)
+        silence = self._break_silence(flight, plan, spool, course, held)
         try:
             self._joining.begun(flight, spool)
             try:
@@ -224,14 +236,10 @@ class Purchases:
                 )
                 marks.opened = self._clock.monotonic()
                 held, way = tried.held, tried.way
-                common = (*form, *headers.of_way(plan, way), *headers.of_attempts(tried.attempts))
                 if isinstance(tried, Failed):
-                    common = (*common, *headers.of_upstream(tried.headers))
                     landing = failed(tried.error)
                 else:
-                    common = (*common, *headers.of_upstream(tried.reply.headers))
-                    early = self._early(own, plan, way, held)
-                    begin = self._beginning(flight, spool, common, early, way)
+                    begin = Beginning(self, flight, plan, way, spool, held, tried)
                     landing = await self._land(taker, begin, plan, tried, marks)
                     self._attempts.landed(tried, landing.error)
                     if plan.call.asks is not None and plan.call.asks.background:
@@ -244,29 +252,24 @@ class Purchases:
                 fault = crash(flight.rid)
                 landing = Landing(Ending(Outcome.UNKNOWN), error=fault)
             marks.landed = self._clock.monotonic()
-            so_far = _with_way(so_far, way, tried)
-            if trail is not None:
-                so_far = replace(so_far, trail=tuple(trail.attempts))
             if landing.error is not None:
                 if isinstance(landing.error, UpstreamRefused):
                     # Some providers repeat a key that they refuse.
                     landing.error.mask(way.upstream.masked)
-                _name_it(landing.error, flight.rid, so_far.upstream_rid)
+                _name_it(landing.error, flight.rid, _upstream_rid(tried))
             elif plan.call.stream:
                 marks.first = marks.first or marks.landed
             settlement, entry = await self._book(flight, plan, way, landing, spool, marks)
             found = landing.error is not None or keeping.result
             flight.joinable = settlement.event is not Event.VOID and found
-            receipt = _with_purchase(so_far, settlement, entry, marks.timings(so_far))
             balances = entry.balances if entry else held.balances
             self._budgets.learn(plan.lines, balances)
+            cost = entry.cost if entry else settlement.cost
             spent = (
-                *headers.of_cost(receipt.cost, receipt.basis),
+                *headers.of_cost(cost, settlement.basis),
                 *headers.of_budget(plan.lines, balances),
             )
-            if tried is None:
-                sent = settlement.event is not Event.VOID
-                common = (*common, *headers.of_attempts(int(sent)))
+            common = _common(plan, way, tried, sent=settlement.event is not Event.VOID)
             if landing.told is not None and isinstance(tried, Opened):
                 await self._owning.own(plan.caller, plan.call, _anchor(tried), landing.told)
             bought = Bought(flight, plan, way, landing, spool, settlement, common)
@@ -274,11 +277,11 @@ class Purchases:
             if landing.error is not None:
                 flight.said = (*own, *common, *spent)
                 await _break_off(flight, spool, landing.error)
-                return ended_by(receipt, landing.error)
-            self._hand_over(bought, (*own, *spent))
-            if landing.rest is not None:
-                await _pass_the_rest(landing.rest, spool)
-            return receipt
+            else:
+                self._hand_over(bought, (*own, *spent))
+                if landing.rest is not None:
+                    await _pass_the_rest(landing.rest, spool)
+            return _receipt(draft, plan, way, tried, trail, settlement, entry, marks, landing.error)
         finally:
             if silence is not None:
                 silence.cancel()
@@ -288,43 +291,31 @@ class Purchases:
             if isinstance(tried, Opened):
                 await tried.reply.aclose()
 
-    def _trail(self, so_far: Receipt, marks: Marks) -> Trail | None:
-        if so_far.trace is None:
+    def _trail(self, draft: Draft, marks: Marks) -> Trail | None:
+        if draft.trace is None:
             return None
-        context = so_far.trace.context
+        context = draft.trace.context
         return Trail(context, marks.started, self._clock, propagate=self._propagate)
 
-    def _early(self, own: headers.Headers, plan: Plan, way: Way, held: Held) -> headers.Headers:
-        """What a stream says to whom it was bought for, before its cost is known."""
-        return (
-            *own,
-            *headers.of_bound(way.quote),
-            *headers.of_budget(plan.lines, held.balances),
-        )
-
-    def _break_silence(self, plan: Plan, begin: Callable[[], None]) -> asyncio.TimerHandle | None:
+    def _break_silence(
+        self, flight: Flight, plan: Plan, spool: Spool, course: Course, held: Held
+    ) -> asyncio.TimerHandle | None:
         """Begins a stream that has nothing to say for so long that something between the client
         and here could give it up. What goes wrong from then on is an event."""
         if self.keep_alive_seconds is None or not plan.call.stream:
             return None
-        return asyncio.get_running_loop().call_later(self.keep_alive_seconds, begin)
 
-    def _beginning(
-        self,
-        flight: Flight,
-        spool: Spool,
-        common: headers.Headers,
-        own: headers.Headers,
-        way: Way,
-    ) -> Beginning:
-        return Beginning(flight, spool, common, own, way.upstream.name, self.keep_alive_seconds)
+        def begin() -> None:
+            Beginning(self, flight, plan, course.way, spool, held, None)()
+
+        return asyncio.get_running_loop().call_later(self.keep_alive_seconds, begin)
 
     def _hand_over(self, bought: Bought, own: headers.Headers) -> None:
         """Lets the clients have what is verified and settled, in the form that was asked for."""
         flight, spool, landing = bought.flight, bought.spool, bought.landing
         stream = bought.plan.call.stream
         if stream and landing.streamed:
-            self._beginning(flight, spool, bought.common, own, bought.way)()
+            flight.show(self.streaming(flight, spool, bought.common, own))
             flight.ends_at = spool.published
             spool.publish(landing.upto)
             return
@@ -341,6 +332,22 @@ class Purchases:
             return held(spool, form)
 
         flight.show(Shown(200, bought.common, own, length, pieces, spool.share, spool.close))
+
+    def streaming(
+        self, flight: Flight, spool: Spool, common: headers.Headers, own: headers.Headers
+    ) -> Shown:
+        """A stream that follows its spool as far as that is published."""
+        silence = self.keep_alive_seconds
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            async with aclosing(spool.follow(silence)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+            if flight.instead is not None:
+                async for piece in flight.instead():
+                    yield piece
+
+        return Shown(200, common, own, None, events, spool.share, spool.close)
 
     async def give_back(self, rid: str) -> None:
         """Voids a hold for which nothing was sent."""
@@ -378,7 +385,9 @@ class Purchases:
             if plan.call.asks is not None and plan.call.asks.background:
                 await self._owning.own(plan.caller, plan.call, _anchor(tried), told)
 
-        return await taker.take(tried.reply, beginning.spool, beginning.upstream, begin, named)
+        return await taker.take(
+            tried.reply, beginning.spool, beginning.way.upstream.name, begin, named
+        )
 
     async def _look_after(
         self, beginning: Beginning, plan: Plan, tried: Opened, landing: Landing, marks: Marks
@@ -574,23 +583,60 @@ def crash(rid: str) -> Internal:
     )
 
 
-def _with_way(receipt: Receipt, way: Way, tried: Opened | Failed | None) -> Receipt:
-    """What is known of a call once it went out: by which way, and what came back."""
-    status, rid = 0, ""
+def _common(plan: Plan, way: Way, tried: Opened | Failed | None, *, sent: bool) -> headers.Headers:
+    """The headers of an answer, whoever reads it. ``sent``: where nobody has answered, whether it
+    was sent all the same."""
+    form_and_way = (*headers.of_form(plan.call.stream), *headers.of_way(plan, way))
+    if tried is None:
+        return (*form_and_way, *headers.of_attempts(int(sent)))
+    said = tried.headers if isinstance(tried, Failed) else tried.reply.headers
+    return (*form_and_way, *headers.of_attempts(tried.attempts), *headers.of_upstream(said))
+
+
+def _upstream_rid(tried: Opened | Failed | None) -> str:
     if isinstance(tried, Opened):
-        status, rid = tried.reply.status, tried.reply.headers.get("x-request-id", "")[:128]
-    elif tried is not None:
-        status, rid = tried.status, tried.reply_rid
-    return replace(
-        receipt,
+        return tried.reply.headers.get("x-request-id", "")[:128]
+    return "" if tried is None else tried.reply_rid
+
+
+def _receipt(
+    draft: Draft,
+    plan: Plan,
+    way: Way,
+    tried: Opened | Failed | None,
+    trail: Trail | None,
+    settlement: Settlement,
+    entry: Entry | None,
+    marks: Marks,
+    error: GatewayError | None,
+) -> Receipt:
+    """By which way a call went, what came back, and what it cost."""
+    status = tried.reply.status if isinstance(tried, Opened) else tried.status if tried else 0
+    cost = entry.cost if entry else settlement.cost
+    ended = {"status": 200} if error is None else of_error(error)
+    return draft.receipt(
+        plan,
         model_label=way.model.label or way.model.name,
         model_served=way.target.model,
         upstream=way.upstream.name,
         bound=way.quote.bound.amount,
         price_id=way.quote.price_id,
         upstream_status=status,
-        upstream_rid=rid,
+        upstream_rid=_upstream_rid(tried),
         attempts=tried.attempts if tried else 0,
+        trail=() if trail is None else tuple(trail.attempts),
+        degraded=marks.degraded,
+        outcome=settlement.outcome,
+        basis=settlement.basis,
+        cost=cost,
+        # Where another final answer stands, it is not known what of that is whose.
+        drawn=settlement.drawn if cost == settlement.cost else None,
+        usage=settlement.usage,
+        images=settlement.images,
+        flags=settlement.flags,
+        posted=entry is not None,
+        timings=marks.timings(),
+        **ended,
     )
 
 
@@ -624,26 +670,3 @@ def _anchor(opened: Opened) -> Anchor:
     upstream, used = opened.way.upstream, opened.ticket.credential
     mark = next((one.mark for one in upstream.credentials if one.id == used), "")
     return Anchor(upstream.name, mark)
-
-
-def _with_purchase(
-    receipt: Receipt,
-    settlement: Settlement,
-    entry: Entry | None,
-    timings: Timings,
-) -> Receipt:
-    cost = entry.cost if entry else settlement.cost
-    return replace(
-        receipt,
-        status=200,
-        outcome=settlement.outcome,
-        basis=settlement.basis,
-        cost=cost,
-        # Where another final answer stands, it is not known what of that is whose.
-        drawn=settlement.drawn if cost == settlement.cost else None,
-        usage=settlement.usage,
-        images=settlement.images,
-        flags=settlement.flags,
-        posted=entry is not None,
-        timings=timings,
-    )

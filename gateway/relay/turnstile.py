@@ -17,15 +17,14 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from itertools import count
-from typing import Any
 
 from gateway.domain.errors import ClientGone, Overloaded
 from gateway.ports import Clock
+from gateway.relay.moment import Moment
 
 MEASURED = 64
 """How many places that came free are remembered for the rate."""
@@ -34,13 +33,34 @@ MAX_WAIT_SECONDS = 60.0
 """SDKs ignore a longer `retry-after`."""
 
 
+class _Waiter:
+    """One wait for a place. It ends when it is ``given`` one, or when it is ``out``: it left, or
+    gave its place in the queue up."""
+
+    __slots__ = ("_woken", "given", "out")
+
+    def __init__(self) -> None:
+        self.given = False
+        self.out = False
+        self._woken: asyncio.Future[None] | None = None
+
+    async def woken(self) -> None:
+        """Until it ends, or is to look around."""
+        self._woken = asyncio.get_running_loop().create_future()
+        await self._woken
+
+    def wake(self) -> None:
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+
+
 @dataclass(slots=True)
 class _Team:
     """Those of a team that wait in a lane, the first first, and the tag of the first."""
 
     start: float = 0.0
     weight: int = 1
-    waiting: OrderedDict[asyncio.Future[None], None] = field(default_factory=OrderedDict)
+    waiting: OrderedDict[_Waiter, None] = field(default_factory=OrderedDict)
     queued: bool = False
     """Whether the heap has it, perhaps without anybody who still waits."""
 
@@ -48,9 +68,7 @@ class _Team:
 class _Lane:
     """``limit`` places. Taking, leaving and handing on cost O(log teams)."""
 
-    def __init__(
-        self, limit: int, clock: Clock, served: Callable[[asyncio.Future[None]], None]
-    ) -> None:
+    def __init__(self, limit: int, clock: Clock, served: Callable[[_Waiter], None]) -> None:
         """``served`` hears of each wait that ends with a place."""
         self.limit = limit
         self.taken = 0
@@ -79,26 +97,27 @@ class _Lane:
             self._freed.clear()
         return True
 
-    def join(self, name: str, weight: int) -> asyncio.Future[None]:
-        """A wait for a place: done when it has one."""
+    def join(self, name: str, weight: int) -> _Waiter:
+        """A wait for a place."""
         team = self._teams.setdefault(name, _Team())
         team.weight = weight
         if not team.waiting:
             team.start = max(team.start, self._now)
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter()
         team.waiting[waiter] = None
         self.waiting += 1
         self._queue(name, team)
         return waiter
 
-    def leave(self, name: str, waiter: asyncio.Future[None]) -> None:
-        """Ends a wait, which is then cancelled. What it had been given goes to the next."""
-        if waiter.cancelled():
+    def leave(self, name: str, waiter: _Waiter) -> None:
+        """Ends a wait, which is then out. What it had been given goes to the next."""
+        if waiter.out:
             return
-        if waiter.done():
+        if waiter.given:
             self._release()
             return
-        waiter.cancel()
+        waiter.out = True
+        waiter.wake()
         del self._teams[name].waiting[waiter]
         self.waiting -= 1
         self._rest()
@@ -147,7 +166,8 @@ class _Lane:
         team.start = start + 1 / team.weight
         if team.waiting:
             self._queue(name, team)
-        waiter.set_result(None)
+        waiter.given = True
+        waiter.wake()
         self._served(waiter)
 
     def _queue(self, name: str, team: _Team) -> None:
@@ -162,9 +182,14 @@ class _Lane:
 
 
 class Place:
-    """A turn: a place in the process, and one at ``upstream``."""
+    """A turn: a place in the process, and one at ``upstream``. Whoever has it calls ``leave``."""
 
-    def __init__(self, lanes: Mapping[str, _Lane], flying: dict[str, int], upstream: str) -> None:
+    __slots__ = ("_flying", "_lanes", "_process", "upstream")
+
+    def __init__(
+        self, process: _Lane, lanes: Mapping[str, _Lane], flying: dict[str, int], upstream: str
+    ) -> None:
+        self._process = process
         self._lanes = lanes
         self._flying = flying
         self.upstream = upstream
@@ -177,12 +202,17 @@ class Place:
             return True
         if not self._lanes[upstream].take():
             return False
-        self.leave()
+        self._leave_upstream()
         self.upstream = upstream
         self._flying[upstream] += 1
         return True
 
     def leave(self) -> None:
+        """The turn is over."""
+        self._process.give()
+        self._leave_upstream()
+
+    def _leave_upstream(self) -> None:
         self._flying[self.upstream] -= 1
         self._lanes[self.upstream].give()
 
@@ -206,8 +236,8 @@ class _Queue:
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
-        self._waiting: dict[asyncio.Future[None], tuple[_Call, _Lane]] = {}
-        self._crowds: dict[tuple[str, str], OrderedDict[asyncio.Future[None], _Call]] = {}
+        self._waiting: dict[_Waiter, tuple[_Call, _Lane]] = {}
+        self._crowds: dict[tuple[str, str], OrderedDict[_Waiter, _Call]] = {}
 
     @property
     def length(self) -> int:
@@ -248,11 +278,11 @@ class _Queue:
             ),
         )
 
-    def join(self, call: _Call, waiter: asyncio.Future[None], lane: _Lane) -> None:
+    def join(self, call: _Call, waiter: _Waiter, lane: _Lane) -> None:
         self._waiting[waiter] = call, lane
         self._crowds.setdefault(call.crowd, OrderedDict())[waiter] = call
 
-    def leave(self, waiter: asyncio.Future[None]) -> None:
+    def leave(self, waiter: _Waiter) -> None:
         """Its wait is over, however it ended. Nothing happens where it has left already."""
         if waiter not in self._waiting:
             return
@@ -309,19 +339,25 @@ class Turnstile:
                 self._lanes[name] = self._lane(most)
                 self._flying[name] = 0
 
-    @asynccontextmanager
-    async def turn(
-        self, team: str, weight: int, upstreams: Sequence[str], gone: asyncio.Event
-    ) -> AsyncIterator[Place]:
-        """Holds a place in the process and at the first of ``upstreams`` that has one while the
-        block runs. Where all of them are full it waits for one at the first.
+    async def enter(self, team: str, weight: int, upstreams: Sequence[str], gone: Moment) -> Place:
+        """A place in the process and at the first of ``upstreams`` that has one. Where all of them
+        are full it waits for one at the first.
 
         Raises ``Overloaded`` where it took too long or too many wait, also later, when this is one
         of the team that waits the most; ``ClientGone`` once ``gone`` is set. Nothing is then held.
         """
         upstream = next((one for one in upstreams if self._lanes[one].has_room), upstreams[0])
-        lane, began = self._lanes[upstream], self._clock.monotonic()
-        call = _Call(team, weight, upstream)
+        lane = self._lanes[upstream]
+        if lane.has_room and self._process.has_room:
+            lane.take()
+            self._process.take()
+            self._waited(0.0)
+        else:
+            await self._queue_up(lane, _Call(team, weight, upstream), gone)
+        return Place(self._process, self._lanes, self._flying, upstream)
+
+    async def _queue_up(self, lane: _Lane, call: _Call, gone: Moment) -> None:
+        began = self._clock.monotonic()
         until = asyncio.get_running_loop().time() + self._patience_seconds
         try:
             await self._enter(lane, call, gone, until)
@@ -332,39 +368,32 @@ class Turnstile:
                 raise
         finally:
             self._waited(self._clock.monotonic() - began)
-        place = Place(self._lanes, self._flying, upstream)
-        try:
-            yield place
-        finally:
-            self._process.give()
-            place.leave()
 
-    async def _enter(self, lane: _Lane, call: _Call, gone: asyncio.Event, until: float) -> None:
+    async def _enter(self, lane: _Lane, call: _Call, gone: Moment, until: float) -> None:
         if lane.take():
             return
         if not self._queue.has_room(call):
             raise self._overloaded(lane, lane.waiting)
         waiter = lane.join(call.team, call.weight)
         self._queue.join(call, waiter, lane)
-        left = asyncio.ensure_future(gone.wait())
+        patience = asyncio.get_running_loop().call_at(until, waiter.wake)
+        gone.then(waiter.wake)
         keeps = False
         try:
-            patience = until - asyncio.get_running_loop().time()
-            either: set[asyncio.Future[Any]] = {waiter, left}
-            await asyncio.wait(
-                either, timeout=max(0.0, patience), return_when=asyncio.FIRST_COMPLETED
-            )
+            if not gone.is_set():
+                await waiter.woken()
             if gone.is_set():
                 raise ClientGone("queued")
-            if waiter.cancelled():
+            if waiter.out:
                 # Its place in the queue was given to a team that waits less.
                 raise self._overloaded(lane, lane.waiting)
-            if not waiter.done():
+            if not waiter.given:
                 raise self._overloaded(lane, lane.waiting - 1)
             keeps = True
         finally:
+            patience.cancel()
+            gone.forget(waiter.wake)
             self._queue.leave(waiter)
-            left.cancel()
             if not keeps:
                 lane.leave(call.team, waiter)
 

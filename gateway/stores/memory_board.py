@@ -5,8 +5,10 @@ Nothing here awaits anything, so each call is atomic in the event loop.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from gateway.ports import Clock, FlightNotice, FlightSeen
 
@@ -23,17 +25,19 @@ READ_BYTES = 1024 * 1024
 """Roughly what one call of ``events`` returns at the most."""
 
 _Call = tuple[str, str]
+_NUMBER = attrgetter("number")
 
 
 @dataclass(slots=True)
 class Flight:
     """A flight as its own process knows it; ``began`` and ``ended`` by the monotonic clock.
 
-    ``hidden``: no join finds it any more.
+    ``number`` counts the flights of a board; ``hidden``: no join finds it any more.
     """
 
     notice: FlightNotice
     began: float
+    number: int = 0
     watchers: int = 1
     partials: int = 0
     ended: float | None = None
@@ -42,6 +46,27 @@ class Flight:
     taken: bool = False
     wanted: bool = False
     hidden: bool = False
+
+
+class _Alike:
+    """The flights of one call that joins may find, each list the oldest first. Many may be under
+    way at once: who looks for one that nobody watches passes over none of the others."""
+
+    __slots__ = ("orphans", "watched")
+
+    def __init__(self) -> None:
+        self.watched: list[Flight] = []
+        self.orphans: list[Flight] = []
+
+    def add(self, flight: Flight) -> None:
+        insort(self.watched if flight.watchers else self.orphans, flight, key=_NUMBER)
+
+    def remove(self, flight: Flight) -> None:
+        """Where it is by how many watch it now; nothing happens where it is not."""
+        where = self.watched if flight.watchers else self.orphans
+        at = bisect_left(where, flight.number, key=_NUMBER)
+        if at < len(where) and where[at] is flight:
+            del where[at]
 
 
 @dataclass(slots=True)
@@ -72,7 +97,8 @@ class MemoryBoard:
         self._ttl = ttl_seconds
         self._max_flights = max_flights
         self._flights: dict[str, Flight] = {}
-        self._calls: dict[_Call, dict[str, Flight]] = {}
+        self._calls: dict[_Call, _Alike] = {}
+        self._announced = 0
         self._ended: dict[str, Flight] = {}
         self._streams: dict[str, _Stream] = {}
 
@@ -95,47 +121,74 @@ class MemoryBoard:
         """One watcher more."""
         flight = self._flights.get(rid)
         if flight is not None:
-            flight.watchers += 1
+            self._watched_by(flight, flight.watchers + 1)
+
+    def _watched_by(self, flight: Flight, watchers: int) -> None:
+        """So many watch it from now on."""
+        if flight.hidden or bool(watchers) == bool(flight.watchers):
+            flight.watchers = watchers
+            return
+        alike = self._calls[_call(flight.notice)]
+        alike.remove(flight)
+        flight.watchers = watchers
+        alike.add(flight)
 
     async def announce(self, notice: FlightNotice) -> None:
         self._prune()
         if notice.rid not in self._flights:
-            flight = Flight(notice, self._clock.monotonic())
+            self._announced += 1
+            flight = Flight(notice, self._clock.monotonic(), self._announced)
             self._flights[notice.rid] = flight
-            self._calls.setdefault(_call(notice), {})[notice.rid] = flight
+            call = _call(notice)
+            alike = self._calls.get(call)
+            if alike is None:
+                alike = self._calls[call] = _Alike()
+            alike.add(flight)
 
     async def join(
         self, fingerprint: str, key_id: str, *, orphans_only: bool
     ) -> FlightNotice | None:
         self._prune()
-        oldest = self._clock.monotonic() - RUNNING_SECONDS
-        found = None
-        for flight in self._calls.get((fingerprint, key_id), {}).values():
-            if flight.ended is None and flight.began <= oldest:
-                continue
-            if not flight.watchers:
-                found = flight
-                break
-            if found is None and not orphans_only:
-                found = flight
+        alike = self._calls.get((fingerprint, key_id))
+        if alike is None:
+            return None
+        found = self._oldest(alike.orphans)
+        if found is None and not orphans_only:
+            found = self._oldest(alike.watched)
         if found is None:
             return None
-        found.watchers += 1
+        self._watched_by(found, found.watchers + 1)
         return found.notice
 
+    def _oldest(self, flights: list[Flight]) -> Flight | None:
+        """The first that has not been running for too long."""
+        oldest = self._clock.monotonic() - RUNNING_SECONDS
+        return next((one for one in flights if one.ended is not None or one.began > oldest), None)
+
     async def leave(self, rid: str, *, delivered: bool) -> None:
+        self.leave_at_once(rid, delivered=delivered)
+
+    def leave_at_once(self, rid: str, *, delivered: bool) -> bool:
         flight = self._flights.get(rid)
         if flight is not None:
-            flight.watchers = max(0, flight.watchers - 1)
+            self._watched_by(flight, max(0, flight.watchers - 1))
             flight.delivered |= delivered
             self._review(flight)
+        return True
 
     async def progress(self, rid: str, partials: int) -> None:
+        self.progress_at_once(rid, partials)
+
+    def progress_at_once(self, rid: str, partials: int) -> bool:
         flight = self._flights.get(rid)
         if flight is not None:
             flight.partials = max(flight.partials, partials)
+        return True
 
     async def end(self, rid: str, *, joinable: bool) -> None:
+        self.end_at_once(rid, joinable=joinable)
+
+    def end_at_once(self, rid: str, *, joinable: bool) -> bool:
         flight = self._flights.get(rid)
         if flight is not None and flight.ended is None:
             flight.ended = self._clock.monotonic()
@@ -143,6 +196,7 @@ class MemoryBoard:
             self._ended[rid] = flight
             self._review(flight)
             self._prune()
+        return True
 
     async def look(self, rid: str) -> FlightSeen | None:
         flight = self._flights.get(rid)
@@ -201,13 +255,15 @@ class MemoryBoard:
             self._flights.pop(flight.notice.rid, None)
 
     def _hide(self, flight: Flight) -> None:
-        flight.hidden = True
         self._ended.pop(flight.notice.rid, None)
+        if flight.hidden:
+            return
+        flight.hidden = True
         call = _call(flight.notice)
-        flights = self._calls.get(call, {})
-        flights.pop(flight.notice.rid, None)
-        if not flights:
-            self._calls.pop(call, None)
+        alike = self._calls[call]
+        alike.remove(flight)
+        if not alike.watched and not alike.orphans:
+            del self._calls[call]
 
     def _prune(self) -> None:
         """Hides what ended too long ago, or is too much; who watches it may still look."""

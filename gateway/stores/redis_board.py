@@ -214,12 +214,22 @@ class RedisBoard:
         known.changes += 1
         await self._tell(known)
 
+    def leave_at_once(self, rid: str, *, delivered: bool) -> bool:
+        return False
+
     async def progress(self, rid: str, partials: int) -> None:
+        self.progress_at_once(rid, partials)
+
+    def progress_at_once(self, rid: str, partials: int) -> bool:
         """Redis hears of it with the next beat."""
-        await self._local.progress(rid, partials)
+        self._local.progress_at_once(rid, partials)
         known = self._known.get(rid)
         if known is not None:
             known.partials = max(known.partials, partials)
+        return True
+
+    def end_at_once(self, rid: str, *, joinable: bool) -> bool:
+        return False
 
     async def end(self, rid: str, *, joinable: bool) -> None:
         await self._local.end(rid, joinable=joinable)

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from gateway.domain.call import Call
-from gateway.relay import joining
+from gateway.relay import doubts
 from gateway.relay.arrival import Arrival
 from gateway.relay.body import Spool
 from gateway.relay.pipeline import Pipeline
@@ -390,7 +390,7 @@ async def test_an_edit_of_a_plain_client_is_found_by_its_pictures(house: House) 
 async def test_what_landed_while_nobody_was_there_is_kept_for_who_comes_back(
     fly: Fly, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joining, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(doubts, "RETRY_SECONDS", 0)
     async with fly({"cache": {"enabled": False}}) as house:
         gate = house.hold_back()
         await leave(house)
@@ -409,7 +409,7 @@ async def test_what_landed_while_nobody_was_there_is_kept_for_who_comes_back(
 async def test_with_the_cache_on_a_retry_that_wants_a_fresh_one_buys_it_once(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(joining, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(doubts, "RETRY_SECONDS", 0)
     gate = house.hold_back()
     await leave(house, None, "cache-control: no-cache")
     gate.set()

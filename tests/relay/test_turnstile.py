@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 import pytest
 
 from gateway.domain.errors import ClientGone, Overloaded
+from gateway.relay.moment import Moment
 from gateway.relay.turnstile import MAX_WAIT_SECONDS, Place, Turnstile
 
 TODAY = datetime(2026, 11, 22, tzinfo=UTC)
@@ -37,31 +38,33 @@ class Crowd:
         self.served: list[str] = []
         self.refused: list[Exception] = []
         self.tasks: list[asyncio.Task[None]] = []
-        self.gone: list[asyncio.Event] = []
+        self.gone: list[Moment] = []
         self.places: list[Place] = []
         self._ends: list[asyncio.Event] = []
 
     async def come(self, *teams: str, weight: int = 1, upstream: str = "a") -> None:
         """``upstream`` is one, or several with commas."""
         for team in teams:
-            gone = asyncio.Event()
+            gone = Moment()
             self.gone.append(gone)
             upstreams = upstream.split(",")
             self.tasks.append(asyncio.ensure_future(self._call(team, weight, upstreams, gone)))
             await turns()
 
-    async def _call(
-        self, team: str, weight: int, upstreams: Sequence[str], gone: asyncio.Event
-    ) -> None:
+    async def _call(self, team: str, weight: int, upstreams: Sequence[str], gone: Moment) -> None:
         try:
-            async with self.turnstile.turn(team, weight, upstreams, gone) as place:
-                self.served.append(team)
-                self.places.append(place)
-                end = asyncio.Event()
-                self._ends.append(end)
-                await end.wait()
+            place = await self.turnstile.enter(team, weight, upstreams, gone)
         except (Overloaded, ClientGone) as error:
             self.refused.append(error)
+            return
+        try:
+            self.served.append(team)
+            self.places.append(place)
+            end = asyncio.Event()
+            self._ends.append(end)
+            await end.wait()
+        finally:
+            place.leave()
 
     async def end(self, count: int = 1) -> None:
         """The calls that have been in for the longest end, one after the other."""
@@ -146,9 +149,10 @@ async def test_a_team_takes_its_own_in_the_order_in_which_they_came() -> None:
     turnstile = Turnstile(1, per_upstream={"a": 9}, queue=9, patience_seconds=60, clock=Seconds())
 
     async def call(number: int) -> None:
-        async with turnstile.turn("team", 1, ["a"], asyncio.Event()):
-            order.append(number)
-            await turns()
+        place = await turnstile.enter("team", 1, ["a"], Moment())
+        order.append(number)
+        await turns()
+        place.leave()
 
     await asyncio.gather(*(call(number) for number in range(6)))
     assert order == list(range(6))
