@@ -250,8 +250,9 @@ def raise_file_limit() -> None:
 
 
 NEW_OBJECTS = 10_000
-"""The collector looks for cycles after so many. Python's 700 are a request and a half: 380 us of its
-CPU, against 200; with 50,000 it takes 150, but stops the process for 50 ms at a time."""
+"""The collector looks for cycles after so many. Python's 700 are two requests, and took 380 us of
+the CPU of each; these take 200. 50,000 take 150, but stop the process for 50 ms at a time."""
+
 M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
 """Of glibc's malloc.h."""
 
