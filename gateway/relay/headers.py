@@ -104,6 +104,8 @@ def of_changes(
     ``name=value`` of what is sent instead, ``name`` alone of what is left out. ``drawn_by`` is what
     the image tool's model is called where the call is sent, empty before that is known; ``hosted``:
     the answer has urls where its pictures were."""
+    if stand_in is None and call.asks is None and not (call.changes or call.mends):
+        return ()
     models = ("model", TOOL_MODEL)
     said = [_say_change(change, hosted) for change in call.changed if change.name not in models]
     model, drawing = (

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.multiprocess import mark_process_dead
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -554,6 +555,41 @@ def test_dependencies() -> None:
 def test_a_metric_is_moved_as_what_it_is(method: str, name: str) -> None:
     with pytest.raises(TypeError, match=name):
         getattr(Metrics("1.2.3"), method)(name, 1)
+
+
+def test_a_series_is_the_same_whatever_the_order_of_its_labels() -> None:
+    metrics, name = Metrics("1.2.3"), "gateway_upstream_bytes_total"
+    for _ in range(2):
+        metrics.add(name, 1, upstream="openai", direction="sent")
+        metrics.add(name, 10, direction="sent", upstream="openai")
+    metrics.add(name, 100, upstream="sent", direction="openai")
+    assert moved(metrics) == {
+        f'{name}{{direction="sent",upstream="openai"}}': 22,
+        f'{name}{{direction="openai",upstream="sent"}}': 100,
+    }
+
+
+@pytest.mark.parametrize("labels", [{}, {"upstream": "a"}, {"upstream": "a", "key": "b"}])
+def test_a_series_has_the_labels_of_the_table(labels: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"has the labels \('upstream', 'direction'\)"):
+        Metrics("1.2.3").add("gateway_upstream_bytes_total", 1, **labels)
+
+
+def test_a_counter_never_falls() -> None:
+    with pytest.raises(ValueError, match="gateway_orphaned_results never falls"):
+        Metrics("1.2.3").add("gateway_orphaned_results_total", -1)
+
+
+@given(st.lists(st.sampled_from(module.SMALL_SECONDS) | st.floats(0, 10), max_size=20))
+def test_a_value_falls_into_the_bucket_that_prometheus_client_finds(seconds: list[float]) -> None:
+    name, metrics, registry = "gateway_settle_seconds", Metrics("1.2.3"), CollectorRegistry()
+    (spec,) = (spec for spec in TABLE if spec.name == name)
+    theirs = Histogram(name, spec.help, registry=registry, buckets=spec.buckets)
+    for value in seconds:
+        metrics.observe(name, value)
+        theirs.observe(value)
+    said = generate_latest(registry).decode().splitlines()
+    assert [line for line in metrics.exposition().decode().splitlines() if name in line] == said
 
 
 def test_two_gateways_in_one_process_do_not_meet() -> None:
