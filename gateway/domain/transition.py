@@ -220,6 +220,8 @@ def correction(
     EXPIRED, which counts no pictures, can still move, so the old settlement is not needed.
     """
     now = counted(move.state, move.cost, settlement, settlement.flags)
+    if before is State.HELD:
+        return now
     return now.minus(counted(before, cost, settlement, flags))
 
 

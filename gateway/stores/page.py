@@ -361,11 +361,13 @@ class Page:
         self.ended[hold.rid] = hold
 
     def _move(self, accounts: tuple[str, ...], pending: Money, posted: Money) -> None:
-        before = self.balances(accounts)
-        after = [Balance(spent + posted, held + pending) for spent, held in before]
-        for spent, held in after:
+        after = []
+        for spent, held in self.balances(accounts):
+            spent += posted
+            held += pending
             if not (-MOST <= spent <= MOST and -MOST <= held <= MOST):
                 raise OverflowError("an amount does not fit into 64 bits")
+            after.append(Balance(spent, held))
         self.accounts.update(zip(accounts, after, strict=True))
         self.moved.update(accounts)
 

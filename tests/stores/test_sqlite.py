@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib import resources
@@ -50,6 +50,7 @@ from gateway.stores.sqlite_books import BY_USER
 from gateway.stores.sqlite_file import filesystem_of
 from gateway.stores.sqlite_ownership import PAGES
 from tests.contract import stores
+from tests.valkey import eventually
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 ROOT = Path(__file__).parents[2]
@@ -484,6 +485,92 @@ async def test_a_bad_operation_does_not_sink_the_batch(store: SQLiteStore, path:
     assert [type(answer).__name__ for answer in answers] == [
         "OverflowError" if number == 5 else "Held" for number in range(20)
     ]
+    await store.aclose()
+    audit(path)
+
+
+@asynccontextmanager
+async def one_batch(store: SQLiteStore, path: Path) -> AsyncIterator[None]:
+    """What is asked for meanwhile is decided in one transaction."""
+    with frozen_neighbour(path):
+        first = asyncio.create_task(store.ledger.reserve(claim("first")))
+        await asyncio.sleep(0)
+        await eventually(store._writer._queue.empty)  # the writer waits for its turn with it
+        yield
+    await first
+
+
+async def test_a_batch_is_read_and_written_by_a_few_statements(
+    store: SQLiteStore, path: Path
+) -> None:
+    for number in range(16):
+        await store.ledger.reserve(claim(f"old-{number}"))
+    said: list[str] = []
+    await store._writer.submit(lambda db: db.set_trace_callback(said.append))
+    async with one_batch(store, path):
+        tasks = [
+            *(asyncio.create_task(store.ledger.reserve(claim(f"r{n}"))) for n in range(16)),
+            *(asyncio.create_task(store.ledger.settle(settled(f"old-{n}", 5))) for n in range(16)),
+        ]
+        await asyncio.sleep(0)
+    await asyncio.gather(*tasks)
+    await store._writer.submit(lambda db: db.set_trace_callback(None))
+    begun = [number for number, sql in enumerate(said) if sql.startswith("BEGIN")]
+    assert len(begun) == 3, "the first, the batch, and the end of the trace"
+    assert said[begun[2] - 1] == "COMMIT"
+    assert begun[2] - begun[1] < 15
+
+
+async def test_what_the_database_refuses_of_one_call_harms_no_other(
+    store: SQLiteStore, path: Path
+) -> None:
+    with closing(sqlite3.connect(path)) as db:
+        db.execute(
+            "CREATE TRIGGER refused BEFORE INSERT ON hold WHEN new.rid = 'r5'"
+            " BEGIN SELECT RAISE(ABORT, 'not this one'); END"
+        )
+    async with one_batch(store, path):
+        tasks = [asyncio.create_task(store.ledger.reserve(claim(f"r{n}"))) for n in range(20)]
+        await asyncio.sleep(0)
+    answers = await asyncio.gather(*tasks, return_exceptions=True)
+    assert [type(answer).__name__ for answer in answers] == [
+        "IntegrityError" if number == 5 else "Held" for number in range(20)
+    ]
+    assert await store.ledger.balances(claim("a").lines) == [Balance(0, 200)] * 4
+    await store.aclose()
+    audit(path)
+
+
+async def test_a_call_sees_what_was_decided_before_it_in_its_batch(
+    store: SQLiteStore, path: Path
+) -> None:
+    """Its key has moved on, its balance is free again: all before anything is written."""
+    void = Settlement("a", Event.VOID, Outcome.REFUSED, Basis.NONE)
+    async with one_batch(store, path):
+        tasks = [
+            asyncio.create_task(one)
+            for one in (
+                store.ledger.reserve(claim("a", 10, 20, key="i")),
+                store.ledger.reserve(claim("denied", 10, 20)),
+                store.ledger.settle(void),
+                store.ledger.reserve(claim("b", 10, 20, key="i")),
+                store.ledger.reserve(claim("c", 10, 20, key="i")),
+                store.ledger.settle(settled("b", 7)),
+                store.ledger.reserve(claim("b", 10, 20)),
+            )
+        ]
+        await asyncio.sleep(0)
+    a, denied, voided, b, c, posted, again = await asyncio.gather(*tasks)
+    assert a == Held("a", (Balance(0, 20),) * 4)
+    assert isinstance(denied, Denied)
+    assert voided.state is State.VOIDED
+    assert b == Held("b", (Balance(0, 20),) * 4)
+    assert c == Claimed("b", State.HELD, same_fingerprint=True)
+    assert (posted.state, posted.balances) == (State.POSTED, (Balance(7, 10),) * 4)
+    assert again == Held("b", (Balance(7, 10),) * 4, duplicate=True)
+    assert [line.kind for line in await store.books.journal("a")] == ["H", "V"]
+    assert [line.kind for line in await store.books.journal("b")] == ["H", "P"]
+    assert await store.books.audit() == []
     await store.aclose()
     audit(path)
 
