@@ -1,6 +1,7 @@
 """The event loop that serves: uvloop, or asyncio's own where that is not there.
 
-uvloop is not made for Windows nor for other Pythons than CPython; what is written here runs on both.
+uvloop is not made for Windows, nor for other Pythons than CPython. What is written in this package
+runs on both loops.
 """
 
 from __future__ import annotations

@@ -156,6 +156,7 @@ class Account:
         self._origin, self._base_path = split_base_url(options.base_url)
         self._numbers = options.numbers
         self._keys: dict[str, AccountKey] = {}
+        self._credentials: tuple[Credential, ...] = ()
         self._mark_key = options.mark_key
         self._former: deque[AccountKey] = deque(maxlen=FORMER_KEYS)
         self.replace_keys(options.keys)
@@ -192,9 +193,7 @@ class Account:
         """As they are configured now; a sandbox, which takes every key, has one without a name."""
         if not self._keys:
             return (SANDBOX_CREDENTIAL,) if self._sandbox else ()
-        return tuple(
-            Credential(id, key.order, key.weight, self._mark(key)) for id, key in self._keys.items()
-        )
+        return self._credentials
 
     def masked(self, text: bytes) -> bytes:
         values = {key.secret.reveal() for key in (*self._keys.values(), *self._former)}
@@ -252,6 +251,10 @@ class Account:
         # A call that was sent with one of them may still be answered.
         self._former += (key for id, key in self._keys.items() if id not in found)
         self._keys = found
+        # An HMAC for each key: made here, not for each of the looks that every call takes at them.
+        self._credentials = tuple(
+            Credential(id, key.order, key.weight, self._mark(key)) for id, key in found.items()
+        )
 
     async def aclose(self) -> None:
         await self._wire.aclose()

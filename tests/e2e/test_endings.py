@@ -38,9 +38,9 @@ import gateway.app
 import gateway.relay.purchase
 from gateway.domain.ledger import Claim, Outcome
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
+from gateway.protocol import Connection
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.watch import Gate
-from gateway.protocol import Connection
 from gateway.settings import Settings
 from gateway.stores.sqlite import SQLiteStore
 from tests import upstream_cuts as upstream
