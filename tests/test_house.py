@@ -35,6 +35,7 @@ ROOMS = {
     "sandbox": {"ports", "domain"},
     "relay": {"ports", "domain"},
     "api": {"relay", "ports", "domain"},
+    "loop": set[str](),
     "protocol": {"api"},
     "server": {"api", "protocol"},
     "housekeeping": {"ports", "domain"},
@@ -63,8 +64,8 @@ ROOMS = {
     },
     "cli": {
         "app", "assembly", "assembly_stores", "clock", "doctor", "domain", "filewatch",
-        "healthcheck", "ports", "pricefile", "reload", "reports", "sandbox", "server", "settings",
-        "stores", "supervisor", "telemetry",
+        "healthcheck", "loop", "ports", "pricefile", "reload", "reports", "sandbox", "server",
+        "settings", "stores", "supervisor", "telemetry",
     },
     "__main__": {"cli"},
 }  # fmt: skip

