@@ -223,12 +223,17 @@ def _account(limit: Limit) -> _Account:
     return (limit.scope, limit.owner, limit.unit)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
     meta: CachedMeta
     chunks: tuple[bytes, ...]
     size: int
     expires: float
+    asked: bool = False
+
+    def join(self) -> None:
+        if len(self.chunks) > self.size // SEND_BYTES + 1:
+            self.chunks = _joined(self.chunks)
 
     def iterate(self) -> Parts:
         return Parts(self.chunks)
@@ -264,10 +269,10 @@ class MemoryCache:
         if left <= 0:
             self._drop(key)
             return None
-        if len(entry.chunks) > 1 and len(entry.chunks) > entry.size // SEND_BYTES + 1:
-            # What is asked for once is asked for again: it is joined, and sent by one call, not 45.
-            entry = replace(entry, chunks=_joined(entry.chunks))
-            self._entries[key] = entry
+        if entry.asked:
+            # What is asked for twice is asked for again: joined, it is sent by one call, not 45.
+            entry.join()
+        entry.asked = True
         self._entries.move_to_end(key)
         return Kept(entry.meta, entry.iterate, left)
 
