@@ -16,7 +16,16 @@ from gateway.domain.errors import GatewayError, UpstreamBroken
 from gateway.domain.price import Answer
 from gateway.domain.usage import InvalidUsage, read_usage
 from gateway.relay.failover import error_in_success
-from gateway.relay.skim import BadEvent, BadJson, Event, EventSkimmer, Hole, JsonSkimmer, Skimmed
+from gateway.relay.skim import (
+    BadEvent,
+    BadJson,
+    Event,
+    EventSkimmer,
+    Hole,
+    JsonSkimmer,
+    Skimmed,
+    parsed,
+)
 
 KEEP_BYTES = 16 * 1024
 """Strings up to this are kept: a revised prompt, an error's text; a picture is longer."""
@@ -51,10 +60,21 @@ class JsonMeter:
         self.operation = operation
         self.upstream = upstream
         self._skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES, lenient=True)
+        self._small: bytes | None = b""
+        """All that came, as long as no string of it can be too long to keep."""
         self._document: Skimmed | None = None
 
     def feed(self, chunk: bytes) -> None:
-        """Raises ``UpstreamBroken`` as soon as it cannot be an answer."""
+        """Raises ``NoPicture`` as soon as it cannot be an answer, but for what is small: that is
+        read when it is whole."""
+        if self._small is not None:
+            chunk, self._small = self._small + chunk, None
+            if len(chunk) <= KEEP_BYTES:
+                self._small = chunk
+                return
+        self._skim(chunk)
+
+    def _skim(self, chunk: bytes) -> None:
         try:
             self._skimmer.feed(chunk)
         except BadJson as error:
@@ -86,6 +106,10 @@ class JsonMeter:
 
     def document(self) -> Skimmed:
         """The whole answer, skimmed. Raises ``NoPicture`` when it is not JSON."""
+        if self._document is None and self._small is not None:
+            self._document = parsed(self._small)
+            if self._document is None:
+                self._skim(self._small)
         if self._document is None:
             try:
                 self._document = self._skimmer.close()

@@ -537,6 +537,21 @@ class _Base64Watch:
         return self._good and self._payload and whole and self.padding <= 2
 
 
+def parsed(text: bytes, *, max_depth: int = 32, max_values: int = 10_000) -> Skimmed | None:
+    """A whole document, read leniently, as the skimmer would read it where no string of it is too
+    long to keep; without ``spans``. None where that is not surely so: then the skimmer says what
+    is wrong with it. Six times cheaper for an answer of 1.5 KB."""
+    opened = text.count(b"{") + text.count(b"[")
+    # Brackets and commas in strings are counted too: so there are no more than these.
+    if opened > max_depth or opened + text.count(b",") > max_values:
+        return None
+    try:
+        value = _LENIENT.decode(text.decode())
+    except (ValueError, _Refused):
+        return None
+    return Skimmed(value, {}, len(text))
+
+
 class _Refused(Exception):
     """Valid JSON that is not accepted here; where it is, is looked for afterwards."""
 
@@ -559,6 +574,13 @@ def _int(literal: str) -> int:
     if len(literal.lstrip("-")) > _MAX_INTEGER_DIGITS:
         raise _Refused
     return int(literal)
+
+
+def _constant(_: str) -> Any:
+    raise _Refused
+
+
+_LENIENT = json.JSONDecoder(parse_float=float, parse_int=_int, parse_constant=_constant)
 
 
 def _find_refused(text: str) -> tuple[str, str, int, str]:

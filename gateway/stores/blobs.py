@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import secrets
@@ -143,6 +144,8 @@ class DiskCache:
         self._next_sweep = 0.0
         self._sweeping: asyncio.Task[None] | None = None
         self._puts = asyncio.Semaphore(puts_at_once)
+        self._token = secrets.token_hex(8)
+        self._halves = itertools.count()
 
     @property
     def bytes_held(self) -> int:
@@ -218,7 +221,9 @@ class DiskCache:
         try:
             for cache, _ in caches:
                 await cache._make_room()
-            made = await _in_thread(_write_whole, names, [head, *body.parts], self._now())
+            half = f"{_HALF}{self._token}-{next(self._halves)}"
+            parts = [head, *body.parts]
+            made = await _in_thread(_write_whole, names, half, parts, self._now())
         except OSError as error:
             self._tell(error)
         finally:
@@ -489,14 +494,15 @@ def _head(entries: Sequence[CacheEntry], now: float) -> bytes:
     return MAGIC + len(header).to_bytes(4, "big") + header
 
 
-def _write_whole(names: Sequence[str], parts: Sequence[bytes], used: float) -> int:
+def _write_whole(names: Sequence[str], half: str, parts: Sequence[bytes], used: float) -> int:
     """Writes a file that appears under each of these names, the first one surely; how many it is.
-    Another name may be on a disk of its own, or a file may be unable to have two.
+    Another name may be on a disk of its own, or a file may be unable to have two. ``half`` is what
+    it is called until it is whole.
 
     Raises ``OSError``; then there is no file.
     """
     name, *others = names
-    half = f"{os.path.dirname(name)}/{_HALF}{secrets.token_hex(8)}"
+    half = f"{os.path.dirname(name)}/{half}"
     fd = _create(half)
     linked: list[str] = []
     try:

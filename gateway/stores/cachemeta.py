@@ -15,6 +15,7 @@ from gateway.domain.call import SvgUsage, Usage
 from gateway.ports import CachedMeta, Form
 
 VERSION = 1
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 def encode(meta: CachedMeta, extra: Mapping[str, int | float | str]) -> bytes:
@@ -54,7 +55,7 @@ def encode(meta: CachedMeta, extra: Mapping[str, int | float | str]) -> bytes:
         "headers": meta.headers,
         "same_as": meta.same_as,
     }
-    return json.dumps({**extra, "v": VERSION, "meta": fields}, separators=(",", ":")).encode()
+    return _ENCODER.encode({**extra, "v": VERSION, "meta": fields}).encode()
 
 
 def decode(data: bytes) -> tuple[CachedMeta, Mapping[str, Any]]:

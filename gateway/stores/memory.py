@@ -18,6 +18,8 @@ SLOT_WAIT_SECONDS = 1.0
 """What a full set of slots answers: nobody knows when a running call will end."""
 REMEMBER_US = 60_000_000
 """How long a call's id is known, so that taking it again takes nothing."""
+SEND_BYTES = 4 * 1024 * 1024
+"""How much of a kept answer is handed over at once: a picture whole, a large one in some pieces."""
 
 SHARE_WAIT_SECONDS = 5.0
 """What is asked for more pictures at once than this process may let in by itself is told."""
@@ -221,12 +223,17 @@ def _account(limit: Limit) -> _Account:
     return (limit.scope, limit.owner, limit.unit)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Entry:
     meta: CachedMeta
     chunks: tuple[bytes, ...]
     size: int
     expires: float
+    asked: bool = False
+
+    def join(self) -> None:
+        if len(self.chunks) > self.size // SEND_BYTES + 1:
+            self.chunks = _joined(self.chunks)
 
     def iterate(self) -> Parts:
         return Parts(self.chunks)
@@ -262,6 +269,10 @@ class MemoryCache:
         if left <= 0:
             self._drop(key)
             return None
+        if entry.asked:
+            # What is asked for twice is asked for again: joined, it is sent by one call, not 45.
+            entry.join()
+        entry.asked = True
         self._entries.move_to_end(key)
         return Kept(entry.meta, entry.iterate, left)
 
@@ -317,6 +328,20 @@ class MemoryCache:
         entry = self._entries.pop(key, None)
         if entry is not None:
             self._bytes -= entry.size
+
+
+def _joined(chunks: Sequence[bytes]) -> tuple[bytes, ...]:
+    """The same bytes in pieces of about ``SEND_BYTES``, at least, but for the last one."""
+    joined: list[bytes] = []
+    waiting: list[bytes] = []
+    waiting_bytes = 0
+    for chunk in chunks:
+        waiting.append(chunk)
+        waiting_bytes += len(chunk)
+        if waiting_bytes >= SEND_BYTES:
+            joined.append(b"".join(waiting))
+            waiting, waiting_bytes = [], 0
+    return (*joined, b"".join(waiting)) if waiting else tuple(joined)
 
 
 async def _whole(chunks: AsyncIterator[bytes], size: int) -> tuple[bytes, ...] | None:

@@ -476,6 +476,16 @@ async def test_memory_keeps_the_chunks_themselves() -> None:
     assert cached is not None
     kept = [chunk async for chunk in cached.chunks()]
     assert all(mine is given for mine, given in zip(kept, chunks, strict=True))
+    # Who is asked for again is held as what is sent.
+    for _ in range(2):
+        again = await cache.get("key")
+        assert again is not None
+        sent = [chunk async for chunk in again.chunks()]
+        assert sent == [b"".join(chunks)]
+    assert cache.bytes_held == 3000
+    last = await cache.get("key")
+    assert last is not None
+    assert await anext(last.chunks()) is sent[0]
 
 
 async def test_tiers_copy_forward_only_what_is_small_and_no_longer_than_it_lives() -> None:

@@ -27,6 +27,7 @@ from gateway.relay.skim import (
     Hole,
     JsonSkimmer,
     Skimmed,
+    parsed,
 )
 
 KEEP = 24  # more than any key of a generated document takes, escaped
@@ -802,3 +803,63 @@ def test_what_was_paid_for_is_read_leniently() -> None:
     skimmer = JsonSkimmer(lenient=True)
     skimmer.feed(text)
     assert skimmer.close().value == {"size": "b", "prompt": "half \ud83d", "created": math.inf}
+
+
+SMALL = [
+    b'{"a":1,"b":[true,null,"x\\ud800"],"a":2.5e3}',
+    b' {"data":[{"b64_json":"iVBO"}]} \n',
+    b'"text"',
+    '{"ü":"🗼"}'.encode(),
+    b"[" * 32 + b"]" * 32,
+    b"1e999",
+]
+BROKEN = [
+    b"",
+    b"{",
+    b'{"a":NaN}',
+    b"Infinity",
+    b'{"a":1}x',
+    b"<html>",
+    b"\xef\xbb\xbf{}",
+    b'{"a":"\xff"}',
+    b'{"a":"\n"}',
+    b'{"a":' + b"1" * 101 + b"}",
+    b"[" * 33 + b"]" * 33,
+    b"[" + b"1," * 10_000 + b"1]",
+]
+
+
+def skim_leniently(text: bytes) -> Skimmed:
+    """Raises ``BadJson``."""
+    skimmer = JsonSkimmer(lenient=True)
+    skimmer.feed(text)
+    return skimmer.close()
+
+
+@pytest.mark.parametrize("text", SMALL)
+def test_what_is_small_is_parsed_as_it_is_skimmed(text: bytes) -> None:
+    known, whole = skim_leniently(text), parsed(text)
+    assert whole is not None
+    assert (whole.value, whole.length) == (known.value, known.length)
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_what_the_skimmer_refuses_is_not_parsed_either(text: bytes) -> None:
+    assert parsed(text) is None
+    with pytest.raises(BadJson):
+        skim_leniently(text)
+
+
+JSON_LIKE = st.text(alphabet='{}[]:,"\\ntfu01e-. ', max_size=40).map(str.encode)
+
+
+@given(st.binary(max_size=40) | JSON_LIKE)
+def test_nothing_is_parsed_that_the_skimmer_refuses(text: bytes) -> None:
+    whole = parsed(text)
+    try:
+        value = skim_leniently(text).value
+    except BadJson:
+        assert whole is None
+    else:
+        assert whole is not None
+        assert whole.value == value
