@@ -19,6 +19,7 @@ from typing import BinaryIO, ParamSpec, TypeVar, cast
 from gateway.domain.call import Edit, Span
 from gateway.domain.errors import Overloaded
 from gateway.ports import Parts
+from gateway.relay.moment import Moment
 
 READ_BYTES = 256 * 1024
 TINY_BYTES = 512
@@ -74,6 +75,11 @@ class Spool:
     process is used up, everything moves to a nameless file, so that a killed process leaves none.
     """
 
+    __slots__ = (
+        "_chunks", "_file", "_finished", "_followers", "_holders", "_in_memory", "_limit",
+        "_most_disk", "_moves", "_news", "_on_disk", "_published", "_room", "_starts", "_written",
+    )  # fmt: skip
+
     def __init__(
         self, room: Room, memory_limit: int | None = None, *, for_request: bool = False
     ) -> None:
@@ -89,9 +95,9 @@ class Spool:
         self._on_disk = 0
         self._holders = 1
         self._finished = False
-        self._news = asyncio.Event()
-        self._followers: set[_Follower] = set()
-        self._moves = asyncio.Event()
+        self._news = Moment()
+        self._followers: list[_Follower] = []
+        self._moves = Moment()
 
     @property
     def length(self) -> int:
@@ -209,7 +215,7 @@ class Spool:
 
     def _wake(self) -> None:
         self._news.set()
-        self._news = asyncio.Event()
+        self._news = Moment()
 
     async def follow(self, keep_alive_seconds: float | None = None) -> AsyncGenerator[bytes, None]:
         """What is published, from the first byte, as it is published, until ``finish``.
@@ -219,7 +225,7 @@ class Spool:
         """
         self.share()
         follower = _Follower()
-        self._followers.add(follower)
+        self._followers.append(follower)
         try:
             while True:
                 news = self._news
@@ -234,13 +240,13 @@ class Spool:
                 if news is self._news and not await _within(keep_alive_seconds, news):
                     yield KEEP_ALIVE
         finally:
-            self._followers.discard(follower)
+            self._followers.remove(follower)
             self._moved()
             self.close()
 
     def _moved(self) -> None:
         self._moves.set()
-        self._moves = asyncio.Event()
+        self._moves = Moment()
 
     async def caught_up(self, within: int) -> None:
         """Waits until every follower has taken all but ``within`` of the published bytes; whoever
@@ -319,7 +325,7 @@ class _Follower:
         self.taken = 0
 
 
-async def _within(seconds: float | None, event: asyncio.Event) -> bool:
+async def _within(seconds: float | None, event: Moment) -> bool:
     """Whether an event comes in that time."""
     try:
         async with asyncio.timeout(seconds):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Standing, Unit, Window
 from gateway.ports import Cached, CachedMeta, Clock, Parts
@@ -23,6 +23,9 @@ SEND_BYTES = 4 * 1024 * 1024
 
 SHARE_WAIT_SECONDS = 5.0
 """What is asked for more pictures at once than this process may let in by itself is told."""
+
+MAX_KEPT = 1_000
+"""Keys whose limits are remembered as they are counted."""
 
 _Account = tuple[Scope, str, Unit]
 
@@ -71,13 +74,33 @@ def standing(limit: Limit, level: int, amount: int) -> Standing:
     return Standing(limit, max(0, amount * each - level) // each, level / 1e6)
 
 
+class _Kept:
+    """One limit as this gate counts it: worked out once for all calls of its owner."""
+
+    __slots__ = ("account", "amount", "counted", "each_us", "limit", "unit")
+
+    def __init__(self, limit: Limit, processes: int) -> None:
+        self.limit = limit
+        self.unit = limit.unit
+        self.account: _Account = (limit.scope, limit.owner, limit.unit)
+        self.amount = share(limit.amount or 0, processes)
+        self.counted = limit if self.amount == limit.amount else replace(limit, amount=self.amount)
+        self.each_us = interval_us(self.amount) if self.amount else 0
+
+    def wanted(self, demand: Demand) -> int:
+        if self.unit is Unit.SLOTS:
+            return demand.slots
+        return demand.images if self.unit is Unit.IMAGES else demand.requests
+
+
 @dataclass(slots=True)
 class _Taken:
-    """What one call holds: rates as (account, microseconds of its TAT), and slots."""
+    """What one call has taken of which limits, and whether it still has its slots."""
 
     until_us: int
-    rates: list[tuple[_Account, int]] = field(default_factory=list)
-    slots: list[_Account] = field(default_factory=list)
+    kept: tuple[_Kept, ...]
+    demand: Demand
+    holds: bool
 
 
 class MemoryGate:
@@ -92,8 +115,11 @@ class MemoryGate:
         self._clock = clock
         self._processes = processes
         self._tats: dict[_Account, int] = {}
-        self._holders: dict[_Account, set[str]] = {}
+        self._held: dict[_Account, int] = {}
+        """How many slots are taken."""
         self._taken: OrderedDict[str, _Taken] = OrderedDict()
+        self._kept: dict[int, tuple[Sequence[Limit], tuple[_Kept, ...]]] = {}
+        """By the id of the limits: those of one key are one object for all its calls."""
         self._next_prune_us = 0
 
     def __contains__(self, rid: object) -> bool:
@@ -102,45 +128,44 @@ class MemoryGate:
 
     def __len__(self) -> int:
         """How many things are remembered: accounts and calls."""
-        return len(self._tats) + len(self._holders) + len(self._taken)
+        return len(self._tats) + len(self._held) + len(self._taken)
 
     async def take(self, rid: str, limits: Sequence[Limit], demand: Demand) -> Grant | Refusal:
         checked(demand)
         now = self._now_us()
         self._prune(now)
-        mine = gated(limits)
-        if rid in self._taken:
-            return Grant(tuple(self._standing(limit, now) for limit in mine))
-        waits = [(self._wait_us(limit, demand.of(limit.unit), now), limit) for limit in mine]
-        worst = max((wait for wait, _ in waits), default=0.0)
-        if worst > 0:
-            limit = next(limit for wait, limit in waits if wait == worst)
-            part = share(limit.amount or 0, self._processes)
-            return Refusal(
-                limit,
-                None if worst == float("inf") else worst / 1e6,
-                part if part < (limit.amount or 0) else None,
-            )
-        self._apply(rid, mine, demand, now)
-        return Grant(tuple(self._standing(limit, now) for limit in mine))
+        mine = self._kept_of(limits)
+        if rid not in self._taken:
+            worst, tightest = 0.0, None
+            for one in mine:
+                wait = self._wait_us(one, one.wanted(demand), now)
+                if wait > worst:
+                    worst, tightest = wait, one
+            if tightest is not None:
+                return _refusal(tightest, worst)
+            self._apply(rid, mine, demand, now)
+        return Grant(tuple([self._standing(one, now) for one in mine]))
 
     async def release(self, rid: str, limits: Sequence[Limit]) -> None:
         taken = self._taken.get(rid)
         if taken is not None:
-            self._free(rid, taken)
+            self._free(taken)
 
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         taken = self._taken.pop(rid, None)
         if taken is None:
             return
-        self._free(rid, taken)
+        self._free(taken)
         now = self._now_us()
-        for account, cost in taken.rates:
-            tat = self._tats.get(account, now) - cost
+        for one in taken.kept:
+            cost = one.wanted(taken.demand) * one.each_us
+            if one.unit is Unit.SLOTS or cost == 0:
+                continue
+            tat = self._tats.get(one.account, now) - cost
             if tat > now:
-                self._tats[account] = tat
+                self._tats[one.account] = tat
             else:
-                self._tats.pop(account, None)
+                self._tats.pop(one.account, None)
 
     async def ping(self) -> None:
         return
@@ -151,56 +176,64 @@ class MemoryGate:
     def _now_us(self) -> int:
         return round(self._clock.monotonic() * 1e6)
 
-    def _amount(self, limit: Limit) -> int:
-        return share(limit.amount or 0, self._processes)
+    def _kept_of(self, limits: Sequence[Limit]) -> tuple[_Kept, ...]:
+        """The limits that this gate answers for. They are remembered where they cannot change."""
+        known = self._kept.get(id(limits))
+        if known is not None and known[0] is limits:
+            return known[1]
+        kept = tuple([_Kept(limit, self._processes) for limit in gated(limits)])
+        if isinstance(limits, tuple):
+            if len(self._kept) >= MAX_KEPT:
+                self._kept.clear()
+            self._kept[id(limits)] = limits, kept
+        return kept
 
-    def _tat(self, limit: Limit, now: int) -> int:
-        return max(self._tats.get(_account(limit), now), now)
+    def _tat(self, one: _Kept, now: int) -> int:
+        tat = self._tats.get(one.account, now)
+        return tat if tat > now else now
 
-    def _wait_us(self, limit: Limit, demand: int, now: int) -> float:
-        amount = self._amount(limit)
-        if demand == 0:
+    def _wait_us(self, one: _Kept, wanted: int, now: int) -> float:
+        if wanted == 0:
             return 0.0
-        if demand > (limit.amount or 0):
+        if wanted > (one.limit.amount or 0):
             return float("inf")
-        if demand > amount:
+        if wanted > one.amount:
             return SHARE_WAIT_SECONDS * 1e6
-        if limit.unit is Unit.SLOTS:
-            held = len(self._holders.get(_account(limit), ()))
-            return SLOT_WAIT_SECONDS * 1e6 if held + demand > amount else 0.0
-        each = interval_us(amount)
-        return float(max(0, self._tat(limit, now) + demand * each - now - amount * each))
+        if one.unit is Unit.SLOTS:
+            held = self._held.get(one.account, 0)
+            return SLOT_WAIT_SECONDS * 1e6 if held + wanted > one.amount else 0.0
+        ahead = self._tat(one, now) - now
+        return float(max(0, ahead + (wanted - one.amount) * one.each_us))
 
-    def _apply(self, rid: str, limits: Sequence[Limit], demand: Demand, now: int) -> None:
-        taken = _Taken(now + REMEMBER_US)
-        for limit in limits:
-            wanted = demand.of(limit.unit)
+    def _apply(self, rid: str, kept: tuple[_Kept, ...], demand: Demand, now: int) -> None:
+        holds = False
+        for one in kept:
+            wanted = one.wanted(demand)
             if wanted == 0:
                 continue
-            account = _account(limit)
-            if limit.unit is Unit.SLOTS:
-                self._holders.setdefault(account, set()).add(rid)
-                taken.slots.append(account)
+            if one.unit is Unit.SLOTS:
+                self._held[one.account] = self._held.get(one.account, 0) + wanted
+                holds = True
             else:
-                cost = wanted * interval_us(self._amount(limit))
-                self._tats[account] = self._tat(limit, now) + cost
-                taken.rates.append((account, cost))
-        self._taken[rid] = taken
+                self._tats[one.account] = self._tat(one, now) + wanted * one.each_us
+        self._taken[rid] = _Taken(now + REMEMBER_US, kept, demand, holds)
 
-    def _standing(self, limit: Limit, now: int) -> Standing:
-        if limit.unit is Unit.SLOTS:
-            held = len(self._holders.get(_account(limit), ()))
-            return standing(limit, held, self._amount(limit))
-        return standing(limit, self._tat(limit, now) - now, self._amount(limit))
+    def _standing(self, one: _Kept, now: int) -> Standing:
+        if one.unit is Unit.SLOTS:
+            return standing(one.counted, self._held.get(one.account, 0), one.amount)
+        return standing(one.counted, self._tat(one, now) - now, one.amount)
 
-    def _free(self, rid: str, taken: _Taken) -> None:
-        for account in taken.slots:
-            holders = self._holders.get(account)
-            if holders is not None:
-                holders.discard(rid)
-                if not holders:
-                    del self._holders[account]
-        taken.slots.clear()
+    def _free(self, taken: _Taken) -> None:
+        if not taken.holds:
+            return
+        taken.holds = False
+        for one in taken.kept:
+            if one.unit is Unit.SLOTS:
+                left = self._held[one.account] - taken.demand.slots
+                if left:
+                    self._held[one.account] = left
+                else:
+                    del self._held[one.account]
 
     def _prune(self, now: int) -> None:
         """Forgets what no longer says anything: old calls that hold no slot, whole accounts."""
@@ -209,7 +242,7 @@ class MemoryGate:
             if taken.until_us > now:
                 break
             del self._taken[rid]
-            if taken.slots:
+            if taken.holds:
                 # Still running: looked at again in a minute, behind the younger ones.
                 taken.until_us = now + REMEMBER_US
                 self._taken[rid] = taken
@@ -219,8 +252,13 @@ class MemoryGate:
                 del self._tats[account]
 
 
-def _account(limit: Limit) -> _Account:
-    return (limit.scope, limit.owner, limit.unit)
+def _refusal(one: _Kept, wait_us: float) -> Refusal:
+    whole = one.limit.amount or 0
+    return Refusal(
+        one.limit,
+        None if wait_us == float("inf") else wait_us / 1e6,
+        one.amount if one.amount < whole else None,
+    )
 
 
 @dataclass(slots=True)
