@@ -32,6 +32,7 @@ START_SECONDS: Final = 90.0
 KEY: Final = "bench-key-0123456789abcdef"
 HUGE: Final = 1_000_000_000
 NULL: Final = Path("/dev/null")
+ROOT: Final = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +130,7 @@ class Gateway(Target):
             [sys.executable, "-m", "gateway", "serve", "--config", self._config],
             site.core,
             NULL,
+            folder=ROOT,
         )
         wait_answering(self.process, self._port, "/readyz", self._why)
 
@@ -141,7 +143,7 @@ class Gateway(Target):
             int(total["requests"]),
             int(total["cached_requests"]),
             int(total["unresolved"]),
-            str(total["cost"]),
+            str(total["cost_usd"]),
         )
 
     def _why(self) -> str:
@@ -155,6 +157,7 @@ class Gateway(Target):
             capture_output=True,
             text=True,
             check=False,
+            cwd=ROOT,
         )
 
 
@@ -409,7 +412,10 @@ def _answers(port: int, path: str | None) -> bool:
         with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 5):
             return True
         return False
-    with contextlib.suppress(URLError, ConnectionError, TimeoutError):
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as said:
-            return bool(said.status == 200)
+    url = f"http://127.0.0.1:{port}{path}"
+    with (
+        contextlib.suppress(URLError, ConnectionError, TimeoutError),
+        urllib.request.urlopen(url, timeout=5) as said,
+    ):
+        return bool(said.status == 200)
     return False
