@@ -2,10 +2,10 @@
 
 ::
 
-    with Mock(Reply(bodies / "S.http"), Reply(bodies / "E.http", piece_bytes=700_000, gap_ms=50)) as mock:
-        done = load(mock.ports[0], bodies / "S.request", connections=8, seconds=10)
+    with Mock(Reply(folder / "S.http"), Reply(folder / "E.http", delay_ms=50)) as mock:
+        done = load(mock.ports[0], folder / "S.request", connections=8, seconds=10)
         assert done.requests == mock.stats()[mock.ports[0]].requests
-"""  # noqa: E501
+"""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ COMPILERS: Final = ("cc", "gcc", "clang")
 
 
 class BuildError(Exception):
-    """A program cannot be built here; the message says what to install, or what the compiler said."""
+    """A program cannot be built here; it says what to install, or why not."""
 
 
 class LoadError(Exception):
@@ -36,7 +36,7 @@ class LoadError(Exception):
 
 
 def build(name: str) -> Path:
-    """The program of ``NAME.c``, compiled unless this very source has been. Raises ``BuildError``."""
+    """The program of ``NAME.c``, compiled if it has changed. Raises ``BuildError``."""
     sources = [HERE / f"{name}.c", *sorted(HERE.glob("*.h"))]
     digest = hashlib.sha256(b"\0".join([" ".join(FLAGS).encode(), *map(Path.read_bytes, sources)]))
     program = BUILT / f"{name}-{digest.hexdigest()[:16]}"
@@ -126,7 +126,7 @@ class Mock:
         return self._process.pid
 
     def start(self) -> None:
-        """Returns when it listens. Raises ``BuildError``, and ``RuntimeError`` with its complaint."""
+        """Returns when it listens. Raises ``BuildError`` and ``RuntimeError``."""
         command = [str(build("mock")), "--control", "0"]
         for reply in self._replies:
             command += reply.options()
