@@ -67,6 +67,7 @@ class Process:
             raise_file_limit()
 
         self.log = log
+        self._stopped = False
         with log.open("wb") as said, (stdout or log).open("ab") as out:
             self._process = subprocess.Popen(
                 [str(word) for word in command],
@@ -118,7 +119,11 @@ class Process:
             before = now
 
     def stop(self) -> None:
-        """SIGTERM, and after a while SIGKILL, to all of its session."""
+        """SIGTERM, and after a while SIGKILL, to all of its session. Nothing, once it has been
+        stopped."""
+        if self._stopped:
+            return
+        self._stopped = True
         if self.running:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):

@@ -78,9 +78,7 @@ class Run:
         said = measured.summary(metric) if measured is not None else None
         return said.median if said is not None else None
 
-    def ratio(
-        self, metric: str, above: tuple[str, str], below: tuple[str, str]
-    ) -> float | None:
+    def ratio(self, metric: str, above: tuple[str, str], below: tuple[str, str]) -> float | None:
         """Of two medians of (case, target); None where one is missing or the lower one is 0."""
         top, bottom = self.median(*above, metric), self.median(*below, metric)
         return top / bottom if top is not None and bottom else None

@@ -80,6 +80,7 @@ class Target(ABC):
     the answers."""
 
     process: Process | None = None
+    keeps_books = False
 
     @abstractmethod
     def address(self, upstream: str) -> Address: ...
@@ -112,6 +113,8 @@ class Gateway(Target):
     """`gateway serve` with everything on: a key of the file, limits and budgets that are huge,
     the ledger, the cache, metrics, a log line for each request (to /dev/null). ``changes`` are
     laid over its settings, section by section."""
+
+    keeps_books = True
 
     def __init__(
         self,
@@ -394,9 +397,7 @@ class Portkey(Target):
         return False
 
 
-def wait_answering(
-    process: Process, port: int, path: str | None, why: Callable[[], str]
-) -> None:
+def wait_answering(process: Process, port: int, path: str | None, why: Callable[[], str]) -> None:
     """Until ``path`` is answered with 200, or for None until it takes connections. Raises
     ``StartError``."""
     deadline = time.monotonic() + START_SECONDS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -73,16 +73,12 @@ TITLES: Final[Mapping[str, str]] = {
 }
 
 
-@contextlib.contextmanager
-def started(name: str, site: Site) -> Iterator[Target]:
-    """The target, until the end of the block; its stores a little longer, for its books. Raises
-    ``StartError`` and ``MissingTool``."""
-    with contextlib.ExitStack() as stack:
-        target = STARTS[name](site, stack)
-        try:
-            yield target
-        finally:
-            target.stop()
+def start(name: str, site: Site, stack: contextlib.ExitStack) -> Target:
+    """Runs until the stack is closed, its stores a little longer. Raises ``StartError`` and
+    ``MissingTool``."""
+    target = STARTS[name](site, stack)
+    stack.callback(target.stop)
+    return target
 
 
 def site_folder() -> tempfile.TemporaryDirectory[str]:
