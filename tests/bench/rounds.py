@@ -179,7 +179,7 @@ def sample_of(done: tools.Load) -> dict[str, float]:
     """What the load generator has seen, in the units of ``results.METRICS``."""
     return {
         "requests_per_second": done.requests_per_second,
-        "mb_per_second": done.bytes_in / done.seconds / MB,
+        "mb_per_second": (done.bytes_in + done.bytes_out) / done.seconds / MB,
         "p50_ms": done.latency_us.p50 / 1000,
         "p99_ms": done.latency_us.p99 / 1000,
         "max_ms": done.latency_us.max / 1000,
