@@ -18,8 +18,9 @@ PLOT: Final = ROOT / "gateway" / "docs" / "bench.svg"
 
 HEAD: Final = """# Benchmark
 
-How much of a machine the gateway takes, beside nginx as the limit and beside the gateways that a user
-might take instead. This page and its plot are written by a full run; numbers are never edited.
+How much of a machine the gateway takes, beside nginx as the limit and beside the gateways that a
+user might take instead. This page and its plot are written by a full run; numbers are never
+edited.
 
 ## How to repeat it
 
@@ -30,27 +31,31 @@ $ make bench PEERS=1                  # LiteLLM and Portkey too; writes this pag
 $ make bench CASES=s_c32,m_c8 ROUNDS=9
 ```
 
-It needs a C compiler and nginx (Debian: `apt install gcc libc6-dev nginx-light`), and for the peers npm. Cases that
-need what is missing are skipped, and said to be.
+It needs a C compiler and nginx (Debian: `apt install gcc libc6-dev nginx-light`), and for the
+peers npm. Cases that need what is missing are skipped, and said to be.
 
 ## Method
 
-- The target and all its processes are bound to one core; the load generator, the mock upstream, Valkey and
-  PostgreSQL to another. Generator and mock are small C programs (`tests/bench/load.c`, `mock.c`).
-- **CPU a request** is the CPU time of the target's whole tree of processes, from before the first request until it is
-  quiet again after the last, through the number of requests. It says more than requests a second, since it does not
-  depend on who else is busy.
-- Targets of a case run side by side and take turns: round 1 A B C, round 2 B C A. Every number is the median of the
-  rounds, with the least and the most in brackets; only ratios within a run are claimed.
-- The gateway runs as it ships, with everything on: a key, limits and budgets (huge ones), the ledger in SQLite with
-  every commit synced to the disk, the cache and results kept on disk, metrics, a log line for each request (to
-  /dev/null). No request is like another, except in the cases of the cache. The others only pass bytes on: LiteLLM
-  without its database, and nginx and Portkey, keep no books.
-- Every target is first asked by another client, and its answer compared with the upstream's; then every answer of the
-  load must be a 200 of the right length, the upstream must have seen as many requests as were made (of the cache's
-  none), and in the end the gateway's books must have every one of them, settled. Else it has failed, and has no
-  numbers.
-- S is 1.5 KB of JSON, M 2.7 MB (one picture in base64), L 8 MB; the stream of 4.8 MB has three partial pictures.
+- The target and all its processes are bound to one core; the load generator, the mock upstream,
+  Valkey and PostgreSQL to another. Generator and mock are small C programs (`tests/bench/load.c`,
+  `mock.c`).
+- **CPU a request** is the CPU time of the target's whole tree of processes, from before the first
+  request until it is quiet again after the last, through the number of requests. It says more
+  than requests a second, since it does not depend on who else is busy.
+- Targets of a case run side by side and take turns: round 1 A B C, round 2 B C A. Every number is
+  the median of the rounds, with the least and the most in brackets; only ratios within a run are
+  claimed.
+- The gateway runs as it ships, with everything on: a key, limits and budgets (huge ones), the
+  ledger in SQLite with every commit synced to the disk, the cache and results kept on disk,
+  metrics, a log line for each request (to /dev/null). No request is like another, except in the
+  cases of the cache. The others only pass bytes on: LiteLLM without its database, and nginx and
+  Portkey, keep no books.
+- Every target is first asked by another client, and its answer compared with the upstream's; then
+  every answer of the load must be a 200 of the right length, the upstream must have seen as many
+  requests as were made (of the cache's none), and in the end the gateway's books must have every
+  one of them, settled. Else it has failed, and has no numbers.
+- S is 1.5 KB of JSON, M 2.7 MB (one picture in base64), L 8 MB; the stream of 4.8 MB has three
+  partial pictures.
 """
 
 
