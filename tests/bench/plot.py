@@ -11,11 +11,11 @@ import matplotlib
 
 matplotlib.use("svg")
 
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
-from tests.bench.report import figure  # noqa: E402
-from tests.bench.results import CaseResult, Run, read  # noqa: E402
-from tests.bench.variants import TITLES  # noqa: E402
+from tests.bench.report import figure
+from tests.bench.results import CaseResult, Run, read
+from tests.bench.variants import TITLES
 
 SHOWN: Final = ("s_c32", "m_c8", "e_c8", "upload_20mb_c4", "hit_memory_c8")
 OURS: Final = "#1f6f54"
@@ -37,7 +37,7 @@ def draw(run: Run, path: Path) -> None:
 def _bars(axes: Any, case: CaseResult) -> None:
     bars = [
         (name, said)
-        for name, measured in reversed(case.targets.items())
+        for name, measured in reversed(list(case.targets.items()))
         if (said := measured.summary("cpu_us")) is not None
     ]
     medians = [said.median for _, said in bars]
@@ -51,9 +51,7 @@ def _bars(axes: Any, case: CaseResult) -> None:
     axes.set_yticks(places, [TITLES[name] for name, _ in bars])
     axes.set_xscale("log")
     for place, (_, said) in enumerate(bars):
-        axes.annotate(
-            f" {figure(said.median)}", (said.most, place), va="center", fontsize=8
-        )
+        axes.annotate(f" {figure(said.median)}", (said.most, place), va="center", fontsize=8)
     axes.set_title(f"CPU us a request: {case.about}", loc="left", fontsize=9)
     axes.margins(x=0.15)
     for side in ("top", "right"):

@@ -44,7 +44,7 @@ def _postgres(site: Site, stack: contextlib.ExitStack) -> Target:
     return Gateway(site, {"storage": storage})
 
 
-STARTS: Final[Mapping[str, Start]] = {
+STARTS: Final[dict[str, Start]] = {
     "gateway": lambda site, _: Gateway(site),
     "gateway-nostore": lambda site, _: Gateway(site, headers={"cache-control": "no-store"}),
     "gateway-disk": _disk,
