@@ -25,8 +25,9 @@ MB: Final = 1_000_000
 WATCH_SECONDS: Final = 0.2
 WARM_CONNECTIONS: Final = 64
 SAME_NUMBER: Final = "000000000000"
+ALMOST_ALL: Final = 0.99
 NUMBERS_EACH: Final = 10_000_000_000
-PROGRESS: Final = ("cpu_us", "requests_per_second", "p50_ms", "rss_kb_per_request")
+PROGRESS: Final = ("cpu_us", "requests_per_second", "p50_ms", "in_flight", "rss_kb_per_request")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +106,18 @@ class Bench:
             sample["cpu_us"] = spent / done.requests * 1e6
             sample["rss_idle_mb"] = idle / MB
             sample["rss_peak_mb"] = peak / MB
-            if self.case.once:
+            if self.case.gather:
                 sample["rss_kb_per_request"] = (peak - idle) / done.requests / 1024
-        if self.case.delay_ms and max(seen, default=0) < self.case.connections:
-            raise CheckError(f"only {max(seen, default=0)} were in flight at once")
+        if self.case.delay_ms:
+            self._add_in_flight(sample, max(seen, default=0))
         self.samples.append(sample)
+
+    def _add_in_flight(self, sample: dict[str, float], most: int) -> None:
+        """Memory is divided by requests only where all of them were in flight together."""
+        sample["in_flight"] = most
+        if most >= ALMOST_ALL * self.case.connections and "rss_peak_mb" in sample:
+            grown = (sample["rss_peak_mb"] - sample["rss_idle_mb"]) * MB
+            sample["rss_kb_per_request"] = grown / most / 1024
 
     def finish(self) -> None:
         """It ends, and its books are looked at. Raises ``CheckError``."""
