@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.bench.tools import BuildError, LoadError, Mock, Reply, Times, build, load, start_load
+from tests.bench.tools import (
+    FLAGS,
+    HERE,
+    BuildError,
+    LoadError,
+    Mock,
+    Reply,
+    Times,
+    build,
+    load,
+    start_load,
+)
 from tests.processes import wait_until
 
 BODY = b'{"model": "gpt-image-1", "prompt": "a cat, @@@@@@@@@@@@"}'
@@ -316,6 +329,17 @@ def test_what_cannot_run_says_why(file: File, tmp_path: Path) -> None:
         load(1, tmp_path / "nowhere.http", 1, requests=1)
     with pytest.raises(RuntimeError, match="no end of its head"):
         Mock(Reply(file(b"HTTP/1.1 200 OK\r\n"))).start()
+
+
+@pytest.mark.parametrize("name", ["mock", "load"])
+def test_the_compiler_has_nothing_to_say(name: str) -> None:
+    """Elsewhere another compiler may warn of more, and still build it."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no cc")
+    checks = ["-Werror", "-fsyntax-only", str(HERE / f"{name}.c")]
+    done = subprocess.run([compiler, *FLAGS, *checks], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_a_compiler_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
