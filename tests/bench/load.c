@@ -18,6 +18,7 @@
 #include "wire.h"
 
 #include <sys/uio.h>
+
 enum {
     SPOTS = 256,            /* runs of @ in a request */
     DIGITS = 12,

@@ -18,6 +18,7 @@
 #include <signal.h>
 #include <sys/sendfile.h>
 #include <sys/timerfd.h>
+
 enum {
     COPIED = 32 * 1024,     /* up to here a copy by send() costs less than sendfile() */
     PORTS = 32,
