@@ -147,7 +147,7 @@ def test_a_delay_is_kept(file: File) -> None:
     with Mock(Reply(file(answer(b"x" * 1500)), delay_ms=150)) as mock:
         done = load(mock.ports[0], file(post(BODY)), 20, requests=60)
     assert done.latency_us.min >= 150_000
-    assert done.latency_us.p50 < 1.5 * 150_000
+    assert done.latency_us.p50 < 2 * 150_000
     assert done.seconds >= 0.45
 
 
