@@ -23,7 +23,7 @@ enum {
     SPOTS = 256,            /* runs of @ in a request */
     DIGITS = 12,
     OPENED = 256,           /* connections begun between two looks at events */
-    SAMPLE = 600,
+    SAMPLE = 2000,
 };
 
 enum state { CLOSED, CONNECTING, IDLE, BUSY };
