@@ -50,7 +50,7 @@ def _measure(asked: argparse.Namespace, cases: Sequence[Case]) -> Run:
     stay_off_the_target(where)
     raise_file_limit()
     rounds = asked.rounds or (QUICK_ROUNDS if asked.quick else ROUNDS)
-    plan = Plan(where, rounds, *((1.5, 0.5) if asked.quick else (asked.seconds, 1.5)))
+    plan = Plan(where, rounds, *((1.5, 0.5, 1) if asked.quick else (asked.seconds,)))
     results = {}
     for case in cases:
         began = time.monotonic()

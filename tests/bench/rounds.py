@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,16 +33,19 @@ PROGRESS: Final = ("cpu_us", "requests_per_second", "p50_ms", "in_flight", "rss_
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``seconds`` for each target in each round, ``warm_seconds`` before the first."""
+    """``seconds`` for each target in each round, ``warm_seconds`` before the first. Of a case that
+    is long there are at most ``long_rounds``."""
 
     cores: Cores
     rounds: int
     seconds: float = 3.0
     warm_seconds: float = 1.5
+    long_rounds: int = 3
 
 
 def say(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+    """With the time: a run is long."""
+    print(f"bench {time.strftime('%H:%M:%S')}: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -71,6 +75,7 @@ class Bench:
     folder: Path
     first_number: int
     made: int = 0
+    first_idle: int = 0
     samples: list[Sample] = field(default_factory=list)
     failure: str | None = None
 
@@ -94,6 +99,7 @@ class Bench:
             process.wait_quiet()
             process.forget_peak()
         idle = process.rss_bytes() if process is not None else 0
+        self.first_idle = self.first_idle or idle
         before = _cpu(process)
         with self._watching() as seen:
             done = self._load("bench", self.case.connections, plan.seconds)
@@ -106,18 +112,19 @@ class Bench:
             sample["cpu_us"] = spent / done.requests * 1e6
             sample["rss_idle_mb"] = idle / MB
             sample["rss_peak_mb"] = peak / MB
-            if self.case.gather:
-                sample["rss_kb_per_request"] = (peak - idle) / done.requests / 1024
-        if self.case.delay_ms:
-            self._add_in_flight(sample, max(seen, default=0))
+            self._add_growth(sample, peak, done.requests, max(seen, default=0))
         self.samples.append(sample)
 
-    def _add_in_flight(self, sample: dict[str, float], most: int) -> None:
-        """Memory is divided by requests only where all of them were in flight together."""
-        sample["in_flight"] = most
-        if most >= ALMOST_ALL * self.case.connections and "rss_peak_mb" in sample:
-            grown = (sample["rss_peak_mb"] - sample["rss_idle_mb"]) * MB
-            sample["rss_kb_per_request"] = grown / most / 1024
+    def _add_growth(
+        self, sample: dict[str, float], peak: int, requests: int, in_flight: int
+    ) -> None:
+        """Above what it had before the first round: what was once needed may be kept. Memory is
+        divided only where all were in flight together, which ``gather`` sees to."""
+        if self.case.delay_ms:
+            sample["in_flight"] = in_flight
+        together = self.case.gather > 0 or in_flight >= ALMOST_ALL * requests
+        if self.case.once and together:
+            sample["rss_kb_per_request"] = (peak - self.first_idle) / requests / 1024
 
     def finish(self) -> None:
         """It ends, and its books are looked at. Raises ``CheckError``."""
@@ -208,7 +215,7 @@ def run_case(case: Case, names: Sequence[str], plan: Plan) -> CaseResult:
         benches, failed, skipped = _start_all(case, names, upstream, plan, folder, stack)
         for bench in benches:
             _attempt(bench, "warm-up", lambda one: one.warm(plan))
-        rounds = min(plan.rounds, case.max_rounds)
+        rounds = min(plan.rounds, plan.long_rounds) if case.long else plan.rounds
         for number in range(rounds):
             turn = number % max(len(benches), 1)
             for bench in (*benches[turn:], *benches[:turn]):
