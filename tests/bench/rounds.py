@@ -26,6 +26,7 @@ MB: Final = 1_000_000
 WATCH_SECONDS: Final = 0.2
 WARM_CONNECTIONS: Final = 64
 SAME_NUMBER: Final = "000000000000"
+PATIENCE_SECONDS: Final = 180
 ALMOST_ALL: Final = 0.99
 NUMBERS_EACH: Final = 10_000_000_000
 PROGRESS: Final = ("cpu_us", "requests_per_second", "p50_ms", "in_flight", "rss_kb_per_request")
@@ -147,6 +148,7 @@ class Bench:
             once=once,
             ramp_ms=self.case.ramp_ms if once else 0,
             numbers=self.first_number + self.made,
+            timeout_seconds=PATIENCE_SECONDS + (self.case.delay_ms + self.case.ramp_ms) // 1000,
         )
         self.made += done.requests
         checks.check_load(done, self.upstream.reply.body, exact=self.target.exact)
@@ -257,7 +259,7 @@ def _start_all(
 
 
 def _attempt(bench: Bench, what: str, act: Callable[[Bench], None]) -> None:
-    """What does not hold once is not measured again."""
+    """Of what failed once nothing more is measured."""
     if bench.failure is not None:
         return
     try:
@@ -265,6 +267,7 @@ def _attempt(bench: Bench, what: str, act: Callable[[Bench], None]) -> None:
     except (CheckError, tools.LoadError) as error:
         bench.failure = f"{what}: {error}"
         say(f"{bench.case.name}: {bench.name} FAILED: {bench.failure}")
+        bench.target.stop()  # what it still waits for must not be counted as another's
         return
     line = ""
     if bench.samples and "/" in what:
