@@ -14,6 +14,13 @@ ARGS ?=
 # Of `make clients`: half, or how a name begins ("openai-node"); empty: all, and their page is written.
 CLIENTS ?=
 
+# What `make bench` measures: QUICK=1 is five cases in three minutes, PEERS=1 brings LiteLLM and
+# Portkey (installed under .tools), CASES=s_c32,m_c8 and ROUNDS=9 as they say.
+QUICK ?=
+PEERS ?=
+CASES ?=
+ROUNDS ?=
+
 # How long `make torture` goes on, on both databases together.
 MINUTES ?= 2
 
@@ -24,6 +31,7 @@ VENV := .venv
 IN_VENV := $(VENV)/bin/python
 DEMO := $(VENV)/installed-demo
 DEV := $(VENV)/installed-dev
+BENCH := $(VENV)/installed-bench
 
 # Leaves the first usable Python in $$python. Asking pip for --python says that pip is there and
 # at least 22.3: with it neither python3-venv nor ensurepip is needed, so Debian's own Python will do.
@@ -79,6 +87,11 @@ soak: $(DEV) ## Hours: the long stories whole, 50,000 runs of the ledger's model
 	@SOAK=1 $(IN_VENV) -m pytest tests/contract/test_ledger.py -k Model
 	@$(IN_VENV) -m tests.torture --minutes 60
 
+.PHONY: bench
+bench: $(BENCH) ## Measure the gateway beside nginx; QUICK=1, PEERS=1, CASES=..., ROUNDS=...
+	@$(IN_VENV) -m tests.bench $(if $(QUICK),--quick) $(if $(PEERS),--peers) \
+		$(if $(CASES),--cases $(CASES)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
+
 .PHONY: chart
 chart: $(DEV) ## Render the chart with every helm, and check it against every Kubernetes.
 	@$(IN_VENV) -m pytest -n 2 -m chart tests/ops $(ARGS)
@@ -132,3 +145,9 @@ $(DEV): pyproject.toml $(IN_VENV)
 	echo "Installing the gateway and its tests into $(VENV), this once ..."; \
 	$(PIP_INSTALL) -e '.[test,lint]'
 	@touch $@ $(DEMO)
+
+$(BENCH): $(DEV)
+	@$(FIND_PYTHON); \
+	echo "Installing what the benchmark draws with into $(VENV), this once ..."; \
+	$(PIP_INSTALL) -e '.[bench]'
+	@touch $@

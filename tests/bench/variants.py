@@ -1,0 +1,96 @@
+"""Every target by its name: how it is started, and on which stores."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from tests.bench.targets import (
+    BUFFERED,
+    STATIC,
+    UNBUFFERED,
+    Direct,
+    Gateway,
+    LiteLLM,
+    Nginx,
+    Portkey,
+    Site,
+    Target,
+)
+from tests.postgres import run_postgres
+from tests.valkey import start_valkey
+
+Start = Callable[[Site, contextlib.ExitStack], Target]
+"""Stores that it needs are started on the stack."""
+
+NO_MEMORY: Final = {"memory_bytes": 1}
+"""Room for no answer at all."""
+
+
+def _disk(site: Site, stack: contextlib.ExitStack) -> Target:
+    return Gateway(site, {"cache": NO_MEMORY})
+
+
+def _redis(site: Site, stack: contextlib.ExitStack) -> Target:
+    url = stack.enter_context(start_valkey())
+    return Gateway(site, {"cache": {**NO_MEMORY, "redis": url}})
+
+
+def _postgres(site: Site, stack: contextlib.ExitStack) -> Target:
+    server = stack.enter_context(run_postgres(durable=True))
+    storage = {"database": server.fresh_database(), "pepper": "bench-pepper-0123456789abcdef01"}
+    return Gateway(site, {"storage": storage})
+
+
+STARTS: Final[dict[str, Start]] = {
+    "gateway": lambda site, _: Gateway(site),
+    "gateway-nostore": lambda site, _: Gateway(site, headers={"cache-control": "no-store"}),
+    "gateway-disk": _disk,
+    "gateway-redis": _redis,
+    "gateway-postgres": _postgres,
+    "nginx": lambda site, _: Nginx(site, UNBUFFERED),
+    "nginx-64k": lambda site, _: Nginx(site, BUFFERED),
+    "nginx-sendfile": lambda site, _: Nginx(site, STATIC),
+    "litellm": lambda site, _: LiteLLM(site),
+    "portkey": lambda site, _: Portkey(site),
+    "direct": lambda site, _: Direct(site),
+}
+
+TITLES: Final[Mapping[str, str]] = {
+    "gateway": "gateway",
+    "gateway-nostore": "gateway, asked with no-store",
+    "gateway-disk": "gateway, cache on disk alone",
+    "gateway-redis": "gateway, cache in Valkey alone",
+    "gateway-postgres": "gateway, PostgreSQL",
+    "nginx": "nginx, unbuffered",
+    "nginx-64k": "nginx, buffers of 64k",
+    "nginx-sendfile": "nginx, sendfile",
+    "litellm": "LiteLLM",
+    "portkey": "Portkey",
+    "direct": "the mock alone",
+}
+
+
+def start(name: str, site: Site, stack: contextlib.ExitStack) -> Target:
+    """Runs until the stack is closed, its stores a little longer. Raises ``StartError`` and
+    ``MissingTool``."""
+    target = STARTS[name](site, stack)
+    stack.callback(target.stop)
+    return target
+
+
+def site_folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)
+
+
+def mount(path: Path) -> str:
+    """The kind of file system that a path is on, as /proc/mounts has it."""
+    best = ("", "unknown")
+    for line in Path("/proc/mounts").read_text().splitlines():
+        _, where, kind, *_ = line.split()
+        if path.resolve().is_relative_to(where) and len(where) > len(best[0]):
+            best = (where, kind)
+    return best[1]
