@@ -15,42 +15,19 @@
 
    One thread, edge-triggered epoll. Bodies that nobody looks at are dropped in the kernel, not copied. */
 
-#include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <inttypes.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <strings.h>
-#include <sys/epoll.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
+#include "wire.h"
+
 #include <sys/uio.h>
-#include <time.h>
-#include <unistd.h>
 
 enum {
-    SCRATCH = 256 * 1024,
-    HEAD = 8 * 1024,        /* the longest head of an answer */
-    DROPPED = 16 * 1024,    /* from here on a body is dropped in the kernel */
     SPOTS = 256,            /* runs of @ in a request */
     DIGITS = 12,
-    EVENTS = 512,
     OPENED = 256,           /* connections begun between two looks at events */
     SAMPLE = 600,
-    MOST_FILES = 65536,
 };
 
 enum state { CLOSED, CONNECTING, IDLE, BUSY };
 enum part { IN_HEAD, IN_LENGTH, IN_CHUNKS, UNTIL_CLOSE };
-enum chunk { SIZE, REST_OF_SIZE, DATA, AFTER_DATA, TRAILER, TRAILER_LINE };
 enum error { CONNECT, CUT, TIMEOUT, ERRORS };
 
 struct conn {
@@ -58,11 +35,12 @@ struct conn {
     struct conn *next_later;
     int fd;
     uint32_t generation, kept;
-    uint64_t sent, number, left;
+    uint64_t sent, number, left;   /* left: of a body with a length */
+    struct chunks chunks;
     int64_t begun_ns, started_ns, first_ns;
     int16_t status;
-    uint8_t state, part, chunk;
-    bool active, used, answering, closes, retried, digit, broken;
+    uint8_t state, part;
+    bool used, answering, closes, retried, broken;
     char head[HEAD];
 };
 
@@ -95,25 +73,8 @@ static struct conn *sampled;      /* whose answer is copied to sample */
 static bool has_sample;
 
 static int epoll_fd;
-static char scratch[SCRATCH];
 
 static void begin(struct conn *c);
-
-static void die(const char *what)
-{
-    if (errno)
-        fprintf(stderr, "load: %s: %s\n", what, strerror(errno));
-    else
-        fprintf(stderr, "load: %s\n", what);
-    exit(2);
-}
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
-}
 
 static void keep(struct samples *s, int64_t ns)
 {
@@ -140,7 +101,6 @@ static void settle(struct conn *c)
 {
     *(c->before ? &c->before->after : &oldest) = c->after;
     *(c->after ? &c->after->before : &newest) = c->before;
-    c->active = false;
     active--;
     last_ns = now_ns();
     if (sampled == c)
@@ -262,7 +222,6 @@ static void begin(struct conn *c)
         return;
     issued++;
     active++;
-    c->active = true;
     c->retried = false;
     c->number = next_number;
     next_number += (uint64_t)spot_count;
@@ -299,26 +258,6 @@ static void lost(struct conn *c, bool in_order)
     }
 }
 
-static bool is(const char *line, const char *end, const char *name, const char **value)
-{
-    size_t size = strlen(name);
-    if ((size_t)(end - line) < size || strncasecmp(line, name, size))
-        return false;
-    for (line += size; line < end && (*line == ' ' || *line == '\t'); line++)
-        ;
-    *value = line;
-    return true;
-}
-
-static bool says(const char *value, const char *end, const char *word)
-{
-    size_t size = strlen(word);
-    for (; (size_t)(end - value) >= size; value++)
-        if (!strncasecmp(value, word, size))
-            return true;
-    return false;
-}
-
 /* Returns whether it is the head of an answer. One with a status below 200 is passed over. */
 static bool read_head(struct conn *c, const char *head, const char *end)
 {
@@ -353,10 +292,9 @@ static bool read_head(struct conn *c, const char *head, const char *end)
     }
     if (none)
         c->part = IN_LENGTH;
-    if (none || c->part == IN_CHUNKS)
+    if (none)
         c->left = 0;
-    c->chunk = SIZE;
-    c->digit = false;
+    c->chunks = (struct chunks){0};
     if (c->status != 200 && counted && !has_sample) {
         has_sample = true;
         sampled = c;
@@ -364,65 +302,6 @@ static bool read_head(struct conn *c, const char *head, const char *end)
         memcpy(sample, head, sample_size);
     }
     return true;
-}
-
-/* Walks through a chunked body. Returns what it used of it, sets *done at its end. -1: it is none. */
-static ssize_t walk_chunks(struct conn *c, const char *at, size_t size, bool *done)
-{
-    const char *from = at, *end = at + size;
-    while (at < end) {
-        if (c->chunk == DATA) {
-            uint64_t n = (uint64_t)(end - at) < c->left ? (uint64_t)(end - at) : c->left;
-            if (!c->first_ns)
-                c->first_ns = now_ns();
-            at += n;
-            c->left -= n;
-            if (!c->left)
-                c->chunk = AFTER_DATA;
-            continue;
-        }
-        char b = *at++;
-        switch (c->chunk) {
-        case SIZE: {
-            char low = (char)(b | 0x20);
-            int digit = b >= '0' && b <= '9' ? b - '0' : low >= 'a' && low <= 'f' ? low - 'a' + 10 : -1;
-            if (digit >= 0) {
-                if (c->left >> 56)
-                    return -1;
-                c->left = c->left * 16 + (uint64_t)digit;
-                c->digit = true;
-                break;
-            }
-            if (!c->digit)
-                return -1;
-            c->chunk = REST_OF_SIZE;
-        }
-            /* fall through */
-        case REST_OF_SIZE:
-            if (b == '\n')
-                c->chunk = c->left ? DATA : TRAILER;
-            break;
-        case AFTER_DATA:
-            if (b == '\n') {
-                c->chunk = SIZE;
-                c->digit = false;
-            }
-            break;
-        case TRAILER: /* at the start of a line: an empty one is the end */
-            if (b == '\n') {
-                *done = true;
-                return at - from;
-            }
-            if (b != '\r')
-                c->chunk = TRAILER_LINE;
-            break;
-        case TRAILER_LINE:
-            if (b == '\n')
-                c->chunk = TRAILER;
-            break;
-        }
-    }
-    return at - from;
 }
 
 /* Reads what came, up to the answer's end. */
@@ -460,7 +339,9 @@ static void feed(struct conn *c, const char *at, size_t size)
     }
     bool done = false;
     if (c->part == IN_CHUNKS) {
-        ssize_t used = walk_chunks(c, at, size, &done);
+        ssize_t used = walk_chunks(&c->chunks, at, size, &done);
+        if (c->chunks.any && !c->first_ns)
+            c->first_ns = now_ns();
         if (used < 0) {
             fail(c, CUT);
             return;
@@ -483,9 +364,9 @@ static void read_all(struct conn *c, bool ended)
 {
     uint32_t generation = c->generation;
     while (c->generation == generation) {
-        bool in_data = c->state == BUSY && (c->part == IN_LENGTH || (c->part == IN_CHUNKS && c->chunk == DATA));
-        bool dropped = in_data && c->left >= DROPPED && sampled != c && c->first_ns;
-        size_t most = dropped && c->left < SCRATCH ? (size_t)c->left : SCRATCH;
+        uint64_t left = c->part == IN_LENGTH ? c->left : c->part == IN_CHUNKS ? data_left(&c->chunks) : 0;
+        bool dropped = c->state == BUSY && left >= DROPPED && sampled != c;
+        size_t most = dropped && left < SCRATCH ? (size_t)left : SCRATCH;
         ssize_t n = recv(c->fd, scratch, most, dropped ? MSG_TRUNC : 0);
         if (n < 0 && errno == EINTR)
             continue;
@@ -620,28 +501,10 @@ static void print_all(double cpu)
     print_samples("first_us", &firsts, "}\n");
 }
 
-static uint64_t number(const char *text)
-{
-    char *end;
-    errno = 0;
-    uint64_t value = text ? strtoull(text, &end, 10) : 0;
-    if (!text || errno || end == text || *end)
-        die("an option lacks its whole number");
-    return value;
-}
-
 static void open_request(const char *path)
 {
-    struct stat about;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &about))
-        die(path);
-    request_size = (uint64_t)about.st_size;
-    if (!request_size)
-        die("the request is empty");
-    request = mmap(NULL, request_size, PROT_READ, MAP_PRIVATE | MAP_POPULATE, fd, 0);
-    if (request == MAP_FAILED)
-        die(path);
+    int fd;
+    request = map_file(path, &fd, &request_size);
     close(fd);
     const char *at = request, *end = request + request_size;
     while ((at = memchr(at, '@', (size_t)(end - at)))) {
@@ -696,22 +559,12 @@ int main(int count, char **words)
     errno = 0;
     if (!port || !request || !connections || (!requests && !(seconds > 0) && !once))
         die("needs --port, --request, --connections, and --requests, --seconds or --once");
-    struct rlimit files = {MOST_FILES, MOST_FILES};
-    if (setrlimit(RLIMIT_NOFILE, &files)) { /* only root may go above the hard limit */
-        getrlimit(RLIMIT_NOFILE, &files);
-        files.rlim_cur = files.rlim_max;
-        setrlimit(RLIMIT_NOFILE, &files);
-    }
-    errno = 0;
-    if (connections + 16 > files.rlim_cur)
+    if (connections + 16 > (uint64_t)raise_files())
         die("more connections than files may be open (ulimit -n)");
     target.sin_port = htons((uint16_t)port);
     target.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     epoll_fd = epoll_create1(EPOLL_CLOEXEC);
-    conns = mmap(NULL, connections * sizeof *conns, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (conns == MAP_FAILED)
-        die("no memory");
+    conns = room_for(connections * sizeof *conns);
     for (uint64_t i = 0; i < connections; i++)
         conns[i].fd = -1;
     if (warmup) {

@@ -13,41 +13,18 @@
    One thread, edge-triggered epoll, nothing allocated after the start. All that waits on a port waits equally
    long, so a queue in order of arrival is a timer: nothing is searched, whatever the number of connections. */
 
-#include <arpa/inet.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <inttypes.h>
-#include <netinet/in.h>
-#include <netinet/tcp.h>
+#include "wire.h"
+
 #include <signal.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <strings.h>
-#include <sys/epoll.h>
-#include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/sendfile.h>
-#include <sys/socket.h>
-#include <sys/stat.h>
 #include <sys/timerfd.h>
-#include <time.h>
-#include <unistd.h>
 
 enum {
-    SCRATCH = 256 * 1024,
-    HEAD = 8 * 1024,        /* the longest head of a request */
     COPIED = 32 * 1024,     /* up to here a copy by send() costs less than sendfile() */
-    DROPPED = 16 * 1024,    /* from here on a body is dropped in the kernel, never copied */
     PORTS = 32,
-    EVENTS = 512,
-    MOST_FILES = 65536,
 };
 
 enum state { CLOSED, IN_HEAD, IN_BODY, IN_CHUNKS, WAITING, SENDING, PAUSED };
-enum chunk { SIZE, REST_OF_SIZE, DATA, AFTER_DATA, TRAILER, TRAILER_LINE };
 
 struct queue {
     struct conn *first, *last;
@@ -70,11 +47,12 @@ struct conn {
     struct port *port;
     int64_t due_ns;
     uint64_t sent, until;      /* of the answer: bytes sent, and where this piece ends */
-    uint64_t left;             /* of the request's body, or of its chunk */
+    uint64_t left;             /* of the request's body */
+    struct chunks chunks;      /* of one that comes in chunks */
     uint32_t generation;       /* tells an event of this connection from one of its fd's last */
     uint32_t kept;             /* bytes in head, of one that is not whole yet */
-    uint8_t state, chunk;
-    bool readable, ended, closes, digit;
+    uint8_t state;
+    bool readable, ended, closes;
     char head[HEAD];
 };
 
@@ -83,26 +61,9 @@ static int most_files;
 static struct port ports[PORTS], control;
 static int port_count;
 static int epoll_fd, timer_fd, spare_fd;
-static char scratch[SCRATCH];
 static volatile sig_atomic_t stopped;
 
 static void pump(struct conn *c);
-
-static void die(const char *what)
-{
-    if (errno)
-        fprintf(stderr, "mock: %s: %s\n", what, strerror(errno));
-    else
-        fprintf(stderr, "mock: %s\n", what);
-    exit(2);
-}
-
-static int64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
-}
 
 static int fd_of(const struct conn *c) { return (int)(c - conns); }
 
@@ -232,26 +193,6 @@ static void answer(struct conn *c)
     }
 }
 
-static bool is(const char *line, const char *end, const char *name, const char **value)
-{
-    size_t size = strlen(name);
-    if ((size_t)(end - line) < size || strncasecmp(line, name, size))
-        return false;
-    for (line += size; line < end && (*line == ' ' || *line == '\t'); line++)
-        ;
-    *value = line;
-    return true;
-}
-
-static bool says(const char *value, const char *end, const char *word)
-{
-    size_t size = strlen(word);
-    for (; (size_t)(end - value) >= size; value++)
-        if (!strncasecmp(value, word, size))
-            return true;
-    return false;
-}
-
 static void read_head(struct conn *c, const char *head, const char *end)
 {
     bool continues = false;
@@ -279,72 +220,12 @@ static void read_head(struct conn *c, const char *head, const char *end)
             break;
         }
     }
-    c->chunk = SIZE;
-    c->digit = false;
-    if (c->state == IN_CHUNKS)
-        c->left = 0;
+    c->chunks = (struct chunks){0};
     if (continues && (c->left || c->state == IN_CHUNKS)) {
         static const char text[] = "HTTP/1.1 100 Continue\r\n\r\n";
         if (send(fd_of(c), text, sizeof text - 1, MSG_NOSIGNAL) > 0)
             c->port->bytes_out += sizeof text - 1;
     }
-}
-
-/* Walks through a chunked body. Returns what it used of it, sets *whole at its end. -1: it is none. */
-static ssize_t walk_chunks(struct conn *c, const char *at, size_t size, bool *whole)
-{
-    const char *from = at, *end = at + size;
-    while (at < end) {
-        if (c->chunk == DATA) {
-            uint64_t n = (uint64_t)(end - at) < c->left ? (uint64_t)(end - at) : c->left;
-            at += n;
-            c->left -= n;
-            if (!c->left)
-                c->chunk = AFTER_DATA;
-            continue;
-        }
-        char b = *at++;
-        switch (c->chunk) {
-        case SIZE: {
-            char low = (char)(b | 0x20);
-            int digit = b >= '0' && b <= '9' ? b - '0' : low >= 'a' && low <= 'f' ? low - 'a' + 10 : -1;
-            if (digit >= 0) {
-                if (c->left >> 56)
-                    return -1;
-                c->left = c->left * 16 + (uint64_t)digit;
-                c->digit = true;
-                break;
-            }
-            if (!c->digit)
-                return -1;
-            c->chunk = REST_OF_SIZE;
-        }
-            /* fall through */
-        case REST_OF_SIZE:
-            if (b == '\n')
-                c->chunk = c->left ? DATA : TRAILER;
-            break;
-        case AFTER_DATA:
-            if (b == '\n') {
-                c->chunk = SIZE;
-                c->digit = false;
-            }
-            break;
-        case TRAILER: /* at the start of a line: an empty one is the end */
-            if (b == '\n') {
-                *whole = true;
-                return at - from;
-            }
-            if (b != '\r')
-                c->chunk = TRAILER_LINE;
-            break;
-        case TRAILER_LINE:
-            if (b == '\n')
-                c->chunk = TRAILER;
-            break;
-        }
-    }
-    return at - from;
 }
 
 /* Reads what came, and answers whole requests. */
@@ -387,7 +268,7 @@ static void feed(struct conn *c, const char *at, size_t size)
                 answer(c);
         } else if (c->state == IN_CHUNKS) {
             bool whole = false;
-            ssize_t n = walk_chunks(c, at, size, &whole);
+            ssize_t n = walk_chunks(&c->chunks, at, size, &whole);
             if (n < 0) {
                 drop(c);
                 return;
@@ -408,9 +289,9 @@ static void pump(struct conn *c)
     while (c->state >= IN_HEAD && c->state <= IN_CHUNKS) {
         if (!c->readable)
             return;
-        bool in_data = c->state == IN_BODY || (c->state == IN_CHUNKS && c->chunk == DATA);
-        bool dropped = in_data && c->left >= DROPPED;
-        size_t most = dropped && c->left < SCRATCH ? (size_t)c->left : SCRATCH;
+        uint64_t left = c->state == IN_BODY ? c->left : c->state == IN_CHUNKS ? data_left(&c->chunks) : 0;
+        bool dropped = left >= DROPPED;
+        size_t most = dropped && left < SCRATCH ? (size_t)left : SCRATCH;
         ssize_t n = recv(fd_of(c), scratch, most, dropped ? MSG_TRUNC : 0);
         if (n <= 0) {
             if (n < 0 && errno == EINTR)
@@ -511,16 +392,7 @@ static void listen_on(struct port *p)
 
 static void open_reply(struct port *p, const char *path)
 {
-    struct stat about;
-    p->file = open(path, O_RDONLY | O_CLOEXEC);
-    if (p->file < 0 || fstat(p->file, &about))
-        die(path);
-    p->size = (uint64_t)about.st_size;
-    if (!p->size)
-        die("the reply is empty");
-    p->reply = mmap(NULL, p->size, PROT_READ, MAP_SHARED | MAP_POPULATE, p->file, 0);
-    if (p->reply == MAP_FAILED)
-        die(path);
+    p->reply = map_file(path, &p->file, &p->size);
     const char *end = memmem(p->reply, p->size, "\r\n\r\n", 4);
     if (!end)
         die("the reply has no end of its head");
@@ -532,16 +404,6 @@ static void open_reply(struct port *p, const char *path)
         p->closes |= is(line, stop, "connection:", &value) && says(value, stop, "close");
     }
     p->closes |= !sized;
-}
-
-static uint64_t number(const char *text)
-{
-    char *end;
-    errno = 0;
-    uint64_t value = text ? strtoull(text, &end, 10) : 0;
-    if (!text || errno || end == text || *end)
-        die("every option takes a value; all but --reply a whole number");
-    return value;
 }
 
 static void read_options(int count, char **words)
@@ -592,19 +454,8 @@ static void arm(int64_t due_ns)
 
 int main(int count, char **words)
 {
-    struct rlimit files = {MOST_FILES, MOST_FILES};
-    if (setrlimit(RLIMIT_NOFILE, &files)) { /* only root may go above the hard limit */
-        getrlimit(RLIMIT_NOFILE, &files);
-        files.rlim_cur = files.rlim_max;
-        setrlimit(RLIMIT_NOFILE, &files);
-    }
-    getrlimit(RLIMIT_NOFILE, &files);
-    most_files = files.rlim_cur < MOST_FILES ? (int)files.rlim_cur : MOST_FILES;
-    conns = mmap(NULL, (size_t)most_files * sizeof *conns, PROT_READ | PROT_WRITE,
-                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (conns == MAP_FAILED)
-        die("no memory");
-    errno = 0;
+    most_files = raise_files();
+    conns = room_for((size_t)most_files * sizeof *conns);
     read_options(count, words);
 
     struct sigaction stop = {.sa_handler = on_signal};

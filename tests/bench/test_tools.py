@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.bench.tools import BuildError, LoadError, Mock, Reply, Times, build, load, start_load
+from tests.bench.tools import (
+    FLAGS,
+    HERE,
+    BuildError,
+    LoadError,
+    Mock,
+    Reply,
+    Times,
+    build,
+    load,
+    start_load,
+)
 from tests.processes import wait_until
 
 BODY = b'{"model": "gpt-image-1", "prompt": "a cat, @@@@@@@@@@@@"}'
@@ -99,18 +112,18 @@ def in_order(times: Times) -> bool:
 def test_what_is_counted_on_one_side_is_counted_on_the_other(file: File) -> None:
     reply, request = answer(b"x" * 1500), post(BODY)
     with Mock(Reply(file(reply)), Reply(file(answer(b"")))) as mock:
-        done = load(mock.ports[0], file(request), 7, requests=5000, warmup=1000)
+        done = load(mock.ports[0], file(request), 7, requests=3000, warmup=1000)
         empty = load(mock.ports[1], file(b"GET / HTTP/1.1\r\nhost: mock\r\n\r\n"), 1, requests=3)
         wait_until(lambda: not any(each.connections for each in mock.stats().values()), "closed")
         stats = mock.stats()[mock.ports[0]]
-    assert (done.requests, done.errors, done.statuses) == (5000, 0, {200: 5000})
-    assert (done.bytes_in, done.bytes_out) == (5000 * len(reply), 5000 * len(request))
-    assert (stats.requests, stats.accepted, stats.now_waiting) == (6000, 7, 0)
-    assert (stats.bytes_in, stats.bytes_out) == (6000 * len(request), 6000 * len(reply))
+    assert (done.requests, done.errors, done.statuses) == (3000, 0, {200: 3000})
+    assert (done.bytes_in, done.bytes_out) == (3000 * len(reply), 3000 * len(request))
+    assert (stats.requests, stats.accepted, stats.now_waiting) == (4000, 7, 0)
+    assert (stats.bytes_in, stats.bytes_out) == (4000 * len(request), 4000 * len(reply))
     assert done.head_sample is None
     assert in_order(done.latency_us)
     assert in_order(done.first_us)
-    assert done.latency_us.mean * 5000 <= done.seconds * 1e6 * 7
+    assert done.latency_us.mean * 3000 <= done.seconds * 1e6 * 7
     assert empty.statuses == {200: 3}
 
 
@@ -134,7 +147,7 @@ def test_a_delay_is_kept(file: File) -> None:
     with Mock(Reply(file(answer(b"x" * 1500)), delay_ms=150)) as mock:
         done = load(mock.ports[0], file(post(BODY)), 20, requests=60)
     assert done.latency_us.min >= 150_000
-    assert done.latency_us.p50 < 1.5 * 150_000
+    assert done.latency_us.p50 < 2 * 150_000
     assert done.seconds >= 0.45
 
 
@@ -283,17 +296,20 @@ def test_no_answer_is_an_error(file: File) -> None:
 
 
 def test_an_answer_to_half_a_request_is_an_answer(file: File) -> None:
+    answered = threading.Event()
+
     def serve(connection: socket.socket) -> None:
         connection.recv(1000)
-        connection.sendall(answer(b"too large", "413 Content Too Large", "connection: close\r\n"))
-        connection.shutdown(socket.SHUT_WR)
-        while connection.recv(1_000_000):
-            pass
+        connection.sendall(answer(b"too large", "413 Content Too Large"))
+        assert answered.wait(20)
 
-    with Server(serve, 2) as server:
-        done = load(server.port, file(post(b"p" * 20_000_000)), 1, requests=2)
-    assert (done.statuses, done.errors) == ({413: 2}, 0)
-    assert done.bytes_out < 40_000_000
+    with Server(serve, 1) as server:
+        try:
+            done = load(server.port, file(post(b"p" * 20_000_000)), 1, requests=1)
+        finally:
+            answered.set()
+    assert (done.statuses, done.errors) == ({413: 1}, 0)
+    assert done.bytes_out < 20_000_000
 
 
 def test_two_thousand_connections_at_once(file: File) -> None:
@@ -313,6 +329,17 @@ def test_what_cannot_run_says_why(file: File, tmp_path: Path) -> None:
         load(1, tmp_path / "nowhere.http", 1, requests=1)
     with pytest.raises(RuntimeError, match="no end of its head"):
         Mock(Reply(file(b"HTTP/1.1 200 OK\r\n"))).start()
+
+
+@pytest.mark.parametrize("name", ["mock", "load"])
+def test_the_compiler_has_nothing_to_say(name: str) -> None:
+    """Elsewhere another compiler may warn of more, and still build it."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no cc")
+    checks = ["-Werror", "-fsyntax-only", str(HERE / f"{name}.c")]
+    done = subprocess.run([compiler, *FLAGS, *checks], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_a_compiler_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

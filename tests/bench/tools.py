@@ -23,7 +23,7 @@ from typing import Any, Final
 
 HERE: Final = Path(__file__).parent
 BUILT: Final = HERE.parents[1] / ".tools" / "bench"
-FLAGS: Final = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-Werror", "-D_GNU_SOURCE")
+FLAGS: Final = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-D_GNU_SOURCE")
 COMPILERS: Final = ("cc", "gcc", "clang")
 
 
