@@ -30,7 +30,7 @@ SIZES: Final = {
 }
 BODY_CONNECTIONS: Final = 4
 BODY_ROUNDS: Final = 3
-BODY_BYTES: Final = 100 * MB
+BODY_BYTES: Final = 40 * MB
 """Of a size in a round, as far as the numbers of requests let it."""
 BODY_REQUESTS: Final = (4, 1_000)
 
@@ -193,9 +193,7 @@ def measure_in_flight(cores: Cores, sizes: Sizes) -> Table:
     return Table(title, "in flight", points)
 
 
-def _measure_count(
-    cores: Cores, count: int, sizes: Sizes, samples: dict[str, list[float]]
-) -> None:
+def _measure_count(cores: Cores, count: int, sizes: Sizes, samples: dict[str, list[float]]) -> None:
     """Looked at while it goes on: in windows in which as many come as are answered."""
     answer = bodies.reply("S")
     delay_ms = max(1, round(count / sizes.rate * 1000))
