@@ -406,6 +406,5 @@ def _connections(database: str) -> float:
 
 
 def _row(db: psycopg.Connection[Any], question: str) -> tuple[Any, ...]:
-    found = db.execute(question.encode()).fetchone()
-    assert found is not None
-    return found
+    [found] = db.execute(question.encode()).fetchall()
+    return tuple(found)

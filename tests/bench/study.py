@@ -24,6 +24,7 @@ METRICS: Final = {
     "rss_mb": "RSS, MB",
     "rss_growth_mb": "RSS peak over RSS before, MB",
     "rss_kb_per_request": "RSS a request in flight, KB",
+    "upstream_waiting": "of them at the upstream",
     "scrape_ms": "/metrics, ms",
     "scrape_cpu_ms": "/metrics, CPU ms",
     "scrape_kb": "/metrics, KB",
