@@ -58,6 +58,9 @@ class Directory(Protocol):
 
     async def teams(self) -> list[Team]: ...
 
+    async def some_teams(self, most: int) -> list[Team]:
+        """The first so many by name, of those that are not disabled."""
+
     async def keys(self, team: str | None = None) -> list[Key]: ...
 
     async def create_team(self, team: Team) -> None:

@@ -18,7 +18,7 @@ from gateway.relay.drain import Drain
 from gateway.relay.factors import Factors
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import StoreAway
-from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.metrics import MAX_TEAMS, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -98,11 +98,11 @@ class Vitals:
         ledger, metrics, now = self._store.ledger, self._metrics, self._clock.now()
         try:
             async with asyncio.timeout(MONEY_SECONDS):
-                teams = [*self._declared().values(), *await self._store.directory.teams()]
+                declared = [team for team in self._declared().values() if not team.disabled]
+                made = await self._store.directory.some_teams(MAX_TEAMS)
                 lines = [
                     line
-                    for team in teams
-                    if not team.disabled
+                    for team in (*declared, *made)[:MAX_TEAMS]
                     for line in money_lines(team.limits.of(Owner.TEAM, team.id), now, team.zone)
                 ]
                 metrics.budgets(zip(lines, await ledger.balances(lines), strict=True))

@@ -32,6 +32,9 @@ class MemoryDirectory:
         await asyncio.sleep(0)
         return sorted(self._teams.values(), key=lambda team: team.id)
 
+    async def some_teams(self, most: int) -> list[Team]:
+        return [team for team in await self.teams() if not team.disabled][:most]
+
     async def keys(self, team: str | None = None) -> list[Key]:
         await asyncio.sleep(0)
         found = (key for key in self._keys.values() if team is None or key.team == team)

@@ -21,6 +21,7 @@ from gateway.stores.rows import (
 )
 
 _TEAM = f"SELECT {TEAM_COLUMNS} FROM team"  # noqa: S608 - names of columns
+_SOME_TEAMS = _TEAM + " WHERE disabled = 0 ORDER BY id LIMIT %s"
 _KEY = f"SELECT {KEY_COLUMNS} FROM key"  # noqa: S608 - names of columns
 _DECLARED = "SELECT digest, id FROM declared_key WHERE digest = ANY(%s::bytea[])"
 _DECLARING = "SELECT pg_advisory_xact_lock(hashtextextended('declared keys', 0))"
@@ -46,6 +47,10 @@ class PostgresDirectory:
 
     async def teams(self) -> list[Team]:
         rows = await self._reader.run(lambda link: link.execute(_TEAM + " ORDER BY id").fetchall())
+        return [team_of(row) for row in rows]
+
+    async def some_teams(self, most: int) -> list[Team]:
+        rows = await self._reader.run(lambda link: link.execute(_SOME_TEAMS, (most,)).fetchall())
         return [team_of(row) for row in rows]
 
     async def keys(self, team: str | None = None) -> list[Key]:

@@ -21,6 +21,7 @@ from gateway.stores.sqlite_file import Reader, Writer
 from gateway.stores.sqlite_rows import PING, exists
 
 _TEAM = f"SELECT {TEAM_COLUMNS} FROM team"  # noqa: S608 - names of columns
+_SOME_TEAMS = _TEAM + " WHERE disabled = 0 ORDER BY id LIMIT ?"
 _KEY = f"SELECT {KEY_COLUMNS} FROM key"  # noqa: S608 - names of columns
 _DECLARED = "SELECT id FROM declared_key WHERE digest = ?"
 
@@ -45,6 +46,10 @@ class SQLiteDirectory:
 
     async def teams(self) -> list[Team]:
         rows = await self._reader.run(lambda db: db.execute(_TEAM + " ORDER BY id").fetchall())
+        return [team_of(row) for row in rows]
+
+    async def some_teams(self, most: int) -> list[Team]:
+        rows = await self._reader.run(lambda db: db.execute(_SOME_TEAMS, (most,)).fetchall())
         return [team_of(row) for row in rows]
 
     async def keys(self, team: str | None = None) -> list[Key]:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from tests.bench import page, tools
+from tests.bench import page, studies, tools
 from tests.bench.cases import PEERS, Case, chosen
 from tests.bench.machine import machine
 from tests.bench.processes import cores, raise_file_limit, stay_off_the_target
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     except (ValueError, tools.BuildError) as error:
         say(str(error))
         return 2
+    if asked.study:
+        return studies.run(asked.study, quick=asked.quick)
     run = _measure(asked, cases)
     print(text(run))
     whole = not asked.cases and not asked.quick and asked.peers
@@ -62,6 +64,7 @@ def _measure(asked: argparse.Namespace, cases: Sequence[Case]) -> Run:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
+    parser.add_argument("study", nargs="?", choices=list(studies.TEXTS), help="instead of cases")
     parser.add_argument("--quick", action="store_true", help="five cases, three short rounds")
     parser.add_argument("--peers", action="store_true", help="LiteLLM and Portkey too, installed")
     parser.add_argument("--cases", default="", help="names, separated by commas")

@@ -72,7 +72,8 @@ def _base64(length: int) -> bytes:
     return base64.b64encode(picture(length * 3 // 4))
 
 
-def _json_reply(length: int) -> Reply:
+def json_reply(length: int) -> Reply:
+    """An answer with one picture whose base64 is about so long."""
     head = b'{"created":%d,"background":"opaque","data":[{"b64_json":"' % _CREATED
     tail = _dump({**_DRAWN, "usage": _USAGE})
     body = b'%b%b"}],%b' % (head, _base64(length), tail[1:])
@@ -112,7 +113,7 @@ def reply(name: str) -> Reply:
         return _stream_reply(700_000, 2_700_000)
     if name == "T":
         return _stream_reply(400, 400)
-    return _json_reply({"S": 1_200, "M": 2_700_000, "L": 8_000_000}[name])
+    return json_reply({"S": 1_200, "M": 2_700_000, "L": 8_000_000}[name])
 
 
 def question(model: str, *, stream: bool = False, number: str = NUMBER) -> Question:

@@ -1,11 +1,12 @@
 /* A closed-loop HTTP/1.1 load generator.
 
      load --port P --request FILE --connections C  (--requests N | --seconds S) [--warmup N] [--once] [--ramp MS]
-          [--numbers FROM] [--timeout S]
+          [--numbers FROM] [--keys K] [--timeout S]
 
    FILE is one raw request to 127.0.0.1. Each run of exactly 12 @ in it becomes, in every request, 12 digits that
    never come twice (FROM, FROM + 1, ...; without --numbers from the clock's microseconds). Each connection sends,
    reads the whole answer, and sends again; one that was closed is opened anew. --once: each makes one request.
+   Each run of exactly 12 # becomes one of 0 to K - 1 by turns, not in their order: the key of a caller.
    --ramp: the connections begin spread over that time. --warmup: so many requests before, which are not counted.
 
    Prints one JSON object. latency_us: from the first byte sent to the last one read, of every whole answer
@@ -20,8 +21,9 @@
 #include <sys/uio.h>
 
 enum {
-    SPOTS = 256,            /* runs of @ in a request */
+    SPOTS = 256,            /* runs of @ and # in a request */
     DIGITS = 12,
+    STRIDE = 7919,          /* a prime: from one key to the next */
     OPENED = 256,           /* connections begun between two looks at events */
     SAMPLE = 2000,
 };
@@ -51,7 +53,7 @@ struct samples {
 
 static struct sockaddr_in target = {.sin_family = AF_INET};
 static struct conn *conns;
-static uint64_t connections, requests, warmup, ramp_ms, next_number, timeout_s = 700;
+static uint64_t connections, requests, warmup, ramp_ms, next_number, timeout_s = 700, keys = 1;
 static double seconds;
 static bool once;
 
@@ -157,7 +159,9 @@ static int parts_of(const struct conn *c, struct iovec *parts)
             parts[count++] = (struct iovec){(char *)request + at, spot - at};
             at = spot;
         }
-        write_digits(digits[i], c->number + (uint64_t)i);
+        bool is_key = request[spot] == '#';
+        uint64_t turn = c->number / (uint64_t)spot_count % keys;
+        write_digits(digits[i], is_key ? turn * STRIDE % keys : c->number + (uint64_t)i);
         parts[count++] = (struct iovec){digits[i] + (at - spot), spot + DIGITS - at};
         at = spot + DIGITS;
     }
@@ -507,14 +511,16 @@ static void open_request(const char *path)
     request = map_file(path, &fd, &request_size);
     close(fd);
     const char *at = request, *end = request + request_size;
-    while ((at = memchr(at, '@', (size_t)(end - at)))) {
-        const char *from = at;
-        while (at < end && *at == '@')
+    while (at < end) {
+        const char *from = at++;
+        if (*from != '@' && *from != '#')
+            continue;
+        while (at < end && *at == *from)
             at++;
         if (at - from != DIGITS)
             continue;
         if (spot_count == SPOTS)
-            die("too many runs of @");
+            die("too many runs of @ and #");
         spots[spot_count++] = (uint64_t)(from - request);
     }
 }
@@ -549,6 +555,8 @@ int main(int count, char **words)
             ramp_ms = number(value);
         else if (!strcmp(name, "--numbers"))
             next_number = number(value);
+        else if (!strcmp(name, "--keys"))
+            keys = number(value);
         else if (!strcmp(name, "--timeout"))
             timeout_s = number(value);
         else {
@@ -557,7 +565,7 @@ int main(int count, char **words)
         }
     }
     errno = 0;
-    if (!port || !request || !connections || (!requests && !(seconds > 0) && !once))
+    if (!port || !request || !connections || !keys || (!requests && !(seconds > 0) && !once))
         die("needs --port, --request, --connections, and --requests, --seconds or --once");
     if (connections + 16 > (uint64_t)raise_files())
         die("more connections than files may be open (ulimit -n)");

@@ -93,7 +93,7 @@ class Process:
         return self.log.read_text(errors="replace")
 
     def cpu_seconds(self) -> float:
-        return sum(_cpu_seconds(pid) for pid in tree(self.pid))
+        return cpu_seconds(self.pid)
 
     def rss_bytes(self) -> int:
         return sum(_memory(pid, "VmRSS") for pid in tree(self.pid))
@@ -141,6 +141,11 @@ def tree(pid: int) -> list[int]:
             with contextlib.suppress(OSError):
                 found.extend(map(int, (task / "children").read_text().split()))
     return found
+
+
+def cpu_seconds(pid: int) -> float:
+    """Of a process and all that it started and that still run."""
+    return sum(_cpu_seconds(one) for one in tree(pid))
 
 
 def _tasks(pid: int) -> list[Path]:

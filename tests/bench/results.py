@@ -87,7 +87,7 @@ class Run:
 
 def to_json(run: Run) -> str:
     """Numbers to six digits: no clock here is better."""
-    return json.dumps(_rounded(asdict(run)), indent=1, sort_keys=False) + "\n"
+    return json.dumps(rounded(asdict(run)), indent=1, sort_keys=False) + "\n"
 
 
 def from_json(text: str) -> Run:
@@ -106,11 +106,12 @@ def _case(said: Mapping[str, Any]) -> CaseResult:
     return CaseResult(said["name"], said["about"], targets, said["skipped"])
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """All its floats to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, Mapping):
-        return {name: _rounded(one) for name, one in value.items()}
+        return {name: rounded(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_rounded(one) for one in value]
+        return [rounded(one) for one in value]
     return value

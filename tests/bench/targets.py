@@ -114,6 +114,7 @@ class Gateway(Target):
     the ledger, the cache, metrics, a log line for each request (to /dev/null). ``changes`` are
     laid over its settings, section by section."""
 
+    process: Process
     keeps_books = True
 
     def __init__(

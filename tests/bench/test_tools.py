@@ -216,6 +216,26 @@ def test_only_twelve_signs_are_a_number(file: File) -> None:
     )  # fmt: skip
 
 
+def test_keys_take_turns(file: File) -> None:
+    seen: list[bytes] = []
+
+    def serve(connection: socket.socket) -> None:
+        with connection.makefile("rwb") as stream:
+            while line := stream.readline():
+                seen.append(line)
+                stream.readline()
+                stream.write(answer(b"ok"))
+                stream.flush()
+
+    request = file(b"GET /" + b"#" * 12 + b"?" + b"@" * 12 + b" HTTP/1.1\r\n\r\n")
+    with Server(serve, 1) as server:
+        load(server.port, request, 1, requests=20, numbers=100, keys=10)
+    keys, numbers = zip(*(re.findall(rb"\d{12}", line) for line in seen), strict=True)
+    assert sorted(map(int, keys)) == sorted([*range(10), *range(10)])
+    assert list(map(int, keys)) != sorted(map(int, keys))
+    assert len(set(numbers)) == 20
+
+
 @pytest.mark.parametrize("expect", ["", "expect: 100-continue\r\n"])
 def test_a_large_upload_arrives_whole(file: File, expect: str) -> None:
     request = post(b"p" * 10_000_000 + b"@" * 12 + b"q" * 10_000_000, expect)

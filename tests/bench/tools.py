@@ -246,6 +246,7 @@ def start_load(
     once: bool = False,
     ramp_ms: int = 0,
     numbers: int | None = None,
+    keys: int | None = None,
     timeout_seconds: int = 700,
     cores: Collection[int] | None = None,
 ) -> Loading:
@@ -255,7 +256,7 @@ def start_load(
     """
     command = [str(build("load")), "--port", str(port), "--request", str(request)]
     command += ["--connections", str(connections), "--timeout", str(timeout_seconds)]
-    options = {"--requests": requests, "--seconds": seconds, "--numbers": numbers}
+    options = {"--requests": requests, "--seconds": seconds, "--numbers": numbers, "--keys": keys}
     for name, value in {**options, "--warmup": warmup, "--ramp": ramp_ms}.items():
         if value is not None:
             command += [name, str(value)]
@@ -275,6 +276,7 @@ def load(
     once: bool = False,
     ramp_ms: int = 0,
     numbers: int | None = None,
+    keys: int | None = None,
     timeout_seconds: int = 700,
     cores: Collection[int] | None = None,
 ) -> Load:
@@ -289,6 +291,7 @@ def load(
         once=once,
         ramp_ms=ramp_ms,
         numbers=numbers,
+        keys=keys,
         timeout_seconds=timeout_seconds,
         cores=cores,
     ).result()

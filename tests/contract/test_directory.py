@@ -44,6 +44,14 @@ async def test_everything_comes_back_as_it_went_in(directory: Directory) -> None
     assert await directory.find_key(b"\x01") == (GROWTH, CI)
 
 
+async def test_some_teams_are_the_first_that_may_spend(directory: Directory) -> None:
+    for team in (GROWTH, ART, Team("brand"), Team("zoo")):
+        await directory.create_team(team)
+    assert await directory.some_teams(2) == [Team("brand"), GROWTH]
+    assert await directory.some_teams(0) == []
+    assert [team.id for team in await directory.some_teams(9)] == ["brand", "growth", "zoo"]
+
+
 async def test_an_unknown_digest(directory: Directory) -> None:
     assert await directory.find_key(b"\x01") is None
 

@@ -48,6 +48,9 @@ class Directory:
     async def teams(self) -> list[Team]:
         raise NotImplementedError
 
+    async def some_teams(self, most: int) -> list[Team]:
+        raise NotImplementedError
+
     async def keys(self, team: str | None = None) -> list[Key]:
         raise NotImplementedError
 

@@ -1,0 +1,410 @@
+"""What a request costs where several processes serve: two workers, two gateways."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import psycopg
+
+from tests.bench import bodies, checks, tools
+from tests.bench.checks import CheckError
+from tests.bench.processes import Cores, cpu_seconds, tree
+from tests.bench.rounds import MB, say
+from tests.bench.study import Point, Table
+from tests.bench.targets import Gateway, Site, StartError
+from tests.bench.variants import site_folder
+from tests.postgres import Postgres, run_postgres
+from tests.redis_servers import say as ask_valkey
+from tests.valkey import Valkey, run_valkey
+
+CONNECTIONS: Final = 32
+"""Of each process that serves: each has as much to do at once as the one that is alone."""
+SERVE_SECONDS: Final = 30.0
+SLOW_MS: Final = 200
+SLOW_CONNECTIONS: Final = 10
+"""About 50 requests a second: what a replica gets that has 1,000 in flight of 20 s each."""
+PICTURES: Final = 40
+SCRAPES: Final = 10
+COMMITS: Final = 200
+NUMBERS_EACH: Final = 10_000_000_000
+PEPPER: Final = "bench-pepper-0123456789abcdef01"
+
+ONE: Final = "one worker"
+ONE_VALKEY: Final = "one worker, Valkey"
+WORKERS: Final = "two workers, Valkey"
+ALONE: Final = "one gateway, PostgreSQL and Valkey"
+PAIR: Final = "two gateways, PostgreSQL and Valkey"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A fleet to be started. Without PostgreSQL its one gateway has SQLite."""
+
+    gateways: int = 1
+    workers: int = 1
+    valkey: bool = False
+    postgres: bool = False
+
+
+KINDS: Final[Mapping[str, Kind]] = {
+    ONE: Kind(),
+    ONE_VALKEY: Kind(valkey=True),
+    WORKERS: Kind(workers=2, valkey=True),
+    ALONE: Kind(valkey=True, postgres=True),
+    PAIR: Kind(gateways=2, valkey=True, postgres=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured."""
+
+    rounds: int = 5
+    seconds: float = 3.0
+    slow_seconds: float = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What the stores have done so far."""
+
+    valkey_seconds: float = 0.0
+    valkey_commands: float = 0.0
+    valkey_bytes: float = 0.0
+    postgres_seconds: float = 0.0
+    commits: float = 0.0
+    syncs: float = 0.0
+    wal_bytes: float = 0.0
+
+
+@dataclass
+class Fleet:
+    """Gateways with stores of their own, all of the gateways on the core of the target."""
+
+    kind: Kind
+    folder: Path
+    gateways: list[Gateway]
+    valkey: Valkey | None
+    postgres: Postgres | None
+    database: str
+    numbers: int
+    made: int = 0
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    failure: str | None = None
+
+    def load(
+        self, upstream: str, reply: bodies.Reply, connections: int, **how: Any
+    ) -> list[tools.Load]:
+        """All of its gateways at the same time. Raises ``CheckError``."""
+        loads = []
+        for place, gateway in enumerate(self.gateways):
+            address = gateway.address(upstream)
+            raw = bodies.raw_request(
+                bodies.question(address.model), address.port, address.headers
+            )  # fmt: skip
+            file = bodies.write(self.folder, f"request-{place}", raw)
+            numbers = self.numbers + self.made + place * NUMBERS_EACH // 10
+            loads.append(tools.start_load(address.port, file, connections, numbers=numbers, **how))
+        done = [loading.result() for loading in loads]
+        self.made += sum(one.requests for one in done)
+        for one in done:
+            checks.check_load(one, reply.body, exact=True)
+        return done
+
+    def cpu(self) -> float:
+        return sum(gateway.process.cpu_seconds() for gateway in self.gateways)
+
+    def wait_quiet(self) -> None:
+        for gateway in self.gateways:
+            gateway.process.wait_quiet()
+
+    def counts(self) -> Counts:
+        found: dict[str, float] = {}
+        if self.valkey is not None:
+            said = _info(self.valkey.port)
+            found = {
+                "valkey_seconds": cpu_seconds(self.valkey.process.pid),
+                "valkey_commands": float(said["total_commands_processed"]),
+                "valkey_bytes": float(said["total_net_input_bytes"]),
+            }
+        if self.postgres is not None:
+            found |= {"postgres_seconds": cpu_seconds(self.postgres.process.pid)}
+            found |= _postgres_counts(self.database)
+        return Counts(**found)
+
+
+def measure(cores: Cores, sizes: Sizes, labels: Sequence[str] = tuple(KINDS)) -> tuple[
+    dict[str, Table], dict[str, float]
+]:  # fmt: skip
+    """The tables by name, and what was measured of the stores alone."""
+    small, large = bodies.reply("S"), bodies.reply("M")
+    fleets: dict[str, Fleet] = {}
+    slow: dict[str, dict[str, list[float]]] = {}
+    numbers: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(site_folder()))
+        folder.chmod(0o755)
+        file = bodies.write(folder, "S", small.raw)
+        mock = stack.enter_context(
+            tools.Mock(
+                tools.Reply(file),
+                tools.Reply(file, delay_ms=SLOW_MS),
+                tools.Reply(bodies.write(folder, "M", large.raw)),
+            )
+        )
+        ports = dict(zip(("small", "slow", "large"), mock.ports, strict=True))
+        for place, label in enumerate(labels, start=1):
+            own = folder / f"fleet-{place}"
+            own.mkdir()
+            try:
+                fleets[label] = _start(KINDS[label], own, cores, ports, place, stack)
+            except StartError as error:
+                failures[label] = str(error)
+                say(f"scale: {label} FAILED: {error}")
+        for label, fleet in fleets.items():
+            with _attempt(label, fleet):
+                fleet.load("small", small, CONNECTIONS, seconds=1.0)
+        for number in range(sizes.rounds):
+            names = list(fleets)
+            turn = number % max(1, len(names))
+            for label in (*names[turn:], *names[:turn]):
+                with _attempt(label, fleets[label]):
+                    _measure_round(fleets[label], small, sizes.seconds)
+            say(f"scale: {number + 1}/{sizes.rounds}")
+        for label in (ONE_VALKEY, ALONE):
+            if label in fleets:
+                with _attempt(label, fleets[label]):
+                    slow[label] = _measure_slow(fleets[label], small, sizes.slow_seconds)
+        if ALONE in fleets:
+            with _attempt(ALONE, fleets[ALONE]):
+                numbers = _measure_alone(fleets[ALONE], large)
+        for label, fleet in fleets.items():
+            with _attempt(label, fleet):
+                _finish(fleet)
+    failures |= {label: fleet.failure for label, fleet in fleets.items() if fleet.failure}
+    tables = {
+        "busy": Table(
+            f"Scale-out: 1.5 KB, {CONNECTIONS} at a time for each process that serves",
+            "who serves",
+            [
+                Point(label, place, fleets[label].samples if label in fleets else {},
+                      failures.get(label))
+                for place, label in enumerate(labels)
+            ],
+        ),
+        "slow": Table(
+            "One replica at 50 requests a second",
+            "who serves",
+            [Point(label, place, said) for place, (label, said) in enumerate(slow.items())],
+        ),
+    }  # fmt: skip
+    return tables, numbers
+
+
+@contextlib.contextmanager
+def _attempt(label: str, fleet: Fleet) -> Any:
+    """What does not hold once is not measured again."""
+    if fleet.failure is not None:
+        return
+    try:
+        yield
+    except (CheckError, tools.LoadError, psycopg.Error, OSError) as error:
+        fleet.failure = str(error)
+        say(f"scale: {label} FAILED: {error}")
+
+
+def _start(
+    kind: Kind,
+    folder: Path,
+    cores: Cores,
+    ports: Mapping[str, int],
+    place: int,
+    stack: contextlib.ExitStack,
+) -> Fleet:
+    valkey = stack.enter_context(run_valkey()) if kind.valkey else None
+    postgres = stack.enter_context(run_postgres(durable=True)) if kind.postgres else None
+    storage: dict[str, object] = {"pepper": PEPPER}
+    database = postgres.fresh_database() if postgres is not None else ""
+    if valkey is not None:
+        storage["redis"] = valkey.url
+    if postgres is not None:
+        storage["database"] = database
+    server = {"workers": kind.workers, "replicas": kind.gateways}
+    gateways = []
+    for number in range(kind.gateways):
+        own = folder / f"gateway-{number}"
+        own.mkdir()
+        site = Site(own, cores.target, ports)
+        gateways.append(Gateway(site, {"storage": storage, "server": server}))
+        stack.callback(gateways[-1].stop)
+    for gateway in gateways:
+        _wait_serving(gateway.address("small").port, kind.workers)
+    return Fleet(
+        kind, folder, gateways, valkey, postgres, database, (10 + place) * NUMBERS_EACH
+    )  # fmt: skip
+
+
+def _wait_serving(port: int, workers: int) -> None:
+    """Until all the workers do. Raises ``StartError``."""
+    deadline = time.monotonic() + SERVE_SECONDS
+    while time.monotonic() < deadline:
+        lines = _metrics(port).splitlines()
+        if f"gateway_workers {float(workers)}" in lines:
+            return
+        time.sleep(0.1)
+    raise StartError(f"not all of {workers} workers serve")
+
+
+def _metrics(port: int) -> str:
+    url = f"http://127.0.0.1:{port}/metrics"
+    with urllib.request.urlopen(url, timeout=SERVE_SECONDS) as answer:
+        return str(answer.read(), "utf-8")
+
+
+def _measure_round(fleet: Fleet, reply: bodies.Reply, seconds: float) -> None:
+    _measure(fleet, fleet.samples, lambda: fleet.load(
+        "small", reply, CONNECTIONS * fleet.kind.workers, seconds=seconds
+    ))  # fmt: skip
+
+
+def _measure_slow(fleet: Fleet, reply: bodies.Reply, seconds: float) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {}
+    _measure(fleet, samples, lambda: fleet.load(
+        "slow", reply, SLOW_CONNECTIONS, seconds=seconds
+    ))  # fmt: skip
+    return samples
+
+
+def _measure(fleet: Fleet, samples: dict[str, list[float]], act: Any) -> None:
+    """CPU of the gateways and of their stores, from quiet to quiet."""
+    fleet.wait_quiet()
+    first = [gateway.process.pid for gateway in fleet.gateways]
+    serving = [pid for one in first for pid in _serving(one, fleet.kind.workers)]
+    by_process = {pid: cpu_seconds(pid) for pid in serving}
+    counted, before = fleet.counts(), fleet.cpu()
+    done: list[tools.Load] = act()
+    fleet.wait_quiet()
+    spent, now = fleet.cpu() - before, fleet.counts()
+    requests = sum(one.requests for one in done)
+    found = {
+        "cpu_us": spent / requests * 1e6,
+        "requests_per_second": sum(one.requests_per_second for one in done),
+        "p50_ms": max(one.latency_us.p50 for one in done) / 1000,
+    }
+    if len(by_process) > 1:
+        shares = [cpu_seconds(pid) - was for pid, was in by_process.items()]
+        found["share_of_one"] = max(shares) / sum(shares)
+    if fleet.valkey is not None:
+        found["valkey_us"] = (now.valkey_seconds - counted.valkey_seconds) / requests * 1e6
+        found["valkey_commands"] = (now.valkey_commands - counted.valkey_commands) / requests
+    if fleet.postgres is not None:
+        found |= {
+            "postgres_us": (now.postgres_seconds - counted.postgres_seconds) / requests * 1e6,
+            "postgres_commits": (now.commits - counted.commits) / requests,
+            "postgres_syncs": (now.syncs - counted.syncs) / requests,
+            "postgres_wal_kb": (now.wal_bytes - counted.wal_bytes) / requests / 1000,
+            "connections": _connections(fleet.database),
+        }
+    for name, value in found.items():
+        samples.setdefault(name, []).append(value)
+
+
+def _serving(pid: int, workers: int) -> list[int]:
+    """The processes that answer: of several workers not the one that sees to them."""
+    return [pid] if workers == 1 else tree(pid)[1:]
+
+
+def _measure_alone(fleet: Fleet, large: bodies.Reply) -> dict[str, float]:
+    """What the stores take of a picture, of a scrape, of a commit, each by itself."""
+    assert fleet.valkey is not None
+    assert fleet.postgres is not None
+    fleet.wait_quiet()
+    before = fleet.counts()
+    fleet.load("large", large, 4, requests=PICTURES)
+    fleet.wait_quiet()
+    after = fleet.counts()
+    port, cpu = fleet.gateways[0].address("small").port, fleet.cpu()
+    for _ in range(SCRAPES):
+        scraped = _metrics(port)
+    fleet.wait_quiet()
+    last = fleet.counts()
+    commit_ms, row_ms = _commit_ms(fleet.database)
+    return {
+        "picture_mb": len(large.body) / MB,
+        "picture_valkey_us": (after.valkey_seconds - before.valkey_seconds) / PICTURES * 1e6,
+        "picture_valkey_mb": (after.valkey_bytes - before.valkey_bytes) / PICTURES / MB,
+        "scrape_kb": len(scraped) / 1000,
+        "scrape_cpu_ms": (fleet.cpu() - cpu) / SCRAPES * 1000,
+        "scrape_postgres_ms": (last.postgres_seconds - after.postgres_seconds) / SCRAPES * 1000,
+        "commit_ms": commit_ms,
+        "row_ms": row_ms,
+    }
+
+
+def _commit_ms(database: str) -> tuple[float, float]:
+    """The mean of a COMMIT that is on the disk, and of holding a row up to it: changed in one round
+    trip, committed in the next."""
+    commits = rows = 0.0
+    with psycopg.connect(database) as db:
+        db.execute("CREATE TABLE bench_row (id int PRIMARY KEY, n int NOT NULL)")
+        db.execute("INSERT INTO bench_row VALUES (1, 0)")
+        db.commit()
+        for _ in range(COMMITS):
+            db.execute("SELECT 1")
+            began = time.perf_counter()
+            db.execute("UPDATE bench_row SET n = n + 1 WHERE id = 1")
+            changed = time.perf_counter()
+            db.commit()
+            over = time.perf_counter()
+            commits += over - changed
+            rows += over - began
+        db.execute("DROP TABLE bench_row")
+    return commits / COMMITS * 1000, rows / COMMITS * 1000
+
+
+def _finish(fleet: Fleet) -> None:
+    """All end, and their books are looked at."""
+    for gateway in fleet.gateways:
+        gateway.stop()
+    checks.check_books(fleet.gateways[0].books(), fleet.made, cached=False)
+
+
+def _info(port: int) -> dict[str, str]:
+    lines = ask_valkey(port, "INFO", "stats").decode().splitlines()
+    return dict(line.split(":", 1) for line in lines if ":" in line)
+
+
+def _postgres_counts(database: str) -> dict[str, float]:
+    """Commits are those of the gateways' writers, by their own numbers; the syncs are those that
+    the server has noted down so far, which may be a second old."""
+    with psycopg.connect(database, autocommit=True) as db:
+        commits, wal = _row(
+            db, "SELECT coalesce(sum(last), 0), pg_current_wal_lsn() - '0/0' FROM writer"
+        )  # fmt: skip
+        if db.info.server_version >= 180_000:
+            (syncs,) = _row(db, "SELECT sum(fsyncs) FROM pg_stat_io WHERE object = 'wal'")
+        else:
+            (syncs,) = _row(db, "SELECT wal_sync FROM pg_stat_wal")
+    return {"commits": float(commits), "wal_bytes": float(wal), "syncs": float(syncs or 0)}
+
+
+def _connections(database: str) -> float:
+    with psycopg.connect(database, autocommit=True) as db:
+        (found,) = _row(
+            db,
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'image-gateway'"
+            " AND datname = current_database()",
+        )
+    return float(found)
+
+
+def _row(db: psycopg.Connection[Any], question: str) -> tuple[Any, ...]:
+    [found] = db.execute(question.encode()).fetchall()
+    return tuple(found)

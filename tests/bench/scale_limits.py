@@ -1,0 +1,184 @@
+"""What comes next where there are many replicas: calculated from what was measured of one or two.
+
+A request takes so much of each thing that replicas share; so many replicas at so many requests a
+second each need so much of it; the thing has so much. What is needed most of, against what there
+is, is the next bottleneck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from tests.bench.report import figure, rows
+from tests.bench.scale import ALONE, ONE, ONE_VALKEY, PAIR, WORKERS
+from tests.bench.study import Study, rise
+
+REPLICAS: Final = (100, 1_000)
+REQUESTS_PER_SECOND: Final = 50.0
+"""Of a replica: 1,000 in flight that take 20 s each."""
+POSTGRES_CORES: Final = 16.0
+VALKEY_CORES: Final = 1.0
+MAX_CONNECTIONS: Final = 100.0
+PATIENCE_SECONDS: Final = 3.0
+WAL_MB_PER_SECOND: Final = 500.0
+NETWORK_MB_PER_SECOND: Final = 1_250.0
+"""10 Gbit/s."""
+VALKEY_GB: Final = 64.0
+RESULT_SECONDS: Final = 15 * 60
+SCRAPE_EVERY_SECONDS: Final = 15.0
+ALLOWED_RISE: Final = 0.15
+RISES: Final = ((WORKERS, ONE_VALKEY), (PAIR, ALONE), (WORKERS, ONE))
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What so many replicas need of one thing: ``each`` a replica needs, ``has`` there is.
+    ``why`` says how it was calculated; ``way_out`` what an operator does about it."""
+
+    what: str
+    each: float
+    has: float
+    why: str
+    way_out: str
+
+    def share(self, replicas: int) -> float:
+        """Of what there is; above 1 it does not do."""
+        return self.each * replicas / self.has
+
+    @property
+    def replicas(self) -> float:
+        """How many it does for."""
+        return self.has / self.each if self.each else float("inf")
+
+
+def needs(study: Study) -> list[Need]:
+    """Everything that replicas share, whatever of it was measured; the scarcest first."""
+    busy, slow, alone = study.tables["busy"], study.tables["slow"], study.numbers
+    per = REQUESTS_PER_SECOND
+    found = []
+
+    def note(what: str, each: float | None, has: float, why: str, way_out: str) -> None:
+        if each is not None:
+            found.append(Need(what, each, has, why, way_out))
+
+    postgres_us = slow.get(ALONE, "postgres_us")
+    note(
+        "PostgreSQL: cores",
+        _times(postgres_us, per / 1e6),
+        POSTGRES_CORES,
+        "CPU a request at 50 a second, where few calls share a commit",
+        "a larger server; then a database for each group of teams",
+    )
+    note(
+        "PostgreSQL: WAL, MB/s",
+        _times(slow.get(ALONE, "postgres_wal_kb"), per / 1e3),
+        WAL_MB_PER_SECOND,
+        "WAL a request",
+        "a faster disk for the WAL",
+    )
+    connections = busy.get(ALONE, "connections")
+    note(
+        "PostgreSQL: connections",
+        connections,
+        MAX_CONNECTIONS,
+        "those of one process, against the default of max_connections",
+        "max_connections, 10 MB of memory each; or a pooler by session",
+    )
+    row = alone.get("row_ms")
+    note(
+        "one team's row: writers that wait, s",
+        _times(row, 1e-3),
+        PATIENCE_SECONDS,
+        "every replica has a call of the same team: each commit holds the team's row, the others"
+        " wait their turn, and a call is refused that waits longer than this",
+        "keys of several teams, or fewer and larger replicas",
+    )
+    note(
+        "Valkey: its one thread",
+        _times(slow.get(ALONE, "valkey_us"), per / 1e6),
+        VALKEY_CORES,
+        "CPU a request",
+        "cache.redis apart from storage.redis; a larger core",
+    )
+    note(
+        "Valkey: pictures, MB/s",
+        _times(alone.get("picture_valkey_mb"), per),
+        NETWORK_MB_PER_SECOND,
+        "bytes sent to it for an answer of 2.7 MB",
+        "cache.redis: a cluster of its own; or cache and results off",
+    )
+    kept = _times(alone.get("picture_mb"), per * RESULT_SECONDS / 1e3)
+    note(
+        "Valkey: results kept for 15 min, GB",
+        kept,
+        VALKEY_GB,
+        "answers of 2.7 MB",
+        "results.ttl; cache.redis: a cluster of its own",
+    )
+    note(
+        "PostgreSQL: scrapes, cores",
+        _times(alone.get("scrape_postgres_ms"), 1e-3 / SCRAPE_EVERY_SECONDS), POSTGRES_CORES,
+        "each replica is scraped every 15 s, and looks into the books for it",
+        "a longer interval of the scrape",
+    )  # fmt: skip
+    return sorted(found, key=lambda need: need.replicas)
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return value * factor if value is not None else None
+
+
+def needs_text(study: Study) -> str:
+    """The table, and what it comes to."""
+    found = needs(study)
+    if not found:
+        return "Nothing was measured to calculate from."
+    head = (
+        "what replicas share", "there is", *(f"{count:,} replicas" for count in REPLICAS),
+        "does for, replicas", "calculated from", "way out",
+    )  # fmt: skip
+    lines = [
+        (
+            need.what,
+            figure(need.has),
+            *(
+                f"{figure(need.each * count)} ({figure(need.share(count) * 100)} %)"
+                for count in REPLICAS
+            ),
+            f"{need.replicas:,.0f}",
+            need.why,
+            need.way_out,
+        )
+        for need in found
+    ]
+    first = [_first(found, count) for count in REPLICAS]
+    return "\n\n".join((rows(head, lines), *first))
+
+
+def _first(found: Sequence[Need], replicas: int) -> str:
+    over = [need.what for need in found if need.share(replicas) > 1]
+    if not over:
+        return f"At {replicas:,} replicas: nothing; the nearest is {found[0].what}."
+    return f"At {replicas:,} replicas: {'; then '.join(over)}."
+
+
+def rises(study: Study) -> Mapping[tuple[str, str], float | None]:
+    """By what CPU a request is more: of each fleet over the one beside it."""
+    table = study.tables["busy"]
+    return {(above, below): rise(table, "cpu_us", above, below) for above, below in RISES}
+
+
+def rises_text(study: Study) -> str:
+    lines = []
+    for (above, below), value in rises(study).items():
+        said = "not measured" if value is None else f"{value * 100:+.0f} %"
+        if below == ONE:
+            reached = "the cost of Valkey with it"
+        elif value is None:
+            reached = ""
+        else:
+            reached = "reached" if value <= ALLOWED_RISE else "missed"
+        lines.append((f"{above} / {below}", said, reached))
+    return rows(("CPU a request", "rise", f"at most {ALLOWED_RISE * 100:.0f} %"), lines)
