@@ -63,6 +63,10 @@ class Directory(Protocol):
 
     async def keys(self, team: str | None = None) -> list[Key]: ...
 
+    async def watched(self) -> list[tuple[Team, Key | None]]:
+        """Whoever may spend and has a budget, hard or soft: teams first, then keys, each with its
+        team."""
+
     async def create_team(self, team: Team) -> None:
         """Raises ``AlreadyExists``."""
 

@@ -9,6 +9,7 @@ from datetime import datetime
 
 from gateway.domain.team import Key, Team
 from gateway.ports import AlreadyExists, NotKnown
+from gateway.stores.rows import is_live, watched_of
 
 
 class MemoryDirectory:
@@ -39,6 +40,10 @@ class MemoryDirectory:
         await asyncio.sleep(0)
         found = (key for key in self._keys.values() if team is None or key.team == team)
         return sorted(found, key=lambda key: (key.team, key.id))
+
+    async def watched(self) -> list[tuple[Team, Key | None]]:
+        teams = [team for team in await self.teams() if not team.disabled]
+        return watched_of(teams, [key for key in await self.keys() if is_live(key)])
 
     async def create_team(self, team: Team) -> None:
         await asyncio.sleep(0)

@@ -362,3 +362,16 @@ def routed_of(day: str, row: Sequence[Any]) -> tuple[str, UsageRow]:
         day, team, key_id, model, requests=int(requests), images=int(images), cost=int(cost)
     )
     return upstream, found
+
+
+def is_live(key: Key) -> bool:
+    return not key.disabled and key.revoked is None
+
+
+def watched_of(teams: Sequence[Team], keys: Iterable[Key]) -> list[tuple[Team, Key | None]]:
+    """Those that have a budget, of teams and keys that may spend: teams first."""
+    made = {team.id: team for team in teams}
+    return [
+        *((team, None) for team in teams if team.limits.is_watched),
+        *((made[key.team], key) for key in keys if key.limits.is_watched and key.team in made),
+    ]

@@ -52,6 +52,24 @@ async def test_some_teams_are_the_first_that_may_spend(directory: Directory) -> 
     assert [team.id for team in await directory.some_teams(9)] == ["brand", "growth", "zoo"]
 
 
+async def test_watched_are_those_who_may_spend_and_have_a_budget(directory: Directory) -> None:
+    brand = Team("brand", limits=Limits(5, max_cost_per_request=7))
+    zoo = Team("zoo", limits=Limits(soft_budget_total=0))
+    for team in (GROWTH, replace(ART, limits=Limits(budget_day=1)), brand, zoo):
+        await directory.create_team(team)
+    soft = Key("k_soft", "brand", limits=Limits(soft_budget_week=3))
+    hard = Key("k_hard", "growth", limits=Limits(budget_total=3))
+    gone = replace(hard, id="k_gone")
+    of_the_disabled = Key("k_art", "art", limits=Limits(budget_day=1))
+    for number, key in enumerate((soft, hard, gone, CI, PLAIN, of_the_disabled)):
+        await directory.create_key(key, bytes([number]))
+    await directory.revoke_key("k_gone", AT)
+    assert await directory.watched() == [
+        *((GROWTH, None), (zoo, None)),
+        *((brand, soft), (GROWTH, hard)),
+    ]
+
+
 async def test_an_unknown_digest(directory: Directory) -> None:
     assert await directory.find_key(b"\x01") is None
 

@@ -54,6 +54,9 @@ class Directory:
     async def keys(self, team: str | None = None) -> list[Key]:
         raise NotImplementedError
 
+    async def watched(self) -> list[tuple[Team, Key | None]]:
+        raise NotImplementedError
+
     async def create_team(self, team: Team) -> None:
         raise NotImplementedError
 
