@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import NamedTuple
 
-from gateway.domain.ledger import Balance, Entry, Part, Route, State
+from gateway.domain.ledger import Balance, Entry, Part, State
 from gateway.domain.money import Money
 from gateway.domain.transition import Counts, Move
 from gateway.stores.rows import micros, part_of
@@ -32,8 +32,6 @@ class Booked(NamedTuple):
     team: str
     key_id: str
     model: str
-    upstream: str
-    price_id: str
     drawn_model: str
     drawn_images: int
     drawn_cost: Money
@@ -42,15 +40,11 @@ class Booked(NamedTuple):
     def drawn(self) -> Part | None:
         return part_of(self.drawn_model, self.drawn_images, self.drawn_cost)
 
-    @property
-    def route(self) -> Route:
-        return Route(self.model, self.upstream, self.price_id)
-
 
 def booked(db: sqlite3.Connection, rid: str) -> Booked | None:
     found = db.execute(
-        "SELECT rid, state, bound, cost, accounts, flags, day, team, key_id, model, upstream,"
-        "       price_id, drawn_model, drawn_images, drawn_cost FROM hold WHERE rid = ?",
+        "SELECT rid, state, bound, cost, accounts, flags, day, team, key_id, model,"
+        "       drawn_model, drawn_images, drawn_cost FROM hold WHERE rid = ?",
         (rid,),
     ).fetchone()
     return None if found is None else Booked(found[0], State(found[1]), *found[2:])

@@ -547,20 +547,19 @@ async def test_a_call_sees_what_was_decided_before_it_in_its_batch(
     """Its key has moved on, its balance is free again: all before anything is written."""
     void = Settlement("a", Event.VOID, Outcome.REFUSED, Basis.NONE)
     async with one_batch(store, path):
-        tasks = [
-            asyncio.create_task(one)
-            for one in (
-                store.ledger.reserve(claim("a", 10, 20, key="i")),
-                store.ledger.reserve(claim("denied", 10, 20)),
-                store.ledger.settle(void),
-                store.ledger.reserve(claim("b", 10, 20, key="i")),
-                store.ledger.reserve(claim("c", 10, 20, key="i")),
-                store.ledger.settle(settled("b", 7)),
-                store.ledger.reserve(claim("b", 10, 20)),
-            )
-        ]
+        answers = asyncio.gather(
+            store.ledger.reserve(claim("a", 10, 20, key="i")),
+            store.ledger.reserve(claim("denied", 10, 20)),
+            store.ledger.settle(void),
+            store.ledger.reserve(claim("b", 10, 20, key="i")),
+            store.ledger.reserve(claim("c", 10, 20, key="i")),
+        )
+        ends = asyncio.gather(
+            store.ledger.settle(settled("b", 7)), store.ledger.reserve(claim("b", 10, 20))
+        )
         await asyncio.sleep(0)
-    a, denied, voided, b, c, posted, again = await asyncio.gather(*tasks)
+    a, denied, voided, b, c = await answers
+    posted, again = await ends
     assert a == Held("a", (Balance(0, 20),) * 4)
     assert isinstance(denied, Denied)
     assert voided.state is State.VOIDED
