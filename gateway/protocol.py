@@ -124,6 +124,8 @@ class Cycle(RequestResponseCycle):
         ends this."""
         self._left, self._away = left, away
         self._connection.watching.add(self)
+        # The last piece of a body may have paused it, and an end that is not read is not seen.
+        self.flow.resume_reading()
         if self.hung_up.is_set():
             away()
         if self.disconnected:

@@ -454,7 +454,7 @@ async def test_no_connection_in_time(
     async def black_hole(*args: object, **kwargs: object) -> None:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(asyncio.get_running_loop(), "sock_connect", black_hole)
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", black_hole)
     with pytest.raises(NotSent) as caught:
         await ask(transport, post(9, timeouts=replace(QUICK, connect=0.02)))
     assert caught.value.reason is Reason.CONNECT_TIMEOUT
