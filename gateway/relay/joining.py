@@ -35,7 +35,7 @@ from gateway.ports import (
 )
 from gateway.relay import headers
 from gateway.relay.body import KEEP_ALIVE, Spool
-from gateway.relay.doubts import Doubts
+from gateway.relay.doubts import Closed, Doubts
 from gateway.relay.flights import Client, Flight, Flights, Seat, Shown
 from gateway.relay.meter import ERROR_FRAMES
 from gateway.relay.results import Results, as_stream, shown
@@ -93,16 +93,16 @@ class Joining:
     def seat(self, rid: str, client: Client) -> Seat:
         """The place of one who watches; given up when the client leaves, or has all of it."""
 
-        seat = Seat(partial(self._left, rid, client))
+        seat = Seat(partial(self._left, rid, client.closed))
         client.when_away(seat.abandon)
         return seat
 
-    def _left(self, rid: str, client: Client, delivered: bool) -> None:
+    def _left(self, rid: str, closed: Closed | None, delivered: bool) -> None:
         """One who watched has all of it, or has left."""
-        if delivered and client.closed is not None:
+        if delivered and closed is not None:
             # A client that closes its connection right behind its answer may have given up a
             # moment before it came: its retry is still led to it, for as long as it takes.
-            self._doubts.add(rid, client.closed)
+            self._doubts.add(rid, closed)
         else:
             self._leave(rid, delivered=delivered)
 
@@ -128,12 +128,14 @@ class Joining:
         """From here on it can be joined."""
         await self._board.announce(flight.notice)
         flight.seat = self.seat(flight.rid, flight.client)
-        flight.client.when_gone(partial(self._lost, flight))
+        # By its name: a client that knew its flight would make a circle with it.
+        flight.client.when_gone(partial(self._lost, flight.rid))
 
-    def _lost(self, flight: Flight) -> None:
-        """Its client has gone. Who came back for it meanwhile keeps it flying. That of one that is
-        sent already matters to nobody."""
-        if not flight.begun:
+    def _lost(self, rid: str) -> None:
+        """A flight's client has gone. Who came back for it meanwhile keeps it flying. That of one
+        that is sent already matters to nobody."""
+        flight = self._flights.find(rid)
+        if flight is not None and not flight.begun:
             self._flights.errand(self._desert(flight))
 
     async def _desert(self, flight: Flight) -> None:

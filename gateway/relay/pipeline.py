@@ -499,8 +499,8 @@ class Pipeline:
             plan = plan.entered_at(place.upstream)
             queueing = self._clock.monotonic() - came
             held = await self._hold(flight, arrival, plan)
-            flight.said = (
-                *headers.of_request(flight.rid, plan.cache),
+            flight.say = lambda: (
+                *headers.of_request(arrival.rid, plan.cache),
                 *headers.of_rates(grant.standings),
             )
             started = self._clock.monotonic()

@@ -223,7 +223,7 @@ class Purchases:
         spool = Spool(self._room)
         trail = self._trail(draft, marks)
         tried: Opened | Failed | None = None
-        own, way = flight.said, plan.way
+        way = plan.way
         course = Course(flight, place, way)
         taker = TAKERS[plan.call.operation](plan.call)
         flight.error_event = taker.error_event
@@ -275,10 +275,10 @@ class Purchases:
             bought = Bought(flight, plan, way, landing, spool, settlement, common)
             await self._keeper.keep(bought, keeping)
             if landing.error is not None:
-                flight.said = (*own, *common, *spent)
+                flight.said = (*flight.said, *common, *spent)
                 await _break_off(flight, spool, landing.error)
             else:
-                self._hand_over(bought, (*own, *spent))
+                self._hand_over(bought, (*flight.said, *spent))
                 if landing.rest is not None:
                     await _pass_the_rest(landing.rest, spool)
             return _receipt(draft, plan, way, tried, trail, settlement, entry, marks, landing.error)
@@ -650,19 +650,20 @@ def _name_it(error: GatewayError, rid: str, upstream_rid: str) -> None:
 
 def _completed(ending: Ending, call: Call) -> Ending:
     """What the answer does not say of itself, as it was asked for."""
-    if ending.answer is None:
+    said = ending.answer
+    if said is None:
         return ending
-    asked = ending.answer
-    return replace(
-        ending,
-        answer=replace(
-            asked,
-            size=asked.size or call.size,
-            quality=asked.quality or call.quality,
-            output_format=asked.output_format or call.output_format,
-            input_images=len(call.inputs),
-        ),
+    inputs = len(call.inputs)
+    if said.size and said.quality and said.output_format and said.input_images == inputs:
+        return ending
+    answer = replace(
+        said,
+        size=said.size or call.size,
+        quality=said.quality or call.quality,
+        output_format=said.output_format or call.output_format,
+        input_images=inputs,
     )
+    return Ending(ending.outcome, answer, ending.invalid_usage)
 
 
 def _anchor(opened: Opened) -> Anchor:

@@ -346,10 +346,11 @@ class Turnstile:
         Raises ``Overloaded`` where it took too long or too many wait, also later, when this is one
         of the team that waits the most; ``ClientGone`` once ``gone`` is set. Nothing is then held.
         """
-        upstream = next((one for one in upstreams if self._lanes[one].has_room), upstreams[0])
-        lane = self._lanes[upstream]
-        if lane.has_room and self._process.has_room:
-            lane.take()
+        upstream, lane = upstreams[0], self._lanes[upstreams[0]]
+        if not lane.has_room and len(upstreams) > 1:
+            upstream = next((one for one in upstreams if self._lanes[one].has_room), upstream)
+            lane = self._lanes[upstream]
+        if self._process.has_room and lane.take():
             self._process.take()
             self._waited(0.0)
         else:
