@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ QUICK_ROUNDS = 3
 def main(arguments: Sequence[str]) -> int:
     """The exit code: 1 where answers were wrong, 2 where nothing can be measured here."""
     asked = _parser().parse_args(arguments)
+    # So that what was started is stopped.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         cases = chosen(asked.cases, quick=asked.quick)
         for program in ("mock", "load"):
@@ -49,7 +52,7 @@ def _measure(asked: argparse.Namespace, cases: Sequence[Case]) -> Run:
     stay_off_the_target(where)
     raise_file_limit()
     rounds = asked.rounds or (QUICK_ROUNDS if asked.quick else ROUNDS)
-    plan = Plan(where, rounds, *((1.5, 0.5) if asked.quick else (asked.seconds, 1.5)))
+    plan = Plan(where, rounds, *((1.5, 0.5, 1) if asked.quick else (asked.seconds,)))
     results = {}
     for case in cases:
         began = time.monotonic()

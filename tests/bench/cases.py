@@ -16,7 +16,7 @@ class Case:
     the usual seconds, or, with ``once``, once by each of them, all within ``ramp_ms``. ``upload``
     is the size of the picture of an edit, in bytes; zero: a generation. ``cached``: all ask for the
     same. ``delay_ms``, ``gather`` and the pieces are of the mock. ``peers`` are measured too where
-    that is asked for. ``max_rounds``: of a long one a few must do."""
+    that is asked for. Of a ``long`` one a few rounds must do."""
 
     name: str
     about: str
@@ -31,7 +31,7 @@ class Case:
     ramp_ms: int = 0
     delay_ms: int = 0
     gather: int = 0
-    max_rounds: int = 99
+    long: bool = False
     quick: bool = False
 
     @property
@@ -75,15 +75,15 @@ CASES: Final = (
     Case(
         "inflight_2000", "2,000 in flight, answered after 10 s", "S", 2_000,
         targets=("gateway", "nginx"), once=True, ramp_ms=4_000, delay_ms=10_000,
-        max_rounds=3, quick=True,
+        long=True, quick=True,
     ),
     Case(
         "inflight_9000", "9,000 in flight, answered after 20 s", "S", 9_000,
-        targets=("gateway", "nginx"), once=True, ramp_ms=15_000, delay_ms=20_000, max_rounds=3,
+        targets=("gateway", "nginx"), once=True, ramp_ms=15_000, delay_ms=20_000, long=True,
     ),
     Case(
         "landing_300", "300 bodies of 2.7 MB that land together", "M", 300,
-        targets=("gateway", "nginx"), once=True, ramp_ms=1_000, gather=300, max_rounds=3,
+        targets=("gateway", "nginx"), once=True, ramp_ms=1_000, gather=300, long=True,
     ),
 )  # fmt: skip
 

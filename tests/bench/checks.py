@@ -79,13 +79,19 @@ def check_load(load: Load, expected: bytes, *, exact: bool) -> None:
     if load.errors:
         raise CheckError(f"{load.errors} requests without an answer: {load.errors_by}")
     if load.statuses != {200: load.requests}:
-        raise CheckError(f"statuses {load.statuses}: {load.head_sample}")
+        raise CheckError(f"statuses {load.statuses}: {_short(load.head_sample or '')}")
     each = load.bytes_in / load.requests
     # A peer may leave members out of the JSON that it writes anew, never the picture.
     least = len(expected) * (1 if exact else 0.7)
     most = len(expected) * 1.02 + HEAD_BYTES
     if not least <= each <= most:
         raise CheckError(f"{each:.0f} bytes an answer, of {len(expected)}")
+
+
+def _short(answer: str) -> str:
+    """The status and the body of an answer, in one line."""
+    head, _, body = answer.replace("\r\n", "\n").partition("\n\n")
+    return " ".join((head.partition("\n")[0], *body.split()))
 
 
 def check_books(booked: Booked, requests: int, *, cached: bool) -> None:

@@ -25,7 +25,7 @@ enum {
     DIGITS = 12,
     STRIDE = 7919,          /* a prime: from one key to the next */
     OPENED = 256,           /* connections begun between two looks at events */
-    SAMPLE = 600,
+    SAMPLE = 2000,
 };
 
 enum state { CLOSED, CONNECTING, IDLE, BUSY };

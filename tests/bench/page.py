@@ -15,6 +15,9 @@ from tests.bench.targets import ROOT
 RESULTS: Final = Path(__file__).parent / "results.json"
 PAGE: Final = ROOT / "gateway" / "docs" / "bench.md"
 PLOT: Final = ROOT / "gateway" / "docs" / "bench.svg"
+README: Final = ROOT / "README.md"
+BETWEEN: Final = ("<!-- make bench -->", "<!-- end of make bench -->")
+"""Where the README has the short table."""
 
 HEAD: Final = """# Benchmark
 
@@ -63,13 +66,24 @@ def page(run: Run) -> str:
     return f"{HEAD}\n![CPU a request]({PLOT.name})\n\n{report.text(run)}"
 
 
+def with_table(text: str, table: str) -> str:
+    """The README with another short table. Raises ``ValueError`` where its place is missing."""
+    before, begin, rest = text.partition(BETWEEN[0])
+    _, end, after = rest.partition(BETWEEN[1])
+    if not begin or not end:
+        raise ValueError(f"no place for the table: {BETWEEN[0]} ... {BETWEEN[1]}")
+    return f"{before}{begin}\n\n{table}\n\n{end}{after}"
+
+
 def write(run: Run) -> None:
-    """Results, page and plot. Without matplotlib the plot stays as it was, and this is said."""
+    """Results, page, plot and the README's table. Without matplotlib the plot stays as it was, and
+    this is said."""
     RESULTS.write_text(to_json(run))
     PAGE.write_text(page(run))
+    README.write_text(with_table(README.read_text(), report.short_table(run)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench.plot", RESULTS, PLOT], cwd=ROOT, check=False
     )
     if done.returncode:
-        say("the plot was not drawn: pip install -e '.[bench]' (make bench does)")
-    say(f"wrote {RESULTS}, {PAGE}, {PLOT}")
+        say("the plot was NOT drawn: pip install -e '.[bench]' (make bench does)")
+    say(f"wrote {RESULTS}, {PAGE}, {PLOT}, and the table in {README}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from tests.bench.goals import GOALS
 from tests.bench.results import METRICS, CaseResult, Measured, Run, Summary
@@ -78,13 +79,46 @@ def goals_table(run: Run) -> str:
     return rows(("", "goal", "stretch", "measured", "reached"), lines)
 
 
+COLUMNS: Final = {
+    "gateway": ("gateway", "gateway-redis"),
+    "nginx": ("nginx-64k", "nginx-sendfile", "nginx"),
+    "LiteLLM": ("litellm",),
+    "Portkey": ("portkey",),
+}
+"""Of the short table: the first of these targets that a case has."""
+
+SHORT: Final = (
+    ("1.5 KB JSON, 32 at once: CPU us a request", "s_c32", "cpu_us"),
+    ("2.7 MB JSON, 8 at once: CPU us a request", "m_c8", "cpu_us"),
+    ("the same: MB/s through one core", "m_c8", "mb_per_second"),
+    ("upload of 20 MB, 4 at once: CPU us a request", "upload_20mb_c4", "cpu_us"),
+    ("2.7 MB from the cache: requests/s", "hit_memory_c8", "requests_per_second"),
+    ("2,000 in flight: KB of memory each", "inflight_2000", "rss_kb_per_request"),
+)
+
+
+def short_table(run: Run) -> str:
+    """For the README: medians alone."""
+    lines = []
+    for title, case, metric in SHORT:
+        cells = [_first_median(run, case, targets, metric) for targets in COLUMNS.values()]
+        if any(cells):
+            lines.append((title, *cells))
+    return rows(("", *COLUMNS), lines)
+
+
+def _first_median(run: Run, case: str, targets: Sequence[str], metric: str) -> str:
+    found = (run.median(case, target, metric) for target in targets)
+    return next((figure(value) for value in found if value is not None), "")
+
+
 def machine_table(run: Run) -> str:
     return rows(("what", "which"), run.machine.items())
 
 
 def text(run: Run) -> str:
     """All of it."""
-    parts = ["## Goals", goals_table(run)]
+    parts = ["## Goals", f"Medians of {run.rounds} rounds.", goals_table(run)]
     for case in run.cases.values():
         parts += [f"## `{case.name}`: {case.about}", case_table(case)]
     parts += ["## Machine and versions", machine_table(run)]

@@ -17,9 +17,10 @@ METRICS: Final = {
     "p99_ms": "p99 ms",
     "first_ms": "first byte of the body, p50 ms",
     "max_ms": "longest ms",
+    "in_flight": "in flight at once",
     "rss_idle_mb": "RSS before, MB",
     "rss_peak_mb": "RSS peak, MB",
-    "rss_kb_per_request": "RSS a request in flight, KB",
+    "rss_kb_per_request": "growth of RSS a request, KB",
 }
 """Of a sample, in the order of the columns; what a target or a case does not have is left out."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,22 +26,27 @@ MB: Final = 1_000_000
 WATCH_SECONDS: Final = 0.2
 WARM_CONNECTIONS: Final = 64
 SAME_NUMBER: Final = "000000000000"
+PATIENCE_SECONDS: Final = 180
+ALMOST_ALL: Final = 0.99
 NUMBERS_EACH: Final = 10_000_000_000
-PROGRESS: Final = ("cpu_us", "requests_per_second", "p50_ms", "rss_kb_per_request")
+PROGRESS: Final = ("cpu_us", "requests_per_second", "p50_ms", "in_flight", "rss_kb_per_request")
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``seconds`` for each target in each round, ``warm_seconds`` before the first."""
+    """``seconds`` for each target in each round, ``warm_seconds`` before the first. Of a case that
+    is long there are at most ``long_rounds``."""
 
     cores: Cores
     rounds: int
     seconds: float = 3.0
     warm_seconds: float = 1.5
+    long_rounds: int = 3
 
 
 def say(text: str) -> None:
-    print(f"bench: {text}", file=sys.stderr, flush=True)
+    """With the time: a run is long."""
+    print(f"bench {time.strftime('%H:%M:%S')}: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass
@@ -70,6 +76,7 @@ class Bench:
     folder: Path
     first_number: int
     made: int = 0
+    first_idle: int = 0
     samples: list[Sample] = field(default_factory=list)
     failure: str | None = None
 
@@ -93,6 +100,7 @@ class Bench:
             process.wait_quiet()
             process.forget_peak()
         idle = process.rss_bytes() if process is not None else 0
+        self.first_idle = self.first_idle or idle
         before = _cpu(process)
         with self._watching() as seen:
             done = self._load("bench", self.case.connections, plan.seconds)
@@ -105,11 +113,19 @@ class Bench:
             sample["cpu_us"] = spent / done.requests * 1e6
             sample["rss_idle_mb"] = idle / MB
             sample["rss_peak_mb"] = peak / MB
-            if self.case.once:
-                sample["rss_kb_per_request"] = (peak - idle) / done.requests / 1024
-        if self.case.delay_ms and max(seen, default=0) < self.case.connections:
-            raise CheckError(f"only {max(seen, default=0)} were in flight at once")
+            self._add_growth(sample, peak, done.requests, max(seen, default=0))
         self.samples.append(sample)
+
+    def _add_growth(
+        self, sample: dict[str, float], peak: int, requests: int, in_flight: int
+    ) -> None:
+        """Above what it had before the first round: what was once needed may be kept. Memory is
+        divided only where all were in flight together, which ``gather`` sees to."""
+        if self.case.delay_ms:
+            sample["in_flight"] = in_flight
+        together = self.case.gather > 0 or in_flight >= ALMOST_ALL * requests
+        if self.case.once and together:
+            sample["rss_kb_per_request"] = (peak - self.first_idle) / requests / 1024
 
     def finish(self) -> None:
         """It ends, and its books are looked at. Raises ``CheckError``."""
@@ -132,6 +148,7 @@ class Bench:
             once=once,
             ramp_ms=self.case.ramp_ms if once else 0,
             numbers=self.first_number + self.made,
+            timeout_seconds=PATIENCE_SECONDS + (self.case.delay_ms + self.case.ramp_ms) // 1000,
         )
         self.made += done.requests
         checks.check_load(done, self.upstream.reply.body, exact=self.target.exact)
@@ -200,7 +217,7 @@ def run_case(case: Case, names: Sequence[str], plan: Plan) -> CaseResult:
         benches, failed, skipped = _start_all(case, names, upstream, plan, folder, stack)
         for bench in benches:
             _attempt(bench, "warm-up", lambda one: one.warm(plan))
-        rounds = min(plan.rounds, case.max_rounds)
+        rounds = min(plan.rounds, plan.long_rounds) if case.long else plan.rounds
         for number in range(rounds):
             turn = number % max(len(benches), 1)
             for bench in (*benches[turn:], *benches[:turn]):
@@ -242,7 +259,7 @@ def _start_all(
 
 
 def _attempt(bench: Bench, what: str, act: Callable[[Bench], None]) -> None:
-    """What does not hold once is not measured again."""
+    """Of what failed once nothing more is measured."""
     if bench.failure is not None:
         return
     try:
@@ -250,6 +267,7 @@ def _attempt(bench: Bench, what: str, act: Callable[[Bench], None]) -> None:
     except (CheckError, tools.LoadError) as error:
         bench.failure = f"{what}: {error}"
         say(f"{bench.case.name}: {bench.name} FAILED: {bench.failure}")
+        bench.target.stop()  # what it still waits for must not be counted as another's
         return
     line = ""
     if bench.samples and "/" in what:

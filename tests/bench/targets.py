@@ -405,7 +405,7 @@ def wait_answering(process: Process, port: int, path: str | None, why: Callable[
     while not _answers(port, path):
         if not process.running or time.monotonic() > deadline:
             process.stop()
-            raise StartError(f"did not start: {why()[-2000:]}")
+            raise StartError(f"did not start: {' '.join(why().split())[-500:]}")
         time.sleep(0.05)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -23,13 +21,6 @@ except tools.BuildError as error:
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 PLAN = rounds.Plan(cores(), rounds=2, seconds=0.2, warm_seconds=0.1)
-
-
-@pytest.fixture(autouse=True)
-def _own_cores() -> Iterator[None]:
-    before = os.sched_getaffinity(0)
-    yield
-    os.sched_setaffinity(0, before)
 
 
 def case(name: str, **changes: object) -> Case:

@@ -8,8 +8,26 @@ import pytest
 
 from tests.bench.cases import CASES, chosen
 from tests.bench.goals import GOALS, Goal, added_p50_ms
-from tests.bench.report import case_table, failures, figure, goals_table, spread, text
-from tests.bench.results import CaseResult, Measured, Run, Summary, from_json, summary, to_json
+from tests.bench.page import PAGE, README, RESULTS, page, with_table
+from tests.bench.report import (
+    case_table,
+    failures,
+    figure,
+    goals_table,
+    short_table,
+    spread,
+    text,
+)
+from tests.bench.results import (
+    CaseResult,
+    Measured,
+    Run,
+    Summary,
+    from_json,
+    read,
+    summary,
+    to_json,
+)
 from tests.bench.variants import STARTS, TITLES
 
 
@@ -130,6 +148,19 @@ def test_results_are_read_as_they_were_written() -> None:
     again = from_json(to_json(one))
     assert again == one
     assert text(again) == text(one)
+
+
+def test_the_page_and_the_readme_have_the_results_that_were_written() -> None:
+    """Nobody edits numbers."""
+    written = read(RESULTS)
+    assert PAGE.read_text() == page(written)
+    readme = README.read_text()
+    assert with_table(readme, short_table(written)) == readme
+
+
+def test_a_readme_without_a_place_for_the_table_is_told_of() -> None:
+    with pytest.raises(ValueError, match="no place"):
+        with_table("# Nothing", "| |")
 
 
 def test_every_target_of_a_case_can_be_started_and_has_a_title() -> None:

@@ -26,7 +26,8 @@ from tests.valkey import start_valkey
 Start = Callable[[Site, contextlib.ExitStack], Target]
 """Stores that it needs are started on the stack."""
 
-NO_MEMORY: Final = {"memory_bytes": 0}
+NO_MEMORY: Final = {"memory_bytes": 1}
+"""Room for no answer at all."""
 
 
 def _disk(site: Site, stack: contextlib.ExitStack) -> Target:
