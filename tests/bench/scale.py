@@ -25,6 +25,8 @@ from tests.valkey import Valkey, run_valkey
 
 CONNECTIONS: Final = 32
 """Of each process that serves: each has as much to do at once as the one that is alone."""
+RAMP_MS: Final = 300
+"""Connections come one after the other: of those that come together one worker may take all."""
 SERVE_SECONDS: Final = 30.0
 SLOW_MS: Final = 200
 SLOW_CONNECTIONS: Final = 10
@@ -76,6 +78,7 @@ class Counts:
 
     valkey_seconds: float = 0.0
     valkey_commands: float = 0.0
+    valkey_trips: float = 0.0
     valkey_bytes: float = 0.0
     postgres_seconds: float = 0.0
     commits: float = 0.0
@@ -110,7 +113,11 @@ class Fleet:
             )  # fmt: skip
             file = bodies.write(self.folder, f"request-{place}", raw)
             numbers = self.numbers + self.made + place * NUMBERS_EACH // 10
-            loads.append(tools.start_load(address.port, file, connections, numbers=numbers, **how))
+            loads.append(
+                tools.start_load(
+                    address.port, file, connections, numbers=numbers, ramp_ms=RAMP_MS, **how
+                )
+            )
         done = [loading.result() for loading in loads]
         self.made += sum(one.requests for one in done)
         for one in done:
@@ -131,6 +138,7 @@ class Fleet:
             found = {
                 "valkey_seconds": cpu_seconds(self.valkey.process.pid),
                 "valkey_commands": float(said["total_commands_processed"]),
+                "valkey_trips": float(said["total_reads_processed"]),
                 "valkey_bytes": float(said["total_net_input_bytes"]),
             }
         if self.postgres is not None:
@@ -303,6 +311,7 @@ def _measure(fleet: Fleet, samples: dict[str, list[float]], act: Any) -> None:
         found["share_of_one"] = max(shares) / sum(shares)
     if fleet.valkey is not None:
         found["valkey_us"] = (now.valkey_seconds - counted.valkey_seconds) / requests * 1e6
+        found["valkey_trips"] = (now.valkey_trips - counted.valkey_trips) / requests
         found["valkey_commands"] = (now.valkey_commands - counted.valkey_commands) / requests
     if fleet.postgres is not None:
         found |= {
