@@ -3,9 +3,14 @@
 Each numbered file is applied in one transaction, by one process at a time. The files only ever
 add: programs that run already go on with a newer schema, so an upgrade comes before the new
 release. What is refused is to *start* a release on a schema that it does not know.
+
+What takes long in a large database, an index or a sum of all calls, is made before its file is
+applied, in steps that keep nobody waiting. All of them can be repeated.
 """
 
 from __future__ import annotations
+
+import threading
 
 import psycopg
 
@@ -23,6 +28,24 @@ CREATE TABLE IF NOT EXISTS schema_version (
     applied_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp()
 )
 """
+
+
+_USER_USAGE_SO_FAR = 4
+"""The file before which the sums of users are made."""
+_INDEXES = {
+    "hold_day": "hold (day)",
+    "hold_asking": """hold (rid) WHERE state = 'X' OR flags NOT IN ('[]', '["soft"]')""",
+}
+_HALF_MADE = """
+SELECT 1 FROM pg_index WHERE indexrelid = to_regclass(%s) AND NOT indisvalid
+"""
+# Without a parameter: else the transaction keeps a snapshot, and an index waits for that.
+_MY_TURN = f"SELECT pg_try_advisory_xact_lock({_LOCK + 1})"
+_TURN_SECONDS = 0.2
+# Whoever has a closed call has a row of daily usage.
+_DAYS = "SELECT DISTINCT day FROM usage_daily ORDER BY day"
+_COUNT_DAY = ("SELECT count_users_of_day(%s)", "SELECT count_forgotten_of_day(%s)")
+_COUNT_MONTH = "SELECT count_users_of_month(%s)"
 
 
 def versions(url: str) -> Versions:
@@ -49,6 +72,8 @@ def upgrade(url: str) -> Versions:
             before = _step(link, files)
             database = before
             while database < len(files):
+                if database == _USER_USAGE_SO_FAR - 1:
+                    _prepare_user_usage(link, url)
                 database = _step(link, files) + 1
         except psycopg.Error as error:
             raise StoreError(
@@ -77,6 +102,43 @@ def refuse_newer(found: Versions, url: str) -> None:
             f"{place(url)} has schema {found.database}, this program knows {found.program}: it was "
             "upgraded by a newer release. Use that one, or restore a backup made before the upgrade"
         )
+
+
+def count_users(link: Link) -> None:
+    """Makes the sums of users, of all days that there are: each of them in a transaction of its
+    own, unless one is open."""
+    days = [str(day) for (day,) in link.execute(_DAYS).fetchall()]
+    for day in days:
+        for statement in _COUNT_DAY:
+            link.execute(statement, (day,))
+    for month in sorted({day[:7] for day in days}):
+        link.execute(_COUNT_MONTH, (month,))
+
+
+def _prepare_user_usage(link: Link, url: str) -> None:
+    """Two at once would each add everything. Turns are asked for again and again: an index that is
+    made while others go on waits for whoever waits for a lock."""
+    with connect_at_start(url, patient=True) as turn:
+        while not _prepared_in_turn(link, turn):
+            threading.Event().wait(_TURN_SECONDS)
+
+
+def _prepared_in_turn(link: Link, turn: Link) -> bool:
+    with turn.transaction():
+        if turn.execute(_MY_TURN.encode()).fetchone() != (True,):
+            return False
+        if _version(link) < _USER_USAGE_SO_FAR:
+            _make_indexes(link)
+            count_users(link)
+    return True
+
+
+def _make_indexes(link: Link) -> None:
+    for name, what in _INDEXES.items():
+        # One that was broken off is there, and of no use.
+        if link.execute(_HALF_MADE, (name,)).fetchone() is not None:
+            link.execute(f"DROP INDEX {name}".encode())
+        link.execute(f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {what}".encode())
 
 
 def _step(link: Link, files: list[str]) -> int:

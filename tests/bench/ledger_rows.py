@@ -1,3 +1,4 @@
+# ruff: noqa: S608 - every part of these statements is ours
 """A ledger of any size, made by the database itself: the rows that N settled calls leave behind.
 
 200 teams, 1,000 keys, 10 models and 20,000 end users over 90 days, a few of each doing most of it.
@@ -17,10 +18,12 @@ from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import psycopg
-
 from gateway.domain.quota import MONEY_WINDOWS, Scope, period
+from gateway.stores.postgres_link import connect
+from gateway.stores.postgres_schema import count_users
 from gateway.stores.rows import micros
+from gateway.stores.schema import migrations
+from gateway.stores.sqlite_backup import USER_USAGE_SO_FAR
 
 DAYS = 90
 FIRST = date(2026, 8, 25)
@@ -82,6 +85,8 @@ def fill_sqlite(path: Path, calls: int) -> None:
         indexes = db.execute(_SECONDARY_SQLITE).fetchall()
         db.execute("BEGIN")
         _fill(SQLITE, db.execute, indexes, calls)
+        for statement in migrations("sqlite")[USER_USAGE_SO_FAR - 1].split(";"):
+            db.execute(statement)
         db.execute("COMMIT")
         db.execute("ANALYZE")
         db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -89,7 +94,7 @@ def fill_sqlite(path: Path, calls: int) -> None:
 
 def fill_postgres(url: str, calls: int) -> None:
     """Into a database that has the newest schema and no rows."""
-    with psycopg.connect(url, autocommit=True) as link:
+    with connect(url, patient=True) as link:
 
         def execute(sql: str) -> object:
             return link.execute(sql.encode())
@@ -100,6 +105,8 @@ def fill_postgres(url: str, calls: int) -> None:
         indexes = link.execute(_SECONDARY_POSTGRES).fetchall()
         execute("BEGIN")
         _fill(POSTGRES, execute, indexes, calls)
+        execute("ANALYZE hold")
+        count_users(link)
         execute("SELECT setval(pg_get_serial_sequence('journal', 'seq'), 2 * " + f"{calls} + 1)")
         execute("COMMIT")
         execute("VACUUM (ANALYZE, FREEZE)")
