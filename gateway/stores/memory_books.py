@@ -223,6 +223,16 @@ class MemoryBooks:
             kept = rows.balances.get(account, NOTHING)
             pairs.append((f"posted of {account}", kept.posted, posted[account]))
             pairs.append((f"pending of {account}", kept.pending, pending[account]))
+        days, users = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+        for (day, team, _, _), counts in rows.usage.items():
+            days[day, team] += counts.cost
+        for hold in (*rows.holds.values(), *rows.forgotten):
+            users[hold.day, hold.claim.team] += hold.cost
+        for adjustment in rows.adjustments.values():
+            users[adjustment.day, adjustment.team] += adjustment.amount
+        for day, team in sorted({*days, *users}):
+            what = f"cost of {day} {team} and its users"
+            pairs.append((what, days[day, team], users[day, team]))
         said_posted, said_pending = Counter[str](), Counter[str]()
         for line in rows.journal:
             said_posted[line.rid] += line.posted

@@ -69,18 +69,18 @@ def upgrade(url: str) -> Versions:
     link = connect_at_start(url, patient=True)
     with link:
         try:
-            before = _step(link, files)
-            database = before
-            while database < len(files):
+            before = None
+            while (database := _version(link)) < len(files):
                 if database == _USER_USAGE_SO_FAR - 1:
                     _prepare_user_usage(link, url)
-                database = _step(link, files) + 1
+                if _step(link, files, database) and before is None:
+                    before = database
         except psycopg.Error as error:
             raise StoreError(
                 f"{place(url)} is not upgraded: {said_of(error, url)}. Nothing is half done; "
                 "mend this and run `gateway db upgrade` again"
             ) from None
-    found = Versions(before, len(files))
+    found = Versions(database if before is None else before, len(files))
     refuse_newer(found, url)
     return found
 
@@ -141,18 +141,19 @@ def _make_indexes(link: Link) -> None:
         link.execute(f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {what}".encode())
 
 
-def _step(link: Link, files: list[str]) -> int:
-    """Applies the next file, if there is one; returns the version before it."""
+def _step(link: Link, files: list[str], database: int) -> bool:
+    """Applies the file behind version ``database``. False where somebody else has."""
     with link.transaction():
         link.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         link.execute("SELECT set_config('lock_timeout', %s, true)", (f"{_DDL_LOCK_SECONDS}s",))
         link.execute(_VERSION_TABLE)
         version = _version(link)
-        if version < len(files):
-            # Without parameters, so that it may be many statements.
-            link.execute(files[version].encode())
-            link.execute("INSERT INTO schema_version (version) VALUES (%s)", (version + 1,))
-    return version
+        if version != database:
+            return False
+        # Without parameters, so that it may be many statements.
+        link.execute(files[version].encode())
+        link.execute("INSERT INTO schema_version (version) VALUES (%s)", (version + 1,))
+    return True
 
 
 def _version(link: Link) -> int:

@@ -72,7 +72,7 @@ class SQLiteBooks:
 
     async def unresolved(self, limit: int = 100, after: str = "") -> list[Hold]:
         asked = {"after": after, "limit": limit, "doubtful": json.dumps(sorted(DOUBTFUL))}
-        rows = await self._reader.run(lambda db: db.execute(_UNRESOLVED, asked).fetchall())
+        rows = await self._reader.run(lambda db: db.execute(UNRESOLVED, asked).fetchall())
         return [hold_of(row) for row in rows]
 
     async def oldest_hold(self) -> Hold | None:
@@ -103,7 +103,7 @@ class SQLiteBooks:
         return await self._writer.submit(adjust)
 
     async def routed(self, day: str) -> list[tuple[str, UsageRow]]:
-        rows = await self._long_reader.run(lambda db: db.execute(_ROUTED, (day,)).fetchall())
+        rows = await self._long_reader.run(lambda db: db.execute(ROUTED, (day,)).fetchall())
         return [routed_of(day, row) for row in rows]
 
     async def usage_by_user(
@@ -142,7 +142,7 @@ SELECT {HOLD_COLUMNS} FROM hold WHERE state = 'H' ORDER BY lease_ends LIMIT 1
 _JOURNAL = f"SELECT {JOURNAL_COLUMNS} FROM journal WHERE rid = ? ORDER BY seq"  # noqa: S608
 
 # The first condition is that of the index hold_asking.
-_UNRESOLVED = f"""
+UNRESOLVED = f"""
 SELECT {HOLD_COLUMNS}
   FROM hold
  WHERE (state = 'X' OR flags NOT IN ('[]', '["soft"]')) AND rid > :after
@@ -161,7 +161,7 @@ _APPLIED = "SELECT 1 FROM adjustment WHERE id = ?"
 
 _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = ? AND rid IS NULL"  # noqa: S608
 
-_ROUTED = """
+ROUTED = """
 WITH closed AS (SELECT * FROM hold WHERE day = ? AND state IN ('P', 'X'))
 SELECT upstream, team, key_id, model, sum(requests), sum(images), sum(cost) FROM (
        SELECT upstream, team, key_id, model, 1 AS requests,
