@@ -6,8 +6,7 @@ its ends the days inside, or a whole month less the days outside, whichever are 
 
 from __future__ import annotations
 
-from calendar import monthrange
-from datetime import date
+from datetime import date, timedelta
 
 FIRST, LAST = "0001-01-01", "9999-12-31"
 
@@ -23,12 +22,15 @@ def cover(since: str | None, until: str | None, known: tuple[str, str] | None) -
         return {}
     begins, ends = max(since or FIRST, known[0][:7] + "-01"), until or LAST
     first = date.fromisoformat(begins)
-    # Where nothing comes after it, the rest of a month adds nothing to it.
-    last = _end_of_month(known[1][:7]) if ends >= known[1] else date.fromisoformat(ends)
+    if ends >= known[1]:
+        # Where nothing comes after it, the rest of a month adds nothing to it.
+        last = _end_of_month(date.fromisoformat(f"{known[1][:7]}-01"))
+    else:
+        last = date.fromisoformat(ends)
     found: dict[str, int] = {}
     year, month = first.year, first.month
     while (year, month) <= (last.year, last.month):
-        length = monthrange(year, month)[1]
+        length = _end_of_month(date(year, month, 1)).day
         same = (year, month)
         begin = first.day if same == (first.year, first.month) else 1
         end = last.day if same == (last.year, last.month) else length
@@ -43,6 +45,6 @@ def cover(since: str | None, until: str | None, known: tuple[str, str] | None) -
     return found
 
 
-def _end_of_month(month: str) -> date:
-    first = date.fromisoformat(f"{month}-01")
-    return first.replace(day=monthrange(first.year, first.month)[1])
+def _end_of_month(day: date) -> date:
+    following = day.replace(day=1) + timedelta(days=31)
+    return following.replace(day=1) - timedelta(days=1)

@@ -48,6 +48,8 @@ class Dialect:
     accounts: str
     """The accounts of a JSON list in ``accounts``, as ``one.value``."""
     integer: str
+    order: str
+    """Of the rows of ``hold``: where they lie. SQLite's lie by rid, PostgreSQL's as they came."""
 
 
 SQLITE = Dialect(
@@ -57,6 +59,7 @@ SQLITE = Dialect(
     scratch="CREATE TEMP TABLE",
     accounts="json_each(sums.accounts)",
     integer="{x}",
+    order="a",
 )
 POSTGRES = Dialect(
     series="SELECT n FROM generate_series(1::bigint, {n}) AS series (n)",
@@ -64,6 +67,7 @@ POSTGRES = Dialect(
     scratch="CREATE TEMP TABLE",
     accounts="json_array_elements_text(sums.accounts::json)",
     integer="({x})::bigint",
+    order="n",
 )
 
 _SECONDARY_SQLITE = """
@@ -197,7 +201,8 @@ def _statements(speak: Dialect, calls: int) -> list[str]:
                 WHEN h % 5 = 0 THEN '["soft"]' ELSE '[]' END,
            CASE WHEN j % 10 = 0 THEN ''
                 ELSE 'u_' || {word("k % " + str(TEAMS))} || {word("u")} || '0123' END
-      FROM (SELECT * FROM ({chosen}) AS chosen ORDER BY a) AS sorted JOIN labels USING (d)
+      FROM (SELECT * FROM ({chosen}) AS chosen ORDER BY {speak.order}) AS sorted
+      JOIN labels USING (d)
     """
     journal = f"""
     INSERT INTO journal (seq, at, rid, kind, pending, posted, detail)
