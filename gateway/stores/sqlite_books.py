@@ -173,7 +173,10 @@ SELECT upstream, team, key_id, model, sum(requests), sum(images), sum(cost) FROM
        ) GROUP BY upstream, team, key_id, model
 """
 
-_KNOWN = "SELECT min(period), max(period) FROM usage_by_user"
+# Each by itself, so that each is found at its end of the index.
+_KNOWN = """
+SELECT (SELECT min(period) FROM usage_by_user), (SELECT max(period) FROM usage_by_user)
+"""
 
 # By period and then team, as the rows are sorted; one without a team is for all.
 BY_USER = """
