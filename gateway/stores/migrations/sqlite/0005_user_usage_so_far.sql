@@ -24,4 +24,4 @@ SELECT day, team, '', sum(requests), 0, sum(cost), 0 FROM (
 
 INSERT INTO usage_by_user
 SELECT substr(period, 1, 7), team, end_user, sum(requests), sum(images), sum(cost), sum(unresolved)
-  FROM usage_by_user GROUP BY 1, 2, 3;
+  FROM usage_by_user WHERE length(period) = 10 GROUP BY 1, 2, 3;
