@@ -16,6 +16,7 @@ from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, Jour
 from gateway.domain.call import Call, Edit, Usage
 from gateway.domain.ledger import (
     Balance,
+    By,
     Claim,
     Claimed,
     Denied,
@@ -167,7 +168,9 @@ class Ledger(Protocol):
 
     async def balances(self, lines: Sequence[Line]) -> list[Balance]: ...
 
-    async def usage(self, since: str | None = None, until: str | None = None) -> list[UsageRow]:
+    async def usage(
+        self, since: str | None = None, until: str | None = None, team: str | None = None
+    ) -> list[UsageRow]:
         """Rows by day, team, key and model, between two days (``2026-11-22``, inclusive)."""
 
     async def open_holds(self) -> int: ...
@@ -224,16 +227,27 @@ class Books(Protocol):
     async def usage_by_user(
         self, team: str | None = None, since: str | None = None, until: str | None = None
     ) -> list[UserUsage]:
-        """What closed calls cost, by team and end user, between two days (inclusive, UTC). From the
-        holds: calls that were forgotten (``Upkeep.forget``), adjustments, and answers from the
-        cache are not in it."""
+        """What closed calls cost, by team and end user, between two days (inclusive, UTC); calls
+        that were forgotten (``Upkeep.forget``) too. Adjustments and answers from the cache are not
+        in it."""
+
+    async def usage_by(
+        self,
+        by: By,
+        team: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+    ) -> list[UsageRow]:
+        """The rows of ``Ledger.usage`` added up by one thing, in its order; the names of all others
+        are empty. A key is named with its team, a month stands in ``day``."""
 
     async def audit(self) -> list[Discrepancy]:
         """Adds everything up a second way (I2 of money.md); empty where the books are right.
 
         Every account: posted is the sum of its holds' costs, adjustments and forgotten holds;
         pending is the sum of its open bounds. All days of usage cost what all holds, adjustments
-        and forgotten holds cost.
+        and forgotten holds cost. Each day of a team is what its users did, and what was adjusted or
+        answered from the cache; each month of a user is the sum of its days.
         """
 
 

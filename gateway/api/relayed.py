@@ -57,7 +57,7 @@ class RelayedRoutes:
         self._pipeline = pipeline
         self._listeners = Listeners(telemetry, clock, sample)
         self._clock = clock
-        self._ids = RequestIds()
+        self._ids = RequestIds(clock)
 
     async def handle(
         self, operation: Operation | Inquiry, scope: Scope, receive: Receive, send: Send

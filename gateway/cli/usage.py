@@ -17,12 +17,23 @@ from gateway.cli.common import (
     print_table,
     with_store,
 )
-from gateway.domain.ledger import UsageRow, UserUsage
+from gateway.domain.ledger import By, UsageRow, UserUsage
 from gateway.domain.money import exact_dollars
 from gateway.ports import Store
 from gateway.reports.usage import usage_report, user_report
 
 DAY = click.DateTime(["%Y-%m-%d"])
+ROWS = "rows"
+USER = "user"
+HEADS = {
+    ROWS: ("DAY", "TEAM", "KEY", "MODEL"),
+    By.DAY: ("DAY",),
+    By.MONTH: ("MONTH",),
+    By.TEAM: ("TEAM",),
+    By.KEY: ("TEAM", "KEY"),
+    By.MODEL: ("MODEL",),
+}
+"""What a row is named by."""
 
 
 @click.command()
@@ -31,10 +42,10 @@ DAY = click.DateTime(["%Y-%m-%d"])
 @click.option("--team", "team", help="Only this team's.")
 @click.option(
     "--by",
-    type=click.Choice(["team", "user"]),
-    default="team",
+    type=click.Choice([ROWS, *(by.value for by in By), USER]),
+    default=ROWS,
     show_default=True,
-    help="By day, team, key and model, or by team and end user.",
+    help="Added up by one thing; else a row for each day, team, key and model.",
 )
 @json_option
 @config_option
@@ -49,13 +60,13 @@ def usage(
     """Show requests, images, tokens and dollars by day, team, key and model.
 
     Dollars are exact. `unresolved` counts calls whose outcome is unknown; they cost their bound.
-    End users are hashes (`u_...`), as in the log. By user, answers from the cache, adjustments, and
-    calls older than ledger.keep are not counted.
+    End users are hashes (`u_...`), as in the log. By user, answers from the cache and adjustments
+    are not counted.
     """
     if since is not None and until is not None and until < since:
         raise click.UsageError("--until is before --since")
     settings = load_settings(config, of_ones_own=True)
-    if by == "user":
+    if by == USER:
         _by_user(
             with_store(
                 settings,
@@ -66,21 +77,29 @@ def usage(
         return
 
     async def read(store: Store) -> tuple[list[UsageRow], dict[str, str]]:
-        rows = await store.ledger.usage(_day(since), _day(until))
+        if by == ROWS:
+            rows = await store.ledger.usage(_day(since), _day(until), team)
+        else:
+            rows = await store.books.usage_by(By(by), team, _day(since), _day(until))
         keys = (*await store.directory.keys(), *await keys_of_the_file(settings, store))
         return rows, {key.id: key.name for key in keys}
 
     rows, names = with_store(settings, read)
-    rows = [row for row in rows if team is None or row.team == team]
     if as_json:
         print_json(usage_report(rows, names))
         return
-    named = [
-        (row.day, row.team, names.get(row.key_id) or row.key_id, row.model, *_figures([row]))
-        for row in rows
-    ]
-    head = ("DAY", "TEAM", "KEY", "MODEL", "REQUESTS", "CACHED", "IMAGES", "COST", "AVOIDED")
-    print_table((*head, "UNRESOLVED"), [*named, ("total", "", "", "", *_figures(rows))])
+    named = {
+        "DAY": [row.day for row in rows],
+        "MONTH": [row.day for row in rows],
+        "TEAM": [row.team for row in rows],
+        "KEY": [names.get(row.key_id) or row.key_id for row in rows],
+        "MODEL": [row.model for row in rows],
+    }
+    shown = {head: named[head] for head in HEADS[by]}
+    figures = ("REQUESTS", "CACHED", "IMAGES", "COST", "AVOIDED", "UNRESOLVED")
+    body = [(*whose, *_figures([row])) for *whose, row in zip(*shown.values(), rows, strict=True)]
+    total = ("total", *[""] * (len(shown) - 1), *_figures(rows))
+    print_table((*shown, *figures), [*body, total])
 
 
 def _by_user(rows: Sequence[UserUsage], *, as_json: bool) -> None:
@@ -90,9 +109,7 @@ def _by_user(rows: Sequence[UserUsage], *, as_json: bool) -> None:
     head = ("TEAM", "USER", "REQUESTS", "IMAGES", "COST", "UNRESOLVED")
     named = [(row.team, row.user or "(nobody named)", *_user_figures([row])) for row in rows]
     print_table(head, [*named, ("total", "", *_user_figures(rows))])
-    click.echo(
-        "Not counted by user: answers from the cache, adjustments, calls older than ledger.keep."
-    )
+    click.echo("Not counted by user: answers from the cache, adjustments.")
 
 
 def _user_figures(rows: Sequence[UserUsage]) -> tuple[str, ...]:

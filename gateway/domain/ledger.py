@@ -270,11 +270,22 @@ class UsageRow:
     flagged: int = 0
 
 
+class By(StrEnum):
+    """What rows of usage are added up by. A key is its team's; a month is ``2026-11``."""
+
+    DAY = "day"
+    MONTH = "month"
+    TEAM = "team"
+    KEY = "key"
+    MODEL = "model"
+
+
 @dataclass(frozen=True, slots=True)
 class UserUsage:
     """What one end user of a team has bought, over some days. ``user`` is a hash, empty for the
-    calls that named nobody. ``images`` are those of answers that were delivered, ``cost`` is in
-    nano-dollars; ``unresolved`` counts the expired holds among ``requests``."""
+    calls that named nobody, and for those of which nobody knows any more. ``images`` are those of
+    answers that were delivered, ``cost`` is in nano-dollars; ``unresolved`` counts the expired
+    holds among ``requests``."""
 
     team: str
     user: str

@@ -27,20 +27,62 @@ SELECT rid, cost, coalesce(journalled.posted, 0),
 """
 """Holds that differ from their journal: rid, then posted and pending, each kept and summed."""
 
+AUDIT_USERS = """
+SELECT period || ' ' || team, sum(day_cost), sum(cost), sum(day_requests), sum(requests) FROM (
+       SELECT period, team, cost, requests, 0 AS day_cost, 0 AS day_requests
+         FROM usage_by_user WHERE length(period) = 10
+        UNION ALL
+       SELECT day, team, 0, 0, cost, requests - cached_requests FROM usage_daily
+        UNION ALL
+       SELECT day, team, amount, 0, 0, 0 FROM adjustment WHERE rid IS NULL
+       ) AS part
+ GROUP BY period, team
+HAVING sum(day_cost) <> sum(cost) OR sum(day_requests) <> sum(requests)
+ ORDER BY period, team
+"""
+"""Days of a team that differ from what its users did: a name, then cost and requests, each of the
+day and of the users."""
+
+AUDIT_MONTHS = """
+SELECT month || ' ' || team || ' ' || end_user,
+       sum(month_cost), sum(cost), sum(month_requests), sum(requests) FROM (
+       SELECT substr(period, 1, 7) AS month, team, end_user, cost, requests,
+              0 AS month_cost, 0 AS month_requests
+         FROM usage_by_user WHERE length(period) = 10
+        UNION ALL
+       SELECT period, team, end_user, 0, 0, cost, requests
+         FROM usage_by_user WHERE length(period) = 7
+       ) AS part
+ GROUP BY month, team, end_user
+HAVING sum(month_cost) <> sum(cost) OR sum(month_requests) <> sum(requests)
+ ORDER BY month, team, end_user
+"""
+"""Months of a user that differ from their days."""
+
 Five = tuple[str, int, int, int, int]
-"""A name, then posted and pending, each as kept and as summed."""
+"""A name, then two sums, each as kept and as summed."""
 
 
 def discrepancies(
-    usage: Sequence[int], balances: Iterable[Five], journal: Iterable[Five]
+    usage: Sequence[int],
+    balances: Iterable[Five],
+    journal: Iterable[Five],
+    users: Iterable[Five],
+    months: Iterable[Five],
 ) -> list[Discrepancy]:
     """What differs. ``usage`` is the row of ``AUDIT_USAGE``, ``balances`` and ``journal`` are rows
-    by account and by rid. Sums may be of a type of their own (PostgreSQL's numeric)."""
+    by account and by rid, ``users`` and ``months`` those of ``AUDIT_USERS`` and ``AUDIT_MONTHS``.
+    Sums may be of a type of their own (PostgreSQL's numeric)."""
     kept, summed = usage
     pairs = [("cost of all days", kept, summed)]
-    for named, rows in (("{}", balances), ("{} in the journal", journal)):
-        for name, posted, posted_sum, pending, pending_sum in rows:
+    for one, other, named, rows in (
+        ("posted", "pending", "{}", balances),
+        ("posted", "pending", "{} in the journal", journal),
+        ("cost", "requests", "{} and its users", users),
+        ("cost", "requests", "{} and its days", months),
+    ):
+        for name, *sums in rows:
             what = named.format(name)
-            pairs.append((f"posted of {what}", posted, posted_sum))
-            pairs.append((f"pending of {what}", pending, pending_sum))
+            pairs.append((f"{one} of {what}", sums[0], sums[1]))
+            pairs.append((f"{other} of {what}", sums[2], sums[3]))
     return [Discrepancy(what, int(one), int(other)) for what, one, other in pairs if one != other]

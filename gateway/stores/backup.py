@@ -24,11 +24,13 @@ from gateway.stores.rows import instant, micros
 from gateway.stores.sqlite_books import audit_sums
 from gateway.stores.sqlite_file import one_number
 
-FORMAT = 2
+FORMAT = 3
 """Of the tables below. Another one for every change of them; those before it are read too."""
 APPLICATION_ID = 0x67746277
 """``gtbw``: no gateway takes it for its database, and ``gateway db restore`` takes nothing else."""
 BATCH = 1000
+USERS_SINCE = 3
+"""The first format that has the sums of users."""
 
 Row: TypeAlias = Sequence[Any]
 
@@ -116,6 +118,12 @@ TABLES = (
     ),
     _table("adjustment", "id at# rid team key_id model day accounts amount# reason actor"),
     _table("rolled_up", "account posted# holds#"),
+    _table(
+        "usage_by_user",
+        "period team end_user requests# images# cost# unresolved#",
+        3,
+        since=USERS_SINCE,
+    ),
     _table("retention", "one# before#", replaced=True),
     _table("notice", "account mark claimed_at# sent_at#", 2, replaced=True),
     _table("bound_factor", "upstream model millionths#", 2, replaced=True),
@@ -230,6 +238,8 @@ class Backup:
         if set(found) != {table.name for table in TABLES if table.since <= form}:
             raise self._damaged("tables are missing")
         self._format: int = form
+        self.lacks_users = form < USERS_SINCE
+        """Whoever restores it adds the sums of users up."""
         self._parts: Mapping[str, tuple[int, str]] = found
         rows = {name: count for name, (count, _) in found.items()}
         open_holds = one_number(db, _OPEN)

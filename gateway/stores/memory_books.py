@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.call import Operation
-from gateway.domain.ledger import Entry, Outcome, Part, State, UsageRow, UserUsage
+from gateway.domain.ledger import By, Entry, Outcome, Part, State, UsageRow, UserUsage
 from gateway.domain.money import Money
 from gateway.domain.transition import (
     CORRECTED,
@@ -151,7 +151,7 @@ class MemoryBooks:
     ) -> list[UserUsage]:
         await asyncio.sleep(0)
         found: dict[tuple[str, str], UserUsage] = {}
-        for hold in self._rows.holds.values():
+        for hold in (*self._rows.holds.values(), *self._rows.forgotten):
             day, owner = hold.day, hold.claim.team
             if (
                 hold.state not in (State.POSTED, State.EXPIRED)
@@ -175,6 +175,35 @@ class MemoryBooks:
             )
         return [found[who] for who in sorted(found)]
 
+    async def usage_by(
+        self,
+        by: By,
+        team: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+    ) -> list[UsageRow]:
+        await asyncio.sleep(0)
+        sums: dict[tuple[str, str, str, str], Counts] = {}
+        for (day, owner, key_id, model), counts in self._rows.usage.items():
+            if (
+                (team is None or owner == team)
+                and (since is None or day >= since)
+                and (until is None or day <= until)
+            ):
+                row = {
+                    By.DAY: (day, "", "", ""),
+                    By.MONTH: (day[:7], "", "", ""),
+                    By.TEAM: ("", owner, "", ""),
+                    By.KEY: ("", owner, key_id, ""),
+                    By.MODEL: ("", "", "", model),
+                }[by]
+                sums[row] = sums.get(row, Counts()).plus(counts)
+        return [
+            UsageRow(*row, *counts)
+            for row, counts in sorted(sums.items())
+            if counts.requests > 0 or counts.images != 0 or counts.cost != 0
+        ]
+
     async def audit(self) -> list[Discrepancy]:
         await asyncio.sleep(0)
         rows = self._rows
@@ -194,6 +223,16 @@ class MemoryBooks:
             kept = rows.balances.get(account, NOTHING)
             pairs.append((f"posted of {account}", kept.posted, posted[account]))
             pairs.append((f"pending of {account}", kept.pending, pending[account]))
+        days, users = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+        for (day, team, _, _), counts in rows.usage.items():
+            days[day, team] += counts.cost
+        for hold in (*rows.holds.values(), *rows.forgotten):
+            users[hold.day, hold.claim.team] += hold.cost
+        for adjustment in rows.adjustments.values():
+            users[adjustment.day, adjustment.team] += adjustment.amount
+        for day, team in sorted({*days, *users}):
+            what = f"cost of {day} {team} and its users"
+            pairs.append((what, days[day, team], users[day, team]))
         said_posted, said_pending = Counter[str](), Counter[str]()
         for line in rows.journal:
             said_posted[line.rid] += line.posted
@@ -264,6 +303,7 @@ class MemoryUpkeep:
         )[:limit]
         for _, rid in old:
             hold = rows.holds.pop(rid)
+            rows.forgotten.append(hold)
             for account in (*hold.accounts, ""):
                 rows.rolled_up[account] = rows.rolled_up.get(account, 0) + hold.cost
         gone = {rid for _, rid in old}

@@ -183,7 +183,9 @@ class MemoryLedger:
         await asyncio.sleep(0)
         return list(self._rows.read(line.account for line in lines))
 
-    async def usage(self, since: str | None = None, until: str | None = None) -> list[UsageRow]:
+    async def usage(
+        self, since: str | None = None, until: str | None = None, team: str | None = None
+    ) -> list[UsageRow]:
         await asyncio.sleep(0)
         return [
             UsageRow(*row, *counts)
@@ -191,6 +193,7 @@ class MemoryLedger:
             if (counts.requests > 0 or counts.images != 0 or counts.cost != 0)
             and (since is None or row[0] >= since)
             and (until is None or row[0] <= until)
+            and (team is None or row[1] == team)
         ]
 
     async def open_holds(self) -> int:

@@ -60,6 +60,8 @@ class MemoryRows:
     corrections: set[str] = field(default_factory=set)
     """The ids of those that were applied."""
     adjustments: dict[str, Adjustment] = field(default_factory=dict)
+    forgotten: list[MemoryHold] = field(default_factory=list)
+    """Holds that were forgotten, for what their users did."""
     rolled_up: dict[str, Money] = field(default_factory=dict)
     """Account to what its forgotten holds had posted; '' is all of them once."""
     workers: dict[str, datetime] = field(default_factory=dict)

@@ -11,7 +11,7 @@ import psycopg
 from gateway.ports import StoreError
 from gateway.stores.backup import BATCH, TABLES, Backup, Row, Table
 from gateway.stores.postgres_link import Link, connect_at_start, place, said_of
-from gateway.stores.postgres_schema import refuse_other
+from gateway.stores.postgres_schema import count_users, refuse_other
 from gateway.stores.schema import migrations
 
 _SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
@@ -58,6 +58,8 @@ def restore_postgres(url: str, backup: Backup) -> None:
                 _refuse_used(link, url)
                 for table in TABLES:
                     _copy(link, table, backup)
+                if backup.lacks_users:
+                    count_users(link)
                 # The next line of the journal comes behind those that were restored.
                 link.execute(_NEXT_LINE)
     except psycopg.Error as error:

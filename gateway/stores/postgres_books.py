@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
-from gateway.domain.ledger import Entry, UsageRow, UserUsage
+from gateway.domain.ledger import By, Entry, UsageRow, UserUsage
 from gateway.domain.money import Money
+from gateway.domain.periods import cover
 from gateway.domain.transition import DOUBTFUL
-from gateway.stores.audit import AUDIT_JOURNAL, AUDIT_USAGE, discrepancies
+from gateway.stores.audit import (
+    AUDIT_JOURNAL,
+    AUDIT_MONTHS,
+    AUDIT_USAGE,
+    AUDIT_USERS,
+    discrepancies,
+)
 from gateway.stores.page import Needs
 from gateway.stores.postgres_link import Link
 from gateway.stores.postgres_page import Page
@@ -22,17 +29,18 @@ from gateway.stores.rows import (
     hold_of,
     journal_line_of,
     routed_of,
+    usage_by_sql,
 )
 
 _HOLD = f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = %s"  # noqa: S608 - names of columns
 
 _JOURNAL = f"SELECT {JOURNAL_COLUMNS} FROM journal WHERE rid = %s ORDER BY seq"  # noqa: S608
 
-# The first condition is that of the index hold_doubtful.
+# The first condition is that of the index hold_asking.
 _UNRESOLVED = f"""
 SELECT {HOLD_COLUMNS}
   FROM hold
- WHERE (state = 'X' OR flags <> '[]') AND rid > %(after)s
+ WHERE (state = 'X' OR flags NOT IN ('[]', '["soft"]')) AND rid > %(after)s
    AND (state = 'X' OR state = 'P' AND EXISTS (
         SELECT 1 FROM json_array_elements_text(flags::json) AS flag
          WHERE flag = ANY(%(doubtful)s::text[])))
@@ -62,25 +70,23 @@ SELECT upstream, team, key_id, model, sum(requests), sum(images), sum(cost) FROM
        ) AS part GROUP BY upstream, team, key_id, model
 """
 
-# By team even where all are asked for, so that each goes along the index hold_user. Whoever has a
-# closed call has a row of daily usage.
-BY_USER = """
-SELECT team, end_user, count(*),
-       sum(CASE WHEN operation = 'response' THEN drawn_images
-                WHEN outcome = 'delivered' THEN images ELSE 0 END)::bigint,
-       sum(cost)::bigint,
-       sum(CASE state WHEN 'X' THEN 1 ELSE 0 END)
-  FROM hold
- WHERE team IN (SELECT %(team)s::text WHERE %(team)s::text IS NOT NULL
-                 UNION
-                SELECT team FROM usage_daily
-                 WHERE %(team)s::text IS NULL
-                   AND day BETWEEN coalesce(%(since)s::text, '')
-                               AND coalesce(%(until)s::text, '9999-12-31'))
-   AND day BETWEEN coalesce(%(since)s::text, '') AND coalesce(%(until)s::text, '9999-12-31')
-   AND state IN ('P', 'X')
- GROUP BY team, end_user ORDER BY team, end_user
+# Each by itself, so that each is found at its end of the index.
+_KNOWN = """
+SELECT (SELECT min(period) FROM usage_by_user), (SELECT max(period) FROM usage_by_user)
 """
+
+# By period and then team, as the rows are sorted; one without a team is for all.
+BY_USER = """
+SELECT team, end_user, sum(sign * requests)::bigint, sum(sign * images)::bigint,
+       sum(sign * cost)::bigint, sum(sign * unresolved)::bigint
+  FROM unnest(%(periods)s::text[], %(signs)s::bigint[]) AS asked (period, sign)
+  JOIN usage_by_user USING (period)
+ WHERE team BETWEEN coalesce(%(team)s::text, '') AND coalesce(%(team)s::text, chr(1114111))
+ GROUP BY team, end_user HAVING sum(sign * requests) <> 0 OR sum(sign * cost) <> 0
+ ORDER BY team, end_user
+"""
+
+_BY = {by: usage_by_sql(by, "%({})s::text".format, "({})::bigint".format) for by in By}
 
 _BOOKED = """
 SELECT day, model, sum(cost) FROM usage_daily WHERE day = ANY(%s::text[]) GROUP BY day, model
@@ -179,9 +185,24 @@ class PostgresBooks:
     async def usage_by_user(
         self, team: str | None = None, since: str | None = None, until: str | None = None
     ) -> list[UserUsage]:
+        def read(link: Link) -> list[UserUsage]:
+            first, last = link.execute(_KNOWN).fetchall()[0]
+            periods = cover(since, until, (first, last) if first else None)
+            asked = {"team": team, "periods": list(periods), "signs": list(periods.values())}
+            return [UserUsage(*row) for row in link.execute(BY_USER, asked).fetchall()]
+
+        return await self._reader.run_long(read)
+
+    async def usage_by(
+        self,
+        by: By,
+        team: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+    ) -> list[UsageRow]:
         asked = {"team": team, "since": since, "until": until}
-        rows = await self._reader.run_long(lambda link: link.execute(BY_USER, asked).fetchall())
-        return [UserUsage(*row) for row in rows]
+        rows = await self._reader.run_long(lambda link: link.execute(_BY[by], asked).fetchall())
+        return [UsageRow(*row) for row in rows]
 
     async def audit(self) -> list[Discrepancy]:
         """Over a connection of its own, for as long as it takes."""
@@ -207,5 +228,7 @@ def _audit(link: Link) -> list[Discrepancy]:
     (usage,) = link.execute(AUDIT_USAGE).fetchall()
     balances = link.execute(_AUDIT_BALANCES).fetchall()
     journal = link.execute(AUDIT_JOURNAL).fetchall()
+    users = link.execute(AUDIT_USERS).fetchall()
+    months = link.execute(AUDIT_MONTHS).fetchall()
     link.execute("ROLLBACK")
-    return discrepancies(usage, balances, journal)
+    return discrepancies(usage, balances, journal, users, months)

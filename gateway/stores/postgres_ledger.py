@@ -51,8 +51,8 @@ _USAGE = f"""
 SELECT {USAGE_COLUMNS}
   FROM usage_daily
  WHERE (requests > 0 OR images <> 0 OR cost <> 0)  -- if all its calls were voided it is nothing
-   AND (%(since)s::text IS NULL OR day >= %(since)s)
-   AND (%(until)s::text IS NULL OR day <= %(until)s)
+   AND day BETWEEN coalesce(%(since)s::text, '') AND coalesce(%(until)s::text, '9999-12-31')
+   AND (%(team)s::text IS NULL OR team = %(team)s)
  ORDER BY day, team, key_id, model
 """  # noqa: S608 - names of columns
 
@@ -192,8 +192,10 @@ class PostgresLedger:
 
         return await self._reader.run(read)
 
-    async def usage(self, since: str | None = None, until: str | None = None) -> list[UsageRow]:
-        asked = {"since": since, "until": until}
+    async def usage(
+        self, since: str | None = None, until: str | None = None, team: str | None = None
+    ) -> list[UsageRow]:
+        asked = {"since": since, "until": until, "team": team}
         rows = await self._reader.run(lambda link: link.execute(_USAGE, asked).fetchall())
         return [UsageRow(*row) for row in rows]
 

@@ -3,9 +3,14 @@
 Each numbered file is applied in one transaction, by one process at a time. The files only ever
 add: programs that run already go on with a newer schema, so an upgrade comes before the new
 release. What is refused is to *start* a release on a schema that it does not know.
+
+What takes long in a large database, an index or a sum of all calls, is made before its file is
+applied, in steps that keep nobody waiting. All of them can be repeated.
 """
 
 from __future__ import annotations
+
+import threading
 
 import psycopg
 
@@ -23,6 +28,24 @@ CREATE TABLE IF NOT EXISTS schema_version (
     applied_at TIMESTAMPTZ NOT NULL DEFAULT clock_timestamp()
 )
 """
+
+
+_USER_USAGE_SO_FAR = 4
+"""The file before which the sums of users are made."""
+_INDEXES = {
+    "hold_day": "hold (day)",
+    "hold_asking": """hold (rid) WHERE state = 'X' OR flags NOT IN ('[]', '["soft"]')""",
+}
+_HALF_MADE = """
+SELECT 1 FROM pg_index WHERE indexrelid = to_regclass(%s) AND NOT indisvalid
+"""
+# Without a parameter: else the transaction keeps a snapshot, and an index waits for that.
+_MY_TURN = f"SELECT pg_try_advisory_xact_lock({_LOCK + 1})"
+_TURN_SECONDS = 0.2
+# Whoever has a closed call has a row of daily usage.
+_DAYS = "SELECT DISTINCT day FROM usage_daily ORDER BY day"
+_COUNT_DAY = ("SELECT count_users_of_day(%s)", "SELECT count_forgotten_of_day(%s)")
+_COUNT_MONTH = "SELECT count_users_of_month(%s)"
 
 
 def versions(url: str) -> Versions:
@@ -46,16 +69,18 @@ def upgrade(url: str) -> Versions:
     link = connect_at_start(url, patient=True)
     with link:
         try:
-            before = _step(link, files)
-            database = before
-            while database < len(files):
-                database = _step(link, files) + 1
+            before = None
+            while (database := _version(link)) < len(files):
+                if database == _USER_USAGE_SO_FAR - 1:
+                    _prepare_user_usage(link, url)
+                if _step(link, files, database) and before is None:
+                    before = database
         except psycopg.Error as error:
             raise StoreError(
                 f"{place(url)} is not upgraded: {said_of(error, url)}. Nothing is half done; "
                 "mend this and run `gateway db upgrade` again"
             ) from None
-    found = Versions(before, len(files))
+    found = Versions(database if before is None else before, len(files))
     refuse_newer(found, url)
     return found
 
@@ -79,18 +104,56 @@ def refuse_newer(found: Versions, url: str) -> None:
         )
 
 
-def _step(link: Link, files: list[str]) -> int:
-    """Applies the next file, if there is one; returns the version before it."""
+def count_users(link: Link) -> None:
+    """Makes the sums of users, of all days that there are: each of them in a transaction of its
+    own, unless one is open."""
+    days = [str(day) for (day,) in link.execute(_DAYS).fetchall()]
+    for day in days:
+        for statement in _COUNT_DAY:
+            link.execute(statement, (day,))
+    for month in sorted({day[:7] for day in days}):
+        link.execute(_COUNT_MONTH, (month,))
+
+
+def _prepare_user_usage(link: Link, url: str) -> None:
+    """Two at once would each add everything. Turns are asked for again and again: an index that is
+    made while others go on waits for whoever waits for a lock."""
+    with connect_at_start(url, patient=True) as turn:
+        while not _prepared_in_turn(link, turn):
+            threading.Event().wait(_TURN_SECONDS)
+
+
+def _prepared_in_turn(link: Link, turn: Link) -> bool:
+    with turn.transaction():
+        if turn.execute(_MY_TURN.encode()).fetchone() != (True,):
+            return False
+        if _version(link) < _USER_USAGE_SO_FAR:
+            _make_indexes(link)
+            count_users(link)
+    return True
+
+
+def _make_indexes(link: Link) -> None:
+    for name, what in _INDEXES.items():
+        # One that was broken off is there, and of no use.
+        if link.execute(_HALF_MADE, (name,)).fetchone() is not None:
+            link.execute(f"DROP INDEX {name}".encode())
+        link.execute(f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {what}".encode())
+
+
+def _step(link: Link, files: list[str], database: int) -> bool:
+    """Applies the file behind version ``database``. False where somebody else has."""
     with link.transaction():
         link.execute("SELECT pg_advisory_xact_lock(%s)", (_LOCK,))
         link.execute("SELECT set_config('lock_timeout', %s, true)", (f"{_DDL_LOCK_SECONDS}s",))
         link.execute(_VERSION_TABLE)
         version = _version(link)
-        if version < len(files):
-            # Without parameters, so that it may be many statements.
-            link.execute(files[version].encode())
-            link.execute("INSERT INTO schema_version (version) VALUES (%s)", (version + 1,))
-    return version
+        if version != database:
+            return False
+        # Without parameters, so that it may be many statements.
+        link.execute(files[version].encode())
+        link.execute("INSERT INTO schema_version (version) VALUES (%s)", (version + 1,))
+    return True
 
 
 def _version(link: Link) -> int:

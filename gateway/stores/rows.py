@@ -7,7 +7,7 @@ of one database can be read into the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,6 +16,7 @@ from gateway.domain.books import Adjustment, Correction, Hold, JournalLine
 from gateway.domain.call import Usage
 from gateway.domain.ledger import (
     Basis,
+    By,
     Claim,
     Outcome,
     Part,
@@ -28,11 +29,13 @@ from gateway.domain.ledger import (
 from gateway.domain.money import Money, exact_dollars
 from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.team import Key, Limits, PerUser, Team
-from gateway.domain.transition import usage_day
+from gateway.domain.transition import Counts, usage_day
 from gateway.ports import BooksChanged
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 MICROSECOND = timedelta(microseconds=1)
+EMPTY = "''"
+LAST_DAY = "9999-12-31"
 
 # What each reader expects, in its order; a statement names them itself.
 HOLD_COLUMNS = (
@@ -50,6 +53,33 @@ USAGE_COLUMNS = (
     " image_out, cost, avoided, unresolved, unresolved_cost, flagged"
 )
 """In the order of ``UsageRow``'s fields."""
+
+_USAGE_NAMES = ("day", "team", "key_id", "model")
+_NAMED_BY = {
+    By.DAY: {"day": "day"},
+    By.MONTH: {"day": "substr(day, 1, 7)"},
+    By.TEAM: {"team": "team"},
+    By.KEY: {"team": "team", "key_id": "key_id"},
+    By.MODEL: {"model": "model"},
+}
+
+
+def usage_by_sql(by: By, asked: Callable[[str], str], whole: Callable[[str], str]) -> str:
+    """The statement of ``Books.usage_by``. ``asked`` makes a parameter of the name of a text that
+    may be null, ``whole`` makes a sum the whole number that it is."""
+    named = _NAMED_BY[by]
+    names = ", ".join(f"{named.get(name, EMPTY)} AS {name}" for name in _USAGE_NAMES)
+    sums = ", ".join(whole(f"sum({name})") for name in Counts._fields)
+    return f"""
+    SELECT {names}, {sums}
+      FROM usage_daily
+     WHERE day BETWEEN coalesce({asked("since")}, '') AND coalesce({asked("until")}, '{LAST_DAY}')
+       AND ({asked("team")} IS NULL OR team = {asked("team")})
+     GROUP BY {", ".join(named.values())}
+    HAVING sum(requests) > 0 OR sum(images) <> 0 OR sum(cost) <> 0
+     ORDER BY {", ".join(named.values())}
+    """  # noqa: S608 - names of columns
+
 
 OWNED_COLUMNS = "id, kind, team, key_id, upstream, mark, created, expires, size_bytes, detail"
 """In the order that ``owned_of`` reads them."""

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from gateway.ports import StoreError
 from gateway.stores.backup import TABLES, Backup, Row, Table, sqlite_batches
-from gateway.stores.schema import sqlite_versions
+from gateway.stores.schema import migrations, sqlite_versions
 from gateway.stores.sqlite_file import APPLICATION_ID, BUSY_SECONDS, DatabaseFile, one_number
+
+USER_USAGE_SO_FAR = 5
+"""The file that adds the sums of users up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,9 @@ def restore_sqlite(path: Path, backup: Backup) -> None:
                     db.execute(f"DELETE FROM {table.name}")  # noqa: S608 - a name of ours
                 for batch in backup.batches(table):
                     db.executemany(table.insert, batch)
+            if backup.lacks_users:
+                for statement in migrations("sqlite")[USER_USAGE_SO_FAR - 1].split(";"):
+                    db.execute(statement)
             db.execute("COMMIT")
     except sqlite3.Error as error:
         raise StoreError(f"nothing was restored: {path} cannot be written: {error}") from error

@@ -7,8 +7,9 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
-from gateway.domain.ledger import Entry, UsageRow, UserUsage
+from gateway.domain.ledger import By, Entry, UsageRow, UserUsage
 from gateway.domain.money import Money
+from gateway.domain.periods import cover
 from gateway.domain.transition import (
     CORRECTED,
     DOUBTFUL,
@@ -20,7 +21,13 @@ from gateway.domain.transition import (
     correction_counts,
 )
 from gateway.ports import NotKnown
-from gateway.stores.audit import AUDIT_JOURNAL, AUDIT_USAGE, discrepancies
+from gateway.stores.audit import (
+    AUDIT_JOURNAL,
+    AUDIT_MONTHS,
+    AUDIT_USAGE,
+    AUDIT_USERS,
+    discrepancies,
+)
 from gateway.stores.rows import (
     ADJUSTMENT_COLUMNS,
     HOLD_COLUMNS,
@@ -34,6 +41,7 @@ from gateway.stores.rows import (
     journal_line_of,
     micros,
     routed_of,
+    usage_by_sql,
 )
 from gateway.stores.sqlite_file import Reader, Writer
 from gateway.stores.sqlite_rows import (
@@ -64,7 +72,7 @@ class SQLiteBooks:
 
     async def unresolved(self, limit: int = 100, after: str = "") -> list[Hold]:
         asked = {"after": after, "limit": limit, "doubtful": json.dumps(sorted(DOUBTFUL))}
-        rows = await self._reader.run(lambda db: db.execute(_UNRESOLVED, asked).fetchall())
+        rows = await self._reader.run(lambda db: db.execute(UNRESOLVED, asked).fetchall())
         return [hold_of(row) for row in rows]
 
     async def oldest_hold(self) -> Hold | None:
@@ -95,15 +103,30 @@ class SQLiteBooks:
         return await self._writer.submit(adjust)
 
     async def routed(self, day: str) -> list[tuple[str, UsageRow]]:
-        rows = await self._long_reader.run(lambda db: db.execute(_ROUTED, (day,)).fetchall())
+        rows = await self._long_reader.run(lambda db: db.execute(ROUTED, (day,)).fetchall())
         return [routed_of(day, row) for row in rows]
 
     async def usage_by_user(
         self, team: str | None = None, since: str | None = None, until: str | None = None
     ) -> list[UserUsage]:
+        def read(db: sqlite3.Connection) -> list[UserUsage]:
+            first, last = db.execute(_KNOWN).fetchone()
+            periods = cover(since, until, (first, last) if first else None)
+            asked = {"team": team, "periods": json.dumps(periods)}
+            return [UserUsage(*row) for row in db.execute(BY_USER, asked)]
+
+        return await self._long_reader.run(read)
+
+    async def usage_by(
+        self,
+        by: By,
+        team: str | None = None,
+        since: str | None = None,
+        until: str | None = None,
+    ) -> list[UsageRow]:
         asked = {"team": team, "since": since, "until": until}
-        rows = await self._long_reader.run(lambda db: db.execute(BY_USER, asked).fetchall())
-        return [UserUsage(*row) for row in rows]
+        rows = await self._long_reader.run(lambda db: db.execute(_BY[by], asked).fetchall())
+        return [UsageRow(*row) for row in rows]
 
     async def audit(self) -> list[Discrepancy]:
         return await self._long_reader.run(audit_sums)
@@ -118,11 +141,11 @@ SELECT {HOLD_COLUMNS} FROM hold WHERE state = 'H' ORDER BY lease_ends LIMIT 1
 
 _JOURNAL = f"SELECT {JOURNAL_COLUMNS} FROM journal WHERE rid = ? ORDER BY seq"  # noqa: S608
 
-# The first condition is that of the index hold_doubtful.
-_UNRESOLVED = f"""
+# The first condition is that of the index hold_asking.
+UNRESOLVED = f"""
 SELECT {HOLD_COLUMNS}
   FROM hold
- WHERE (state = 'X' OR flags <> '[]') AND rid > :after
+ WHERE (state = 'X' OR flags NOT IN ('[]', '["soft"]')) AND rid > :after
    AND (state = 'X' OR state = 'P' AND EXISTS (
         SELECT 1 FROM json_each(hold.flags) AS flag
          WHERE flag.value IN (SELECT value FROM json_each(:doubtful))))
@@ -138,7 +161,7 @@ _APPLIED = "SELECT 1 FROM adjustment WHERE id = ?"
 
 _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = ? AND rid IS NULL"  # noqa: S608
 
-_ROUTED = """
+ROUTED = """
 WITH closed AS (SELECT * FROM hold WHERE day = ? AND state IN ('P', 'X'))
 SELECT upstream, team, key_id, model, sum(requests), sum(images), sum(cost) FROM (
        SELECT upstream, team, key_id, model, 1 AS requests,
@@ -150,23 +173,23 @@ SELECT upstream, team, key_id, model, sum(requests), sum(images), sum(cost) FROM
        ) GROUP BY upstream, team, key_id, model
 """
 
-# By team even where all are asked for, so that each goes along the index hold_user. Whoever has a
-# closed call has a row of daily usage.
-BY_USER = """
-SELECT team, end_user, count(*),
-       sum(CASE WHEN operation = 'response' THEN drawn_images
-                WHEN outcome = 'delivered' THEN images ELSE 0 END),
-       sum(cost), sum(state = 'X')
-  FROM hold
- WHERE team IN (SELECT :team WHERE :team IS NOT NULL
-                 UNION
-                SELECT team FROM usage_daily
-                 WHERE :team IS NULL
-                   AND day BETWEEN coalesce(:since, '') AND coalesce(:until, '9999-12-31'))
-   AND day BETWEEN coalesce(:since, '') AND coalesce(:until, '9999-12-31')
-   AND state IN ('P', 'X')
- GROUP BY team, end_user ORDER BY team, end_user
+# Each by itself, so that each is found at its end of the index.
+_KNOWN = """
+SELECT (SELECT min(period) FROM usage_by_user), (SELECT max(period) FROM usage_by_user)
 """
+
+# By period and then team, as the rows are sorted; one without a team is for all.
+BY_USER = """
+WITH asked (period, sign) AS (SELECT key, value FROM json_each(:periods))
+SELECT team, end_user, sum(sign * requests), sum(sign * images), sum(sign * cost),
+       sum(sign * unresolved)
+  FROM asked CROSS JOIN usage_by_user USING (period)
+ WHERE team BETWEEN coalesce(:team, '') AND coalesce(:team, char(1114111))
+ GROUP BY team, end_user HAVING sum(sign * requests) <> 0 OR sum(sign * cost) <> 0
+ ORDER BY team, end_user
+"""
+
+_BY = {by: usage_by_sql(by, ":{}".format, str) for by in By}
 
 _BOOKED = """
 SELECT day, model, sum(cost) FROM usage_daily
@@ -278,6 +301,8 @@ def audit_sums(db: sqlite3.Connection) -> list[Discrepancy]:
             db.execute(AUDIT_USAGE).fetchone(),
             db.execute(_AUDIT_BALANCES).fetchall(),
             db.execute(AUDIT_JOURNAL).fetchall(),
+            db.execute(AUDIT_USERS).fetchall(),
+            db.execute(AUDIT_MONTHS).fetchall(),
         )
     finally:
         db.execute("ROLLBACK")

@@ -31,12 +31,8 @@ _HAS_BUDGET = (
     " OR substr(key, 1, 12) = 'soft_budget_' AND value IS NOT NULL)"
 )
 _WATCHED_KEYS = _KEY + " WHERE disabled = 0 AND revoked IS NULL AND " + _HAS_BUDGET
-_WATCHED_TEAMS = (
-    _TEAM
-    + " WHERE disabled = 0 AND (id IN (SELECT value FROM json_each(?)) OR "
-    + _HAS_BUDGET
-    + ")"
-)
+_NAMED_OR_BUDGETED = "(id IN (SELECT value FROM json_each(?)) OR " + _HAS_BUDGET + ")"  # noqa: S608
+_WATCHED_TEAMS = _TEAM + " WHERE disabled = 0 AND " + _NAMED_OR_BUDGETED
 _DECLARED = "SELECT id FROM declared_key WHERE digest = ?"
 
 

@@ -42,6 +42,9 @@ WAL_BYTES = 4 * 1024 * 1024
 BUSY_SECONDS = 2.0
 STATEMENTS = 256
 """Prepared ones that a connection remembers: there are a dozen for each table that is written."""
+CHECKED_BYTES = 256 * 1024 * 1024
+"""A larger file is not looked through when it is opened: of 6 GB that takes most of a minute.
+SQLite itself refuses one that was cut off."""
 APPLICATION_ID = 0x67747779
 """``gtwy``, as 0001_initial.sql writes it into the file's header."""
 NETWORK_FILESYSTEMS = frozenset(
@@ -144,7 +147,7 @@ class DatabaseFile:
             os.close(folder)
 
     def check_and_migrate(self) -> sqlite3.Connection:
-        """A connection to a file that was looked through and is up to date."""
+        """A connection to a file that was looked through, if it is not large, and is up to date."""
         status = self.path.stat()
         self._identity = (status.st_dev, status.st_ino)
         if status.st_size == 0:
@@ -154,9 +157,10 @@ class DatabaseFile:
         except sqlite3.DatabaseError as error:
             raise self._damaged(str(error)) from error
         try:
-            (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-            if found != "ok":
-                raise self._damaged(str(found))
+            if status.st_size <= CHECKED_BYTES:
+                (found,) = connection.execute("PRAGMA quick_check(1)").fetchone()
+                if found != "ok":
+                    raise self._damaged(str(found))
             _migrate(connection, self.path)
         except sqlite3.DatabaseError as error:
             connection.close()

@@ -113,10 +113,11 @@ class SQLiteLedger:
 
         return await self._reader.run(read)
 
-    async def usage(self, since: str | None = None, until: str | None = None) -> list[UsageRow]:
-        rows = await self._reader.run(
-            lambda db: db.execute(_USAGE, {"since": since, "until": until}).fetchall()
-        )
+    async def usage(
+        self, since: str | None = None, until: str | None = None, team: str | None = None
+    ) -> list[UsageRow]:
+        asked = {"since": since, "until": until, "team": team}
+        rows = await self._reader.run(lambda db: db.execute(_USAGE, asked).fetchall())
         return [UsageRow(*row) for row in rows]
 
     async def open_holds(self) -> int:
@@ -142,7 +143,8 @@ _USAGE = f"""
 SELECT {USAGE_COLUMNS}
   FROM usage_daily
  WHERE (requests > 0 OR images <> 0 OR cost <> 0)  -- if all its calls were voided it is nothing
-   AND (:since IS NULL OR day >= :since) AND (:until IS NULL OR day <= :until)
+   AND day BETWEEN coalesce(:since, '') AND coalesce(:until, '9999-12-31')
+   AND (:team IS NULL OR team = :team)
  ORDER BY day, team, key_id, model
 """  # noqa: S608 - names of columns
 

@@ -80,8 +80,10 @@ class TimedLedger(Ledger):
     async def balances(self, lines: Sequence[Line]) -> list[Balance]:
         return await self._ledger.balances(lines)
 
-    async def usage(self, since: str | None = None, until: str | None = None) -> list[UsageRow]:
-        return await self._ledger.usage(since, until)
+    async def usage(
+        self, since: str | None = None, until: str | None = None, team: str | None = None
+    ) -> list[UsageRow]:
+        return await self._ledger.usage(since, until, team)
 
     async def open_holds(self) -> int:
         return await self._ledger.open_holds()

@@ -6,21 +6,33 @@ import re
 import subprocess
 import sys
 
-from gateway.api.ids import BLOCK_BYTES, ID_BYTES, RequestIds
+from gateway.api.ids import BLOCK_BYTES, RANDOM_BYTES, RequestIds
+from gateway.clock import SystemClock
+from tests.clock import FakeClock
 
 
 def test_ids_are_random_over_the_ends_of_blocks() -> None:
-    ids, other = RequestIds(), RequestIds()
-    many = [ids.new() for _ in range(3 * BLOCK_BYTES // ID_BYTES + 1)]
+    ids, other = RequestIds(SystemClock()), RequestIds(SystemClock())
+    many = [ids.new() for _ in range(3 * BLOCK_BYTES // RANDOM_BYTES + 1)]
     assert all(re.fullmatch("req_[0-9a-f]{24}", one) for one in many)
     assert len({*many, *(other.new() for _ in many)}) == 2 * len(many)
+
+
+def test_ids_begin_with_their_second_so_that_neighbours_in_time_are_neighbours_in_an_index() -> None:
+    clock = FakeClock()
+    ids = RequestIds(clock)
+    first = ids.new()
+    clock.advance(1)
+    assert first[:12] == f"req_{int(clock.now().timestamp()) - 1:08x}"
+    assert first < ids.new()
 
 
 FORKED = """
 import os
 from gateway.api.ids import RequestIds
+from gateway.clock import SystemClock
 
-ids = RequestIds()
+ids = RequestIds(SystemClock())
 ids.new()
 child = os.fork()
 os.write(1, "".join(f"{ids.new()} " for _ in range(10)).encode())

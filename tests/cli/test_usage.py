@@ -186,6 +186,19 @@ def test_by_user_as_a_table(say: Say, books: Path) -> None:
     assert below.startswith("Not counted by user: answers from the cache, ")
 
 
-def test_by_team_is_the_default(say: Say, books: Path) -> None:
-    by_team = say("usage", "--by", "team", "--config", books).output
-    assert by_team == say("usage", "--config", books).output
+@pytest.mark.parametrize("by", ["day", "month", "team", "key", "model"])
+def test_by_one_thing(ask: Ask, say: Say, books: Path, by: str) -> None:
+    """The same sums, in fewer rows; each is named by what was asked for."""
+    all_rows = ask("usage", "--json", "--config", books)
+    report = ask("usage", "--by", by, "--json", "--config", books)
+    assert report["total"] == all_rows["total"]
+    names = {"month": ["day"], "key": ["team", "key_id"]}.get(by, [by])
+    whole = [tuple(row[name] for name in names) for row in all_rows["rows"]]
+    if by == "month":
+        whole = [(day[:7],) for (day,) in whole]
+    assert [tuple(row[name] for name in names) for row in report["rows"]] == sorted(set(whole))
+    for row in report["rows"]:
+        assert not any(row[name] for name in {"day", "team", "key_id", "model"} - set(names))
+    head, *_, total = say("usage", "--by", by, "--config", books).output.splitlines()
+    assert head.split()[: len(names)] == {"key": ["TEAM", "KEY"]}.get(by, [by.upper()])
+    assert total.split()[:2] == ["total", str(report["total"]["requests"])]

@@ -476,6 +476,8 @@ def lose_balance(rows: MemoryRows) -> None:
     del rows.balances[ACCOUNT]
 
 
+USERS = "cost of 2026-11-22 growth and its users"
+
 DAMAGES: dict[str, tuple[str, Callable[[MemoryRows], None], dict[str, tuple[int, int]]]] = {
     "a balance's posted": (
         "UPDATE balance SET posted = posted + 1 WHERE account = 'team:growth|d|2026-11-22'",
@@ -495,13 +497,14 @@ DAMAGES: dict[str, tuple[str, Callable[[MemoryRows], None], dict[str, tuple[int,
     "a day's usage": (
         "UPDATE usage_daily SET cost = cost + 1 WHERE key_id = 'k1'",
         change_usage,
-        {"cost of all days": (28, 27)},
+        {"cost of all days": (28, 27), USERS: (28, 27)},
     ),
     "a hold's cost": (
         "UPDATE hold SET cost = cost + 1 WHERE rid = 'posted'",
         change_hold,
         {
             "cost of all days": (27, 28),
+            USERS: (27, 28),
             **{f"posted of {account}": (25, 26) for account in ACCOUNTS},
             "posted of posted in the journal": (8, 7),
         },
@@ -519,6 +522,7 @@ DAMAGES: dict[str, tuple[str, Callable[[MemoryRows], None], dict[str, tuple[int,
         lose_adjustment,
         {
             "cost of all days": (27, 32),
+            USERS: (27, 32),
             **{f"posted of {account}": (25, 30) for account in ACCOUNTS},
         },
     ),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from datetime import timedelta
 
+import pytest
+
 from gateway.domain.books import Correction
 from gateway.domain.ledger import Claim, Denied, Held, Line, UserUsage
 from gateway.domain.quota import Limit, Scope, Unit, Window, period
@@ -86,11 +88,63 @@ async def test_usage_by_user(store: Store) -> None:
     ]
 
 
-async def test_calls_that_were_forgotten_have_no_user(store: Store) -> None:
-    await store.ledger.reserve(of(ANN, "r"))
+async def test_calls_that_were_forgotten_stay_their_users(store: Store) -> None:
+    await store.ledger.reserve(of(ANN, "r", images=2))
     await store.ledger.settle(settled("r", 7))
     assert await store.upkeep.forget(NOON + DAY) == 1
-    assert await store.books.usage_by_user() == []
+    assert await store.books.usage_by_user() == [UserUsage("growth", ANN, 1, 2, 7, 0)]
+    assert await store.books.audit() == []
+
+
+async def test_users_of_what_changes_its_mind(store: Store) -> None:
+    """Expired, settled late, voided late, corrected: only the last word counts."""
+    for made in (of(ANN, "late"), of(ANN, "void"), of(BOB, "found"), of("", "zero")):
+        await store.ledger.reserve(made)
+        await store.ledger.settle(expired(made.rid))
+    await store.ledger.settle(settled("late", 3))
+    await store.ledger.settle(voided("void"))
+    await store.ledger.settle(settled("late", 3))
+    await store.books.correct(Correction("c", "void", 2, "billed after all", "ann", NOON))
+    await store.books.correct(Correction("d", "zero", 0, "not billed", "ann", NOON))
+    assert await store.books.usage_by_user() == [
+        UserUsage("growth", "", 1, 0, 0, 0),
+        UserUsage("growth", ANN, 2, 1, 5, 0),
+        UserUsage("growth", BOB, 1, 0, 10, 1),
+    ]
+    await store.ledger.settle(voided("found"))
+    assert [one.user for one in await store.books.usage_by_user()] == ["", ANN]
+    assert await store.books.audit() == []
+
+
+@pytest.mark.parametrize(
+    ("since", "until"),
+    [
+        (None, None),
+        ("2026-09-01", "2026-09-30"),
+        ("2026-08-29", "2026-11-16"),
+        ("2026-09-02", "2026-09-29"),
+        ("2026-10-20", None),
+        (None, "2026-09-05"),
+        ("2026-11-16", "2026-11-22"),
+    ],
+)
+async def test_any_stretch_of_days_is_the_sum_of_its_days(
+    store: Store, since: str | None, until: str | None
+) -> None:
+    days = range(-90, 1, 5)
+    for number, day in enumerate(days):
+        rid = f"r{number}"
+        await store.ledger.reserve(of((ANN, BOB)[number % 2], rid, days=day))
+        await store.ledger.settle(settled(rid, 1 << number))
+    wanted = {ANN: 0, BOB: 0}
+    for number, day in enumerate(days):
+        name = f"{NOON + day * DAY:%Y-%m-%d}"
+        if (since or "") <= name <= (until or "9"):
+            wanted[(ANN, BOB)[number % 2]] += 1 << number
+    found = await store.books.usage_by_user("growth", since, until)
+    assert {one.user: one.cost for one in found} == {
+        user: cost for user, cost in wanted.items() if cost
+    }
 
 
 def budget(user: str, amount: int) -> Line:

@@ -119,7 +119,9 @@ class Stores:
     async def balances(self, lines: Sequence[Line]) -> list[Balance]:
         raise NotImplementedError
 
-    async def usage(self, since: str | None = None, until: str | None = None) -> list[UsageRow]:
+    async def usage(
+        self, since: str | None = None, until: str | None = None, team: str | None = None
+    ) -> list[UsageRow]:
         raise NotImplementedError
 
     async def open_holds(self) -> int:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import random
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -815,23 +816,80 @@ async def test_a_database_of_the_release_before_users(server: Postgres) -> None:
 @pytest.mark.parametrize("team", ["team3", None])
 def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None) -> None:
     url = server.fresh_database()
-    asked = {"team": team, "since": "2026-11-05", "until": "2026-11-06"}
+    asked = {"team": team, "periods": ["2026-11-05"], "signs": [1]}
     with psycopg.connect(url, autocommit=True) as link:
         link.execute(
-            "INSERT INTO hold (rid, state, bound, cost, accounts, team, key_id, model, operation,"
-            " upstream, images, price_id, fingerprint, worker, at, day, lease_ends)"
-            " SELECT n::text, 'P', 1, 1, '[]', 'team' || n % 20, 'k', 'm', 'edit', 'u', 1, '',"
-            " '', '', 0, '2026-11-' || lpad((n / 20 % 28 + 1)::text, 2, '0'), 0"
-            " FROM generate_series(1, 20000) AS n"
-        )
-        link.execute(
-            "INSERT INTO usage_daily SELECT DISTINCT day, team, 'k', 'm', 1, 1, 0, 0, 0, 0, 0, 1,"
-            " 0, 0, 0, 0 FROM hold"
+            "INSERT INTO usage_by_user"
+            " SELECT '2026-11-' || lpad((n % 28 + 1)::text, 2, '0'), 'team' || n % 20, 'u' || n,"
+            " 1, 1, 1, 0 FROM generate_series(1, 20000) AS n"
         )
         link.execute("ANALYZE")
         plan = str(link.execute(f"EXPLAIN {BY_USER}".encode(), asked).fetchall())
-    assert "hold_user" in plan
-    assert "Seq Scan on hold" not in plan
+    assert "usage_by_user_pkey" in plan
+    assert "Seq Scan on usage_by_user" not in plan
+
+
+async def test_the_schema_is_upgraded_while_calls_go_on(server: Postgres) -> None:
+    """A gateway of the release before settles and forgets calls before, between and behind the
+    steps; several upgrade at once, and one does it again. Every call is counted once."""
+    url = server.empty_database()
+    files = migrations("postgres")
+    with psycopg.connect(url, autocommit=True) as old:
+        for number, text in enumerate(files[:2], start=1):
+            old.execute(text.encode())
+            if number == 1:
+                old.execute(
+                    "CREATE TABLE schema_version (version INTEGER PRIMARY KEY,"
+                    " applied_at TIMESTAMPTZ NOT NULL DEFAULT now())"
+                )
+            old.execute("INSERT INTO schema_version (version) VALUES (%s)", (number,))
+        old.execute(
+            "INSERT INTO hold (rid, state, bound, cost, accounts, team, key_id, model, operation,"
+            " upstream, images, price_id, fingerprint, worker, at, day, lease_ends, outcome,"
+            " end_user)"
+            " SELECT 'r' || n, CASE WHEN n > 30 THEN 'H' ELSE 'P' END, 9,"
+            " CASE WHEN n > 30 THEN 0 ELSE 2 END, '[]', 'growth', 'k', 'm', 'edit', 'u', 3, '', '',"
+            " '', 0, '2026-11-' || (20 + n % 3), 0, CASE WHEN n <= 30 THEN 'delivered' END,"
+            " 'u' || n % 2 FROM generate_series(1, 60) AS n"
+        )
+        # Five calls of a day were forgotten: they are in its sum alone.
+        old.execute(
+            "INSERT INTO usage_daily SELECT day, 'growth', 'k', 'm', count(*) + 5, 0, 0, 0, 0, 0,"
+            " 0, sum(cost) + 10, 0, 0, 0, 0 FROM hold WHERE state = 'P' GROUP BY day"
+        )
+        stop = threading.Event()
+
+        def go_on() -> None:
+            with psycopg.connect(url, autocommit=True) as link:
+                for number in range(31, 61):
+                    stop.wait(0.01)
+                    with link.transaction():
+                        link.execute(
+                            "UPDATE hold SET state = 'P', cost = 2, outcome = 'delivered'"
+                            " WHERE rid = %s",
+                            (f"r{number}",),
+                        )
+                        link.execute(
+                            "UPDATE usage_daily SET requests = requests + 1, cost = cost + 2"
+                            " WHERE day = %s",
+                            (f"2026-11-{20 + number % 3}",),
+                        )
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(asyncio.to_thread(go_on))
+            for _ in range(3):
+                tasks.create_task(asyncio.to_thread(upgrade, url))
+    assert not upgrade(url).upgrade_needed
+    store = PostgresStore.open(url)
+    for since, until in (("2026-11-01", "2026-11-30"), ("2026-11-20", "2026-11-22")):
+        found = await store.books.usage_by_user("growth", since, until)
+        assert [(one.user, one.requests, one.images, one.cost) for one in found] == [
+            ("", 15, 0, 30),
+            ("u0", 30, 90, 60),
+            ("u1", 30, 90, 60),
+        ]
+    assert not [one for one in await store.books.audit() if "and its" in one.what]
+    await store.aclose()
 
 
 async def test_nothing_is_remembered_of_a_file_that_was_disowned(server: Postgres) -> None:

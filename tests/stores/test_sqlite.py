@@ -21,6 +21,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,13 +41,15 @@ from gateway.domain.ledger import (
     Replay,
     Settlement,
     State,
+    UserUsage,
 )
 from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.domain.team import Key, Team
 from gateway.ports import StoreError
+from gateway.stores import sqlite_file
 from gateway.stores.sqlite import SQLiteStore
-from gateway.stores.sqlite_books import BY_USER
+from gateway.stores.sqlite_books import BY_USER, ROUTED, UNRESOLVED
 from gateway.stores.sqlite_file import filesystem_of
 from gateway.stores.sqlite_ownership import PAGES
 from tests.contract import stores
@@ -846,10 +849,91 @@ async def test_a_file_of_the_release_before_users(path: Path) -> None:
 async def test_usage_by_user_goes_along_an_index(path: Path, team: str | None) -> None:
     await SQLiteStore.open(path).aclose()
     with closing(sqlite3.connect(path)) as db:
-        asked = {"team": team, "since": "2026-11-01", "until": "2026-11-30"}
+        asked = {"team": team, "periods": '{"2026-11": 1}'}
         plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {BY_USER}", asked)]
-    assert any("hold USING INDEX hold_user (team=? AND day>? AND day<?)" in step for step in plan)
-    assert not any(step == "SCAN hold" for step in plan), plan
+    assert any("(period=? AND team>? AND team<?)" in step for step in plan), plan
+    assert not any("SCAN usage_by_user" in step for step in plan), plan
+
+
+async def test_questions_about_a_large_ledger_go_along_an_index(path: Path) -> None:
+    """Of none of these may the answer take longer because there are more calls."""
+    await SQLiteStore.open(path).aclose()
+    asked = {"after": "", "limit": 100, "doubtful": '["no_usage"]'}
+    with closing(sqlite3.connect(path)) as db:
+
+        def plan(sql: str, asked: Any) -> str:
+            return " ".join(row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", asked))
+
+        assert "USING INDEX hold_asking (rid>?)" in plan(UNRESOLVED, asked)
+        assert "USING INDEX hold_day (day=?)" in plan(ROUTED, ("2026-11-22",))
+
+
+async def test_what_was_bought_before_users_were_added_up(path: Path) -> None:
+    """Calls that are there are their users'; of those that were forgotten nobody knows whose they
+    were. A process of the release before, which has the file open, goes on: what it settles counts
+    as well."""
+    make_ledger_of_release_3(path)
+    with closing(sqlite3.connect(path, isolation_level=None)) as old:
+        store = SQLiteStore.open(path)
+        old.execute("UPDATE hold SET state = 'P', cost = 7, outcome = 'delivered' WHERE rid = 'h'")
+        found = await store.books.usage_by_user(None, "2026-11-01", "2026-11-30")
+        assert found == [
+            UserUsage("growth", "", 2, 0, 5, 0),
+            UserUsage("growth", "u_ann", 3, 5, 20, 1),
+        ]
+        assert await store.books.usage_by_user(None, "2026-11-22", "2026-11-22") == found
+        await store.aclose()
+
+
+def make_ledger_of_release_3(path: Path) -> None:
+    """Of one day: Ann's posted, expired and held calls, two that were forgotten, an answer from the
+    cache, and an adjustment."""
+    path.parent.mkdir()
+    names = ("0001_initial.sql", "0002_books.sql", "0003_owned.sql")
+    folder = resources.files("gateway.stores").joinpath("migrations", "sqlite")
+    hold = (
+        "INSERT INTO hold (rid, state, bound, cost, accounts, team, key_id, model, operation,"
+        " upstream, images, price_id, fingerprint, worker, at, day, lease_ends, outcome, end_user)"
+        " VALUES (?, ?, 9, ?, '[]', 'growth', 'k', 'm', 'edit', 'u', ?, '', '', '', 0,"
+        " '2026-11-22', 1, ?, 'u_ann')"
+    )
+    with closing(sqlite3.connect(path)) as db:
+        for name in names:
+            db.executescript(folder.joinpath(name).read_text(encoding="utf-8"))
+        db.execute("PRAGMA user_version = 3")
+        db.execute(hold, ("p", "P", 4, 3, "delivered"))
+        db.execute(hold, ("x", "X", 9, 3, "unknown"))
+        db.execute(hold, ("h", "H", 0, 2, None))
+        db.execute(
+            "INSERT INTO usage_daily VALUES ('2026-11-22', 'growth', 'k', 'm', 5, 8, 1, 0, 0, 0, 0,"
+            " 28, 3, 1, 9, 0)"
+        )
+        db.execute(
+            "INSERT INTO adjustment VALUES ('a', 0, NULL, 'growth', '', 'm', '2026-11-22', '[]',"
+            " 10, 'r', 'me')"
+        )
+        db.commit()
+
+
+async def test_a_large_file_is_opened_without_looking_through_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SQLiteStore.open(path)
+    for number in range(50):
+        await store.ledger.reserve(stores.claim(f"r{number}"))
+    await store.aclose()
+    with path.open("r+b") as file:
+        # A page in the middle: nothing that is read at the start is there.
+        file.seek(path.stat().st_size - 4096)
+        file.write(b"\xff" * 4096)
+    with pytest.raises(StoreError, match="cannot be used"):
+        SQLiteStore.open(path)
+    monkeypatch.setattr(sqlite_file, "CHECKED_BYTES", 8192)
+    await SQLiteStore.open(path).aclose()
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 4096)
+    with pytest.raises(StoreError, match="cannot be used"):
+        SQLiteStore.open(path)
 
 
 async def test_a_page_of_ids_goes_along_an_index(path: Path) -> None:
