@@ -30,7 +30,8 @@ def days_of(found: dict[str, int]) -> Counter[str]:
 def test_a_cover_is_its_days(since: date | None, until: date | None, known: list[date]) -> None:
     """Of the days that there is anything of, each counts once where it is inside, and else not."""
     first, last = f"{min(known):%Y-%m}", max(known).isoformat()
-    begin, end = since and since.isoformat(), until and until.isoformat()
+    begin = None if since is None else since.isoformat()
+    end = None if until is None else until.isoformat()
     found = cover(begin, end, (first, last))
     sums = days_of(found)
     for day in {one.isoformat() for one in known}:
