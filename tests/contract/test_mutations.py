@@ -310,7 +310,7 @@ BUGS = (
     ),
     Bug(
         "where calls went forgets who drew",
-        sqlite_books, "_ROUTED", "drawn_model <> ''", "drawn_model = ''",
+        sqlite_books, "ROUTED", "drawn_model <> ''", "drawn_model = ''",
         test_parts.test_where_its_parts_went,
     ),
 )  # fmt: skip

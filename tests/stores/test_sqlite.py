@@ -223,12 +223,12 @@ async def test_books_made_before_corrections_are_brought_up_to_date(path: Path) 
             "INSERT INTO hold (rid, state, bound, cost, accounts, team, key_id, model, operation,"
             " upstream, images, price_id, fingerprint, worker, at, day, lease_ends)"
             " VALUES ('r', 'X', 9, 9, '[\"a\"]', 't', 'k', 'm', 'edit',"
-            " 'u', 1, '', '', '', 0, 'd', 1)"
+            " 'u', 1, '', '', '', 0, '2026-11-22', 1)"
         )
         db.execute("INSERT INTO balance VALUES ('a', 9, 0)")
         db.execute(
             "INSERT INTO usage_daily"
-            " VALUES ('d', 't', 'k', 'm', 1, 0, 0, 0, 0, 0, 0, 9, 0, 1, 9, 0)"
+            " VALUES ('2026-11-22', 't', 'k', 'm', 1, 0, 0, 0, 0, 0, 0, 9, 0, 1, 9, 0)"
         )
         db.executemany(
             "INSERT INTO journal (at, rid, kind, pending, posted) VALUES (?, 'r', ?, ?, ?)",
