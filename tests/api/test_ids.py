@@ -18,9 +18,7 @@ def test_ids_are_random_over_the_ends_of_blocks() -> None:
     assert len({*many, *(other.new() for _ in many)}) == 2 * len(many)
 
 
-def test_ids_of_one_time_are_neighbours_in_an_index() -> (
-    None
-):
+def test_ids_of_one_time_are_neighbours_in_an_index() -> None:
     clock = StillClock()
     ids = RequestIds(clock)
     first = ids.new()
