@@ -7,6 +7,7 @@ from typing import Final
 
 MB: Final = 1_000_000
 PROXIES: Final = ("gateway", "nginx", "nginx-64k")
+POLICY: Final = ("gateway", "gateway-policy", "nginx", "nginx-64k")
 PEERS: Final = ("litellm", "portkey")
 
 
@@ -40,14 +41,13 @@ class Case:
 
 
 CASES: Final = (
-    Case("s_c1", "1.5 KB JSON, one at a time", "S", 1, peers=True),
+    Case("s_c1", "1.5 KB JSON, one at a time", "S", 1, targets=POLICY, peers=True),
     Case(
         "s_c32", "1.5 KB JSON, 32 at once", "S", 32,
-        targets=(*PROXIES, "direct"), peers=True, quick=True,
+        targets=(*POLICY, "direct"), peers=True, quick=True,
     ),
-    Case("m_c8", "2.7 MB JSON, 8 at once", "M", 8, peers=True, quick=True,
-         targets=(*PROXIES, "gateway-nostore")),
-    Case("l_c8", "8 MB JSON, 8 at once", "L", 8),
+    Case("m_c8", "2.7 MB JSON, 8 at once", "M", 8, targets=POLICY, peers=True, quick=True),
+    Case("l_c8", "8 MB JSON, 8 at once", "L", 8, targets=POLICY),
     Case("e_c8", "stream of 4.8 MB, 8 at once", "E", 8),
     Case("t_c32", "tiny stream, 32 at once", "T", 32),
     Case(
