@@ -52,8 +52,8 @@ peers npm. Cases that need what is missing are skipped, and said to be.
   ledger in SQLite with every commit synced to the disk, the cache and results kept on disk,
   metrics, a log line for each request (to /dev/null). No request is like another, except in the
   cases of the cache. *Nothing kept on disk* is the same without results and with a cache in memory
-  alone: what the goals were set for. The others only pass bytes on: LiteLLM without its database, and nginx and
-  Portkey, keep no books.
+  alone: what the goals were set for. The others only pass bytes on: LiteLLM without its database,
+  and nginx and Portkey, keep no books.
 - Every target is first asked by another client, and its answer compared with the upstream's; then
   every answer of the load must be a 200 of the right length, the upstream must have seen as many
   requests as were made (of the cache's none), and in the end the gateway's books must have every
