@@ -24,7 +24,8 @@ LEDGER: Final = HERE / "growth_ledger.md"
 """What ``growth_ledger`` found, as it printed it."""
 QUICK: Final = growth.Sizes(
     bodies=("1 KB", "100 KB", "2.7 MB"), body_rounds=1, body_bytes=5_000_000,
-    in_flight=(1, 100), rate=50, window_seconds=1.0, keys=(10, 1_000, 10), key_seconds=0.5, idle_seconds=2.0,
+    in_flight=(1, 100), rate=50, window_seconds=1.0, keys=(10, 1_000, 10), key_seconds=0.5,
+    idle_seconds=2.0,
 )  # fmt: skip
 
 HEAD: Final = """# Growth and scale-out
