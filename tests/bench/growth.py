@@ -57,6 +57,8 @@ class Sizes:
     window_seconds: float = WINDOW_SECONDS
     keys: Sequence[int] = (10, 100, 1_000, 10_000, 100_000, 10)
     key_seconds: float = 3.0
+    idle_seconds: float = 16.0
+    """Longer than anything that a gateway does again and again rests."""
 
 
 def measure(cores: Cores, sizes: Sizes) -> dict[str, Table]:
@@ -64,7 +66,7 @@ def measure(cores: Cores, sizes: Sizes) -> dict[str, Table]:
     return {
         "body": measure_bodies(cores, sizes),
         "in_flight": measure_in_flight(cores, sizes),
-        "keys": measure_keys(cores, sizes.keys, sizes.key_seconds),
+        "keys": measure_keys(cores, sizes.keys, sizes.key_seconds, sizes.idle_seconds),
     }
 
 

@@ -27,7 +27,8 @@ SECRET: Final = "bench-directory-key-"
 CONNECTIONS: Final = 32
 ROUNDS: Final = 3
 SCRAPES: Final = 3
-SCRAPE_SECONDS: Final = 60.0
+PATIENCE_SECONDS: Final = 120.0
+IDLE_PAUSE_SECONDS: Final = 0.1
 FIRST_NUMBER: Final = 20_000_000_000
 LIMITS: Final = Limits(
     requests_per_minute=HUGE,
@@ -38,7 +39,7 @@ LIMITS: Final = Limits(
 )
 
 
-def measure_keys(cores: Cores, counts: Sequence[int], seconds: float) -> Table:
+def measure_keys(cores: Cores, counts: Sequence[int], seconds: float, idle_seconds: float) -> Table:
     """One gateway, whose directory grows; a count less than the one before is asked for again, to
     see what the rest of the directory costs those who have few. Every request is of the next key,
     so that of many keys none is remembered."""
@@ -50,7 +51,7 @@ def measure_keys(cores: Cores, counts: Sequence[int], seconds: float) -> Table:
         with tools.Mock(tools.Reply(file)) as mock:
             gateway = Gateway(Site(folder, cores.target, {"bench": mock.ports[0]}))
             try:
-                keyed = _Keyed(gateway, folder, answer, seconds)
+                keyed = _Keyed(gateway, folder, answer, seconds, idle_seconds)
                 for place, count in enumerate(counts):
                     points.append(keyed.measure(count, again=count in counts[:place]))
                 keyed.finish(points)
@@ -66,12 +67,18 @@ class _Keyed:
     """A gateway whose callers have keys of the directory."""
 
     def __init__(
-        self, gateway: Gateway, folder: Path, answer: bodies.Reply, seconds: float
+        self,
+        gateway: Gateway,
+        folder: Path,
+        answer: bodies.Reply,
+        seconds: float,
+        idle_seconds: float,
     ) -> None:
         self._gateway = gateway
         self._data = folder / "data"
         self._answer = answer
         self._seconds = seconds
+        self._idle_seconds = idle_seconds
         self._there = 0
         self._made = 0
         address = gateway.address("bench")
@@ -88,6 +95,7 @@ class _Keyed:
             self._load(count, 0.5)  # Not measured.
             for _ in range(ROUNDS):
                 self._measure_load(count, samples)
+            _measure_idle(self._gateway, self._port, self._idle_seconds, samples)
             for _ in range(SCRAPES):
                 _measure_scrape(self._gateway, self._port, samples)
         except (CheckError, tools.LoadError) as error:
@@ -159,6 +167,26 @@ class _Keyed:
             samples.setdefault(name, []).append(value)
 
 
+def _measure_idle(
+    gateway: Gateway, port: int, seconds: float, samples: dict[str, list[float]]
+) -> None:
+    """What is done while nobody asks for a picture, and for how long that holds up somebody who
+    asks for something else now and then."""
+    process = gateway.process
+    began, before = time.monotonic(), process.cpu_seconds()
+    waits = []
+    while time.monotonic() - began < seconds:
+        waits.append(_get(port, "/healthz")[0])
+        time.sleep(IDLE_PAUSE_SECONDS)
+    spent = process.cpu_seconds() - before
+    found = {
+        "idle_ms": spent / (time.monotonic() - began) * 1000,
+        "idle_held_ms": max(waits) * 1000,
+    }
+    for name, value in found.items():
+        samples.setdefault(name, []).append(value)
+
+
 def _measure_scrape(gateway: Gateway, port: int, samples: dict[str, list[float]]) -> None:
     """One look at /metrics, and for how long it holds up whoever asks for something else."""
     process = gateway.process
@@ -193,7 +221,7 @@ def _measure_scrape(gateway: Gateway, port: int, samples: dict[str, list[float]]
 def _get(port: int, path: str) -> tuple[float, bytes]:
     """Seconds, and what was answered. Raises ``CheckError``."""
     began = time.monotonic()
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SCRAPE_SECONDS)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
     try:
         connection.request("GET", path)
         said = connection.getresponse()

@@ -22,7 +22,7 @@ SHOWN: Final = (
     ("in_flight", "cpu_us"),
     ("in_flight", "rss_kb_per_request"),
     ("keys", "cpu_us"),
-    ("keys", "scrape_cpu_ms"),
+    ("keys", "idle_ms"),
 )
 COLOUR: Final = "#1f6f54"
 AXES: Final = {"body": "body, MB", "in_flight": "in flight", "keys": "keys"}

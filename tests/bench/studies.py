@@ -25,6 +25,7 @@ LEDGER: Final = HERE / "growth_ledger.md"
 QUICK: Final = growth.Sizes(
     bodies=("1 KB", "100 KB", "2.7 MB"), body_rounds=1, body_bytes=5_000_000,
     in_flight=(1, 100), rate=50, window_seconds=1.0, keys=(10, 1_000, 10), key_seconds=0.5,
+    idle_seconds=2.0,
 )  # fmt: skip
 
 HEAD: Final = """# Growth and scale-out
@@ -99,7 +100,7 @@ def _keys(table: Table) -> list[str]:
         said += _rise(table, counts[0], label, "cpu_us")
     return said + [
         line
-        for metric in ("rss_mb", "scrape_kb", "scrape_cpu_ms")
+        for metric in ("rss_mb", "idle_ms", "scrape_kb", "scrape_cpu_ms")
         for line in _rise(table, counts[0], counts[-1], metric)
     ]
 

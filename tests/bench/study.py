@@ -25,6 +25,8 @@ METRICS: Final = {
     "rss_growth_mb": "RSS peak over RSS before, MB",
     "rss_kb_per_request": "RSS a request in flight, KB",
     "upstream_waiting": "of them at the upstream",
+    "idle_ms": "while nobody asks, CPU ms a second",
+    "idle_held_ms": "a request then, longest ms",
     "scrape_ms": "/metrics, ms",
     "scrape_cpu_ms": "/metrics, CPU ms",
     "scrape_kb": "/metrics, KB",

@@ -146,7 +146,7 @@ def test_growth_is_measured() -> None:
 
 @with_tools
 def test_keys_of_the_directory_are_asked_by_turns() -> None:
-    found = measure_keys(cores(), (10, 300, 10), 0.2)
+    found = measure_keys(cores(), (10, 300, 10), 0.2, 0.5)
     assert [one.label for one in found.points] == ["10", "300", "10 of 300"]
     assert [one.failure for one in found.points] == [None, None, None]
     assert all((one.median("scrape_kb") or 0) > 1 for one in found.points)
