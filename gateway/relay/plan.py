@@ -158,16 +158,18 @@ class Plan:
     def entrances(self) -> tuple[str, ...]:
         """The upstreams that the call may go to first, in order: those of the first model that do
         not rest, or the first there is. For a crowd alone nobody is given another model."""
+        if len(self.ways) == 1:
+            return (self.way.upstream.name,)
         awake = [way for way in self.ways if way.model is self.model and not way.rests]
         return tuple(dict.fromkeys(way.upstream.name for way in awake or self.ways[:1]))
 
     def entered_at(self, upstream: str) -> Plan:
         """The same, the first way of the first model that goes there before all others."""
+        if self.way.upstream.name == upstream:
+            return self
         first = next(
             way for way in self.ways if way.model is self.model and way.upstream.name == upstream
         )
-        if first is self.way:
-            return self
         ways = (first, *(way for way in self.ways if way is not first))
         demand = replace(self.demand, money=first.quote.bound.amount)
         return replace(self, ways=ways, demand=demand)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gateway.domain.call import (
     Call,
@@ -67,6 +67,8 @@ _TAKES_IDS = "'images[].file_id', 'mask.file_id' and 'markup.file_id' of a JSON 
 _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_identifier", "user")
 """Fields that come back in an answer's headers or body."""
 
+_SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
+"""What JSON has that holds nothing else: asked by class, for one lookup instead of a call."""
 _DIGITS = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _BREAKS = re.compile(r"[\x00\r\n]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -465,7 +467,7 @@ def _call(
     references: tuple[Reference, ...] = (),
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
-    given = {name: value for name, value in fields.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     check_spelling(fields.keys() | unknown)
     check_ids({**dict.fromkeys(unknown), **fields})
     model = model_of(given)
@@ -482,17 +484,20 @@ def _call(
             _check_breaks(name, value)
     output_format = texts["output_format"] or "png"
     frames = numbers["frame_count"]
+    parameters: dict[str, Json] = {}
+    for name, value in given.items():
+        if value.__class__ in _SCALARS:
+            parameters[name] = value
+        elif name != "model":
+            parameters[name] = _without_nulls(value) if name == "svg" else settled(value)
+    parameters.pop("model", None)
     return Call(
         operation=operation,
         encoding=encoding,
         content_type=content_type,
         model=model,
         prompt_bytes=len(prompt.encode()),
-        parameters={
-            name: _without_nulls(value) if name == "svg" else settled(value)
-            for name, value in given.items()
-            if name != "model"
-        },
+        parameters=parameters,
         inputs=inputs,
         n=1 if numbers["n"] is None else numbers["n"],
         size=texts["size"] or "auto",
@@ -519,6 +524,8 @@ def check_spelling(
     priced and allowed here would not be what is served there.
     """
     for name in fields:
+        if name in known:
+            continue
         meant = name.casefold()
         if name != meant and meant in known:
             given = f"{place}.{name[:64]}" if place else name[:64]
@@ -543,7 +550,8 @@ def check_ids(value: object, path: str = "", taken: str = _TAKES_IDS) -> None:
                     param=place[:64],
                     reason="invalid_param",
                 )
-            check_ids(item, place, taken)
+            if item.__class__ not in _SCALARS:
+                check_ids(item, place, taken)
     elif isinstance(value, list):
         for item in value:
             check_ids(item, path, taken)

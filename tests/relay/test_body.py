@@ -222,11 +222,9 @@ async def test_a_reader_is_a_holder(room: Room, limit: int, how: str) -> None:
     [
         lambda spool: spool.slice(),
         lambda spool: spool.follow(),
-        lambda spool: edited(spool, [Edit(Span(8, 9), b"")]),
-        lambda spool: edited(spool, []),
         lambda spool: spliced(spool, [Span(0, 9), b"!"]),
     ],
-    ids=["slice", "follow", "edited", "rest", "spliced"],
+    ids=["slice", "follow", "spliced"],
 )
 async def test_a_reader_that_leaves_gives_back_at_once(
     room: Room, limit: int, reader: Callable[[Spool], AsyncGenerator[bytes, None]]
