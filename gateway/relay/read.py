@@ -485,11 +485,11 @@ def _call(
     output_format = texts["output_format"] or "png"
     frames = numbers["frame_count"]
     parameters: dict[str, Json] = {}
-    for name, value in given.items():
-        if value.__class__ in _SCALARS:
-            parameters[name] = value
+    for name, said in given.items():
+        if said.__class__ in _SCALARS:
+            parameters[name] = said
         elif name != "model":
-            parameters[name] = _without_nulls(value) if name == "svg" else settled(value)
+            parameters[name] = _without_nulls(said) if name == "svg" else settled(said)
     parameters.pop("model", None)
     return Call(
         operation=operation,
