@@ -196,7 +196,7 @@ def opened_to_read(scope: Scope, receive: Receive, send: Send) -> tuple[Door, Ma
 
 def headers_of(scope: Scope) -> dict[str, str]:
     """A request's headers, names in lower case."""
-    return {name.lower(): value for name, value in decoded(scope["headers"])}
+    return dict(decoded(scope["headers"]))  # ASGI has their names in lower case
 
 
 def announces_body(headers: Mapping[str, str]) -> bool:

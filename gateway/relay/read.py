@@ -10,7 +10,7 @@ in quotes, no text field disguised as a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -472,22 +472,22 @@ def _call(
     check_ids({**dict.fromkeys(unknown), **fields})
     model = model_of(given)
     prompt = _prompt(given)
-    numbers = {name: number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
-    texts = {name: _optional_text(given, name) for name in _PRICED_TEXTS}
+    numbers = {
+        name: number(given, name, *bounds) if name in given else None
+        for name, bounds in _PRICED_NUMBERS.items()
+    }
+    texts = {name: _optional_text(given, name) if name in given else None for name in _PRICED_TEXTS}
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
         raise wrong_type("stream", "true or false", stream)
     _check_svg(given)
-    for name in _ECHOED:
-        value = given.get(name)
-        if isinstance(value, str):
-            _check_breaks(name, value)
+    _check_echoed([(name, given[name]) for name in _ECHOED if name in given])
     output_format = texts["output_format"] or "png"
     frames = numbers["frame_count"]
     parameters: dict[str, Json] = {}
     for name, said in given.items():
         if said.__class__ in _SCALARS:
-            parameters[name] = said
+            parameters[name] = given[name]
         elif name != "model":
             parameters[name] = _without_nulls(said) if name == "svg" else settled(said)
     parameters.pop("model", None)
@@ -596,6 +596,14 @@ def _long_name() -> InvalidRequest:
         param="model",
         reason="invalid_param",
     )
+
+
+def _check_echoed(said: Sequence[tuple[str, object]]) -> None:
+    texts = [value for _, value in said if isinstance(value, str)]
+    if _BREAKS.search("".join(texts)):  # One of them, then: all are looked at in one go.
+        for name, value in said:
+            if isinstance(value, str):
+                _check_breaks(name, value)
 
 
 def _check_breaks(name: str, value: str) -> None:

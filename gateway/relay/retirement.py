@@ -106,11 +106,13 @@ class Retirements:
     def _last(self, model: Model, today: date) -> PriceRow | None:
         """The price of the target that ends last, where all of them end. Each call asks four
         times, of the same few models on the same day: looked up once (4 us a call)."""
-        if self._ends_of != today or len(self._ends) > MAX_REMEMBERED:
+        if self._ends_of != today:
             self._ends, self._ends_of = {}, today
         # By identity: to hash a model takes longer than all of this.
         known = self._ends.get(id(model))
         if known is None or known[0] is not model:
+            if len(self._ends) >= MAX_REMEMBERED:
+                self._ends.clear()
             known = self._ends[id(model)] = (model, self._look_up(model, today))
         return known[1]
 

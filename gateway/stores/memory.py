@@ -219,9 +219,16 @@ class MemoryGate:
         self._taken[rid] = _Taken(now + REMEMBER_US, kept, demand, holds)
 
     def _standing(self, one: _Kept, now: int) -> Standing:
+        # As ``standing``, of what is worked out already: all three of a call in 4 us, not in 9.
         if one.unit is Unit.SLOTS:
-            return standing(one.counted, self._held.get(one.account, 0), one.amount)
-        return standing(one.counted, self._tat(one, now) - now, one.amount)
+            held = self._held.get(one.account, 0)
+            left, wait = one.amount - held, SLOT_WAIT_SECONDS if held else 0.0
+        else:
+            tat = self._tats.get(one.account, now)
+            level = tat - now if tat > now else 0
+            left = (one.amount * one.each_us - level) // one.each_us if one.each_us else 0
+            wait = level / 1e6 if one.each_us else 0.0
+        return Standing(one.counted, left if left > 0 else 0, wait)
 
     def _free(self, taken: _Taken) -> None:
         if not taken.holds:
