@@ -77,11 +77,12 @@ def standing(limit: Limit, level: int, amount: int) -> Standing:
 class _Kept:
     """One limit as this gate counts it: worked out once for all calls of its owner."""
 
-    __slots__ = ("account", "amount", "counted", "each_us", "limit", "unit")
+    __slots__ = ("account", "amount", "counted", "each_us", "is_slots", "limit", "unit")
 
     def __init__(self, limit: Limit, processes: int) -> None:
         self.limit = limit
         self.unit = limit.unit
+        self.is_slots = limit.unit is Unit.SLOTS
         self.account: _Account = (limit.scope, limit.owner, limit.unit)
         self.amount = share(limit.amount or 0, processes)
         self.counted = limit if self.amount == limit.amount else replace(limit, amount=self.amount)
@@ -199,11 +200,11 @@ class MemoryGate:
             return float("inf")
         if wanted > one.amount:
             return SHARE_WAIT_SECONDS * 1e6
-        if one.unit is Unit.SLOTS:
+        if one.is_slots:
             held = self._held.get(one.account, 0)
             return SLOT_WAIT_SECONDS * 1e6 if held + wanted > one.amount else 0.0
-        ahead = self._tat(one, now) - now
-        return float(max(0, ahead + (wanted - one.amount) * one.each_us))
+        ahead = self._tat(one, now) - now + (wanted - one.amount) * one.each_us
+        return float(ahead) if ahead > 0 else 0.0
 
     def _apply(self, rid: str, kept: tuple[_Kept, ...], demand: Demand, now: int) -> None:
         holds = False
