@@ -98,7 +98,7 @@ from gateway.stores.safe import SettlementSafe
 from gateway.swap import Parts, Swap, Upstreams, cache_policy, make_planner, places
 from gateway.telemetry.log import RequestLog
 from gateway.telemetry.metrics import Metrics
-from gateway.telemetry.timed import TimedLedger
+from gateway.telemetry.timed import TIMED, TimedLedger
 from gateway.upstream import openai
 from gateway.vitals import Vitals
 from gateway.watchdog import Watchdog
@@ -156,12 +156,14 @@ async def open_gateway(
         tell_prices(metrics, settings, prices, clock.now().date())
         store = open_store(settings)
         stack.push_async_callback(store.aclose)
+        took = {
+            operation: metrics.observer("gateway_ledger_seconds", operation=operation)
+            for operation in TIMED
+        }
         ledger = TimedLedger(
             store.ledger,
             clock,
-            lambda operation, seconds: metrics.observe(
-                "gateway_ledger_seconds", seconds, operation=operation
-            ),
+            lambda operation, seconds: took[operation](seconds),
         )
         peppers = read_peppers(settings)
         declared = await declared_keys(settings, peppers, store.directory)
@@ -301,7 +303,7 @@ async def open_gateway(
             queue=settings.server.queue,
             patience_seconds=settings.server.queue_seconds,
             clock=clock,
-            waited=lambda seconds: metrics.observe("gateway_queue_seconds", seconds),
+            waited=metrics.observer("gateway_queue_seconds"),
         )
         upstreams.watch(turnstile)
         addresses = any(passes_urls(one) for one in settings.upstreams.values())

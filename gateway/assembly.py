@@ -52,7 +52,7 @@ from gateway.settings import (
 )
 from gateway.settings import Upstream as UpstreamSettings
 from gateway.stores.sqlite import keys_in
-from gateway.telemetry.metrics import Metrics, status_class
+from gateway.telemetry.metrics import Metrics, Move, status_class
 from gateway.upstream.account import (
     Account,
     AccountKey,
@@ -402,6 +402,7 @@ class UpstreamNews(HealthListener):
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._answered: dict[tuple[str, int], tuple[Move, Move | None]] = {}
 
     def circuit(self, upstream: str, key: str, state: CircuitState) -> None:
         self._metrics.set("gateway_upstream_circuit_state", state, upstream=upstream, key=key)
@@ -442,11 +443,21 @@ class UpstreamNews(HealthListener):
         )
 
     def answered(self, upstream: str, status: int, seconds: float) -> None:
-        self._metrics.add(
-            "gateway_upstream_requests_total", upstream=upstream, status=status_class(status)
-        )
-        if status:
-            self._metrics.observe("gateway_upstream_first_byte_seconds", seconds, upstream=upstream)
+        known = self._answered.get((upstream, status))
+        if known is None:
+            known = self._answered[upstream, status] = self._moves_of(upstream, status)
+        count, took = known
+        count(1)
+        if took is not None:
+            took(seconds)
+
+    def _moves_of(self, upstream: str, status: int) -> tuple[Move, Move | None]:
+        """What one answer of an upstream moves: its count and, where there was one, its time."""
+        metrics, said = self._metrics, status_class(status)
+        count = metrics.adder("gateway_upstream_requests_total", upstream=upstream, status=said)
+        if not status:
+            return count, None
+        return count, metrics.observer("gateway_upstream_first_byte_seconds", upstream=upstream)
 
     def failed(self, upstream: str, kind: str) -> None:
         self._metrics.add("gateway_upstream_errors_total", upstream=upstream, **{"class": kind})

@@ -12,5 +12,5 @@ class SystemClock:
     def now(self) -> datetime:
         return datetime.now(UTC)
 
-    def monotonic(self) -> float:
-        return time.monotonic()
+    # The function itself: it is asked thirty times a request.
+    monotonic = staticmethod(time.monotonic)

@@ -198,8 +198,12 @@ class Cycle(RequestResponseCycle):
         status: int = message["status"]
         lines = [STATUS_LINE[status]]
         closes = False
-        for name, value in (*self.default_headers, *message.get("headers", ())):
-            name = name.lower()
+        headers = (*self.default_headers, *message.get("headers", ()))
+        names = b"".join([name for name, _ in headers])
+        if names != names.lower():
+            # ASGI wants them in lower case, and so nearly everybody writes them.
+            headers = tuple((name.lower(), value) for name, value in headers)
+        for name, value in headers:
             if name == b"content-length" and self.chunked_encoding is None:
                 self.expected_content_length = int(value)
                 self.chunked_encoding = False

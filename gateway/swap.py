@@ -139,11 +139,9 @@ class Upstreams:
     def _news(self, name: str) -> AccountNews:
         metrics, traffic = self._metrics, "gateway_upstream_bytes_total"
         return AccountNews(
-            waited=lambda seconds: metrics.observe(
-                "gateway_upstream_pool_wait_seconds", seconds, upstream=name
-            ),
-            sent=lambda count: metrics.add(traffic, count, upstream=name, direction="sent"),
-            received=lambda count: metrics.add(traffic, count, upstream=name, direction="received"),
+            waited=metrics.observer("gateway_upstream_pool_wait_seconds", upstream=name),
+            sent=metrics.adder(traffic, upstream=name, direction="sent"),
+            received=metrics.adder(traffic, upstream=name, direction="received"),
         )
 
     async def _close(self, found: Mapping[str, Opened]) -> None:

@@ -164,8 +164,8 @@ def test_the_domain_needs_nothing_but_the_standard_library(path: Path) -> None:
 
 STANDARD_LIBRARY = {
     "__future__", "collections", "contextlib", "dataclasses", "datetime", "decimal", "difflib",
-    "enum", "fractions", "functools", "hashlib", "hmac", "ipaddress", "json", "math", "operator",
-    "re", "secrets", "types", "typing", "zlib", "zoneinfo",
+    "enum", "fractions", "functools", "hashlib", "hmac", "ipaddress", "itertools", "json", "math",
+    "operator", "re", "secrets", "types", "typing", "zlib", "zoneinfo",
 }  # fmt: skip
 
 

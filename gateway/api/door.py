@@ -10,6 +10,7 @@ from contextlib import aclosing
 from typing import Any, TypeAlias
 
 from gateway.domain.errors import ClientGone, Internal, Overloaded
+from gateway.domain.header_lists import decoded, encoded
 from gateway.relay.chunks import read
 from gateway.relay.flights import Client, Head
 
@@ -129,11 +130,7 @@ class Door:
             # Nobody can say whether it still reads: it is counted as gone, and answered.
             self.left_at("upstream")
         self.status = head.status
-        headers = [
-            (name.encode("ascii"), value.encode("ascii"))
-            for name, value in head.headers
-            if value.isascii() and value.isprintable()
-        ]
+        headers = encoded(head.headers)
         if not self.body_read and all(name != b"connection" for name, _ in headers):
             # What is still being sent is not wanted: the connection ends with this answer.
             headers.append((b"connection", b"close"))
@@ -199,9 +196,7 @@ def opened_to_read(scope: Scope, receive: Receive, send: Send) -> tuple[Door, Ma
 
 def headers_of(scope: Scope) -> dict[str, str]:
     """A request's headers, names in lower case."""
-    return {
-        name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
-    }
+    return dict(decoded(scope["headers"]))  # ASGI has their names in lower case
 
 
 def announces_body(headers: Mapping[str, str]) -> bool:

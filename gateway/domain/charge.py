@@ -15,6 +15,7 @@ both together, and stays with the model that was asked for.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import datetime
 
 from gateway.domain.call import Usage
 from gateway.domain.ledger import Basis, Event, Outcome, Part, Settlement
@@ -55,15 +56,21 @@ class Ending:
     invalid_usage: bool = False
 
 
-def charge(rid: str, quote: Quote, ending: Ending) -> Settlement:
-    """The settlement that ``ending`` owes under ``quote``."""
+def charge(rid: str, quote: Quote, ending: Ending, at: datetime | None = None) -> Settlement:
+    """The settlement that ``ending`` owes under ``quote``, booked ``at``."""
     if ending.outcome is Outcome.REFUSED:
-        return Settlement(rid, Event.VOID, ending.outcome, Basis.NONE)
+        return Settlement(rid, Event.VOID, ending.outcome, Basis.NONE, at=at)
     soft = ("soft",) if quote.bound.confidence is Confidence.SOFT else ()
     if ending.outcome is Outcome.UNKNOWN:
         flags = soft if quote.row else (*soft, "unpriced")
         return Settlement(
-            rid, Event.EXPIRE, ending.outcome, Basis.ESTIMATED, quote.bound.amount, flags=flags
+            rid,
+            Event.EXPIRE,
+            ending.outcome,
+            Basis.ESTIMATED,
+            quote.bound.amount,
+            flags=flags,
+            at=at,
         )
     answer = ending.answer or Answer(0)
     measured = quote.row.price.cost(answer, quote.prices) if quote.row else None
@@ -92,6 +99,7 @@ def charge(rid: str, quote: Quote, ending: Ending) -> Settlement:
         answer.tokens or Usage(),
         images,
         flags,
+        at=at,
         drawn=_drawn(quote, answer, images, measured),
     )
 

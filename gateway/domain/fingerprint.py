@@ -22,7 +22,7 @@ def fingerprint(call: Call, *, scope: str, model_served: str, upstream: str) -> 
     of one role. Defaults are not filled in: a model's own may change.
     """
     parameters: dict[str, Json] = {
-        name: _plain(value)
+        name: value if value.__class__ is str else _plain(value)
         for name, value in call.parameters.items()
         if value is not None and name not in DELIVERY
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from gateway.domain.call import Operation, SvgUsage, Usage
 
@@ -102,19 +103,21 @@ def _totals(usage: Mapping[str, object]) -> tuple[int, int] | None:
 def _members(value: object, name: str) -> Mapping[str, object]:
     if value is None:
         return {}
-    if not isinstance(value, Mapping):
+    # A dict is seen at once; to ask whether it is a Mapping takes an ABC ten times as long.
+    if not isinstance(value, dict | Mapping):
         raise InvalidUsage(f"{name} is not an object")
     return value
 
 
 def _count(members: Mapping[str, object], name: str) -> int | None:
     """A count of tokens; None where it is absent or null."""
-    value = members.get(name)
+    value: Any = members.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOKENS:
+    if value.__class__ is not int or not 0 <= value <= MAX_TOKENS:
         raise InvalidUsage(f"{name} is not a count of tokens")
-    return value
+    count: int = value
+    return count
 
 
 def _split(

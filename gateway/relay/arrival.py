@@ -131,12 +131,14 @@ class Draft:
             known["quality"] = bought.quality
             known["output_format"] = bought.output_format
         if plan is not None:
+            way = plan.way
             known["model_label"], known["drawn_label"] = labels(plan)
-            known["model_served"] = plan.target.model
-            known["upstream"] = plan.upstream.name
+            known["model_served"] = way.target.model
+            known["upstream"] = way.upstream.name
             known["cache"] = plan.cache
-            known["bound"] = plan.quote.bound.amount
-            known["price_id"] = plan.quote.price_id
+            known["bound"] = way.quote.bound.amount
+            if "price_id" not in more:
+                known["price_id"] = way.quote.price_id
         return Receipt(**{**known, **more})
 
 
@@ -144,7 +146,8 @@ def labels(plan: Plan) -> tuple[str, str]:
     """What its model is counted as, and the one behind its image tool, or empty."""
     tool = plan.tool
     drawn = "" if tool is None else tool.label or tool.name
-    return plan.model.label or plan.model.name, drawn
+    model = plan.model
+    return model.label or model.name, drawn
 
 
 def of_error(error: GatewayError) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from gateway.relay.moment import Moment
 
 READ_BYTES = 256 * 1024
 TINY_BYTES = 512
+ONE_PIECE = 32 * 1024
+"""A request's body up to this is copied into one piece to be sent: that takes less than sending
+the pieces."""
 KEEP_ALIVE = b": keepalive\n\n"
 """A comment, which both SDKs pass over (contract 4.7)."""
 
@@ -381,19 +384,20 @@ def edited_length(length: int, edits: Sequence[Edit]) -> int:
     return length + sum(len(edit.content) - (edit.span.end - edit.span.start) for edit in edits)
 
 
-async def edited(spool: Spool, edits: Sequence[Edit]) -> AsyncGenerator[bytes, None]:
-    """A body with its edits spliced in; every other byte is as it came."""
+def edited(spool: Spool, edits: Sequence[Edit]) -> Parts | AsyncGenerator[bytes, None]:
+    """A body with its edits spliced in, every other byte as it came, for who has a share of the
+    spool until it is read. A small body that is in memory
+    is one piece, and so leaves in one packet: one system call instead of three."""
+    pieces: list[bytes | Span] = []
     position = 0
     for edit in sorted(edits, key=lambda edit: edit.span.start):
-        async with aclosing(spool.slice(position, edit.span.start)) as chunks:
-            async for chunk in chunks:
-                yield chunk
-        if edit.content:
-            yield edit.content
+        pieces += (Span(position, edit.span.start), edit.content)
         position = edit.span.end
-    async with aclosing(spool.slice(position)) as chunks:
-        async for chunk in chunks:
-            yield chunk
+    pieces.append(Span(position, spool.length))
+    found = held(spool, pieces)
+    if isinstance(found, Parts) and spool.length <= ONE_PIECE:
+        return Parts((b"".join(found.parts),))
+    return found
 
 
 async def spliced(spool: Spool, pieces: Sequence[bytes | Span]) -> AsyncGenerator[bytes, None]:

@@ -46,7 +46,8 @@ class BudgetView:
         """Notes what the ledger has just said of some accounts."""
         until = self._clock.monotonic() + KNOWN_SECONDS
         for line, balance in zip(lines, balances, strict=False):
-            if _has_budget(line):
+            limit = line.limit
+            if limit.amount is not None or limit.soft is not None:
                 self._known[line.account] = _Remembered(balance, until)
                 self._known.move_to_end(line.account)
         while len(self._known) > MAX_REMEMBERED:

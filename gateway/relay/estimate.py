@@ -79,7 +79,10 @@ class Observed:
             *(receipt.upstream, receipt.model_served, receipt.price_id, receipt.operation),
             *(receipt.size, receipt.quality, receipt.output_format),
         )
-        self._costs.setdefault(kind, deque(maxlen=LAST)).append(receipt.cost // receipt.images)
+        costs = self._costs.get(kind)
+        if costs is None:
+            costs = self._costs[kind] = deque(maxlen=LAST)
+        costs.append(receipt.cost // receipt.images)
         self._costs.move_to_end(kind)
         if len(self._costs) > MAX_KINDS:
             self._costs.popitem(last=False)

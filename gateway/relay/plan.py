@@ -158,16 +158,18 @@ class Plan:
     def entrances(self) -> tuple[str, ...]:
         """The upstreams that the call may go to first, in order: those of the first model that do
         not rest, or the first there is. For a crowd alone nobody is given another model."""
+        if len(self.ways) == 1:
+            return (self.way.upstream.name,)
         awake = [way for way in self.ways if way.model is self.model and not way.rests]
         return tuple(dict.fromkeys(way.upstream.name for way in awake or self.ways[:1]))
 
     def entered_at(self, upstream: str) -> Plan:
         """The same, the first way of the first model that goes there before all others."""
+        if self.way.upstream.name == upstream:
+            return self
         first = next(
             way for way in self.ways if way.model is self.model and way.upstream.name == upstream
         )
-        if first is self.way:
-            return self
         ways = (first, *(way for way in self.ways if way is not first))
         demand = replace(self.demand, money=first.quote.bound.amount)
         return replace(self, ways=ways, demand=demand)
@@ -290,12 +292,13 @@ class Planner:
         is looked up. ``anchor`` is where the ids that it names live. Raises ``ModelNotFound``,
         ``ModelNotAllowed``, ``InvalidRequest``, and ``ModelRetired`` for a name that no entry
         routes; where an entry does, ``plan`` raises it, for an answer may be kept."""
-        model = self.route(caller, call.model, now)
-        tool = self._names.tool(caller, call, lambda one: self.row(one, now), now.date())
+        today = now.date()
+        model = self._names.find(caller, call.model, today)
+        tool = self._names.tool(caller, call, lambda one: self.row(one, now), today)
         # What is gone is said to be gone, before anything that it would not have taken.
-        over = any(
-            self.retirements.is_over(one, now.date()) for one in (model, tool) if one is not None
-        )
+        over = self.retirements.is_over(model, today)
+        if tool is not None and not over:
+            over = self.retirements.is_over(tool, today)
         if not over:
             drawing = None if tool is None else self.row(tool, now)
             refuse_kind(call, model, self.row(model, now), drawing)
@@ -326,16 +329,14 @@ class Planner:
         """A kept answer, or the ways to a new one. Raises ``InvalidRequest``, ``ModelRetired``,
         ``UpstreamAccount``."""
         caller, call, model = routed.caller, routed.call, routed.model
-        cached = None
-        over = self.retirements.is_over(model, now.date())
+        cached, today = None, now.date()
+        over = self.retirements.is_over(model, today)
         if routed.enabled and wish.read and not over:
             cached = await self._look_up(routed.fingerprint, call, wish, now)
         rates = caller.rates
         drawing = None if routed.tool is None else tool_beside(routed.tool, model)
-        ending = (
-            self.retirements.sunset(caller, one, now.date()) for one in (model, drawing) if one
-        )
-        sunsets = tuple(sunset for sunset in ending if sunset is not None)
+        ending = [self.retirements.sunset(caller, one, today) for one in (model, drawing) if one]
+        sunsets = tuple([sunset for sunset in ending if sunset is not None])
         if cached is not None:
             nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
             kept = Way(model, model.target, self._upstreams[model.target.upstream], nothing)
@@ -428,7 +429,8 @@ class Planner:
         """A model's own ways, and why others of its targets are none."""
         found: list[Way] = []
         refusals: list[GatewayError] = []
-        gone = self._gone(routed, model, now.date())
+        today = now.date()
+        gone = self._gone(routed, model, today)
         if gone is not None:
             return found, [gone]
         for target in _drawn(model.targets, self._chooser):
@@ -437,7 +439,7 @@ class Planner:
                 continue
             if routed.anchor is not None and target.upstream != routed.anchor.upstream:
                 continue
-            retired = self.retirements.refusal(routed.caller, model, target, now.date())
+            retired = self.retirements.refusal(routed.caller, model, target, today)
             if retired is not None:
                 refusals.append(retired)
                 continue
@@ -576,6 +578,9 @@ def drawn(weights: Sequence[int], chooser: Chooser) -> Iterable[int]:
 
 def _drawn(targets: Sequence[Target], chooser: Chooser) -> Iterable[Target]:
     """By order, and those of one order as they are drawn."""
+    if len(targets) == 1:
+        yield targets[0]
+        return
     for order in sorted({target.order for target in targets}):
         equal = [target for target in targets if target.order == order]
         for place in drawn([target.weight for target in equal], chooser):

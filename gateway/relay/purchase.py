@@ -25,6 +25,7 @@ from gateway.domain.errors import (
 )
 from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
 from gateway.domain.owned import Anchor
+from gateway.domain.price import Answer
 from gateway.domain.receipt import Receipt, Timings
 from gateway.ports import (
     Clock,
@@ -425,7 +426,10 @@ class Purchases:
         whole."""
         try:
             settlement = charge(
-                flight.rid, way.quote, _completed(landing.ending, way.call_of(plan))
+                flight.rid,
+                way.quote,
+                _completed(landing.ending, way.call_of(plan)),
+                self._clock.now(),
             )
             entry = await self._settle(settlement)
             marks.settled = self._clock.monotonic()
@@ -453,7 +457,8 @@ class Purchases:
     async def _settle(self, settlement: Settlement) -> Entry | None:
         """Books the ending. None: the ledger is away, so the ending is kept on disk and goes on
         being tried behind the answer; the hold stands until then, or until the sweep."""
-        settlement = replace(settlement, at=self._clock.now())
+        if settlement.at is None:
+            settlement = replace(settlement, at=self._clock.now())
         began = self._clock.monotonic()
         for pause in SETTLE_PAUSES_SECONDS:
             try:
@@ -656,12 +661,14 @@ def _completed(ending: Ending, call: Call) -> Ending:
     inputs = len(call.inputs)
     if said.size and said.quality and said.output_format and said.input_images == inputs:
         return ending
-    answer = replace(
-        said,
-        size=said.size or call.size,
-        quality=said.quality or call.quality,
-        output_format=said.output_format or call.output_format,
-        input_images=inputs,
+    answer = Answer(
+        said.images,
+        said.usage,
+        said.size or call.size,
+        said.quality or call.quality,
+        said.output_format or call.output_format,
+        inputs,
+        said.text_usage,
     )
     return Ending(ending.outcome, answer, ending.invalid_usage)
 

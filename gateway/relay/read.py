@@ -10,9 +10,9 @@ in quotes, no text field disguised as a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from gateway.domain.call import (
     Call,
@@ -67,6 +67,8 @@ _TAKES_IDS = "'images[].file_id', 'mask.file_id' and 'markup.file_id' of a JSON 
 _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_identifier", "user")
 """Fields that come back in an answer's headers or body."""
 
+_SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
+"""What JSON has that holds nothing else: asked by class, for one lookup instead of a call."""
 _DIGITS = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _BREAKS = re.compile(r"[\x00\r\n]")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -465,34 +467,37 @@ def _call(
     references: tuple[Reference, ...] = (),
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
-    given = {name: value for name, value in fields.items() if value is not None}
+    given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
     check_spelling(fields.keys() | unknown)
     check_ids({**dict.fromkeys(unknown), **fields})
     model = model_of(given)
     prompt = _prompt(given)
-    numbers = {name: number(given, name, *bounds) for name, bounds in _PRICED_NUMBERS.items()}
-    texts = {name: _optional_text(given, name) for name in _PRICED_TEXTS}
+    numbers = {
+        name: number(given, name, *bounds) if name in given else None
+        for name, bounds in _PRICED_NUMBERS.items()
+    }
+    texts = {name: _optional_text(given, name) if name in given else None for name in _PRICED_TEXTS}
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
         raise wrong_type("stream", "true or false", stream)
     _check_svg(given)
-    for name in _ECHOED:
-        value = given.get(name)
-        if isinstance(value, str):
-            _check_breaks(name, value)
+    _check_echoed([(name, given[name]) for name in _ECHOED if name in given])
     output_format = texts["output_format"] or "png"
     frames = numbers["frame_count"]
+    parameters: dict[str, Json] = {}
+    for name, said in given.items():
+        if said.__class__ in _SCALARS:
+            parameters[name] = given[name]
+        elif name != "model":
+            parameters[name] = _without_nulls(said) if name == "svg" else settled(said)
+    parameters.pop("model", None)
     return Call(
         operation=operation,
         encoding=encoding,
         content_type=content_type,
         model=model,
         prompt_bytes=len(prompt.encode()),
-        parameters={
-            name: _without_nulls(value) if name == "svg" else settled(value)
-            for name, value in given.items()
-            if name != "model"
-        },
+        parameters=parameters,
         inputs=inputs,
         n=1 if numbers["n"] is None else numbers["n"],
         size=texts["size"] or "auto",
@@ -519,6 +524,8 @@ def check_spelling(
     priced and allowed here would not be what is served there.
     """
     for name in fields:
+        if name in known:
+            continue
         meant = name.casefold()
         if name != meant and meant in known:
             given = f"{place}.{name[:64]}" if place else name[:64]
@@ -543,7 +550,8 @@ def check_ids(value: object, path: str = "", taken: str = _TAKES_IDS) -> None:
                     param=place[:64],
                     reason="invalid_param",
                 )
-            check_ids(item, place, taken)
+            if item.__class__ not in _SCALARS:
+                check_ids(item, place, taken)
     elif isinstance(value, list):
         for item in value:
             check_ids(item, path, taken)
@@ -588,6 +596,14 @@ def _long_name() -> InvalidRequest:
         param="model",
         reason="invalid_param",
     )
+
+
+def _check_echoed(said: Sequence[tuple[str, object]]) -> None:
+    texts = [value for _, value in said if isinstance(value, str)]
+    if _BREAKS.search("".join(texts)):  # One of them, then: all are looked at in one go.
+        for name, value in said:
+            if isinstance(value, str):
+                _check_breaks(name, value)
 
 
 def _check_breaks(name: str, value: str) -> None:

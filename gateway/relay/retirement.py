@@ -20,6 +20,8 @@ from gateway.relay.plan_response import is_text_model
 
 SUNSET_DAYS = 30
 """So long before its end the answers of a model say so."""
+MAX_REMEMBERED = 1000
+"""Models: behind the wildcard each name is one."""
 
 RowOf: TypeAlias = Callable[[Target, date], PriceRow | None]
 """The price of a target on a day; None where it has none."""
@@ -44,6 +46,8 @@ class Retirements:
         self._catalogue = catalogue
         self._row_of = row_of
         self._lists = lists
+        self._ends: dict[int, tuple[Model, PriceRow | None]] = {}
+        self._ends_of: date | None = None
 
     def end(self, model: Model, today: date) -> date | None:
         """The day on which the last of its upstreams stops serving a model, which may be past;
@@ -100,7 +104,19 @@ class Retirements:
         )
 
     def _last(self, model: Model, today: date) -> PriceRow | None:
-        """The price of the target that ends last, where all of them end."""
+        """The price of the target that ends last, where all of them end. Each call asks four
+        times, of the same few models on the same day: looked up once (4 us a call)."""
+        if self._ends_of != today:
+            self._ends, self._ends_of = {}, today
+        # By identity: to hash a model takes longer than all of this.
+        known = self._ends.get(id(model))
+        if known is None or known[0] is not model:
+            if len(self._ends) >= MAX_REMEMBERED:
+                self._ends.clear()
+            known = self._ends[id(model)] = (model, self._look_up(model, today))
+        return known[1]
+
+    def _look_up(self, model: Model, today: date) -> PriceRow | None:
         ending = []
         for target in model.targets:
             row = self._row_of(target, today)

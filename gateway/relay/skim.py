@@ -18,7 +18,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -279,15 +279,8 @@ class JsonSkimmer:
         if not self._text.strip(_BLANK):
             raise BadJson("invalid_json", self._position, "There is no JSON, only an empty text")
         text = self._text.decode()
-        holes = iter(self._holes)
-        decoder = json.JSONDecoder(
-            object_pairs_hook=dict if self._lenient else _members,
-            parse_float=float if self._lenient else _float,
-            parse_int=_int,
-            parse_constant=lambda _: next(holes),
-        )
         try:
-            value = decoder.decode(text)
+            value = self._decoder_of_text().decode(text)
         except json.JSONDecodeError as error:
             problem = error.msg.removesuffix(" starting at").removesuffix(" at")
             if problem.startswith("Expecting property name") and text.startswith("NaN", error.pos):
@@ -302,8 +295,7 @@ class JsonSkimmer:
                     raise self._bad("invalid_unicode", text, escape.start(), problem)
         spans: dict[str, Span] = {}
         if isinstance(value, dict) and len(value) == len(self._members):
-            for name, (start, end) in zip(value, self._members, strict=True):
-                spans[name] = self._span(start, end)
+            spans = dict(zip(value, self._spans(self._members), strict=True))
         told = self._layout and isinstance(value, dict) and len(spans) == len(self._members)
         layout = self._laid_out(spans) if told else _NO_LAYOUT
         return Skimmed(value, spans, self._length, layout)
@@ -312,12 +304,26 @@ class JsonSkimmer:
         """A member's name begins behind the comma of the one before it."""
         before = self._text.index(b"{") + 1
         opening = self._to_stream(before)
-        fields: dict[str, Spot] = {}
-        for (name, value), (start, end) in zip(spans.items(), self._members, strict=True):
-            key = self._span(before, start)
-            fields[name] = Spot(Span(key.start, value.end), value)
+        places: list[tuple[int, int]] = []
+        for start, end in self._members:
+            places.append((before, start))
             before = end + 1
+        fields: dict[str, Spot] = {}
+        for (name, value), key in zip(spans.items(), self._spans(places), strict=True):
+            fields[name] = Spot(Span(key.start, value.end), value)
         return Layout(opening, fields)
+
+    def _decoder_of_text(self) -> json.JSONDecoder:
+        """A constant stands for a hole; without any, and strict, it is the same for all."""
+        if not (self._holes or self._lenient):
+            return _STRICT
+        holes = iter(self._holes)
+        return json.JSONDecoder(
+            object_pairs_hook=dict if self._lenient else _members,
+            parse_float=float if self._lenient else _float,
+            parse_int=_int,
+            parse_constant=lambda _: next(holes),
+        )
 
     def _read_structure(self, chunk: bytes, at: int) -> None:
         """Reads from ``at``, outside any string, to the end of the chunk."""
@@ -472,14 +478,22 @@ class JsonSkimmer:
             return reduced + self._cut_by[0]
         return reduced + self._cut_by[bisect_right(self._cut_at, reduced) - 1]
 
-    def _span(self, start: int, end: int) -> Span:
-        """A value's place in the stream, from what lies between its colon and its comma."""
+    def _spans(self, places: Sequence[tuple[int, int]]) -> list[Span]:
+        """Values' places in the stream, from what lies between their colons and commas."""
         text = self._text
-        while start < end and text[start] in _BLANK:
-            start += 1
-        while start < end and text[end - 1] in _BLANK:
-            end -= 1
-        return Span(self._to_stream(start), self._to_stream(end))
+        # Nearly every request is as it came: one look instead of two calls for each.
+        ahead = self._cut_by[0] if len(self._cut_at) == 1 else None
+        found: list[Span] = []
+        for start, end in places:
+            while start < end and text[start] in _BLANK:
+                start += 1
+            while start < end and text[end - 1] in _BLANK:
+                end -= 1
+            if ahead is None:
+                found.append(Span(self._to_stream(start), self._to_stream(end)))
+            else:
+                found.append(Span(start + ahead, end + ahead))
+        return found
 
     def _check_size(self) -> None:
         if len(self._text) + self._heads > self._max_kept:
@@ -580,6 +594,9 @@ def _constant(_: str) -> Any:
     raise _Refused
 
 
+_STRICT = json.JSONDecoder(
+    object_pairs_hook=_members, parse_float=_float, parse_int=_int, parse_constant=_constant
+)
 _LENIENT = json.JSONDecoder(parse_float=float, parse_int=_int, parse_constant=_constant)
 
 

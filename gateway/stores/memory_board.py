@@ -267,6 +267,8 @@ class MemoryBoard:
 
     def _prune(self) -> None:
         """Hides what ended too long ago, or is too much; who watches it may still look."""
+        if not self._ended:
+            return
         oldest = self._clock.monotonic() - self._ttl
         while self._ended:
             flight = next(iter(self._ended.values()))

@@ -573,6 +573,14 @@ class Metrics:
         """Adds to a histogram."""
         self._observe.named(name, labels)(value)
 
+    def adder(self, name: str, /, **labels: str) -> Move:
+        """``add`` of one series, which is looked up now: for who moves it with every request."""
+        return self._add.named(name, labels)
+
+    def observer(self, name: str, /, **labels: str) -> Move:
+        """``observe`` of one series, likewise."""
+        return self._observe.named(name, labels)
+
     def _gauge(self, name: str, labels: Mapping[str, str]) -> Gauge:
         gauge = self._gauges.get(name)
         if gauge is None:

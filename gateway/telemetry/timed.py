@@ -21,6 +21,9 @@ from gateway.domain.ledger import (
 from gateway.domain.money import Money
 from gateway.ports import Clock, Ledger
 
+TIMED = ("reserve", "reroute", "settle")
+"""The transactions of a call."""
+
 
 class _Timed:
     """A block that is timed. A generator with ``contextmanager`` takes three times as long."""

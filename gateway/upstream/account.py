@@ -24,6 +24,7 @@ from gateway.domain.errors import (
     UpstreamUnavailable,
     UpstreamUnknown,
 )
+from gateway.domain.header_lists import decoded
 from gateway.ports import Credential, Outgoing
 from gateway.upstream.inflate import Inflater
 from gateway.upstream.transport import (
@@ -151,8 +152,9 @@ class Account:
     """One provider account. Its keys are known by numbers, in the order they were first seen."""
 
     def __init__(self, options: AccountOptions, wire: Wire) -> None:
-        self._name = options.name
-        self._provider = options.provider
+        # Plain attributes: every call asks for them twenty times.
+        self.name = options.name
+        self.provider = options.provider
         self._origin, self._base_path = split_base_url(options.base_url)
         self._numbers = options.numbers
         self._keys: dict[str, AccountKey] = {}
@@ -171,14 +173,6 @@ class Account:
             ("accept-encoding", "identity"),
             *((name.lower(), value) for name, value in options.headers.items()),
         )
-
-    @property
-    def name(self) -> str:
-        return self._name
-
-    @property
-    def provider(self) -> str:
-        return self._provider
 
     @property
     def address(self) -> tuple[str, int]:
@@ -210,7 +204,7 @@ class Account:
         ``UpstreamUnknown`` afterwards. A body not read to its end is left to its maker."""
         if not self.ready:
             raise UpstreamUnavailable(
-                f"The upstream {self._name} is off: it has no key. Nothing was bought.",
+                f"The upstream {self.name} is off: it has no key. Nothing was bought.",
                 should_retry=False,
             )
         headers = [
@@ -236,7 +230,7 @@ class Account:
             raise self._not_sent(error) from error
         except Lost as error:
             raise self._lost(error) from error
-        return AccountReply(self._name, exchange, self._max_response_bytes, self._news.received)
+        return AccountReply(self.name, exchange, self._max_response_bytes, self._news.received)
 
     def replace_keys(self, keys: Sequence[AccountKey]) -> None:
         """From now on these are used. One that was there before keeps its id, another gets one that
@@ -277,21 +271,21 @@ class Account:
             logging.ERROR if error.reason is Reason.TLS else logging.WARNING,
             "an upstream was not reached",
             extra={
-                "upstream": self._name,
+                "upstream": self.name,
                 "reason": error.reason.value,
                 "error": str(error.__cause__ or error),
             },
         )
         if error.reason is Reason.POOL:
             return Overloaded(
-                f"Every connection to the upstream {self._name} is busy. Nothing was bought; "
+                f"Every connection to the upstream {self.name} is busy. Nothing was bought; "
                 "try again.",
                 reason=error.reason,
                 retry_after_seconds=RETRY_AFTER_SECONDS,
             )
         if error.reason is Reason.TLS:
             return UpstreamUnavailable(
-                f"The upstream {self._name} cannot be trusted: its TLS handshake failed. Nothing "
+                f"The upstream {self.name} cannot be trusted: its TLS handshake failed. Nothing "
                 "was bought. Ask the gateway's operator.",
                 status=502,
                 code="upstream_tls",
@@ -299,8 +293,7 @@ class Account:
                 should_retry=False,
             )
         return UpstreamUnavailable(
-            f"The upstream {self._name} cannot be reached ({error}). Nothing was bought; "
-            "try again.",
+            f"The upstream {self.name} cannot be reached ({error}). Nothing was bought; try again.",
             reason=error.reason,
             retry_after_seconds=RETRY_AFTER_SECONDS,
         )
@@ -308,7 +301,7 @@ class Account:
     def _lost(self, error: Lost) -> UpstreamUnknown:
         late = error.reason is Reason.READ_TIMEOUT
         return UpstreamUnknown(
-            f"The request was sent to the upstream {self._name}, and then {error}. It may have "
+            f"The request was sent to the upstream {self.name}, and then {error}. It may have "
             "been bought: money may have been spent. Sending it again may buy it twice.",
             status=504 if late else 502,
             reason=error.reason,
@@ -329,11 +322,10 @@ class AccountReply:
         self._exchange = exchange
         self._received = received
         self._max_response_bytes = max_response_bytes
-        self._headers: dict[str, str] = {}
-        for raw_name, raw_value in exchange.headers:
-            name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-            known = self._headers.get(name)
-            self._headers[name] = value if known is None else f"{known}, {value}"
+        headers = decoded(exchange.headers)
+        self._headers = dict(headers)
+        if len(self._headers) != len(headers):
+            self._headers = _joined(headers)
         encoding = self._headers.pop("content-encoding", "").strip().lower()
         self._encoding = encoding or "identity"
         if self._encoding != "identity":
@@ -383,6 +375,15 @@ class AccountReply:
             status=504 if error.reason is Reason.BODY_TIMEOUT else 502,
             reason=error.reason,
         )
+
+
+def _joined(headers: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Headers of which some are said more than once: their values in one."""
+    found: dict[str, str] = {}
+    for name, value in headers:
+        known = found.get(name)
+        found[name] = value if known is None else f"{known}, {value}"
+    return found
 
 
 class _Counted:
