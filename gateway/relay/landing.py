@@ -115,11 +115,17 @@ async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: 
 
     ``as_stream``: the client asked for events, so an answer without that form is broken.
     """
+
+    def take(chunk: bytes) -> bool:
+        if not spool.take(chunk):
+            return False
+        meter.feed(chunk)
+        return True
+
     try:
-        async for chunk in reply.chunks():
+        async for chunk in reply.chunks(take):
             meter.feed(chunk)
-            if not spool.take(chunk):
-                await keep(spool, chunk)
+            await keep(spool, chunk)
         reading = meter.close()
     except NoPicture as nothing:
         return _no_picture(nothing)
