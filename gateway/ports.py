@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.call import Call, Edit, Usage
@@ -600,6 +600,10 @@ class Outgoing:
     max_response_bytes: int = 0
 
 
+Take: TypeAlias = Callable[[bytes], bool]
+"""Takes a piece of a body without waiting, or says False and has done nothing with it."""
+
+
 class Reply(Protocol):
     """An upstream's answer, its body still arriving."""
 
@@ -610,8 +614,12 @@ class Reply(Protocol):
     def headers(self) -> Mapping[str, str]:
         """Names in lower case. Content encodings are already undone."""
 
-    def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it arrives. Raises ``UpstreamBroken`` where it is cut or late."""
+    def chunks(self, take: Take | None = None) -> AsyncIterator[bytes]:
+        """The body as it arrives. Raises ``UpstreamBroken`` where it is cut or late.
+
+        ``take`` may be called with pieces as they come, in their order; those that it does not
+        take, and those that it is not called with, are yielded. What it raises is raised here.
+        """
 
     async def aclose(self) -> None:
         """Gives the connection back, or drops it when the body was not read to its end."""

@@ -13,7 +13,7 @@ import asyncio
 import re
 import urllib.parse
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import httptools
@@ -23,7 +23,7 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from gateway.api.door import ABORT, CLOSED, HUNG_UP, STALLED, WATCH, Message, Scope
+from gateway.api.door import ABORT, CLOSED, HUNG_UP, STALLED, UNSENT, WATCH, Message, Scope
 from gateway.api.errors import no_http, no_room
 
 LINGER_SECONDS = 10.0
@@ -117,6 +117,8 @@ class Cycle(RequestResponseCycle):
         scope[HUNG_UP] = self.hung_up
         scope[WATCH] = self.watch
         scope[STALLED] = self.is_stalled
+        if connection.holds_what_it_writes:
+            scope[UNSENT] = connection.wire.get_write_buffer_size
 
     def watch(self, left: Callable[[], None], away: Callable[[], None]) -> Callable[[], None]:
         """Has ``left`` called when the client's connection ends before the answer does, and
@@ -188,7 +190,8 @@ class Cycle(RequestResponseCycle):
         if message["type"] != wanted:
             raise RuntimeError(f"{message['type']} where {wanted} was expected")
         if self.response_started:
-            self._write_body(message.get("body", b""), more=message.get("more_body", False))
+            pieces = message.get("pieces") or (message.get("body", b""),)
+            self._write_body(pieces, more=message.get("more_body", False))
         else:
             self._write_head(message)
 
@@ -225,20 +228,21 @@ class Cycle(RequestResponseCycle):
             raise RuntimeError("a header of the answer cannot be written as HTTP")
         self._wire.write(head + b"\r\n")
 
-    def _write_body(self, body: bytes, *, more: bool) -> None:
+    def _write_body(self, pieces: Sequence[bytes], *, more: bool) -> None:
+        size = sum(map(len, pieces))
         if self.scope["method"] == "HEAD":
             self.expected_content_length = 0
         elif self.chunked_encoding:
-            if body:
-                self._wire.writelines((b"%x\r\n" % len(body), body, b"\r\n"))
+            if size:
+                self._wire.writelines((b"%x\r\n" % size, *pieces, b"\r\n"))
             if not more:
                 self._wire.write(b"0\r\n\r\n")
         else:
-            self.expected_content_length -= len(body)
+            self.expected_content_length -= size
             if self.expected_content_length < 0:
                 raise RuntimeError("the answer is longer than its Content-Length")
-            if body:
-                self._wire.write(body)
+            if size:
+                self._wire.writelines(pieces)
         if not more:
             if self.expected_content_length != 0:
                 raise RuntimeError("the answer is shorter than its Content-Length")
@@ -247,6 +251,11 @@ class Cycle(RequestResponseCycle):
             if not self.keep_alive:
                 self.transport.close()
             self.on_response()
+
+
+def _holds_what_it_writes(transport: asyncio.Transport) -> bool:
+    uvloops = type(transport).__module__.startswith("uvloop")
+    return uvloops and transport.get_extra_info("sslcontext") is None
 
 
 def _tokens(value: bytes) -> list[bytes]:
@@ -258,6 +267,9 @@ class Connection(HttpToolsProtocol):
 
     wire: asyncio.Transport
     """The socket's own transport; ``transport`` is what may linger."""
+    holds_what_it_writes: bool
+    """Whether pieces that are written wait as they are, uncopied, until the client takes them.
+    asyncio joins what it is given into a buffer of its own, and TLS encrypts all of it at once."""
     watching: set[Cycle]
     """Requests whose answerers want to hear of the client's end: several, where it pipelines."""
     _closed: asyncio.Event
@@ -269,6 +281,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.wire = transport
+        self.holds_what_it_writes = _holds_what_it_writes(transport)
         self.watching = set()
         self._closed = asyncio.Event()
         door = self._door

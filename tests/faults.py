@@ -44,7 +44,7 @@ from gateway.domain.errors import (
     UpstreamUnavailable,
     UpstreamUnknown,
 )
-from gateway.ports import Cached, CachedMeta, Outgoing, Reply
+from gateway.ports import Cached, CachedMeta, Outgoing, Reply, Take
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import GATE_SECONDS, Script, Server
 from gateway.stores.safe import SettlementSafe
@@ -300,7 +300,7 @@ class _Upstream(_Wrapped):
 class _Reply(_Wrapped):
     """Each piece of the body is a call of its own, and so is its end."""
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self, take: Take | None = None) -> AsyncIterator[bytes]:
         pieces = _pieces(self._target.chunks())
         while piece := await self._faults.through(
             "reply.chunk", lambda: anext(pieces, b""), self._broken

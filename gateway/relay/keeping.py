@@ -137,7 +137,7 @@ class Keeper:
             meta,
             size_bytes=size,
             form=Form.EVENTS if landing.json is None else Form.JSON,
-            streamable=landing.events is not None and landing.json is not None,
+            streamable=landing.streamable and landing.json is not None,
         )
         async with aclosing(body) as chunks:
             return await self._results.keep(
@@ -179,7 +179,7 @@ class Keeper:
         size = replay.length(form)
         if bought.settlement.images != plan.call.n or size > self.policy.max_entry_bytes:
             return None
-        meta = replace(meta, size_bytes=size, streamable=landing.events is not None)
+        meta = replace(meta, size_bytes=size, streamable=landing.streamable)
         return CacheEntry(plan.fingerprint, meta, self.policy.ttl_seconds)
 
 

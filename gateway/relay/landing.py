@@ -49,7 +49,8 @@ class Landing:
     response said of itself, as far as it came.
 
     ``json`` and ``events`` are the answer in either form, as splices of the spool; None where it
-    cannot be said in that form. ``streamed``: the spool holds events, to be followed as they are,
+    cannot be said in that form. ``streamable``: it has ``events``, which ``as_events`` makes once
+    somebody asks for them. ``streamed``: the spool holds events, to be followed as they are,
     up to ``upto``; ``rest`` says how far more of it may be published, as it comes.
     """
 
@@ -57,11 +58,16 @@ class Landing:
     reading: Reading | None = None
     error: GatewayError | None = None
     json: Splice | None = None
-    events: Splice | None = None
+    streamable: bool = False
+    as_events: Callable[[], Splice | None] = lambda: ()
     streamed: bool = False
     upto: int = 0
     rest: AsyncGenerator[int, None] | None = None
     told: Told | None = None
+
+    @property
+    def events(self) -> Splice | None:
+        return self.as_events() if self.streamable else None
 
 
 class Taker(Protocol):
@@ -115,24 +121,32 @@ async def land_json(reply: Reply, spool: Spool, meter: JsonMeter, *, as_stream: 
 
     ``as_stream``: the client asked for events, so an answer without that form is broken.
     """
+
+    def take(chunk: bytes) -> bool:
+        if not spool.take(chunk):
+            return False
+        meter.feed(chunk)
+        return True
+
     try:
-        async for chunk in reply.chunks():
+        async for chunk in reply.chunks(take):
             meter.feed(chunk)
-            if not spool.take(chunk):
-                await keep(spool, chunk)
+            await keep(spool, chunk)
         reading = meter.close()
     except NoPicture as nothing:
         return _no_picture(nothing)
     except GatewayError as error:
         return failed(error)
-    events = replay.completed_event(meter.operation, meter.document())
-    if as_stream and events is None:
+    document = meter.document()
+    streamable = replay.has_event(document)
+    if as_stream and not streamable:
         return _wrong_form(reading, meter.upstream, "JSON to a request for a stream")
     return Landing(
         Ending(Outcome.DELIVERED, reading.answer, reading.invalid_usage),
         reading,
         json=(Span(0, spool.length),),
-        events=events,
+        streamable=streamable,
+        as_events=lambda: replay.completed_event(meter.operation, document),
     )
 
 
@@ -290,7 +304,7 @@ def _landed(
         Ending(Outcome.DELIVERED, reading.answer, reading.invalid_usage),
         reading,
         json=form,
-        events=None if form is None else (),
+        streamable=form is not None,
         streamed=True,
         upto=upto,
         rest=None if as_json else rest,

@@ -25,7 +25,7 @@ from gateway.domain.errors import (
     UpstreamUnknown,
 )
 from gateway.domain.header_lists import decoded
-from gateway.ports import Credential, Outgoing
+from gateway.ports import Credential, Outgoing, Take
 from gateway.upstream.inflate import Inflater
 from gateway.upstream.transport import (
     IDLE_SECONDS,
@@ -340,12 +340,13 @@ class AccountReply:
         """Names in lower case, repeated values joined with commas."""
         return self._headers
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self, take: Take | None = None) -> AsyncIterator[bytes]:
         """The body as it arrives, decoded; to be read once. Raises ``UpstreamBroken``, which
         says "billed" whatever the status was: the caller knows better for a refusal."""
         try:
             if self._encoding == "identity":
-                while chunk := await self._read():
+                taking = None if take is None else self._counting(take)
+                while chunk := await self._read(taking):
                     yield chunk
                 return
             if self._encoding not in ("gzip", "x-gzip", "deflate"):
@@ -363,10 +364,19 @@ class AccountReply:
     async def aclose(self) -> None:
         await self._exchange.aclose()
 
-    async def _read(self) -> bytes:
-        chunk = await self._exchange.read()
+    async def _read(self, take: Take | None = None) -> bytes:
+        chunk = await self._exchange.read(take)
         self._received(len(chunk))
         return chunk
+
+    def _counting(self, take: Take) -> Take:
+        def counted(piece: bytes) -> bool:
+            taken = take(piece)
+            if taken:
+                self._received(len(piece))
+            return taken
+
+        return counted
 
     def _broken(self, error: Lost) -> UpstreamBroken:
         return UpstreamBroken(

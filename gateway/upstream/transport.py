@@ -16,6 +16,7 @@ from contextlib import suppress
 import httpx
 
 from gateway.domain.address import address_of, is_never_an_upstream
+from gateway.ports import Take
 from gateway.upstream.connection import READ_BYTES, Connection, SocketExchange, encode_head
 from gateway.upstream.pool import Pool
 from gateway.upstream.wire import (
@@ -311,7 +312,7 @@ class HttpxExchange:
         self.status = response.status_code
         self.headers = [(name.lower(), value) for name, value in response.headers.raw]
 
-    async def read(self) -> bytes:
+    async def read(self, take: Take | None = None) -> bytes:
         try:
             async with asyncio.timeout_at(self._total_at):
                 piece = b""

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
+from gateway.ports import Take
+
 
 class Reason(StrEnum):
     """Why an exchange failed: the label of metrics and log lines, a closed list."""
@@ -118,8 +120,9 @@ class Exchange(Protocol):
     def headers(self) -> list[tuple[bytes, bytes]]:
         """As they came, names in lower case."""
 
-    async def read(self) -> bytes:
-        """The next piece of the body; empty at its end. Raises ``Lost``."""
+    async def read(self, take: Take | None = None) -> bytes:
+        """The next piece of the body; empty at its end. Raises ``Lost``. With ``take`` the next
+        that is not taken, as ``Reply.chunks`` has it."""
 
     async def aclose(self) -> None:
         """Drops the connection, unless the answer came whole and it can serve again."""

@@ -41,7 +41,7 @@ from gateway.domain.quota import Demand, Limit, Scope, Unit, Window, period
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Model, Target
 from gateway.domain.team import Caller, Key, Team
-from gateway.ports import Credential, NotKnown, Outgoing, Reply
+from gateway.ports import Credential, NotKnown, Outgoing, Reply, Take
 from gateway.relay.attempts import (
     PATIENCE_SECONDS,
     PAUSE_SECONDS,
@@ -93,7 +93,7 @@ class Told(Reply):
     def headers(self) -> Mapping[str, str]:
         return self._headers
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self, take: Take | None = None) -> AsyncIterator[bytes]:
         yield self._body
 
     async def aclose(self) -> None:

@@ -27,6 +27,7 @@ from gateway.domain.errors import (
     UpstreamUnknown,
 )
 from gateway.domain.ledger import Outcome
+from gateway.ports import Take
 from gateway.relay import landing
 from gateway.relay.body import Room, Spool, spliced
 from gateway.relay.landing import Landing, failed, land_events, land_json
@@ -57,7 +58,7 @@ class Scripted:
     headers: Mapping[str, str] = field(default_factory=dict)
     seen: list[int] = field(default_factory=list)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self, take: Take | None = None) -> AsyncIterator[bytes]:
         for step in self.script:
             self.seen.append(self.spool.published)
             if isinstance(step, Exception):
@@ -663,7 +664,7 @@ class Endless:
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self, take: Take | None = None) -> AsyncIterator[bytes]:
         for number in range(self.count):
             self.asked.put_nowait(number)
             yield BIG

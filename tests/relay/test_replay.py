@@ -22,6 +22,7 @@ from gateway.relay.replay import (
     Splice,
     answer,
     completed_event,
+    has_event,
     length,
     pieces,
 )
@@ -126,6 +127,7 @@ def test_the_sdk_reads_both_forms() -> None:
         (Operation.GENERATION, ImageGenCompletedEvent),
         (Operation.EDIT, ImageEditCompletedEvent),
     ):
+        assert has_event(skim(source))
         stream = made(completed_event(operation, skim(source)), source)
         event = event_type.model_validate(event_data(stream))
         assert event.b64_json == PICTURE
@@ -206,7 +208,9 @@ def test_escaped_slashes_pass_as_they_are() -> None:
     ],
 )
 def test_answers_that_are_no_single_event(document: Any) -> None:
-    assert completed_event(Operation.GENERATION, skim(compact(document))) is None
+    answer = skim(compact(document))
+    assert completed_event(Operation.GENERATION, answer) is None
+    assert not has_event(answer)
 
 
 @pytest.mark.parametrize(
@@ -323,3 +327,4 @@ def test_half_a_surrogate_pair_and_a_number_beyond_a_float() -> None:
     assert b'"revised_prompt":"half \\ud83d"' in stream
     beyond = b'{"created":1e999,"data":[{"b64_json":"' + picture + b'"}]}'
     assert completed_event(Operation.GENERATION, lenient(beyond)) is None
+    assert not has_event(lenient(beyond))
