@@ -92,6 +92,11 @@ class Connection(asyncio.BufferedProtocol):
         assert self._transport is not None, "connected before use"
         return self._transport
 
+    @property
+    def is_made(self) -> bool:
+        """Whether there is a peer, whose certificate is good where it has one."""
+        return self._transport is not None
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports have asyncio's methods, and are no subclass of its class.
         self._transport = connected = cast(asyncio.Transport, transport)

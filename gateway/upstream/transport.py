@@ -10,14 +10,15 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 
 import httpx
 
-from gateway.domain.address import address_of, is_never_an_upstream
 from gateway.upstream.connection import READ_BYTES, Connection, SocketExchange, encode_head
+from gateway.upstream.patience import Patience
 from gateway.upstream.pool import Pool
+from gateway.upstream.resolution import ForbiddenError, Resolution
 from gateway.upstream.wire import (
     Exchange,
     Lost,
@@ -75,6 +76,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self._timeouts = timeouts if timeouts is not None else Timeouts()
         self._waited = waited
         self._buffer = memoryview(bytearray(READ_BYTES))
+        self._resolution = Resolution()
         self._pools: dict[Origin, Pool] = {}
         self._connections: set[Connection] = set()
         self._closed = False
@@ -200,20 +202,14 @@ class SocketTransport(httpx.AsyncBaseTransport):
                 self._emptied.set()
             pool.forget(connection)
 
-        loop = asyncio.get_running_loop()
+        left = total_at - asyncio.get_running_loop().time()
         connection = Connection(self._buffer, on_closed)
-        if origin.tls and self._tls is None:
-            self._tls = tls_context()
         try:
-            async with asyncio.timeout_at(min(loop.time() + seconds, total_at)):
-                await loop.create_connection(
-                    lambda: connection,
-                    origin.host,
-                    origin.port,
-                    ssl=self._tls if origin.tls else None,
-                    server_hostname=origin.host if origin.tls else None,
-                )
+            async with Patience(min(seconds, left), lambda: connection.is_made):
+                addresses = await self._resolution.addresses(origin.host, origin.port)
+                await self._reach(addresses, origin, connection)
         except BaseException as error:
+            self._resolution.forget(origin.host)
             connection.abort()
             failure = _connect_failure(error)
             if failure is None:
@@ -222,14 +218,29 @@ class SocketTransport(httpx.AsyncBaseTransport):
         if connection.closed or self._closed:
             connection.abort()
             raise NotSent(Reason.CONNECT, "the connection was closed at once")
-        if _is_forbidden(connection.transport):
-            connection.abort()
-            raise NotSent(
-                Reason.CONNECT,
-                "its name leads to a link-local address or a cloud's metadata service",
-            )
         self._connections.add(connection)
         return connection
+
+    async def _reach(
+        self, addresses: Sequence[str], origin: Origin, connection: Connection
+    ) -> None:
+        """Connects to the first address where somebody is. Raises ``OSError`` of the last."""
+        if origin.tls and self._tls is None:
+            self._tls = tls_context()
+        for left in range(len(addresses), 0, -1):
+            try:
+                await asyncio.get_running_loop().create_connection(
+                    lambda: connection,
+                    addresses[-left],
+                    origin.port,
+                    ssl=self._tls if origin.tls else None,
+                    server_hostname=origin.host if origin.tls else None,
+                )
+                return
+            except OSError as error:
+                # Who answers is taken at its word: a certificate that is wrong stays wrong.
+                if left == 1 or connection.is_made or isinstance(error, ssl.SSLError):
+                    raise
 
     def _from_httpx(self, given: dict[str, float | None]) -> Timeouts:
         def seconds(key: str, default: float) -> float:
@@ -393,15 +404,12 @@ def _origin(url: httpx.URL) -> Origin:
     return Origin(tls, url.raw_host.decode("ascii"), url.port or (443 if tls else 80))
 
 
-def _is_forbidden(transport: asyncio.Transport) -> bool:
-    """Whether a name that may be anybody's has led to where nothing must be sent."""
-    peer = transport.get_extra_info("peername")
-    address = address_of(peer[0]) if peer else None
-    return address is not None and is_never_an_upstream(address)
-
-
 def _connect_failure(error: BaseException) -> NotSent | None:
     """What went wrong before there was a connection; None for what is not ours to map."""
+    if isinstance(error, ForbiddenError):
+        return NotSent(
+            Reason.CONNECT, "its name leads to a link-local address or a cloud's metadata service"
+        )
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return NotSent(Reason.DNS, "the name cannot be resolved")
     if isinstance(error, TimeoutError):  # ours, or the kernel's
