@@ -161,7 +161,7 @@ class Connection(asyncio.BufferedProtocol):
 class SocketExchange:
     """One request and its answer on one connection: the port ``Exchange``.
 
-    ``let_go`` is called once: with True when the connection can serve again.
+    ``let_go`` is called once: with the connection when that can serve again.
     """
 
     __slots__ = (
@@ -195,7 +195,7 @@ class SocketExchange:
     def __init__(
         self,
         connection: Connection,
-        let_go: Callable[[bool], None],
+        let_go: Callable[[Connection | None], None],
         max_body_bytes: int,
         first_byte_at: float,
         total_at: float,
@@ -489,7 +489,7 @@ class SocketExchange:
         connection.exchange = None
         if not reusable:
             connection.abort()
-        self._let_go(reusable)
+        self._let_go(connection if reusable else None)
         _wake(self._reader)
         _wake(self._writer)
 

@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import httpx
 
@@ -110,12 +111,13 @@ class SocketTransport(httpx.AsyncBaseTransport):
                     )
             exchange = SocketExchange(
                 connection,
-                _returning(pool, connection),
+                pool.give,
                 max(self._max_response_bytes, request.max_response_bytes),
                 loop.time() + timeouts.first_byte,
                 total_at,
             )
             await exchange.send(head, first, request.body, request.length, timeouts.write)
+            head = first = b""  # sent: not to be kept while the picture is painted
             await exchange.receive_head()
         except BaseException as error:
             if exchange is not None:
@@ -195,15 +197,8 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self, origin: Origin, pool: Pool, seconds: float, total_at: float
     ) -> Connection:
         """A new connection, in a slot the caller owns. Raises ``NotSent``."""
-
-        def on_closed(connection: Connection) -> None:
-            self._connections.discard(connection)
-            if not self._connections:
-                self._emptied.set()
-            pool.forget(connection)
-
         left = total_at - asyncio.get_running_loop().time()
-        connection = Connection(self._buffer, on_closed)
+        connection = Connection(self._buffer, partial(self._on_closed, pool))
         try:
             async with Patience(min(seconds, left), lambda: connection.is_made):
                 addresses = await self._resolution.addresses(origin.host, origin.port)
@@ -220,6 +215,12 @@ class SocketTransport(httpx.AsyncBaseTransport):
             raise NotSent(Reason.CONNECT, "the connection was closed at once")
         self._connections.add(connection)
         return connection
+
+    def _on_closed(self, pool: Pool, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._emptied.set()
+        pool.forget(connection)
 
     async def _reach(
         self, addresses: Sequence[str], origin: Origin, connection: Connection
@@ -390,13 +391,6 @@ class _ResponseStream(httpx.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._exchange.aclose()
-
-
-def _returning(pool: Pool, connection: Connection) -> Callable[[bool], None]:
-    def let_go(reusable: bool) -> None:
-        pool.give(connection if reusable else None)
-
-    return let_go
 
 
 def _origin(url: httpx.URL) -> Origin:
