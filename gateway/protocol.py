@@ -17,14 +17,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
     HttpToolsProtocol,
     RequestResponseCycle,
 )
+from uvicorn.protocols.utils import get_remote_addr
 
 from gateway.api.door import ABORT, CLOSED, HUNG_UP, STALLED, UNSENT, WATCH, Message, Scope
 from gateway.api.errors import no_http, no_room
+from gateway.relay.moment import Moment
 
 LINGER_SECONDS = 10.0
 LINGER_BYTES = 256 * 1024 * 1024
@@ -58,6 +61,31 @@ class _Lingering:
     def close(self) -> None:
         if self._transport.is_closing() or not self._linger():
             self._transport.close()
+
+
+class Flow(FlowControl):
+    """uvicorn's, without an ``asyncio.Event`` for a client that hardly ever makes anybody wait."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self.read_paused = False
+        self.write_paused = False
+        self._writable: Moment | None = None
+
+    async def drain(self) -> None:
+        if self._writable is not None:
+            await self._writable.wait()
+
+    def pause_writing(self) -> None:
+        if not self.write_paused:
+            self.write_paused = True
+            self._writable = Moment()
+
+    def resume_writing(self) -> None:
+        if self._writable is not None:
+            self.write_paused = False
+            self._writable.set()
+            self._writable = None
 
 
 class Door:
@@ -102,12 +130,12 @@ class Cycle(RequestResponseCycle):
             access_logger=connection.access_logger,
             access_log=False,
             default_headers=connection.server_state.default_headers,
-            message_event=asyncio.Event(),
+            message_event=cast(Any, Moment()),
             expect_100_continue=connection.expect_100_continue,
             keep_alive=keep_alive,
             on_response=connection.on_response_complete,
         )
-        self.hung_up = asyncio.Event()
+        self.hung_up = Moment()
         self._connection = connection
         self._wire = connection.wire
         self._pieces: list[bytes] = []
@@ -125,7 +153,7 @@ class Cycle(RequestResponseCycle):
         ``away`` when it closes its sending half; at once where that has happened. Returns what
         ends this."""
         self._left, self._away = left, away
-        self._connection.watching.add(self)
+        self._connection.watching.append(self)
         # The last piece of a body may have paused it, and an end that is not read is not seen.
         self.flow.resume_reading()
         if self.hung_up.is_set():
@@ -136,7 +164,8 @@ class Cycle(RequestResponseCycle):
 
     def _unwatch(self) -> None:
         self._left = self._away = None
-        self._connection.watching.discard(self)
+        if self in self._connection.watching:
+            self._connection.watching.remove(self)
 
     def lose(self) -> None:
         """The connection has ended."""
@@ -172,7 +201,7 @@ class Cycle(RequestResponseCycle):
         if not self.disconnected and not self.response_complete:
             self.flow.resume_reading()
             await self.message_event.wait()
-            self.message_event.clear()
+            self.message_event = cast(Any, Moment())
         if self.disconnected or self.response_complete:
             return {"type": "http.disconnect"}
         pieces, self._pieces, self._waiting_bytes = self._pieces, [], 0
@@ -265,31 +294,51 @@ def _tokens(value: bytes) -> list[bytes]:
 class Connection(HttpToolsProtocol):
     """One client's connection."""
 
-    wire: asyncio.Transport
-    """The socket's own transport; ``transport`` is what may linger."""
-    holds_what_it_writes: bool
-    """Whether pieces that are written wait as they are, uncopied, until the client takes them.
-    asyncio joins what it is given into a buffer of its own, and TLS encrypts all of it at once."""
-    watching: set[Cycle]
-    """Requests whose answerers want to hear of the client's end: several, where it pipelines."""
-    _closed: asyncio.Event
+    # Beside uvicorn's 28 attributes: with more than 30 each connection has a dictionary of its own.
+    __slots__ = (
+        "_closed",
+        "_idle_since",
+        "_lingers",
+        "_turned_away",
+        "_unwanted_bytes",
+        "holds_what_it_writes",
+        "watching",
+        "wire",
+    )
     _door: Door | None = None
-    _turned_away = False
-    _unwanted_bytes = 0
-    _lingers: asyncio.TimerHandle | None = None
-    _idle_since: float | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pipeline = cast(Any, [])  # a deque takes 760 bytes, and few clients pipeline
+        self._closed = Moment()
+        self._turned_away = False
+        self._unwanted_bytes = 0
+        self._lingers: asyncio.TimerHandle | None = None
+        self._idle_since: float | None = None
+        self.watching: list[Cycle] = []
+        """Requests whose answerers want to hear of the client's end: several, where it
+        pipelines."""
+        self.wire: asyncio.Transport
+        """The socket's own transport; ``transport`` is what may linger."""
+        self.holds_what_it_writes: bool
+        """Whether pieces that are written wait as they are, uncopied, until the client takes them.
+        asyncio joins what it is given into a buffer of its own, and TLS encrypts all of it at
+        once."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """As uvicorn's, which also asks the system for the socket's own address."""
         self.wire = transport
         self.holds_what_it_writes = _holds_what_it_writes(transport)
-        self.watching = set()
-        self._closed = asyncio.Event()
         door = self._door
         if door is not None and door.limit is not None and len(self.connections) >= door.limit:
             self._turned_away = True
             door.turn_away(transport)
             return
-        super().connection_made(cast(asyncio.Transport, _Lingering(transport, self._linger)))
+        self.connections.add(self)
+        self.transport = cast(asyncio.Transport, _Lingering(transport, self._linger))
+        self.flow = Flow(self.transport)
+        self.client = get_remote_addr(transport)
+        self.scheme = "http"
 
     def on_headers_complete(self) -> None:
         """As uvicorn's, which has no place to say of which class a cycle is. Neither websockets
@@ -313,7 +362,7 @@ class Connection(HttpToolsProtocol):
             self._start_asgi_task(cycle, self.app)
         else:
             self.flow.pause_reading()
-            self.pipeline.appendleft((cycle, self.app))
+            self.pipeline.insert(0, (cycle, self.app))
 
     def on_body(self, body: bytes) -> None:
         cycle = cast(Cycle, self.cycle)

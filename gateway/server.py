@@ -25,7 +25,9 @@ from gateway.protocol import Connection, Door
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 75
-BACKLOG = 2048
+BACKLOG = 65_535
+"""As many as the system lets wait (net.core.somaxconn): for whom there is no room knocks again
+after a second, then three, then seven."""
 ACCEPTED_AT_ONCE = 16
 """Of connections in one turn of the loop: each is counted before the next turn."""
 

@@ -36,7 +36,7 @@ ROOMS = {
     "relay": {"ports", "domain"},
     "api": {"relay", "ports", "domain"},
     "loop": set[str](),
-    "protocol": {"api"},
+    "protocol": {"api", "relay"},
     "server": {"api", "protocol"},
     "housekeeping": {"ports", "domain"},
     "supervisor": {"ports"},

@@ -21,6 +21,7 @@ from gateway.domain.errors import ClientGone, Internal, Overloaded
 from gateway.domain.header_lists import decoded, encoded
 from gateway.ports import Parts
 from gateway.relay.flights import Client, Head
+from gateway.relay.moment import Moment
 
 Scope: TypeAlias = MutableMapping[str, Any]
 Message: TypeAlias = MutableMapping[str, Any]
@@ -38,9 +39,9 @@ STALL_SECONDS = 120.0
 NO_CONTENT = (204, 304)
 """Answers that end with their head, and say no length."""
 HUNG_UP = "gateway.hung_up"
-"""In the scope: an event that is set when the client has closed its sending half."""
+"""In the scope: a ``Moment``: the client has closed its sending half."""
 CLOSED = "gateway.closed"
-"""In the scope: an event that is set when the client has closed the connection, or it broke."""
+"""In the scope: a ``Moment``: the client has closed the connection, or it broke."""
 WATCH = "gateway.watch"
 """In the scope: ``watch(left, away)`` calls ``left`` when the client leaves before it has its
 answer and ``away`` when it hangs up, and returns what ends that. A server without it is asked all
@@ -70,7 +71,7 @@ class Door:
     """One request's two directions, and whether the client still stands there."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._hung_up: asyncio.Event | None = scope.get(HUNG_UP)
+        self._hung_up: Moment | None = scope.get(HUNG_UP)
         self._abort: Callable[[], None] | None = scope.get(ABORT)
         self._watch_by_server: Watch | None = scope.get(WATCH)
         self._unsent: Callable[[], int] | None = scope.get(UNSENT)
@@ -127,7 +128,7 @@ class Door:
             if hang_up is not None:
                 hang_up.cancel()
 
-    async def _watch_for_hanging_up(self, hung_up: asyncio.Event) -> None:
+    async def _watch_for_hanging_up(self, hung_up: Moment) -> None:
         await hung_up.wait()
         self.client.hang_up()
 

@@ -109,6 +109,7 @@ class RelayedRoutes:
             wishes = preferences(scope["headers"])
             deployment = scope.get(DEPLOYMENT)
             arrival = _arrival(rid, operation, headers, wishes, door, started, trace, deployment)
+            del headers, wishes  # the call has what it needs of them, and lasts for minutes
             answer = await self._pipeline.answer(arrival)
         except GatewayError as error:
             return _refused(rid, operation, error, trace=trace)

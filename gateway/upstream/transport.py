@@ -10,15 +10,17 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import httpx
 
-from gateway.domain.address import address_of, is_never_an_upstream
 from gateway.ports import Take
 from gateway.upstream.connection import READ_BYTES, Connection, SocketExchange, encode_head
+from gateway.upstream.patience import Patience
 from gateway.upstream.pool import Pool
+from gateway.upstream.resolution import ForbiddenError, Resolution
 from gateway.upstream.wire import (
     Exchange,
     Lost,
@@ -76,6 +78,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self._timeouts = timeouts if timeouts is not None else Timeouts()
         self._waited = waited
         self._buffer = memoryview(bytearray(READ_BYTES))
+        self._resolution = Resolution()
         self._pools: dict[Origin, Pool] = {}
         self._connections: set[Connection] = set()
         self._closed = False
@@ -109,12 +112,13 @@ class SocketTransport(httpx.AsyncBaseTransport):
                     )
             exchange = SocketExchange(
                 connection,
-                _returning(pool, connection),
+                pool.give,
                 max(self._max_response_bytes, request.max_response_bytes),
                 loop.time() + timeouts.first_byte,
                 total_at,
             )
             await exchange.send(head, first, request.body, request.length, timeouts.write)
+            head = first = b""  # sent: not to be kept while the picture is painted
             await exchange.receive_head()
         except BaseException as error:
             if exchange is not None:
@@ -194,27 +198,14 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self, origin: Origin, pool: Pool, seconds: float, total_at: float
     ) -> Connection:
         """A new connection, in a slot the caller owns. Raises ``NotSent``."""
-
-        def on_closed(connection: Connection) -> None:
-            self._connections.discard(connection)
-            if not self._connections:
-                self._emptied.set()
-            pool.forget(connection)
-
-        loop = asyncio.get_running_loop()
-        connection = Connection(self._buffer, on_closed)
-        if origin.tls and self._tls is None:
-            self._tls = tls_context()
+        left = total_at - asyncio.get_running_loop().time()
+        connection = Connection(self._buffer, partial(self._on_closed, pool))
         try:
-            async with asyncio.timeout_at(min(loop.time() + seconds, total_at)):
-                await loop.create_connection(
-                    lambda: connection,
-                    origin.host,
-                    origin.port,
-                    ssl=self._tls if origin.tls else None,
-                    server_hostname=origin.host if origin.tls else None,
-                )
+            async with Patience(min(seconds, left), lambda: connection.is_made):
+                addresses = await self._resolution.addresses(origin.host, origin.port)
+                await self._reach(addresses, origin, connection)
         except BaseException as error:
+            self._resolution.forget(origin.host)
             connection.abort()
             failure = _connect_failure(error)
             if failure is None:
@@ -223,14 +214,35 @@ class SocketTransport(httpx.AsyncBaseTransport):
         if connection.closed or self._closed:
             connection.abort()
             raise NotSent(Reason.CONNECT, "the connection was closed at once")
-        if _is_forbidden(connection.transport):
-            connection.abort()
-            raise NotSent(
-                Reason.CONNECT,
-                "its name leads to a link-local address or a cloud's metadata service",
-            )
         self._connections.add(connection)
         return connection
+
+    def _on_closed(self, pool: Pool, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._emptied.set()
+        pool.forget(connection)
+
+    async def _reach(
+        self, addresses: Sequence[str], origin: Origin, connection: Connection
+    ) -> None:
+        """Connects to the first address where somebody is. Raises ``OSError`` of the last."""
+        if origin.tls and self._tls is None:
+            self._tls = tls_context()
+        for left in range(len(addresses), 0, -1):
+            try:
+                await asyncio.get_running_loop().create_connection(
+                    lambda: connection,
+                    addresses[-left],
+                    origin.port,
+                    ssl=self._tls if origin.tls else None,
+                    server_hostname=origin.host if origin.tls else None,
+                )
+                return
+            except OSError as error:
+                # Who answers is taken at its word: a certificate that is wrong stays wrong.
+                if left == 1 or connection.is_made or isinstance(error, ssl.SSLError):
+                    raise
 
     def _from_httpx(self, given: dict[str, float | None]) -> Timeouts:
         def seconds(key: str, default: float) -> float:
@@ -382,27 +394,17 @@ class _ResponseStream(httpx.AsyncByteStream):
         await self._exchange.aclose()
 
 
-def _returning(pool: Pool, connection: Connection) -> Callable[[bool], None]:
-    def let_go(reusable: bool) -> None:
-        pool.give(connection if reusable else None)
-
-    return let_go
-
-
 def _origin(url: httpx.URL) -> Origin:
     tls = url.scheme == "https"
     return Origin(tls, url.raw_host.decode("ascii"), url.port or (443 if tls else 80))
 
 
-def _is_forbidden(transport: asyncio.Transport) -> bool:
-    """Whether a name that may be anybody's has led to where nothing must be sent."""
-    peer = transport.get_extra_info("peername")
-    address = address_of(peer[0]) if peer else None
-    return address is not None and is_never_an_upstream(address)
-
-
 def _connect_failure(error: BaseException) -> NotSent | None:
     """What went wrong before there was a connection; None for what is not ours to map."""
+    if isinstance(error, ForbiddenError):
+        return NotSent(
+            Reason.CONNECT, "its name leads to a link-local address or a cloud's metadata service"
+        )
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return NotSent(Reason.DNS, "the name cannot be resolved")
     if isinstance(error, TimeoutError):  # ours, or the kernel's

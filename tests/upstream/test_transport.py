@@ -7,9 +7,11 @@ import random
 import re
 import socket
 import ssl
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 from typing import TypeVar
 
@@ -17,7 +19,7 @@ import httpx
 import pytest
 import trustme
 
-import gateway.upstream.transport
+import gateway.upstream.resolution
 from gateway.upstream.connection import SocketExchange, encode_head
 from gateway.upstream.transport import SocketTransport
 from gateway.upstream.wire import Exchange, Lost, NotSent, Origin, Reason, Timeouts, WireRequest
@@ -426,26 +428,60 @@ async def test_a_name_that_is_not_known(
     assert caught.value.reason is Reason.DNS
 
 
-async def test_nothing_is_sent_to_an_address_that_is_never_an_upstream(
+async def test_an_address_that_is_never_an_upstream_is_not_even_connected_to(
     transport: SocketTransport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heard: list[bytes] = []
-
     async def script(peer: Peer) -> None:
-        heard.append(await peer.reader.read())
+        raise AssertionError("nobody comes here")
 
     loopback = ip_address("127.0.0.1")
     monkeypatch.setattr(
-        gateway.upstream.transport, "is_never_an_upstream", lambda address: address == loopback
+        gateway.upstream.resolution, "is_never_an_upstream", lambda address: address == loopback
     )
     async with raw_server(script) as server:
         with pytest.raises(NotSent) as caught:
             await ask(transport, post(server.port))
-        await until(lambda: bool(heard))
+        assert server.accepted == 0
     assert caught.value.reason is Reason.CONNECT
     assert "metadata service" in str(caught.value)
-    assert heard == [b""]
     assert slots(transport) == (0, 0)
+
+
+async def test_a_name_is_asked_for_once_by_many_connections(
+    transport: SocketTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    async def resolver(host: str, port: int, **kwargs: object) -> list[tuple[object, ...]]:
+        asked.append(host)
+        await asyncio.sleep(0)
+        nobody, somebody = ("127.0.0.2", port), ("127.0.0.1", port)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", each) for each in (nobody, somebody)]
+
+    closing = b"HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: 2\r\n\r\nok"
+    async with raw_server(scripted(closing)) as server:
+        monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolver)
+        request = partial(post, server.port, host="upstream.invalid")
+        answers = await asyncio.gather(*(ask(transport, request()) for _ in range(5)))
+        assert answers == [(200, b"ok")] * 5
+        assert asked == ["upstream.invalid"]
+    for _ in range(2):
+        with pytest.raises(NotSent, match="refused"):
+            await ask(transport, request())
+    assert asked == ["upstream.invalid"] * 2, "who finds nobody there lets the next one ask anew"
+
+
+async def test_a_connection_is_not_late_because_the_loop_was(transport: SocketTransport) -> None:
+    """It stands still for longer than the deadline, again and again, while the kernel connects."""
+    async with raw_server(hello) as server:
+        request = post(server.port, timeouts=replace(QUICK, connect=0.02))
+        asked = asyncio.create_task(ask(transport, request))
+        for _ in range(4):
+            await asyncio.sleep(0)
+            busy_until = time.perf_counter() + 0.03
+            while time.perf_counter() < busy_until:
+                pass
+        assert await asked == (200, b"hello")
 
 
 async def test_no_connection_in_time(
