@@ -36,8 +36,8 @@ _KEEP = Script.load("cache_keep.lua")
 class RedisCache:
     """Answers in one hash each: ``meta``, and pieces of up to 256 KiB named ``<generation>:<i>``.
 
-    A put goes to a staging key and is renamed at the end, so that a part is never seen; pieces
-    carry their put's generation, so that a get that straddles two puts misses and never mixes
+    A put goes to a staging key and is renamed at the end, so that a part is never seen; one of a
+    single piece is one command. Pieces carry their put's generation, so that a get that straddles two puts misses and never mixes
     them. A get fetches everything before it answers, because a failure in the middle would cut
     an answer whose headers have left: ``max_entry_bytes`` bounds that memory.
 
@@ -116,13 +116,14 @@ class RedisCache:
         generation = secrets.token_hex(8)
         staging = f"{self._name(key)}:{generation}"
         try:
-            pieces, size = await self._stage(staging, generation, chunks)
+            pieces, last, size = await self._stage(staging, generation, chunks)
             if size == meta.size_bytes:
+                rest = (f"{generation}:{pieces}", last) if last else ()
+                count = pieces + bool(last)
                 expires = self._clock.now().timestamp() + ttl_seconds
-                header = encode(meta, {"put": generation, "pieces": pieces, "expires": expires})
-                await self._run(
-                    _KEEP, (staging, self._name(key)), header, round(ttl_seconds * 1000)
-                )
+                header = encode(meta, {"put": generation, "pieces": count, "expires": expires})
+                lives_ms = round(ttl_seconds * 1000)
+                await self._run(_KEEP, (staging, self._name(key)), header, lives_ms, *rest)
                 return True
         except StoreAway:
             # Whatever was staged ends by its own time to live.
@@ -188,22 +189,20 @@ class RedisCache:
 
     async def _stage(
         self, staging: str, generation: str, chunks: AsyncIterator[bytes]
-    ) -> tuple[int, int]:
-        """How many pieces were stored, and how many bytes came (-1: more than are kept)."""
+    ) -> tuple[int, bytes, int]:
+        """How many pieces were stored, the last one, which goes with the meta, and how many bytes
+        came (-1: more than are kept)."""
         buffer = bytearray()
         pieces = size = 0
         async for chunk in chunks:
             size += len(chunk)
             if size > self._max_entry_bytes:
-                return pieces, -1
+                return pieces, b"", -1
             buffer += chunk
-            while len(buffer) >= self._piece_bytes:
+            while len(buffer) > self._piece_bytes:
                 await self._store(staging, f"{generation}:{pieces}", buffer)
                 pieces += 1
-        if buffer:
-            await self._store(staging, f"{generation}:{pieces}", buffer)
-            pieces += 1
-        return pieces, size
+        return pieces, bytes(buffer), size
 
     async def _store(self, staging: str, field: str, buffer: bytearray) -> None:
         """Moves one piece from the front of ``buffer`` to Redis."""

@@ -43,6 +43,7 @@ from redis.exceptions import (
 )
 
 from gateway.ports import Unreachable
+from gateway.stores.redis_batch import Together
 
 T = TypeVar("T")
 
@@ -101,8 +102,7 @@ def connect(url: str, *, max_connections: int = 32, timeout: float = SOCKET_SECO
     pool = BlockingConnectionPool.from_url(
         url, max_connections=max_connections, **options | {"timeout": timeout}
     )
-    single: Client = Redis.from_pool(pool)
-    return single
+    return Together(Redis.from_pool(pool), timeout)
 
 
 def _by_sentinel(url: str, **options: Any) -> Client:
@@ -121,7 +121,8 @@ def _by_sentinel(url: str, **options: Any) -> Client:
         sentinel_kwargs={name: options[name] for name in brief},
         **options,
     )
-    return _Sentinelled(sentinel, sentinel.master_for(name))
+    master = Together(sentinel.master_for(name), options["socket_timeout"])
+    return _Sentinelled(sentinel, master)
 
 
 def _host_port(text: str) -> tuple[str, int]:
@@ -259,6 +260,7 @@ class Breaker:
         self._allowed = failures
         self._on_back = on_back
         self._failures = 0
+        self._last: BaseException | None = None
         self._opened: asyncio.Future[None] | None = None
         self.reason: Reason | None = None
         """Why the last command got no answer; None where it did."""
@@ -283,8 +285,12 @@ class Breaker:
             self._opened = asyncio.get_running_loop().create_future()
         return self._opened
 
-    def failed(self, reason: Reason, *, at_once: bool) -> None:
+    def failed(self, reason: Reason, error: BaseException, *, at_once: bool) -> None:
         self.reason = reason
+        if error is self._last:
+            # Commands that went out together failed together: that is one failure.
+            return
+        self._last = error
         self._failures += self._allowed if at_once else 1
         if self.open and self._opened is not None:
             self._opened.set_result(None)
@@ -294,6 +300,7 @@ class Breaker:
         self.answers += 1
         if self._failures:
             self._failures = 0
+            self._last = None
             self.reason = None
             self._on_back()
 
@@ -463,7 +470,7 @@ class Link:
 
     def _failed(self, key: str, breaker: Breaker, reason: Reason, error: BaseException) -> None:
         self._tell(reason, error)
-        breaker.failed(reason, at_once=reason is Reason.TIMEOUT or is_refused(error))
+        breaker.failed(reason, error, at_once=reason is Reason.TIMEOUT or is_refused(error))
         if not breaker.probed and not self._closed:
             breaker.probed = True
             prober = asyncio.create_task(self._probe(key, breaker))
