@@ -79,7 +79,7 @@ class Together:
     async def _carry(self, batch: deque[_Asked]) -> None:
         try:
             await self._exchange(batch)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whoever asked hears of it
             for asked in batch:
                 if not asked.answer.done():
                     asked.answer.set_exception(error)

@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.ports import Cached, CachedMeta, Clock, Parts
+from gateway.ports import Cached, CachedMeta, CacheEntry, Clock, Parts
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.kept import Kept
+from gateway.stores.redis_batch import SMALL_BYTES
 from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Reason, Script, Server, StoreAway
 
 DATA_SECONDS = 2.0
@@ -37,9 +38,10 @@ class RedisCache:
     """Answers in one hash each: ``meta``, and pieces of up to 256 KiB named ``<generation>:<i>``.
 
     A put goes to a staging key and is renamed at the end, so that a part is never seen; one of a
-    single piece is one command. Pieces carry their put's generation, so that a get that straddles two puts misses and never mixes
-    them. A get fetches everything before it answers, because a failure in the middle would cut
-    an answer whose headers have left: ``max_entry_bytes`` bounds that memory.
+    single piece is one command. Pieces carry their put's generation, so that a get that straddles
+    two puts misses and never mixes them. A get fetches everything before it answers, because a
+    failure in the middle would cut an answer whose headers have left: ``max_entry_bytes`` bounds
+    that memory.
 
     Each entry has a hash tag of its own: a cluster spreads them over its nodes, and one script
     moves a whole entry. ``server`` is shared with whoever else uses the same Redis. Owns
@@ -60,8 +62,11 @@ class RedisCache:
         puts_at_once: int = 16,
         server: Server | None = None,
         on_error: Callable[[Reason, BaseException], None] | None = None,
+        beside: RedisCache | None = None,
     ) -> None:
-        """Further puts wait: each that runs holds a part of its answer in memory."""
+        """Further puts wait: each that runs holds a part of its answer in memory. A small body
+        that is also kept in ``beside`` is put there at the same time."""
+        self._beside = beside
         self._link = Link(client, server or Server(), on_error=on_error)
         self._clock = clock
         self._max_entry_bytes = max_entry_bytes
@@ -105,8 +110,23 @@ class RedisCache:
     ) -> bool:
         if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes:
             return False
+        if isinstance(chunks, Parts):
+            if chunks.made is self:
+                return True
+            other, entry = self._beside, chunks.beside
+            if other is not None and entry is not None and entry.meta.size_bytes <= SMALL_BYTES:
+                mine = Parts(chunks.parts)
+                kept, chunks.made = await asyncio.gather(
+                    self.put(key, meta, mine, ttl_seconds), other.put_as_beside(entry, chunks)
+                )
+                return kept
         async with self._puts:
             return await self._put(key, meta, chunks, ttl_seconds)
+
+    async def put_as_beside(self, entry: CacheEntry, body: Parts) -> RedisCache | None:
+        """``put``; this cache where it did keep it."""
+        again = Parts(body.parts)
+        return self if await self.put(entry.key, entry.meta, again, entry.ttl_seconds) else None
 
     async def _put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float

@@ -155,6 +155,9 @@ class RedisGate:
         if slots:
             await self._give_back(rid, self._released(slots, [rid] * len(slots)))
 
+    def release_at_once(self, rid: str) -> bool:
+        return False
+
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         self._live.pop(rid, None)
         if rid in self._local:

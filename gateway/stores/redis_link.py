@@ -57,6 +57,8 @@ MOST_SECONDS = 1.5
 """What a call may wait while others are answered: there is too much to ask, or too little of this
 machine."""
 CLOSE_SECONDS = 2.5
+SHARED_CONNECTIONS = 64
+"""Of the gate, the board, the cache and the results: 16 commands at a time for each of them."""
 
 
 class Client(Protocol):
@@ -121,8 +123,7 @@ def _by_sentinel(url: str, **options: Any) -> Client:
         sentinel_kwargs={name: options[name] for name in brief},
         **options,
     )
-    master = Together(sentinel.master_for(name), options["socket_timeout"])
-    return _Sentinelled(sentinel, master)
+    return Together(_Sentinelled(sentinel, sentinel.master_for(name)), options["socket_timeout"])
 
 
 def _host_port(text: str) -> tuple[str, int]:
@@ -184,9 +185,10 @@ class _Sentinels(Sentinel):
 class _Sentinelled:
     """A master's client, together with those of the sentinels, which redis-py leaves open."""
 
-    def __init__(self, sentinel: Any, master: Client) -> None:
+    def __init__(self, sentinel: Any, master: Any) -> None:
         self._sentinel = sentinel
         self._master = master
+        self.connection_pool = master.connection_pool
 
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         return await self._master.execute_command(*args, **options)
@@ -317,6 +319,19 @@ class Server:
         self._failures = failures
         self._breakers: dict[str, Breaker] = {}
         self._listeners: list[Callable[[], None]] = []
+        self._clients: dict[str, Together] = {}
+
+    def connect(self, url: str) -> Client:
+        """As ``connect``; who asks for the same url shares a client where that can be, so that
+        what they ask for at one moment is one round trip."""
+        shared = self._clients.get(url)
+        if shared is not None and shared.users:
+            shared.users += 1
+            return shared
+        client = connect(url, max_connections=SHARED_CONNECTIONS)
+        if isinstance(client, Together):
+            self._clients[url] = client
+        return client
 
     def breaker(self, client: Client, key: str) -> Breaker:
         """That of the node which has ``key`` now: after a failover, another one."""
