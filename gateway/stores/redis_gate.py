@@ -100,7 +100,7 @@ class RedisGate:
         self._probe_key = self._prefix + "probe"
         self._server = server or Server()
         self._listener = listener or GateListener()
-        self._link = Link(client, self._server, on_error=self._listener.failed)
+        self._link = Link(client, self._server, on_error=self._listener.failed, small=True)
         self._server.listen(self._back)
         self._clock = clock
         self._local = MemoryGate(clock, processes=processes)

@@ -57,6 +57,9 @@ MOST_SECONDS = 1.5
 """What a call may wait while others are answered: there is too much to ask, or too little of this
 machine."""
 CLOSE_SECONDS = 2.5
+IN_FLIGHT = 16
+"""Commands of one store at once, each on a connection of its own."""
+SMALL_IN_FLIGHT = 256
 SHARED_CONNECTIONS = 64
 """Of the gate, the board, the cache and the results: 16 commands at a time for each of them."""
 
@@ -367,9 +370,12 @@ class Link:
         client: Client,
         server: Server,
         *,
-        in_flight: int = 16,
         on_error: Callable[[Reason, BaseException], None] | None = None,
+        small: bool = False,
     ) -> None:
+        """``small``: its commands are, and so are their answers; more of them may be under way
+        where they go out together."""
+        in_flight = SMALL_IN_FLIGHT if small and isinstance(client, Together) else IN_FLIGHT
         self.client = client
         self._server = server
         self._on_error = on_error
@@ -548,17 +554,45 @@ class _Patience:
 
     async def until(self, task: asyncio.Task[Any], opened: asyncio.Future[None] | None) -> None:
         """Waits until ``task`` or ``opened`` is done, while there is patience."""
-        awaited: set[asyncio.Future[Any]] = {task} if opened is None else {task, opened}
         loop = asyncio.get_running_loop()
         while not self.silent and self._waited < MOST_SECONDS:
             began, answers = loop.time(), self.breaker.answers
             tick = min(TICK_SECONDS, self._seconds - self._silence)
-            await asyncio.wait(awaited, timeout=tick, return_when=asyncio.FIRST_COMPLETED)
-            if any(each.done() for each in awaited):
+            await _first(task, opened, tick)
+            if task.done() or (opened is not None and opened.done()):
                 return
             passed = min(tick, loop.time() - began)
             self._waited += passed
             self._silence = 0.0 if self.breaker.answers != answers else self._silence + passed
+
+
+async def _first(
+    one: asyncio.Future[Any],
+    other: asyncio.Future[Any] | None,
+    seconds: float,
+) -> None:
+    """Until one of the two is done, or the time is over: ``asyncio.wait`` at a third of its 25 us,
+    several times for each request."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    if one.done() or (other is not None and other.done()):
+        return
+    timer = loop.call_later(seconds, wake)
+    one.add_done_callback(wake)
+    if other is not None:
+        other.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        one.remove_done_callback(wake)
+        if other is not None:
+            other.remove_done_callback(wake)
 
 
 async def _translated(command: Callable[[], Awaitable[T]]) -> T:
