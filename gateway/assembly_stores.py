@@ -30,7 +30,7 @@ from gateway.stores.postgres import PostgresStore
 from gateway.stores.redis_board import RedisBoard
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import GateListener, RedisGate
-from gateway.stores.redis_link import Reason, connect, same_server
+from gateway.stores.redis_link import Reason, same_server
 from gateway.stores.redis_link import Server as RedisServer
 from gateway.stores.sqlite import SQLiteStore
 from gateway.stores.tiered import TieredCache
@@ -38,7 +38,6 @@ from gateway.telemetry.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-CACHE_TIMEOUT_SECONDS = 1.0
 RESULT_MAX_BYTES = 256 * 1024 * 1024
 """A larger answer can only be read on the connection that it was asked for on."""
 RESULT_SECONDS = 60.0
@@ -121,7 +120,7 @@ def make_gate(settings: Settings, clock: Clock, metrics: Metrics, server: RedisS
     if url is None:
         return MemoryGate(clock, processes=replicas)
     gate = RedisGate(
-        connect(url.reveal()),
+        server.connect(url.reveal()),
         clock,
         server=server,
         processes=replicas * settings.server.workers,
@@ -151,7 +150,7 @@ def make_board(
         metrics.add("gateway_flight_board_errors_total", reason=reason.value)
 
     return RedisBoard(
-        connect(url.reveal()),
+        server.connect(url.reveal()),
         clock,
         worker=worker,
         ttl_seconds=ttl_seconds,
@@ -192,7 +191,7 @@ def make_cache(
         return TieredCache(front, disk), None
     same = state is not None and same_server(url.reveal(), state.reveal())
     back = RedisCache(
-        connect(url.reveal(), timeout=CACHE_TIMEOUT_SECONDS),
+        (server if same else RedisServer()).connect(url.reveal()),
         clock,
         max_entry_bytes=cache.max_entry_bytes,
         server=server if same else None,
@@ -216,8 +215,7 @@ def make_results(
     if not settings.results.enabled:
         return None
     kind = _Shelf("results", "gwr", "gateway_results_bytes", "gateway_results_errors_total")
-    back = cache.back if isinstance(cache, TieredCache) else None
-    beside = back if isinstance(back, DiskCache) else None
+    beside = cache.back if isinstance(cache, TieredCache) else None
     return _make_shelf(kind, settings.results.max_bytes, settings, clock, metrics, server, beside)
 
 
@@ -260,7 +258,7 @@ def _make_shelf(
     clock: Clock,
     metrics: Metrics,
     server: RedisServer,
-    beside: DiskCache | None = None,
+    beside: Cache | None = None,
 ) -> Cache:
     def failed(*_: object) -> None:
         metrics.add(kind.errors, operation="store")
@@ -274,18 +272,19 @@ def _make_shelf(
             max_bytes=max_bytes,
             max_entry_bytes=RESULT_MAX_BYTES,
             on_error=failed,
-            beside=beside,
+            beside=beside if isinstance(beside, DiskCache) else None,
         )
         metrics.watch(kind.bytes_held, lambda: disk.bytes_held, where="disk")
         disk.keep_swept()
         return disk
     same = state is not None and same_server(url.reveal(), state.reveal())
     return RedisCache(
-        connect(url.reveal(), timeout=CACHE_TIMEOUT_SECONDS),
+        (server if same else RedisServer()).connect(url.reveal()),
         clock,
         max_entry_bytes=RESULT_MAX_BYTES,
         data_seconds=RESULT_SECONDS,
         prefix=kind.prefix,
         server=server if same else None,
         on_error=failed,
+        beside=beside if isinstance(beside, RedisCache) else None,
     )

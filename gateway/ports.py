@@ -120,6 +120,9 @@ class Gate(Protocol):
     async def release(self, rid: str, limits: Sequence[Limit]) -> None:
         """Gives the slots back. Repeating it is harmless."""
 
+    def release_at_once(self, rid: str) -> bool:
+        """``release``, where that waits for nothing; False, and nothing done, where it has to."""
+
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         """Gives everything back, rates too: for a call that the ledger refused."""
 

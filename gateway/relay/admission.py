@@ -111,6 +111,10 @@ class Admission:
         """Gives rates and slot back: for a call that was let in and then came to nothing."""
         await self._gate.undo(rid, plan.rates, plan.demand)
 
+    def leave_at_once(self, rid: str) -> bool:
+        """``leave``, where that has to wait for nothing; False, and nothing done, where it has."""
+        return self._gate.release_at_once(rid)
+
     async def leave(self, rid: str, plan: Plan) -> None:
         """Gives the slot back."""
         await self._gate.release(rid, plan.rates)

@@ -436,7 +436,7 @@ class Pipeline:
                 await self._joining.announce(flight)
                 receipt = await self._with_a_place(flight, arrival, plan, body, draft, grant)
             finally:
-                await self._leave(flight, plan)
+                self._leave(flight.rid, plan)
         except GatewayError as error:
             flight.said = (
                 *flight.said,
@@ -561,12 +561,14 @@ class Pipeline:
             raise ClientGone("reserved")
         return held
 
-    async def _leave(self, flight: Flight, plan: Plan) -> None:
-        """Gives the slot back. Whatever goes wrong here changes nothing for the call."""
+    def _leave(self, rid: str, plan: Plan) -> None:
+        """Gives the slot back. Whatever goes wrong here changes nothing for the call, and nobody
+        waits for it: a store tells its board of the flight's end in the same round trip."""
         try:
-            await self._admission.leave(flight.rid, plan)
+            if not self._admission.leave_at_once(rid):
+                self._flights.errand(self._admission.leave(rid, plan))
         except Exception:
-            log.exception("a slot was not given back", extra={"request_id": flight.rid})
+            log.exception("a slot was not given back", extra={"request_id": rid})
 
 
 def _is_again(arrival: Arrival) -> bool:

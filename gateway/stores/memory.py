@@ -148,9 +148,13 @@ class MemoryGate:
         return Grant(tuple([self._standing(one, now) for one in mine]))
 
     async def release(self, rid: str, limits: Sequence[Limit]) -> None:
+        self.release_at_once(rid)
+
+    def release_at_once(self, rid: str) -> bool:
         taken = self._taken.get(rid)
         if taken is not None:
             self._free(taken)
+        return True
 
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         taken = self._taken.pop(rid, None)

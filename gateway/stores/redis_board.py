@@ -138,7 +138,7 @@ class RedisBoard:
         self._prefix = f"gw:{{{account}}}:"
         self._probe_key = self._prefix + "probe"
         server = server or Server()
-        self._link = Link(client, server, on_error=on_error)
+        self._link = Link(client, server, on_error=on_error, small=True)
         server.listen(self._back)
         self._clock = clock
         self._worker = worker

@@ -12,9 +12,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.ports import Cached, CachedMeta, Clock, Parts
+from gateway.ports import Cached, CachedMeta, CacheEntry, Clock, Parts
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.kept import Kept
+from gateway.stores.redis_batch import SMALL_BYTES
 from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Reason, Script, Server, StoreAway
 
 DATA_SECONDS = 2.0
@@ -36,10 +37,11 @@ _KEEP = Script.load("cache_keep.lua")
 class RedisCache:
     """Answers in one hash each: ``meta``, and pieces of up to 256 KiB named ``<generation>:<i>``.
 
-    A put goes to a staging key and is renamed at the end, so that a part is never seen; pieces
-    carry their put's generation, so that a get that straddles two puts misses and never mixes
-    them. A get fetches everything before it answers, because a failure in the middle would cut
-    an answer whose headers have left: ``max_entry_bytes`` bounds that memory.
+    A put goes to a staging key and is renamed at the end, so that a part is never seen; one of a
+    single piece is one command. Pieces carry their put's generation, so that a get that straddles
+    two puts misses and never mixes them. A get fetches everything before it answers, because a
+    failure in the middle would cut an answer whose headers have left: ``max_entry_bytes`` bounds
+    that memory.
 
     Each entry has a hash tag of its own: a cluster spreads them over its nodes, and one script
     moves a whole entry. ``server`` is shared with whoever else uses the same Redis. Owns
@@ -60,8 +62,11 @@ class RedisCache:
         puts_at_once: int = 16,
         server: Server | None = None,
         on_error: Callable[[Reason, BaseException], None] | None = None,
+        beside: RedisCache | None = None,
     ) -> None:
-        """Further puts wait: each that runs holds a part of its answer in memory."""
+        """Further puts wait: each that runs holds a part of its answer in memory. A small body
+        that is also kept in ``beside`` is put there at the same time."""
+        self._beside = beside
         self._link = Link(client, server or Server(), on_error=on_error)
         self._clock = clock
         self._max_entry_bytes = max_entry_bytes
@@ -105,8 +110,23 @@ class RedisCache:
     ) -> bool:
         if ttl_seconds <= 0 or meta.size_bytes > self._max_entry_bytes:
             return False
+        if isinstance(chunks, Parts):
+            if chunks.made is self:
+                return True
+            other, entry = self._beside, chunks.beside
+            if other is not None and entry is not None and entry.meta.size_bytes <= SMALL_BYTES:
+                mine = Parts(chunks.parts)
+                kept, chunks.made = await asyncio.gather(
+                    self.put(key, meta, mine, ttl_seconds), other.put_as_beside(entry, chunks)
+                )
+                return kept
         async with self._puts:
             return await self._put(key, meta, chunks, ttl_seconds)
+
+    async def put_as_beside(self, entry: CacheEntry, body: Parts) -> RedisCache | None:
+        """``put``; this cache where it did keep it."""
+        again = Parts(body.parts)
+        return self if await self.put(entry.key, entry.meta, again, entry.ttl_seconds) else None
 
     async def _put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
@@ -116,13 +136,14 @@ class RedisCache:
         generation = secrets.token_hex(8)
         staging = f"{self._name(key)}:{generation}"
         try:
-            pieces, size = await self._stage(staging, generation, chunks)
+            pieces, last, size = await self._stage(staging, generation, chunks)
             if size == meta.size_bytes:
+                rest = (f"{generation}:{pieces}", last) if last else ()
+                count = pieces + bool(last)
                 expires = self._clock.now().timestamp() + ttl_seconds
-                header = encode(meta, {"put": generation, "pieces": pieces, "expires": expires})
-                await self._run(
-                    _KEEP, (staging, self._name(key)), header, round(ttl_seconds * 1000)
-                )
+                header = encode(meta, {"put": generation, "pieces": count, "expires": expires})
+                lives_ms = round(ttl_seconds * 1000)
+                await self._run(_KEEP, (staging, self._name(key)), header, lives_ms, *rest)
                 return True
         except StoreAway:
             # Whatever was staged ends by its own time to live.
@@ -188,22 +209,20 @@ class RedisCache:
 
     async def _stage(
         self, staging: str, generation: str, chunks: AsyncIterator[bytes]
-    ) -> tuple[int, int]:
-        """How many pieces were stored, and how many bytes came (-1: more than are kept)."""
+    ) -> tuple[int, bytes, int]:
+        """How many pieces were stored, the last one, which goes with the meta, and how many bytes
+        came (-1: more than are kept)."""
         buffer = bytearray()
         pieces = size = 0
         async for chunk in chunks:
             size += len(chunk)
             if size > self._max_entry_bytes:
-                return pieces, -1
+                return pieces, b"", -1
             buffer += chunk
-            while len(buffer) >= self._piece_bytes:
+            while len(buffer) > self._piece_bytes:
                 await self._store(staging, f"{generation}:{pieces}", buffer)
                 pieces += 1
-        if buffer:
-            await self._store(staging, f"{generation}:{pieces}", buffer)
-            pieces += 1
-        return pieces, size
+        return pieces, bytes(buffer), size
 
     async def _store(self, staging: str, field: str, buffer: bytearray) -> None:
         """Moves one piece from the front of ``buffer`` to Redis."""

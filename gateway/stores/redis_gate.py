@@ -100,7 +100,7 @@ class RedisGate:
         self._probe_key = self._prefix + "probe"
         self._server = server or Server()
         self._listener = listener or GateListener()
-        self._link = Link(client, self._server, on_error=self._listener.failed)
+        self._link = Link(client, self._server, on_error=self._listener.failed, small=True)
         self._server.listen(self._back)
         self._clock = clock
         self._local = MemoryGate(clock, processes=processes)
@@ -154,6 +154,9 @@ class RedisGate:
         slots = self._slots(gated(limits))
         if slots:
             await self._give_back(rid, self._released(slots, [rid] * len(slots)))
+
+    def release_at_once(self, rid: str) -> bool:
+        return False
 
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         self._live.pop(rid, None)

@@ -87,6 +87,9 @@ class Stores:
     async def release(self, rid: str, limits: Sequence[Limit]) -> None:
         self.done.append(f"release {rid}")
 
+    def release_at_once(self, rid: str) -> bool:
+        return False
+
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         self.done.append(f"undo {rid} {demand.requests}/{demand.images}/{demand.slots}")
 

@@ -511,7 +511,7 @@ async def test_30_of_100_answers_lost_nothing_is_counted_twice(
         await asyncio.gather(*(worker() for _ in range(12)))
         wire.lose_some(0)
         print(f"\n{wire.lost} answers lost: {dict(kinds)}, at most {most} at once")
-        assert wire.lost > 1000
+        assert wire.lost > 400  # of round trips, each with the answers of several commands
         assert kinds["counted"] > 1500
         assert most <= 8
 

@@ -1,0 +1,136 @@
+"""Commands to one Redis that go out together: what is asked in one turn of the event loop is one
+round trip.
+
+A round trip through redis-py costs about 100 us of this process, most of it for the connection, its
+locks and its time-outs, and next to nothing for the bytes; so ten commands cost what one does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from typing import Any, NamedTuple
+
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ReadOnlyError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+TOGETHER = frozenset({"EVALSHA", "HGET", "EXISTS", "UNLINK"})
+"""What redis-py hands on as it comes. What else there is goes by itself."""
+SMALL_BYTES = 64 * 1024
+"""A larger command goes by itself: the others would wait for its bytes."""
+BATCH_BYTES = 256 * 1024
+BATCH_COMMANDS = 64
+"""Scripts of about 50 us each: others wait for them a few milliseconds at the most."""
+
+
+class _Asked(NamedTuple):
+    command: bytes
+    answer: asyncio.Future[Any]
+
+
+class Together:
+    """A client over redis-py's, of one server or of the master that sentinels name.
+
+    ``users`` share it: the last one's ``aclose`` closes it. A batch is tried again once, like each
+    of redis-py's commands, without what is answered already: every command may be repeated.
+    """
+
+    def __init__(self, client: Any, timeout: float) -> None:
+        """``timeout`` in seconds, for all answers of a batch."""
+        self.users = 1
+        self._client = client
+        self._timeout = timeout
+        self._batch: deque[_Asked] = deque()
+        self._bytes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        command = None if options or args[0] not in TOGETHER else _packed(args)
+        if command is None:
+            return await self._client.execute_command(*args, **options)
+        size, loop = len(command), asyncio.get_running_loop()
+        if self._bytes + size > BATCH_BYTES or len(self._batch) >= BATCH_COMMANDS:
+            self._send()
+        if not self._batch:
+            loop.call_soon(self._send)
+        asked = _Asked(command, loop.create_future())
+        self._batch.append(asked)
+        self._bytes += size
+        return await asked.answer
+
+    async def aclose(self) -> None:
+        self.users -= 1
+        if self.users:
+            return
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.aclose()
+
+    def _send(self) -> None:
+        if self._batch:
+            batch, self._batch, self._bytes = self._batch, deque(), 0
+            task = asyncio.get_running_loop().create_task(self._carry(batch))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _carry(self, batch: deque[_Asked]) -> None:
+        try:
+            await self._exchange(batch)
+        except Exception as error:  # noqa: BLE001 - whoever asked hears of it
+            for asked in batch:
+                if not asked.answer.done():
+                    asked.answer.set_exception(error)
+        finally:
+            for asked in batch:
+                asked.answer.cancel()
+
+    async def _exchange(self, batch: deque[_Asked]) -> None:
+        pool = self._client.connection_pool
+        connection = await pool.get_connection()
+        try:
+            try:
+                await self._ask(connection, batch, again=True)
+            except (RedisConnectionError, RedisTimeoutError, ReadOnlyError, TimeoutError):
+                # READONLY: the master we knew was demoted; a new connection looks it up again.
+                await connection.disconnect()
+                await self._ask(connection, batch, again=False)
+        finally:
+            await pool.release(connection)
+
+    async def _ask(self, connection: Any, batch: deque[_Asked], *, again: bool) -> None:
+        """Takes from ``batch`` what is answered. Raises what the rest is asked again for."""
+        # One deadline over all: that of redis-py for each answer would be 12 us each.
+        async with asyncio.timeout(self._timeout):
+            await connection.send_packed_command([asked.command for asked in batch])
+            while batch:
+                answer = batch[0].answer
+                try:
+                    said = await connection.read_response(timeout=math.inf)
+                except ResponseError as error:
+                    if again and isinstance(error, ReadOnlyError):
+                        raise
+                    if not answer.done():
+                        answer.set_exception(error)
+                else:
+                    if not answer.done():
+                        answer.set_result(said)
+                batch.popleft()
+
+
+def _packed(args: tuple[Any, ...]) -> bytes | None:
+    """A command of texts, bytes and integers as it is sent, five times as fast as redis-py packs
+    it; None where it is not small."""
+    parts, size = [b"*%d\r\n" % len(args)], 0
+    for each in args:
+        if isinstance(each, str):
+            each = each.encode()
+        elif isinstance(each, int):
+            each = b"%d" % each
+        size += len(each)
+        if size > SMALL_BYTES:
+            return None
+        parts.append(b"$%d\r\n%b\r\n" % (len(each), each))
+    return b"".join(parts)
