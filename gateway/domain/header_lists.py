@@ -3,19 +3,15 @@ value (16 headers: 3 us instead of 12)."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from itertools import chain
-
-# Everything printable, and the separator.
-_PRINTABLE = re.compile(r"[ -~\n]*")
 
 
 def encoded(headers: Sequence[tuple[str, str]]) -> list[tuple[bytes, bytes]]:
     """As bytes. One whose value is not printable ASCII is left out. Raises ``UnicodeEncodeError``
     for such a name."""
     text = "\n".join(chain.from_iterable(headers))
-    if _PRINTABLE.fullmatch(text):
+    if text.isascii() and text.replace("\n", "").isprintable():
         parts = text.encode("ascii").split(b"\n")
         # More of them: the separator was in one.
         if len(parts) == 2 * len(headers):

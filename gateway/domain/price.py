@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
+from functools import lru_cache
 from typing import Protocol
 
 from gateway.domain.call import Call, Usage
@@ -28,6 +29,7 @@ FORMATS = frozenset({"png", "webp", "jpeg", "gif", "svg"})
 _SIZE = re.compile(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})")
 
 
+@lru_cache(maxsize=256)
 def parse_size(text: str) -> tuple[int, int] | None:
     """``"1536x1024"`` -> width and height in pixels; None for anything else."""
     found = _SIZE.fullmatch(text)

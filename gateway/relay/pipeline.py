@@ -213,7 +213,8 @@ class Pipeline:
         gets a result, and results have their pictures in them."""
         if head.status == 202:
             call = replace(call, answer_as=AnswerAs.B64)
-        made_by = headers.stood_in(head)
+        # What was kept as it came is what another model may want repaired otherwise.
+        made_by = None if call.came is None else headers.stood_in(head)
         if made_by is None:
             return call
         name, served = made_by

@@ -34,6 +34,8 @@ from gateway.upstream.wire import (
 
 MAX_RESPONSE_BYTES = 256 * 1024 * 1024
 MAX_CONNECTIONS = 10_000
+LOOK_AGAIN_SECONDS = 0.001
+"""A connection that was fresh so short a time ago is not looked at again."""
 IDLE_SECONDS = 4.0
 """Below the 5 s after which common servers close an idle connection."""
 
@@ -102,11 +104,13 @@ class SocketTransport(httpx.AsyncBaseTransport):
         try:
             if connection is None:
                 connection = await self._connect(request.origin, pool, timeouts.connect, total_at)
-            first = b""
+            first, taken_at = b"", loop.time()
             if request.body is not None:
                 first = await anext(request.body, b"")
-                if not connection.is_fresh():  # gone while the body was fetched; nothing is sent
-                    connection.abort()
+                # A body in memory is here at once: a second look at the socket says nothing new.
+                waited = loop.time() - taken_at > LOOK_AGAIN_SECONDS
+                if connection.closed or (waited and not connection.is_fresh()):
+                    connection.abort()  # gone while the body was fetched; nothing is sent
                     connection = await self._connect(
                         request.origin, pool, timeouts.connect, total_at
                     )
