@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.ports import Cached, CachedMeta, Clock, Parts
+from gateway.ports import Cached, CachedMeta, CacheEntry, Clock, Parts
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.kept import Kept
 from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Reason, Script, Server, StoreAway
@@ -107,6 +107,9 @@ class RedisCache:
             return False
         async with self._puts:
             return await self._put(key, meta, chunks, ttl_seconds)
+
+    def put_at_once(self, entry: CacheEntry, body: Parts) -> bool:
+        return False
 
     async def _put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
