@@ -471,6 +471,9 @@ class Cache(Protocol):
         """Keeps an answer; whether it did. Nothing is visible to ``get`` before the last chunk is
         stored."""
 
+    def put_at_once(self, entry: CacheEntry, body: Parts) -> bool:
+        """As ``put``, where that takes no waiting. False: nothing was done, it is to be put."""
+
     async def holds(self, key: str) -> bool:
         """Whether it is there, though ``get`` may be too busy to hand it out. Unlike ``get`` it
         raises where that cannot be said: ``Unreachable``, ``OSError``."""

@@ -44,7 +44,7 @@ from gateway.domain.errors import (
     UpstreamUnavailable,
     UpstreamUnknown,
 )
-from gateway.ports import Cached, CachedMeta, Outgoing, Reply, Take
+from gateway.ports import Cached, CachedMeta, CacheEntry, Outgoing, Parts, Reply, Take
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import GATE_SECONDS, Script, Server
 from gateway.stores.safe import SettlementSafe
@@ -256,6 +256,9 @@ class _Cache(_Wrapped):
         return await self._faults.through(
             "cache.put", lambda: self._target.put(key, meta, chunks, ttl_seconds), lambda _: False
         )
+
+    def put_at_once(self, entry: CacheEntry, body: Parts) -> bool:
+        return False
 
 
 class _Safe(_Wrapped):

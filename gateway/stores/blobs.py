@@ -202,6 +202,17 @@ class DiskCache:
         async with self._puts:
             return await self._put(CacheEntry(key, meta, ttl_seconds), chunks)
 
+    def put_at_once(self, entry: CacheEntry, body: Parts) -> bool:
+        """Only where there is nothing to do: it is there, or is never taken."""
+        if not (body.made is self or self._is_too_large(entry)):
+            return False
+        self._check(entry.key)
+        return True
+
+    def _is_too_large(self, entry: CacheEntry) -> bool:
+        takes = self._takes(entry.meta, entry.ttl_seconds)
+        return not takes or entry.meta.size_bytes > self._max_bytes
+
     def _takes(self, meta: CachedMeta, ttl_seconds: float) -> bool:
         return ttl_seconds > 0 and meta.size_bytes <= self._max_entry_bytes
 

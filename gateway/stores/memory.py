@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Standing, Unit, Window
-from gateway.ports import Cached, CachedMeta, Clock, Parts
+from gateway.ports import Cached, CachedMeta, CacheEntry, Clock, Parts
 from gateway.stores.kept import Kept
 
 MINUTE_US = 60_000_000
@@ -343,6 +343,11 @@ class MemoryCache:
         finally:
             self._taking -= meta.size_bytes
         return taken is not None and self._keep(key, meta, taken, ttl_seconds)
+
+    def put_at_once(self, entry: CacheEntry, body: Parts) -> bool:
+        if entry.ttl_seconds > 0 and entry.meta.size_bytes <= self._max_entry_bytes:
+            self._keep(entry.key, entry.meta, tuple(body.parts), entry.ttl_seconds)
+        return True
 
     def _keep(
         self, key: str, meta: CachedMeta, chunks: tuple[bytes, ...], ttl_seconds: float

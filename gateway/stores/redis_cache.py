@@ -128,6 +128,9 @@ class RedisCache:
         again = Parts(body.parts)
         return self if await self.put(entry.key, entry.meta, again, entry.ttl_seconds) else None
 
+    def put_at_once(self, entry: CacheEntry, body: Parts) -> bool:
+        return False
+
     async def _put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
     ) -> bool:

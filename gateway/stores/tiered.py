@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
-from gateway.ports import Cache, Cached, CachedMeta, Parts
+from gateway.ports import Cache, Cached, CachedMeta, CacheEntry, Parts
 from gateway.stores.kept import Kept
 
 
@@ -58,6 +58,9 @@ class TieredCache:
             return await self.back.put(key, meta, chunks, ttl_seconds) or near
         async with self._puts:
             return await self._put_both(key, meta, chunks, ttl_seconds)
+
+    def put_at_once(self, entry: CacheEntry, body: Parts) -> bool:
+        return self.back.put_at_once(entry, body) and self._front.put_at_once(entry, body)
 
     async def _put_both(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float

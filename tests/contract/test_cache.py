@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gateway.domain.call import SvgUsage, Usage
-from gateway.ports import Cache, Cached, CachedMeta, Form
+from gateway.ports import Cache, Cached, CachedMeta, CacheEntry, Form, Parts
 from gateway.stores.blobs import DiskCache
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.memory import MemoryCache
@@ -116,6 +116,23 @@ async def test_what_was_put_is_got_byte_for_byte(bench: Bench) -> None:
         assert await content(cached) == data
         assert await content(cached) == data
     assert await bench.cache.get(OTHER) is None
+
+
+async def test_what_is_put_at_once_is_as_if_it_was_put(bench: Bench) -> None:
+    data = os.urandom(1000)
+    entry = CacheEntry(KEY, meta_of(data), 60)
+    done = bench.cache.put_at_once(entry, Parts([data[:10], data[10:]]))
+    assert await content(await bench.cache.get(KEY)) == (data if done else None)
+
+
+async def test_tiers_take_at_once_what_the_back_never_takes(tmp_path: Path) -> None:
+    clock, data = StillClock(), b"x" * 1000
+    entry = CacheEntry(KEY, meta_of(data), 60)
+    for most, done in ((999, True), (10_000, False)):
+        disk = DiskCache(tmp_path / str(most), clock, max_bytes=most)
+        cache = TieredCache(MemoryCache(clock, max_bytes=MIB, max_entry_bytes=MIB), disk)
+        assert cache.put_at_once(entry, Parts([data])) is done
+        assert await content(await cache.get(KEY)) == (data if done else None)
 
 
 @pytest.mark.parametrize("size", [0, 1, MIB - 1, MIB, MIB + 1, 2 * MIB])

@@ -551,7 +551,17 @@ async def test_a_stream_that_begins_at_a_fallback_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begins: list[Callable[[], None]] = []
-    monkeypatch.setattr(Purchases, "_break_silence", lambda self, plan, begin: begins.append(begin))
+
+    def later(seconds: float, begin: Callable[[], None]) -> None:
+        begins.append(begin)
+
+    def break_silence_when_told(self: Purchases, *call: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.get_running_loop(), "call_later", later)
+            said(self, *call)
+
+    said = Purchases._break_silence
+    monkeypatch.setattr(Purchases, "_break_silence", break_silence_when_told)
     gate = Gate()
     async with two(tmp_path, sandboxes, {"models": SPARE}, Rule(status=500)) as bench:
         bench.azure.rules.clear()

@@ -33,7 +33,16 @@ from gateway.domain.quota import Demand, Scope, Unit, Window
 from gateway.domain.receipt import CacheResult
 from gateway.domain.route import Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import Caller, Key, Limits, Team
-from gateway.ports import Cached, CachedMeta, Credential, Outgoing, Reply, Upstream
+from gateway.ports import (
+    Cached,
+    CachedMeta,
+    CacheEntry,
+    Credential,
+    Outgoing,
+    Parts,
+    Reply,
+    Upstream,
+)
 from gateway.relay.plan import CachePolicy, CacheWish, Chooser, Plan, Planner, cheaper, drawn
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -101,6 +110,9 @@ class OneAnswer:
     async def put(
         self, key: str, meta: CachedMeta, chunks: AsyncIterator[bytes], ttl_seconds: float
     ) -> bool:
+        raise NotImplementedError
+
+    def put_at_once(self, entry: CacheEntry, body: Parts) -> bool:
         raise NotImplementedError
 
     async def holds(self, key: str) -> bool:

@@ -518,6 +518,8 @@ async def test_a_batch_is_read_and_written_by_a_few_statements(
         await asyncio.sleep(0)
     await asyncio.gather(*tasks)
     await store._writer.submit(lambda db: db.set_trace_callback(None))
+    # What a trigger does is told as a comment.
+    said = [sql for sql in said if not sql.startswith("--")]
     begun = [number for number, sql in enumerate(said) if sql.startswith("BEGIN")]
     assert len(begun) == 3, "the first, the batch, and the end of the trace"
     assert said[begun[2] - 1] == "COMMIT"
