@@ -558,9 +558,9 @@ async def test_a_stream_that_begins_at_a_fallback_says_so(
     def break_silence_when_told(self: Purchases, *call: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(asyncio.get_running_loop(), "call_later", later)
-            said(self, *call)
+            own(self, *call)
 
-    said = Purchases._break_silence
+    own = Purchases._break_silence
     monkeypatch.setattr(Purchases, "_break_silence", break_silence_when_told)
     gate = Gate()
     async with two(tmp_path, sandboxes, {"models": SPARE}, Rule(status=500)) as bench:
