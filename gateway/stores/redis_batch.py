@@ -16,7 +16,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ReadOnlyError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-TOGETHER = frozenset({"EVALSHA", "HGET", "EXISTS", "UNLINK"})
+TOGETHER = frozenset({"EVALSHA", "EVAL", "HGET", "EXISTS", "UNLINK"})
 """What redis-py hands on as it comes. What else there is goes by itself."""
 SMALL_BYTES = 64 * 1024
 """A larger command goes by itself: the others would wait for its bytes."""
