@@ -16,7 +16,7 @@ CLIENTS ?=
 
 # What `make bench` measures: QUICK=1 is five cases in three minutes, PEERS=1 brings LiteLLM and
 # Portkey (installed under .tools), CASES=s_c32,m_c8 and ROUNDS=9 as they say; STUDY=growth and
-# STUDY=scale are studies of their own (gateway/docs/growth.md).
+# STUDY=scale are studies of their own (gateway/docs/growth.md), STUDY=where is a profile.
 QUICK ?=
 PEERS ?=
 CASES ?=
@@ -90,7 +90,7 @@ soak: $(DEV) ## Hours: the long stories whole, 50,000 runs of the ledger's model
 	@$(IN_VENV) -m tests.torture --minutes 60
 
 .PHONY: bench
-bench: $(BENCH) ## Measure the gateway beside nginx; QUICK=1, PEERS=1, CASES=..., ROUNDS=..., STUDY=growth|scale
+bench: $(BENCH) ## Measure the gateway beside nginx; QUICK=1, PEERS=1, CASES=..., ROUNDS=..., STUDY=growth|scale|where
 	@$(IN_VENV) -m tests.bench $(STUDY) $(if $(QUICK),--quick) $(if $(PEERS),--peers) \
 		$(if $(CASES),--cases $(CASES)) $(if $(ROUNDS),--rounds $(ROUNDS)) $(ARGS)
 

@@ -64,7 +64,7 @@ def _measure(asked: argparse.Namespace, cases: Sequence[Case]) -> Run:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    parser.add_argument("study", nargs="?", choices=list(studies.TEXTS), help="instead of cases")
+    parser.add_argument("study", nargs="?", choices=list(studies.NAMES), help="instead of cases")
     parser.add_argument("--quick", action="store_true", help="five cases, three short rounds")
     parser.add_argument("--peers", action="store_true", help="LiteLLM and Portkey too, installed")
     parser.add_argument("--cases", default="", help="names, separated by commas")

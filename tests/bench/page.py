@@ -15,6 +15,8 @@ from tests.bench.targets import ROOT
 RESULTS: Final = Path(__file__).parent / "results.json"
 PAGE: Final = ROOT / "gateway" / "docs" / "bench.md"
 PLOT: Final = ROOT / "gateway" / "docs" / "bench.svg"
+WHERE: Final = Path(__file__).parent / "where.md"
+"""What ``where`` found last."""
 README: Final = ROOT / "README.md"
 BETWEEN: Final = ("<!-- make bench -->", "<!-- end of make bench -->")
 """Where the README has the short table."""
@@ -32,6 +34,7 @@ $ make bench                          # every case; 7 rounds
 $ make bench QUICK=1                  # five cases, under 3 minutes
 $ make bench PEERS=1                  # LiteLLM and Portkey too; writes this page
 $ make bench CASES=s_c32,m_c8 ROUNDS=9
+$ make bench STUDY=where              # a profile, below
 ```
 
 It needs a C compiler and nginx (Debian: `apt install gcc libc6-dev nginx-light`), and for the
@@ -64,7 +67,8 @@ peers npm. Cases that need what is missing are skipped, and said to be.
 
 
 def page(run: Run) -> str:
-    return f"{HEAD}\n![CPU a request]({PLOT.name})\n\n{report.text(run)}"
+    where = f"\n{WHERE.read_text()}" if WHERE.exists() else ""
+    return f"{HEAD}\n![CPU a request]({PLOT.name})\n\n{report.text(run)}{where}"
 
 
 def with_table(text: str, table: str) -> str:
@@ -76,11 +80,15 @@ def with_table(text: str, table: str) -> str:
     return f"{before}{begin}\n\n{table}\n\n{end}{after}"
 
 
+def write_page(run: Run) -> None:
+    PAGE.write_text(page(run))
+
+
 def write(run: Run) -> None:
     """Results, page, plot and the README's table. Without matplotlib the plot stays as it was, and
     this is said."""
     RESULTS.write_text(to_json(run))
-    PAGE.write_text(page(run))
+    write_page(run)
     README.write_text(with_table(README.read_text(), report.short_table(run)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.bench.plot", RESULTS, PLOT], cwd=ROOT, check=False

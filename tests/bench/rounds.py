@@ -210,7 +210,7 @@ def run_case(case: Case, names: Sequence[str], plan: Plan) -> CaseResult:
         folder = Path(stack.enter_context(site_folder()))
         folder.chmod(0o755)
         try:
-            upstream = _upstream(case, plan, folder, stack)
+            upstream = open_upstream(case, plan, folder, stack)
         except (MissingTool, tools.BuildError) as error:
             say(f"{case.name} is SKIPPED: {error}")
             return CaseResult(case.name, case.about, {}, dict.fromkeys(names, str(error)))
@@ -276,7 +276,7 @@ def _attempt(bench: Bench, what: str, act: Callable[[Bench], None]) -> None:
     say(f"{bench.case.name}: {bench.name}: {what}  {line}")
 
 
-def _upstream(case: Case, plan: Plan, folder: Path, stack: contextlib.ExitStack) -> Upstream:
+def open_upstream(case: Case, plan: Plan, folder: Path, stack: contextlib.ExitStack) -> Upstream:
     """The mock; where the case wants TLS, behind an nginx that ends it. A case that asks once has
     a second upstream to warm up on, which answers at once."""
     reply = bodies.reply(case.reply)

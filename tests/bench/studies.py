@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from tests.bench import growth, scale, study
+from tests.bench import growth, results, scale, study, where
+from tests.bench import page as page_of_cases
 from tests.bench.machine import machine
-from tests.bench.processes import cores, raise_file_limit, stay_off_the_target
+from tests.bench.processes import Cores, cores, raise_file_limit, stay_off_the_target
 from tests.bench.report import figure, rows
 from tests.bench.rounds import say
 from tests.bench.scale_limits import needs_text, rises_text
@@ -46,16 +47,18 @@ $ python -m tests.bench.growth_ledger
 
 def run(name: str, *, quick: bool) -> int:
     """The exit code: 1 where something failed. What is not quick is written down."""
-    where = cores()
-    stay_off_the_target(where)
+    on = cores()
+    stay_off_the_target(on)
     raise_file_limit()
+    if name == WHERE:
+        return _where(on, quick=quick)
     if name == "growth":
         sizes = QUICK if quick else growth.Sizes()
-        found = Study(machine(where), growth.measure(where, sizes))
+        found = Study(machine(on), growth.measure(on, sizes))
     else:
         few = scale.Sizes(rounds=1, seconds=1.0, slow_seconds=1.0)
-        tables, numbers = scale.measure(where, few if quick else scale.Sizes())
-        found = Study(machine(where), tables, numbers)
+        tables, numbers = scale.measure(on, few if quick else scale.Sizes())
+        found = Study(machine(on), tables, numbers)
     print(TEXTS[name](found))
     if not quick:
         study.write(found, HERE / f"{name}.json")
@@ -69,6 +72,16 @@ def run(name: str, *, quick: bool) -> int:
     for line in failed:
         say(f"FAILED {line}")
     return 1 if failed else 0
+
+
+def _where(on: Cores, *, quick: bool) -> int:
+    """Its part of the benchmark's page is written too."""
+    said = where.text(where.measure(on, 4.0 if quick else 12.0))
+    print(said)
+    if not quick:
+        page_of_cases.WHERE.write_text(said)
+        page_of_cases.write_page(results.read(page_of_cases.RESULTS))
+    return 0
 
 
 def growth_text(found: Study) -> str:
@@ -140,6 +153,8 @@ def scale_text(found: Study) -> str:
 
 
 TEXTS: Final[dict[str, Callable[[Study], str]]] = {"growth": growth_text, "scale": scale_text}
+WHERE: Final = "where"
+NAMES: Final = (*TEXTS, WHERE)
 
 
 def page() -> str:

@@ -51,9 +51,11 @@ def _postgres(site: Site, stack: contextlib.ExitStack) -> Target:
     return Gateway(site, {"storage": storage})
 
 
+POLICY_TARGET: Final = "gateway-policy"
+
 STARTS: Final[dict[str, Start]] = {
     "gateway": lambda site, _: Gateway(site),
-    "gateway-policy": lambda site, _: Gateway(site, POLICY),
+    POLICY_TARGET: lambda site, _: Gateway(site, POLICY),
     "gateway-disk": _disk,
     "gateway-redis": _redis,
     "gateway-postgres": _postgres,
@@ -67,7 +69,7 @@ STARTS: Final[dict[str, Start]] = {
 
 TITLES: Final[Mapping[str, str]] = {
     "gateway": "gateway",
-    "gateway-policy": "gateway, nothing kept on disk",
+    POLICY_TARGET: "gateway, nothing kept on disk",
     "gateway-disk": "gateway, cache on disk alone",
     "gateway-redis": "gateway, cache in Valkey alone",
     "gateway-postgres": "gateway, PostgreSQL",
