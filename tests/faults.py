@@ -37,6 +37,7 @@ import gateway.relay.budget
 import gateway.relay.keeping
 import gateway.relay.keyring
 import gateway.relay.purchase
+import gateway.stores.redis_link
 import gateway.swap
 from gateway.domain.errors import (
     LedgerUnavailable,
@@ -46,7 +47,7 @@ from gateway.domain.errors import (
 )
 from gateway.ports import Cached, CachedMeta, CacheEntry, Outgoing, Parts, Reply, Take
 from gateway.stores.redis_gate import RedisGate
-from gateway.stores.redis_link import GATE_SECONDS, Script, Server
+from gateway.stores.redis_link import GATE_SECONDS, Script, Server, connect
 from gateway.stores.safe import SettlementSafe
 from tests.torture.verdict import Ledger
 
@@ -356,15 +357,17 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
     parts: Any = gateway.assembly_stores
     swap: Any = gateway.swap
     open_store, account, cache = app.open_store, swap.make_account, app.make_cache
-    connect = parts.connect
     put(app, "open_store", lambda settings: _Store(open_store(settings), faults))
     put(swap, "make_account", lambda *given: _Upstream(account(*given), faults))
-    patience = {"timeout": PATIENT_SECONDS} if dying else {}
-    put(
-        parts,
-        "connect",
-        lambda *given, **named: _Redis(connect(*given, **named | patience), faults),
-    )
+    if dying:
+        put(gateway.stores.redis_link, "connect", partial(connect, timeout=PATIENT_SECONDS))
+
+    class FaultyServer(Server):
+        def __init__(self) -> None:
+            super().__init__(pause=0.02)
+
+        def connect(self, url: str) -> Any:
+            return _Redis(super().connect(url), faults)
 
     def wrapped_cache(*given: Any) -> Any:
         made, shared = cache(*given)
@@ -375,7 +378,7 @@ def install(faults: Faults, put: Set, *, dying: bool = False) -> None:
 
     put(app, "make_cache", wrapped_cache)
     put(app, "SettlementSafe", SimpleNamespace(open=wrapped_safe))
-    put(app, "RedisServer", partial(Server, pause=0.02))
+    put(app, "RedisServer", FaultyServer)
     if dying:
         quick = _gate_of(lease_seconds=SLOT_LEASE_SECONDS, deadline_seconds=PATIENT_SECONDS)
     else:
