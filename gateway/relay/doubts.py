@@ -46,6 +46,10 @@ class Doubts:
 
     def add(self, rid: str, closed: Closed) -> None:
         """A client has been sent all of its answer. ``closed``: whether its connection ended."""
+        if not self._open and self._timer is not None:
+            # It may be seconds away: those who are gone are waited for in one go.
+            self._timer.cancel()
+            self._timer = None
         # The tick that is under way is not a whole one.
         self._open.append(_Doubt(self._ticks + TICKS + 1, rid, closed))
         if self._timer is None:

@@ -106,11 +106,16 @@ class Keeper:
         task, a timer and their turns of the loop are 50 us."""
         if keeping.result or bought.landing.error is not None:
             return False
-        cached = self._cached(bought, _meta(bought, self._clock))
-        if cached is None:
+        try:
+            cached = self._cached(bought, _meta(bought, self._clock))
+            if cached is None:
+                return True
+            body = _body(bought)
+            return isinstance(body, Parts) and self._cache.put_at_once(cached, body)
+        except Exception:
+            # It is paid for: whatever goes wrong with a copy, its client gets it.
+            log.exception("an answer was not kept", extra={"request_id": bought.flight.rid})
             return True
-        body = _body(bought)
-        return isinstance(body, Parts) and self._cache.put_at_once(cached, body)
 
     async def _put(self, bought: Bought, keeping: Keeping) -> None:
         meta = _meta(bought, self._clock)

@@ -161,10 +161,11 @@ SELECT {HOLD_COLUMNS} FROM (VALUES {{rows}}) AS asked CROSS JOIN hold WHERE rid 
     one=f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = ?",  # noqa: S608 - names of columns
 )
 
-# Each is looked up in the index hold_idempotency.
+# Each is looked up in the index hold_idempotency. (SQLite knows ->> since 3.38 alone.)
 _HOLDS_OF_KEYS = f"""
 SELECT {HOLD_COLUMNS} FROM json_each(?) AS asked CROSS JOIN hold
- WHERE hold.team = asked.value ->> 0 AND hold.idempotency_key = asked.value ->> 1
+ WHERE hold.team = json_extract(asked.value, '$[0]')
+   AND hold.idempotency_key = json_extract(asked.value, '$[1]')
    AND hold.idempotency_key IS NOT NULL
 """  # noqa: S608 - names of columns
 
