@@ -194,6 +194,11 @@ class Cycle(RequestResponseCycle):
             self.flow.pause_reading()
         self.message_event.set()
 
+    def drop_body(self) -> None:
+        """What came of it and nobody will read: the rest of this waits for the collector."""
+        self._pieces = []
+        self._waiting_bytes = 0
+
     async def receive(self) -> Any:
         if self.waiting_for_100_continue and not self.transport.is_closing():
             self._wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -246,14 +251,18 @@ class Cycle(RequestResponseCycle):
                 self.keep_alive = False
                 closes = True
             lines += (name, b": ", value, b"\r\n")
+        written = len(headers)
         if not self.keep_alive and not closes:
+            written += 1
             lines.append(b"connection: close\r\n")
         bodiless = self.scope["method"] == "HEAD" or status in (204, 304)
         if self.chunked_encoding is None and not bodiless:
             self.chunked_encoding = True
+            written += 1
             lines.append(b"transfer-encoding: chunked\r\n")
         head = b"".join(lines)
-        if not _HEAD.fullmatch(head):
+        # Counted too: a value with a line end in it would be a header of somebody else's.
+        if head.count(b"\n") != 1 + written or not _HEAD.fullmatch(head):
             raise RuntimeError("a header of the answer cannot be written as HTTP")
         self._wire.write(head + b"\r\n")
 
@@ -276,6 +285,7 @@ class Cycle(RequestResponseCycle):
             if self.expected_content_length != 0:
                 raise RuntimeError("the answer is shorter than its Content-Length")
             self.response_complete = True
+            self.drop_body()
             self.message_event.set()
             if not self.keep_alive:
                 self.transport.close()
@@ -445,6 +455,8 @@ class Connection(HttpToolsProtocol):
         for cycle in list(self.watching):
             cycle.lose()
         super().connection_lost(exc)
+        if self.cycle is not None:
+            cast(Cycle, self.cycle).drop_body()
 
     def send_400_response(self, msg: str) -> None:
         """For bytes that no parser takes. uvicorn's own says it in plain text."""

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.api.door import Door, Receive, Scope, Send
+from gateway.api.door import Door, Receive, Scope, Send, deliver
 from gateway.protocol import UPLOAD_HIGH_WATER, Connection
 from gateway.relay.flights import Head
 from gateway.server import server
@@ -140,3 +140,73 @@ async def test_an_answer_is_as_long_as_it_says(length: int) -> None:
     await story.read.wait()
     await story.end()
     assert story.wire.closed
+
+
+class Answerer:
+    """An ASGI application that answers with one head."""
+
+    def __init__(self, *headers: tuple[bytes, bytes]) -> None:
+        self.headers = list(headers)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.headers})
+        await send({"type": "http.response.body", "body": b"ok", "more_body": False})
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        (b"x-a", b"b\r\nset-cookie: evil=1"),
+        (b"x-a", b"b\nset-cookie: evil=1"),
+        (b"x-a: b\r\nx-b", b"c"),
+        (b"x-a", b"b\r\ntransfer-encoding: chunked"),
+    ],
+)
+async def test_a_header_with_a_line_end_is_not_written(header: tuple[bytes, bytes]) -> None:
+    story = Story()
+    story.connection.app = Answerer((b"content-length", b"2"), header)
+    story.connection.data_received(head_of(0))
+    await asyncio.gather(*story.connection.tasks, return_exceptions=True)
+    assert b"evil" not in story.wire.written
+    assert b"200 OK" not in story.wire.written
+
+
+async def test_what_nobody_will_read_of_a_body_is_dropped() -> None:
+    story = Story()
+    story.connection.app = Answerer((b"content-length", b"2"))
+    story.connection.data_received(head_of(100_000) + b"x" * 50_000)
+    cycle = cast(Any, story.connection.cycle)
+    assert cycle._pieces
+    await asyncio.gather(*story.connection.tasks, return_exceptions=True)
+    assert story.wire.written.startswith(b"HTTP/1.1 200 OK")
+    assert cycle._pieces == []
+
+
+async def test_what_was_uploaded_is_dropped_with_its_connection() -> None:
+    story = Story()
+    story.connection.data_received(head_of(100_000) + b"x" * 50_000)
+    cycle = cast(Any, story.connection.cycle)
+    assert cycle._pieces
+    story.connection.connection_lost(None)
+    assert cycle._pieces == []
+    await asyncio.gather(*story.connection.tasks, return_exceptions=True)
+
+
+async def test_a_client_that_leaves_while_its_answer_waits_has_not_got_it() -> None:
+    """A server says nothing of what it drops (uvicorn's ``send`` returns)."""
+    sent: list[str] = []
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            door.client.leave()
+
+    door = Door({"type": "http", "headers": []}, receive, send)
+    head = Head(200, (), 2, lambda: iter_of(b"ok"))
+    await deliver("req_1", head, door)
+    assert sent[-1] == "http.response.body"
+    assert door.gone == "response"
+    assert not door.delivered

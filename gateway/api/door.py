@@ -36,6 +36,10 @@ PIECES_BYTES = 8 * 1024 * 1024
 """So much of a body is handed over at once: a picture whole, what is larger in some parts."""
 STALL_SECONDS = 120.0
 """A client that takes nothing for so long has its connection dropped; its result is kept."""
+STALL_BYTES = 48 * 1024
+"""What is next to nothing: less than this in that time, of what it still has to take."""
+CHUNK_BYTES = 256 * 1024
+"""At most so much goes at once to a server that copies what a client does not take yet."""
 NO_CONTENT = (204, 304)
 """Answers that end with their head, and say no length."""
 HUNG_UP = "gateway.hung_up"
@@ -165,7 +169,8 @@ class Door:
         """All of a body, as far as the client takes it."""
         if self._unsent is None or not isinstance(body, Parts):
             async for chunk in body:
-                await self.send_chunk(chunk)
+                for start in range(0, len(chunk), CHUNK_BYTES):
+                    await self.send_chunk(chunk[start : start + CHUNK_BYTES])
             return
         for pieces, size in _together(body.parts):
             await self._put({"type": "http.response.body", "pieces": pieces, "more_body": True})
@@ -202,15 +207,22 @@ class Door:
             else:
                 await self._send(message)
         except TimeoutError:
-            if self._unsent is not None:
-                self.bytes_out = max(0, self.bytes_out - self._unsent())
+            self._forget_unsent()
             await self.abort()
             raise ClientGone("stalled") from None
         except OSError:
             raise ClientGone("response") from None
+        if self.client.gone.is_set():
+            # It left while this waited: a server says nothing of it, and drops what is unsent.
+            self._forget_unsent()
+            raise ClientGone("response")
+
+    def _forget_unsent(self) -> None:
+        if self._unsent is not None:
+            self.bytes_out = max(0, self.bytes_out - self._unsent())
 
     async def _send_when_taken(self, message: Message) -> None:
-        """Raises ``TimeoutError`` when the client has taken nothing for so long."""
+        """Raises ``TimeoutError`` when the client has taken next to nothing for so long."""
         while True:
             unsent = self._unsent() if self._unsent is not None else 0
             try:
@@ -218,7 +230,8 @@ class Door:
                     return await self._send(message)
             except TimeoutError:
                 # A message that waits has not been taken: it can be sent again.
-                if self._unsent is None or self._unsent() >= unsent:
+                least = min(STALL_BYTES, unsent // 2)
+                if self._unsent is None or self._unsent() > unsent - least:
                     raise
 
 

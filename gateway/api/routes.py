@@ -29,7 +29,7 @@ Matches: TypeAlias = Callable[[str], bool]
 spelling."""
 
 
-KEPT_PATHS = 256
+KEPT_PATHS, KEPT_CHARS = 256, 256
 _DEPLOYED = re.compile(r"/openai/deployments/([^/]+)(/images/(?:generations|edits))")
 _AZURE = re.compile(r"/openai(?:/v1)?+(?=/)(?!/deployments(?:/|$))")
 
@@ -77,7 +77,9 @@ class Router:
             await self._rest(scope, receive, send)
             return
         asked = scope["path"]
-        app, path, deployment = self._look_up(asked)
+        # A stranger's path may have 64 KB, and none of ours has so many: it is not remembered.
+        look_up = self._look_up if len(asked) <= KEPT_CHARS else self._find
+        app, path, deployment = look_up(asked)
         if path != asked:
             scope = {**scope, "path": path, ASKED_PATH: asked, DEPLOYMENT: deployment}
         await app(scope, receive, send)

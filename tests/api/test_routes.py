@@ -96,3 +96,19 @@ async def test_the_first_door_of_a_path_has_it() -> None:
         ASKED_PATH: written,
         DEPLOYMENT: "team-art",
     }
+
+
+async def test_a_strangers_long_path_is_not_remembered() -> None:
+    async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+        return None
+
+    async def receive() -> Any:
+        return {}
+
+    async def send(message: Any) -> None:
+        return None
+
+    router = Router([], nowhere)
+    for path in ("/v1/models", "/" + "x" * 60_000):
+        await router({"type": "http", "path": path}, receive, send)
+    assert router._look_up.cache_info().currsize == 1
