@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from gateway.api.door import Door, Receive, Scope, Send, deliver
+from gateway.api.door import UNSENT, Door, Receive, Scope, Send, deliver
 from gateway.protocol import UPLOAD_HIGH_WATER, Connection
 from gateway.relay.flights import Head
 from gateway.server import server
@@ -204,7 +204,7 @@ async def test_a_client_that_leaves_while_its_answer_waits_has_not_got_it() -> N
         if message["type"] == "http.response.body" and not message.get("more_body"):
             door.client.leave()
 
-    door = Door({"type": "http", "headers": []}, receive, send)
+    door = Door({"type": "http", "headers": [], UNSENT: lambda: 0}, receive, send)
     head = Head(200, (), 2, lambda: iter_of(b"ok"))
     await deliver("req_1", head, door)
     assert sent[-1] == "http.response.body"

@@ -212,8 +212,9 @@ class Door:
             raise ClientGone("stalled") from None
         except OSError:
             raise ClientGone("response") from None
-        if self.client.gone.is_set():
-            # It left while this waited: a server says nothing of it, and drops what is unsent.
+        if self._unsent is not None and self.client.gone.is_set():
+            # It left while this waited, and up to a whole picture before it was not sent yet: the
+            # server says nothing of it, and drops that.
             self._forget_unsent()
             raise ClientGone("response")
 
