@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.bench import report
-from tests.bench.results import Run, to_json
+from tests.bench.results import Run, read, to_json
 from tests.bench.rounds import say
 from tests.bench.targets import ROOT
 
@@ -88,6 +88,7 @@ def write(run: Run) -> None:
     """Results, page, plot and the README's table. Without matplotlib the plot stays as it was, and
     this is said."""
     RESULTS.write_text(to_json(run))
+    run = read(RESULTS)  # its digits: whoever writes the page again finds the same
     write_page(run)
     README.write_text(with_table(README.read_text(), report.short_table(run)))
     done = subprocess.run(
