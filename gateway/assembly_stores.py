@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from gateway.descriptors import kept_answers
+from gateway.descriptors import limit as fd_limit
 from gateway.domain import keys
 from gateway.domain.ledger import Entry, Settlement
 from gateway.ports import (
@@ -178,7 +180,12 @@ def make_cache(
     def failed(*_: object) -> None:
         metrics.add("gateway_cache_errors_total", operation="store")
 
-    front = MemoryCache(clock, max_bytes=cache.memory_bytes, max_entry_bytes=cache.max_entry_bytes)
+    front = MemoryCache(
+        clock,
+        max_bytes=cache.memory_bytes,
+        max_entry_bytes=cache.max_entry_bytes,
+        max_files=kept_answers(fd_limit()),
+    )
     metrics.watch("gateway_cache_bytes", lambda: front.bytes_held, where="memory")
     url = cache.redis or state
     if url is None:

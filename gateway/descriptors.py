@@ -15,6 +15,8 @@ LEDGER = 32
 """Kept for the ledger and the other stores, whatever comes."""
 AT_THE_DOOR = 32
 """For connections that were just accepted, or are being told that there is no room."""
+KEPT_ANSWERS = 128
+"""For answers kept in memory, at most; of few descriptors a sixteenth."""
 FOLDERS = ("/proc/self/fd", "/dev/fd")
 
 
@@ -43,11 +45,16 @@ def opened() -> int:
     return 0
 
 
+def kept_answers(limit: int) -> int:
+    """For how many answers kept in memory there is one."""
+    return KEPT_ANSWERS if limit == resource.RLIM_INFINITY else min(KEPT_ANSWERS, limit // 16)
+
+
 def shares(limit: int, opened: int, connections: int, in_flight: int) -> Shares:
     """What of the wanted numbers fits into ``limit`` beside those that are open, at least 1."""
     if limit == resource.RLIM_INFINITY:
         return Shares(connections, in_flight, 2**31)
-    room = max(0, limit - opened - LEDGER - AT_THE_DOOR)
+    room = max(0, limit - opened - LEDGER - AT_THE_DOOR - kept_answers(limit))
     # Half for the doors, half for what flies; what one side does not want the other may have.
     doors = max(room // 4, room // 2 - in_flight)
     connections = max(1, min(connections, doors))

@@ -6,7 +6,11 @@ one contract suite in ``tests/contract/`` that each implementation passes.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import asyncio
+import os
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -33,6 +37,7 @@ from gateway.domain.money import Money
 from gateway.domain.owned import Owned, OwnedKind
 from gateway.domain.quota import Demand, Grant, Limit, Refusal
 from gateway.domain.receipt import Delivery, Receipt
+from gateway.domain.record import record
 from gateway.domain.route import Target
 from gateway.domain.team import Key, Team
 
@@ -379,7 +384,7 @@ class Form(StrEnum):
     EVENTS = "events"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CachedMeta:
     """What a kept answer says of itself.
 
@@ -417,13 +422,90 @@ class Cached:
     chunks: Callable[[], AsyncIterator[bytes]]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CacheEntry:
     """What is kept of an answer beside its bytes: under which key, and for how long."""
 
     key: str
     meta: CachedMeta
     ttl_seconds: float
+
+
+class Lent:
+    """``size`` bytes of a ``buffer`` from ``start`` on, which is written over when the next piece
+    is asked for: who wants to keep them copies them (``bytes``). Nothing is allocated for them."""
+
+    __slots__ = ("buffer", "size", "start", "view")
+
+    def __init__(self, buffer: bytearray, size: int, start: int = 0) -> None:
+        self.buffer = buffer
+        self.size = size
+        self.start = start
+        self.view = memoryview(buffer)[start : start + size]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.view)
+
+
+class LentFile(Lent, ABC):
+    """As ``Lent``, of bytes that stand in a file: in the buffer they are once they are fetched. Who
+    can have the system send them from where they stand (``fd``, from ``at`` on) copies nothing."""
+
+    __slots__ = ("at", "fd")
+
+    def __init__(self, fd: int, at: int, size: int) -> None:
+        super().__init__(bytearray(), size)
+        self.fd = fd
+        self.at = at
+
+    def __bytes__(self) -> bytes:
+        """Raises ``ValueError`` for what was not fetched."""
+        if len(self.view) != self.size:
+            raise ValueError("a piece of a file is fetched before it is read")
+        return super().__bytes__()
+
+    @abstractmethod
+    def is_at_hand(self) -> bool:
+        """Whether nobody would wait for a disk: the system nearly surely has all in memory."""
+
+    @abstractmethod
+    async def fetch(self) -> None:
+        """May be repeated. Raises ``OSError``."""
+
+
+FILE_READ_BYTES = 512 * 1024
+"""At most so much of a file is in memory for each who reads it."""
+
+
+class Growing:
+    """A body that others write while it is read. It is read like any other; who takes ``groups``
+    instead gets all pieces that are there, up to some size, at once."""
+
+    __slots__ = ("_rest", "groups")
+
+    def __init__(self, groups: AsyncGenerator[Sequence[bytes], None]) -> None:
+        self.groups = groups
+        self._rest: Iterator[bytes] = iter(())
+
+    def __aiter__(self) -> Growing:
+        return self
+
+    async def __anext__(self) -> bytes:
+        while True:
+            for piece in self._rest:
+                return piece
+            self._rest = iter(await anext(self.groups))
+
+    async def aclose(self) -> None:
+        self._rest = iter(())
+        await self.groups.aclose()
 
 
 class Parts:
@@ -460,6 +542,86 @@ class Parts:
         """Nothing is open: so that it can stand where a generator does."""
 
 
+class Whole:
+    """A body that is one piece in memory, and is dropped as it is taken: a call that waits for its
+    picture does not keep what is sent already. ``taken`` is how many bytes of it were."""
+
+    __slots__ = ("_piece", "taken")
+
+    def __init__(self, piece: bytes) -> None:
+        self._piece = piece
+        self.taken = 0
+
+    def take(self) -> bytes:
+        """All of it, once; then nothing."""
+        piece, self._piece = self._piece, b""
+        self.taken += len(piece)
+        return piece
+
+    def __aiter__(self) -> Whole:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if piece := self.take():
+            return piece
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """It is not wanted any more."""
+        self._piece = b""
+
+
+class OpenFile:
+    """An open file. Its descriptor is closed with the last one who holds this."""
+
+    __slots__ = ("__weakref__", "fd")
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        weakref.finalize(self, os.close, fd)
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Raises ``OSError`` where the file ends early."""
+        data = os.pread(self.fd, size, offset)
+        if len(data) != size:
+            raise OSError("a kept file ends early")
+        return data
+
+
+class FileBody:
+    """A body that stands in a file, from ``at`` to ``end``; ``at`` moves as it is read. It is read
+    like any other; who can have the system send it from where it stands copies nothing.
+
+    ``waits``: the file is on a disk, which only a thread may wait for.
+    """
+
+    __slots__ = ("at", "end", "file", "waits")
+
+    def __init__(self, file: OpenFile, at: int, end: int, *, waits: bool) -> None:
+        self.file = file
+        self.at = at
+        self.end = end
+        self.waits = waits
+
+    def __aiter__(self) -> FileBody:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if self.at == self.end:
+            raise StopAsyncIteration
+        return await self.read(FILE_READ_BYTES)
+
+    async def read(self, most: int) -> bytes:
+        """The next bytes, at most so many. Raises ``OSError`` where they cannot be read."""
+        size = min(most, self.end - self.at)
+        if self.waits:
+            data = await asyncio.to_thread(self.file.read, size, self.at)
+        else:
+            data = self.file.read(size, self.at)
+        self.at += size
+        return data
+
+
 class Cache(Protocol):
     """Exact results, by fingerprint. A store that is away is a miss, never an error."""
 
@@ -485,7 +647,7 @@ class Cache(Protocol):
     async def aclose(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FlightNotice:
     """A flight as others may know it: which call it is (``fingerprint``), whose, since when."""
 
@@ -573,7 +735,7 @@ class FlightBoard(Protocol):
     async def aclose(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class UpstreamRequest:
     """What a dialect makes of a call: ``path`` is below the upstream's base URL, ``edits`` are
     spliced into the client's body, which is otherwise sent as it came."""
@@ -589,19 +751,20 @@ class Provider(Protocol):
     def __call__(self, call: Call, target: Target) -> UpstreamRequest: ...
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outgoing:
     """One request to an upstream, without its credentials: the origin's client adds those.
 
-    ``path`` is below the upstream's base URL. ``body`` is read once; ``length`` is its size in
-    bytes, known because a request is taken in whole before it is sent on. ``max_response_bytes`` is
-    what its answer may have, where that is more than a picture's.
+    ``path`` is below the upstream's base URL. ``body`` is read once, and each of its pieces is
+    sent before the next is asked for; ``length`` is its size in bytes, known because a request is
+    taken in whole before it is sent on. ``max_response_bytes`` is what its answer may have, where
+    that is more than a picture's.
     """
 
     method: str
     path: str
     headers: tuple[tuple[str, str], ...]
-    body: AsyncIterator[bytes] | None = None
+    body: AsyncIterator[bytes | Lent] | None = None
     length: int = 0
     max_response_bytes: int = 0
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from decimal import Decimal
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -85,53 +86,78 @@ def load_prices(
     ``extra_rows`` are parsed already; their money is text, ``Decimal`` or a whole number, never a
     float. Raises ``PriceFileError``.
     """
+    label = f"{text_or_path.name}, line" if isinstance(text_or_path, Path) else "line"
+    try:
+        text = text_or_path if isinstance(text_or_path, str) else text_or_path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PriceFileError([f"{text_or_path} cannot be read: {error}"]) from None
+    file = _of_file(text, label)
+    mistakes = list(file.mistakes)
+
+    def say(spot: Spot, text: str) -> None:
+        mistakes.append(_dotted((f"prices.rows[{spot[0]}]", *spot[1:]), text))
+
+    rows = {row.id: row for row in file.prices.rows}
+    _add(rows, extra_rows, (), say)
+    if mistakes:
+        raise PriceFileError(mistakes)
+    return Prices(tuple(rows.values()), file.prices.compiled)
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """What a file says: of one with mistakes, the rest."""
+
+    prices: Prices
+    mistakes: tuple[str, ...]
+
+
+@lru_cache(maxsize=2)
+def _of_file(text: str, label: str) -> _File:
+    """The text is nearly always the last one, when a configuration is read again; YAML takes 16 ms
+    for the shipped table. Raises ``PriceFileError`` for what is no YAML."""
     mistakes: list[str] = []
     lines: dict[Spot, int] = {}
-    label = f"{text_or_path.name}, line" if isinstance(text_or_path, Path) else "line"
 
-    def say_of_file(spot: Spot, text: str) -> None:
+    def say(spot: Spot, text: str) -> None:
         known = next(spot[:end] for end in range(len(spot), -1, -1) if spot[:end] in lines)
         # The line says which row it is.
         row = next((at for at, part in enumerate(spot) if isinstance(part, int)), -1)
         mistakes.append(f"{label} {lines[known]}: {_dotted(spot[row + 1 :], text)}")
 
-    def say_of_operator(spot: Spot, text: str) -> None:
-        mistakes.append(_dotted((f"prices.rows[{spot[0]}]", *spot[1:]), text))
-
     try:
-        text = text_or_path if isinstance(text_or_path, str) else text_or_path.read_text("utf-8")
         root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise PriceFileError([f"{text_or_path} cannot be read: {error}"]) from None
     except yaml.YAMLError as error:
         mark = error.problem_mark if isinstance(error, yaml.MarkedYAMLError) else None
         where = f"{label} {mark.line + 1}" if mark else label
         problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
         raise PriceFileError([f"{where}: this is not YAML: {problem}"]) from None
     lines[()] = 1
-    plain = _plain(root, (), lines, say_of_file) if root else []
+    plain = _plain(root, (), lines, say) if root else []
     compiled: date | None = None
     listed: Spot = ()
     if isinstance(plain, dict) and plain.keys() & {"compiled", "rows"}:
         listed = ("rows",)
-        fields = _fields(plain, (), ("compiled", "rows"), say_of_file)
+        fields = _fields(plain, (), ("compiled", "rows"), say)
         if "compiled" in fields:
-            compiled = _date(fields["compiled"], (), "compiled", say_of_file)
+            compiled = _date(fields["compiled"], (), "compiled", say)
         plain = fields.get("rows")
     if not isinstance(plain, list):
-        say_of_file(listed, "a price file is a list of rows")
+        say(listed, "a price file is a list of rows")
         plain = []
     rows: dict[str, PriceRow] = {}
-    for items, place, say in ((plain, listed, say_of_file), (extra_rows, (), say_of_operator)):
-        for index, raw in enumerate(items):
-            spot = (*place, index)
-            for row in _rows(raw, spot, say):
-                if row.id in rows:
-                    say(spot, f"{row.model} has another price from {row.valid_from} on")
-                rows[row.id] = row
-    if mistakes:
-        raise PriceFileError(mistakes)
-    return Prices(tuple(rows.values()), compiled)
+    _add(rows, plain, listed, say)
+    return _File(Prices(tuple(rows.values()), compiled), tuple(mistakes))
+
+
+def _add(rows: dict[str, PriceRow], items: Sequence[object], place: Spot, say: Say) -> None:
+    """Adds what the items say to the rows, by their ids."""
+    for index, raw in enumerate(items):
+        spot = (*place, index)
+        for row in _rows(raw, spot, say):
+            if row.id in rows:
+                say(spot, f"{row.model} has another price from {row.valid_from} on")
+            rows[row.id] = row
 
 
 def _dotted(spot: Spot, text: str) -> str:

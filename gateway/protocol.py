@@ -10,10 +10,13 @@ uvicorn's calls.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import urllib.parse
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from functools import lru_cache
+from types import MappingProxyType
 from typing import Any, cast
 
 import httptools
@@ -25,8 +28,21 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 from uvicorn.protocols.utils import get_remote_addr
 
-from gateway.api.door import ABORT, CLOSED, HUNG_UP, STALLED, UNSENT, WATCH, Message, Scope
+from gateway.api.door import (
+    ABORT,
+    CLOSED,
+    EXCHANGE,
+    HUNG_UP,
+    UNSENT,
+    ASGIApp,
+    Exchange,
+    Leaving,
+    Message,
+    Scope,
+)
 from gateway.api.errors import no_http, no_room
+from gateway.ports import FileBody, Lent, OpenFile
+from gateway.relay.arrival import Watch
 from gateway.relay.moment import Moment
 
 LINGER_SECONDS = 10.0
@@ -37,11 +53,31 @@ TURNED_AWAY = 16
 UPLOAD_HIGH_WATER = 256 * 1024
 """Bytes of a request's body that may wait before the socket is no longer read: one read of the
 loop's may bring so many, and to stop and go for each costs two system calls."""
+KEPT_URL_BYTES = 256
+LENT_BYTES = 1024 * 1024
+"""The buffer that a large body is read into, again and again."""
+LENT_FROM_BYTES = 512 * 1024
+"""What is left of a body is read so where it is so much."""
+ALIGNED_BYTES = 64 * 1024
+"""Pieces end where so many bytes of the body do: a file takes whole pages faster."""
+GATHER_SECONDS = 0.05
+"""What has come of a large body waits so long for more, until the buffer is full."""
+HELD_BYTES = 64 * 1024
+"""A body of so much may be a file."""
 
 _HEAD = re.compile(
     rb"HTTP/1\.1 [^\r\n]*\r\n"
     rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: [^\x00-\x08\x0a-\x1f\x7f]*\r\n)*+"
 )
+REQUEST = "request"
+"""The name of every request's task: one of its own takes 64 bytes."""
+_ASGI = MappingProxyType({"version": "3.0", "spec_version": "2.3"})
+_PRINTABLE = bytes(range(0x20, 0x7F))
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]+")
+
+
+async def _raising(error: Exception) -> None:
+    raise error
 
 
 class _Lingering:
@@ -51,16 +87,23 @@ class _Lingering:
     would see a broken connection, and send the same upload again.
     """
 
-    def __init__(self, transport: asyncio.Transport, linger: Callable[[], bool]) -> None:
+    __slots__ = ("_connection", "_transport")
+
+    def __init__(self, transport: asyncio.Transport, connection: Connection) -> None:
         self._transport = transport
-        self._linger = linger
+        self._connection: Connection | None = connection
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def close(self) -> None:
-        if self._transport.is_closing() or not self._linger():
+        connection = self._connection
+        if connection is None or self._transport.is_closing() or not connection.lingers():
             self._transport.close()
+
+    def let_go(self) -> None:
+        """The connection has ended."""
+        self._connection = None
 
 
 class Flow(FlowControl):
@@ -121,49 +164,91 @@ class Cycle(RequestResponseCycle):
     instead of header by header, and pieces of an upload are handed on as they came: uvicorn adds
     each to a buffer and copies that again (four copies of a 20 MB upload; here it is two)."""
 
+    scope: Any
+    message_event: Any
+    """Said here, and not by ``cast``, which is a call where it stands."""
+
     def __init__(self, connection: Connection, scope: Scope, *, keep_alive: bool) -> None:
-        super().__init__(
-            scope=cast(Any, scope),
-            transport=connection.transport,
-            flow=connection.flow,
-            logger=connection.logger,
-            access_logger=connection.access_logger,
-            access_log=False,
-            default_headers=connection.server_state.default_headers,
-            message_event=cast(Any, Moment()),
-            expect_100_continue=connection.expect_100_continue,
-            keep_alive=keep_alive,
-            on_response=connection.on_response_complete,
-        )
+        # As uvicorn's own, which takes a call with eleven names, and holds a buffer for a body and
+        # a log of accesses that nobody uses here.
+        self.scope: Scope | None = scope
+        self.transport = connection.transport
+        self.flow = connection.flow
+        self.logger = connection.logger
+        self.default_headers = connection.server_state.default_headers
+        self.message_event = Moment()
+        self.disconnected = False
+        self.keep_alive = keep_alive
+        self.waiting_for_100_continue = connection.expect_100_continue
+        self.more_body = True
+        self.response_started = False
+        self.response_complete = False
+        self.chunked_encoding = None
+        self.expected_content_length = 0
         self.hung_up = Moment()
         self._connection = connection
         self._wire = connection.wire
-        self._pieces: list[bytes] = []
+        self._pieces: Sequence[bytes] = ()
         self._waiting_bytes = 0
-        self._left: Callable[[], None] | None = None
-        self._away: Callable[[], None] | None = None
+        self._body_bytes = 0
+        self._lendable = 0
+        """Bytes of a body that may be lent, as announced; none once it is asked for."""
+        self._inlet: Inlet | None = None
+        self._watch: Watch | None = None
+        self._held_head = b""
+        self._client: Leaving | None = None
+        self._headers: Sequence[tuple[bytes, bytes]] = scope["headers"]
+        self._is_head = scope["method"] == "HEAD"
         scope[HUNG_UP] = self.hung_up
-        scope[WATCH] = self.watch
-        scope[STALLED] = self.is_stalled
+        exchange: Exchange = self
+        scope[EXCHANGE] = exchange
         if connection.holds_what_it_writes:
             scope[UNSENT] = connection.wire.get_write_buffer_size
 
-    def watch(self, left: Callable[[], None], away: Callable[[], None]) -> Callable[[], None]:
-        """Has ``left`` called when the client's connection ends before the answer does, and
-        ``away`` when it closes its sending half; at once where that has happened. Returns what
-        ends this."""
-        self._left, self._away = left, away
+    def begin(self, app: ASGIApp) -> None:
+        """Has it answered, in a task. uvicorn's own has a coroutine round the app that looks at how
+        it ends: 250 bytes for as long as a picture takes. Here the task is looked at when it is
+        done. Nor is the scope kept: it is the app's, for as long as that wants it."""
+        scope, self.scope = cast(Scope, self.scope), None
+        try:
+            work = app(scope, self.receive, self.send)
+        except Exception as error:  # noqa: BLE001 - it is logged where the task's end is seen
+            work = _raising(error)
+        connection = self._connection
+        task = connection.loop.create_task(cast(Coroutine[Any, Any, None], work), name=REQUEST)
+        connection.tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """uvicorn says and does what is to be done about an app that did not answer."""
+        tasks = self._connection.tasks
+        tasks.discard(task)
+        failed = task.cancelled() or task.exception() is not None
+        if failed or not (self.response_complete or self.disconnected):
+
+            async def again(*_: object) -> None:
+                task.result()
+
+            looking = self._connection.loop.create_task(self.run_asgi(cast(Any, again)))
+            tasks.add(looking)
+            looking.add_done_callback(tasks.discard)
+
+    def watch(self, client: Leaving) -> None:
+        """Has ``client`` told when its connection ends before the answer does, and when it closes
+        its sending half; at once where that has happened."""
+        self._client = client
         self._connection.watching.append(self)
         # The last piece of a body may have paused it, and an end that is not read is not seen.
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.hung_up.is_set():
-            away()
+            client.hang_up()
         if self.disconnected:
-            left()
-        return self._unwatch
+            client.leave()
 
-    def _unwatch(self) -> None:
-        self._left = self._away = None
+    def unwatch(self) -> None:
+        """Ends that."""
+        self._client = None
         if self in self._connection.watching:
             self._connection.watching.remove(self)
 
@@ -171,47 +256,118 @@ class Cycle(RequestResponseCycle):
         """The connection has ended."""
         if not self.response_complete:
             self.disconnected = True
-            if self._left is not None:
-                self._left()
+            if self._client is not None:
+                self._client.leave()
         self.message_event.set()
 
     def hang_up(self) -> None:
         """The client has closed its sending half."""
         self.keep_alive = False
         self.hung_up.set()
-        if self._away is not None:
-            self._away()
+        if self._client is not None:
+            self._client.hang_up()
 
     def is_stalled(self) -> bool:
         """Whether the next message has to wait until the client takes more."""
         return self.flow.write_paused and not self.disconnected
 
+    def lend(self) -> None:
+        """``receive`` may give ``Lent`` pieces, each good until the next is asked for. Only the
+        rest of a body of known length, and of some size, is read so, and not before the first
+        piece is asked for: nothing is read in for who is refused."""
+        headers, self._headers = self._headers, ()
+        if self.more_body:
+            said = dict(headers)
+            if b"transfer-encoding" not in said and b"upgrade" not in said:
+                self._lendable = int(said.get(b"content-length", b"0"))
+
+    def show_to(self, watch: Watch) -> None:
+        """Shows what is lent to ``watch``, in parts, as they come."""
+        self._watch = watch
+
+    def _let_in(self) -> None:
+        left, self._lendable = self._lendable - self._body_bytes, 0
+        if left >= LENT_FROM_BYTES:
+            self._inlet = self._connection.let_in(self, self._body_bytes, left)
+
+    def whole_body(self) -> bytes | None:
+        """All of the body, where it came with its head and nobody has asked for any of it; None:
+        it is to be received."""
+        if (
+            self.more_body
+            or self.disconnected
+            or self.response_complete
+            or self.waiting_for_100_continue
+            or self._inlet is not None
+        ):
+            return None
+        pieces, self._pieces, self._waiting_bytes = self._pieces, (), 0
+        self.message_event = Moment()
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def arrived(self) -> None:
+        """There is something in the inlet, or all of the body is there."""
+        if not self.response_complete:
+            self.message_event.set()
+
     def take(self, piece: bytes) -> None:
         """A piece of the request's body."""
-        self._pieces.append(piece)
-        self._waiting_bytes += len(piece)
+        size = len(piece)
+        self._body_bytes += size
+        if isinstance(self._pieces, list):
+            self._pieces.append(piece)
+        else:
+            self._pieces = [piece]
+        self._waiting_bytes += size
         if self._waiting_bytes > UPLOAD_HIGH_WATER:
             self.flow.pause_reading()
         self.message_event.set()
 
     def drop_body(self) -> None:
         """What came of it and nobody will read: the rest of this waits for the collector."""
-        self._pieces = []
+        self._pieces = ()
         self._waiting_bytes = 0
+        if self._inlet is not None:
+            self._inlet.forget_refusal()
+            self._inlet = None
 
     async def receive(self) -> Any:
         if self.waiting_for_100_continue and not self.transport.is_closing():
             self._wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.waiting_for_100_continue = False
         if not self.disconnected and not self.response_complete:
-            self.flow.resume_reading()
+            if self._lendable:
+                self._let_in()
+            elif self._inlet is not None:
+                self._inlet.take_back()
+            if self._inlet is not None and self._watch is not None and not self._pieces:
+                self._inlet.show_to(self._watch)  # what came before it has been seen
+                if self._inlet.is_refused:
+                    raise self._inlet.refusal()
+            if self.flow.read_paused and (self._inlet is None or not self._inlet.is_full):
+                self.flow.resume_reading()
             await self.message_event.wait()
-            self.message_event = cast(Any, Moment())
+            self.message_event = Moment()
         if self.disconnected or self.response_complete:
             return {"type": "http.disconnect"}
-        pieces, self._pieces, self._waiting_bytes = self._pieces, [], 0
+        if self._inlet is not None and not self._pieces:
+            if self._inlet.is_refused:
+                raise self._inlet.refusal()
+            return self._lent(self._inlet)
+        pieces, self._pieces, self._waiting_bytes = self._pieces, (), 0
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        return {"type": "http.request", "body": body, "more_body": self.more_body}
+        inlet = self._inlet
+        if inlet is not None and inlet.has_some:
+            self.message_event.set()
+        more = self.more_body or inlet is not None
+        return {"type": "http.request", "body": body, "more_body": more}
+
+    def _lent(self, inlet: Inlet) -> Any:
+        if self.more_body:
+            self.flow.pause_reading()
+        else:
+            self._inlet = None  # its buffer is not needed while the picture is painted
+        return {"type": "http.request", "body": inlet.lend(), "more_body": self.more_body}
 
     async def send(self, message: Any) -> None:
         if self.flow.write_paused and not self.disconnected:
@@ -228,6 +384,36 @@ class Cycle(RequestResponseCycle):
             self._write_body(pieces, more=message.get("more_body", False))
         else:
             self._write_head(message)
+
+    def answer(
+        self, status: int, headers: Sequence[tuple[str, str]], pieces: Sequence[bytes]
+    ) -> bool:
+        """Writes a whole answer, with its length among the headers, to a client that waits for
+        nothing else. False: nothing was done; it is for ``send``, with all that may be odd."""
+        names = tuple([name for name, _ in headers])
+        text = "\r\n".join(map(": ".join, headers))
+        if (
+            self.response_started
+            or self.disconnected
+            or not self.keep_alive
+            or self._is_head
+            or self.flow.write_paused
+            or self._wire.get_write_buffer_size()
+            or not _are_plain(names)
+            or not text.isascii()
+        ):
+            return False
+        lines = text.encode("ascii")
+        # A value with a line end in it would be a header of somebody else's.
+        if lines.translate(None, _PRINTABLE) != b"\r\n" * (len(headers) - 1):
+            return False
+        self.response_started = True
+        self.waiting_for_100_continue = False
+        dates = b"".join([b"%b: %b\r\n" % header for header in self.default_headers])
+        head = b"".join((STATUS_LINE[status], dates, lines, b"\r\n\r\n"))
+        self._wire.writelines((head, *pieces))
+        self._complete()
+        return True
 
     def _write_head(self, message: Message) -> None:
         self.response_started = True
@@ -255,7 +441,7 @@ class Cycle(RequestResponseCycle):
         if not self.keep_alive and not closes:
             written += 1
             lines.append(b"connection: close\r\n")
-        bodiless = self.scope["method"] == "HEAD" or status in (204, 304)
+        bodiless = self._is_head or status in (204, 304)
         if self.chunked_encoding is None and not bodiless:
             self.chunked_encoding = True
             written += 1
@@ -264,11 +450,66 @@ class Cycle(RequestResponseCycle):
         # Counted too: a value with a line end in it would be a header of somebody else's.
         if head.count(b"\n") != 1 + written or not _HEAD.fullmatch(head):
             raise RuntimeError("a header of the answer cannot be written as HTTP")
-        self._wire.write(head + b"\r\n")
+        head += b"\r\n"
+        if self.expected_content_length >= HELD_BYTES and self._connection.holds_what_it_writes:
+            # uvloop writes at the end of a turn of the loop, and a file cannot be sent before.
+            self._held_head = head
+            self._connection.loop.call_soon(self._write_held_head)
+        else:
+            self._wire.write(head)
+
+    def _write_held_head(self) -> None:
+        if self._held_head:
+            head, self._held_head = self._held_head, b""
+            if not self._wire.is_closing():
+                self._wire.write(head)
+
+    async def send_file(self, body: FileBody) -> int:
+        """Has the system send the rest of a file itself, as far as the socket takes it at once;
+        how many bytes that was. 0 where it cannot: what is written then, waits or tells why."""
+        size = body.end - body.at
+        if not self._may_bypass(size):
+            return 0
+        try:
+            out = self._wire.get_extra_info("socket").fileno()
+            if self._held_head:
+                self._held_head = self._held_head[os.write(out, self._held_head) :]
+            if self._held_head:
+                return 0
+            if body.waits:
+                # A descriptor of its own: the connection may end before the disk answers.
+                own = OpenFile(os.dup(out))
+                sent = await self._connection.loop.run_in_executor(None, _send_file, own, body)
+            else:
+                sent = os.sendfile(out, body.file.fd, body.at, size)
+        except OSError:
+            return 0
+        except asyncio.CancelledError:
+            # Nobody knows how far it got.
+            self._wire.abort()
+            raise
+        body.at += sent
+        self.expected_content_length -= sent
+        return sent
+
+    def _may_bypass(self, size: int) -> bool:
+        """Whether so many bytes of the body may go to the socket now, past the transport: nothing
+        waits before them."""
+        return (
+            self.response_started
+            and not self.response_complete
+            and not self.disconnected
+            and not self.chunked_encoding
+            and size <= self.expected_content_length
+            and not self._is_head
+            and not self._wire.is_closing()
+            and self._wire.get_write_buffer_size() == 0
+        )
 
     def _write_body(self, pieces: Sequence[bytes], *, more: bool) -> None:
+        self._write_held_head()
         size = sum(map(len, pieces))
-        if self.scope["method"] == "HEAD":
+        if self._is_head:
             self.expected_content_length = 0
         elif self.chunked_encoding:
             if size:
@@ -284,17 +525,155 @@ class Cycle(RequestResponseCycle):
         if not more:
             if self.expected_content_length != 0:
                 raise RuntimeError("the answer is shorter than its Content-Length")
-            self.response_complete = True
+            self._complete()
+
+    def _complete(self) -> None:
+        self.response_complete = True
+        if self._pieces or self._inlet is not None:
             self.drop_body()
-            self.message_event.set()
-            if not self.keep_alive:
-                self.transport.close()
-            self.on_response()
+        self.message_event.set()
+        if not self.keep_alive:
+            self.transport.close()
+        self._connection.on_response_complete()
+
+
+class Inlet(asyncio.BufferedProtocol):
+    """Reads the rest of a body of known length, in the place of its connection, and not a byte
+    that is behind it. The parser would copy each piece, and the loop make new bytes of each read:
+    nine tenths of what it takes to get 20 MB in is the page faults of that. What comes is shown at
+    once, and handed out once the buffer is full, or nothing more has come for a moment."""
+
+    def __init__(self, connection: Connection, cycle: Cycle, at: int, left: int) -> None:
+        """For ``left`` bytes of the body, which are behind the first ``at``."""
+        self._connection = connection
+        self._cycle = cycle
+        self._at = at
+        self._left = left
+        self._first = self._shown = self._filled = at % ALIGNED_BYTES
+        self._buffer = bytearray(min(LENT_BYTES, self._first + left))
+        self._is_lent = False
+        self._waits: asyncio.TimerHandle | None = None
+        self._watch: Watch | None = None
+        self.is_refused = False
+        """The one who watches has raised something; it is shown nothing any more."""
+        self._refusal: Exception | None = None
+
+    def lend(self) -> Lent:
+        """What has come; nothing is read before that is taken back."""
+        self._is_lent = True
+        lent = Lent(self._buffer, self._filled - self._first, self._first)
+        self._at += lent.size
+        if self._left == 0:
+            # uvloop holds on to the protocol before: not to its buffer.
+            self._buffer = bytearray()
+        return lent
+
+    @property
+    def has_some(self) -> bool:
+        return self._filled > self._first
+
+    @property
+    def is_full(self) -> bool:
+        return self._filled == len(self._buffer)
+
+    def take_back(self) -> None:
+        if self._is_lent:
+            self._is_lent = False
+            self._first = self._shown = self._filled = self._at % ALIGNED_BYTES
+
+    def show_to(self, watch: Watch) -> None:
+        """Shows what has come and what comes, where it is received: it is still in the CPU's
+        cache then."""
+        if self._watch is None and not self.is_refused:
+            self._watch = watch
+            self._show()
+
+    def _show(self) -> None:
+        if self._watch is None or self._shown == self._filled:
+            return
+        part = Lent(self._buffer, self._filled - self._shown, self._shown)
+        self._shown = self._filled
+        try:
+            self._watch(part)
+        except Exception as error:  # noqa: BLE001 - it is raised where the piece was asked for
+            self.is_refused, self._refusal, self._watch = True, error, None
+
+    def refusal(self) -> Exception:
+        """What was raised, once: what knows it is in its traceback, and a circle of the two would
+        keep the buffer for the collector."""
+        try:
+            return self._refusal or RuntimeError("a refused body is not asked for again")
+        finally:
+            self.forget_refusal()
+
+    def forget_refusal(self) -> None:
+        self._refusal = None
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        if self._cycle.response_complete:
+            self._first = self._filled = 0  # nobody wants it any more
+        return memoryview(self._buffer)[self._filled : self._filled + self._left]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._left -= nbytes
+        self._filled += nbytes
+        if self._cycle.response_complete:
+            self._connection.count_unwanted(nbytes)
+        else:
+            self._show()
+            if self.is_full:
+                self._connection.flow.pause_reading()
+            elif self._left and not self.is_refused:
+                if self._waits is None:
+                    self._waits = self._connection.loop.call_later(GATHER_SECONDS, self._tell)
+                return
+        if self._left == 0:
+            self._connection.let_out()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._waits is not None:
+            self._waits.cancel()
+            self._waits = None
+        self._cycle.arrived()
+
+    def pause_writing(self) -> None:
+        self._connection.pause_writing()
+
+    def resume_writing(self) -> None:
+        self._connection.resume_writing()
+
+    def eof_received(self) -> bool | None:
+        return self._connection.eof_received()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connection.connection_lost(exc)
 
 
 def _holds_what_it_writes(transport: asyncio.Transport) -> bool:
     uvloops = type(transport).__module__.startswith("uvloop")
     return uvloops and transport.get_extra_info("sslcontext") is None
+
+
+@lru_cache(maxsize=256)
+def _parsed(url: bytes) -> tuple[str, bytes, bytes]:
+    """A request line's path, that as it came, and its query. Clients ask for the same few."""
+    parsed = httptools.parse_url(url)
+    path = parsed.path.decode("ascii")
+    return urllib.parse.unquote(path) if "%" in path else path, parsed.path, parsed.query or b""
+
+
+@lru_cache(maxsize=256)
+def _are_plain(names: tuple[str, ...]) -> bool:
+    """Whether headers of these names are written as they are, and say nothing of how the answer
+    is: those of an answer are one of a few lists."""
+    framing = ("transfer-encoding", "connection")
+    return all(_NAME.fullmatch(name) and name not in framing for name in names)
+
+
+def _send_file(out: OpenFile, body: FileBody) -> int:
+    """In a thread: both files are open as long as it runs."""
+    return os.sendfile(out.fd, body.file.fd, body.at, body.end - body.at)
 
 
 def _tokens(value: bytes) -> list[bytes]:
@@ -308,6 +687,7 @@ class Connection(HttpToolsProtocol):
     __slots__ = (
         "_closed",
         "_idle_since",
+        "_in_request",
         "_lingers",
         "_turned_away",
         "_unwanted_bytes",
@@ -316,15 +696,24 @@ class Connection(HttpToolsProtocol):
         "wire",
     )
     _door: Door | None = None
+    cycle: Any
+    """The last ``Cycle``, if any."""
+    parser: Any
+    """None between two requests."""
+    pipeline: Any
+    """A tuple of ``Cycle``, the first to be answered first."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.pipeline = cast(Any, [])  # a deque takes 760 bytes, and few clients pipeline
+        # Few clients pipeline: a deque takes 760 bytes, and a list 60.
+        self.pipeline = ()
         self._closed = Moment()
         self._turned_away = False
         self._unwanted_bytes = 0
         self._lingers: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
+        self._in_request = False
+        """The parser has seen the beginning of a request, and not its end."""
         self.watching: list[Cycle] = []
         """Requests whose answerers want to hear of the client's end: several, where it
         pipelines."""
@@ -345,49 +734,93 @@ class Connection(HttpToolsProtocol):
             door.turn_away(transport)
             return
         self.connections.add(self)
-        self.transport = cast(asyncio.Transport, _Lingering(transport, self._linger))
+        self.transport = cast(asyncio.Transport, _Lingering(transport, self))
         self.flow = Flow(self.transport)
         self.client = get_remote_addr(transport)
         self.scheme = "http"
+
+    def on_message_begin(self) -> None:
+        """As uvicorn's, which begins a scope of its own here."""
+        self._in_request = True
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
 
     def on_headers_complete(self) -> None:
         """As uvicorn's, which has no place to say of which class a cycle is. Neither websockets
         nor a limit of its own to concurrency are configured here."""
         version = self.parser.get_http_version()
-        url = httptools.parse_url(self.url)
-        path = url.path.decode("ascii")
-        scope = cast(Scope, self.scope)
-        scope["method"] = self.parser.get_method().decode("ascii")
-        scope["http_version"] = version
-        scope["path"] = self.root_path + (urllib.parse.unquote(path) if "%" in path else path)
-        scope["raw_path"] = self.root_path.encode("ascii") + url.path
-        scope["query_string"] = url.query or b""
-        scope[CLOSED] = self._closed
-        scope[ABORT] = self.wire.abort
-        before = cast(Cycle | None, self.cycle)
+        # A stranger's may have 64 KB, and none of ours has so many: it is not remembered.
+        parsed = _parsed if len(self.url) <= KEPT_URL_BYTES else _parsed.__wrapped__
+        path, raw_path, query = parsed(self.url)
+        scope: Scope = {
+            "type": "http",
+            "asgi": _ASGI,
+            "http_version": version,
+            "server": self.server,
+            "client": self.client,
+            "scheme": self.scheme,
+            "root_path": self.root_path,
+            "headers": self.headers,
+            "method": self.parser.get_method().decode("ascii"),
+            "path": self.root_path + path,
+            "raw_path": self.root_path.encode("ascii") + raw_path if self.root_path else raw_path,
+            "query_string": query,
+            CLOSED: self._closed,
+            ABORT: self.wire.abort,
+        }
+        self.headers = []  # the scope's, for as long as those are wanted; trailers nobody reads
+        before: Cycle | None = self.cycle
         keep_alive = version != "1.0" and self.parser.should_keep_alive()
         cycle = Cycle(self, scope, keep_alive=keep_alive)
         self.cycle = cycle
         if before is None or before.response_complete:
-            self._start_asgi_task(cycle, self.app)
+            cycle.begin(self.app)
         else:
             self.flow.pause_reading()
-            self.pipeline.insert(0, (cycle, self.app))
+            self.pipeline += (cycle,)
 
     def on_body(self, body: bytes) -> None:
-        cycle = cast(Cycle, self.cycle)
+        cycle: Cycle = self.cycle
         if not cycle.response_complete:
             cycle.take(body)
+
+    def on_message_complete(self) -> None:
+        """As uvicorn's, without its upgrades."""
+        self._in_request = False
+        cycle = cast(Cycle, self.cycle)
+        if not cycle.response_complete:
+            cycle.more_body = False
+            cycle.message_event.set()
+
+    def let_in(self, cycle: Cycle, at: int, left: int) -> Inlet | None:
+        """Reads the rest of a request's body past the parser; None where it is not this that
+        arrives."""
+        if cycle is not self.cycle or self._lingers is not None or self.transport.is_closing():
+            return None
+        inlet = Inlet(self, cycle, at, left)
+        self.wire.set_protocol(inlet)
+        self.flow.resume_reading()
+        return inlet
+
+    def let_out(self) -> None:
+        """All of that body is read: what comes is another request, for another parser."""
+        self.parser = None
+        self.wire.set_protocol(self)
+        self.on_message_complete()
 
     def on_response_complete(self) -> None:
         """As uvicorn's, with one timer for the whole connection: it looks at when the last answer
         ended, instead of being made and cancelled for each (8 us a request on asyncio)."""
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
+        if self.wire.is_closing():
             return
-        self.flow.resume_reading()
+        if self.flow.read_paused:
+            self.flow.resume_reading()
         if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
+            first, *rest = self.pipeline
+            self.pipeline = tuple(rest)
+            first.begin(self.app)
             return
         self._idle_since = self.loop.time()
         if self.timeout_keep_alive_task is None:
@@ -401,9 +834,9 @@ class Connection(HttpToolsProtocol):
     def _unset_keepalive_if_required(self) -> None:
         self._idle_since = None
 
-    def _linger(self) -> bool:
+    def lingers(self) -> bool:
         """Whether the end waits: the answer is complete, the request is not."""
-        cycle = cast(Cycle | None, self.cycle)
+        cycle: Cycle | None = self.cycle
         if cycle is None or not cycle.response_complete or not cycle.more_body:
             return False
         if self._lingers is None:
@@ -436,10 +869,30 @@ class Connection(HttpToolsProtocol):
             self.wire.close()
 
     def data_received(self, data: bytes) -> None:
-        if self._lingers is None and not self._turned_away:
-            super().data_received(data)
+        """As uvicorn's, where nothing is ever upgraded."""
+        if self._lingers is not None or self._turned_away:
+            self.count_unwanted(len(data))
             return
-        self._unwanted_bytes += len(data)
+        self._idle_since = None
+        if self.parser is None:
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)  # as uvicorn's
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserError:
+            message = "Invalid HTTP request received."
+            self.logger.warning(message)
+            self.send_400_response(message)
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+        if not self._in_request:
+            # Between two requests it knows nothing, and a client that waits for its picture has
+            # no need of it: 900 bytes, for 2 us a request.
+            self.parser = None
+
+    def count_unwanted(self, size: int) -> None:
+        """Of a request that was refused, or of a connection that has no place."""
+        self._unwanted_bytes += size
         if self._unwanted_bytes > LINGER_BYTES:
             self.wire.close()
 
@@ -456,17 +909,22 @@ class Connection(HttpToolsProtocol):
             cycle.lose()
         super().connection_lost(exc)
         if self.cycle is not None:
-            cast(Cycle, self.cycle).drop_body()
+            self.cycle.drop_body()
+        # A request that is still answered knows its connection, and ends. Were it known in turn,
+        # 4 KB of each connection that was closed would wait for the collector.
+        self.cycle = self.timeout_keep_alive_task = self._lingers = None
+        cast(Any, self.transport).let_go()
 
     def send_400_response(self, msg: str) -> None:
         """For bytes that no parser takes. uvicorn's own says it in plain text."""
+        self._in_request = True  # nor is another one asked
         self.transport.write(no_http())
         self.transport.close()
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """A client that has sent all it wants may still read. It cannot be told from one that has
         left until something is written, so it is noted, and answered."""
-        cycle = cast(Cycle | None, self.cycle)
+        cycle: Cycle | None = self.cycle
         if self._turned_away or cycle is None or cycle.response_complete or cycle.more_body:
             self._closed.set()
             self.wire.close()

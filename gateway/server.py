@@ -140,6 +140,8 @@ def server(
     return Server(
         uvicorn.Config(
             app,
+            # It would look whether a coroutine is called, and hand each request to a wrapper.
+            interface="asgi3",
             http=type("Guarded", (Connection,), {"_door": door}),
             backlog=ACCEPTED_AT_ONCE,
             ws="none",

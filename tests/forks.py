@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import IO
 
 from gateway.cli import main
+from gateway.pricefile import load_prices
+from gateway.settings import shipped
 
 ROOT = Path(__file__).parents[1]
 MAX_ORDER_BYTES = 1 << 20
@@ -191,4 +193,5 @@ def _end(code: int) -> None:
 
 
 if __name__ == "__main__":
+    load_prices(shipped("prices.yaml"))  # it is read once, for all that are forked
     _Server(socket.socket(fileno=int(sys.argv[1]))).run()

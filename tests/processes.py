@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import socket
 import sqlite3
@@ -80,7 +81,7 @@ class GatewayProcess:
         self, config: Path, *arguments: str, before: Callable[[], None] | None = None
     ) -> None:
         command = ["serve", "--config", str(config), *arguments]
-        self._process: subprocess.Popen[str] | Fork
+        self._process: subprocess.Popen[bytes] | Fork
         if before is None and not SOAK:
             self._process = fork(command, ENVIRONMENT)
         else:
@@ -89,25 +90,39 @@ class GatewayProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                text=True,
                 env=ENVIRONMENT,
                 preexec_fn=before,
             )
-        self._said: list[str] = []
+        assert self._process.stdout is not None
+        self._pipe = self._process.stdout.fileno()
+        os.set_blocking(self._pipe, False)
+        self._said = bytearray()
         self._news = threading.Condition()
         self._ended = False
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            with self._news:
-                self._said.append(line)
-                self._news.notify_all()
+        something = select.poll()
+        something.register(self._pipe, select.POLLIN)
+        while not self._ended:
+            something.poll()
+            self._hear()
+
+    def _hear(self) -> str:
+        """The lines that it has written so far: all of them, also where the listener had no turn
+        since. So what it did after it had said something is not seen before that is."""
         with self._news:
-            self._ended = True
-            self._news.notify_all()
+            while not self._ended:
+                try:
+                    piece = os.read(self._pipe, 65536)
+                except BlockingIOError:
+                    break
+                self._said += piece
+                self._ended = not piece
+                self._news.notify_all()
+            whole = len(self._said) if self._ended else self._said.rfind(b"\n") + 1
+            return self._said[:whole].decode()
 
     def __enter__(self) -> GatewayProcess:
         return self
@@ -131,8 +146,7 @@ class GatewayProcess:
     @property
     def stderr(self) -> str:
         """What it said so far, on either output."""
-        with self._news:
-            return "".join(self._said)
+        return self._hear()
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -159,11 +173,8 @@ class GatewayProcess:
     def wait_listening(self) -> None:
         """Until it says where it listens."""
         with self._news:
-            self._news.wait_for(
-                lambda: self._ended or any("serving on" in line for line in self._said),
-                START_SECONDS,
-            )
-        if not any("serving on" in line for line in self._said):
+            self._news.wait_for(lambda: self._ended or "serving on" in self._hear(), START_SECONDS)
+        if "serving on" not in self.stderr:
             raise AssertionError(f"the gateway did not start:\n{self.stderr}")
 
     def is_ready(self) -> bool:
@@ -193,7 +204,7 @@ class GatewayProcess:
 
     def metrics(self) -> dict[str, float]:
         """Every sample of /metrics, as ``name{labels}`` -> value."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as said:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as said:
             text = said.read().decode()
         samples = (line.rpartition(" ") for line in text.splitlines() if line[:1] not in ("#", ""))
         return {name: float(value) for name, _, value in samples}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gateway"
@@ -36,12 +34,14 @@ ROOMS = {
     "relay": {"ports", "domain"},
     "api": {"relay", "ports", "domain"},
     "loop": set[str](),
-    "protocol": {"api", "relay"},
+    "protocol": {"api", "ports", "relay"},
     "server": {"api", "protocol"},
     "housekeeping": {"ports", "domain"},
     "supervisor": {"ports"},
     "reload": {"domain", "filewatch", "settings", "yamlfile"},
-    "assembly_stores": {"domain", "ports", "relay", "settings", "stores", "telemetry"},
+    "assembly_stores": {
+        "descriptors", "domain", "ports", "relay", "settings", "stores", "telemetry",
+    },
     "assembly": {
         "domain", "notify", "ports", "pricefile", "relay", "secret", "settings", "stores",
         "telemetry", "upstream", "yamlfile",
@@ -117,8 +117,13 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), str(path))
 
 
-def imported(path: Path) -> Iterator[str]:
+@cache
+def imported(path: Path) -> tuple[str, ...]:
     """Every module that a file imports, by its full dotted name."""
+    return tuple(_imported(path))
+
+
+def _imported(path: Path) -> Iterator[str]:
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -137,7 +142,21 @@ def dotted(node: ast.expr) -> str:
     return node.id if isinstance(node, ast.Name) else "?"
 
 
-each_module = pytest.mark.parametrize("path", modules(), ids=name_of)
+def each_module(check: Callable[[Path], None]) -> Callable[[], None]:
+    """One test that makes a check of every module, and tells of all that fail it: a test each
+    would cost more than its check, some thousand times."""
+
+    def of_every_module() -> None:
+        wrong = []
+        for path in modules():
+            try:
+                check(path)
+            except AssertionError as error:
+                wrong.append(f"{name_of(path)}: {error}")
+        assert not wrong, "\n".join(wrong)
+
+    of_every_module.__name__, of_every_module.__doc__ = check.__name__, check.__doc__
+    return of_every_module
 
 
 @each_module

@@ -381,3 +381,20 @@ def test_a_mistake_around_the_rows_says_where_it_is(text: str, mistake: str) -> 
     with pytest.raises(PriceFileError) as caught:
         load_prices(text)
     assert any(said.startswith(mistake) for said in caught.value.mistakes), caught.value.mistakes
+
+
+def test_a_text_that_is_read_again_says_what_it_said_and_knows_nobody_elses_rows() -> None:
+    row = {"model": "m", "valid_from": "2026-01-01", "source": "s", "per_image": "1"}
+    own = {"provider": "openai", **row}
+    text = PRICES.read_text("utf-8")
+    assert load_prices(text).rows == ROWS
+    assert load_prices(text, [own]).rows[:-1] == ROWS
+    assert load_prices(text).rows == ROWS
+    said = []
+    for _ in range(2):
+        with pytest.raises(PriceFileError) as caught:
+            load_prices("rows: [1, {}]", [{"nonsense": "1"}])
+        said.append(caught.value.mistakes)
+    assert said[0] == said[1]
+    places = {mistake.partition(":")[0] for mistake in said[0]}
+    assert {"line 1", "prices.rows[0].nonsense"} <= places, "both are told of"

@@ -175,7 +175,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 
 async def eventually(
-    holds: Callable[[], bool] | Callable[[], Awaitable[bool]], seconds: float = 10.0
+    holds: Callable[[], bool] | Callable[[], Awaitable[bool]], seconds: float = 30.0
 ) -> None:
     """Waits until ``holds``; fails after ``seconds``."""
     loop = asyncio.get_running_loop()

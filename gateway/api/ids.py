@@ -9,6 +9,8 @@ from gateway.ports import Clock
 RANDOM_BYTES = 8
 BLOCK_BYTES = 512 * RANDOM_BYTES
 """4 KB, for 512 names."""
+LOOK_SECONDS = 0.1
+"""How long a second is believed: names that belong together may begin with the one before."""
 
 
 class RequestIds:
@@ -23,6 +25,9 @@ class RequestIds:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._second = ""
+        """As it was looked up last."""
+        self._next_look = 0.0
         self._pid = 0
         self._block = ""
         self._at = 0
@@ -32,5 +37,8 @@ class RequestIds:
         if at == len(self._block) or self._pid != os.getpid():
             self._pid, self._block, at = os.getpid(), os.urandom(BLOCK_BYTES).hex(), 0
         self._at = at + 2 * RANDOM_BYTES
-        second = int(self._clock.now().timestamp()) & 0xFFFF_FFFF
-        return f"req_{second:08x}{self._block[at : self._at]}"
+        monotonic = self._clock.monotonic()
+        if monotonic >= self._next_look:
+            self._next_look = monotonic + LOOK_SECONDS
+            self._second = f"{int(self._clock.now().timestamp()) & 0xFFFF_FFFF:08x}"
+        return f"req_{self._second}{self._block[at : self._at]}"

@@ -32,18 +32,12 @@ class Listeners:
         client = parse(said(b"traceparent"), said(b"tracestate"))
         return begin(client, self._sample, self._clock.now())
 
-    def finished(self, receipt: Receipt, door: Door, scope: Scope, seconds: float) -> None:
+    def finished(self, receipt: Receipt, door: Door, seconds: float) -> None:
         """A request is over; it took so long until its answer had left."""
         if receipt.trace is not None and self._sample is not None and not receipt.team:
             # Whoever has no key must not fill the collector.
             receipt = replace(receipt, trace=of_stranger(receipt.trace, self._sample))
-        address = _address_of_client(scope)
+        address = str(door.address[0]) if door.address else ""
         delivery = Delivery(door.status, door.bytes_out, seconds, door.gone, address)
         for listener in self._telemetry:
             listener.finished(receipt, delivery)
-
-
-def _address_of_client(scope: Scope) -> str:
-    """Where the client is; behind a trusted proxy, where that one says."""
-    client = scope.get("client")
-    return str(client[0]) if client else ""

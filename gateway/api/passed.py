@@ -123,7 +123,7 @@ class PassedRoutes:
                 finally:
                     head.close()
                 seconds = self._clock.monotonic() - started
-                self._listeners.finished(visit.receipt, door, scope, seconds)
+                self._listeners.finished(visit.receipt, door, seconds)
             except asyncio.CancelledError:
                 log.warning("a request was given up at the end", extra={"request_id": rid})
                 # It ends here: whatever is raised, the server takes for a crash.

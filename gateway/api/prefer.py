@@ -20,7 +20,10 @@ class Preferences:
     wait_seconds: float | None = None
 
 
-_NOTHING, _ASKED = Preferences(), Preferences(respond_async=True)
+NO_WISHES = Preferences()
+PREFERRING = frozenset(("prefer", "x-gateway-async"))
+"""Who sends none of these prefers nothing."""
+_ASKED = Preferences(respond_async=True)
 
 
 def preferences(headers: Iterable[tuple[bytes, bytes]]) -> Preferences:
@@ -36,7 +39,7 @@ def preferences(headers: Iterable[tuple[bytes, bytes]]) -> Preferences:
                 key, _, rest = one.partition(";")[0].partition("=")
                 said.setdefault(key.strip().lower(), rest.strip().strip('"'))
     if not said:
-        return _ASKED if asked else _NOTHING
+        return _ASKED if asked else NO_WISHES
     wait = said.get("wait", "")
     known = re.fullmatch(r"[0-9]{1,9}", wait) is not None
     return Preferences(

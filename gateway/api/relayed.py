@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from gateway.api import auth
 from gateway.api.door import (
@@ -24,7 +25,7 @@ from gateway.api.door import (
 )
 from gateway.api.ids import RequestIds
 from gateway.api.listeners import Listeners
-from gateway.api.prefer import Preferences, preferences
+from gateway.api.prefer import NO_WISHES, PREFERRING, preferences
 from gateway.domain.call import Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, InvalidRequest, NotServed, Overloaded
 from gateway.domain.receipt import Receipt
@@ -68,13 +69,31 @@ class RelayedRoutes:
         trace = self._listeners.trace(scope)
         door = Door(scope, receive, send)
         try:
-            answer = await self._answer(rid, operation, scope, door, started, trace)
+            try:
+                arrival = _arrival(rid, operation, scope, door, started, trace)
+                # The call has what it needs of them, and lasts for minutes: a kilobyte.
+                scope["headers"] = ()
+                del scope, receive, send
+                answer = await self._pipeline.answer(arrival)
+                if answer.gone:
+                    door.left_at(answer.gone)
+            except GatewayError as error:
+                answer = _refused(rid, operation, error, trace=trace)
+            except Exception:
+                log.exception("a request crashed", extra={"request_id": rid})
+                answer = _refused(rid, operation, crashed(), trace=trace)
             try:
                 await deliver(rid, answer.head, door)
             finally:
                 answer.head.close()
                 answer.done(door.delivered)
-            await self._close_books(answer, door, scope, started)
+            # Their end is that of the flight, which the client may not have waited for.
+            seconds = self._clock.monotonic() - started
+            receipt = await answer.receipt()
+            if door.gone == "upstream" and receipt.reason == ClientGone.reason:
+                # The flight saw it in time: nothing was sent.
+                door.gone = "reserved"
+            self._listeners.finished(receipt, door, seconds)
         except asyncio.CancelledError:
             # The server's patience is over; the flight goes on as long as the process does.
             log.warning("a request was given up at the end", extra={"request_id": rid})
@@ -83,64 +102,27 @@ class RelayedRoutes:
         finally:
             door.stop_watching()
 
-    async def _answer(
-        self,
-        rid: str,
-        operation: Operation | Inquiry,
-        scope: Scope,
-        door: Door,
-        started: float,
-        trace: Trace | None,
-    ) -> Answer:
-        if scope["method"] != "POST":
-            return _refused(
-                rid,
-                operation,
-                NotServed(
-                    f"/v1{operation.path} takes POST, not {scope['method']}.",
-                    status=405,
-                    code="method_not_allowed",
-                ),
-                (("allow", "POST"),),
-                trace=trace,
-            )
-        headers = headers_of(scope)
-        try:
-            wishes = preferences(scope["headers"])
-            deployment = scope.get(DEPLOYMENT)
-            arrival = _arrival(rid, operation, headers, wishes, door, started, trace, deployment)
-            del headers, wishes  # the call has what it needs of them, and lasts for minutes
-            answer = await self._pipeline.answer(arrival)
-        except GatewayError as error:
-            return _refused(rid, operation, error, trace=trace)
-        except Exception:
-            log.exception("a request crashed", extra={"request_id": rid})
-            return _refused(rid, operation, crashed(), trace=trace)
-        if answer.gone:
-            door.left_at(answer.gone)
-        return answer
-
-    async def _close_books(self, answer: Answer, door: Door, scope: Scope, started: float) -> None:
-        """Waits for the end of the flight, which the client may not have, and tells of it."""
-        seconds = self._clock.monotonic() - started
-        receipt = await answer.receipt()
-        if door.gone == "upstream" and receipt.reason == ClientGone.reason:
-            # The flight saw it in time: nothing was sent.
-            door.gone = "reserved"
-        self._listeners.finished(receipt, door, scope, seconds)
-
 
 def _arrival(
     rid: str,
     operation: Operation | Inquiry,
-    headers: Mapping[str, str],
-    wishes: Preferences,
+    scope: Scope,
     door: Door,
     started: float,
     trace: Trace | None,
-    deployment: str | None,
 ) -> Arrival:
-    """What the headers say. Raises ``InvalidRequest`` for an idempotency key of another form."""
+    """What the request line and the headers say. Raises ``NotServed`` for another method, and
+    ``InvalidRequest`` for an idempotency key of another form."""
+    if scope["method"] != "POST":
+        raise NotServed(
+            f"/v1{operation.path} takes POST, not {scope['method']}.",
+            status=405,
+            code="method_not_allowed",
+        )
+    headers = headers_of(scope)
+    wishes = NO_WISHES
+    if not PREFERRING.isdisjoint(headers):
+        wishes = preferences(scope["headers"])
     key = headers.get("idempotency-key")
     if key is not None and not IDEMPOTENCY_KEY.fullmatch(key):
         raise InvalidRequest(
@@ -158,6 +140,10 @@ def _arrival(
         )
     length = headers.get("content-length", "")
     tries = headers.get("x-stainless-retry-count", "0")
+    hints: dict[str, str] = {}
+    for name in USER_HEADERS:
+        if name in headers:
+            hints[name] = headers[name]
     return Arrival(
         rid=rid,
         operation=operation,
@@ -165,26 +151,25 @@ def _arrival(
         content_type=content_type,
         content_encoding=headers.get("content-encoding"),
         content_length=int(length) if length.isdecimal() else None,
-        wish=cache_wish(headers.get("cache-control", "")),
+        wish=cache_wish(headers["cache-control"]) if "cache-control" in headers else _NO_WISH,
         idempotency_key=key,
-        body=door.body(),
+        body=door.lent_body(),
         client=door.client,
         at=started,
         retried=tries.strip("0") != "",
         asynchronous=wishes.respond_async,
         trace=trace,
-        user_hints={name: headers[name] for name in USER_HEADERS if name in headers},
-        deployment=deployment,
+        user_hints=hints or NO_HINTS,
+        deployment=scope.get(DEPLOYMENT),
     )
 
 
+NO_HINTS: Mapping[str, str] = MappingProxyType({})
 _NO_WISH = CacheWish(read=True, write=True, max_age=None)
 
 
 def cache_wish(cache_control: str) -> CacheWish:
     """What a request's ``Cache-Control`` asks of the result cache."""
-    if not cache_control:
-        return _NO_WISH
     said = cache_control.lower()
     names = {part.strip() for part in said.split(",")}
     age = MAX_AGE.search(said)
@@ -199,7 +184,6 @@ def _refused(
     rid: str,
     operation: Operation | Inquiry,
     error: GatewayError,
-    more: answers.Headers = (),
     *,
     trace: Trace | None,
 ) -> Answer:
@@ -216,6 +200,7 @@ def _refused(
     async def known() -> Receipt:
         return receipt
 
+    more = (("allow", "POST"),) if error.status == 405 else ()
     return Answer(answers.error_head(error, rid, more), known)
 
 

@@ -16,7 +16,7 @@ answers for the small routes and for all that is not served.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import lru_cache, partial
 from typing import TypeAlias
 
@@ -72,17 +72,17 @@ class Router:
         # Of the paths asked last: six patterns and comparisons a request less.
         self._look_up = lru_cache(maxsize=KEPT_PATHS)(self._find)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Hands the request on: there is nothing to wait for here."""
         if scope["type"] != "http":
-            await self._rest(scope, receive, send)
-            return
+            return self._rest(scope, receive, send)
         asked = scope["path"]
         # A stranger's path may have 64 KB, and none of ours has so many: it is not remembered.
         look_up = self._look_up if len(asked) <= KEPT_CHARS else self._find
         app, path, deployment = look_up(asked)
         if path != asked:
             scope = {**scope, "path": path, ASKED_PATH: asked, DEPLOYMENT: deployment}
-        await app(scope, receive, send)
+        return app(scope, receive, send)
 
     def _find(self, asked: str) -> tuple[ASGIApp, str, str | None]:
         """The door of a path, and the path's spelling and deployment as ``spelled`` says them."""

@@ -13,9 +13,10 @@ from datetime import datetime
 from gateway.domain.call import Json
 from gateway.domain.ledger import Basis, Outcome, Part, State
 from gateway.domain.money import Money
+from gateway.domain.record import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Hold:
     """A reservation as the books have it, whatever became of it. Money is nano-dollars.
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 from typing import NamedTuple, TypeAlias
+
+from gateway.domain.record import record
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
@@ -92,12 +94,24 @@ class Mend(NamedTuple):
 
 
 class Spot(NamedTuple):
-    """Where one field lies in a body. ``value`` is its value alone, quotes included in JSON;
-    ``whole`` is a member from its name to its value's end, or a form's part from the line of its
-    boundary to that of the next."""
+    """Where one field lies in a body, by four offsets of it: a call that waits keeps those of all
+    its fields."""
 
-    whole: Span
-    value: Span
+    start: int
+    value_start: int
+    value_end: int
+    end: int
+
+    @property
+    def value(self) -> Span:
+        """Its value alone, quotes included in JSON."""
+        return Span(self.value_start, self.value_end)
+
+    @property
+    def whole(self) -> Span:
+        """A member from its name to its value's end, or a form's part from the line of its
+        boundary to that of the next."""
+        return Span(self.start, self.end)
 
 
 class FileSpot(NamedTuple):
@@ -111,7 +125,7 @@ class FileSpot(NamedTuple):
     head: Span
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Layout:
     """Where the fields of a body lie, in their order: what is needed to put one in, to change it
     and to cut it out (``splice.py``).
@@ -150,7 +164,7 @@ class Encoding(StrEnum):
     MULTIPART = "multipart"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class InputImage:
     """One picture that came with the request, by what is known without decoding it.
 
@@ -167,7 +181,7 @@ class InputImage:
     height: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Call:
     """One request for pictures.
 
@@ -210,6 +224,13 @@ class Call:
     came: Call | None = field(default=None, compare=False, repr=False)
     """As its client sent it, for who repairs it for another model; None where nothing has."""
 
+    def forget_prompt(self) -> None:
+        """Takes the text out of ``parameters``: of a call that is planned and held it is in the
+        body alone, which is what is sent. A call in flight would keep it twice."""
+        for call in (self, self.came):
+            if call is not None and isinstance(call.parameters, dict):
+                call.parameters.pop("prompt", None)
+
     @property
     def changed(self) -> tuple[Change, ...]:
         """All that is told to the client, each change once."""
@@ -219,7 +240,7 @@ class Call:
         return tuple(told)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ImageTool:
     """The image tool of a response, with its parameters as a call for one picture would have them.
 
@@ -250,7 +271,7 @@ class ImageTool:
         return tools
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ResponseAsk:
     """What a response may cost depends on this, beside the pictures of the call.
 
@@ -271,7 +292,7 @@ class ResponseAsk:
     context_pictures: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SvgUsage:
     """The second model's bill inside an SVG answer (contract 1.3), in tokens."""
 
@@ -280,7 +301,7 @@ class SvgUsage:
     output_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Usage:
     """Tokens, by direction and modality. Cached tokens are a part of their input, not beside it:
     ``cached_text_in <= text_in``."""

@@ -14,7 +14,6 @@ both together, and stays with the model that was asked for.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 
 from gateway.domain.call import Usage
@@ -22,9 +21,10 @@ from gateway.domain.ledger import Basis, Event, Outcome, Part, Settlement
 from gateway.domain.money import Money
 from gateway.domain.price import FACTOR_ONE, Answer, Bound, Confidence, PriceList, PriceRow
 from gateway.domain.price_response import ResponsePrice
+from gateway.domain.record import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Quote:
     """What is known of a call's price before it: the bound, and the row it came from.
 
@@ -47,7 +47,7 @@ class Quote:
         return self.row.id if self.row else ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Ending:
     """How an upstream call ended. ``invalid_usage``: it carried a usage that cannot be true."""
 

@@ -74,5 +74,7 @@ def merged(base: Compat, *said: CompatRules | None) -> Compat:
 
 def changed_names(call: Call) -> tuple[str, ...]:
     """The names of what was changed of a call, each once, of a closed list."""
+    if not (call.changes or call.mends):
+        return ()
     names = (change.name for change in call.changed)
     return tuple(dict.fromkeys(name if name in CHANGES else OTHER_CHANGE for name in names))

@@ -5,6 +5,7 @@ or mend it; a model of no known generation is held to nothing.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 FIXED_SIZES = ((1024, 1024), (1536, 1024), (1024, 1536))
 """The sizes that every generation serves."""
@@ -53,6 +54,7 @@ _FAMILIES: tuple[tuple[str, Family], ...] = (
 """By the beginning of a model's name, the first that fits."""
 
 
+@lru_cache(maxsize=256)
 def family_of(model: str) -> Family | None:
     """By a model's name at its provider."""
     return next((family for start, family in _FAMILIES if model.startswith(start)), None)

@@ -80,7 +80,8 @@ class Peppers:
 
     def digests(self, secret: str) -> tuple[bytes, ...]:
         """A secret's digests, the current pepper's first."""
-        return tuple(digest(pepper, secret) for pepper in (self.current, *self.old))
+        first = digest(self.current, secret)
+        return (first, *(digest(pepper, secret) for pepper in self.old)) if self.old else (first,)
 
     @property
     def ids(self) -> tuple[str, ...]:

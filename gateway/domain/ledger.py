@@ -25,6 +25,7 @@ from typing import NamedTuple
 from gateway.domain.call import Operation, Usage
 from gateway.domain.money import Money
 from gateway.domain.quota import Limit, Period
+from gateway.domain.record import record
 
 
 class State(StrEnum):
@@ -75,7 +76,7 @@ class Line:
         return f"{self.limit.scope}:{self.limit.owner}|{self.period.label}"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Claim:
     """What a reservation asks for. ``bound`` is the most the call can cost, in nano-dollars.
 
@@ -119,7 +120,7 @@ class Balance(NamedTuple):
         return self.posted + self.pending
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Held:
     """The claim is held, durably. ``balances`` are of its lines, in their order, this one in."""
 
@@ -129,7 +130,7 @@ class Held:
     """The same was asked before; nothing was taken twice."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Denied:
     """``line`` has no room; nothing was taken. ``balance`` is without this call."""
 
@@ -137,7 +138,7 @@ class Denied:
     balance: Balance
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Claimed:
     """The idempotency key belongs to another call of the team: ``rid``, in ``state``."""
 
@@ -154,7 +155,7 @@ class Route(NamedTuple):
     price_id: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reroute:
     """A held call goes elsewhere than it was reserved for: to ``upstream``, as the configured
     ``model``, under another price. What is held becomes ``bound`` where that is more, never less:
@@ -174,7 +175,7 @@ class Reroute:
         return Route(self.model, self.upstream, self.price_id)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Part:
     """Of a call, what another model than its own drew: the one behind a response's image tool. The
     provider bills it under that one's name.
@@ -188,7 +189,7 @@ class Part:
     usage: Usage = field(default_factory=Usage)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Settlement:
     """How a call ended and what it owes, in nano-dollars. ``images`` were delivered. Raises
     ``ValueError`` where ``drawn`` is more than the whole."""
@@ -212,7 +213,7 @@ class Settlement:
             raise ValueError("what another model drew is a part of the cost, and never negative")
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Entry:
     """A reservation as the ledger has it after an event; the first final answer wins.
 
@@ -227,7 +228,7 @@ class Entry:
     balances: tuple[Balance, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Replay:
     """A call answered from the cache, for the books: no money moves, ``avoided`` is counted."""
 

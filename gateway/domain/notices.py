@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
 
 from gateway.domain.ledger import Balance
 from gateway.domain.money import Money, format_dollars
 from gateway.domain.quota import Limit
+from gateway.domain.record import record
 
 
 class Kind(StrEnum):
@@ -17,7 +17,7 @@ class Kind(StrEnum):
     SOFT = "soft_budget"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Mark:
     """``percent`` of an amount of money, in nano-dollars."""
 

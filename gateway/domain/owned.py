@@ -7,12 +7,13 @@ id has an owner here, and a call that names one goes to where it lives (contract
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from datetime import datetime
 from enum import StrEnum
 from typing import NamedTuple
 
 from gateway.domain.call import Json
+from gateway.domain.record import record
 
 
 class OwnedKind(StrEnum):
@@ -36,7 +37,7 @@ class Anchor(NamedTuple):
     mark: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Owned:
     """One id, its owner, and where it lives.
 

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
 from enum import StrEnum
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 from gateway.domain.call import Call, Usage
 from gateway.domain.money import Money
+from gateway.domain.record import record
 
 OPEN = frozenset({"", "auto"})
 """Sizes and qualities that leave the choice to the provider."""
@@ -43,7 +44,7 @@ class Confidence(StrEnum):
     SOFT = "soft"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Bound:
     """The most a call can cost, in nano-dollars."""
 
@@ -51,7 +52,7 @@ class Bound:
     confidence: Confidence
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Answer:
     """What is known of an answer, for its cost.
 
@@ -149,7 +150,7 @@ class Price(Protocol):
         """Whether a picture of this size and quality has a sure price."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PriceRow:
     """One dated price, with where it was read.
 
@@ -174,7 +175,7 @@ class PriceRow:
         """Whether the model is not served any more on a (UTC) day."""
         return self.shuts_down is not None and self.shuts_down <= day
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The name in the ledger: ``openai/gpt-image-2@2026-04-21``, ``own:comet/...``; of a
         response those of its two models, with a plus sign between them."""

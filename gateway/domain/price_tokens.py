@@ -208,10 +208,10 @@ class TokenPrice:
             return None
         billed = (
             (usage.text_in - usage.cached_text_in, self.text_in),
-            (usage.cached_text_in, _first(self.cached_text_in, self.text_in)),
+            (usage.cached_text_in, _or(self.cached_text_in, self.text_in)),
             (usage.image_in - usage.cached_image_in, self.image_in),
-            (usage.cached_image_in, _first(self.cached_image_in, self.image_in)),
-            (usage.text_out, _first(self.text_out, self.image_out)),
+            (usage.cached_image_in, _or(self.cached_image_in, self.image_in)),
+            (usage.text_out, _or(self.text_out, self.image_out)),
             (usage.image_out, self.image_out),
         )
         total = 0
@@ -248,8 +248,8 @@ class TokenPrice:
         return sum(tokens) * self.image_in
 
 
-def _first(*rates: Money | None) -> Money | None:
-    return next((rate for rate in rates if rate is not None), None)
+def _or(rate: Money | None, other: Money | None) -> Money | None:
+    return other if rate is None else rate
 
 
 def _prompt_tokens(call: Call) -> int:

@@ -6,9 +6,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta, tzinfo
 from enum import StrEnum
 from functools import lru_cache
+from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 from gateway.domain.money import Money
+from gateway.domain.record import record
 
 
 class Unit(StrEnum):
@@ -57,7 +59,7 @@ class Limit:
     soft: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Demand:
     """What one call needs, in every unit. Money is the bound, in nano-dollars."""
 
@@ -74,8 +76,7 @@ class Demand:
         return self.slots if unit is Unit.SLOTS else self.money
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
+class Standing(NamedTuple):
     """A limit after a look at it: how much is left, and in how long it is whole again. Its amount
     is what was counted against: a process's share, where each counts apart."""
 
@@ -84,7 +85,7 @@ class Standing:
     reset_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Grant:
     """The gate let the call in. ``degraded`` is set when a local gate stood in for the shared."""
 
@@ -92,7 +93,7 @@ class Grant:
     degraded: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Refusal:
     """The gate refused, and took nothing. ``wait_seconds`` None: it can never fit (n > limit).
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from enum import StrEnum
 
 from gateway.domain.call import Usage
 from gateway.domain.errors import Fault
 from gateway.domain.ledger import Basis, Outcome, Part
 from gateway.domain.money import Money
+from gateway.domain.record import record
 from gateway.domain.trace import Trace, TraceContext
 
 
@@ -22,7 +23,7 @@ class CacheResult(StrEnum):
     """The answer of another request's flight."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Timings:
     """Seconds. ``upstream_first_byte`` is until the status line, ``first_image`` until the first
     picture of a stream was whole; 0 where it never came to that."""
@@ -43,7 +44,7 @@ class Timings:
         return self.reading + self.queueing + self.reserving
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Attempt:
     """One time that a call was sent upstream. ``began`` and ``ended`` are seconds after the
     upstream's part began; an attempt ends with the head of its answer, also the one that is then
@@ -62,7 +63,7 @@ class Attempt:
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Receipt:
     """One request, as metrics, the log line and the books see it. Empty text where not known:
     a request refused at the door has no model, one with an unknown key has no team.
@@ -137,7 +138,7 @@ class Receipt:
     """Only where the operator asked for prompts in the log."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Delivery:
     """How the answer left. ``gone`` is the stage at which the client left, or empty;
     ``client_address`` is where it is, as far as a trusted proxy or the connection says."""

@@ -41,10 +41,12 @@ def spliced_fields(
         edits.append(_put_in(put_in, layout, comma=len(layout.fields) > len(cut), as_json=as_json))
     if as_json and cut:
         edits += _members_cut(list(layout.fields.items()), cut)
-    else:
+    elif cut:
         edits += (Edit(layout.fields[name].whole, b"") for name in cut)
-    # Of two at one place the one that takes nothing away is first.
-    return tuple(sorted(edits, key=lambda edit: edit.span))
+    if len(edits) > 1:
+        # Of two at one place the one that takes nothing away is first.
+        edits.sort(key=lambda edit: edit.span)
+    return tuple(edits)
 
 
 def _put_in(fields: Mapping[str, Json], layout: Layout, *, comma: bool, as_json: bool) -> Edit:

@@ -182,8 +182,10 @@ class Caller:
 
     def may_use(self, model: str) -> bool:
         """Whether both the team and the key allow the model's configured name."""
-        allowed = (self.team.models, self.key.models)
-        return all(names is None or ANY_MODEL in names or model in names for names in allowed)
+        team, key = self.team.models, self.key.models
+        if model not in team and ANY_MODEL not in team:
+            return False
+        return key is None or model in key or ANY_MODEL in key
 
     @cached_property
     def limits(self) -> tuple[Limit, ...]:

@@ -5,11 +5,14 @@ Which axis a model has at which quality is data and stands in ``config/prices.ya
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 TILE_PIXELS = 512
 BASE_INPUT_TOKENS = 65
 TOKENS_PER_TILE = 129
 
 
+@lru_cache(maxsize=256)
 def image_tokens(axis: int, width: int, height: int) -> int:
     """Output tokens of one picture by gpt-image-2 and later (contract 5.3), exact.
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import re
 import secrets
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
+
+from gateway.domain.record import record
 
 MAX_STATE_CHARS = 512
 MAX_STATE_MEMBERS = 32
@@ -20,7 +22,7 @@ _MEMBER = re.compile(
 _SAMPLED, _RANDOM = 1, 2
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class TraceContext:
     """A span, as others may know it: ``trace_id`` is 32 and ``span_id`` 16 lower-case hexadecimal
     digits, neither all zero. ``random``: the trace's id is random, so that it may be sampled by.
@@ -48,7 +50,7 @@ class TraceContext:
         return replace(self, span_id=new_span_id())
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Trace:
     """The span of one request. ``parent`` is the id of the client's, empty where this one begins
     the trace; ``began`` is the instant from which the request's timings count."""

@@ -7,7 +7,7 @@ can disagree about money. Nothing here knows where the numbers are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from operator import add, sub
 from typing import NamedTuple, TypeAlias
@@ -29,6 +29,7 @@ from gateway.domain.ledger import (
     State,
 )
 from gateway.domain.money import Money
+from gateway.domain.record import record
 
 KEY_LIFETIME = timedelta(hours=24)
 """How long an idempotency key stands for its first call, counted from ``Claim.at``."""
@@ -46,7 +47,7 @@ DOUBTFUL = frozenset({"unpriced", "no_usage", "invalid_usage", "over_bound"})
 """The flags that say a cost may be wrong; ``soft`` alone says only that the bound was a guess."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Move:
     """What an event changes. ``pending`` and ``posted`` are added to every account of the hold.
 
@@ -101,7 +102,7 @@ def yields_key(state: State, same_fingerprint: bool, repeat_unknown: bool = Fals
     return same_fingerprint and free
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Bump:
     """What a reroute changes: the hold goes its route, for ``bound``; ``pending`` is added to every
     account. Where ``applied`` is False it is a repeat, and nothing moves."""

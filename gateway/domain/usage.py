@@ -141,6 +141,8 @@ def _cached(
 ) -> tuple[int, int]:
     """Cached text and image tokens, from the three places where an upstream may say them."""
     details = _members(usage.get("cached_tokens_details"), "cached_tokens_details")
+    if not details and "cached_tokens" not in usage and "cached_tokens" not in details_in:
+        return 0, 0
     text = _count(details, "cached_text_tokens")
     image = _count(details, "cached_image_tokens")
     totals = {_count(usage, "cached_tokens"), _count(details_in, "cached_tokens")} - {None}

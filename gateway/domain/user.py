@@ -46,7 +46,7 @@ def said_user(
     headers among ``USER_HEADERS``."""
     for source in sources:
         said = hints.get(source) if source in USER_HEADERS else parameters.get(source)
-        if isinstance(said, str) and said.strip():
+        if said is not None and isinstance(said, str) and said.strip():
             return said.strip()
     return ""
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from datetime import date, timedelta
 
 from gateway.domain.call import Call
 from gateway.domain.errors import GatewayError, InvalidRequest, QuotaExceeded, RateLimited
-from gateway.domain.ledger import Claim, Claimed, Denied, Held
+from gateway.domain.ledger import Balance, Claim, Claimed, Denied, Held, Line
 from gateway.domain.money import say_dollars
 from gateway.domain.quota import (
     Demand,
@@ -21,7 +22,7 @@ from gateway.domain.quota import (
 from gateway.domain.team import Caller
 from gateway.ports import Clock, Gate, Ledger
 from gateway.relay import headers
-from gateway.relay.budget import BudgetView
+from gateway.relay.budget import BudgetView, has_budget
 from gateway.relay.plan import Plan, say_cheaper, say_owner
 
 NOUNS = {Unit.REQUESTS: "request", Unit.IMAGES: "image", Unit.SLOTS: "request"}
@@ -74,20 +75,20 @@ class Admission:
     async def hold(self, rid: str, plan: Plan, idempotency_key: str | None) -> Held:
         """The bound, against every budget, durable before it returns. Raises ``QuotaExceeded``,
         ``KeyTaken``, ``LedgerUnavailable``; the gate has then been given back."""
-        call = plan.call
+        call, way = plan.call, plan.ways[0]
         claim = Claim(
             rid=rid,
             team=plan.caller.team.id,
             key_id=plan.caller.key.id,
-            model=plan.model.name,
+            model=way.model.name,
             operation=call.operation,
-            upstream=plan.upstream.name,
+            upstream=way.upstream.name,
             images=call.n,
-            bound=plan.quote.bound.amount,
+            bound=way.quote.bound.amount,
             lines=plan.lines,
             at=plan.at,
             lease_ends=self._clock.now() + self._lease,
-            price_id=plan.quote.price_id,
+            price_id=way.quote.price_id,
             fingerprint=plan.fingerprint,
             idempotency_key=key_of(call, idempotency_key),
             worker=self._worker,
@@ -102,7 +103,7 @@ class Admission:
                 case Claimed() as claimed:
                     raise KeyTaken(claimed)
                 case held:
-                    return held
+                    return _without_unasked(held, plan.lines)
         except (GatewayError, KeyTaken):
             await self.undo(rid, plan)
             raise
@@ -155,6 +156,17 @@ def rate_limited(refusal: Refusal, caller: Caller, demand: Demand) -> GatewayErr
     return error
 
 
+def _without_unasked(held: Held, lines: Sequence[Line]) -> Held:
+    """As long as the call is under way only the balances of budgets are kept: 70 bytes each, and
+    most lines have none."""
+    balances = [
+        balance if has_budget(line) else _UNASKED
+        for line, balance in zip(lines, held.balances, strict=False)
+    ]
+    return Held(held.rid, tuple(balances), held.duplicate)
+
+
+_UNASKED = Balance()
 SPANS = {Window.DAY: "a day", Window.WEEK: "a week", Window.MONTH: "a month"}
 
 

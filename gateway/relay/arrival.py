@@ -4,20 +4,39 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from gateway.domain.call import Call, Inquiry, Operation
 from gateway.domain.compat import changed_names
 from gateway.domain.errors import ClientGone, GatewayError
 from gateway.domain.receipt import Receipt, Timings
+from gateway.domain.record import record
 from gateway.domain.team import Caller
 from gateway.domain.trace import Trace
+from gateway.ports import Lent
 from gateway.relay import headers
 from gateway.relay.flights import Client, Head
 from gateway.relay.plan import CacheWish, Plan
 
+Watch: TypeAlias = Callable[[bytes | Lent], object]
+"""Is shown a piece of a body. It may refuse the request by raising a ``GatewayError``."""
 
-@dataclass(frozen=True, slots=True)
+
+class Incoming(Protocol):
+    """A request's body as it comes."""
+
+    def __aiter__(self) -> AsyncIterator[bytes | Lent]: ...
+
+    def show_to(self, watch: Watch) -> None:
+        """From now on each piece is shown to ``watch`` before it is handed out, perhaps in several
+        parts, as they come. What that raises is raised where the piece was asked for."""
+
+    def whole(self) -> bytes | None:
+        """All of it, where that is here already: nothing is to be waited for. Else None, and
+        nothing was taken. Asked before anything else."""
+
+
+@record
 class Arrival:
     """Who and what is at the door. ``body`` has not been read; ``at`` is the clock's seconds."""
 
@@ -29,7 +48,7 @@ class Arrival:
     content_length: int | None
     wish: CacheWish
     idempotency_key: str | None
-    body: AsyncIterator[bytes]
+    body: Incoming
     client: Client
     at: float
     retried: bool = False
@@ -44,7 +63,7 @@ class Arrival:
     """The model that the path names, as Azure's do: it goes before the body's own."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Answer:
     """What the client gets, and in time the receipt: it waits for the end of the flight, which
     may be long after the client has left. ``gone`` is the stage at which it left, or empty: there
@@ -65,12 +84,17 @@ class Patience:
     repeat_unknown: bool = False
 
 
+_NOBODY: frozenset[str] = frozenset()
+
+
 class Draft:
     """What is known of a request before it ends. Its receipt is written from that, once and whole:
     growing one field by field cost ten copies a request (a quarter of a millisecond).
     """
 
-    __slots__ = ("arrival", "call", "caller", "changed", "model", "prompt", "reading", "took_over")
+    __slots__ = (
+        "arrival", "call", "caller", "changed", "model", "prompt", "reading", "took_over", "vacant",
+    )  # fmt: skip
 
     def __init__(self, arrival: Arrival) -> None:
         self.arrival = arrival
@@ -86,6 +110,8 @@ class Draft:
         self.changed: tuple[str, ...] = ()
         self.took_over = ""
         """The request of a dead process that it makes good."""
+        self.vacant = _NOBODY
+        """The requests that turned out to have no answer for this one."""
 
     @property
     def trace(self) -> Trace | None:
@@ -104,7 +130,7 @@ class Draft:
         arrival, caller, call = self.arrival, self.caller, self.call
         known: dict[str, Any] = {
             "rid": arrival.rid,
-            "operation": arrival.operation.value,
+            "operation": str(arrival.operation),
             "status": 0,
             "retried": arrival.retried,
             "asynchronous": arrival.asynchronous,
@@ -133,20 +159,21 @@ class Draft:
         if plan is not None:
             way = plan.way
             known["model_label"], known["drawn_label"] = labels(plan)
+            known["cache"] = plan.cache
             known["model_served"] = way.target.model
             known["upstream"] = way.upstream.name
-            known["cache"] = plan.cache
             known["bound"] = way.quote.bound.amount
             if "price_id" not in more:
                 known["price_id"] = way.quote.price_id
-        return Receipt(**{**known, **more})
+        known.update(more)
+        return Receipt(**known)
 
 
 def labels(plan: Plan) -> tuple[str, str]:
     """What its model is counted as, and the one behind its image tool, or empty."""
     tool = plan.tool
     drawn = "" if tool is None else tool.label or tool.name
-    model = plan.model
+    model = plan.ways[0].model
     return model.label or model.name, drawn
 
 

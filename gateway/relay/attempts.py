@@ -11,8 +11,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -25,14 +24,18 @@ from gateway.domain.errors import (
     UpstreamUnavailable,
 )
 from gateway.domain.ledger import Denied, Held, Reroute
+from gateway.domain.record import record
 from gateway.ports import (
     Clock,
     Credential,
     Ledger,
+    Lent,
     NotKnown,
     Outgoing,
+    Parts,
     Provider,
     Reply,
+    Whole,
 )
 from gateway.relay.body import Spool, edited, edited_length
 from gateway.relay.failover import (
@@ -64,7 +67,7 @@ PAUSE_SECONDS = (0.2, 2.0)
 RETRY_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Opened:
     """An upstream's 200, its body still arriving. ``attempts`` is how often the call was tried
     upstream, this one in; ``held`` is what covers it now; ``ticket`` who sent it."""
@@ -76,7 +79,7 @@ class Opened:
     ticket: Ticket
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Failed:
     """No 200. ``way`` is the one tried last, ``attempts`` how often the call was tried, 0 where
     nothing was sent; ``status`` and ``headers`` are the last answer's, 0 and empty without one,
@@ -94,7 +97,8 @@ class Failed:
 @dataclass(slots=True)
 class _Journey:
     """One call, and what was seen of its ways so far. Ways are told apart by their place in the
-    plan, keys by that and their id."""
+    plan, keys by that and their id. Nothing is seen of most calls, and each of them waits with its
+    journey for a picture: what is empty is shared by all (1.5 KB a call as sets of its own)."""
 
     plan: Plan
     held: Held
@@ -106,16 +110,17 @@ class _Journey:
     counted: int = 0
     error: GatewayError | None = None
     last: Reply | None = None
-    spent: set[int] = field(default_factory=set)
-    shut: set[int] = field(default_factory=set)
+    spent: frozenset[int] = frozenset()
+    shut: frozenset[int] = frozenset()
     """Ways that may not be entered, whatever their keys are good for."""
-    barred_keys: set[tuple[str, str, str]] = field(default_factory=set)
-    barred_hosts: set[str] = field(default_factory=set)
-    failing: set[str] = field(default_factory=set)
+    barred_keys: frozenset[tuple[str, str, str]] = frozenset()
+    barred_hosts: frozenset[str] = frozenset()
+    failing: frozenset[str] = frozenset()
     """Upstreams that failed: they are asked again only after a pause, and within their budget."""
-    sent: Counter[tuple[int, str]] = field(default_factory=Counter)
-    fallbacks: set[str] = field(default_factory=set)
-    poor: set[str] = field(default_factory=set)
+    sent: tuple[tuple[int, str], ...] = ()
+    """Which key was sent where, once for each time."""
+    fallbacks: frozenset[str] = frozenset()
+    poor: frozenset[str] = frozenset()
     """Failed upstreams whose budget of retries is used up."""
 
 
@@ -156,24 +161,23 @@ class Attempts:
         plan: Plan,
         body: Spool,
         held: Held,
-        begun: Callable[[], None] = lambda: None,
         enter: Callable[[Way], bool] = lambda way: True,
         trail: Trail | None = None,
     ) -> Opened | Failed:
-        """The first 200, or why there is none. ``begun`` is called before anything is sent, once,
-        and not at all where nothing is. ``enter`` is asked before each attempt whether it may go
-        that way; a way that it may not is passed over. ``trail`` hears of each
-        attempt. Raises ``LedgerUnavailable`` where the first way that is open cannot be held for;
-        whatever else goes wrong is ``Failed``."""
+        """The first 200, or why there is none. ``enter`` is asked before each attempt whether it
+        may go that way; a way that it may not is passed over. ``trail`` hears of each attempt.
+        Raises ``LedgerUnavailable`` where the first way that is open cannot be held for; whatever
+        else goes wrong is ``Failed``."""
         journey = _Journey(plan, held, plan.way, self._clock.monotonic())
         while (found := self._next(journey)) is not None:
             place, credential, ticket, again = found
+            del found
             way = plan.ways[place]
             if not enter(way):
                 self._health.unused(ticket)
-                journey.shut.add(place)
+                journey.shut |= {place}
                 continue
-            if not await self._cover(rid, journey, place, ticket):
+            if way is not journey.way and not await self._cover(rid, journey, place, ticket):
                 continue
             if again:
                 # Other upstreams were asked at once; this one has failed a moment ago.
@@ -182,17 +186,15 @@ class Attempts:
                 except BaseException:
                     self._health.unused(ticket)
                     raise
-            if not journey.tried:
-                begun()
             if way.model is not plan.asked and way.model.name not in journey.fallbacks:
-                journey.fallbacks.add(way.model.name)
+                journey.fallbacks |= {way.model.name}
                 self._health.listener.fell_back(plan.asked.label or plan.asked.name, way.model.name)
             journey.way = way
-            journey.sent[place, credential.id] += 1
+            journey.sent += ((place, credential.id),)
             reply, error = await self._attempt(plan, way, body, ticket, trail)
             journey.tried += 1
             journey.was_sent |= error is None or kind_of(error) not in UNREACHED
-            journey.counted += not _is_free(error, reply)
+            journey.counted += error is None or not _is_free(error, reply)
             if again:
                 outcome = "answered" if error is None else "failed"
                 self._health.listener.retried(way.upstream.name, outcome)
@@ -221,8 +223,7 @@ class Attempts:
         """Where to go now: the place of a way, a key with leave to be used, and whether its
         upstream has failed this call before. First ways of upstreams that have not, the asked
         model's before the others'; of those that have, last of all, whoever was not asked yet."""
-        late = self._clock.monotonic() - journey.began > self._patience_seconds
-        if journey.counted >= self._most or (journey.tried and late):
+        if journey.counted >= self._most or (journey.tried and self._is_late(journey)):
             return None
         untouched = not (journey.tried or journey.shut or journey.spent)
         if untouched and (found := self._admitted(journey, 0)) is not None:
@@ -240,8 +241,11 @@ class Attempts:
             if self._health.take_retry(upstream):
                 return place, *found, True
             self._health.unused(found[1])
-            journey.poor.add(upstream)
+            journey.poor |= {upstream}
         return None
+
+    def _is_late(self, journey: _Journey) -> bool:
+        return self._clock.monotonic() - journey.began > self._patience_seconds
 
     def _is_open(self, journey: _Journey, place: int) -> bool:
         upstream = journey.plan.ways[place].upstream.name
@@ -252,7 +256,7 @@ class Attempts:
         return journey.plan.ways[place].upstream.name in journey.failing
 
     def _times(self, journey: _Journey, place: int) -> int:
-        return sum(count for (one, _), count in journey.sent.items() if one == place)
+        return sum(one == place for one, _ in journey.sent)
 
     def _admitted(self, journey: _Journey, place: int) -> tuple[Credential, Ticket] | None:
         """A key of a way that may be used now: of those sent least in this call, by order, and
@@ -269,8 +273,9 @@ class Attempts:
                 # One key takes every turn: nothing to compare, which is most of the time here.
                 ticket = self._health.admit(name, left[0].id, way.target.model)
                 return None if ticket is None else (left[0], ticket)
-            least = min((journey.sent[place, one.id], one.order) for one in left)
-            equal = [one for one in left if (journey.sent[place, one.id], one.order) == least]
+            ranks = [(journey.sent.count((place, one.id)), one.order) for one in left]
+            least = min(ranks)
+            equal = [one for one, rank in zip(left, ranks, strict=True) if rank == least]
             usable = [one for one in equal if not self._health.wait(name, one.id, way.target.model)]
             if usable:
                 credential = self._turn(name, usable)
@@ -294,9 +299,8 @@ class Attempts:
         a ledger that cannot be asked closes them all, with the error so far."""
         plan, now = journey.plan, journey.way
         way = plan.ways[place]
-        if way is now or (way.model.name, way.upstream.name, way.quote) == (
-            *(now.model.name, now.upstream.name, now.quote),
-        ):
+        held_for = now.model.name, now.upstream.name, now.quote
+        if (way.model.name, way.upstream.name, way.quote) == held_for:
             return True
         wanted = Reroute(
             rid,
@@ -322,7 +326,7 @@ class Attempts:
                 "no other upstream is asked: the ledger cannot cover it",
                 extra={"request_id": rid, "error": str(error)},
             )
-            journey.spent.update(range(len(journey.plan.ways)))
+            journey.spent |= set(range(len(journey.plan.ways)))
             return False
         finally:
             if not covered:
@@ -332,7 +336,7 @@ class Attempts:
                 "another upstream is not asked: a budget has no room for its price",
                 extra={"request_id": rid, "upstream": way.upstream.name, "model": way.model.name},
             )
-            journey.spent.add(place)
+            journey.spent |= {place}
             return False
         journey.held, journey.way = answer, way
         return True
@@ -347,9 +351,40 @@ class Attempts:
         error: GatewayError | None = None
         leg = None if trail is None else trail.set_out(way)
         try:
-            more = () if leg is None else leg.headers
-            reply, error = await self._send(plan, way, body, ticket, more)
-            self._learn(plan, ticket, error, reply)
+            request = self._provider(way.call_of(plan), way.target)
+            began = self._clock.monotonic()
+            content = _sent_once(edited(body, request.edits))
+            try:
+                sending = way.upstream.send(
+                    Outgoing(
+                        "POST",
+                        request.path,
+                        request.headers if leg is None else (*request.headers, *leg.headers),
+                        content,
+                        edited_length(body.length, request.edits),
+                    ),
+                    ticket.credential,
+                )
+                del request  # 300 bytes, for as long as a picture takes
+                reply = await sending
+            except GatewayError as fault:
+                error = fault
+            except OSError as fault:
+                error = _unread(fault)
+            finally:
+                await content.aclose()
+            if reply is not None:
+                seconds = self._clock.monotonic() - began
+                self._health.listener.answered(ticket.upstream, reply.status, seconds)
+                if reply.status != 200:
+                    error = await _refused(reply, way)
+            elif error is not None and kind_of(error) not in (None, Kind.POOL):
+                seconds = self._clock.monotonic() - began
+                self._health.listener.answered(ticket.upstream, 0, seconds)
+            if error is None:
+                self._health.succeeded(ticket)
+            else:
+                self._learn(plan, ticket, error, reply)
             heard = True
             return reply, error
         finally:
@@ -358,60 +393,8 @@ class Attempts:
             if trail is not None and leg is not None:
                 trail.came_back(leg, reply, error)
 
-    async def _send(
-        self,
-        plan: Plan,
-        way: Way,
-        body: Spool,
-        ticket: Ticket,
-        more: tuple[tuple[str, str], ...],
-    ) -> tuple[Reply | None, GatewayError | None]:
-        request = self._provider(way.call_of(plan), way.target)
-        began = self._clock.monotonic()
-        try:
-            async with aclosing(edited(body, request.edits)) as content:
-                try:
-                    reply = await way.upstream.send(
-                        Outgoing(
-                            "POST",
-                            request.path,
-                            (*request.headers, *more),
-                            content,
-                            edited_length(body.length, request.edits),
-                        ),
-                        ticket.credential,
-                    )
-                except OSError as error:
-                    # The body could not be read back, and not a byte of it has left.
-                    raise Overloaded(
-                        "The gateway could not read the request back from its disk. Nothing was "
-                        "bought; try again in a few seconds.",
-                        retry_after_seconds=5,
-                    ) from error
-        except GatewayError as error:
-            if kind_of(error) not in (None, Kind.POOL):
-                self._health.listener.answered(ticket.upstream, 0, self._seconds_since(began))
-            return None, error
-        self._health.listener.answered(ticket.upstream, reply.status, self._seconds_since(began))
-        if reply.status == 200:
-            return reply, None
-        try:
-            return reply, await _refusal(
-                reply, way.upstream.name, failures_billed=way.target.failures_billed
-            )
-        finally:
-            await reply.aclose()
-
-    def _seconds_since(self, began: float) -> float:
-        return self._clock.monotonic() - began
-
-    def _learn(
-        self, plan: Plan, ticket: Ticket, error: GatewayError | None, reply: Reply | None
-    ) -> None:
-        """Tells the key's health how an attempt ended."""
-        if error is None:
-            self._health.succeeded(ticket)
-            return
+    def _learn(self, plan: Plan, ticket: Ticket, error: GatewayError, reply: Reply | None) -> None:
+        """Tells the key's health how an attempt failed."""
         kind = kind_of(error)
         if kind is not None:
             self._health.listener.failed(ticket.upstream, kind.value)
@@ -442,13 +425,13 @@ class Attempts:
             case Next.STOP:
                 return False
             case Next.OTHER_HOST_ONLY:
-                journey.barred_hosts.add(upstream)
+                journey.barred_hosts |= {upstream}
             case Next.OTHER_UPSTREAM_ONLY:
-                journey.spent.add(place)
+                journey.spent |= {place}
             case Next.OTHER_KEY_FIRST:
-                journey.barred_keys.add((upstream, credential.id, way.target.model))
+                journey.barred_keys |= {(upstream, credential.id, way.target.model)}
             case Next.OTHER_UPSTREAM_FIRST:
-                journey.failing.add(upstream)
+                journey.failing |= {upstream}
         return True
 
     def _ended(self, journey: _Journey) -> Failed:
@@ -506,7 +489,7 @@ def _account_at_fault(model: str, *, exhausted: bool) -> UpstreamAccount:
     )
 
 
-def _is_free(error: GatewayError | None, reply: Reply | None) -> bool:
+def _is_free(error: GatewayError, reply: Reply | None) -> bool:
     """Whether an attempt only found out that a key is good for nothing: that bounds itself, for
     the key rests. What is forbidden for one model may be so with every key."""
     if not isinstance(error, UpstreamAccount):
@@ -518,8 +501,19 @@ def _wait(reply: Reply | None, now: datetime) -> float | None:
     return None if reply is None else said_wait(reply.headers, now)
 
 
-async def _refusal(reply: Reply, upstream: str, *, failures_billed: bool) -> GatewayError:
-    """The error that any answer but a 200 amounts to."""
+def _unread(fault: OSError) -> Overloaded:
+    """The body could not be read back, and not a byte of it has left."""
+    error = Overloaded(
+        "The gateway could not read the request back from its disk. Nothing was bought; try again "
+        "in a few seconds.",
+        retry_after_seconds=5,
+    )
+    error.__cause__ = fault
+    return error
+
+
+async def _refused(reply: Reply, way: Way) -> GatewayError:
+    """The error that any answer but a 200 amounts to; the answer is closed."""
     text = b""
     try:
         async for chunk in reply.chunks():
@@ -529,4 +523,36 @@ async def _refusal(reply: Reply, upstream: str, *, failures_billed: bool) -> Gat
     except GatewayError:
         # The status has been said, and it decides; its text was cut.
         text = b""
-    return refusal(reply.status, reply.headers, text, upstream, failures_billed=failures_billed)
+    finally:
+        await reply.aclose()
+    billed = way.target.failures_billed
+    return refusal(reply.status, reply.headers, text, way.upstream.name, failures_billed=billed)
+
+
+class _Once:
+    """A body in memory that is dropped as it leaves: a call that waits for its picture does not
+    keep what is sent already beside the spool that it was made of (1.5 KB of a small request)."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, parts: Sequence[bytes]) -> None:
+        self._left = [*parts[::-1]]
+
+    def __aiter__(self) -> _Once:
+        return self
+
+    async def __anext__(self) -> bytes:
+        if not self._left:
+            raise StopAsyncIteration
+        return self._left.pop()
+
+    async def aclose(self) -> None:
+        self._left.clear()
+
+
+def _sent_once(
+    body: Parts | AsyncGenerator[bytes | Lent, None],
+) -> Whole | _Once | AsyncGenerator[bytes | Lent, None]:
+    if not isinstance(body, Parts):
+        return body
+    return Whole(body.parts[0]) if len(body.parts) == 1 else _Once(body.parts)

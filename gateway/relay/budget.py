@@ -7,7 +7,6 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from gateway.domain.errors import GatewayError
 from gateway.domain.ledger import Balance, Line
@@ -22,12 +21,6 @@ PATIENCE_SECONDS = 0.25
 MAX_REMEMBERED = 20_000
 
 
-@dataclass(frozen=True, slots=True)
-class _Remembered:
-    balance: Balance
-    until: float
-
-
 class BudgetView:
     """The balances of accounts with a budget, hard or soft.
 
@@ -38,20 +31,21 @@ class BudgetView:
     def __init__(self, ledger: Ledger, clock: Clock) -> None:
         self._ledger = ledger
         self._clock = clock
-        self._known: OrderedDict[str, _Remembered] = OrderedDict()
+        self._known: OrderedDict[str, tuple[Balance, float]] = OrderedDict()
+        """By account: its balance, and until when it is believed."""
         self._reading: dict[tuple[str, ...], asyncio.Task[Sequence[Balance]]] = {}
         self._away_until = 0.0
 
     def learn(self, lines: Sequence[Line], balances: Sequence[Balance]) -> None:
         """Notes what the ledger has just said of some accounts."""
-        until = self._clock.monotonic() + KNOWN_SECONDS
-        for line, balance in zip(lines, balances, strict=False):
+        known, until = self._known, self._clock.monotonic() + KNOWN_SECONDS
+        for line, balance in zip(lines, balances):  # noqa: B905 - ``strict`` costs as much again
             limit = line.limit
             if limit.amount is not None or limit.soft is not None:
-                self._known[line.account] = _Remembered(balance, until)
-                self._known.move_to_end(line.account)
-        while len(self._known) > MAX_REMEMBERED:
-            self._known.popitem(last=False)
+                known[line.account] = balance, until
+                known.move_to_end(line.account)
+        while len(known) > MAX_REMEMBERED:
+            known.popitem(last=False)
 
     async def balances(self, lines: Sequence[Line]) -> tuple[Sequence[Line], Sequence[Balance]]:
         """The accounts among ``lines`` that have a hard budget, and their balances, which are at
@@ -66,7 +60,7 @@ class BudgetView:
     async def budgets(self, lines: Sequence[Line]) -> tuple[Sequence[Line], Sequence[Balance]]:
         """The accounts among ``lines`` that have a budget, hard or soft, and their balances, which
         are at most a second old. Waits for the ledger. Raises ``LedgerUnavailable``."""
-        limited = [line for line in lines if _has_budget(line)]
+        limited = [line for line in lines if has_budget(line)]
         found: Sequence[Balance] | None = self._remembered(limited)
         if found is None:
             found = await asyncio.shield(self._ask(limited))
@@ -76,9 +70,9 @@ class BudgetView:
         now, found = self._clock.monotonic(), []
         for line in lines:
             known = self._known.get(line.account)
-            if known is None or known.until <= now:
+            if known is None or known[1] <= now:
                 return None
-            found.append(known.balance)
+            found.append(known[0])
         return found
 
     async def _read(self, lines: Sequence[Line]) -> None:
@@ -117,5 +111,5 @@ class BudgetView:
         self._away_until = self._clock.monotonic() + KNOWN_SECONDS
 
 
-def _has_budget(line: Line) -> bool:
+def has_budget(line: Line) -> bool:
     return line.limit.amount is not None or line.limit.soft is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
-from gateway.ports import Parts
+from gateway.ports import Growing, Parts
 
 
 def once(content: bytes) -> Parts:
@@ -22,5 +22,5 @@ async def read(body: Callable[[], AsyncIterator[bytes]]) -> AsyncGenerator[bytes
         async for chunk in source:
             yield chunk
     finally:
-        if isinstance(source, AsyncGenerator):
+        if isinstance(source, AsyncGenerator | Growing):
             await source.aclose()

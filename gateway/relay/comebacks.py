@@ -91,7 +91,8 @@ class Comebacks:
         Raises ``InvalidRequest`` for a key of another request, ``UpstreamUnknown``.
         """
         caller, mark = routed.caller, routed.fingerprint
-        if (key := key_of(routed.call, arrival.idempotency_key)) is not None:
+        key = arrival.idempotency_key
+        if key is not None and (key := key_of(routed.call, key)) is not None:
             if orphans_only:
                 return None
             claimed = await self._ledger.claimed(caller.team.id, key, mark, self._clock.now())

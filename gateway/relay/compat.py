@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from gateway.domain.call import AnswerAs, Call, Change, Edit, FileSpot, InputImage, Json, Mend
 from gateway.domain.compat import Compat
@@ -58,13 +59,18 @@ def repaired(
     Raises ``InvalidRequest`` for what could be meant but not be done.
     """
     served = model.target.model if served is None else served
-    changes, answer_as = [*_of_model(call, model)], call.answer_as
-    if is_gpt_image(served):
+    ours, answer_as = is_gpt_image(served), call.answer_as
+    changes: list[Change] = []
+    # A path that names a model is the client's own word, as its body is.
+    if (call.model_said or call.model) != model.name:
+        changes.append(Change("model", call.model_said, model.name))
+    if ours:
         if compat.response_format:
-            changes += _of_response_format(call)
+            if "response_format" in call.layout.fields:
+                changes += _of_response_format(call)
             answer_as = _answer_as(call, hosting=hosting)
         changes += _of_fields(call, served, compat)
-    typing = compat.media_types and is_gpt_image(served)
+    typing = compat.media_types and ours
     mends = tuple(_of_files(call, compat, typing=typing)) if call.layout.files else ()
     if not changes and not mends:
         return call if call.model == model.name else replace(call, model=model.name)
@@ -85,12 +91,6 @@ def repaired(
     )
 
 
-def _of_model(call: Call, model: Model) -> Iterator[Change]:
-    """A path that names a model is the client's own word, as its body is."""
-    if (call.model_said or call.model) != model.name:
-        yield Change("model", call.model_said, model.name)
-
-
 def _answer_as(call: Call, *, hosting: bool) -> AnswerAs:
     """A stream is never answered by urls: who reads events reads base64 from them."""
     asked = call.parameters.get("response_format")
@@ -109,24 +109,26 @@ def _answer_as(call: Call, *, hosting: bool) -> AnswerAs:
     return AnswerAs.URL
 
 
-def _of_response_format(call: Call) -> Iterator[Change]:
+def _of_response_format(call: Call) -> Sequence[Change]:
     """What it asks for is done here, or is what there is; other words are the upstream's to
     refuse. A null is cut too: its name alone is refused."""
     asked = call.parameters.get("response_format")
-    if "response_format" in call.layout.fields and asked in (None, *AnswerAs):
-        yield Change("response_format", asked, None)
+    return (Change("response_format", asked, None),) if asked in (None, *AnswerAs) else ()
 
 
-def _of_fields(call: Call, served: str, compat: Compat) -> Iterator[Change]:
+def _of_fields(call: Call, served: str, compat: Compat) -> Sequence[Change]:
+    changes: list[Change] = []
     if compat.style and "style" in call.layout.fields:
-        yield Change("style", call.parameters.get("style"), None)
+        changes.append(Change("style", call.parameters.get("style"), None))
     if compat.quality and call.quality in QUALITIES:
-        yield Change("quality", call.quality, QUALITIES[call.quality])
+        changes.append(Change("quality", call.quality, QUALITIES[call.quality]))
     pixels = parse_size(call.size) if compat.sizes else None
     if pixels is not None and (size := served_size(served, *pixels)) is not None:
-        yield Change("size", call.size, size)
+        changes.append(Change("size", call.size, size))
+    return changes
 
 
+@lru_cache(maxsize=256)
 def served_size(served: str, width: int, height: int) -> str | None:
     """The standard size whose shape is nearest to one that the model does not serve, in pixels;
     None where it does, or where that is not known."""

@@ -32,7 +32,7 @@ from gateway.domain.quota import Demand, Limit, Refusal, Unit
 from gateway.domain.receipt import CacheResult, Delivery, Receipt
 from gateway.domain.route import Model
 from gateway.domain.team import Caller
-from gateway.ports import Clock
+from gateway.ports import Clock, Lent
 from gateway.relay import headers
 from gateway.relay.admission import quota_exceeded, rate_limited
 from gateway.relay.budget import BudgetView
@@ -390,7 +390,7 @@ class _EitherReader:
         self._generation = _Attempt(generation)
         self._edit = _Attempt(edit)
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | Lent) -> None:
         self._generation.feed(chunk)
         self._edit.feed(chunk)
         if self._generation.error and self._edit.error:
@@ -423,7 +423,7 @@ class _Attempt:
         self._reader = reader
         self.error: GatewayError | None = None
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | Lent) -> None:
         if self.error is None:
             try:
                 self._reader.feed(chunk)

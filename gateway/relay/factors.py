@@ -65,7 +65,7 @@ class Factors:
             return
         self._tell_ratio(self._label(upstream, model)[1], actual / base)
         seen = min(-(-actual * FACTOR_ONE // base), MAX_FACTOR)
-        if seen <= self.of(upstream, model):
+        if seen <= FACTOR_ONE or seen <= self.of(upstream, model):
             return
         log.warning(
             "a call cost more than its bound; the model's bounds are raised",

@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeAlias
 
 from gateway.domain.errors import ClientGone, GatewayError
 from gateway.domain.receipt import Receipt
+from gateway.domain.record import record
 from gateway.domain.trace import TraceContext
 from gateway.ports import FlightNotice
 from gateway.relay.chunks import once
+from gateway.relay.doubts import Closed
 from gateway.relay.meter import error_event
 from gateway.relay.moment import Moment
 
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 Headers: TypeAlias = tuple[tuple[str, str], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Head:
     """The beginning of an answer, once it may be sent. ``length`` is None for a stream.
 
@@ -46,7 +47,7 @@ class Head:
         return cls(status, headers, len(content), lambda: once(content))
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Shown:
     """An answer that any number of clients may have. ``length`` is None for a stream.
 
@@ -66,8 +67,8 @@ class Shown:
     def head(self, more: Headers) -> Head:
         """The answer for one who has a share, under headers of their own too. Those say what is
         true of this request: what it cost is not what the answer had cost."""
-        own = {name for name, _ in more}
-        shared = (pair for pair in self.headers if pair[0] not in own)
+        own = dict(more)
+        shared = [pair for pair in self.headers if pair[0] not in own]
         return Head(self.status, (*shared, *more), self.length, self.body, self.close)
 
 
@@ -81,8 +82,9 @@ class Client:
         self.closed = closed
         self.gone = Moment()
         self._away = False
-        self._acts: list[Callable[[], None]] = []
-        self._last_acts: list[Callable[[], object]] = []
+        # Tuples: most clients stand for minutes with one act in each, or none.
+        self._acts: tuple[Callable[[], None], ...] = ()
+        self._last_acts: tuple[Callable[[], object], ...] = ()
 
     @property
     def away(self) -> bool:
@@ -93,47 +95,65 @@ class Client:
         """It has closed its sending half. Nobody can say whether it still reads: it is answered,
         but who comes back with the same call is taken for it."""
         self._away = True
-        while self._acts:
-            self._acts.pop()()
+        acts, self._acts = self._acts, ()
+        for act in reversed(acts):
+            act()
 
     def leave(self) -> None:
         self.gone.set()
         self.hang_up()
-        while self._last_acts:
-            self._last_acts.pop()()
+        acts, self._last_acts = self._last_acts, ()
+        for act in reversed(acts):
+            act()
 
     def when_gone(self, act: Callable[[], object]) -> None:
         """Has ``act`` done when the client has surely left; at once where it has."""
         if self.gone.is_set():
             act()
         else:
-            self._last_acts.append(act)
+            self._last_acts += (act,)
 
     def when_away(self, act: Callable[[], None]) -> None:
         """Has ``act`` done when the client leaves or hangs up; at once where it has."""
         if self._away:
             act()
         else:
-            self._acts.append(act)
+            self._acts += (act,)
 
 
 class Seat:
     """One client's place among those who wait for a flight, given up once."""
 
-    __slots__ = ("_leave", "_left")
+    __slots__ = ("_closed", "_leave", "_left", "_lost", "_rid")
 
-    def __init__(self, leave: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        leave: Callable[[str, Closed | None, bool], None],
+        rid: str,
+        closed: Closed | None = None,
+        lost: Callable[[str], None] = lambda rid: None,
+    ) -> None:
+        """``leave`` hears of the end: of which flight, when the client's connection ends where that
+        can be told, and whether it was ``delivered``; ``lost`` of a client that has surely left,
+        whether or not its place was given up before."""
         self._leave = leave
+        self._lost = lost
+        self._rid = rid
+        self._closed = closed
         self._left = False
 
     def leave(self, *, delivered: bool) -> None:
         """It has the whole answer (``delivered``), or does not wait for it any more."""
         if not self._left:
             self._left = True
-            self._leave(delivered)
+            self._leave(self._rid, self._closed, delivered)
 
     def tell(self, delivered: bool) -> None:
         self.leave(delivered=delivered)
+
+    def lose(self) -> None:
+        """Its client has surely left."""
+        self._lost(self._rid)
 
     def abandon(self) -> None:
         """It does not wait for it any more."""
@@ -152,18 +172,14 @@ class Watch:
         self._given_up = False
         self._waiter: asyncio.Future[None] | None = None
 
-    @property
-    def _done(self) -> bool:
-        return self._shown is not None or self._error is not None
-
     def show(self, shown: Shown) -> None:
-        if not (self._given_up or self._done):
+        if not self._given_up and self._shown is None and self._error is None:
             shown.share()
             self._shown = shown
             self._wake()
 
     def refuse(self, error: BaseException) -> None:
-        if not self._done:
+        if self._shown is None and self._error is None:
             self._error = error
             self._wake()
 
@@ -177,12 +193,25 @@ class Watch:
         Raises the flight's error, ``ClientGone``, and ``TimeoutError`` when the patience is over;
         then, and where it is cancelled, this watch has ended.
         """
-        if not self._done:
+        if self._shown is None and self._error is None:
+            # One future for all of it: a task that waits for the client's end costs as much as ten
+            # of these.
+            loop = asyncio.get_running_loop()
+            self._waiter = loop.create_future()
+            timer = None
+            if patience_seconds is not None:
+                timer = loop.call_later(patience_seconds, self._wake)
+            client.gone.then(self._wake)
             try:
-                await self._wait(client, patience_seconds)
+                await self._waiter
             except asyncio.CancelledError:
                 self.give_up()
                 raise
+            finally:
+                client.gone.forget(self._wake)
+                self._waiter = None
+                if timer is not None:
+                    timer.cancel()
         if self._error is not None:
             raise self._error
         if self._shown is not None:
@@ -192,23 +221,6 @@ class Watch:
         if client.gone.is_set():
             raise ClientGone(stage)
         raise TimeoutError
-
-    async def _wait(self, client: Client, patience_seconds: float | None) -> None:
-        """Until there is something, or nobody waits for it. One future for all of it: a task that
-        waits for the client's end costs as much as ten of these."""
-        loop = asyncio.get_running_loop()
-        self._waiter = loop.create_future()
-        timer = None
-        if patience_seconds is not None:
-            timer = loop.call_later(patience_seconds, self._wake)
-        client.gone.then(self._wake)
-        try:
-            await self._waiter
-        finally:
-            client.gone.forget(self._wake)
-            self._waiter = None
-            if timer is not None:
-                timer.cancel()
 
     def give_up(self) -> None:
         """Nobody looks any more."""
@@ -222,12 +234,23 @@ class Watch:
         self._flight = None
 
 
+class StreamEnd:
+    """``instead`` is what a stream that has begun says in the end, where it could not be said as it
+    came. Both the flight and the stream that it shows know this, and the stream not the flight:
+    each call would else be garbage that only the collector finds (75 objects)."""
+
+    __slots__ = ("instead",)
+
+    def __init__(self) -> None:
+        self.instead: Callable[[], AsyncIterator[bytes]] | None = None
+
+
 class Flight:
     """One running call: what it shows when there is something, its receipt when all is over."""
 
     __slots__ = (
-        "_closed", "_error", "_shown", "_task", "_watches", "admitted", "awaited", "begun",
-        "client", "deserted", "ends_at", "error_event", "instead", "joinable", "keeping", "notice",
+        "_error", "_shown", "_task", "_watches", "admitted", "awaited", "begun", "client",
+        "closed", "deserted", "end", "ends_at", "error_event", "joinable", "keeping", "notice",
         "over", "own", "partials", "rid", "say", "seat", "stage", "tells", "trace",
     )  # fmt: skip
 
@@ -260,8 +283,8 @@ class Flight:
         what is passed on and the end are never the same events twice."""
         self.keeping: asyncio.Task[None] | None = None
         """Puts its answer away, once there is one."""
-        self.instead: Callable[[], AsyncIterator[bytes]] | None = None
-        """What a stream that has begun says in the end, where it could not be said as it came."""
+        self.end: StreamEnd | None = None
+        """That of its stream, once it has one."""
         self.error_event: Callable[[GatewayError], bytes] = error_event
         """How its stream says an error, once it has begun."""
         self.seat: Seat | None = None
@@ -271,7 +294,8 @@ class Flight:
         self._watches: list[Watch] = []
         self._shown: Shown | None = None
         self._error: BaseException | None = None
-        self._closed = False
+        self.closed = False
+        """What it showed has been put away: it is to be looked for among the results."""
         self._task: asyncio.Task[Receipt] | None = None
         self.own = self.watch()
 
@@ -296,13 +320,14 @@ class Flight:
     def ended(self, task: asyncio.Task[Receipt]) -> None:
         """Its task is done: whoever still waits for something waits no longer."""
         error = None if task.cancelled() else task.exception()
-        self.refuse(error or asyncio.CancelledError())
+        if self._shown is None and self._error is None:
+            self.refuse(error or asyncio.CancelledError())
         self.admitted.set()
         self.over.set()
 
     def watch(self) -> Watch:
         """One more who looks; right until the flight is closed."""
-        if self._closed:
+        if self.closed:
             raise RuntimeError("a flight that is closed shows nothing")
         watch = Watch(self)
         if self._shown is not None:
@@ -313,18 +338,16 @@ class Flight:
             self._watches.append(watch)
         return watch
 
-    @property
-    def closed(self) -> bool:
-        """Whether what it showed has been put away: it is to be looked for among the results."""
-        return self._closed
-
-    def close(self) -> None:
-        self._closed = True
+    def leave(self, delivered: bool) -> None:
+        """The client that it was launched for has the whole answer (``delivered``), or does not
+        wait for it any more."""
+        if self.seat is not None:
+            self.seat.leave(delivered=delivered)
 
     def show(self, shown: Shown) -> None:
         """Lets everybody who watches have the answer. What keeps its bytes until the flight is
         closed is the caller's business."""
-        if not self.answered:
+        if self._shown is None and self._error is None:
             self._shown = shown
             for watch in self._watches:
                 watch.show(shown)
@@ -407,32 +430,29 @@ class Flights:
     """Every flight of this process: the strong references, and the count for the drain."""
 
     def __init__(self) -> None:
-        self._running: set[asyncio.Task[Receipt]] = set()
+        self._running: dict[asyncio.Task[Receipt], Flight] = {}
+        self._when_ended = self._ended  # once, and not bound for each flight
         self._errands: set[asyncio.Task[None]] = set()
         self._open: dict[str, Flight] = {}
         self._durable: set[asyncio.Task[None]] = set()
-        self._draining = False
+        self.draining = False
+        """Whether the process ends: what flies goes on, nothing new is launched."""
         self._until_draining: set[UntilDraining] = set()
 
     @property
     def count(self) -> int:
         return len(self._running)
 
-    @property
-    def draining(self) -> bool:
-        """Whether the process ends: what flies goes on, nothing new is launched."""
-        return self._draining
-
     def begin_draining(self) -> None:
         """From now on the process ends."""
-        self._draining = True
+        self.draining = True
         for one in self._until_draining:
             one.break_off()
         self._until_draining.clear()
 
     def until_draining(self) -> UntilDraining:
         """Breaks the block off with ``TimeoutError`` where the process ends meanwhile."""
-        return UntilDraining(self._until_draining, now=self._draining)
+        return UntilDraining(self._until_draining, now=self.draining)
 
     def find(self, rid: str) -> Flight | None:
         """A flight that can still be watched here."""
@@ -449,18 +469,16 @@ class Flights:
         flight = Flight(notice, client)
         self._open[flight.rid] = flight
         task = flight.start(run(flight))
-        self._running.add(task)
-
-        def ended(task: asyncio.Task[Receipt]) -> None:
-            self._running.discard(task)
-            flight.ended(task)
-
-        task.add_done_callback(ended)
+        self._running[task] = flight
+        task.add_done_callback(self._when_ended)
         return flight
+
+    def _ended(self, task: asyncio.Task[Receipt]) -> None:
+        self._running.pop(task).ended(task)
 
     def close(self, flight: Flight) -> None:
         """It is over, and what it showed has been put away."""
-        flight.close()
+        flight.closed = True
         self._open.pop(flight.rid, None)
 
     def errand(

@@ -51,12 +51,16 @@ _RATES = (
         "x-ratelimit-reset-images",
     ),
 )
-PASSED_ON = ("openai-processing-ms", "openai-version")
+_PASSED_ON = (
+    *(("openai-processing-ms", "openai-processing-ms"), ("openai-version", "openai-version")),
+    ("x-request-id", "x-upstream-request-id"),
+)
+"""Of an upstream's headers those that clients get, and what they are called for them."""
 
 
 def of_request(rid: str, cache: CacheResult) -> Headers:
     """What every answer says of the request that it is for."""
-    return (("x-request-id", rid), ("x-cache", cache.value))
+    return (("x-request-id", rid), ("x-cache", str(cache)))
 
 
 def of_form(stream: bool) -> Headers:
@@ -67,12 +71,11 @@ def of_way(plan: Plan, way: Way) -> Headers:
     """Who makes the picture, and what was changed for it. What is kept has its pictures in it,
     as what is under way will; who gets urls is told so at the very end (``with_changes``)."""
     other = way.model.name if way.model.name != plan.asked.name else None
-    return (
-        ("x-model-served", way.target.model),
-        ("x-gateway-upstream", way.upstream.name),
-        *of_changes(way.call_of(plan), other, way.target.tool),
-        *of_sunsets(plan.sunsets),
-    )
+    call = plan.call if way.call is None else way.call
+    who = (("x-model-served", way.target.model), ("x-gateway-upstream", way.upstream.name))
+    if not (other or call.changes or call.mends or call.asks or plan.sunsets):
+        return who
+    return (*who, *of_changes(call, other, way.target.tool), *of_sunsets(plan.sunsets))
 
 
 def of_sunsets(sunsets: Sequence[Sunset]) -> Headers:
@@ -136,8 +139,12 @@ def with_changes(head: Head, call: Call) -> Head:
     """The head of an answer to ``call``, saying what was changed of this very request: who joins a
     flight, or gets a kept answer, asked for the same in its own words. A model that stood in did
     so for all of them."""
-    theirs = next((value for name, value in head.headers if name == CHANGED), "")
-    if not theirs and not call.changed:
+    theirs = ""
+    for name, value in head.headers:
+        if name == CHANGED:
+            theirs = value
+            break
+    if not (theirs or call.changes or call.mends):
         return head
     items = theirs.split(", ")
     named = next((item for item in items if item.startswith(_MODEL)), "")
@@ -157,15 +164,16 @@ def _say_change(change: Change, hosted: bool) -> str:
 
 def of_upstream(headers: Mapping[str, str]) -> Headers:
     """What passes from the upstream's headers; everything else stays behind."""
-    passed = [(name, headers[name]) for name in PASSED_ON if name in headers]
-    if "x-request-id" in headers:
-        passed.append(("x-upstream-request-id", headers["x-request-id"]))
-    return tuple((name, value) for name, value in passed if is_clean(value))
+    passed: list[tuple[str, str]] = []
+    for name, told in _PASSED_ON:
+        if name in headers and is_clean(headers[name]):
+            passed.append((told, headers[name]))
+    return tuple(passed)
 
 
 def of_cost(cost: Money, basis: Basis) -> Headers:
     """The exact cost of a settled call."""
-    return (("x-cost-usd", format_dollars(cost)), ("x-cost-basis", basis.value))
+    return (("x-cost-usd", format_dollars(cost)), ("x-cost-basis", str(basis)))
 
 
 NOTHING_SPENT: Headers = (*of_attempts(0), *of_cost(0, Basis.NONE))
@@ -187,14 +195,16 @@ def of_bound(quote: Quote) -> Headers:
 
 def of_budget(lines: Sequence[Line], balances: Sequence[Balance]) -> Headers:
     """What is left of the tightest budget, and until when if it is ever renewed."""
-    left = [
-        (line.limit.amount - balance.used, line.period.ends or ENDLESS)
-        for line, balance in zip(lines, balances, strict=False)
-        if line.limit.amount is not None
-    ]
-    if not left:
+    tightest: tuple[Money, datetime] | None = None
+    for line, balance in zip(lines, balances):  # noqa: B905 - ``strict`` costs as much again
+        amount = line.limit.amount
+        if amount is not None:
+            left = amount - balance.used, line.period.ends or ENDLESS
+            if tightest is None or left < tightest:
+                tightest = left
+    if tightest is None:
         return ()
-    remaining, resets = min(left)
+    remaining, resets = tightest
     said = ("x-budget-remaining-usd", format_dollars(max(0, remaining)))
     return (said,) if resets is ENDLESS else (said, ("x-budget-reset", say_instant(resets)))
 
@@ -208,20 +218,19 @@ def say_instant(instant: datetime) -> str:
 
 def of_rates(standings: Sequence[Standing]) -> Headers:
     """The team's own rates, in OpenAI's words: the tightest limit of each unit."""
-    tightest: dict[Unit, Standing] = {}
-    for standing in standings:
-        unit = standing.limit.unit
-        known = tightest.get(unit)
-        if known is None or standing.remaining < known.remaining:
-            tightest[unit] = standing
     found: list[tuple[str, str]] = []
     for unit, limit, remaining, reset in _RATES:
-        if unit in tightest:
-            standing = tightest[unit]
+        tightest: Standing | None = None
+        for standing in standings:
+            if standing.limit.unit is unit and (
+                tightest is None or standing.remaining < tightest.remaining
+            ):
+                tightest = standing
+        if tightest is not None:
             found += (
-                (limit, str(standing.limit.amount)),
-                (remaining, str(standing.remaining)),
-                (reset, f"{standing.reset_seconds:.3f}s"),
+                (limit, str(tightest.limit.amount)),
+                (remaining, str(tightest.remaining)),
+                (reset, f"{tightest.reset_seconds:.3f}s"),
             )
     return tuple(found)
 

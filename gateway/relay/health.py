@@ -168,7 +168,7 @@ class _Key:
         return found + [self.refused[name][0] for name in ("", model) if name in self.refused]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ticket:
     """The leave to send one request with a key. Whoever has it says how it ended, once."""
 
@@ -217,27 +217,38 @@ class Health:
 
     def usable(self, upstream: Upstream, model: str) -> bool:
         """Whether one of an upstream's keys may be used for ``model`` now."""
-        return any(not self.wait(upstream.name, one.id, model) for one in upstream.credentials)
+        # No generator: that takes as long as all else that is asked of a way which works.
+        for one in upstream.credentials:
+            if not self.wait(upstream.name, one.id, model):
+                break
+        else:
+            return False
+        return True
 
     def admit(self, upstream: str, credential: str, model: str) -> Ticket | None:
         """Leave to send a request, or None where the key is to be left alone. Where it is the
         probe of a breaker or of a quarantine, nobody else gets leave until it has ended."""
-        if self.wait(upstream, credential, model) > 0:
-            return None
         now = self._now()
         key = self._keys.get((upstream, credential))
-        rests = key.rests(model) if key is not None else []
+        if key is None:
+            # Nothing was ever against it: nearly every key, nearly all the time.
+            return Ticket(upstream, credential, model, now)
+        if self.wait(upstream, credential, model) > 0:
+            return None
+        rests = key.rests(model)
         for rest in rests:
             rest.probe_at = now
-        if key is not None and key.breaker.until is not None:
+        if key.breaker.until is not None:
             self._turn(upstream, credential, key, CircuitState.HALF_OPEN)
         return Ticket(upstream, credential, model, now, bool(rests))
 
     def succeeded(self, ticket: Ticket) -> None:
         """The upstream answered as it should: the key is well, and has earned a bit of a retry."""
         tokens = self._tokens.get(ticket.upstream, MAX_TOKENS)
-        self._tokens[ticket.upstream] = min(MAX_TOKENS, tokens + TOKENS_PER_SUCCESS)
-        self._take(ticket, paid=True)
+        if tokens < MAX_TOKENS:
+            self._tokens[ticket.upstream] = min(MAX_TOKENS, tokens + TOKENS_PER_SUCCESS)
+        if (ticket.upstream, ticket.credential) in self._keys:
+            self._take(ticket, paid=True)
 
     def alive(self, ticket: Ticket) -> None:
         """The upstream took the key and judged the request, whatever it said of that."""

@@ -12,7 +12,6 @@ import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import replace
-from functools import partial
 from typing import NoReturn
 
 from gateway.domain.call import Operation
@@ -80,6 +79,8 @@ class Joining:
         self.keep_alive_seconds = keep_alive_seconds
         """As of now: another one may be set."""
         self._shared = shared
+        # Once, and not bound for each call that waits.
+        self._when_left, self._when_lost = self._left, self._lost
         self._doubts = Doubts(lambda rid: self._leave(rid, delivered=True))
 
     async def find(
@@ -93,7 +94,7 @@ class Joining:
     def seat(self, rid: str, client: Client) -> Seat:
         """The place of one who watches; given up when the client leaves, or has all of it."""
 
-        seat = Seat(partial(self._left, rid, client.closed))
+        seat = Seat(self._when_left, rid, client.closed, self._when_lost)
         client.when_away(seat.abandon)
         return seat
 
@@ -118,18 +119,18 @@ class Joining:
     def reader(self, rid: str) -> Seat:
         """The place of one who was not counted, because the ledger or an id led it there."""
 
-        def leave(delivered: bool) -> None:
+        def leave(rid: str, closed: Closed | None, delivered: bool) -> None:
             if delivered:
                 self._leave(rid, delivered=True)
 
-        return Seat(leave)
+        return Seat(leave, rid)
 
     async def announce(self, flight: Flight) -> None:
         """From here on it can be joined."""
         await self._board.announce(flight.notice)
         flight.seat = self.seat(flight.rid, flight.client)
         # By its name: a client that knew its flight would make a circle with it.
-        flight.client.when_gone(partial(self._lost, flight.rid))
+        flight.client.when_gone(flight.seat.lose)
 
     def _lost(self, rid: str) -> None:
         """A flight's client has gone. Who came back for it meanwhile keeps it flying. That of one
@@ -153,7 +154,7 @@ class Joining:
         """It is about to be sent: from here on it flies to its end, whoever leaves."""
         flight.begun = flight.joinable = True
         flight.admitted.set()
-        if flight.stream and self._shared:
+        if self._shared and flight.stream:
             self._flights.errand(self._pass_on(flight, spool))
 
     def saw_partial(self, flight: Flight) -> None:

@@ -9,12 +9,13 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any, TypeAlias
 
 from gateway.domain.call import Span
 from gateway.domain.errors import GatewayError
 from gateway.domain.ledger import Settlement
+from gateway.domain.record import record
 from gateway.ports import Cache, CachedMeta, CacheEntry, Clock, Form, Parts
 from gateway.relay import headers, replay
 from gateway.relay.body import Room, Spool, held
@@ -36,7 +37,7 @@ LOOK_SECONDS = 0.5
 Body: TypeAlias = Parts | AsyncGenerator[bytes, None]
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Keeping:
     """Whether a call's picture is kept for whoever comes back, and whether for an
     Idempotency-Key, which is longer."""
@@ -45,7 +46,7 @@ class Keeping:
     idempotent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Bought:
     """A purchase that is over and settled. ``common`` are the headers of its answer, whoever
     reads it."""
@@ -99,7 +100,7 @@ class Keeper:
                 spool.close()
 
         flight.keeping = self._flights.errand(put())
-        await asyncio.wait({flight.keeping}, timeout=KEEP_SECONDS)
+        await _ended(flight.keeping, KEEP_SECONDS)
 
     def _is_kept_at_once(self, bought: Bought, keeping: Keeping) -> bool:
         """Whether the answer is where it has to be without any waiting: in memory, or nowhere. A
@@ -107,7 +108,7 @@ class Keeper:
         if keeping.result or bought.landing.error is not None:
             return False
         try:
-            cached = self._cached(bought, _meta(bought, self._clock))
+            cached = self._cached(bought)
             if cached is None:
                 return True
             body = _body(bought)
@@ -118,33 +119,32 @@ class Keeper:
             return True
 
     async def _put(self, bought: Bought, keeping: Keeping) -> None:
-        meta = _meta(bought, self._clock)
-        error = bought.landing.error
+        error, at = bought.landing.error, self._clock.now()
         if error is not None:
             # Has no picture in it, so that nobody minds, and somebody may have paid for it.
             await self._results.keep(
                 bought.flight.rid,
-                _of_error(bought, meta, error),
+                _of_error(bought, at, error),
                 once(error.content),
                 idempotent=keeping.idempotent,
             )
             return
-        cached = self._cached(bought, meta)
+        cached = self._cached(bought)
         body = _body(bought)
         if isinstance(body, Parts):
             # A store that keeps both makes them of one copy.
             body.beside = cached
-        kept = not keeping.result or await self._keep_result(bought, meta, keeping, body)
+        kept = not keeping.result or await self._keep_result(bought, at, keeping, body)
         if cached is not None:
             # What is cached has the same bytes as the result.
             again = body.again() if isinstance(body, Parts) else _body(bought)
             async with aclosing(again) as chunks:
                 await self._cache.put(cached.key, cached.meta, chunks, cached.ttl_seconds)
         if not kept:
-            await self._keep_trying(bought, meta, keeping)
+            await self._keep_trying(bought, at, keeping)
 
     async def _keep_result(
-        self, bought: Bought, meta: CachedMeta, keeping: Keeping, body: Body
+        self, bought: Bought, at: datetime, keeping: Keeping, body: Body
     ) -> bool:
         """Whether it is kept, or never can be."""
         landing = bought.landing
@@ -153,8 +153,8 @@ class Keeper:
             return True
         meta = _as_result(
             bought,
-            meta,
-            size_bytes=size,
+            at,
+            size,
             form=Form.EVENTS if landing.json is None else Form.JSON,
             streamable=landing.streamable and landing.json is not None,
         )
@@ -163,7 +163,7 @@ class Keeper:
                 bought.flight.rid, meta, chunks, idempotent=keeping.idempotent
             )
 
-    async def _keep_trying(self, bought: Bought, meta: CachedMeta, keeping: Keeping) -> None:
+    async def _keep_trying(self, bought: Bought, at: datetime, keeping: Keeping) -> None:
         """What was paid for waits here for its store to come back, as long as it would be kept
         there: who comes back to this process gets it meanwhile. A process that ends, or runs out
         of room, waits for nobody."""
@@ -179,13 +179,13 @@ class Keeper:
             if self._flights.draining or self._room.is_tight:
                 break
             if now >= next_try:
-                if await self._keep_result(bought, meta, keeping, _body(bought)):
+                if await self._keep_result(bought, at, keeping, _body(bought)):
                     return
                 next_try = now + PAUSE_SECONDS
             await asyncio.sleep(LOOK_SECONDS)
         log.error("a result was never kept", extra={"request_id": bought.flight.rid})
 
-    def _cached(self, bought: Bought, meta: CachedMeta) -> CacheEntry | None:
+    def _cached(self, bought: Bought) -> CacheEntry | None:
         """What the cache is to have: a whole, priced answer of the model that was asked for, in
         its JSON form."""
         plan, way, landing = bought.plan, bought.way, bought.landing
@@ -198,8 +198,26 @@ class Keeper:
         size = replay.length(form)
         if bought.settlement.images != plan.call.n or size > self.policy.max_entry_bytes:
             return None
-        meta = replace(meta, size_bytes=size, streamable=landing.streamable)
+        meta = _meta(bought, self._clock.now(), size, streamable=landing.streamable)
         return CacheEntry(plan.fingerprint, meta, self.policy.ttl_seconds)
+
+
+async def _ended(task: asyncio.Task[None], seconds: float) -> None:
+    """Waits until it has, or for so long: ``asyncio.wait`` of one task, for a third of its cost."""
+    loop = asyncio.get_running_loop()
+    waiter: asyncio.Future[None] = loop.create_future()
+
+    def wake(_: object = None) -> None:
+        if not waiter.done():
+            waiter.set_result(None)
+
+    timer = loop.call_later(seconds, wake)
+    task.add_done_callback(wake)
+    try:
+        await waiter
+    finally:
+        timer.cancel()
+        task.remove_done_callback(wake)
 
 
 def _pieces(landing: Landing) -> Splice:
@@ -211,34 +229,43 @@ def _body(bought: Bought) -> Body:
     return held(bought.spool, _pieces(bought.landing))
 
 
-def _meta(bought: Bought, clock: Clock) -> CachedMeta:
+def _meta(bought: Bought, stored_at: datetime, size_bytes: int, **more: Any) -> CachedMeta:
     way, settlement, reading = bought.way, bought.settlement, bought.landing.reading
     return CachedMeta(
-        stored_at=clock.now(),
+        stored_at=stored_at,
         cost=settlement.cost,
         images=settlement.images,
         model_served=way.target.model,
         upstream=way.upstream.name,
-        size_bytes=0,
+        size_bytes=size_bytes,
         usage=settlement.usage,
         size=reading.answer.size if reading else "",
         quality=reading.answer.quality if reading else "",
         price_id=way.quote.price_id,
+        **more,
     )
 
 
-def _as_result(bought: Bought, meta: CachedMeta, **changes: Any) -> CachedMeta:
+def _as_result(
+    bought: Bought,
+    stored_at: datetime,
+    size_bytes: int,
+    advice: headers.Headers = (),
+    **more: Any,
+) -> CachedMeta:
     settlement = bought.settlement
-    said = tuple(pair for pair in bought.common if pair[0] != "content-type")
-    return replace(
-        meta,
+    said = [pair for pair in bought.common if pair[0] != "content-type"]
+    return _meta(
+        bought,
+        stored_at,
+        size_bytes,
         team=bought.plan.caller.team.id,
         operation=bought.plan.call.operation.value,
-        headers=(*said, *headers.of_cost(settlement.cost, settlement.basis)),
-        **changes,
+        headers=(*said, *headers.of_cost(settlement.cost, settlement.basis), *advice),
+        **more,
     )
 
 
-def _of_error(bought: Bought, meta: CachedMeta, error: GatewayError) -> CachedMeta:
-    result = _as_result(bought, meta, status=error.status, size_bytes=len(error.content))
-    return replace(result, headers=(*result.headers, *headers.of_advice(error)))
+def _of_error(bought: Bought, stored_at: datetime, error: GatewayError) -> CachedMeta:
+    advice, size = headers.of_advice(error), len(error.content)
+    return _as_result(bought, stored_at, size, advice, status=error.status)

@@ -18,7 +18,7 @@ from gateway.domain.owned import OwnedKind
 from gateway.domain.price import Answer
 from gateway.ports import Reply
 from gateway.relay.body import Spool
-from gateway.relay.landing import Brake, Landing, failed, keep, mend, the_rest
+from gateway.relay.landing import Brake, Intake, Landing, failed, keep, mend, the_rest
 from gateway.relay.media import is_stream
 from gateway.relay.meter import Reading, flat_error_frame
 from gateway.relay.meter_response import (
@@ -70,8 +70,14 @@ def landed(told: Told, landing: Landing) -> Landing:
 
 
 async def _land_json(reply: Reply, spool: Spool, meter: ResponseMeter) -> Landing:
+    def take(chunk: bytes) -> bool:
+        if not spool.take(chunk):
+            return False
+        meter.feed(chunk)
+        return True
+
     try:
-        async for chunk in reply.chunks():
+        async for chunk in reply.chunks(take):
             meter.feed(chunk)
             await keep(spool, chunk)
         told = meter.close()
@@ -88,20 +94,20 @@ async def _land_events(
     begin: Callable[[Event], None],
     named: Callable[[Told], Awaitable[None]],
 ) -> Landing:
-    chunks = reply.chunks()
+    intake = Intake(spool, meter)
+    chunks = reply.chunks(intake.take)
     brake = Brake(spool)
     unnamed = True
     try:
         async for chunk in chunks:
-            await keep(spool, chunk)
-            events = meter.feed(chunk)
+            events = await intake.events(chunk)
             for index, event in enumerate(events):
                 await mend(spool, event)
                 refused = meter.see(event)
                 if refused is not None:
                     return _refused(refused, meter)
                 if meter.told is not None:
-                    rest = the_rest(events[index + 1 :], chunks, spool, meter)
+                    rest = the_rest(events[index + 1 :], chunks, intake)
                     form = Landing(
                         Ending(Outcome.UNKNOWN), streamed=True, upto=event.end, rest=rest
                     )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 from gateway.domain.call import Operation, Usage
 from gateway.domain.errors import GatewayError, UpstreamBroken
 from gateway.domain.price import Answer
+from gateway.domain.record import record
 from gateway.domain.usage import InvalidUsage, read_usage
 from gateway.relay.failover import error_in_success
 from gateway.relay.skim import (
@@ -31,7 +32,7 @@ KEEP_BYTES = 16 * 1024
 """Strings up to this are kept: a revised prompt, an error's text; a picture is longer."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Reading:
     """What a complete answer said of itself.
 
@@ -59,7 +60,7 @@ class JsonMeter:
     def __init__(self, operation: Operation, upstream: str) -> None:
         self.operation = operation
         self.upstream = upstream
-        self._skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES, lenient=True)
+        self._skimmer: JsonSkimmer | None = None
         self._small: bytes | None = b""
         """All that came, as long as no string of it can be too long to keep."""
         self._document: Skimmed | None = None
@@ -68,17 +69,20 @@ class JsonMeter:
         """Raises ``NoPicture`` as soon as it cannot be an answer, but for what is small: that is
         read when it is whole."""
         if self._small is not None:
-            chunk, self._small = self._small + chunk, None
+            chunk, self._small = self._small + chunk if self._small else chunk, None
             if len(chunk) <= KEEP_BYTES:
                 self._small = chunk
                 return
         self._skim(chunk)
 
-    def _skim(self, chunk: bytes) -> None:
+    def _skim(self, chunk: bytes) -> JsonSkimmer:
+        if self._skimmer is None:
+            self._skimmer = JsonSkimmer(keep_bytes=KEEP_BYTES, lenient=True)
         try:
             self._skimmer.feed(chunk)
         except BadJson as error:
             raise NoPicture(_not_json(self.upstream), Reading(Answer(0))) from error
+        return self._skimmer
 
     def close(self) -> Reading:
         """Raises ``NoPicture`` for a success without a picture, and the error that an error
@@ -93,7 +97,7 @@ class JsonMeter:
         reading = Reading(
             _answer(len(pictures), usage, members),
             invalid,
-            any("b64_json" not in item or not item["b64_json"] for item in pictures),
+            not all(item.get("b64_json") for item in pictures),
             document,
         )
         if members.get("error") and pictures:
@@ -108,11 +112,10 @@ class JsonMeter:
         """The whole answer, skimmed. Raises ``NoPicture`` when it is not JSON."""
         if self._document is None and self._small is not None:
             self._document = parsed(self._small)
-            if self._document is None:
-                self._skim(self._small)
         if self._document is None:
+            skimmer = self._skim(self._small or b"")
             try:
-                self._document = self._skimmer.close()
+                self._document = skimmer.close()
             except BadJson as error:
                 raise NoPicture(_not_json(self.upstream), Reading(Answer(0))) from error
         return self._document

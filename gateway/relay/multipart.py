@@ -23,6 +23,8 @@ from urllib.parse import unquote
 
 from gateway.domain.call import Span
 from gateway.domain.errors import BodyTooLarge, InvalidRequest
+from gateway.ports import Lent
+from gateway.relay.search import system_search
 
 MAX_PARTS = 40
 MAX_HEADER_BYTES = 16 << 10
@@ -36,6 +38,7 @@ MAX_PADDING_BYTES = 128
 _WINDOW_BYTES = 24 << 10
 """CPython searches less than 30,000 bytes by skipping, more by its two-way method, which is three
 times slower on pictures. Skipping is linear here too: a delimiter has its CR at its head only."""
+_SYSTEM_SEARCH = system_search()
 
 _NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PARAMETER = re.compile(
@@ -163,8 +166,12 @@ class FormScanner:
         self._parts = 0
         self._ended = False
 
-    def feed(self, chunk: bytes) -> list[Part]:
+    def feed(self, chunk: bytes | Lent) -> list[Part]:
         """The parts that ended within this chunk, in their order."""
+        if not isinstance(chunk, bytes):
+            if self._passes_over(chunk):
+                return []
+            chunk = bytes(chunk)
         data = self._held + chunk if self._held else chunk
         base = self._seen - len(self._held)
         self._seen += len(chunk)
@@ -172,8 +179,8 @@ class FormScanner:
         at = 0
         while True:
             if self._state is _State.CONTENT:
-                found = self._find(data, at)
-                end = self._undecided(data, at) if found < 0 else found
+                found = self._find(data, at, len(data))
+                end = self._undecided(data, at, len(data)) if found < 0 else found
                 self._take(data, at, end)
                 if found < 0:
                     self._held = data[end:]
@@ -194,6 +201,26 @@ class FormScanner:
                     return parts
                 at = after
 
+    def _passes_over(self, chunk: Lent) -> bool:
+        """Whether all of it was the inside of a file, which is looked at where it lies."""
+        part = self._open
+        if (
+            self._held
+            or self._state is not _State.CONTENT
+            or part is None
+            or part.digest is None
+            or len(part.content) < HEAD_BYTES
+            or part.size + chunk.size > self._max_file_bytes
+            or self._find_lent(chunk) >= 0
+        ):
+            return False
+        end = self._undecided(chunk.buffer, chunk.start, chunk.end) - chunk.start
+        part.size += end
+        part.digest.update(chunk.view[:end])
+        self._seen += chunk.size
+        self._held = bytes(chunk.view[end:])
+        return True
+
     def close(self) -> None:
         """Nothing more comes. Raises where the end boundary was never seen."""
         if not self._ended:
@@ -202,21 +229,26 @@ class FormScanner:
                 "the way, or the boundary in Content-Type is not the one in the body."
             )
 
-    def _find(self, data: bytes, at: int) -> int:
-        """Where the next delimiter begins, -1 where ``data`` holds none."""
-        for start in range(at, len(data), _WINDOW_BYTES):
-            end = start + _WINDOW_BYTES + len(self._delimiter) - 1
+    def _find_lent(self, chunk: Lent) -> int:
+        if _SYSTEM_SEARCH is None:
+            return self._find(chunk.buffer, chunk.start, chunk.end)
+        return _SYSTEM_SEARCH(chunk.buffer, self._delimiter, chunk.start, chunk.end)
+
+    def _find(self, data: bytes | bytearray, at: int, stop: int) -> int:
+        """Where the next delimiter begins, -1 where there is none before ``stop``."""
+        for start in range(at, stop, _WINDOW_BYTES):
+            end = min(start + _WINDOW_BYTES + len(self._delimiter) - 1, stop)
             found = data.find(self._delimiter, start, end)
             if found >= 0:
                 return found
         return -1
 
-    def _undecided(self, data: bytes, at: int) -> int:
-        """From where on the rest of ``data`` may be the beginning of a delimiter."""
-        last = data.rfind(b"\r", max(at, len(data) - len(self._delimiter) + 1))
-        if last >= 0 and self._delimiter.startswith(data[last:]):
+    def _undecided(self, data: bytes | bytearray, at: int, stop: int) -> int:
+        """From where on what is before ``stop`` may be the beginning of a delimiter."""
+        last = data.rfind(b"\r", max(at, stop - len(self._delimiter) + 1), stop)
+        if last >= 0 and self._delimiter.startswith(bytes(data[last:stop])):
             return last
-        return len(data)
+        return stop
 
     def _take(self, data: bytes, start: int, end: int) -> None:
         part = self._open

@@ -35,7 +35,9 @@ class Names:
     def find(self, caller: Caller, name: str, today: date) -> Model:
         """The model behind a name, if this caller may use it. Raises ``ModelNotFound``,
         ``ModelNotAllowed``, and ``ModelRetired`` for a name of a price list that nobody serves."""
-        model = self._catalogue.find(name)
+        model = self._catalogue.models.get(name)
+        if model is None:
+            model = self._catalogue.find(name)
         if model is None:
             gone = self._retirements.of_name(caller, name, today)
             if gone is not None:
@@ -62,7 +64,9 @@ class Names:
     def asked(self, caller: Caller, call: Call, compat: Compat, today: date) -> Model:
         """The model that a call is for, by aliases and the default too. Raises as ``find``, and
         ``InvalidRequest`` where none is named."""
-        name = routed_name(call, self._catalogue.models, compat)
+        name, models = call.model, self._catalogue.models
+        if name not in models:
+            name = routed_name(call, models, compat)
         try:
             return self.find(caller, name, today)
         except ModelNotAllowed as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 
 from gateway.domain.call import AnswerAs, Call, Inquiry, Operation
 from gateway.domain.errors import ClientGone, GatewayError, LedgerUnavailable
@@ -29,6 +30,7 @@ from gateway.relay.arrival import (
     Answer,
     Arrival,
     Draft,
+    Incoming,
     Patience,
     ended,
     known,
@@ -54,7 +56,7 @@ from gateway.relay.read_response import remembered, response_reader
 from gateway.relay.references import References, Resolved
 from gateway.relay.results import Results, as_stream
 from gateway.relay.running import APPLIED, running, running_head
-from gateway.relay.turnstile import Turnstile
+from gateway.relay.turnstile import Place, Turnstile
 from gateway.relay.users import Users
 
 log = logging.getLogger(__name__)
@@ -146,8 +148,8 @@ class Pipeline:
         changed: headers.Headers = ()
         rules = self._rules
         try:
-            if not _is_again(arrival):
-                self._refuse_while_draining()
+            if self._flights.draining and not _is_again(arrival):
+                raise shutting_down()
             caller = draft.caller = await self._keyring.identify(arrival.secret)
             if isinstance(arrival.operation, Inquiry):
                 with self._estimates.turn(caller):
@@ -156,57 +158,83 @@ class Pipeline:
                     found = await self._references.resolve(caller, call)
                     return await self._estimate(arrival, self._planner, caller, found, draft)
             call = await self._taken_in(arrival, body, draft, rules)
-            call = self._planner.repaired(caller, call, self._clock.now())
-            changed = headers.of_changes(call)
-            draft.repaired(call)
+            came, call = call, self._planner.repaired(caller, call, self._clock.now())
+            if call is not came:
+                changed = headers.of_changes(call)
+                draft.repaired(call)
             caller = draft.caller = self._users.named(caller, call, arrival.user_hints)
-            found = remembered(await self._references.resolve(caller, call))
-            answer = await self._answer(arrival, caller, found, body, draft)
-            call = self._handed_over(caller, call, answer.head)
+            found = await self._references.resolve(caller, call)
+            if call.asks is not None:
+                found = remembered(found)
+            answer = await self._planned(arrival, caller, found, draft)
+            while isinstance(answer, Plan):
+                # Bought and waited for from here: two coroutines less that wait for the picture.
+                flight = self._launch(arrival, answer, body, draft)
+                try:
+                    if arrival.asynchronous:
+                        answer = await self._admitted(arrival, flight)
+                    else:
+                        wait = None if flight.stream else self._patience.max_wait_seconds
+                        shown = await flight.own.shown(arrival.client, wait)
+                        answer = Answer(shown.head(shown.own), flight.receipt, done=flight.leave)
+                except TimeoutError:
+                    answer = _told_to_come_back(arrival, flight)
+                except KeyTaken as taken:
+                    draft.vacant -= {taken.claimed.rid}
+                    log.debug(
+                        "an Idempotency-Key was taken meanwhile", extra={"by": taken.claimed.rid}
+                    )
+                    answer = await self._planned(arrival, caller, found, draft)
+                except GatewayError as error:
+                    head = headers.error_head(error, arrival.rid, flight.said)
+                    answer = Answer(head, flight.receipt, stage(error), flight.leave)
+            if call.came is not None or answer.head.status == 202:
+                call = self._handed_over(caller, call, answer.head)
             head = headers.with_changes(answer.head, call)
             if head is not answer.head:
                 answer = replace(answer, head=head)
-            return await self._as_asked(arrival, caller, call, answer)
+            if self._hosting is None or call.answer_as is not AnswerAs.URL:
+                return answer
+            return await self._as_asked(self._hosting, arrival, caller, call, answer)
         except GatewayError as error:
             said = (*await self._unspent(draft.caller, error), *changed)
             return ended(draft.receipt(took_over=""), error, said)
         finally:
             body.close()
 
-    async def _answer(
-        self, arrival: Arrival, caller: Caller, found: Resolved, body: Spool, draft: Draft
-    ) -> Answer:
-        """A call that is read: whose answer it gets. What is configured now plans it, also where
-        it was read, or has waited for another one, for longer than anything else lives."""
-        vacant: set[str] = set()
+    async def _planned(
+        self, arrival: Arrival, caller: Caller, found: Resolved, draft: Draft
+    ) -> Answer | Plan:
+        """A call that is read: whose answer it gets, or by which plan it is to be bought. What is
+        configured now plans it, also where it was read, or has waited for another one, for longer
+        than anything else lives."""
         while True:
             planner = self._planner
             now = self._clock.now()
             routed = planner.route_call(caller, found.call, now, found.anchor)
-            earlier = await self._comebacks.earlier(arrival, routed)
-            if earlier is not None and earlier.rid not in vacant:
+            earlier = None
+            if _is_again(arrival) or arrival.client.away:
+                earlier = await self._comebacks.earlier(arrival, routed)
+                now = self._clock.now()
+            if earlier is not None and earlier.rid not in draft.vacant:
                 answer = await self._comebacks.answer(arrival, routed, earlier, draft)
                 if isinstance(answer, Answer):
                     return answer
-                vacant.add(earlier.rid)
+                draft.vacant |= {earlier.rid}
                 draft.took_over = answer.took_over or draft.took_over
                 continue
-            plan = await planner.plan(routed, arrival.wish, self._clock.now())
+            plan = await planner.plan(routed, arrival.wish, now)
             if plan.cached is not None:
                 return await self._replay(arrival, plan, plan.cached, draft)
             orphan = await self._comebacks.earlier(arrival, routed, orphans_only=True)
-            if orphan is not None and orphan.rid not in vacant:
+            if orphan is not None and orphan.rid not in draft.vacant:
                 answer = await self._comebacks.answer(arrival, routed, orphan, draft)
                 if isinstance(answer, Answer):
                     return answer
-                vacant.add(orphan.rid)
+                draft.vacant |= {orphan.rid}
                 draft.took_over = answer.took_over or draft.took_over
                 continue
-            try:
-                return await self._buy(arrival, plan, body, draft)
-            except KeyTaken as taken:
-                vacant.discard(taken.claimed.rid)
-                log.debug("an Idempotency-Key was taken meanwhile", extra={"by": taken.claimed.rid})
+            return plan
 
     def _handed_over(self, caller: Caller, call: Call, head: Head) -> Call:
         """The call as it was sent for this answer, and as the answer keeps it: who does not wait
@@ -221,17 +249,16 @@ class Pipeline:
         return self._planner.as_served(caller, call, name or call.model, served)
 
     async def _as_asked(
-        self, arrival: Arrival, caller: Caller, call: Call, answer: Answer
+        self, hosting: Hosting, arrival: Arrival, caller: Caller, call: Call, answer: Answer
     ) -> Answer:
-        """The answer with urls in place of pictures, where that was asked for. What is bought is
+        """The answer with urls in place of its pictures, as was asked for. What is bought is
         booked already, and stays to be had: among the results, or, where it is not kept there, as
         it is."""
         head = answer.head
-        pictures = head.status == 200 and head.length is not None
-        if self._hosting is None or call.answer_as is not AnswerAs.URL or not pictures:
+        if head.status != 200 or head.length is None:
             return answer
         try:
-            return replace(answer, head=await self._hosting.hosted(head, caller.team.id))
+            return replace(answer, head=await hosting.hosted(head, caller.team.id))
         except NotHosted as why:
             log.warning(
                 "a picture cannot be put behind a url",
@@ -251,33 +278,8 @@ class Pipeline:
         refusal = headers.error_head(error, arrival.rid, head.headers)
         return replace(answer, head=refusal, done=lambda delivered: answer.done(False))
 
-    async def _buy(self, arrival: Arrival, plan: Plan, body: Spool, draft: Draft) -> Answer:
-        """A flight of its own, and a client that watches it. Raises ``KeyTaken``."""
-        self._refuse_while_draining()
-        self._room.refuse_if_full()
-        flight = self._launch(arrival, plan, body, draft)
-        if arrival.asynchronous:
-            return await self._admitted(arrival, flight)
-        patience = None if plan.call.stream else self._patience.max_wait_seconds
-
-        def done(delivered: bool) -> None:
-            if flight.seat is not None:
-                flight.seat.leave(delivered=delivered)
-
-        try:
-            shown = await flight.own.shown(arrival.client, patience)
-        except TimeoutError:
-            # It is told that the picture comes: from now on it may leave.
-            flight.awaited = False
-            head = headers.error_head(still_running(flight.rid), arrival.rid, flight.said)
-            return Answer(head, flight.receipt, done=lambda delivered: done(False))
-        except GatewayError as error:
-            head = headers.error_head(error, arrival.rid, flight.said)
-            return Answer(head, flight.receipt, stage(error), done)
-        return Answer(shown.head(shown.own), flight.receipt, done=done)
-
     async def _admitted(self, arrival: Arrival, flight: Flight) -> Answer:
-        """The answer to a client that does not wait, once the money is held."""
+        """The answer to a client that does not wait, once money is held. Raises ``KeyTaken``."""
         await flight.admitted.wait()
         if isinstance(flight.error, KeyTaken):
             raise flight.error
@@ -288,10 +290,6 @@ class Pipeline:
         now = self._clock.now()
         head = running_head(running(flight.notice, now), (*flight.said, *APPLIED))
         return Answer(head, flight.receipt)
-
-    def _refuse_while_draining(self) -> None:
-        if self._flights.draining:
-            raise shutting_down()
 
     async def _unspent(self, caller: Caller | None, error: GatewayError) -> headers.Headers:
         """What a refusal says of money: none was spent, and what is left of the budgets."""
@@ -305,45 +303,46 @@ class Pipeline:
 
     def _prompt(self, call: Call) -> str | None:
         prompt = call.parameters.get("prompt")
-        return prompt if self._log_prompts and isinstance(prompt, str) else None
+        return prompt if isinstance(prompt, str) else None
 
     async def _taken_in(
         self, arrival: Arrival, body: Spool, draft: Draft, rules: ReadRules
     ) -> Call:
         if arrival.deployment is not None:
             check_model(arrival.deployment)
-        if _is_again(arrival):
-            call = await self._read(arrival, body, rules)
+        announced = arrival.content_type, arrival.content_encoding, arrival.content_length, rules
+        reader: Reader
+        kept: Spool | None = None  # nobody reads the body of an estimate again
+        if isinstance(arrival.operation, Inquiry):
+            reader = estimate_reader(*announced)
         else:
-            try:
-                async with self._flights.until_draining():
-                    call = await self._read(arrival, body, rules)
-            except TimeoutError:
-                self._refuse_while_draining()
-                raise
+            reader, kept = READERS[arrival.operation](arrival.operation, *announced), body
+        whole = arrival.body.whole()
+        if whole is None:
+            await self._upload(arrival, reader, kept)
+        elif whole:
+            reader.feed(whole)
+            if kept is not None and not kept.take(whole):
+                await kept.write(whole)
+        call = reader.close()
         if arrival.deployment is not None:
             call = replace(call, model=arrival.deployment)
         seconds = self._clock.monotonic() - arrival.at
-        draft.read(call, seconds, self._prompt(call))
+        draft.read(call, seconds, self._prompt(call) if self._log_prompts else None)
         return call
 
-    async def _read(self, arrival: Arrival, body: Spool, rules: ReadRules) -> Call:
-        """Takes the body in, once, while the scanners look at it. That of an estimate is not kept:
-        nobody reads it again."""
-        announced = (
-            *(arrival.content_type, arrival.content_encoding),
-            *(arrival.content_length, rules),
-        )
-        if isinstance(arrival.operation, Inquiry):
-            reader = estimate_reader(*announced)
-            async for chunk in arrival.body:
-                reader.feed(chunk)
-            return reader.close()
-        reader = READERS[arrival.operation](arrival.operation, *announced)
-        async for chunk in arrival.body:
-            reader.feed(chunk)
-            await body.write(chunk)
-        return reader.close()
+    async def _upload(self, arrival: Arrival, reader: Reader, kept: Spool | None) -> None:
+        """Waits for a body, as long as this process takes in what is new."""
+        if _is_again(arrival):
+            await _take(arrival.body, reader, kept)
+            return
+        try:
+            async with self._flights.until_draining():
+                await _take(arrival.body, reader, kept)
+        except TimeoutError:
+            if self._flights.draining:
+                raise shutting_down() from None
+            raise
 
     async def _estimate(
         self, arrival: Arrival, planner: Planner, caller: Caller, found: Resolved, draft: Draft
@@ -402,11 +401,15 @@ class Pipeline:
         return Answer(head, lambda: known(receipt))
 
     def _launch(self, arrival: Arrival, plan: Plan, body: Spool, draft: Draft) -> Flight:
+        """A flight of its own, for a client that watches it."""
+        if self._flights.draining:
+            raise shutting_down()
+        self._room.refuse_if_full()
         body.share()
         caller, call = plan.caller, plan.call
         notice = FlightNotice(
             arrival.rid, flight_mark(plan.fingerprint, stream=call.stream), caller.team.id,
-            caller.key.id, call.operation.value, plan.model.name, call.stream, plan.at,
+            caller.key.id, call.operation.value, plan.ways[0].model.name, call.stream, plan.at,
         )  # fmt: skip
         # Who does not wait cannot leave either.
         client = Client() if arrival.asynchronous else arrival.client
@@ -421,21 +424,40 @@ class Pipeline:
     ) -> Receipt:
         """From the reservation to the settlement. Clients may watch; they cannot cancel."""
         flight.tells, flight.awaited = arrival.asynchronous, not arrival.asynchronous
-        first, degraded = headers.of_request(flight.rid, plan.cache), False
-        flight.said = (*first, *headers.NOTHING_SPENT)
+        flight.say, degraded = partial(_said_of_unspent, flight.rid, plan), False
         try:
             grant = await self._admission.pass_gate(flight.rid, plan, plan.demand)
             degraded = grant.degraded
-            # Said of one that is refused, and worked out for that alone.
-            flight.say = lambda: (
-                *first,
-                *headers.NOTHING_SPENT,
-                *headers.of_rates(headers.given_back(grant.standings, plan.demand)),
-            )
+            flight.say = partial(_said_of_unspent, flight.rid, plan, grant)
             self._is_let_in(arrival, plan, draft)
             try:
                 await self._joining.announce(flight)
-                receipt = await self._with_a_place(flight, arrival, plan, body, draft, grant)
+                flight.stage, came = "queued", self._clock.monotonic()
+                place = self._turnstile.enter_at_once(plan.entrances)
+                if place is None:
+                    place = await self._queued(flight, plan)
+                try:
+                    flight.stage = "upstream"
+                    entered = plan.entered_at(place.upstream)
+                    queueing = self._clock.monotonic() - came
+                    held = await self._hold(flight, arrival, entered)
+                    flight.say = partial(_said_of_bought, flight.rid, plan, grant)
+                    plan.forget_prompt()
+                    # Awaited here, and not one call deeper: each coroutine between this and the
+                    # upstream takes 350 bytes while a picture is painted, and is passed through
+                    # whenever something comes.
+                    receipt = await self._purchases.buy(
+                        flight,
+                        entered,
+                        body,
+                        held,
+                        draft,
+                        self._marks(draft, came, queueing, degraded=degraded),
+                        Keeping(self._keeps(arrival), arrival.idempotency_key is not None),
+                        place,
+                    )
+                finally:
+                    place.leave()
             finally:
                 self._leave(flight.rid, plan)
         except GatewayError as error:
@@ -469,56 +491,36 @@ class Pipeline:
 
     def _is_let_in(self, arrival: Arrival, plan: Plan, draft: Draft) -> None:
         """Tells of a call that its limits let in, where none that counts alike was told of."""
-        kind = (plan.caller.team.id, arrival.operation.value, plan.cache, *labels(plan))
+        kind = (plan.caller.team.id, arrival.operation, plan.cache, *labels(plan))
         if kind not in self._told:
             if len(self._told) >= MAX_TOLD:
                 self._told.clear()
             self._told.add(kind)
             self._begun(draft.receipt(plan))
 
-    async def _with_a_place(
-        self,
-        flight: Flight,
-        arrival: Arrival,
-        plan: Plan,
-        body: Spool,
-        draft: Draft,
-        grant: Grant,
-    ) -> Receipt:
-        """The queue, the reservation, the purchase."""
-        came, team = self._clock.monotonic(), plan.caller.team
-        flight.stage = "queued"
+    async def _queued(self, flight: Flight, plan: Plan) -> Place:
+        """A place of those that are all taken. Raises what ``Turnstile.enter`` does; the gate has
+        then been given back."""
+        team = plan.caller.team
         try:
-            place = await self._turnstile.enter(
+            return await self._turnstile.enter(
                 team.id, team.weight, plan.entrances, flight.deserted
             )
         except GatewayError:
             await self._admission.undo(flight.rid, plan)
             raise
-        try:
-            flight.stage = "upstream"
-            plan = plan.entered_at(place.upstream)
-            queueing = self._clock.monotonic() - came
-            held = await self._hold(flight, arrival, plan)
-            flight.say = lambda: (
-                *headers.of_request(arrival.rid, plan.cache),
-                *headers.of_rates(grant.standings),
-            )
-            started = self._clock.monotonic()
-            marks = Marks(
-                started,
-                reading=draft.reading,
-                queueing=queueing,
-                reserving=started - arrival.at - draft.reading - queueing,
-                queued_at=came - arrival.at,
-                degraded=grant.degraded,
-            )
-            keeping = Keeping(
-                result=self._keeps(arrival), idempotent=arrival.idempotency_key is not None
-            )
-            return await self._purchases.buy(flight, plan, body, held, draft, marks, keeping, place)
-        finally:
-            place.leave()
+
+    def _marks(self, draft: Draft, came: float, queueing: float, *, degraded: bool) -> Marks:
+        """The stages of a purchase that begins now, of a call that ``came`` to the queue."""
+        started = self._clock.monotonic()
+        return Marks(
+            started,
+            reading=draft.reading,
+            queueing=queueing,
+            reserving=started - draft.arrival.at - draft.reading - queueing,
+            queued_at=came - draft.arrival.at,
+            degraded=degraded,
+        )
 
     def _tell(self, flight: Flight, receipt: Receipt, *, idempotent: bool) -> None:
         """Says that an asynchronous request is over, to who wants to hear of it."""
@@ -557,7 +559,7 @@ class Pipeline:
             # It may yet be written, after nobody waits for it: a void behind it takes it back.
             self._purchases.give_back_later(flight.rid)
             raise
-        if await self._joining.is_deserted(flight):
+        if flight.client.gone.is_set() and await self._joining.is_deserted(flight):
             await self._purchases.give_back(flight.rid)
             raise ClientGone("reserved")
         return held
@@ -570,6 +572,33 @@ class Pipeline:
                 self._flights.errand(self._admission.leave(rid, plan))
         except Exception:
             log.exception("a slot was not given back", extra={"request_id": rid})
+
+
+def _told_to_come_back(arrival: Arrival, flight: Flight) -> Answer:
+    """It is told that the picture comes: from now on it may leave."""
+    flight.awaited = False
+    head = headers.error_head(still_running(flight.rid), arrival.rid, flight.said)
+    return Answer(head, flight.receipt, done=lambda delivered: flight.leave(False))
+
+
+def _said_of_unspent(rid: str, plan: Plan, grant: Grant | None = None) -> headers.Headers:
+    """What is said of one that is refused: ``grant`` is given back. Worked out for that alone."""
+    said = (*headers.of_request(rid, plan.cache), *headers.NOTHING_SPENT)
+    if grant is None:
+        return said
+    return (*said, *headers.of_rates(headers.given_back(grant.standings, plan.demand)))
+
+
+def _said_of_bought(rid: str, plan: Plan, grant: Grant) -> headers.Headers:
+    return (*headers.of_request(rid, plan.cache), *headers.of_rates(grant.standings))
+
+
+async def _take(body: Incoming, reader: Reader, kept: Spool | None) -> None:
+    """Takes a body in, once, while the scanners look at it."""
+    body.show_to(reader.feed)
+    async for chunk in body:
+        if kept is not None:
+            await kept.write(chunk)
 
 
 def _is_again(arrival: Arrival) -> bool:

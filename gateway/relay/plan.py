@@ -36,11 +36,13 @@ from gateway.domain.price_response import drawn as drawn_picture
 from gateway.domain.price_response import row_of
 from gateway.domain.quota import Demand, Limit, Scope
 from gateway.domain.receipt import CacheResult
+from gateway.domain.record import record
 from gateway.domain.route import OTHER, Catalogue, Model, Pin, Target, Unpriced
 from gateway.domain.team import Caller
 from gateway.ports import Cache, Cached, Upstream
 from gateway.relay.compat import alias_of, repaired
 from gateway.relay.naming import Names, refuse_kind
+from gateway.relay.offers import Offer, Offers, Place
 from gateway.relay.plan_response import served, tool_beside, tool_param, with_tool
 from gateway.relay.retirement import Retirements, Sunset
 from gateway.relay.strict import validate_strict
@@ -56,7 +58,7 @@ class CachePolicy:
     max_entry_bytes: int = 64 * 1024 * 1024
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class CacheWish:
     """What the client's ``Cache-Control`` asks for. ``max_age`` is in seconds."""
 
@@ -65,7 +67,7 @@ class CacheWish:
     max_age: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Way:
     """One way to an answer: the configured model, where it is served, and what it costs there.
     ``rests``: when it was planned, each key of its upstream was to be left alone."""
@@ -83,7 +85,7 @@ class Way:
         return plan.call if self.call is None else self.call
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Routed:
     """A call whose model is known, before anything is looked up. ``call`` is repaired.
     ``enabled``: it may be looked up in the cache, and kept there under
@@ -93,6 +95,8 @@ class Routed:
     caller: Caller
     call: Call
     model: Model
+    offer: Offer
+    """Its model as it was on the day of that."""
     fingerprint: str
     enabled: bool
     linked: bool
@@ -102,7 +106,7 @@ class Routed:
     """Where what it names by an id lives: it can go nowhere else."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Plan:
     """One call, decided: whose, from where, at what price, and under which name it is cached.
 
@@ -132,6 +136,11 @@ class Plan:
     """The upstream of all its ways, and the key that it goes with."""
     tool: Model | None = None
     """The model behind the image tool of a response."""
+
+    def forget_prompt(self) -> None:
+        """Once it is held for: what is still to be asked of the call is not asked of its text."""
+        for way in self.ways:
+            way.call_of(self).forget_prompt()
 
     @property
     def way(self) -> Way:
@@ -218,7 +227,7 @@ class Planner:
         can be handed over by urls."""
         self._catalogue = catalogue
         self._upstreams = upstreams
-        self._prices = prices
+        self._offers = Offers(upstreams, prices)
         self._cache = cache
         self._policy = policy
         self._passing_urls = passing_urls
@@ -227,14 +236,16 @@ class Planner:
         self._chooser = chooser or random.Random()
         self._compat = compat or Compat()
         self._hosting = hosting
-        self.retirements = Retirements(catalogue, self._row_of, self._lists)
+        self.retirements = Retirements(catalogue, self._offers)
         self._names = Names(catalogue, self.retirements)
 
     def repaired(self, caller: Caller, call: Call, now: datetime) -> Call:
         """The call for a model that is configured, with what older clients send mended and what
         was left open pinned. Raises ``ModelNotFound``, ``ModelNotAllowed``, ``ModelRetired``,
         ``InvalidRequest``."""
-        base = merged(self._compat, caller.key.compat)
+        base, said = self._compat, caller.key.compat
+        if said is not None:
+            base = merged(base, said)
         model = self._names.asked(caller, call, base, now.date())
         try:
             mended = self._repaired(caller, call, model, model, model.target.model)
@@ -244,7 +255,8 @@ class Planner:
             if gone is None or model.fallbacks:
                 raise
             raise gone from None
-        mended = self._names.with_tool(mended, base)
+        if mended.asks is not None:
+            mended = self._names.with_tool(mended, base)
         # As it came it is needed where it may yet be sent another way.
         return replace(mended, came=call) if model.others or model.fallbacks else mended
 
@@ -264,9 +276,11 @@ class Planner:
         self, caller: Caller, call: Call, asked: Model, model: Model, served: str
     ) -> Call:
         """What the asked model pins holds wherever the call goes: its price was asked for."""
-        compat = merged(self._compat, model.compat, caller.key.compat)
+        compat = self._compat
+        if model.compat is not None or caller.key.compat is not None:
+            compat = merged(compat, model.compat, caller.key.compat)
         mended = repaired(call, model, compat, hosting=self._hosting, served=served)
-        return _pinned(mended, asked.pin)
+        return mended if asked.pin is None else _pinned(mended, asked.pin)
 
     def _sent_as(
         self, caller: Caller, call: Call, asked: Model, model: Model, served: str
@@ -294,18 +308,23 @@ class Planner:
         routes; where an entry does, ``plan`` raises it, for an answer may be kept."""
         today = now.date()
         model = self._names.find(caller, call.model, today)
-        tool = self._names.tool(caller, call, lambda one: self.row(one, now), today)
+        tool = None
+        if call.asks is not None:
+            tool = self._names.tool(caller, call, lambda one: self.row(one, now), today)
+        offer = self._offers.of(model, today)
         # What is gone is said to be gone, before anything that it would not have taken.
-        over = self.retirements.is_over(model, today)
+        over = offer.over
         if tool is not None and not over:
             over = self.retirements.is_over(tool, today)
         if not over:
-            drawing = None if tool is None else self.row(tool, now)
-            refuse_kind(call, model, self.row(model, now), drawing)
-            _judge(call, model, tool)
+            if call.asks is not None or offer.only_writes:
+                drawing = None if tool is None else self.row(tool, now)
+                refuse_kind(call, model, offer.row, drawing)
+            if call.asks is not None or model.strict or model.refuse_unknown:
+                _judge(call, model, tool)
         # A picture known by its address alone (it has no size) is fetched by the upstream, and
         # what stands there may change: it is passed on only where that is allowed, never cached.
-        linked = any(picture.size_bytes == 0 for picture in call.inputs)
+        linked = bool(call.inputs) and any(picture.size_bytes == 0 for picture in call.inputs)
         if linked and not over and not any(self._passes(target) for target in model.targets):
             raise InvalidRequest(
                 f"{model.name} does not take addresses of pictures on this gateway. Send the "
@@ -320,23 +339,25 @@ class Planner:
             model_served=model.target.model,
             upstream=model.target.upstream,
         )
-        switches = (self._policy.enabled, caller.team.cache_enabled, model.cache_enabled)
+        enabled = self._policy.enabled and caller.team.cache_enabled and model.cache_enabled
         # Whoever talks to a model wants an answer of its own.
-        enabled = all(switches) and not linked and call.asks is None
-        return Routed(caller, call, model, mark, enabled, linked, tool, anchor)
+        enabled = enabled and not linked and call.asks is None
+        return Routed(caller, call, model, offer, mark, enabled, linked, tool, anchor)
 
     async def plan(self, routed: Routed, wish: CacheWish, now: datetime) -> Plan:
         """A kept answer, or the ways to a new one. Raises ``InvalidRequest``, ``ModelRetired``,
         ``UpstreamAccount``."""
         caller, call, model = routed.caller, routed.call, routed.model
-        cached, today = None, now.date()
-        over = self.retirements.is_over(model, today)
-        if routed.enabled and wish.read and not over:
+        cached, offer = None, routed.offer
+        if routed.enabled and wish.read and not offer.over:
             cached = await self._look_up(routed.fingerprint, call, wish, now)
         rates = caller.rates
-        drawing = None if routed.tool is None else tool_beside(routed.tool, model)
-        ending = [self.retirements.sunset(caller, one, today) for one in (model, drawing) if one]
-        sunsets = tuple([sunset for sunset in ending if sunset is not None])
+        sunsets: tuple[Sunset, ...] = ()
+        if offer.last is not None or routed.tool is not None:
+            drawing = None if routed.tool is None else tool_beside(routed.tool, model)
+            both, today = [one for one in (model, drawing) if one], now.date()
+            ending = [self.retirements.sunset(caller, one, today) for one in both]
+            sunsets = tuple([sunset for sunset in ending if sunset is not None])
         if cached is not None:
             nothing = Quote(Bound(0, Confidence.HARD), PriceList({}), None)
             kept = Way(model, model.target, self._upstreams[model.target.upstream], nothing)
@@ -345,6 +366,8 @@ class Planner:
                 CacheResult.HIT, False, now, cached, sunsets,
             )  # fmt: skip
         ways = self._ways(routed, now)
+        # The first has one, where any has: nearly always.
+        priced = ways[0].quote.row is not None or any(way.quote.row for way in ways)
         return Plan(
             caller=caller,
             call=call,
@@ -355,7 +378,7 @@ class Planner:
             lines=caller.lines(now),
             fingerprint=routed.fingerprint,
             cache=CacheResult.MISS if routed.enabled else CacheResult.OFF,
-            keep=routed.enabled and wish.write and any(way.quote.row for way in ways),
+            keep=routed.enabled and wish.write and priced,
             at=now,
             sunsets=sunsets,
             anchor=routed.anchor,
@@ -379,22 +402,7 @@ class Planner:
     def row(self, model: Model, now: datetime) -> PriceRow | None:
         """The price of a model today: at the first of its upstreams that has one, and still serves
         it."""
-        today = now.date()
-        found = [self._row_of(target, today) for target in model.targets]
-        rows = [row for row in found if row is not None]
-        serving = (row for row in rows if not row.retired(today))
-        return next(serving, rows[0] if rows else None)
-
-    def _row_of(self, target: Target, today: date) -> PriceRow | None:
-        upstream = self._upstreams[target.upstream]
-        return self._prices.of(upstream.name, upstream.provider, today).find(target.model)
-
-    def _price_list(self, upstream: Upstream, now: datetime) -> PriceList:
-        return self._prices.of(upstream.name, upstream.provider, now.date())
-
-    def _lists(self, today: date) -> Iterable[PriceList]:
-        for upstream in self._upstreams.values():
-            yield self._prices.of(upstream.name, upstream.provider, today)
+        return self._offers.of(model, now.date()).row
 
     def _passes(self, target: Target) -> bool:
         return target.upstream in self._passing_urls
@@ -404,10 +412,11 @@ class Planner:
         are to be tried in. Raises what the first of the asked model's own is refused for where
         none of those is left; what is off or retired alone may be stood in for."""
         model = routed.model
-        found, refusals = self._ways_of(routed, model, now)
-        mistakes = [error for error in refusals if not isinstance(error, STOOD_IN_FOR)]
-        if mistakes and not found:
-            raise mistakes[0]
+        found, refusals = self._ways_of(routed, model, routed.offer, now)
+        if not found:
+            mistakes = [error for error in refusals if not isinstance(error, STOOD_IN_FOR)]
+            if mistakes:
+                raise mistakes[0]
         for name in model.fallbacks:
             other = self._catalogue.find(name)
             if other is None or not routed.caller.may_use(name):
@@ -418,40 +427,48 @@ class Planner:
                 _judge(sent or routed.call, other, routed.tool)
             except InvalidRequest:
                 continue
-            found += self._ways_of(routed, other, now)[0]
+            offer = self._offers.of(other, now.date())
+            found += self._ways_of(routed, other, offer, now)[0]
         if not found:
             raise refusals[0]
         return tuple(found)
 
     def _ways_of(
-        self, routed: Routed, model: Model, now: datetime
+        self, routed: Routed, model: Model, offer: Offer, now: datetime
     ) -> tuple[list[Way], list[GatewayError]]:
         """A model's own ways, and why others of its targets are none."""
         found: list[Way] = []
         refusals: list[GatewayError] = []
-        today = now.date()
-        gone = self._gone(routed, model, today)
-        if gone is not None:
-            return found, [gone]
-        for target in _drawn(model.targets, self._chooser):
-            upstream = self._upstreams[target.upstream]
+        if offer.over or routed.tool is not None:
+            gone = self._gone(routed, model, now.date())
+            if gone is not None:
+                return found, [gone]
+        places: Sequence[Place] = offer.places
+        if len(places) > 1:
+            places = _drawn(places, self._chooser)
+        for place in places:
+            target, upstream, sent = place.target, place.upstream, None
             if routed.linked and not self._passes(target):
                 continue
             if routed.anchor is not None and target.upstream != routed.anchor.upstream:
                 continue
-            retired = self.retirements.refusal(routed.caller, model, target, today)
-            if retired is not None:
-                refusals.append(retired)
-                continue
+            if place.retired:
+                retired = self.retirements.refusal(routed.caller, model, target, now.date())
+                if retired is not None:
+                    refusals.append(retired)
+                    continue
             if not upstream.ready:
                 refusals.append(_off(model, upstream))
                 continue
             try:
-                target = with_tool(target, routed.tool, routed.call)
                 if routed.tool is not None:
+                    target = with_tool(target, routed.tool, routed.call)
                     self._refuse_retired(routed.caller, routed.tool, target, now)
-                sent = self._sent_as(routed.caller, routed.call, routed.model, model, target.model)
-                quote = self._quote(routed, sent or routed.call, model, target, now)
+                if routed.call.came is not None:
+                    sent = self._sent_as(
+                        routed.caller, routed.call, routed.model, model, target.model
+                    )
+                quote = self._quote(routed, sent or routed.call, model, place, target, now)
             except (InvalidRequest, ModelRetired) as error:
                 refusals.append(error)
             else:
@@ -459,7 +476,9 @@ class Planner:
                 found.append(Way(model, target, upstream, quote, rests, sent))
         if not found and not refusals:
             refusals.append(_elsewhere(model, routed))
-        return sorted(found, key=lambda way: way.rests), refusals
+        if len(found) > 1:
+            found.sort(key=lambda way: way.rests)
+        return found, refusals
 
     def _gone(self, routed: Routed, model: Model, today: date) -> ModelRetired | None:
         """Why none of a model's targets is one any more, or none of those that its image tool's
@@ -506,11 +525,11 @@ class Planner:
         return cached if fits and age <= min(limits) else None
 
     def _quote(
-        self, routed: Routed, sent: Call, model: Model, target: Target, now: datetime
+        self, routed: Routed, sent: Call, model: Model, place: Place, target: Target, now: datetime
     ) -> Quote:
-        caller, call = routed.caller, served(sent, target)
-        prices = self._price_list(self._upstreams[target.upstream], now)
-        row = prices.find(target.model)
+        """``target`` is that of ``place``, with the name of its tool."""
+        caller, call = routed.caller, sent if sent.asks is None else served(sent, target)
+        prices, row = place.prices, place.row
         most = caller.max_cost_per_request
         picture = prices.find(target.tool) if target.tool else None
         draws = "" if routed.tool is None else routed.tool.name
@@ -532,7 +551,8 @@ class Planner:
                 reason="unpriced",
             ) from error
         factor = self._factor_of(target.upstream, target.model)
-        quote = Quote(raised(base, factor), prices, row, base.amount, factor, draws)
+        bound = base if factor <= FACTOR_ONE else raised(base, factor)
+        quote = Quote(bound, prices, row, base.amount, factor, draws)
         if most is not None and quote.bound.amount > most:
             raise _too_dear(caller, call, quote, most)
         return quote
@@ -576,15 +596,13 @@ def drawn(weights: Sequence[int], chooser: Chooser) -> Iterable[int]:
     yield from left
 
 
-def _drawn(targets: Sequence[Target], chooser: Chooser) -> Iterable[Target]:
+def _drawn(places: Sequence[Place], chooser: Chooser) -> Sequence[Place]:
     """By order, and those of one order as they are drawn."""
-    if len(targets) == 1:
-        yield targets[0]
-        return
-    for order in sorted({target.order for target in targets}):
-        equal = [target for target in targets if target.order == order]
-        for place in drawn([target.weight for target in equal], chooser):
-            yield equal[place]
+    found: list[Place] = []
+    for order in sorted({place.target.order for place in places}):
+        equal = [place for place in places if place.target.order == order]
+        found += (equal[at] for at in drawn([place.target.weight for place in equal], chooser))
+    return found
 
 
 def _judge(call: Call, model: Model, tool: Model | None) -> None:

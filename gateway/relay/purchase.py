@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -27,8 +27,10 @@ from gateway.domain.ledger import Basis, Entry, Event, Held, Outcome, Settlement
 from gateway.domain.owned import Anchor
 from gateway.domain.price import Answer
 from gateway.domain.receipt import Receipt, Timings
+from gateway.domain.trace import Trace
 from gateway.ports import (
     Clock,
+    Growing,
     Ledger,
     NotKnown,
     Safe,
@@ -40,7 +42,7 @@ from gateway.relay.background import Background
 from gateway.relay.body import Room, Spool, held, spliced
 from gateway.relay.budget import BudgetView
 from gateway.relay.factors import Factors
-from gateway.relay.flights import Flight, Flights, Shown
+from gateway.relay.flights import Flight, Flights, Shown, StreamEnd
 from gateway.relay.joining import Joining
 from gateway.relay.keeping import Bought, Keeper, Keeping
 from gateway.relay.landing import Landing, PictureTaker, Taker, failed
@@ -105,6 +107,8 @@ class Marks:
 class Course:
     """Where a purchase goes now, and whether it may go elsewhere."""
 
+    __slots__ = ("_flight", "_place", "way")
+
     def __init__(self, flight: Flight, place: Place, way: Way) -> None:
         self._flight = flight
         self._place = place
@@ -113,6 +117,8 @@ class Course:
     def enter(self, way: Way) -> bool:
         """Whether an attempt may go there, with a place. The headers of a stream that has begun
         have named its model."""
+        if way is self.way:
+            return True
         if self._flight.answered and way.model is not self.way.model:
             return False
         if not self._place.move(way.upstream.name):
@@ -121,7 +127,7 @@ class Course:
         return True
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Beginning:
     """Lets clients follow a stream's spool, when called; harmless when they do already. What its
     head says is worked out then: most answers are shown when they are whole. ``tried`` is None
@@ -222,13 +228,17 @@ class Purchases:
         where the plan begins, and goes along to where the call is sent.
         """
         spool = Spool(self._room)
-        trail = self._trail(draft, marks)
+        trail = None if draft.arrival.trace is None else self._trail(draft.arrival.trace, marks)
         tried: Opened | Failed | None = None
         way = plan.way
         course = Course(flight, place, way)
         taker = TAKERS[plan.call.operation](plan.call)
         flight.error_event = taker.error_event
-        silence = self._break_silence(flight, plan, spool, course, held)
+        silence = None
+        if plan.call.stream and self.keep_alive_seconds is not None:
+            silence = self._break_silence(
+                self.keep_alive_seconds, flight, plan, course, spool, held
+            )
         try:
             self._joining.begun(flight, spool)
             try:
@@ -242,7 +252,8 @@ class Purchases:
                 else:
                     begin = Beginning(self, flight, plan, way, spool, held, tried)
                     landing = await self._land(taker, begin, plan, tried, marks)
-                    self._attempts.landed(tried, landing.error)
+                    if landing.error is not None:
+                        self._attempts.landed(tried, landing.error)
                     if plan.call.asks is not None and plan.call.asks.background:
                         landing = await self._look_after(begin, plan, tried, landing, marks)
             except GatewayError as error:
@@ -279,7 +290,7 @@ class Purchases:
                 flight.said = (*flight.said, *common, *spent)
                 await _break_off(flight, spool, landing.error)
             else:
-                self._hand_over(bought, (*flight.said, *spent))
+                self._hand_over(bought, (*flight.say(), *spent))
                 if landing.rest is not None:
                     await _pass_the_rest(landing.rest, spool)
             return _receipt(draft, plan, way, tried, trail, settlement, entry, marks, landing.error)
@@ -292,24 +303,25 @@ class Purchases:
             if isinstance(tried, Opened):
                 await tried.reply.aclose()
 
-    def _trail(self, draft: Draft, marks: Marks) -> Trail | None:
-        if draft.trace is None:
-            return None
-        context = draft.trace.context
-        return Trail(context, marks.started, self._clock, propagate=self._propagate)
+    def _trail(self, trace: Trace, marks: Marks) -> Trail:
+        return Trail(trace.context, marks.started, self._clock, propagate=self._propagate)
 
     def _break_silence(
-        self, flight: Flight, plan: Plan, spool: Spool, course: Course, held: Held
-    ) -> asyncio.TimerHandle | None:
+        self,
+        seconds: float,
+        flight: Flight,
+        plan: Plan,
+        course: Course,
+        spool: Spool,
+        held: Held,
+    ) -> asyncio.TimerHandle:
         """Begins a stream that has nothing to say for so long that something between the client
         and here could give it up. What goes wrong from then on is an event."""
-        if self.keep_alive_seconds is None or not plan.call.stream:
-            return None
 
         def begin() -> None:
             Beginning(self, flight, plan, course.way, spool, held, None)()
 
-        return asyncio.get_running_loop().call_later(self.keep_alive_seconds, begin)
+        return asyncio.get_running_loop().call_later(seconds, begin)
 
     def _hand_over(self, bought: Bought, own: headers.Headers) -> None:
         """Lets the clients have what is verified and settled, in the form that was asked for."""
@@ -325,7 +337,8 @@ class Purchases:
             raise RuntimeError("an answer lands in the form that was asked for, or with an error")
         if flight.answered:
             # The silence was broken before the upstream said that it would answer in one piece.
-            flight.instead = lambda: spliced(spool, form)
+            if flight.end is not None:
+                flight.end.instead = lambda: spliced(spool, form)
             return
         length = None if stream else replay.length(form)
 
@@ -339,16 +352,17 @@ class Purchases:
     ) -> Shown:
         """A stream that follows its spool as far as that is published."""
         silence = self.keep_alive_seconds
+        end = flight.end = flight.end or StreamEnd()
 
-        async def events() -> AsyncGenerator[bytes, None]:
-            async with aclosing(spool.follow(silence)) as chunks:
-                async for chunk in chunks:
-                    yield chunk
-            if flight.instead is not None:
-                async for piece in flight.instead():
-                    yield piece
+        async def events() -> AsyncGenerator[Sequence[bytes], None]:
+            async with aclosing(spool.follow(silence).groups) as groups:
+                async for group in groups:
+                    yield group
+            if end.instead is not None:
+                async for piece in end.instead():
+                    yield (piece,)
 
-        return Shown(200, common, own, None, events, spool.share, spool.close)
+        return Shown(200, common, own, None, lambda: Growing(events()), spool.share, spool.close)
 
     async def give_back(self, rid: str) -> None:
         """Voids a hold for which nothing was sent."""

@@ -10,7 +10,7 @@ in quotes, no text field disguised as a file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -27,10 +27,11 @@ from gateway.domain.call import (
 )
 from gateway.domain.errors import InvalidRequest
 from gateway.domain.owned import OwnedKind
+from gateway.ports import Lent
 from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_id, from_url
 from gateway.relay.media import FORM_TYPE, JSON_TYPE, check_encoding, check_media, too_large
 from gateway.relay.multipart import FormScanner, Part, boundary_of
-from gateway.relay.skim import BadJson, Hole, JsonSkimmer
+from gateway.relay.skim import BadJson, Hole, JsonSkimmer, fields_of
 
 KNOWN = frozenset(
     {
@@ -52,6 +53,8 @@ MAX_DEPTH = 32
 KEEP_BYTES = 12 * MAX_PROMPT_CHARS
 """Longer strings are passed over. The longest prompt of all, written as escaped surrogate pairs
 (twelve bytes a character), is still kept."""
+SMALL_BYTES = 16 * 1024
+"""Up to this a body is kept until it is whole, and read in one go."""
 MAX_KEPT_BYTES = 8 << 20
 """Room for the beginnings of eighteen pictures, and a prompt."""
 
@@ -68,6 +71,7 @@ _ECHOED = ("model", "size", "quality", "output_format", "background", "safety_id
 """Fields that come back in an answer's headers or body."""
 
 _SCALARS: frozenset[type] = frozenset({str, int, float, bool, type(None)})
+_NONE_UNKNOWN: frozenset[str] = frozenset()  # each that is made takes 216 bytes
 """What JSON has that holds nothing else: asked by class, for one lookup instead of a call."""
 _DIGITS = re.compile(r"0|-?[1-9][0-9]{0,17}")
 _BREAKS = re.compile(r"[\x00\r\n]")
@@ -122,7 +126,7 @@ class Reader(Protocol):
     """Reads one body. Both methods raise ``InvalidRequest`` and ``BodyTooLarge``; a reader that
     has raised is not used again."""
 
-    def feed(self, chunk: bytes) -> None: ...
+    def feed(self, chunk: bytes | Lent) -> None: ...
 
     def close(self) -> Call:
         """The body is complete."""
@@ -143,49 +147,76 @@ def reader_for(
     Raises ``UnsupportedMedia`` for a body in another form than the operation takes or in any
     content encoding, ``BodyTooLarge`` at once for a length over the limit.
     """
-    wanted = (FORM_TYPE, JSON_TYPE) if operation is Operation.EDIT else (JSON_TYPE,)
-    media = check_media(content_type, wanted, f"/v1{path or operation.path}")
-    check_encoding(content_encoding)
+    media = content_type
+    if media != JSON_TYPE:  # Which all of them take, and nearly all clients write so.
+        wanted = (FORM_TYPE, JSON_TYPE) if operation is Operation.EDIT else (JSON_TYPE,)
+        media = check_media(content_type, wanted, f"/v1{path or operation.path}")
+    if content_encoding is not None:
+        check_encoding(content_encoding)
     limit = rules.body_limit(operation)
     if content_length is not None and content_length > limit:
         raise too_large(limit, f"/v1{operation.path}")
     if media == JSON_TYPE:
-        return _JsonReader(operation, rules)
+        return _JsonReader(operation, rules, limit)
     return _FormReader(operation, content_type, rules)
 
 
 class _JsonReader:
-    def __init__(self, operation: Operation, rules: ReadRules) -> None:
+    def __init__(self, operation: Operation, rules: ReadRules, limit_bytes: int) -> None:
         self._operation = operation
         self._rules = rules
-        self._limit = rules.body_limit(operation)
+        self._limit = limit_bytes
         self._length = 0
         self._references: list[Reference] = []
-        self._skimmer = JsonSkimmer(
-            keep_bytes=KEEP_BYTES,
-            max_depth=MAX_DEPTH,
-            digests=True,
-            check_base64=operation is Operation.EDIT,
-            check_controls=operation is Operation.GENERATION,
-            max_kept=min(MAX_KEPT_BYTES, self._limit),
-            layout=True,
-        )
+        self._small: bytes | None = b""
+        """All that came, as long as it is read in one go."""
+        self._skimmer: JsonSkimmer | None = None
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | Lent) -> None:
+        """What is small is read when it is whole: so is what is wrong with it."""
         self._length += len(chunk)
         if self._length > self._limit:
             raise too_large(self._limit, f"/v1{self._operation.path}")
+        if self._small is not None:
+            chunk, self._small = self._small + bytes(chunk), None
+            if len(chunk) <= SMALL_BYTES:
+                self._small = chunk
+                return
         try:
-            self._skimmer.feed(chunk)
+            self._begun().feed(bytes(chunk))
         except BadJson as bad:
             raise bad_json(bad) from None
 
-    def close(self) -> Call:
+    def _begun(self) -> JsonSkimmer:
+        if self._skimmer is None:
+            self._skimmer = JsonSkimmer(
+                keep_bytes=KEEP_BYTES,
+                max_depth=MAX_DEPTH,
+                digests=True,
+                check_base64=self._operation is Operation.EDIT,
+                check_controls=self._operation is Operation.GENERATION,
+                max_kept=min(MAX_KEPT_BYTES, self._limit),
+                layout=True,
+            )
+        return self._skimmer
+
+    def _document(self) -> tuple[Any, Layout]:
+        """What was sent, and where its members lie."""
+        if self._small is not None:
+            found = fields_of(self._small, max_depth=MAX_DEPTH)
+            if found is not None:
+                return found
+        skimmer = self._begun()
         try:
-            skimmed = self._skimmer.close()
+            if self._small is not None:
+                skimmer.feed(self._small)
+            skimmed = skimmer.close()
         except BadJson as bad:
             raise bad_json(bad) from None
-        fields = skimmed.value
+        return skimmed.value, skimmed.layout
+
+    def close(self) -> Call:
+        fields, layout = self._document()
         if not isinstance(fields, dict):
             raise InvalidRequest(
                 f"The body must be a JSON object, not {kind_of(fields)}.",
@@ -200,8 +231,10 @@ class _JsonReader:
             taken = frozenset({"images", "mask", "markup"})
             inputs, extras = self._pictures(fields)
             references = tuple(self._references)
-        parameters = {name: value for name, value in fields.items() if name not in taken}
-        if any(extras):
+        parameters = fields
+        if taken:
+            parameters = {name: value for name, value in fields.items() if name not in taken}
+        if extras and any(extras):
             # What stands beside a picture's address decides the answer too: it is kept with the
             # parameters, without the pictures.
             parameters["images"] = extras
@@ -210,7 +243,7 @@ class _JsonReader:
             encoding=Encoding.JSON,
             # Not as it was declared: a charset could make another reader see other names.
             content_type=JSON_TYPE,
-            layout=skimmed.layout,
+            layout=layout,
             fields=parameters,
             inputs=inputs,
             unknown=parameters.keys() - KNOWN,
@@ -295,7 +328,7 @@ class _FormReader:
         self._spelling = ""
         self._last_index = -1
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | Lent) -> None:
         self._length += len(chunk)
         if self._length > self._limit:
             raise too_large(self._limit, f"/v1{self._operation.path}")
@@ -388,7 +421,7 @@ class _FormReader:
                 param=name[:64],
                 reason="invalid_multipart",
             ) from None
-        self._spots[name] = Spot(part.whole, part.span)
+        self._spots[name] = Spot(part.whole.start, *part.span, part.whole.end)
         _put(self._fields, name, _from_text(name, text))
 
 
@@ -468,45 +501,64 @@ def _call(
 ) -> Call:
     """Checks the types of what is needed and priced. Raises ``InvalidRequest``."""
     given: dict[str, Any] = {name: value for name, value in fields.items() if value is not None}
-    check_spelling(fields.keys() | unknown)
-    check_ids({**dict.fromkeys(unknown), **fields})
+    nested: list[str] = []
+    printable = typed = True
+    for name, value in given.items():
+        kind = value.__class__
+        if kind is not str:
+            if kind not in _SCALARS:
+                nested.append(name)
+            if name in _PRICED_TEXTS:
+                typed = False
+        # What can be printed has no break; to ask for that is a tenth of looking for one.
+        elif name in _ECHOED and not value.isprintable():
+            printable = False
+    # Neither is wrong with known fields that hold nothing else: those of nearly every request.
+    if unknown:
+        check_spelling(unknown)
+    if unknown or nested:
+        check_ids({**dict.fromkeys(unknown), **fields})
     model = model_of(given)
     prompt = _prompt(given)
-    numbers = {
-        name: number(given, name, *bounds) if name in given else None
-        for name, bounds in _PRICED_NUMBERS.items()
-    }
-    texts = {name: _optional_text(given, name) if name in given else None for name in _PRICED_TEXTS}
+    numbers: dict[str, int | None] = {}
+    for name, bounds in _PRICED_NUMBERS.items():
+        if name in given:
+            numbers[name] = number(given, name, *bounds)
+    if not typed:
+        for name in _PRICED_TEXTS:
+            _check_text(given, name)
     stream = given.get("stream", False)
     if not isinstance(stream, bool):
         raise wrong_type("stream", "true or false", stream)
-    _check_svg(given)
-    _check_echoed([(name, given[name]) for name in _ECHOED if name in given])
-    output_format = texts["output_format"] or "png"
-    frames = numbers["frame_count"]
-    parameters: dict[str, Json] = {}
-    for name, said in given.items():
-        if said.__class__ in _SCALARS:
-            parameters[name] = given[name]
-        elif name != "model":
-            parameters[name] = _without_nulls(said) if name == "svg" else settled(said)
-    parameters.pop("model", None)
+    if "svg" in given:
+        _check_svg(given["svg"])
+    if not printable:
+        _check_echoed(given)
+    output_format = given.get("output_format") or "png"
+    frames = numbers.get("frame_count")
+    for name in nested:
+        if name != "model":
+            said = given[name]
+            given[name] = _without_nulls(said) if name == "svg" else settled(said)
+    given.pop("model", None)
+    if unknown:
+        unknown = unknown & given.keys() | unknown - fields.keys()
     return Call(
         operation=operation,
         encoding=encoding,
         content_type=content_type,
         model=model,
         prompt_bytes=len(prompt.encode()),
-        parameters=parameters,
+        parameters=given,
         inputs=inputs,
-        n=1 if numbers["n"] is None else numbers["n"],
-        size=texts["size"] or "auto",
-        quality=texts["quality"] or "auto",
+        n=numbers.get("n") or 1,
+        size=given.get("size") or "auto",
+        quality=given.get("quality") or "auto",
         stream=stream,
-        partial_images=numbers["partial_images"] or 0,
+        partial_images=numbers.get("partial_images") or 0,
         output_format=output_format,
         frame_count=1 if output_format in STILL_FORMATS else (frames or DEFAULT_FRAMES),
-        unknown=frozenset(unknown & given.keys() | unknown - fields.keys()),
+        unknown=frozenset(unknown) if unknown else _NONE_UNKNOWN,
         body_bytes=body_bytes,
         references=references,
         model_said=model or None,
@@ -560,10 +612,8 @@ def check_ids(value: object, path: str = "", taken: str = _TAKES_IDS) -> None:
 def model_of(given: Mapping[str, object]) -> str:
     """The name, empty where none is given: the path or the configuration may say it."""
     model = given.get("model", "")
-    if not isinstance(model, (str, Hole)):
-        raise wrong_type("model", "a string", model)
-    if isinstance(model, Hole):
-        raise _long_name()
+    if not isinstance(model, str):
+        raise _long_name() if isinstance(model, Hole) else wrong_type("model", "a string", model)
     check_model(model)
     return model
 
@@ -577,6 +627,8 @@ def check_model(model: str) -> None:
     """
     if len(model) > MAX_MODEL_CHARS:
         raise _long_name()
+    if model.isprintable():
+        return
     _check_breaks("model", model)
     unprinted = _UNPRINTED.search(model)
     if unprinted is not None:
@@ -598,12 +650,11 @@ def _long_name() -> InvalidRequest:
     )
 
 
-def _check_echoed(said: Sequence[tuple[str, object]]) -> None:
-    texts = [value for _, value in said if isinstance(value, str)]
-    if _BREAKS.search("".join(texts)):  # One of them, then: all are looked at in one go.
-        for name, value in said:
-            if isinstance(value, str):
-                _check_breaks(name, value)
+def _check_echoed(given: Mapping[str, object]) -> None:
+    for name in _ECHOED:
+        value = given.get(name)
+        if isinstance(value, str):
+            _check_breaks(name, value)
 
 
 def _check_breaks(name: str, value: str) -> None:
@@ -618,6 +669,8 @@ def _check_breaks(name: str, value: str) -> None:
 
 def _prompt(given: Mapping[str, object]) -> str:
     prompt = given.get("prompt")
+    if isinstance(prompt, str) and 0 < len(prompt) <= MAX_PROMPT_CHARS and prompt.isprintable():
+        return prompt
     if prompt is None or prompt == "":
         raise missing("prompt", "a text that says what to draw.")
     if not isinstance(prompt, (str, Hole)):
@@ -631,7 +684,7 @@ def _prompt(given: Mapping[str, object]) -> str:
             param="prompt",
             reason="invalid_param",
         )
-    control = _CONTROLS.search(prompt)
+    control = None if prompt.isprintable() else _CONTROLS.search(prompt)
     if control is not None:
         raise InvalidRequest(
             f"The prompt holds the control character U+{ord(control[0]):04X} at character "
@@ -664,18 +717,14 @@ def number(
     return value
 
 
-def _optional_text(given: Mapping[str, object], name: str) -> str | None:
+def _check_text(given: Mapping[str, object], name: str) -> None:
     value = given.get(name)
     if value is not None and not isinstance(value, str):
         raise wrong_type(name, "a short string", value)
-    return value
 
 
-def _check_svg(given: Mapping[str, object]) -> None:
+def _check_svg(svg: object) -> None:
     """The second model's name is priced; the rest of the object is the upstream's."""
-    svg = given.get("svg")
-    if svg is None:
-        return
     if not isinstance(svg, dict):
         raise wrong_type("svg", "an object", svg)
     check_spelling(svg, KNOWN_OF_SVG, "svg")

@@ -25,6 +25,7 @@ from gateway.domain.call import (
 )
 from gateway.domain.errors import InvalidRequest, NotServed
 from gateway.domain.owned import OwnedKind
+from gateway.ports import Lent
 from gateway.relay.inputs import digest_of_file, from_url
 from gateway.relay.media import JSON_TYPE, check_encoding, check_media, too_large
 from gateway.relay.meter_response import PICTURE_CALL
@@ -149,11 +150,11 @@ class _ResponseReader:
         if length > self._limit:
             raise too_large(self._limit, f"/v1{Operation.RESPONSE.path}")
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | Lent) -> None:
         self._length += len(chunk)
         self.check_length(self._length)
         try:
-            self._skimmer.feed(chunk)
+            self._skimmer.feed(bytes(chunk))
         except BadJson as bad:
             raise bad_json(bad) from None
 

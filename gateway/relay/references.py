@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -35,6 +36,10 @@ _MAY_BE: Mapping[str, frozenset[OwnedKind]] = {
 
 
 _PLACES = {OwnedKind.FILE: "/files", OwnedKind.RESPONSE: Operation.RESPONSE.path}
+
+
+NOBODYS: Mapping[str, Owned] = MappingProxyType({})
+"""Of a call that names no id: one for all."""
 
 
 class Resolved(NamedTuple):
@@ -72,7 +77,7 @@ class References:
         ``InvalidRequest`` where they do not live at one upstream, ``LedgerUnavailable``.
         """
         if not call.references:
-            return Resolved(call, None, {})
+            return Resolved(call, None, NOBODYS)
         owned = await self._find(caller, call.references)
         anchor = _one_place(call.references, owned)
         sizes = {digest_of_file(one.id): max(1, one.size_bytes) for one in owned.values()}

@@ -6,27 +6,20 @@ upstreams has ended it. Days are UTC: on ``shuts_down`` itself nothing is sent a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from difflib import get_close_matches
-from typing import TypeAlias
 
 from gateway.domain.errors import ModelRetired
-from gateway.domain.price import PriceList, PriceRow
+from gateway.domain.price import PriceRow
 from gateway.domain.route import Catalogue, Model, Target
 from gateway.domain.team import Caller
+from gateway.relay.offers import Offers
 from gateway.relay.plan_response import is_text_model
 
 SUNSET_DAYS = 30
 """So long before its end the answers of a model say so."""
-MAX_REMEMBERED = 1000
-"""Models: behind the wildcard each name is one."""
-
-RowOf: TypeAlias = Callable[[Target, date], PriceRow | None]
-"""The price of a target on a day; None where it has none."""
-Lists: TypeAlias = Callable[[date], Iterable[PriceList]]
-"""What every configured upstream charges on a day."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,26 +35,22 @@ class Sunset:
 class Retirements:
     """What ends when, as far as the price lists know."""
 
-    def __init__(self, catalogue: Catalogue, row_of: RowOf, lists: Lists) -> None:
+    def __init__(self, catalogue: Catalogue, offers: Offers) -> None:
         self._catalogue = catalogue
-        self._row_of = row_of
-        self._lists = lists
-        self._ends: dict[int, tuple[Model, PriceRow | None]] = {}
-        self._ends_of: date | None = None
+        self._offers = offers
 
     def end(self, model: Model, today: date) -> date | None:
         """The day on which the last of its upstreams stops serving a model, which may be past;
         None where one of them goes on, or is not known to stop."""
-        row = self._last(model, today)
+        row = self._offers.of(model, today).last
         return row.shuts_down if row else None
 
     def is_over(self, model: Model, today: date) -> bool:
-        row = self._last(model, today)
-        return row is not None and row.retired(today)
+        return self._offers.of(model, today).over
 
     def sunset(self, caller: Caller, model: Model, today: date) -> Sunset | None:
         """The end of a model, where it is near."""
-        row = self._last(model, today)
+        row = self._offers.of(model, today).last
         if row is None or row.shuts_down is None:
             return None
         if not 0 < (row.shuts_down - today).days <= SUNSET_DAYS:
@@ -103,27 +92,8 @@ class Retirements:
             f"{named} was shut down by {row.provider} on {row.shuts_down}. {advice}", param="model"
         )
 
-    def _last(self, model: Model, today: date) -> PriceRow | None:
-        """The price of the target that ends last, where all of them end. Each call asks four
-        times, of the same few models on the same day: looked up once (4 us a call)."""
-        if self._ends_of != today:
-            self._ends, self._ends_of = {}, today
-        # By identity: to hash a model takes longer than all of this.
-        known = self._ends.get(id(model))
-        if known is None or known[0] is not model:
-            if len(self._ends) >= MAX_REMEMBERED:
-                self._ends.clear()
-            known = self._ends[id(model)] = (model, self._look_up(model, today))
-        return known[1]
-
-    def _look_up(self, model: Model, today: date) -> PriceRow | None:
-        ending = []
-        for target in model.targets:
-            row = self._row_of(target, today)
-            if row is None or row.shuts_down is None:
-                return None
-            ending.append((row.shuts_down, row))
-        return max(ending, key=lambda one: one[0])[1]
+    def _row_of(self, target: Target, today: date) -> PriceRow | None:
+        return self._offers.place(target, today).row
 
     def _instead(self, caller: Caller, row: PriceRow, today: date) -> str:
         """The name under which the caller may use what takes a model's place, if any. What takes
@@ -139,7 +109,7 @@ class Retirements:
 
     def _rows(self, name: str, today: date) -> list[PriceRow]:
         """What the configured upstreams' lists say of a name."""
-        found = (prices.find(name) for prices in self._lists(today))
+        found = (prices.find(name) for prices in self._offers.lists(today))
         return [row for row in found if row is not None]
 
     def _served_as(self, name: str, today: date) -> list[Model]:

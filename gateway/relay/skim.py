@@ -18,15 +18,18 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from json.scanner import make_scanner
+from math import isinf
+from typing import Any, cast
 
 from gateway.domain.call import Edit, Layout, Span, Spot
+from gateway.domain.record import record
 
 _QUOTE, _COLON, _COMMA, _LF, _CR = b'":,\n\r'
 _OPENING, _CLOSING = b"[{", b"]}"
 _BLANK = b" \t\r\n"
+_JSON_BLANK = _BLANK.decode()
 _MARKER = b"NaN"
 _MAX_INTEGER_DIGITS = 100
 _MAX_NAME_BYTES = 1024
@@ -48,6 +51,10 @@ _TOKEN = re.compile(
 _ESCAPED = re.compile(rb'[^"\\]*+(?:\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})[^"\\]*+){0,256}')
 # An escape that the end of a chunk cut in two.
 _CUT_ESCAPE = re.compile(rb"\\(?:u[0-9a-fA-F]{0,3})?")
+# The names of an object's members up to their values, the second one also the object's end.
+_NAME = r'[ \t\r\n]*"([^"\\\x00-\x1f]*)"[ \t\r\n]*:[ \t\r\n]*'
+_FIRST_NAME = re.compile(r"[ \t\r\n]*\{" + _NAME)
+_NEXT_NAME = re.compile(rf"[ \t\r\n]*(?:,{_NAME}|\}}[ \t\r\n]*\Z)")
 _CONTROL = re.compile(rb"[\x00-\x1f]")
 # Maps every control character to another byte: translate() then returns its argument itself,
 # without a copy, exactly when there was none. Six times faster than a regex.
@@ -79,7 +86,7 @@ class BadJson(Exception):
         self.offset = offset
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Hole:
     """A string too long to keep: where it lies and what is known of it.
 
@@ -100,7 +107,7 @@ class Hole:
     padding: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Skimmed:
     """A parsed document; a ``Hole`` stands in ``value`` where a long string was.
 
@@ -229,7 +236,7 @@ class JsonSkimmer:
         at = 0
         if self._inside:
             at = self._find_end(chunk, 0)
-            self._absorb(chunk[:at])
+            self._absorb(chunk, 0, at)
             if at < size and chunk[at] == _QUOTE:
                 at += 1
                 self._end_string(at)
@@ -288,11 +295,10 @@ class JsonSkimmer:
             raise self._bad("invalid_json", text, error.pos, problem) from None
         except _Refused:
             raise self._bad(*_find_refused(text)) from None
-        if not self._lenient and _SURROGATE.search(text) is not None:
-            for escape in _ESCAPE_OR_PAIR.finditer(text):
-                if escape[1] is not None:
-                    problem = "A string holds half of a surrogate pair"
-                    raise self._bad("invalid_unicode", text, escape.start(), problem)
+        half = -1 if self._lenient else _half_pair(text)
+        if half >= 0:
+            problem = "A string holds half of a surrogate pair"
+            raise self._bad("invalid_unicode", text, half, problem)
         spans: dict[str, Span] = {}
         if isinstance(value, dict) and len(value) == len(self._members):
             spans = dict(zip(value, self._spans(self._members), strict=True))
@@ -310,7 +316,7 @@ class JsonSkimmer:
             before = end + 1
         fields: dict[str, Spot] = {}
         for (name, value), key in zip(spans.items(), self._spans(places), strict=True):
-            fields[name] = Spot(Span(key.start, value.end), value)
+            fields[name] = Spot(key.start, value.start, value.end, value.end)
         return Layout(opening, fields)
 
     def _decoder_of_text(self) -> json.JSONDecoder:
@@ -348,7 +354,7 @@ class JsonSkimmer:
                     else:
                         text += chunk[run:at]
                         self._begin_string(self._position + at + 1)
-                        self._absorb(chunk[at + 1 : end])
+                        self._absorb(chunk, at + 1, end)
                         at = run = end + 1 if closed else size
                         if closed:
                             self._end_string(at)
@@ -418,12 +424,13 @@ class JsonSkimmer:
         self._hash = None
         self._base64 = None
 
-    def _absorb(self, part: bytes) -> None:
-        """Takes a part of the open string; beyond ``keep_bytes`` it becomes a hole."""
+    def _absorb(self, chunk: bytes, start: int, end: int) -> None:
+        """Takes a part of the open string; beyond ``keep_bytes`` it becomes a hole, and no more of
+        it is copied than somebody is to look at."""
         size, head = self._size, self._head
-        self._size += len(part)
+        self._size += end - start
         if self._size <= self._keep:
-            head += part
+            head += chunk[start:end]
             return
         if size <= self._keep:
             known = bytes(head)
@@ -432,8 +439,9 @@ class JsonSkimmer:
             if self._check_base64:
                 self._base64 = _Base64Watch()
             self._watch(known, self._string_at)
-        head += part[: self._keep - len(head)]
-        self._watch(part, self._string_at + size)
+        head += chunk[start : min(end, start + self._keep - len(head))]
+        if self._digests or self._check_base64 or self._check_controls:
+            self._watch(chunk[start:end], self._string_at + size)
 
     def _watch(self, part: bytes, start: int) -> None:
         if self._hash is not None:
@@ -555,15 +563,78 @@ def parsed(text: bytes, *, max_depth: int = 32, max_values: int = 10_000) -> Ski
     """A whole document, read leniently, as the skimmer would read it where no string of it is too
     long to keep; without ``spans``. None where that is not surely so: then the skimmer says what
     is wrong with it. Six times cheaper for an answer of 1.5 KB."""
-    opened = text.count(b"{") + text.count(b"[")
-    # Brackets and commas in strings are counted too: so there are no more than these.
-    if opened > max_depth or opened + text.count(b",") > max_values:
+    if not _is_modest(text, max_depth, max_values):
         return None
     try:
-        value = _LENIENT.decode(text.decode())
-    except (ValueError, _Refused):
+        said = text.decode().strip(_JSON_BLANK)
+        value, end = _SCAN_LENIENT(said, 0)
+    except (ValueError, StopIteration, _Refused):
         return None
-    return Skimmed(value, {}, len(text))
+    return Skimmed(value, {}, len(text)) if end == len(said) else None
+
+
+def _is_modest(text: bytes, max_depth: int, max_values: int) -> bool:
+    """Whether a text surely nests no deeper, and has no more values. Brackets and commas in strings
+    are counted too, so there are no more than these."""
+    opened = text.count(b"{") + text.count(b"[")
+    # A value takes a byte or more: of a short text nothing is to be counted.
+    modest = len(text) <= max_values or opened + text.count(b",") <= max_values
+    return modest and opened <= max_depth
+
+
+def fields_of(
+    text: bytes, *, max_depth: int = 32, max_values: int = 10_000
+) -> tuple[dict[str, Any], Layout] | None:
+    """The members of an object, read strictly, as the skimmer would read them where no string is
+    too long to keep, and where they lie. None where that is not surely so, and for a name with an
+    escape in it: then the skimmer reads it, or says what is wrong. A quarter of what that takes."""
+    if not _is_modest(text, max_depth, max_values):
+        return None
+    values: dict[str, Any] = {}
+    spots: dict[str, Spot] = {}
+    try:
+        said = text.decode()
+        if _half_pair(said) >= 0:
+            return None
+        found = _FIRST_NAME.match(said)
+        while found is not None and (name := found[1]) is not None:
+            if name in values:
+                return None
+            start = found.end()
+            values[name], end = _SCAN(said, start)
+            spots[name] = Spot(found.start(1) - 1, start, end, end)
+            found = _NEXT_NAME.match(said, end)
+    except (ValueError, StopIteration, _Refused):
+        return None
+    if found is None:
+        return None
+    if not said.isascii():
+        spots = _in_bytes(said, spots)
+    return values, Layout(text.index(b"{") + 1, spots)
+
+
+def _in_bytes(said: str, spots: Mapping[str, Spot]) -> dict[str, Spot]:
+    """Places that are counted in characters, counted in bytes."""
+    moved: dict[str, Spot] = {}
+    at = ahead = 0
+    for name, spot in spots.items():
+        places = []
+        for place in (spot.start, spot.value_start, spot.value_end):
+            ahead += len(said[at:place].encode()) - (place - at)
+            at = place
+            places.append(place + ahead)
+        start, value_start, end = places
+        moved[name] = Spot(start, value_start, end, end)
+    return moved
+
+
+def _half_pair(text: str) -> int:
+    """Where the escape of one half of a surrogate pair stands alone; -1 where none does."""
+    if "\\" in text and _SURROGATE.search(text) is not None:
+        for escape in _ESCAPE_OR_PAIR.finditer(text):
+            if escape[1] is not None:
+                return escape.start()
+    return -1
 
 
 class _Refused(Exception):
@@ -579,13 +650,13 @@ def _members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _float(literal: str) -> float:
     number = float(literal)
-    if number in (float("inf"), float("-inf")):
+    if isinf(number):
         raise _Refused
     return number
 
 
 def _int(literal: str) -> int:
-    if len(literal.lstrip("-")) > _MAX_INTEGER_DIGITS:
+    if len(literal) > _MAX_INTEGER_DIGITS and len(literal.lstrip("-")) > _MAX_INTEGER_DIGITS:
         raise _Refused
     return int(literal)
 
@@ -597,7 +668,11 @@ def _constant(_: str) -> Any:
 _STRICT = json.JSONDecoder(
     object_pairs_hook=_members, parse_float=_float, parse_int=_int, parse_constant=_constant
 )
+# What its type says that it takes is not what it does.
+_SCAN: Callable[[str, int], tuple[Any, int]] = cast(Any, make_scanner)(_STRICT)
+"""One value at a place of a text, and where it ends."""
 _LENIENT = json.JSONDecoder(parse_float=float, parse_int=_int, parse_constant=_constant)
+_SCAN_LENIENT: Callable[[str, int], tuple[Any, int]] = cast(Any, make_scanner)(_LENIENT)
 
 
 def _find_refused(text: str) -> tuple[str, str, int, str]:
@@ -633,7 +708,7 @@ def _find_refused(text: str) -> tuple[str, str, int, str]:
     return "invalid_json", text, 0, "The JSON is not accepted"
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Event:
     """One server-sent event.
 
@@ -757,7 +832,25 @@ class EventSkimmer:
             raise BadEvent(event.start, "The stream ends inside an event.")
         return event
 
+    def _passes(self, chunk: bytes) -> bool:
+        """Whether the chunk lies in the middle of a line of data: of a stream of pictures nearly
+        every one. It is read then, and nothing is to be said of its lines."""
+        if (
+            self._field != "data"
+            or self._skimmer is None
+            or self._held_cr
+            or chunk.find(b"\n") >= 0
+            or chunk.find(b"\r") >= 0
+        ):
+            return False
+        self._position += len(chunk)
+        self._data_end = self._position
+        self._skim(chunk)
+        return True
+
     def _read(self, chunk: bytes, events: list[Event]) -> None:
+        if self._passes(chunk):
+            return
         size = len(chunk)
         base = self._position
         self._position += size

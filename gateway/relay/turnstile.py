@@ -23,6 +23,7 @@ from heapq import heappop, heappush
 from itertools import count
 
 from gateway.domain.errors import ClientGone, Overloaded
+from gateway.domain.record import record
 from gateway.ports import Clock
 from gateway.relay.moment import Moment
 
@@ -89,7 +90,7 @@ class _Lane:
 
     def take(self) -> bool:
         """A place, if one is free."""
-        if not self.has_room:
+        if self.taken >= self.limit:
             return False
         self.taken += 1
         if self.taken == self.limit:
@@ -122,10 +123,21 @@ class _Lane:
         self.waiting -= 1
         self._rest()
 
+    def limit_to(self, limit: int) -> None:
+        """Another limit, from now on."""
+        self.limit = limit
+        if self.taken >= limit:
+            self._full_since = self._clock.monotonic()
+            self._freed.clear()
+        self.hand_on()
+
     def give(self) -> None:
-        """A place comes free."""
-        self._freed.append(self._clock.monotonic())
-        self._release()
+        """A place comes free. How fast they do matters from when all are taken."""
+        if self.taken >= self.limit or self._teams:
+            self._freed.append(self._clock.monotonic())
+            self._release()
+        else:
+            self.taken -= 1
 
     def _release(self) -> None:
         self.taken -= 1
@@ -202,7 +214,8 @@ class Place:
             return True
         if not self._lanes[upstream].take():
             return False
-        self._leave_upstream()
+        self._flying[self.upstream] -= 1
+        self._lanes[self.upstream].give()
         self.upstream = upstream
         self._flying[upstream] += 1
         return True
@@ -210,14 +223,11 @@ class Place:
     def leave(self) -> None:
         """The turn is over."""
         self._process.give()
-        self._leave_upstream()
-
-    def _leave_upstream(self) -> None:
         self._flying[self.upstream] -= 1
         self._lanes[self.upstream].give()
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class _Call:
     """Who wants a place, and where."""
 
@@ -333,11 +343,22 @@ class Turnstile:
         limit that it had until nobody knows it any more."""
         for name, most in per_upstream.items():
             if name in self._lanes:
-                self._lanes[name].limit = most
-                self._lanes[name].hand_on()
+                self._lanes[name].limit_to(most)
             else:
                 self._lanes[name] = self._lane(most)
                 self._flying[name] = 0
+
+    def enter_at_once(self, upstreams: Sequence[str]) -> Place | None:
+        """``enter``, where that has to wait for nobody; None, and nothing done, where it has."""
+        process = self._process
+        if process.taken >= process.limit:
+            return None
+        for upstream in upstreams:
+            if self._lanes[upstream].take():
+                process.take()
+                self._waited(0.0)
+                return Place(process, self._lanes, self._flying, upstream)
+        return None
 
     async def enter(self, team: str, weight: int, upstreams: Sequence[str], gone: Moment) -> Place:
         """A place in the process and at the first of ``upstreams`` that has one. Where all of them
@@ -346,15 +367,11 @@ class Turnstile:
         Raises ``Overloaded`` where it took too long or too many wait, also later, when this is one
         of the team that waits the most; ``ClientGone`` once ``gone`` is set. Nothing is then held.
         """
-        upstream, lane = upstreams[0], self._lanes[upstreams[0]]
-        if not lane.has_room and len(upstreams) > 1:
-            upstream = next((one for one in upstreams if self._lanes[one].has_room), upstream)
-            lane = self._lanes[upstream]
-        if self._process.has_room and lane.take():
-            self._process.take()
-            self._waited(0.0)
-        else:
-            await self._queue_up(lane, _Call(team, weight, upstream), gone)
+        place = self.enter_at_once(upstreams)
+        if place is not None:
+            return place
+        upstream = next((one for one in upstreams if self._lanes[one].has_room), upstreams[0])
+        await self._queue_up(self._lanes[upstream], _Call(team, weight, upstream), gone)
         return Place(self._process, self._lanes, self._flying, upstream)
 
     async def _queue_up(self, lane: _Lane, call: _Call, gone: Moment) -> None:

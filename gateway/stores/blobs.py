@@ -25,14 +25,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from gateway.ports import Cached, CachedMeta, CacheEntry, Clock, Parts
+from gateway.ports import (
+    Cached,
+    CachedMeta,
+    CacheEntry,
+    Clock,
+    FileBody,
+    OpenFile,
+    Parts,
+)
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.kept import Kept
 
 T = TypeVar("T")
 
 MAGIC = b"gwc1"
-READ_BYTES = 512 * 1024
+WRITE_BYTES = 512 * 1024
 MOST_PARTS = 1024
 """In one call: the least that every system takes."""
 MAX_HEADER_BYTES = 1024 * 1024
@@ -49,60 +57,19 @@ class _Known:
     expires: float
 
 
-class _File:
-    """An open file. Its descriptor is closed with the last reader, whether or not one began."""
-
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        weakref.finalize(self, os.close, self._fd)
-
-    def read(self, size: int, offset: int) -> bytes:
-        """Raises ``OSError`` where the file ends early."""
-        data = os.pread(self._fd, size, offset)
-        if len(data) != size:
-            raise OSError("a cache file ends early")
-        return data
-
-    def stat(self) -> os.stat_result:
-        return os.fstat(self._fd)
-
-    def touch(self, used: float) -> None:
-        os.utime(self._fd, (used, used))
-
-
-class _Content:
-    """One pass over a file's content. It holds the file, and needs no closing itself."""
-
-    def __init__(self, file: _File, start: int, end: int) -> None:
-        self._file = file
-        self._at = start
-        self._end = end
-
-    def __aiter__(self) -> _Content:
-        return self
-
-    async def __anext__(self) -> bytes:
-        size = min(READ_BYTES, self._end - self._at)
-        if size == 0:
-            raise StopAsyncIteration
-        data = await asyncio.to_thread(self._file.read, size, self._at)
-        self._at += size
-        return data
-
-
 @dataclass(frozen=True, slots=True)
 class _Entry:
     """A file that was opened and found whole."""
 
-    file: _File
+    file: OpenFile
     meta: CachedMeta
     start: int
     size: int
     expires: float
     used: float
 
-    def iterate(self) -> AsyncIterator[bytes]:
-        return _Content(self.file, self.start, self.size)
+    def iterate(self) -> FileBody:
+        return FileBody(self.file, self.start, self.size, waits=True)
 
 
 class DiskCache:
@@ -161,14 +128,14 @@ class DiskCache:
             self._sweeping = asyncio.create_task(self._sweep_for_ever(every_seconds))
 
     async def get(self, key: str) -> Cached | None:
-        path = self._path(key)
+        self._check(key)
         if not self._scanned:
             await self._scan_once()
         known = self._known.get(key)
         if known is None and self._alone and self._scanned:
             return None
         try:
-            entry = await asyncio.to_thread(_look, path, self._now())
+            entry = await asyncio.to_thread(_look, Path(self._name(key)), self._now())
         except FileNotFoundError:
             entry = None
         except OSError as error:
@@ -196,9 +163,11 @@ class DiskCache:
             return False
         if not self._scanned:
             await self._scan_once()
-        await self._sweep()
+        now = self._now()
+        if now >= self._next_sweep:
+            await self._sweep(now)
         if isinstance(chunks, Parts):
-            return await self._put_whole(CacheEntry(key, meta, ttl_seconds), chunks)
+            return await self._put_whole(CacheEntry(key, meta, ttl_seconds), chunks, now)
         async with self._puts:
             return await self._put(CacheEntry(key, meta, ttl_seconds), chunks)
 
@@ -216,11 +185,11 @@ class DiskCache:
     def _takes(self, meta: CachedMeta, ttl_seconds: float) -> bool:
         return ttl_seconds > 0 and meta.size_bytes <= self._max_entry_bytes
 
-    async def _put_whole(self, entry: CacheEntry, body: Parts) -> bool:
+    async def _put_whole(self, entry: CacheEntry, body: Parts, now: float) -> bool:
         """Writes what is in memory in one go, and perhaps a second name for it: one thread is
         asked once, where a body that still arrives takes three and more."""
-        caches = [(self, entry), *await self._others(body)]
-        head = _head([one for _, one in caches], self._now())
+        caches = [(self, entry), *await self._others(body, now)]
+        head = _head([one for _, one in caches], now)
         size = len(head) + entry.meta.size_bytes
         if size > self._max_bytes or sum(map(len, body.parts)) != entry.meta.size_bytes:
             return False
@@ -231,22 +200,22 @@ class DiskCache:
         made = 0
         try:
             for cache, _ in caches:
-                await cache._make_room()
+                if cache._bytes > cache._max_bytes:
+                    await cache._make_room()
             half = f"{_HALF}{self._token}-{next(self._halves)}"
-            parts = [head, *body.parts]
-            made = await _in_thread(_write_whole, names, half, parts, self._now())
+            made = await _in_thread(_write_whole, names, half, [head, *body.parts], now)
         except OSError as error:
             self._tell(error)
         finally:
             for cache, _ in caches:
                 cache._bytes -= size
         for cache, one in caches[:made]:
-            await cache._kept(one, size)
+            await cache._kept(one, size, now)
         if made > 1:
             body.made = self._beside
         return made > 0
 
-    async def _others(self, body: Parts) -> list[tuple[DiskCache, CacheEntry]]:
+    async def _others(self, body: Parts, now: float) -> list[tuple[DiskCache, CacheEntry]]:
         """Where a second name for this body's file is wanted, and what it is to say."""
         other, entry = self._beside, body.beside
         if other is None or entry is None or not other._takes(entry.meta, entry.ttl_seconds):
@@ -257,17 +226,20 @@ class DiskCache:
         other._check(entry.key)
         if not other._scanned:
             await other._scan_once()
-        await other._sweep()
+        if now >= other._next_sweep:
+            await other._sweep(now)
         return [(other, entry)]
 
-    async def _kept(self, entry: CacheEntry, size: int) -> None:
-        """A file is in its place."""
+    async def _kept(self, entry: CacheEntry, size: int, now: float) -> None:
+        """A file that was begun ``now`` is in its place."""
         self._forget(entry.key)
-        self._learn(entry.key, _Known(size, self._now() + entry.ttl_seconds))
-        await self._make_room()
+        self._learn(entry.key, _Known(size, now + entry.ttl_seconds))
+        if self._bytes > self._max_bytes:
+            await self._make_room()
 
     async def _put(self, entry: CacheEntry, chunks: AsyncIterator[bytes]) -> bool:
-        head = _head([entry], self._now())
+        now = self._now()
+        head = _head([entry], now)
         size = len(head) + entry.meta.size_bytes
         if size > self._max_bytes:
             return False
@@ -281,7 +253,7 @@ class DiskCache:
         finally:
             self._bytes -= size
         if kept:
-            await self._kept(entry, size)
+            await self._kept(entry, size, self._now())
         return kept
 
     async def holds(self, key: str) -> bool:
@@ -347,10 +319,7 @@ class DiskCache:
             self._scanned = True
             await self._make_room()
 
-    async def _sweep(self) -> None:
-        now = self._now()
-        if now < self._next_sweep:
-            return
+    async def _sweep(self, now: float) -> None:
         self._next_sweep = now + SWEEP_SECONDS
         await self._drop_expired(now)
 
@@ -406,7 +375,7 @@ class DiskCache:
                     return False
                 waiting.append(chunk)
                 waiting_bytes += len(chunk)
-                if waiting_bytes >= READ_BYTES:
+                if waiting_bytes >= WRITE_BYTES:
                     await _threaded(half.write, waiting)
                     waiting, waiting_bytes = [], 0
             if came != size:
@@ -585,7 +554,7 @@ def _open(path: Path, now: float) -> _Entry | None:
 
     Raises ``OSError`` where it cannot be read.
     """
-    file = _File(path)
+    file = OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
     try:
         entry = _parse(file, path.name)
     except ValueError:
@@ -596,9 +565,9 @@ def _open(path: Path, now: float) -> _Entry | None:
     return entry
 
 
-def _parse(file: _File, key: str) -> _Entry:
+def _parse(file: OpenFile, key: str) -> _Entry:
     """Raises ``ValueError`` for a file that is not whole, or not this key's."""
-    stat = file.stat()
+    stat = os.fstat(file.fd)
     start = len(MAGIC) + 4
     if stat.st_size < start:
         raise ValueError("too short")
@@ -622,7 +591,7 @@ def _look(path: Path, now: float) -> _Entry | None:
     """As ``_open``, and the file counts as used now."""
     entry = _open(path, now)
     if entry is not None:
-        entry.file.touch(now)
+        os.utime(entry.file.fd, (now, now))
     return entry
 
 

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from json.encoder import c_make_encoder as make_encoder  # type: ignore[attr-defined]
+from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from gateway.domain.call import SvgUsage, Usage
 from gateway.ports import CachedMeta, Form
 
 VERSION = 1
-_ENCODER = json.JSONEncoder(separators=(",", ":"))
+# What ``JSONEncoder.encode`` makes anew for each text.
+_pieces = make_encoder(None, json.JSONEncoder().default, quoted, None, ":", ",", False, False, True)
 
 
 def encode(meta: CachedMeta, extra: Mapping[str, int | float | str]) -> bytes:
@@ -55,7 +58,7 @@ def encode(meta: CachedMeta, extra: Mapping[str, int | float | str]) -> bytes:
         "headers": meta.headers,
         "same_as": meta.same_as,
     }
-    return _ENCODER.encode({**extra, "v": VERSION, "meta": fields}).encode()
+    return "".join(_pieces({**extra, "v": VERSION, "meta": fields}, 0)).encode("ascii")
 
 
 def decode(data: bytes) -> tuple[CachedMeta, Mapping[str, Any]]:

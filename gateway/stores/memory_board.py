@@ -6,7 +6,7 @@ Nothing here awaits anything, so each call is atomic in the event loop.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -56,17 +56,24 @@ class _Alike:
 
     def __init__(self) -> None:
         self.watched: list[Flight] = []
-        self.orphans: list[Flight] = []
+        self.orphans: list[Flight] | tuple[()] = ()
+        """Nearly no call has any."""
 
     def add(self, flight: Flight) -> None:
-        insort(self.watched if flight.watchers else self.orphans, flight, key=_NUMBER)
+        if flight.watchers:
+            insort(self.watched, flight, key=_NUMBER)
+        elif isinstance(self.orphans, list):
+            insort(self.orphans, flight, key=_NUMBER)
+        else:
+            self.orphans = [flight]
 
     def remove(self, flight: Flight) -> None:
         """Where it is by how many watch it now; nothing happens where it is not."""
         where = self.watched if flight.watchers else self.orphans
-        at = bisect_left(where, flight.number, key=_NUMBER)
-        if at < len(where) and where[at] is flight:
-            del where[at]
+        if isinstance(where, list):
+            at = bisect_left(where, flight.number, key=_NUMBER)
+            if at < len(where) and where[at] is flight:
+                del where[at]
 
 
 @dataclass(slots=True)
@@ -134,7 +141,8 @@ class MemoryBoard:
         alike.add(flight)
 
     async def announce(self, notice: FlightNotice) -> None:
-        self._prune()
+        if self._ended:
+            self._prune()
         if notice.rid not in self._flights:
             self._announced += 1
             flight = Flight(notice, self._clock.monotonic(), self._announced)
@@ -143,12 +151,14 @@ class MemoryBoard:
             alike = self._calls.get(call)
             if alike is None:
                 alike = self._calls[call] = _Alike()
-            alike.add(flight)
+            # The youngest, and watched by who asked for it.
+            alike.watched.append(flight)
 
     async def join(
         self, fingerprint: str, key_id: str, *, orphans_only: bool
     ) -> FlightNotice | None:
-        self._prune()
+        if self._ended:
+            self._prune()
         alike = self._calls.get((fingerprint, key_id))
         if alike is None:
             return None
@@ -160,7 +170,7 @@ class MemoryBoard:
         self._watched_by(found, found.watchers + 1)
         return found.notice
 
-    def _oldest(self, flights: list[Flight]) -> Flight | None:
+    def _oldest(self, flights: Sequence[Flight]) -> Flight | None:
         """The first that has not been running for too long."""
         oldest = self._clock.monotonic() - RUNNING_SECONDS
         return next((one for one in flights if one.ended is not None or one.began > oldest), None)
@@ -195,7 +205,8 @@ class MemoryBoard:
             flight.joinable = joinable
             self._ended[rid] = flight
             self._review(flight)
-            self._prune()
+            if self._ended:
+                self._prune()
         return True
 
     async def look(self, rid: str) -> FlightSeen | None:
@@ -249,13 +260,14 @@ class MemoryBoard:
             table.clear()
 
     def _review(self, flight: Flight) -> None:
-        if flight.delivered or not flight.joinable:
+        if not flight.hidden and (flight.delivered or not flight.joinable):
             self._hide(flight)
+        if flight.hidden:
+            self._ended.pop(flight.notice.rid, None)
         if flight.ended is not None and flight.hidden and not flight.watchers:
             self._flights.pop(flight.notice.rid, None)
 
     def _hide(self, flight: Flight) -> None:
-        self._ended.pop(flight.notice.rid, None)
         if flight.hidden:
             return
         flight.hidden = True
@@ -267,8 +279,6 @@ class MemoryBoard:
 
     def _prune(self) -> None:
         """Hides what ended too long ago, or is too much; who watches it may still look."""
-        if not self._ended:
-            return
         oldest = self._clock.monotonic() - self._ttl
         while self._ended:
             flight = next(iter(self._ended.values()))

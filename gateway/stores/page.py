@@ -56,6 +56,7 @@ from gateway.stores.rows import (
     claim_row,
     correction_detail,
     detail_of,
+    flags_text,
     micros,
     part_of,
     part_row,
@@ -63,6 +64,7 @@ from gateway.stores.rows import (
 )
 
 MOST = 2**63 - 1
+HELD = str(State.HELD)
 
 UsageKey = tuple[str, str, str, str]
 """day, team, key_id, model."""
@@ -87,11 +89,13 @@ class Outdated(Exception):
 
 
 class Needs(NamedTuple):
-    """What a call will look at: its accounts, its holds, and idempotency keys by team."""
+    """What a call will look at: its accounts, its holds, and idempotency keys by team. ``makes`` is
+    which of the holds it makes, where that is not there already."""
 
     accounts: tuple[str, ...] = ()
     rids: tuple[str, ...] = ()
     keys: tuple[tuple[str, str], ...] = ()
+    makes: str = ""
 
 
 NOTHING = Needs()
@@ -101,7 +105,8 @@ def needs_of(claim: Claim) -> Needs:
     """Its accounts are those of its lines, in their order."""
     key = claim.idempotency_key
     keys = () if key is None else ((claim.team, key),)
-    return Needs(tuple([line.account for line in claim.lines]), (claim.rid,), keys)
+    rid = claim.rid
+    return Needs(tuple([line.account for line in claim.lines]), (rid,), keys, rid)
 
 
 @dataclass(slots=True)
@@ -137,8 +142,7 @@ class HeldRow:
 
     def end(self) -> tuple[object, ...]:
         """state, cost, outcome, basis, flags, drawn_model, drawn_images, drawn_cost."""
-        flags = json.dumps(self.flags) if self.flags else "[]"
-        ended = (self.state.value, self.cost, self.outcome, self.basis, flags)
+        ended = (str(self.state), self.cost, self.outcome, self.basis, flags_text(self.flags))
         return (*ended, *part_row(self.drawn))
 
 
@@ -187,13 +191,14 @@ class Page:
     adjustments: list[tuple[object, ...]] = field(default_factory=list)
     _keys: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def know(self, rows: Iterable[Sequence[Any]]) -> None:
-        """Takes rows of ``HOLD_COLUMNS``."""
-        for row in rows:
-            hold = held_of(row)
+    def know(self, rows: Iterable[Sequence[Any]]) -> list[HeldRow]:
+        """Takes rows of ``HOLD_COLUMNS``; returns the holds."""
+        found = [held_of(row) for row in rows]
+        for hold in found:
             self.holds[hold.rid] = hold
             if hold.idempotency_key is not None:
                 self._keys[hold.team, hold.idempotency_key] = hold.rid
+        return found
 
     def balances(self, accounts: Iterable[str]) -> tuple[Balance, ...]:
         known = self.accounts
@@ -217,13 +222,14 @@ class Page:
         if denied is not None:
             return denied
         each = tuple(dict.fromkeys(accounts))
-        self._move(each, pending=claim.bound, posted=0)
+        at, day = micros(claim.at), usage_day(claim.at)
+        after = self._move(each, pending=claim.bound, posted=0)
         if holder is not None:
             holder.idempotency_key = None
             self.keyless.add(holder.rid)
-        at = self._make(claim, each, lease_ends)
-        self.events.append((at, claim.rid, State.HELD.value, claim.bound, 0, "{}"))
-        return Held(claim.rid, self.balances(accounts))
+        self._make(claim, each, lease_ends, at, day)
+        self.events.append((at, claim.rid, HELD, claim.bound, 0, "{}"))
+        return Held(claim.rid, after if each == accounts else self.balances(accounts))
 
     def reroute(self, reroute: Reroute) -> Held | Denied:
         """Raises ``NotKnown``."""
@@ -257,11 +263,12 @@ class Page:
         if move.applied:
             counts = correction(hold.state, hold.cost, hold.flags, move, settlement)
             drawn = settled_part(move, settlement)
-            self._apply(hold, move, counts, settlement.flags, drawn)
-            hold.outcome, hold.basis = settlement.outcome.value, settlement.basis.value
+            after = self._apply(hold, move, counts, settlement.flags, drawn)
+            hold.outcome, hold.basis = str(settlement.outcome), str(settlement.basis)
             detail = detail_of(settlement)
-            self.events.append((at, rid, move.state.value, move.pending, move.posted, detail))
-        return self._entry(hold, move.applied)
+            self.events.append((at, rid, str(move.state), move.pending, move.posted, detail))
+            return Entry(rid, hold.state, hold.bound, hold.cost, True, after)
+        return self._entry(hold, applied=False)
 
     def correct(self, correction: Correction, repeated: bool) -> Entry:
         """``repeated``: it was applied before. Raises ``NotKnown``."""
@@ -318,10 +325,11 @@ class Page:
 
     def made_rows(self) -> list[tuple[object, ...]]:
         """``NEW_HOLD_COLUMNS`` of the new holds. A key that has moved on already is not theirs."""
-        return [
-            claim_row(claim, text, lease_ends, self.holds[rid].idempotency_key)
-            for rid, (claim, text, lease_ends) in self.made.items()
-        ]
+        rows = []
+        for rid, (claim, text, lease_ends) in self.made.items():
+            hold = self.holds[rid]
+            rows.append(claim_row(claim, text, hold.idempotency_key, hold.at, hold.day, lease_ends))
+        return rows
 
     def _holder_of_key(self, claim: Claim) -> Claimed | HeldRow | None:
         """Who has the claim's idempotency key: a call that keeps it, or the hold of one that
@@ -338,38 +346,46 @@ class Page:
             return hold
         return Claimed(rid, hold.state, same)
 
-    def _make(self, claim: Claim, accounts: tuple[str, ...], lease_ends: int) -> int:
-        """Returns when it was reserved, in microseconds."""
-        rid, at = claim.rid, micros(claim.at)
+    def _make(
+        self, claim: Claim, accounts: tuple[str, ...], lease_ends: int, at: int, day: str
+    ) -> None:
+        """``at`` is when it was reserved, in microseconds."""
+        rid = claim.rid
         self.made[rid] = (claim, accounts_text(accounts), lease_ends)
         self.holds[rid] = HeldRow(
             rid, State.HELD, claim.bound, 0, accounts, claim.team, claim.key_id, claim.model,
             claim.upstream, claim.price_id, claim.fingerprint, claim.idempotency_key, at,
-            usage_day(claim.at),
+            day,
         )  # fmt: skip
         if claim.idempotency_key is not None:
             self._keys[claim.team, claim.idempotency_key] = rid
-        return at
 
     def _apply(
         self, hold: HeldRow, move: Move, counts: Counts, flags: tuple[str, ...], drawn: Part | None
-    ) -> None:
-        self._move(hold.accounts, move.pending, move.posted)
+    ) -> tuple[Balance, ...]:
+        """The balances of its accounts after that."""
+        after = self._move(hold.accounts, move.pending, move.posted)
         gains = by_model(hold.model, counts, drawn, hold.drawn)
         self.count(hold.day, hold.team, hold.key_id, gains)
         hold.state, hold.cost, hold.flags, hold.drawn = move.state, move.cost, flags, drawn
         self.ended[hold.rid] = hold
+        return after
 
-    def _move(self, accounts: tuple[str, ...], pending: Money, posted: Money) -> None:
-        after = []
+    def _move(
+        self, accounts: tuple[str, ...], pending: Money, posted: Money
+    ) -> tuple[Balance, ...]:
+        """The balances of the accounts, each of which is there once, after that."""
+        after: list[Balance] = []
         for spent, held in self.balances(accounts):
             spent += posted
             held += pending
             if not (-MOST <= spent <= MOST and -MOST <= held <= MOST):
                 raise OverflowError("an amount does not fit into 64 bits")
-            after.append(Balance(spent, held))
+            # A call has some fourteen: ``Balance(...)`` is a function of Python around this.
+            after.append(tuple.__new__(Balance, (spent, held)))
         self.accounts.update(zip(accounts, after, strict=True))
         self.moved.update(accounts)
+        return tuple(after)
 
     def _entry(self, hold: HeldRow, applied: bool) -> Entry:
         balances = self.balances(hold.accounts)

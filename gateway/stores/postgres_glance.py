@@ -26,19 +26,21 @@ SELECT current_setting('fsync') = 'on' AND current_setting('full_page_writes') =
        (SELECT count(*) FROM pg_stat_replication WHERE sync_state IN ('sync', 'quorum')),
        (SELECT count(*) FROM pg_stat_replication WHERE sync_state IS NULL)
 """
+# Without the connections of this look: one that was closed may still be counted for a moment.
 _ROOM = """
+WITH others AS (SELECT * FROM pg_stat_activity WHERE pid <> ALL(%s::int[]))
 SELECT least(
            current_setting('max_connections')::bigint
                - current_setting('superuser_reserved_connections')::bigint
                - coalesce(current_setting('reserved_connections', true), '0')::bigint
-               - (SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'),
+               - (SELECT count(*) FROM others WHERE backend_type = 'client backend'),
            (SELECT CASE WHEN datconnlimit < 0 THEN 1000000 ELSE datconnlimit - (
-                SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()) END
+                SELECT count(*) FROM others WHERE datname = current_database()) END
               FROM pg_database WHERE datname = current_database()),
            (SELECT CASE WHEN rolconnlimit < 0 THEN 1000000 ELSE rolconnlimit - (
-                SELECT count(*) FROM pg_stat_activity WHERE usename = current_user) END
+                SELECT count(*) FROM others WHERE usename = current_user) END
               FROM pg_roles WHERE rolname = current_user)),
-       (SELECT count(*) FROM pg_stat_activity
+       (SELECT count(*) FROM others
          WHERE datname = current_database() AND application_name = %s)
 """
 _TABLES = """
@@ -97,8 +99,9 @@ def glance_at_postgres(url: str, application: str) -> PostgresGlance:
 def _look(link: Link, url: str, application: str) -> PostgresGlance:
     with connect_at_start(url, read_only=True) as other:
         shared = other.process == link.process
+        looking = [link.process[0], other.process[0]]
     durable, commit, names, standbys, unseen = _row(link, _SERVER)
-    free, ours = _row(link, _ROOM, application)
+    free, ours = _row(link, _ROOM, looking, application)
     schema = schema_of(link)
     forbidden: tuple[str, ...] = ()
     refused, teams, keys = "", tuple[Team, ...](), tuple[Key, ...]()
@@ -119,9 +122,8 @@ def _look(link: Link, url: str, application: str) -> PostgresGlance:
         synchronous_commit=commit,
         standby_names=names,
         standbys=None if unseen else standbys,
-        # Our own connection ends with this look.
-        free=free + 1,
-        ours=ours - 1,
+        free=free,
+        ours=ours,
         pooled=link.info.backend_pid != link.process[0],
         shared=shared,
         forbidden=forbidden,

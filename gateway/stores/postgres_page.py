@@ -10,6 +10,9 @@
 Every writer takes its locks in this order, so no two of them can wait for each other, and the
 round trips of a transaction do not grow with it. A balance that is missing is made before it is
 locked: two first uses of an account meet at that row.
+
+A writer remembers what never changes (``Known``): which accounts its own holds have, and which
+accounts there are. So nearly every transaction has nothing to learn, and locks as it begins.
 """
 
 from __future__ import annotations
@@ -22,8 +25,19 @@ from typing import Any
 from gateway.domain.ledger import Balance
 from gateway.domain.transition import Counts
 from gateway.stores import page
-from gateway.stores.page import EVENT_COLUMNS, HOLD_COLUMNS, NEW_HOLD_COLUMNS, HeldRow, Needs
+from gateway.stores.page import (
+    EVENT_COLUMNS,
+    HOLD_COLUMNS,
+    NEW_HOLD_COLUMNS,
+    HeldRow,
+    Needs,
+    Outdated,
+    accounts_in,
+)
 from gateway.stores.postgres_link import Link
+
+MOST_KNOWN = 20_000
+"""Holds, and accounts: more are forgotten."""
 
 _LEARN = "SELECT accounts FROM hold WHERE rid = ANY(%s::text[])"
 
@@ -94,34 +108,86 @@ _END = (
 )  # fmt: skip
 
 
+class Known:
+    """What a writer has committed, as far as it never changes: the accounts of holds that it made
+    and that are still held, and accounts that have a row. Where it knows any, it trusts that a hold
+    which is to be made is not there yet: one that is there is locked all the same, and then
+    ``Outdated`` where its accounts are not. It has to forget whenever a transaction fails."""
+
+    def __init__(self) -> None:
+        self.holds: dict[str, tuple[str, ...]] = {}
+        self.accounts: set[str] = set()
+
+    def forget(self) -> None:
+        self.holds.clear()
+        self.accounts.clear()
+
+    def unknown(self, needs: Collection[Needs]) -> list[str]:
+        """The holds whose accounts have to be asked for."""
+        trusting = bool(self.accounts)
+        return sorted(
+            {
+                rid
+                for need in needs
+                for rid in need.rids
+                if rid not in self.holds and not (trusting and rid == need.makes)
+            }
+        )
+
+    def committed(self, page: Page) -> None:
+        if len(self.holds) > MOST_KNOWN or len(self.accounts) > MOST_KNOWN:
+            self.forget()
+        self.accounts.update(page.accounts)
+        for rid in page.made:
+            self.holds[rid] = page.holds[rid].accounts
+        for rid in page.ended:
+            self.holds.pop(rid, None)
+
+
 class Page(page.Page):
     """The locked rows of one transaction."""
 
     @classmethod
-    def learn(cls, link: Link, needs: Collection[Needs]) -> Learnt:
-        """Asks for the accounts of the holds; inside a pipeline."""
-        rids = sorted({rid for need in needs for rid in need.rids})
-        return Learnt(needs, rids, link.execute(_LEARN, (rids,)) if rids else None)
+    def learn(cls, link: Link, needs: Collection[Needs], known: Known) -> Learnt:
+        """Asks for the accounts of the holds that are not known; inside a pipeline."""
+        rids = known.unknown(needs)
+        return Learnt(needs, known, link.execute(_LEARN, (rids,)) if rids else None)
 
     @classmethod
     def lock(cls, link: Link, learnt: Learnt) -> Page:
-        """Waits for the rows, in order, and reads them."""
+        """Waits for the rows, in order, and reads them. Raises ``Outdated``."""
+        with link.pipeline():
+            locking = cls.begin_locking(link, learnt)
+        return cls.locked(locking)
+
+    @classmethod
+    def begin_locking(cls, link: Link, learnt: Learnt) -> Locking:
+        """Asks for the rows, in order; inside a pipeline."""
         accounts = sorted(learnt.accounts())
+        rids = sorted({rid for need in learnt.needs for rid in need.rids})
         keys = sorted({key for need in learnt.needs for key in need.keys})
         balances = holds = None
-        with link.pipeline():
-            if accounts:
+        if accounts:
+            if not learnt.known.accounts.issuperset(accounts):
                 link.execute(_MAKE_BALANCES, (accounts,))
-                balances = link.execute(_LOCK_BALANCES, (accounts,))
-            if keys:
-                teams, names = [key[0] for key in keys], [key[1] for key in keys]
-                holds = link.execute(_LOCK_HOLDS_AND_KEYS, (learnt.rids, teams, names))
-            elif learnt.rids:
-                holds = link.execute(_LOCK_HOLDS, (learnt.rids,))
+            balances = link.execute(_LOCK_BALANCES, (accounts,))
+        if keys:
+            teams, names = [key[0] for key in keys], [key[1] for key in keys]
+            holds = link.execute(_LOCK_HOLDS_AND_KEYS, (rids, teams, names))
+        elif rids:
+            holds = link.execute(_LOCK_HOLDS, (rids,))
+        return Locking(len(accounts), balances, holds)
+
+    @classmethod
+    def locked(cls, locking: Locking) -> Page:
+        """What was locked, once the pipeline has been left. Raises ``Outdated`` where an account
+        that was known is not there: it was another database."""
         locked = cls()
-        for account, posted, pending in balances.fetchall() if balances else ():
+        for account, posted, pending in locking.balances.fetchall() if locking.balances else ():
             locked.accounts[account] = Balance(posted, pending)
-        locked.know(holds.fetchall() if holds else ())
+        if len(locked.accounts) < locking.accounts:
+            raise Outdated
+        locked.know(locking.holds.fetchall() if locking.holds else ())
         return locked
 
     def write(self, link: Link) -> None:
@@ -167,11 +233,23 @@ class Learnt:
     """What ``Page.lock`` has to lock; ``accounts`` once the pipeline has been left."""
 
     needs: Collection[Needs]
-    rids: list[str]
+    known: Known
     _found: Any
 
     def accounts(self) -> set[str]:
         named = {account for need in self.needs for account in need.accounts}
+        for need in self.needs:
+            for rid in need.rids:
+                named.update(self.known.holds.get(rid, ()))
         for (accounts,) in self._found.fetchall() if self._found is not None else ():
-            named.update(json.loads(accounts))
+            named.update(accounts_in(accounts))
         return named
+
+
+@dataclass(frozen=True, slots=True)
+class Locking:
+    """What was asked for: so many ``accounts``, and what their balances and the holds are."""
+
+    accounts: int
+    balances: Any
+    holds: Any

@@ -4,7 +4,8 @@ How a write becomes durable::
 
     any task ──► queue ──► the writer: one thread a process ──► futures, after COMMIT
                            takes what has queued (at most 128)
-                           BEGIN learn | lock | write COMMIT       (three round trips)
+                           BEGIN lock | write COMMIT               (two round trips; one more
+                           where the accounts of a hold are not known)
 
 Calls on money share a transaction and a ``Page``; whatever else is written has one of its own
 (an *errand*). When a transaction fails because of what one call asked for, its calls are sent in
@@ -49,7 +50,7 @@ from gateway.stores.postgres_link import (
     is_transient,
     said_of,
 )
-from gateway.stores.postgres_page import Page
+from gateway.stores.postgres_page import Known, Learnt, Page
 from gateway.stores.rows import micros
 from gateway.stores.writing import Operation, T, WriterThread, deliver, unavailable, unreadable
 
@@ -166,7 +167,7 @@ def with_page(
         transaction.begin(lambda: None)
         asked = needs(transaction)
         with transaction.link.pipeline():
-            learnt = Page.learn(transaction.link, asked)
+            learnt = Page.learn(transaction.link, asked, Known())
         page = Page.lock(transaction.link, learnt)
         result = work(page, transaction)
         transaction.commit(result, page.write)
@@ -217,20 +218,22 @@ class Writer(WriterThread[_Operation[Any]]):
         self._link: Link | None = link
         self._id = secrets.token_hex(8)
         self._transactions = 0
+        self._known = Known()
         self._hanging: tuple[int, str] | None = None
         """The server's process whose COMMIT was not answered. It may still come, or keep locks."""
         self._pause = threading.Event()
         self.start()
 
-    async def decide(self, needs: Needs, decide: Decision[T], *, droppable: bool = False) -> T:
-        """Decides in the next transaction; returns the result once that is durable.
+    def decide(
+        self, needs: Needs, decide: Decision[T], *, droppable: bool = False
+    ) -> asyncio.Future[T]:
+        """Decides in the next transaction; the result, to be awaited, once that is durable.
 
         Raises what ``decide`` raises, and ``LedgerUnavailable`` when the commit failed or is not
         done in time (where it may still come: every call can be repeated).
         """
-        operation = _Operation(needs=needs, decide=decide, droppable=droppable)
-        result: T = await self._asked(operation)
-        return result
+        operation: _Operation[T] = _Operation(needs=needs, decide=decide, droppable=droppable)
+        return self._asked(operation)
 
     async def run(self, errand: Errand[T]) -> T:
         """Runs an errand; raises as ``decide``."""
@@ -257,7 +260,7 @@ class Writer(WriterThread[_Operation[Any]]):
 
     def _book(self, batch: list[_Operation[Any]]) -> None:
         try:
-            wanted = self._attempt(lambda transaction: _book(batch, transaction))
+            wanted = self._attempt(lambda transaction: _book(batch, transaction, self._known))
             deliver(wanted)
         except LedgerUnavailable:
             for operation in batch:
@@ -346,6 +349,7 @@ class Writer(WriterThread[_Operation[Any]]):
 
     def _broken(self, error: BaseException) -> None:
         """Leaves no half transaction behind, and no connection that is of no use."""
+        self._known.forget()
         if not isinstance(error, NotKnown):
             _log.warning("a transaction of the ledger failed: %s", said_of(error, self._url))
         if self._link is None:
@@ -367,17 +371,25 @@ class Writer(WriterThread[_Operation[Any]]):
             self._link = None
 
 
-def _book(batch: list[_Operation[Any]], transaction: Transaction) -> list[_Operation[Any]]:
+def _book(
+    batch: list[_Operation[Any]], transaction: Transaction, known: Known
+) -> list[_Operation[Any]]:
     """Decides about all that are still wanted, in one transaction; returns them."""
     wanted = [operation for operation in batch if not operation.abandoned]
     if not wanted:
         return wanted
-    link = transaction.link
-    learnt = transaction.begin(lambda: Page.learn(link, [operation.needs for operation in wanted]))
-    page = Page.lock(link, learnt)
+    link, needs = transaction.link, [operation.needs for operation in wanted]
+    if known.unknown(needs):
+        page = Page.lock(link, transaction.begin(lambda: Page.learn(link, needs, known)))
+    else:
+        # A round trip less: there is nothing to learn.
+        page = Page.locked(
+            transaction.begin(lambda: Page.begin_locking(link, Learnt(needs, known, None)))
+        )
     for operation in wanted:
         operation.run(page, transaction)
     transaction.commit(wanted, page.write)
+    known.committed(page)
     return wanted
 
 

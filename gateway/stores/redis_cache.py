@@ -17,13 +17,14 @@ from gateway.stores.cachemeta import decode, encode
 from gateway.stores.kept import Kept
 from gateway.stores.redis_batch import SMALL_BYTES
 from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Reason, Script, Server, StoreAway
+from gateway.stores.redis_wire import IN_BLOCKS
 
 DATA_SECONDS = 2.0
 """What all pieces of an answer that is read may take, unless it is told otherwise; each has the
 deadline of a look-up."""
 PIECE_BYTES = 256 * 1024
 """Small enough for its deadline on a slow line, with all that are under way at once."""
-PIECES_AT_ONCE = 4
+PIECES_AT_ONCE = 16
 """That are asked for in one command: each costs a round trip's 100 us and more."""
 PREFIX = "gwc"
 STAGING_MS = 60_000
@@ -41,7 +42,8 @@ class RedisCache:
     single piece is one command. Pieces carry their put's generation, so that a get that straddles
     two puts misses and never mixes them. A get fetches everything before it answers, because a
     failure in the middle would cut an answer whose headers have left: ``max_entry_bytes`` bounds
-    that memory.
+    that memory. What several ask for at once, or somebody is still being sent, is fetched once: who
+    comes then only looks whether it is still what is kept (its generation).
 
     Each entry has a hash tag of its own: a cluster spreads them over its nodes, and one script
     moves a whole entry. ``server`` is shared with whoever else uses the same Redis. Owns
@@ -75,6 +77,9 @@ class RedisCache:
         self._data_seconds = data_seconds
         self._prefix = prefix
         self._held = 0
+        self._fetching: dict[str, asyncio.Task[_Pieces | None]] = {}
+        self._fetched: weakref.WeakValueDictionary[str, _Pieces] = weakref.WeakValueDictionary()
+        """By generation: what is in memory, as long as somebody has it."""
         self._puts = asyncio.Semaphore(puts_at_once)
 
     @property
@@ -87,20 +92,48 @@ class RedisCache:
             if header is None:
                 return None
             meta, document = decode(header)
-            if self._held + meta.size_bytes > MAX_HELD_BYTES:
-                return None
-            # One deadline over all pieces: a slow Redis must lose against asking again.
-            async with asyncio.timeout(self._data_seconds):
-                pieces = await self._pieces(key, str(document["put"]), int(document["pieces"]))
+            generation, count = str(document["put"]), int(document["pieces"])
+            answer = await self._answer(key, generation, count, meta.size_bytes)
+            left = float(document["expires"]) - self._clock.now().timestamp()
         except (StoreAway, ValueError, KeyError, TypeError, TimeoutError):
             return None
-        left = float(document["expires"]) - self._clock.now().timestamp()
-        if pieces is None or sum(map(len, pieces)) != meta.size_bytes or left <= 0:
+        if answer is None or left <= 0:
+            return None
+        return Kept(meta, answer.iterate, left)
+
+    async def _answer(self, key: str, generation: str, count: int, size: int) -> _Pieces | None:
+        """The content of one put; None where it is not there whole, or there is no room. Raises
+        ``StoreAway`` and ``TimeoutError``."""
+        name = f"{key}:{generation}"
+        answer = self._fetched.get(name)
+        if answer is not None:
+            return answer
+        fetching = self._fetching.get(name)
+        if fetching is None:
+            if self._held + size > MAX_HELD_BYTES:
+                return None
+            # A task: who asked first may leave, and others wait for it too.
+            fetching = asyncio.create_task(self._fetch(key, generation, count, size))
+            self._fetching[name] = fetching
+            fetching.add_done_callback(partial(self._has_fetched, name))
+        return await asyncio.shield(fetching)
+
+    def _has_fetched(self, name: str, fetching: asyncio.Task[_Pieces | None]) -> None:
+        del self._fetching[name]
+        if not fetching.cancelled():
+            fetching.exception()  # All who asked may have left.
+
+    async def _fetch(self, key: str, generation: str, count: int, size: int) -> _Pieces | None:
+        # One deadline over all pieces: a slow Redis must lose against asking again.
+        async with asyncio.timeout(self._data_seconds):
+            pieces = await self._pieces(key, generation, count)
+        if pieces is None or sum(map(len, pieces)) != size:
             return None
         answer = _Pieces(pieces)
-        self._held += meta.size_bytes
-        weakref.finalize(answer, self._let_go, meta.size_bytes)
-        return Kept(meta, answer.iterate, left)
+        self._held += size
+        weakref.finalize(answer, self._let_go, size)
+        self._fetched[f"{key}:{generation}"] = answer
+        return answer
 
     def _let_go(self, size_bytes: int) -> None:
         self._held -= size_bytes
@@ -172,6 +205,8 @@ class RedisCache:
         await self._link.ping(self._probe)
 
     async def aclose(self) -> None:
+        # Each has its deadline.
+        await asyncio.gather(*self._fetching.values(), return_exceptions=True)
         await self._link.aclose()
 
     @property
@@ -199,39 +234,41 @@ class RedisCache:
                 "HMGET",
                 name,
                 *(f"{generation}:{i}" for i in numbers),
+                **IN_BLOCKS,
             )
             # So many pieces may take so many times as long as one.
-            some: list[bytes | None] = await self._link.call(
+            some: list[bytes | list[bytes] | None] = await self._link.call(
                 name, command, self._deadline * len(numbers)
             )
             for piece in some:
                 if piece is None:
                     return None
-                found.append(piece)
+                found += (piece,) if isinstance(piece, bytes) else piece
         return tuple(found)
 
     async def _stage(
         self, staging: str, generation: str, chunks: AsyncIterator[bytes]
-    ) -> tuple[int, bytes, int]:
-        """How many pieces were stored, the last one, which goes with the meta, and how many bytes
-        came (-1: more than are kept)."""
-        buffer = bytearray()
-        pieces = size = 0
+    ) -> tuple[int, tuple[bytes | memoryview, ...], int]:
+        """How many pieces were stored, the blocks of the last one, which goes with the meta, and
+        how many bytes came (-1: more than are kept)."""
+        piece: list[bytes | memoryview] = []
+        pieces = size = held = 0
         async for chunk in chunks:
             size += len(chunk)
             if size > self._max_entry_bytes:
-                return pieces, b"", -1
-            buffer += chunk
-            while len(buffer) > self._piece_bytes:
-                await self._store(staging, f"{generation}:{pieces}", buffer)
+                return pieces, (), -1
+            piece.append(chunk)
+            held += len(chunk)
+            while held > self._piece_bytes:
+                # Cut within its last block: nothing is copied.
+                last = memoryview(piece.pop())
+                cut = len(last) - (held - self._piece_bytes)
+                piece.append(last[:cut])
+                field = f"{generation}:{pieces}"
+                await self._run(_PIECE, (staging,), field, tuple(piece), STAGING_MS)
+                piece, held = [last[cut:]], held - self._piece_bytes
                 pieces += 1
-        return pieces, bytes(buffer), size
-
-    async def _store(self, staging: str, field: str, buffer: bytearray) -> None:
-        """Moves one piece from the front of ``buffer`` to Redis."""
-        piece = bytes(memoryview(buffer)[: self._piece_bytes])
-        del buffer[: self._piece_bytes]
-        await self._run(_PIECE, (staging,), field, piece, STAGING_MS)
+        return pieces, tuple(piece), size
 
     async def _run(self, script: Script, keys: Sequence[str], *args: object) -> None:
         await self._link.call(

@@ -44,6 +44,7 @@ from redis.exceptions import (
 
 from gateway.ports import Unreachable
 from gateway.stores.redis_batch import Together
+from gateway.stores.redis_wire import BlockParser, receiver
 
 T = TypeVar("T")
 
@@ -65,7 +66,8 @@ SHARED_CONNECTIONS = 64
 
 
 class Client(Protocol):
-    """The two methods of redis-py's clients, single or cluster, that the stores use."""
+    """The two methods of redis-py's clients, single or cluster, that the stores use. An argument
+    of a script may also be a tuple of blocks."""
 
     async def execute_command(self, *args: Any, **options: Any) -> Any: ...
 
@@ -91,16 +93,21 @@ def connect(url: str, *, max_connections: int = 32, timeout: float = SOCKET_SECO
         "decode_responses": False,
         "driver_info": None,
     }
+    parser = partial(BlockParser, receiver())
     scheme = urlsplit(url).scheme
     transport, _, kind = scheme.partition("+")
     if kind == "cluster":
         plain = transport + url[len(scheme) :]
         # No steps: on a few MOVED it would close every connection, also those that are in use.
-        return _Clustered(
-            RedisCluster.from_url(
-                plain, max_connections=max_connections, reinitialize_steps=0, **options
-            )
+        cluster = RedisCluster.from_url(
+            plain, max_connections=max_connections, reinitialize_steps=0, **options
         )
+        # It takes no parser, but hands these on to the nodes that it finds.
+        cluster.nodes_manager.connection_kwargs["parser_class"] = parser
+        for node in cluster.nodes_manager.startup_nodes.values():
+            node.connection_kwargs["parser_class"] = parser
+        return _Clustered(cluster)
+    options["parser_class"] = parser
     if kind == "sentinel":
         options["ssl"] = transport == "rediss"
         return _by_sentinel(url, max_connections=max_connections, **options)
@@ -146,7 +153,8 @@ class _Clustered:
     async def execute_command(self, *args: Any, **options: Any) -> Any:
         await self._cluster.initialize()
         self._nodes |= {id(node): node for node in self._cluster.nodes_manager.nodes_cache.values()}
-        return await self._cluster.execute_command(*args, **options)
+        whole = (b"".join(each) if isinstance(each, tuple) else each for each in args)
+        return await self._cluster.execute_command(*whole, **options)
 
     async def aclose(self) -> None:
         await self._cluster.aclose()

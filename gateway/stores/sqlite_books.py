@@ -178,14 +178,16 @@ _KNOWN = """
 SELECT (SELECT min(period) FROM usage_by_user), (SELECT max(period) FROM usage_by_user)
 """
 
-# By period and then team, as the rows are sorted; one without a team is for all.
+# By period and then team, as the rows are sorted; one without a team is for all. They are grouped
+# by the user first, whose name decides: to sort by teams, of which many rows have the same, takes
+# a tenth longer.
 BY_USER = """
 WITH asked (period, sign) AS (SELECT key, value FROM json_each(:periods))
 SELECT team, end_user, sum(sign * requests), sum(sign * images), sum(sign * cost),
        sum(sign * unresolved)
   FROM asked CROSS JOIN usage_by_user USING (period)
  WHERE team BETWEEN coalesce(:team, '') AND coalesce(:team, char(1114111))
- GROUP BY team, end_user HAVING sum(sign * requests) <> 0 OR sum(sign * cost) <> 0
+ GROUP BY end_user, team HAVING sum(sign * requests) <> 0 OR sum(sign * cost) <> 0
  ORDER BY team, end_user
 """
 

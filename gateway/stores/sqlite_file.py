@@ -35,7 +35,7 @@ from typing import Any
 
 from gateway.ports import StoreError
 from gateway.stores.page import NOTHING, Needs, Page
-from gateway.stores.sqlite_page import Asked, book, decide_all, is_of_one_call
+from gateway.stores.sqlite_page import Asked, Known, book, decide_known, is_of_one_call
 from gateway.stores.writing import Operation, T, WriterThread, deliver, unavailable, unreadable
 
 WAL_BYTES = 4 * 1024 * 1024
@@ -316,12 +316,13 @@ def _work(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], A
     return answer
 
 
-def _run(connection: sqlite3.Connection, batch: Sequence[_Operation[Any]]) -> None:
+def _run(connection: sqlite3.Connection, batch: Sequence[_Operation[Any]], known: Known) -> None:
     """Each operation hears its answer, in their order. Raises as ``_work``."""
     asked = [operation.asked for operation in batch if operation.asked is not None]
     if len(asked) == len(batch):
-        _hear(batch, _book(connection, asked))
+        _hear(batch, _book(connection, asked, known))
         return
+    known.forget()
     for operation in batch:
         if operation.work is not None:
             operation.hear(_work(connection, operation.work))
@@ -329,12 +330,13 @@ def _run(connection: sqlite3.Connection, batch: Sequence[_Operation[Any]]) -> No
             _hear([operation], book(connection, [operation.asked]))
 
 
-def _book(connection: sqlite3.Connection, asked: Sequence[Asked]) -> list[Any]:
+def _book(connection: sqlite3.Connection, asked: Sequence[Asked], known: Known) -> list[Any]:
     """As ``book``, for what is alone in its transaction. A savepoint would copy every page that
     is changed, so it is only made where something did go wrong."""
     try:
-        return decide_all(connection, asked)
+        return decide_known(connection, asked, known)
     except Exception as error:
+        known.forget()
         if not is_of_one_call(error):
             raise
     connection.execute("ROLLBACK")
@@ -355,6 +357,7 @@ class Writer(WriterThread[_Operation[Any]]):
         super().__init__(patience_seconds=2 * file.busy_seconds + 1)
         self._file = file
         self._connection: sqlite3.Connection | None = connection
+        self._known = Known()
         self.start()
 
     async def submit(
@@ -368,14 +371,14 @@ class Writer(WriterThread[_Operation[Any]]):
         result: T = await self._asked(_Operation(work, droppable=droppable))
         return result
 
-    async def decide(
+    def decide(
         self, needs: Needs, decide: Callable[[Page], T], *, droppable: bool = False
-    ) -> T:
-        """Decides in the next transaction, on a page with others; returns and raises as
-        ``submit``."""
-        operation = _Operation[T](asked=Asked(needs, decide), droppable=droppable)
-        result: T = await self._asked(operation)
-        return result
+    ) -> asyncio.Future[T]:
+        """Decides in the next transaction, on a page with others; what is awaited returns and
+        raises as ``submit``. Raises ``LedgerUnavailable`` where it cannot be queued."""
+        # Not _Operation[T](...): that goes through ``typing`` for each of them, 3 us.
+        operation: _Operation[T] = _Operation(asked=Asked(needs, decide), droppable=droppable)
+        return self._asked(operation)
 
     def post(self, decide: Callable[[Page], object], rid: str) -> None:
         """Decides in the next transaction; nobody waits, and a failure is only logged."""
@@ -407,7 +410,7 @@ class Writer(WriterThread[_Operation[Any]]):
             if self._connection is None:
                 self._connection = self._file.connect()
             self._connection.execute("BEGIN IMMEDIATE")
-            _run(self._connection, wanted)
+            _run(self._connection, wanted, self._known)
             self._connection.execute("COMMIT")
             # From here on nothing that goes wrong may say that it is not in the ledger.
             for operation in wanted:
@@ -426,6 +429,7 @@ class Writer(WriterThread[_Operation[Any]]):
 
     def _give_up(self, batch: Sequence[_Operation[Any]], error: Exception) -> None:
         """Leaves no half transaction behind, and tells every waiter."""
+        self._known.forget()
         try:
             if self._connection is not None and self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")

@@ -1,15 +1,16 @@
 """A batch of calls on money in one transaction of the SQLite file: read once, decided in Python
 (``page``), and written by one statement a table.
 
-Each statement hands the interpreter's lock over several times, and the event loop waits at the
-other end: a batch has eight statements, where each call of it used to have twelve.
+Each statement hands the interpreter's lock over several times, each row that is read does too, and
+the event loop waits at the other end: a batch has eight statements, where each call of it used to
+have twelve, and reads nothing that this connection was the last to write (``Known``).
 """
 
 from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 from gateway.domain.ledger import Balance
@@ -18,7 +19,9 @@ from gateway.stores.page import (
     EVENT_COLUMNS,
     HOLD_COLUMNS,
     NEW_HOLD_COLUMNS,
+    HeldRow,
     Needs,
+    Outdated,
     Page,
 )
 
@@ -27,11 +30,39 @@ _NOTHING = Balance()
 Decide: TypeAlias = Callable[[Page], Any]
 
 
+MOST_KNOWN = 20_000
+"""Holds, and accounts: more are forgotten."""
+
+
 class Asked(NamedTuple):
     """A call, and what of the books it will look at."""
 
     needs: Needs
     decide: Decide
+
+
+class Known:
+    """What a connection's last page has left in the file: balances, and calls that are still held.
+    It needs not be read again while no other connection has written, and must be forgotten when
+    this one has, by anything but ``decide_all``, or was rolled back."""
+
+    def __init__(self) -> None:
+        self.holds: dict[str, HeldRow] = {}
+        self.accounts: dict[str, Balance] = {}
+        self._version = -1
+
+    def forget(self) -> None:
+        # New ones: an answer may still look at a page of the old.
+        self.holds, self.accounts = {}, {}
+
+    def renew(self, db: sqlite3.Connection) -> None:
+        """Forgets what may have changed. Inside a transaction, so that it stays true in it."""
+        (version,) = db.execute("PRAGMA data_version").fetchone()
+        crowded = len(self.holds) > MOST_KNOWN or len(self.accounts) > MOST_KNOWN
+        if version != self._version or crowded:
+            # Both together: the accounts of a known hold are known.
+            self.forget()
+            self._version = version
 
 
 def book(db: sqlite3.Connection, asked: Sequence[Asked]) -> list[Any]:
@@ -63,11 +94,31 @@ def is_of_one_call(error: Exception) -> bool:
     return not isinstance(error, sqlite3.Error) or isinstance(error, guilty)
 
 
-def decide_all(db: sqlite3.Connection, asked: Iterable[Asked]) -> list[Any]:
+def decide_all(db: sqlite3.Connection, asked: Sequence[Asked]) -> list[Any]:
     """As ``book``, but what a statement raises leaves the transaction to be rolled back."""
-    page = _read(db, [one.needs for one in asked])
+    page = Page()
+    _read(db, page, [one.needs for one in asked])
     answers = [_answer(one.decide, page) for one in asked]
     _write(db, page)
+    return answers
+
+
+def decide_known(db: sqlite3.Connection, asked: Sequence[Asked], known: Known) -> list[Any]:
+    """As ``decide_all``, with what is ``known``, and trusting that a hold that is to be made is not
+    there yet. Raises ``Outdated``, or ``IntegrityError``, where it is, and then ``known`` has to be
+    forgotten, as whenever this raises."""
+    known.renew(db)
+    page = Page(known.holds, known.accounts)
+    made = {one.needs.makes for one in asked if one.needs.makes}
+    _read(db, page, [one.needs for one in asked], made)
+    answers = [_answer(one.decide, page) for one in asked]
+    # One that was not made was refused as if it were new. Is it?
+    refused = [rid for rid in made if rid not in page.holds]
+    if refused and next(_HOLDS.found(db, refused), None) is not None:
+        raise Outdated
+    _write(db, page)
+    for rid in page.ended:
+        del page.holds[rid]
     return answers
 
 
@@ -78,20 +129,26 @@ def _answer(decide: Decide, page: Page) -> Any:
         return error
 
 
-def _read(db: sqlite3.Connection, needs: Sequence[Needs]) -> Page:
-    page = Page()
-    rids = {rid: None for need in needs for rid in need.rids}
-    page.know(_HOLDS.found(db, rids))
+def _read(
+    db: sqlite3.Connection, page: Page, needs: Sequence[Needs], made: Container[str] = ()
+) -> None:
+    """Reads what is needed, but what the page has, and the holds that will be ``made``."""
+    holds = page.holds
+    rids = {
+        rid: None for need in needs for rid in need.rids if rid not in holds and rid not in made
+    }
+    read = page.know(_HOLDS.found(db, rids)) if rids else []
     keys = [key for need in needs for key in need.keys]
     if keys:
-        page.know(db.execute(_HOLDS_OF_KEYS, (json.dumps(keys),)))
-    accounts = {account: _NOTHING for need in needs for account in need.accounts}
-    for hold in page.holds.values():
-        accounts.update(dict.fromkeys(hold.accounts, _NOTHING))
-    page.accounts = accounts
-    for account, posted, pending in _BALANCES.found(db, accounts):
-        accounts[account] = Balance(posted, pending)
-    return page
+        read += page.know(db.execute(_HOLDS_OF_KEYS, (json.dumps(keys),)))
+    accounts = page.accounts
+    wanted = {account for need in needs for account in need.accounts if account not in accounts}
+    for hold in read:
+        wanted.update([account for account in hold.accounts if account not in accounts])
+    if wanted:
+        accounts.update(dict.fromkeys(wanted, _NOTHING))
+        for account, posted, pending in _BALANCES.found(db, wanted):
+            accounts[account] = Balance(posted, pending)
 
 
 def _write(db: sqlite3.Connection, page: Page) -> None:

@@ -58,8 +58,8 @@ class Operation(Generic[T]):
         self.rid = rid
         self.result: tuple[T] | None = None
         self.error: Exception | None = None
-        self.loop = asyncio.get_running_loop()
-        self.future: asyncio.Future[T] | None = self.loop.create_future() if awaited else None
+        loop = self.loop = asyncio.get_running_loop()
+        self.future: asyncio.Future[T] | None = loop.create_future() if awaited else None
         self.deadline = 0.0
 
     @property
@@ -72,15 +72,6 @@ class Operation(Generic[T]):
 
     def fail(self, error: Exception) -> None:
         self.result, self.error = None, error
-
-    def deliver(self) -> None:
-        """On the waiter's loop: hands over the result, if it is still wanted."""
-        if self.future is None or self.future.done():
-            return
-        if self.result is not None:
-            self.future.set_result(self.result[0])
-        else:
-            self.future.set_exception(self.error or unavailable())
 
 
 class _Waiters:
@@ -95,8 +86,10 @@ class _Waiters:
 
     def add(self, operation: Operation[Any]) -> None:
         operation.deadline = self.loop.time() + self._patience_seconds
-        self._forget_answered()
-        self._waiting.append(operation)
+        waiting = self._waiting
+        while waiting and ((future := waiting[0].future) is None or future.done()):
+            waiting.popleft()
+        waiting.append(operation)
         if self._timer is None:
             self._timer = self.loop.call_at(operation.deadline, self._look)
 
@@ -132,7 +125,12 @@ class WriterThread(ABC, Generic[O]):
     def __init__(self, patience_seconds: float) -> None:
         self._patience_seconds = patience_seconds
         self._closed = False
-        self._queue: queue.SimpleQueue[O | None] = queue.SimpleQueue()
+        self._queue: deque[O | None] = deque()
+        self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._is_asleep = False
+        """Whether the thread may be waiting for the bell, and nobody is about to ring it."""
+        self._ringing: asyncio.AbstractEventLoop | None = None
+        """The loop at whose turn's end somebody is."""
         self._room = QUEUE
         self._waiters: _Waiters | None = None
         self._thread = threading.Thread(target=self._run, name="ledger-writer", daemon=True)
@@ -155,15 +153,16 @@ class WriterThread(ABC, Generic[O]):
             self._closed = True
             await asyncio.to_thread(self._stop)
 
-    async def _asked(self, operation: O) -> Any:
-        """What an operation is answered. Raises ``LedgerUnavailable`` where that is too late."""
+    def _asked(self, operation: O) -> asyncio.Future[Any]:
+        """What an operation is answered: ``LedgerUnavailable`` where that is too late. Raises it at
+        once where it cannot be queued."""
         self._enqueue(operation)
         waiters = self._waiters
         if waiters is None or waiters.loop is not operation.loop:
             waiters = self._waiters = _Waiters(operation.loop, self._patience_seconds)
         waiters.add(operation)
         assert operation.future is not None
-        return await operation.future
+        return operation.future
 
     def _leave(self, operation: O) -> None:
         """Queues what nobody waits for."""
@@ -175,12 +174,25 @@ class WriterThread(ABC, Generic[O]):
             )
 
     def _enqueue(self, operation: O) -> None:
-        if self._closed or self._queue.qsize() >= self._room:
+        if self._closed or len(self._queue) >= self._room:
             raise unavailable()
-        self._queue.put(operation)
+        self._queue.append(operation)
+        if self._is_asleep:
+            # At the end of the loop's turn: before that the thread would be woken in vain, for want
+            # of the GIL; and then it finds all that came in this turn, not the first of it alone.
+            self._is_asleep = False
+            self._ringing = operation.loop
+            operation.loop.call_soon(self._ring)
+        elif self._ringing is not None and self._ringing is not operation.loop:
+            self._ring()  # that loop may have ended before its turn did
+
+    def _ring(self) -> None:
+        self._ringing = None
+        self._bell.put(None)
 
     def _stop(self) -> None:
-        self._queue.put(None)
+        self._queue.append(None)
+        self._bell.put(None)
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             _log.error("the ledger's writer is stuck: its thread is given up")
@@ -195,14 +207,20 @@ class WriterThread(ABC, Generic[O]):
 
     def _take(self) -> tuple[list[O], bool]:
         """What has queued, at least one and at most a batch; and whether to go on after it."""
-        batch = []
-        operation = self._queue.get()
-        while operation is not None:
+        queued = self._queue
+        while not queued:
+            self._is_asleep = True
+            # Whoever came before that was said has not rung. Rung for nothing, it looks again.
+            if not queued:
+                self._bell.get()
+            self._is_asleep = False
+        batch: list[O] = []
+        while queued and len(batch) < BATCH:
+            operation = queued.popleft()
+            if operation is None:
+                return batch, False
             batch.append(operation)
-            if len(batch) == BATCH or self._queue.empty():
-                return batch, True
-            operation = self._queue.get_nowait()
-        return batch, False
+        return batch, True
 
 
 def deliver(batch: Iterable[Operation[Any]]) -> None:
@@ -222,4 +240,10 @@ def deliver(batch: Iterable[Operation[Any]]) -> None:
 
 def _deliver_here(operations: Iterable[Operation[Any]]) -> None:
     for operation in operations:
-        operation.deliver()
+        future = operation.future
+        if future is None or future.done():
+            continue  # nobody wants it any more
+        if operation.result is not None:
+            future.set_result(operation.result[0])
+        else:
+            future.set_exception(operation.error or unavailable())

@@ -64,6 +64,8 @@ class Spec:
     help: str
     buckets: tuple[float, ...] = SECONDS
     mode: Mode = "livemostrecent"
+    threads: bool = False
+    """Whether other threads than the event loop's raise it too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +381,7 @@ GROUPS: Mapping[str, tuple[Spec, ...]] = MappingProxyType({
         Spec("gateway_config_reloads_total", Kind.COUNTER, ("outcome",),
              "Times the configuration was read again while running."),
         Spec("gateway_spans_dropped_total", Kind.COUNTER, (),
-             "Spans that the collector of traces did not take in time."),
+             "Spans that the collector of traces did not take in time.", threads=True),
         Spec("gateway_metrics_label_overflow_total", Kind.COUNTER, (),
              "Times a team was counted as `other` because there are too many teams for labels."),
         Spec("gateway_build_info", Kind.GAUGE, ("version",), "Always 1.", mode="scraped"),
@@ -436,21 +438,73 @@ class _Scraped(Collector):
         yield family
 
 
+class _Number:
+    """What a series of a process alone is kept in: prometheus_client's own has a lock, for threads,
+    and so takes four times as long. These are moved in the event loop's thread."""
+
+    __slots__ = ("_of", "value")
+
+    def __init__(self, of: Counter | Histogram) -> None:
+        self._of = of
+        self.value = 0.0
+
+    def inc(self, amount: float) -> None:
+        if amount < 0:
+            raise ValueError(f"{self._of} never falls")
+        self.value += amount
+
+    def get(self) -> float:
+        return self.value
+
+    def get_exemplar(self) -> None:
+        return None
+
+
 class _Counter(Counter):
-    """Rises in 0.4 us where prometheus_client's own takes 0.6."""
+    """Rises in 0.1 us where prometheus_client's own takes 0.6."""
+
+    _value: _Number
+
+    def _metric_init(self) -> None:
+        self._value = _Number(self)
+
+    def move(self) -> Move:
+        return self._value.inc
+
+
+class _SharedCounter(Counter):
+    """Of several workers, in their files; and one that any thread may raise. It takes two thirds
+    of what prometheus_client's own does."""
 
     def inc(self, amount: float = 1, exemplar: dict[str, str] | None = None) -> None:
         if amount < 0:
             raise ValueError(f"{self} never falls")
         self._value.inc(amount)
 
+    def move(self) -> Move:
+        return self.inc
+
 
 class _Histogram(Histogram):
-    """Takes a value in 0.9 us where prometheus_client's own takes 2.9: it looks for the bucket in
+    """Takes a value in 0.3 us where prometheus_client's own takes 2.9: it looks for the bucket in
     halves, and asks nothing that was answered when the series was made."""
+
+    def _metric_init(self) -> None:
+        self._sum = _Number(self)
+        self._buckets = [_Number(self) for _ in self._upper_bounds]
 
     def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
         # Time never runs backwards, whatever two clocks say.
+        if amount < 0:
+            amount = 0.0
+        self._sum.value += amount
+        self._buckets[bisect_left(self._upper_bounds, amount)].value += 1
+
+
+class _SharedHistogram(Histogram):
+    """Of several workers, in their files."""
+
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
         if amount < 0:
             amount = 0.0
         self._sum.inc(amount)
@@ -502,8 +556,8 @@ class Metrics:
         self._watched: list[tuple[Gauge, Callable[[], float]]] = []
         self._followed: dict[Counter, tuple[Callable[[], float], float]] = {}
         self._gauges: dict[str, Gauge] = {}
-        self._counters: dict[str, Counter] = {}
-        self._histograms: dict[str, _Histogram] = {}
+        self._counters: dict[str, _Counter | _SharedCounter] = {}
+        self._histograms: dict[str, Histogram] = {}
         self._add = _Moves(Kind.COUNTER, self._adder)
         self._observe = _Moves(Kind.HISTOGRAM, self._observer)
         self._scraped: dict[str, _Scraped] = {}
@@ -513,7 +567,8 @@ class Metrics:
                 self._own.register(self._scraped[spec.name])
                 continue
             if spec.kind is Kind.HISTOGRAM:
-                self._histograms[spec.name] = _Histogram(
+                histogram = _SharedHistogram if self.shared else _Histogram
+                self._histograms[spec.name] = histogram(
                     spec.name, spec.help, spec.labels, registry=self.registry, buckets=spec.buckets
                 )
             elif spec.kind is Kind.GAUGE:
@@ -525,7 +580,8 @@ class Metrics:
                     multiprocess_mode=spec.mode,
                 )
             else:
-                self._counters[spec.name] = _Counter(
+                counter = _SharedCounter if self.shared or spec.threads else _Counter
+                self._counters[spec.name] = counter(
                     spec.name, spec.help, spec.labels, registry=self.registry
                 )
         self._teams: set[str] = set()
@@ -589,7 +645,7 @@ class Metrics:
 
     def _adder(self, name: str, labels: Sequence[str]) -> Move:
         counter = self._counters[name]
-        return (counter.labels(*labels) if labels else counter).inc
+        return (counter.labels(*labels) if labels else counter).move()
 
     def _observer(self, name: str, labels: Sequence[str]) -> Move:
         histogram = self._histograms[name]
@@ -635,7 +691,9 @@ class Metrics:
 
     def finished(self, receipt: Receipt, delivery: Delivery) -> None:
         """Counts one request, all at once, from what is known at its end."""
-        add, team, model = self._add, self.team(receipt.team), receipt.model_label or "none"
+        add, team, model = self._add, receipt.team, receipt.model_label or "none"
+        if team not in self._teams:
+            team = self.team(team)
         endpoint, status = receipt.operation, receipt.status
         asked = endpoint == Inquiry.ESTIMATE
         # An estimate only says what a look into the cache would find: it is not one.
@@ -663,7 +721,8 @@ class Metrics:
             self._count_purchase(receipt, team, model)
         for change in receipt.changed:
             add["gateway_requests_changed_total", change](1)
-        self._count_flight(receipt)
+        if cache is CacheResult.JOIN or receipt.took_over or receipt.retried:
+            self._count_flight(receipt)
 
     def _count_answer(self, receipt: Receipt, seconds: float, team: str, model: str) -> None:
         endpoint, timings = receipt.operation, receipt.timings
@@ -726,9 +785,9 @@ class Metrics:
             add["gateway_ledger_unposted_total",](1)
 
     def _count_tokens(self, tokens: tuple[int, ...], team: str, model: str) -> None:
-        for (direction, modality), count in zip(_TOKENS, tokens, strict=True):
+        for at, count in enumerate(tokens):
             if count:
-                self._add["gateway_tokens_total", team, model, direction, modality](count)
+                self._add["gateway_tokens_total", team, model, *_TOKENS[at]](count)
 
     def budgets(self, standing: Iterable[tuple[Line, Balance]]) -> None:
         """Sets the gauges of the teams' accounts; those that it is not given are forgotten, and so

@@ -11,16 +11,19 @@ the caller's doing.
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import select
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from itertools import chain
 from typing import cast
 
 import httptools
 
-from gateway.ports import Take
+from gateway.ports import Lent, LentFile, Take
+from gateway.upstream.deadlines import Deadlines
 from gateway.upstream.wire import Lost, Reason, WireRequest
 
 MAX_HEAD_BYTES = 64 * 1024
@@ -35,7 +38,10 @@ once, and leave holes where it gives most of it back; a buffer of each connectio
 size for each call that waits."""
 READ_HIGH_WATER = 64 * 1024
 """Bytes of body kept for a slow consumer before the socket is no longer read."""
-WRITE_HIGH_WATER = 64 * 1024
+FILE_BYTES = 64 * 1024
+"""From so many bytes on a piece that stands in a file is sent by the system."""
+TURN_BYTES = 2 * 1024 * 1024
+"""A peer that is fast enough takes no more than so much in one turn of the loop."""
 WRITE_PIECE = 64 * 1024
 """A longer piece is cut: the socket's buffer would hold all of what it cannot send."""
 KEEPALIVE_IDLE_SECONDS = 60
@@ -49,20 +55,24 @@ _TARGET = re.compile(r"/[!-~]*")
 
 def encode_head(request: WireRequest) -> bytes:
     """The request line and the headers. Raises ``ValueError``, which never shows a value."""
-    if not _TARGET.fullmatch(request.target) or not _TOKEN.fullmatch(request.method):
+    return written_head(request.method, request.target, request.headers) + b"\r\n"
+
+
+def written_head(method: str, target: str, headers: Sequence[tuple[str, str]]) -> bytes:
+    """As ``encode_head``, without the empty line at the end."""
+    if not _TARGET.fullmatch(target) or not _TOKEN.fullmatch(method):
         raise ValueError("the request line cannot be written as HTTP/1.1")
-    lines = "".join([f"{name}: {value}\r\n" for name, value in request.headers])
-    names = "".join([name for name, _ in request.headers])
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers])
+    names = "".join([name for name, _ in headers])
     # All at once, and one by one only where something is wrong: a third of the time. As many lines
     # as headers: no value holds another header.
-    if not (_LINES.fullmatch(lines) and _TOKEN.fullmatch(names)) or lines.count("\n") != len(
-        request.headers
-    ):
-        for name, value in request.headers:
+    good = _LINES.fullmatch(lines) and _TOKEN.fullmatch(names)
+    if not good or lines.count("\n") != len(headers):
+        for name, value in headers:
             if not _TOKEN.fullmatch(name) or _FORBIDDEN.search(value):
                 raise ValueError(f"the header {name!r} cannot be written as HTTP/1.1")
     try:
-        return f"{request.method} {request.target} HTTP/1.1\r\n{lines}\r\n".encode("latin-1")
+        return f"{method} {target} HTTP/1.1\r\n{lines}".encode("latin-1")
     except UnicodeEncodeError:
         raise ValueError("a header holds characters outside Latin-1") from None
 
@@ -74,7 +84,7 @@ class Connection(asyncio.BufferedProtocol):
     __slots__ = (
         "_buffer",
         "_descriptor",
-        "_head_buffer",
+        "_is_plain",
         "_on_closed",
         "_transport",
         "closed",
@@ -84,9 +94,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def __init__(self, buffer: memoryview, on_closed: Callable[[Connection], None]) -> None:
         self._buffer = buffer
-        self._head_buffer = buffer[:PIECE_BYTES]
         self._on_closed = on_closed
         self._descriptor = -1
+        self._is_plain = False
         self._transport: asyncio.Transport | None = None
         self.exchange: SocketExchange | None = None
         self.closed = False
@@ -108,7 +118,10 @@ class Connection(asyncio.BufferedProtocol):
         if self.closed:  # given up while it was being made
             connected.abort()
             return
-        connected.set_write_buffer_limits(high=WRITE_HIGH_WATER)
+        # What the socket does not take at once is waited for: a lent piece is then done with. At 0
+        # asyncio's TLS would pause for nothing, and does not hold less than all of a piece.
+        self._is_plain = transport.get_extra_info("sslcontext") is None
+        connected.set_write_buffer_limits(high=0 if self._is_plain else 1)
         raw = transport.get_extra_info("socket")
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if hasattr(socket, "TCP_KEEPIDLE"):  # not on macOS
@@ -116,11 +129,10 @@ class Connection(asyncio.BufferedProtocol):
         self._descriptor = raw.fileno()
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """All of the buffer for a body of known length, that is cut here; the parser makes one
-        piece of what it is given."""
-        if self.exchange is not None and self.exchange.is_in_sized_body:
+        """All of the buffer for a body, which is cut into pieces here."""
+        if self.exchange is not None and self.exchange.status:
             return self._buffer
-        return self._head_buffer
+        return self._buffer[:PIECE_BYTES]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self.exchange is None:
@@ -160,6 +172,37 @@ class Connection(asyncio.BufferedProtocol):
         poll.register(self._descriptor, select.POLLIN)
         return not poll.poll(0)
 
+    def may_send_file(self, piece: LentFile) -> bool:
+        """Whether the system may send it now, past the transport: nothing waits before it, and it
+        would not wait for a disk."""
+        return (
+            self._is_plain
+            and piece.size >= FILE_BYTES
+            and not self.is_ending
+            and piece.is_at_hand()
+        )
+
+    def send_file(self, piece: LentFile, skip: int) -> int:
+        """Has the system send what is behind the first ``skip`` bytes, as far as the socket takes
+        it; how many bytes that was. Raises ``OSError``, ``BlockingIOError`` where it takes none."""
+        if self.is_ending:
+            raise ConnectionResetError  # its descriptor may be another's by now
+        return os.sendfile(self._descriptor, piece.fd, piece.at + skip, piece.size - skip)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether it is closed, or about to be."""
+        return self._transport is None or self._transport.is_closing()
+
+    @property
+    def waits_to_write(self) -> bool:
+        """Whether the transport has something that the socket has not taken."""
+        return self._transport is None or self._transport.get_write_buffer_size() > 0
+
+    def watched_descriptor(self) -> int:
+        """The socket once more, for who watches it himself: loops refuse a transport's own."""
+        return os.dup(self._descriptor)
+
     def abort(self) -> None:
         """Closes at once, without waiting for the peer. May be repeated."""
         self.closed = True
@@ -175,9 +218,11 @@ class SocketExchange:
 
     __slots__ = (
         "_announced",
+        "_at_once",
         "_chunks",
         "_complete",
         "_connection",
+        "_deadlines",
         "_error",
         "_extra",
         "_head_bytes",
@@ -196,10 +241,10 @@ class SocketExchange:
         "_status",
         "_take",
         "_taker_failed",
-        "_timer",
         "_total_at",
         "_until_close",
         "_writer",
+        "deadline",
         "headers",
         "is_in_sized_body",
     )
@@ -209,10 +254,11 @@ class SocketExchange:
         connection: Connection,
         let_go: Callable[[Connection | None], None],
         max_body_bytes: int,
+        deadlines: Deadlines,
         first_byte_at: float,
         total_at: float,
     ) -> None:
-        """The deadlines are instants of the event loop's clock."""
+        """What is ``_at`` is an instant of the event loop's clock."""
         self._loop = asyncio.get_running_loop()
         self._connection: Connection | None = connection
         self._let_go = let_go
@@ -220,7 +266,8 @@ class SocketExchange:
         self._total_at = total_at
         # Made with the first bytes of the answer: who waits for that has no need of it (900 bytes).
         self._parser: httptools.HttpResponseParser | None = None
-        self.headers: list[tuple[bytes, bytes]] = []
+        self.headers: list[tuple[bytes, bytes]]
+        """Made with the parser."""
         self._status = 0
         self._chunks: deque[bytes] | tuple[()] = ()
         self._queued = 0
@@ -228,6 +275,7 @@ class SocketExchange:
         self._announced = 0
         self._head_bytes = 0
         self._silent_bytes = 0
+        self._at_once = 0
         self._interim = False
         self._keep_alive = False
         self._until_close = False
@@ -242,7 +290,9 @@ class SocketExchange:
         self._taker_failed: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
-        self._timer = self._loop.call_at(min(first_byte_at, total_at), self._expired)
+        self.deadline = min(first_byte_at, total_at)
+        self._deadlines = deadlines
+        deadlines.watch(self)
         connection.exchange = self
 
     # The caller's side.
@@ -255,17 +305,18 @@ class SocketExchange:
     async def send(
         self,
         head: bytes,
-        first: bytes,
-        rest: AsyncIterator[bytes] | None,
+        first: bytes | Lent,
+        rest: AsyncIterator[bytes | Lent] | None,
         length: int,
         write_seconds: float,
     ) -> None:
         """Writes the request. Stops early, without an error, when the answer comes first.
 
-        ``first`` is the body's first piece, already read. Raises ``Lost``.
+        ``first`` is the body's first piece, already read. A lent piece has left before the next is
+        asked for. Raises ``Lost``.
         """
         left = length - len(first)
-        if len(first) <= WRITE_PIECE:
+        if isinstance(first, bytes) and len(first) <= WRITE_PIECE:
             self._write(head + first)  # one packet for a small request
         else:
             self._write(head)
@@ -285,12 +336,16 @@ class SocketExchange:
             raise self._fail(Reason.WRITE, "the request's body is not as long as announced")
         self._sending = False
 
-    async def receive_head(self) -> None:
-        """Waits for the final headers. Raises ``Lost``."""
-        while not self._status:
-            if self._error is not None:
-                raise self._error
-            await self._wait_for_reader()
+    def news(self) -> asyncio.Future[None] | None:
+        """What is to be awaited until there may be final headers; None where there are. No
+        coroutine: it would be one more that waits for each picture. Raises ``Lost``."""
+        if self._status:
+            self._reader = None
+            return None
+        if self._error is not None:
+            raise self._error
+        self._reader = self._loop.create_future()
+        return self._reader
 
     async def read(self, take: Take | None = None) -> bytes:
         while True:
@@ -330,9 +385,19 @@ class SocketExchange:
         if self.is_in_sized_body:
             self._receive_sized(data)
             return
+        # The parser makes one piece of what it is given.
+        for start in range(0, len(data), PIECE_BYTES):
+            end = start + PIECE_BYTES
+            self._parse(data[start:end], more=end < len(data))
+            if self._connection is None:
+                return
+
+    def _parse(self, data: memoryview, *, more: bool) -> None:
+        """``more``: something has come behind it."""
         parser = self._parser
         if parser is None:
             parser = self._parser = httptools.HttpResponseParser(self)
+            self.headers = []
         before = self._received
         try:
             parser.feed_data(data)
@@ -345,6 +410,7 @@ class SocketExchange:
             self._fail(Reason.TOO_LARGE, "the answer is too large")
             return
         if self._complete:
+            self._extra = self._extra or more
             self._end()
             return
         # Headers, trailers and chunk extensions that never end are kept by the parser, unseen.
@@ -371,7 +437,8 @@ class SocketExchange:
             self._fail(Reason.DISCONNECT, "the connection ended before an answer came", cause)
 
     def writable(self) -> None:
-        _wake(self._writer)
+        if self._writer is not None:
+            _wake(self._writer)
 
     # The parser's side. What is raised here comes out of feed_data as HttpParserCallbackError.
 
@@ -380,15 +447,17 @@ class SocketExchange:
             raise ValueError("a second answer to one request")
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._head_bytes += len(name) + len(value) + 4
-        if self._head_bytes > MAX_HEAD_BYTES:
-            raise ValueError("headers too large")
-        if not self._status:  # else it is a trailer
-            self.headers.append((name.lower(), value))
+        # Counted when the head is whole, and until then as what came without being body: one call
+        # a header instead of five.
+        if not self._status:
+            self.headers.append((name, value))
+        else:  # a trailer
+            self._count_head(((name, value),))
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
         status = self._parser.get_status_code()
+        self._count_head(self.headers)
         if status < 200:
             if status == 101:
                 raise ValueError("switched to a protocol that nobody asked for")
@@ -396,7 +465,8 @@ class SocketExchange:
             self.headers.clear()
             return
         sized = False
-        for name, value in self.headers:
+        headers = self.headers = [(name.lower(), value) for name, value in self.headers]
+        for name, value in headers:
             if name == b"content-length":
                 sized = True
                 self._announced = int(value)  # digits, says the parser
@@ -407,11 +477,8 @@ class SocketExchange:
         self._until_close = not sized and status not in (204, 304)
         self._keep_alive = self._parser.should_keep_alive()
         self._status = status
-        if self._timer.when() < self._total_at:
-            self._timer.cancel()
-            self._timer = self._loop.call_at(self._total_at, self._expired)
-        _wake(self._reader)
-        _wake(self._writer)
+        self.deadline = self._total_at
+        self._wake()
 
     def on_body(self, body: bytes) -> None:
         self._received += len(body)
@@ -422,7 +489,8 @@ class SocketExchange:
             self._chunks.append(body)
         else:
             self._chunks = deque((body,))
-        _wake(self._reader)
+        if self._reader is not None:
+            _wake(self._reader)
 
     def on_message_complete(self) -> None:
         if self._interim:
@@ -472,13 +540,66 @@ class SocketExchange:
         if self._connection is not None:
             self._connection.transport.write(data)
 
-    async def _write_all(self, chunk: bytes, write_seconds: float) -> None:
+    async def _write_all(self, chunk: bytes | Lent, write_seconds: float) -> None:
+        if not isinstance(chunk, bytes):
+            await self._drain(write_seconds)
+            sent = 0
+            if isinstance(chunk, LentFile):
+                sent = await self._send_file(chunk, write_seconds)
+                if sent == chunk.size or self._is_answered:
+                    return
+                await chunk.fetch()
+            if not self._is_answered:
+                self._write(chunk.view[sent:])
+                await self._drain(write_seconds)
+            return
         view = memoryview(chunk)
         for start in range(0, len(chunk), WRITE_PIECE):
             await self._drain(write_seconds)
             if self._is_answered:
                 return
             self._write(view[start : start + WRITE_PIECE])
+
+    async def _send_file(self, piece: LentFile, write_seconds: float) -> int:
+        """Has the system send it; how many bytes of it. What is left is to be written: the
+        transport finds out what is wrong, and says so. Raises ``Lost``."""
+        sent = 0
+        connection = self._connection
+        if connection is None or connection.waits_to_write or not connection.may_send_file(piece):
+            return 0
+        while sent < piece.size and not self._is_answered:
+            if self._error is not None:
+                raise self._error
+            try:
+                count = connection.send_file(piece, sent)
+            except BlockingIOError:
+                try:
+                    descriptor = connection.watched_descriptor()
+                except OSError:  # none is left: the transport waits with its own
+                    break
+                await self._wait_for_room(descriptor, write_seconds)
+            except OSError:
+                break
+            else:
+                if count == 0:  # the file is shorter than it was
+                    break
+                sent += count
+                self._at_once += count
+        if self._at_once >= TURN_BYTES:
+            self._at_once = 0
+            await asyncio.sleep(0)
+        return sent
+
+    async def _wait_for_room(self, descriptor: int, write_seconds: float) -> None:
+        self._at_once = 0
+        try:
+            self._loop.add_writer(descriptor, self.writable)
+            try:
+                await self._wait_for_writer(write_seconds)
+            finally:
+                self._loop.remove_writer(descriptor)
+        finally:
+            os.close(descriptor)
 
     async def _drain(self, write_seconds: float) -> None:
         """Waits until the socket takes more, or the answer is here. Raises ``Lost``."""
@@ -487,15 +608,20 @@ class SocketExchange:
                 return
             if self._error is not None:
                 raise self._error
-            if self._connection is None or not self._connection.write_paused:
+            connection = self._connection
+            if connection is None or not (connection.write_paused or connection.is_ending):
                 return
-            self._writer = self._loop.create_future()
-            timer = self._loop.call_later(write_seconds, self._write_expired)
-            try:
-                await self._writer
-            finally:
-                timer.cancel()
-                self._writer = None
+            # A transport that could not write ends in a later turn; until then it takes anything.
+            await self._wait_for_writer(write_seconds)
+
+    async def _wait_for_writer(self, write_seconds: float) -> None:
+        self._writer = self._loop.create_future()
+        timer = self._loop.call_later(write_seconds, self._write_expired)
+        try:
+            await self._writer
+        finally:
+            timer.cancel()
+            self._writer = None
 
     async def _wait_for_reader(self, take: Take | None = None) -> None:
         assert self._reader is None, "one reader at a time"
@@ -511,7 +637,8 @@ class SocketExchange:
     def _write_expired(self) -> None:
         self._fail(Reason.WRITE_TIMEOUT, "the upstream stopped taking the request")
 
-    def _expired(self) -> None:
+    def expire(self) -> None:
+        """Its deadline is past."""
         if self._status:
             self._fail(Reason.BODY_TIMEOUT, "the answer was not whole in time")
         else:
@@ -546,15 +673,25 @@ class SocketExchange:
         assert connection is not None
         self._connection = None
         self._parser = None  # it and this object hold each other
-        self._timer.cancel()
+        self._deadlines.forget(self)
         connection.exchange = None
         if not reusable:
             connection.abort()
         self._let_go(connection if reusable else None)
-        _wake(self._reader)
-        _wake(self._writer)
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None:
+            _wake(self._reader)
+        if self._writer is not None:
+            _wake(self._writer)
+
+    def _count_head(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        self._head_bytes += 4 * len(headers) + sum(map(len, chain.from_iterable(headers)))
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise ValueError("headers too large")
 
 
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
+def _wake(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
         waiter.set_result(None)

@@ -13,11 +13,13 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import NamedTuple
 
 import httpx
 
-from gateway.ports import Take
+from gateway.ports import Lent, LentFile, Take, Whole
 from gateway.upstream.connection import READ_BYTES, Connection, SocketExchange, encode_head
+from gateway.upstream.deadlines import Deadlines
 from gateway.upstream.patience import Patience
 from gateway.upstream.pool import Pool
 from gateway.upstream.resolution import ForbiddenError, Resolution
@@ -53,6 +55,14 @@ def tls_context(ca_file: str | None = None) -> ssl.SSLContext:
     return context
 
 
+class _Home(NamedTuple):
+    """What a pool's connections and exchanges call in the end: bound once, and not for each, where
+    it took 300 bytes for as long as a picture takes."""
+
+    give: Callable[[Connection | None], None]
+    on_closed: Callable[[Connection], None]
+
+
 class SocketTransport(httpx.AsyncBaseTransport):
     """Keep-alive connections per origin over asyncio. A ``Wire``, and an httpx transport.
 
@@ -82,7 +92,9 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self._buffer = memoryview(bytearray(READ_BYTES))
         self._resolution = Resolution()
         self._pools: dict[Origin, Pool] = {}
+        self._homes: dict[Pool, _Home] = {}
         self._connections: set[Connection] = set()
+        self._deadlines = Deadlines()
         self._closed = False
         self._emptied = asyncio.Event()
 
@@ -90,12 +102,12 @@ class SocketTransport(httpx.AsyncBaseTransport):
         """As the port says. On cancellation the connection is closed and its slot is free."""
         if self._closed:
             raise NotSent(Reason.CONNECT, "the gateway is shutting down")
-        head = encode_head(request)
+        head = request.head or encode_head(request)
         timeouts = request.timeouts
         loop = asyncio.get_running_loop()
-        total_at = loop.time() + timeouts.total
-        pool = self._pool(request.origin)
         began = loop.time()
+        total_at = began + timeouts.total
+        pool = self._pools.get(request.origin) or self._pool(request.origin)
         try:
             connection = await pool.take(min(timeouts.pool, timeouts.total))
         finally:
@@ -104,9 +116,15 @@ class SocketTransport(httpx.AsyncBaseTransport):
         try:
             if connection is None:
                 connection = await self._connect(request.origin, pool, timeouts.connect, total_at)
-            first, taken_at = b"", loop.time()
-            if request.body is not None:
-                first = await anext(request.body, b"")
+            first: bytes | Lent = b""
+            rest = request.body
+            if isinstance(rest, Whole) and not connection.closed:
+                first, rest = rest.take(), None
+            elif rest is not None:
+                taken_at = loop.time()
+                first = await anext(rest, b"")
+                if isinstance(first, LentFile) and not connection.may_send_file(first):
+                    await first.fetch()  # what cannot be read is not begun to be sent
                 # A body in memory is here at once: a second look at the socket says nothing new.
                 waited = loop.time() - taken_at > LOOK_AGAIN_SECONDS
                 if connection.closed or (waited and not connection.is_fresh()):
@@ -116,14 +134,18 @@ class SocketTransport(httpx.AsyncBaseTransport):
                     )
             exchange = SocketExchange(
                 connection,
-                pool.give,
+                self._homes[pool].give,
                 max(self._max_response_bytes, request.max_response_bytes),
+                self._deadlines,
                 loop.time() + timeouts.first_byte,
                 total_at,
             )
-            await exchange.send(head, first, request.body, request.length, timeouts.write)
+            await exchange.send(head, first, rest, request.length, timeouts.write)
             head = first = b""  # sent: not to be kept while the picture is painted
-            await exchange.receive_head()
+            rest = None
+            del request
+            while (news := exchange.news()) is not None:
+                await news
         except BaseException as error:
             if exchange is not None:
                 exchange.close()
@@ -186,6 +208,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
             if connection.exchange is not None:
                 connection.exchange.close()
             connection.abort()
+        self._deadlines.close()
         for pool in self._pools.values():
             pool.close()
         if self._connections:  # each is closed by the loop, a turn or two later
@@ -196,6 +219,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         pool = self._pools.get(origin)
         if pool is None:
             pool = self._pools[origin] = Pool(self._max_connections, self._idle_seconds)
+            self._homes[pool] = _Home(pool.give, partial(self._on_closed, pool))
         return pool
 
     async def _connect(
@@ -203,7 +227,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
     ) -> Connection:
         """A new connection, in a slot the caller owns. Raises ``NotSent``."""
         left = total_at - asyncio.get_running_loop().time()
-        connection = Connection(self._buffer, partial(self._on_closed, pool))
+        connection = Connection(self._buffer, self._homes[pool].on_closed)
         try:
             async with Patience(min(seconds, left), lambda: connection.is_made):
                 addresses = await self._resolution.addresses(origin.host, origin.port)
@@ -277,7 +301,8 @@ class HttpxWire:
         self._max_response_bytes = max_response_bytes
 
     async def exchange(self, request: WireRequest) -> Exchange:
-        encode_head(request)  # for its checks
+        if not request.head:
+            encode_head(request)  # for its checks
         timeouts = request.timeouts
         origin = request.origin
         now = asyncio.get_running_loop().time()
@@ -375,11 +400,14 @@ def proxy_wire(
 
 
 class _RequestStream(httpx.AsyncByteStream):
-    def __init__(self, body: AsyncIterator[bytes]) -> None:
+    def __init__(self, body: AsyncIterator[bytes | Lent]) -> None:
         self._body = body
 
-    def __aiter__(self) -> AsyncIterator[bytes]:
-        return self._body
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for piece in self._body:
+            if isinstance(piece, LentFile):
+                await piece.fetch()
+            yield bytes(piece)
 
 
 class _ResponseStream(httpx.AsyncByteStream):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple, Protocol
 
-from gateway.ports import Take
+from gateway.ports import Lent, Take
 
 
 class Reason(StrEnum):
@@ -91,7 +91,7 @@ class Origin(NamedTuple):
         return host if self.port == (443 if self.tls else 80) else f"{host}:{self.port}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class WireRequest:
     """One request, complete: ``headers`` hold Host, and Content-Length where there is a body.
 
@@ -103,11 +103,13 @@ class WireRequest:
     origin: Origin
     target: str
     headers: tuple[tuple[str, str], ...]
-    body: AsyncIterator[bytes] | None
+    body: AsyncIterator[bytes | Lent] | None
     length: int
     timeouts: Timeouts
     max_response_bytes: int = 0
     """Where it is more than the wire takes otherwise."""
+    head: bytes = b""
+    """All before the body as written, where that is known; a wire drops it once it is sent."""
 
 
 class Exchange(Protocol):

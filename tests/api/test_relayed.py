@@ -56,7 +56,7 @@ class Relay:
         try:
             if self.reads:
                 async for chunk in arrival.body:
-                    self.taken.append(chunk)
+                    self.taken.append(bytes(chunk))
             if self.waits is not None:
                 await self._wait(arrival)
         except ClientGone as gone:

@@ -14,10 +14,10 @@ PEERS: Final = ("litellm", "portkey")
 @dataclass(frozen=True, slots=True)
 class Case:
     """``reply`` is one of ``bodies.reply``. In a round each target is asked by ``connections`` for
-    the usual seconds, or, with ``once``, once by each of them, all within ``ramp_ms``. ``upload``
-    is the size of the picture of an edit, in bytes; zero: a generation. ``cached``: all ask for the
-    same. ``delay_ms``, ``gather`` and the pieces are of the mock. ``peers`` are measured too where
-    that is asked for. Of a ``long`` one a few rounds must do."""
+    the usual seconds, or, with ``once``, once by each of them; they begin spread over ``ramp_ms``.
+    ``upload`` is the size of the picture of an edit, in bytes; zero: a generation. ``cached``: all
+    ask for the same. ``delay_ms``, ``gather`` and the pieces are of the mock. ``peers`` are
+    measured too where that is asked for. Of a ``long`` one a few rounds must do."""
 
     name: str
     about: str
@@ -49,6 +49,10 @@ CASES: Final = (
     Case("m_c8", "2.7 MB JSON, 8 at once", "M", 8, targets=POLICY, peers=True, quick=True),
     Case("l_c8", "8 MB JSON, 8 at once", "L", 8, targets=POLICY),
     Case("e_c8", "stream of 4.8 MB, 8 at once", "E", 8),
+    Case(
+        "e_paced", "stream of 4.8 MB, 4 at once, answered after 1.5 s", "E", 4,
+        ramp_ms=1_500, delay_ms=1_500,
+    ),
     Case("t_c32", "tiny stream, 32 at once", "T", 32),
     Case(
         "upload_20mb_c4", "edit of a picture of 20 MB, 4 at once", "S", 4,
@@ -57,6 +61,10 @@ CASES: Final = (
     Case(
         "hit_memory_c8", "2.7 MB from the memory, 8 at once", "M", 8,
         targets=("gateway", "nginx-sendfile"), cached=True, quick=True,
+    ),
+    Case(
+        "hit_memory_s_c32", "1.5 KB from the memory, 32 at once", "S", 32,
+        targets=("gateway", "nginx-sendfile"), cached=True,
     ),
     Case(
         "hit_disk_c8", "2.7 MB from the disk, 8 at once", "M", 8,
@@ -74,12 +82,16 @@ CASES: Final = (
     ),
     Case(
         "inflight_2000", "2,000 in flight, answered after 10 s", "S", 2_000,
-        targets=("gateway", "nginx"), once=True, ramp_ms=4_000, delay_ms=10_000,
+        targets=("gateway", "nginx"), once=True, ramp_ms=8_000, delay_ms=10_000,
         long=True, quick=True,
     ),
     Case(
+        "inflight_4500", "4,500 in flight, answered after 20 s", "S", 4_500,
+        targets=("gateway", "nginx"), once=True, ramp_ms=18_000, delay_ms=20_000, long=True,
+    ),
+    Case(
         "inflight_9000", "9,000 in flight, answered after 20 s", "S", 9_000,
-        targets=("gateway", "nginx"), once=True, ramp_ms=15_000, delay_ms=20_000, long=True,
+        targets=("gateway", "nginx"), once=True, ramp_ms=18_000, delay_ms=20_000, long=True,
     ),
     Case(
         "landing_300", "300 bodies of 2.7 MB that land together", "M", 300,

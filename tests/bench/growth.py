@@ -12,7 +12,8 @@ from typing import Final
 from tests.bench import bodies, checks, tools
 from tests.bench.checks import CheckError
 from tests.bench.growth_keys import measure_keys
-from tests.bench.processes import Cores
+from tests.bench.install import MissingTool
+from tests.bench.processes import Cores, check_file_limit
 from tests.bench.rounds import MB, say
 from tests.bench.study import Point, Table
 from tests.bench.targets import Gateway, Site, StartError
@@ -180,10 +181,17 @@ def _measure_body(
 def measure_in_flight(cores: Cores, sizes: Sizes) -> Table:
     """A gateway for each count, asked at the same rate: so many are in flight because each is
     answered so late."""
-    points = []
+    points: list[Point] = []
+    skipped: dict[str, str] = {}
     for count in sizes.in_flight:
         samples: dict[str, list[float]] = {"cpu_us": []}
         failure = None
+        try:
+            check_file_limit(count)
+        except MissingTool as missing:
+            say(f"growth: {count:,} in flight is SKIPPED: {missing}")
+            skipped[f"{count:,}"] = str(missing)
+            continue
         try:
             _measure_count(cores, count, sizes, samples)
         except (CheckError, StartError, tools.LoadError) as error:
@@ -192,7 +200,7 @@ def measure_in_flight(cores: Cores, sizes: Sizes) -> Table:
         points.append(Point(f"{count:,}", count, samples, failure))
         say(f"growth: {count:,} in flight")
     title = f"Requests in flight: 1.5 KB, {sizes.rate} a second at every count"
-    return Table(title, "in flight", points)
+    return Table(title, "in flight", points, skipped)
 
 
 def _measure_count(cores: Cores, count: int, sizes: Sizes, samples: dict[str, list[float]]) -> None:

@@ -1,22 +1,19 @@
-"""What the ledger costs when it has 0 to 5 million calls: `python -m tests.bench.growth_ledger`.
+"""What the ledger costs when it has 0 to 5 million calls: `make bench STUDY=ledger`.
 
 Each size is filled by the database itself (``ledger_rows``), opened as a gateway opens it, and
 asked through the store, its writer and its readers: so a time is what a request or a command waits
 for.
-Printed is a table in Markdown, and with ``--json`` everything is written to a file.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import dataclasses
 import json
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -32,9 +29,12 @@ from gateway.reports.focus import as_csv, focus_rows
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.sqlite import SQLiteStore
 from tests.bench.ledger_rows import BOUND, DAYS, FIRST, NOON, fill_postgres, fill_sqlite
+from tests.bench.results import rounded
+from tests.bench.rounds import say
 from tests.postgres import run_postgres
 
 SIZES = (0, 10_000, 100_000, 1_000_000, 5_000_000)
+QUICK_SIZES = (0, 10_000)
 LIMIT_MS = 200.0
 """What a question about usage may take (issue 7)."""
 LAST = FIRST + timedelta(days=DAYS - 1)
@@ -168,8 +168,9 @@ def questions(store: Store) -> dict[str, Callable[[], Awaitable[Any]]]:
     first, last = FIRST.isoformat(), LAST.isoformat()
     month = ("2026-10-01", "2026-10-31")
     thirty = ((LAST - timedelta(days=29)).isoformat(), last)
-    # Neither end is the end of a month: the most that has to be added up by days.
+    # Neither end is the end of a month; with half of it, the most has to be added up by days.
     crooked = ("2026-08-29", "2026-11-16")
+    halves = ("2026-09-16", "2026-11-15")
     asked: dict[str, Callable[[], Awaitable[Any]]] = {
         "usage, a day": lambda: ledger.usage(last, last),
         "usage, a team's 90 days": lambda: ledger.usage(first, last, "team-7"),
@@ -182,6 +183,7 @@ def questions(store: Store) -> dict[str, Callable[[], Awaitable[Any]]]:
         ("a month", month),
         ("30 days", thirty),
         ("80 crooked days", crooked),
+        ("two half months around a whole one", halves),
         ("a day", (last, last)),
     ):
         asked[f"usage --by user, {name}"] = partial(books.usage_by_user, None, *days)
@@ -358,40 +360,41 @@ def table(results: Sequence[Measured]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-async def run(sizes: Sequence[int], stores: Sequence[str], folder: Path) -> list[Measured]:
+def text(results: Sequence[Measured]) -> str:
+    """The table, and which questions take longer than they may."""
+    slow = [
+        f"- {one.store}, {one.calls:,} calls: {name}: {one.questions_ms[name]:,.0f} ms"
+        for one in results
+        for name in one.slow
+    ]
+    said = f"Questions that take more than {LIMIT_MS:.0f} ms: " + ("" if slow else "none.")
+    return "\n\n".join((table(results), said.strip(), *(["\n".join(slow)] if slow else [])))
+
+
+def run(sizes: Sequence[int]) -> list[Measured]:
+    """Every size, in both databases."""
+    with tempfile.TemporaryDirectory(prefix="ledger-") as folder:
+        return asyncio.run(_grow(sizes, Path(folder)))
+
+
+async def _grow(sizes: Sequence[int], folder: Path) -> list[Measured]:
     results = []
     for calls in sizes:
-        if "sqlite" in stores:
-            results.append(await grow_sqlite(folder, calls))
-        if "postgres" in stores:
-            # A server for each size: nothing of the last one is left on the disk.
-            with run_postgres(durable=True) as server:
-                results.append(await grow_postgres(server.fresh_database(), calls))
-        say(f"{calls:,} calls: measured")
+        results.append(await grow_sqlite(folder, calls))
+        say(f"ledger: {calls:,} calls in SQLite")
+        # A server for each size: nothing of the last one is left on the disk.
+        with run_postgres(durable=True) as server:
+            results.append(await grow_postgres(server.fresh_database(), calls))
+        say(f"ledger: {calls:,} calls in PostgreSQL")
     return results
 
 
-def say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+def write(machine: Mapping[str, str], results: Sequence[Measured], path: Path) -> None:
+    said = {"machine": machine, "ledgers": [dataclasses.asdict(one) for one in results]}
+    path.write_text(json.dumps(rounded(said), indent=1) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
-    parser.add_argument("--stores", default="sqlite,postgres")
-    parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="ledger-") as folder:
-        sizes = [int(size) for size in asked.sizes.split(",")]
-        results = asyncio.run(run(sizes, asked.stores.split(","), Path(folder)))
-    sys.stdout.write(table(results) + "\n")
-    for one in results:
-        if one.slow:
-            say(f"over {LIMIT_MS:.0f} ms: {one.store} {one.calls:,}: {', '.join(one.slow)}")
-    if asked.json:
-        written = [dataclasses.asdict(one) for one in results]
-        asked.json.write_text(json.dumps(written, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+def read(path: Path) -> tuple[Mapping[str, str], list[Measured]]:
+    """Raises ``KeyError`` and ``TypeError`` for what ``write`` has not written."""
+    said = json.loads(path.read_text())
+    return said["machine"], [Measured(**one) for one in said["ledgers"]]

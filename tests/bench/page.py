@@ -61,6 +61,14 @@ peers npm. Cases that need what is missing are skipped, and said to be.
   every answer of the load must be a 200 of the right length, the upstream must have seen as many
   requests as were made (of the cache's none), and in the end the gateway's books must have every
   one of them, settled. Else it has failed, and has no numbers.
+- Requests in flight begin evenly spread over most of the time that the upstream takes (2,000 over
+  8 of 10 s, 9,000 over 18 of 20 s), so that all are there together before the first is answered,
+  and the answers come as spread as the requests did: what a request waits beyond that time is the
+  target's. All at once they would wait for one core to open so many connections.
+  Each round has targets that have just begun: the answers that one keeps are not the next round's.
+- The first event of a stream is measured twice: of four streams whose upstream begins after 1.5 s,
+  which is what a client sees, and of eight that follow each other without a pause, where it waits
+  for the bytes of the other seven. The goal is about the former.
 - S is 1.5 KB of JSON, M 2.7 MB (one picture in base64), L 8 MB; the stream of 4.8 MB has three
   partial pictures.
 """

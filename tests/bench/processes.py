@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from tests.bench.install import MissingTool
+
 STOP_SECONDS: Final = 30.0
 QUIET_SECONDS: Final = 0.05
 QUIET_SHARE: Final = 0.1
@@ -46,6 +48,15 @@ def raise_file_limit() -> None:
     """To the hard limit: a request in flight has two sockets in a proxy."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def check_file_limit(connections: int) -> None:
+    """Raises ``MissingTool`` where a gateway would turn some of so many away: it wants two
+    descriptors for a connection, two for a call (``gateway/descriptors.py``), and some of its own.
+    """
+    limit, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1], 4 * connections + 256
+    if limit != resource.RLIM_INFINITY and wanted > limit:
+        raise MissingTool(f"a gateway wants {wanted:,} file descriptors, ulimit -Hn is {limit:,}")
 
 
 class Process:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -62,6 +62,18 @@ class CaseResult:
     about: str
     targets: Mapping[str, Measured]
     skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+def together(repeats: Sequence[CaseResult]) -> CaseResult:
+    """One result of several, in which each target has all its samples, or its first failure."""
+    first = repeats[0]
+    targets: dict[str, Measured] = {}
+    for name in first.targets:
+        found = [repeat.targets[name] for repeat in repeats if name in repeat.targets]
+        samples = [sample for one in found for sample in one.samples]
+        failure = next((one.failure for one in found if one.failure is not None), None)
+        targets[name] = Measured(samples, failure)
+    return replace(first, targets=targets)
 
 
 @dataclass(frozen=True, slots=True)

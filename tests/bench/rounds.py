@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -17,8 +17,8 @@ from tests.bench import bodies, checks, tools
 from tests.bench.cases import Case
 from tests.bench.checks import CheckError
 from tests.bench.install import MissingTool
-from tests.bench.processes import Cores, Process
-from tests.bench.results import CaseResult, Measured, Sample
+from tests.bench.processes import Cores, Process, check_file_limit
+from tests.bench.results import CaseResult, Measured, Sample, together
 from tests.bench.targets import Site, StartError, Target, TlsFront
 from tests.bench.variants import site_folder, start
 
@@ -76,7 +76,6 @@ class Bench:
     folder: Path
     first_number: int
     made: int = 0
-    first_idle: int = 0
     samples: list[Sample] = field(default_factory=list)
     failure: str | None = None
 
@@ -100,7 +99,6 @@ class Bench:
             process.wait_quiet()
             process.forget_peak()
         idle = process.rss_bytes() if process is not None else 0
-        self.first_idle = self.first_idle or idle
         before = _cpu(process)
         with self._watching() as seen:
             done = self._load("bench", self.case.connections, plan.seconds)
@@ -113,19 +111,19 @@ class Bench:
             sample["cpu_us"] = spent / done.requests * 1e6
             sample["rss_idle_mb"] = idle / MB
             sample["rss_peak_mb"] = peak / MB
-            self._add_growth(sample, peak, done.requests, max(seen, default=0))
+            self._add_growth(sample, peak - idle, done.requests, max(seen, default=0))
         self.samples.append(sample)
 
     def _add_growth(
-        self, sample: dict[str, float], peak: int, requests: int, in_flight: int
+        self, sample: dict[str, float], growth: int, requests: int, in_flight: int
     ) -> None:
-        """Above what it had before the first round: what was once needed may be kept. Memory is
-        divided only where all were in flight together, which ``gather`` sees to."""
+        """Above what it had before. Memory is divided only where all were in flight together, which
+        ``gather`` sees to."""
         if self.case.delay_ms:
             sample["in_flight"] = in_flight
         together = self.case.gather > 0 or in_flight >= ALMOST_ALL * requests
         if self.case.once and together:
-            sample["rss_kb_per_request"] = (peak - self.first_idle) / requests / 1024
+            sample["rss_kb_per_request"] = growth / requests / 1024
 
     def finish(self) -> None:
         """It ends, and its books are looked at. Raises ``CheckError``."""
@@ -146,7 +144,7 @@ class Bench:
             connections,
             seconds=None if once else seconds,
             once=once,
-            ramp_ms=self.case.ramp_ms if once else 0,
+            ramp_ms=self.case.ramp_ms if where == "bench" else 0,
             numbers=self.first_number + self.made,
             timeout_seconds=PATIENCE_SECONDS + (self.case.delay_ms + self.case.ramp_ms) // 1000,
         )
@@ -205,7 +203,17 @@ def sample_of(done: tools.Load) -> dict[str, float]:
 
 
 def run_case(case: Case, names: Sequence[str], plan: Plan) -> CaseResult:
-    """Every target is started, warmed and measured; one whose answers are wrong is out."""
+    """Every target is started, warmed and measured; one whose answers are wrong is out. Of a case
+    that asks once the rounds are repeats of all of that: the answers that a target keeps of one
+    round would be memory of the next one's."""
+    rounds = min(plan.rounds, plan.long_rounds) if case.long else plan.rounds
+    if not case.once:
+        return _run(case, names, replace(plan, rounds=rounds))
+    repeats = [_run(case, names, replace(plan, rounds=1)) for _ in range(rounds)]
+    return together(repeats)
+
+
+def _run(case: Case, names: Sequence[str], plan: Plan) -> CaseResult:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(site_folder()))
         folder.chmod(0o755)
@@ -217,11 +225,10 @@ def run_case(case: Case, names: Sequence[str], plan: Plan) -> CaseResult:
         benches, failed, skipped = _start_all(case, names, upstream, plan, folder, stack)
         for bench in benches:
             _attempt(bench, "warm-up", lambda one: one.warm(plan))
-        rounds = min(plan.rounds, plan.long_rounds) if case.long else plan.rounds
-        for number in range(rounds):
+        for number in range(plan.rounds):
             turn = number % max(len(benches), 1)
             for bench in (*benches[turn:], *benches[:turn]):
-                _attempt(bench, f"{number + 1}/{rounds}", lambda one: one.measure(plan))
+                _attempt(bench, f"{number + 1}/{plan.rounds}", lambda one: one.measure(plan))
         for bench in benches:
             _attempt(bench, "books", lambda one: one.finish())
     measured = {bench.name: Measured(bench.samples, bench.failure) for bench in benches}
@@ -246,6 +253,8 @@ def _start_all(
         own.mkdir()
         site = Site(own, plan.cores.target, upstream.ports, upstream.ca, upstream.reply.body)
         try:
+            if name.startswith("gateway"):
+                check_file_limit(case.connections)
             target = start(name, site, stack)
         except MissingTool as error:
             say(f"{case.name}: {name} is SKIPPED: {error}")

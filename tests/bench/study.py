@@ -64,11 +64,12 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """``axis`` says what the sizes of the points are."""
+    """``axis`` says what the sizes of the points are; ``skipped`` which are missing, and why."""
 
     title: str
     axis: str
     points: Sequence[Point]
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
     def get(self, label: str, metric: str) -> float | None:
         """The median at a point; None where there is none."""
@@ -99,11 +100,11 @@ def read(path: Path) -> Study:
 
 def _table(said: Mapping[str, Any]) -> Table:
     points = [Point(**point) for point in said["points"]]
-    return Table(said["title"], said["axis"], points)
+    return Table(said["title"], said["axis"], points, said.get("skipped", {}))
 
 
 def table_text(table: Table) -> str:
-    """Points down, metrics across; below it what failed."""
+    """Points down, metrics across; below it what failed or was skipped."""
     metrics = [
         name for name in METRICS if any(name in point.samples for point in table.points)
     ]  # fmt: skip
@@ -114,8 +115,9 @@ def table_text(table: Table) -> str:
     failures = [
         f"**FAILED**: {point.label}: {point.failure}" for point in table.points if point.failure
     ]
+    skipped = [f"Skipped: {label}: {why}" for label, why in table.skipped.items()]
     head = (table.axis, *(METRICS[name] for name in metrics))
-    return "\n\n".join((rows(head, lines), *failures))
+    return "\n\n".join((rows(head, lines), *failures, *skipped))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,13 +12,7 @@ from tests.bench.processes import cores
 from tests.bench.targets import KEY, Gateway
 from tests.bench.variants import STARTS
 
-try:
-    tools.build("mock")
-    tools.build("load")
-    MISSING = ""
-except tools.BuildError as error:
-    MISSING = str(error)
-
+MISSING = tools.missing()
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 PLAN = rounds.Plan(cores(), rounds=2, seconds=0.2, warm_seconds=0.1)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.sqlite import SQLiteStore
-from tests.bench.growth_ledger import Measured, grow_postgres, grow_sqlite, table
+from tests.bench.growth_ledger import Measured, grow_postgres, grow_sqlite, read, text, write
 from tests.bench.ledger_rows import fill_postgres, fill_sqlite
+from tests.bench.results import rounded
 from tests.contract.stores import server
 
 CALLS = 2000
@@ -40,4 +42,14 @@ async def test_a_small_ledger_is_measured(tmp_path: Path, calls: int) -> None:
     for one in results:
         assert isinstance(one, Measured)
         assert (one.retention["calls_forgotten"] > 0) == (calls > 0)
-    assert "usage --by user, all, ms" in table(results)
+    assert "usage --by user, all, ms" in text(results)
+    write({"date": "today"}, results, tmp_path / "ledger.json")
+    machine, again = read(tmp_path / "ledger.json")
+    assert machine == {"date": "today"}
+    assert [asdict(one) for one in again] == [rounded(asdict(one)) for one in results]
+
+
+def test_what_takes_longer_than_it_may_is_said() -> None:
+    slow = Measured("sqlite", 5_000_000, questions_ms={"usage, a day": 150.0, "usage, all": 1234.5})
+    assert text([slow]).endswith("- sqlite, 5,000,000 calls: usage, all: 1,234 ms")
+    assert text([Measured("sqlite", 0)]).endswith("more than 200 ms: none.")

@@ -27,6 +27,7 @@ from tests.bench.results import (
     read,
     summary,
     to_json,
+    together,
 )
 from tests.bench.variants import STARTS, TITLES
 
@@ -65,6 +66,14 @@ def test_what_failed_has_no_numbers() -> None:
     assert "**FAILED**: gateway: books: one is missing" in table
     assert "| LiteLLM | 100 |" in table
     assert "| gateway |" not in table
+
+
+def test_repeats_of_a_case_are_its_rounds() -> None:
+    one = CaseResult("S", "small", {"a": Measured([{"cpu_us": 1.0}]), "b": Measured()})
+    two = CaseResult("S", "small", {"a": Measured([{"cpu_us": 3.0}]), "b": Measured((), "wrong")})
+    found = together([one, two])
+    assert [sample["cpu_us"] for sample in found.targets["a"].samples] == [1.0, 3.0]
+    assert found.targets["b"].failure == "wrong"
 
 
 def test_a_ratio_is_of_two_medians() -> None:

@@ -8,20 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.bench import growth, scale, studies, study, tools
+from tests.bench import growth, growth_ledger, scale, studies, study, tools
 from tests.bench.growth_keys import measure_keys
+from tests.bench.growth_ledger import Measured
 from tests.bench.processes import cores
 from tests.bench.scale import ALONE, ONE, ONE_VALKEY, PAIR, WORKERS
 from tests.bench.scale_limits import Need, needs, needs_text, rises, rises_text
 from tests.bench.study import Point, Study, Table, fit, table_text
 
-try:
-    tools.build("mock")
-    tools.build("load")
-    MISSING = ""
-except tools.BuildError as error:
-    MISSING = str(error)
-
+MISSING = tools.missing()
 with_tools = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 
@@ -78,6 +73,13 @@ def test_a_point_that_failed_has_no_numbers() -> None:
     assert table.get("10", "cpu_us") is None
 
 
+def test_a_point_that_is_skipped_is_named_with_the_reason(tmp_path: Path) -> None:
+    table = Table("In flight", "calls", [point("1", 1, cpu_us=1.0)], {"9,000": "too few files"})
+    assert table_text(table).endswith("Skipped: 9,000: too few files")
+    study.write(Study({}, {"in_flight": table}), tmp_path / "results.json")
+    assert study.read(tmp_path / "results.json").tables["in_flight"].skipped == table.skipped
+
+
 def test_what_more_processes_cost() -> None:
     found = rises(scaled())
     assert found[WORKERS, ONE_VALKEY] == pytest.approx(0.1)
@@ -116,6 +118,8 @@ def test_the_page_has_every_study_once(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(studies, "HERE", tmp_path)
     study.write(Study({"date": "2026-11-23"}, grown), tmp_path / "growth.json")
     study.write(scaled(), tmp_path / "scale.json")
+    ledger = Measured("sqlite", 10, questions_ms={"usage, a day": 250.0})
+    growth_ledger.write({"date": "2026-11-24"}, [ledger], tmp_path / "ledger.json")
     text = studies.page()
     assert "2,000 us for each MB" in text
     assert "From 10 to 100, CPU us a request: +20 %." in text
@@ -123,8 +127,9 @@ def test_the_page_has_every_study_once(monkeypatch: pytest.MonkeyPatch, tmp_path
     headings = [line for line in text.splitlines() if line.startswith("#")]
     assert len(headings) == len(set(headings))
     assert [line for line in headings if line.startswith("## ")] == [
-        "## Growth, 2026-11-23", "## Scale, ",
+        "## Growth, 2026-11-23", "## Rows of the ledger, 2026-11-24", "## Scale, ",
     ]  # fmt: skip
+    assert "- sqlite, 10 calls: usage, a day: 250 ms" in text
 
 
 SMALL = growth.Sizes(

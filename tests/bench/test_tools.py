@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.install import MissingTool
+from tests.bench.processes import check_file_limit
 from tests.bench.tools import (
     FLAGS,
     HERE,
@@ -367,3 +369,15 @@ def test_without_a_compiler_it_is_said_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr("tests.bench.tools.BUILT", Path("/nonexistent"))
     with pytest.raises(BuildError, match="apt install gcc"):
         build("mock")
+
+
+def test_more_in_flight_than_there_are_descriptors_for_are_not_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A gateway turns those away; that says nothing of what they cost."""
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 20_000))
+    check_file_limit(4_500)
+    with pytest.raises(MissingTool, match="36,256 file descriptors, ulimit -Hn is 20,000"):
+        check_file_limit(9_000)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    check_file_limit(9_000)

@@ -19,12 +19,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, TypedDict, Unpack
 
 HERE: Final = Path(__file__).parent
 BUILT: Final = HERE.parents[1] / ".tools" / "bench"
 FLAGS: Final = ("-O2", "-std=gnu11", "-Wall", "-Wextra", "-D_GNU_SOURCE")
 COMPILERS: Final = ("cc", "gcc", "clang")
+TIMEOUT_SECONDS: Final = 700
 
 
 class BuildError(Exception):
@@ -33,6 +34,16 @@ class BuildError(Exception):
 
 class LoadError(Exception):
     """The load generator could not run: its message."""
+
+
+def missing() -> str:
+    """Why the programs cannot be built here, or nothing where they are."""
+    try:
+        build("mock")
+        build("load")
+    except BuildError as error:
+        return str(error)
+    return ""
 
 
 def build(name: str) -> Path:
@@ -235,66 +246,48 @@ class Loading:
         self._process.communicate()
 
 
-def start_load(
-    port: int,
-    request: Path,
-    connections: int,
-    *,
-    requests: int | None = None,
-    seconds: float | None = None,
-    warmup: int = 0,
-    once: bool = False,
-    ramp_ms: int = 0,
-    numbers: int | None = None,
-    keys: int | None = None,
-    timeout_seconds: int = 700,
-    cores: Collection[int] | None = None,
-) -> Loading:
-    """Starts the requests of the file ``request`` at 127.0.0.1:``port``; see load.c.
+class How(TypedDict, total=False):
+    """How much is asked, and how: the options of load.c. One of ``requests``, ``seconds`` and
+    ``once`` says when it ends. ``ramp_ms``: within which all have asked for the first time."""
 
-    One of ``requests``, ``seconds`` and ``once`` says when it ends. Raises ``BuildError``.
-    """
+    requests: int | None
+    seconds: float | None
+    once: bool
+    warmup: int
+    ramp_ms: int
+    numbers: int | None
+    keys: int | None
+    timeout_seconds: int
+    cores: Collection[int] | None
+
+
+_OPTIONS: Final = {
+    "requests": "--requests",
+    "seconds": "--seconds",
+    "warmup": "--warmup",
+    "ramp_ms": "--ramp",
+    "numbers": "--numbers",
+    "keys": "--keys",
+    "timeout_seconds": "--timeout",
+}
+
+
+def start_load(port: int, request: Path, connections: int, **how: Unpack[How]) -> Loading:
+    """Starts the requests of the file ``request`` at 127.0.0.1:``port``. Raises ``BuildError``."""
+    how = {"timeout_seconds": TIMEOUT_SECONDS, **how}
     command = [str(build("load")), "--port", str(port), "--request", str(request)]
-    command += ["--connections", str(connections), "--timeout", str(timeout_seconds)]
-    options = {"--requests": requests, "--seconds": seconds, "--numbers": numbers, "--keys": keys}
-    for name, value in {**options, "--warmup": warmup, "--ramp": ramp_ms}.items():
-        if value is not None:
-            command += [name, str(value)]
-    if once:
+    command += ["--connections", str(connections)]
+    for name, value in how.items():
+        if name in _OPTIONS and value is not None:
+            command += [_OPTIONS[name], str(value)]
+    if how.get("once"):
         command.append("--once")
-    return Loading(_start(command, cores))
+    return Loading(_start(command, how.get("cores")))
 
 
-def load(
-    port: int,
-    request: Path,
-    connections: int,
-    *,
-    requests: int | None = None,
-    seconds: float | None = None,
-    warmup: int = 0,
-    once: bool = False,
-    ramp_ms: int = 0,
-    numbers: int | None = None,
-    keys: int | None = None,
-    timeout_seconds: int = 700,
-    cores: Collection[int] | None = None,
-) -> Load:
+def load(port: int, request: Path, connections: int, **how: Unpack[How]) -> Load:
     """As ``start_load``, waited for. Raises ``BuildError`` and ``LoadError``."""
-    return start_load(
-        port,
-        request,
-        connections,
-        requests=requests,
-        seconds=seconds,
-        warmup=warmup,
-        once=once,
-        ramp_ms=ramp_ms,
-        numbers=numbers,
-        keys=keys,
-        timeout_seconds=timeout_seconds,
-        cores=cores,
-    ).result()
+    return start_load(port, request, connections, **how).result()
 
 
 def _start(command: list[str], cores: Collection[int] | None) -> subprocess.Popen[str]:

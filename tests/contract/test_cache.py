@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from gateway.domain.call import SvgUsage, Usage
-from gateway.ports import Cache, Cached, CachedMeta, CacheEntry, Form, Parts
+from gateway.ports import Cache, Cached, CachedMeta, CacheEntry, FileBody, Form, Parts
 from gateway.stores.blobs import DiskCache
 from gateway.stores.cachemeta import decode, encode
 from gateway.stores.memory import MemoryCache
@@ -51,7 +51,7 @@ async def bench(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator
 
     def make(kind: str) -> Cache:
         if kind == "memory":
-            return MemoryCache(clock, max_bytes=64 * MIB, max_entry_bytes=16 * MIB)
+            return MemoryCache(clock, max_bytes=64 * MIB, max_entry_bytes=16 * MIB, max_files=8)
         if kind == "disk":
             return DiskCache(tmp_path / "blobs", clock, max_bytes=64 * MIB)
         server: Valkey | Cluster = request.getfixturevalue(
@@ -278,6 +278,8 @@ async def test_gets_and_puts_of_one_key_at_once_never_mix(bench: Bench) -> None:
 
 async def test_streams_that_are_not_read_to_their_end_leave_nothing_open(bench: Bench) -> None:
     await keep(bench.cache, KEY, os.urandom(2 * MIB))
+    await bench.cache.get(KEY)
+    await bench.cache.get(KEY)  # what is asked for again is kept in a file of its own, in memory
     before = _open_files()
     for _ in range(20):
         cached = await bench.cache.get(KEY)
@@ -503,6 +505,46 @@ async def test_memory_keeps_the_chunks_themselves() -> None:
     last = await cache.get("key")
     assert last is not None
     assert await anext(last.chunks()) is sent[0]
+
+
+async def test_memory_holds_in_a_file_what_is_asked_for_again() -> None:
+    """It is sent from there; the file is gone with the entry, but for those who still read it."""
+    cache = MemoryCache(StillClock(), max_bytes=MIB, max_entry_bytes=MIB, max_files=2)
+    before = _open_files()
+    pictures = {key: os.urandom(200_000) for key in ("a", "b", "c")}
+    for key, picture in pictures.items():
+        await keep(cache, key, picture)
+        for _ in range(3):
+            assert await content(await cache.get(key)) == picture
+    assert _open_files() == before + 2
+    assert cache.bytes_held == 600_000
+    cached = await cache.get("a")
+    assert cached is not None
+    body = cached.chunks()
+    assert isinstance(body, FileBody)
+    del cached
+    await cache.delete("a")
+    assert b"".join([chunk async for chunk in body]) == pictures["a"]
+    del body
+    assert _open_files() == before + 1
+    assert await content(await cache.get("c")) == pictures["c"]
+    assert _open_files() == before + 2
+    await cache.aclose()
+    assert _open_files() == before
+
+
+async def test_memory_holds_as_it_is_where_the_system_has_no_such_file(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError("not here")
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    cache = MemoryCache(StillClock(), max_bytes=MIB, max_entry_bytes=MIB, max_files=2)
+    picture = os.urandom(200_000)
+    await keep(cache, KEY, picture)
+    for _ in range(3):
+        assert await content(await cache.get(KEY)) == picture
 
 
 async def test_tiers_copy_forward_only_what_is_small_and_no_longer_than_it_lives() -> None:

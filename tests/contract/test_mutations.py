@@ -242,6 +242,7 @@ BUGS = (
     Bug(
         "a raised bound is not in the journal",
         Page, "reroute", "REROUTED, bump.pending", "REROUTED, 0",
+        test_ledger.test_a_sweep_expires_a_rerouted_call_at_its_raised_bound,
     ),
     Bug(
         "a sweep expires a lease at its end, not after it",

@@ -103,7 +103,11 @@ def scanned(body: bytes, step: int) -> tuple[Layout, list[tuple[str, bytes]]]:
         part for at in range(0, len(body), step) for part in scanner.feed(body[at : at + step])
     ]
     scanner.close()
-    texts = {part.name: Spot(part.whole, part.span) for part in parts if not part.is_file}
+    texts = {
+        part.name: Spot(part.whole.start, *part.span, part.whole.end)
+        for part in parts
+        if not part.is_file
+    }
     opening = parts[0].whole.start if parts else 0
     return Layout(opening, texts, (), BOUNDARY), [(part.name, part.content) for part in parts]
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from gateway.sandbox.server import SandboxServer
+from tests.departures import Departures, watch_departures
 from tests.flying import Fly, House, flier
 from tests.postgres import Postgres, run_postgres
 from tests.running import GatewayUnderTest, Start, TestClock, config_of, run_gateway
@@ -76,3 +77,8 @@ async def house(fly: Fly) -> AsyncIterator[House]:
     """Such a gateway, as it comes."""
     async with fly() as running:
         yield running
+
+
+@pytest.fixture
+def departures(monkeypatch: pytest.MonkeyPatch) -> Departures:
+    return watch_departures(monkeypatch)

@@ -247,7 +247,7 @@ async def test_a_second_sigterm_leaves_the_holds_to_the_others(
         process.terminate()
         await asyncio.to_thread(wait_until, process.drains, "it says that it drains")
         process.terminate()
-        assert await asyncio.to_thread(process.wait, 5) == 128 + signal.SIGTERM
+        assert await asyncio.to_thread(process.wait) == 128 + signal.SIGTERM
         for call in calls:
             with pytest.raises(httpx.TransportError):
                 await call

@@ -33,6 +33,7 @@ from gateway.sandbox.server import SandboxServer
 from gateway.sandbox.watch import Gate
 from gateway.upstream.wire import Timeouts
 from tests import upstream_cuts as cuts
+from tests.departures import Departures
 from tests.e2e.test_endings import connect, gone, leave, read, request, send, soon
 from tests.e2e.test_fault_matrix import FRESH, ask, books_of, error
 from tests.e2e.test_ways import Hurried, upstream
@@ -55,7 +56,9 @@ async def buy(gateway: GatewayUnderTest, prompt: str = "A lighthouse") -> httpx.
 
 
 @pytest.mark.parametrize("form", ["json", "stream"])
-async def test_an_orphan_is_found_by_the_retry_that_comes_for_it(start: Start, form: str) -> None:
+async def test_an_orphan_is_found_by_the_retry_that_comes_for_it(
+    start: Start, departures: Departures, form: str
+) -> None:
     """There is no cache: what was bought for the client that left is what its retry gets."""
     gate = Gate()
     async with start(NO_CACHE) as running:
@@ -65,7 +68,9 @@ async def test_an_orphan_is_found_by_the_retry_that_comes_for_it(start: Start, f
         await send(client, whole)
         async with asyncio.timeout(30):
             await gate.arrived()
+        before = departures.seen["reset"]
         leave(client, "reset")
+        await departures.more_than("reset", before)
         gate.set()
         told = await running.told.until(1)
         assert (told[0][0].outcome, told[0][1].gone) == (Outcome.DELIVERED, "upstream")

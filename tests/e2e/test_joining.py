@@ -19,7 +19,7 @@ import pytest
 
 from gateway.domain.call import Call
 from gateway.relay import doubts
-from gateway.relay.arrival import Arrival
+from gateway.relay.arrival import Arrival, Draft
 from gateway.relay.body import Spool
 from gateway.relay.pipeline import Pipeline
 from gateway.relay.read import ReadRules
@@ -184,10 +184,12 @@ async def test_a_retry_that_overtook_its_call_is_followed_by_it(
     house: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A busy gateway has not read the first call when its client has given up on it already."""
-    read = Pipeline._read
+    read = Pipeline._taken_in
 
-    async def slowly(self: Pipeline, arrival: Arrival, body: Spool, rules: ReadRules) -> Call:
-        call = await read(self, arrival, body, rules)
+    async def slowly(
+        self: Pipeline, arrival: Arrival, body: Spool, draft: Draft, rules: ReadRules
+    ) -> Call:
+        call = await read(self, arrival, body, draft, rules)
         if not arrival.retried:
             away = asyncio.Event()
             arrival.client.when_away(away.set)
@@ -195,7 +197,7 @@ async def test_a_retry_that_overtook_its_call_is_followed_by_it(
             await away.wait()
         return call
 
-    monkeypatch.setattr(Pipeline, "_read", slowly)
+    monkeypatch.setattr(Pipeline, "_taken_in", slowly)
     reading, gate = asyncio.Event(), house.hold_back()
     async with leaver(house, ASKED, "cache-control: no-cache") as client:
         await reading.wait()

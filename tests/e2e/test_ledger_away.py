@@ -85,7 +85,7 @@ class Story:
     async def begin(self, process: GatewayProcess) -> list[asyncio.Task[int | None]]:
         async def one(number: int, name: str) -> int | None:
             headers = {"authorization": f"Bearer {KEY}"}
-            async with httpx.AsyncClient(headers=headers, timeout=60) as http:
+            async with httpx.AsyncClient(headers=headers, timeout=60, verify=False) as http:
                 return await self.answered.call(
                     http, process.base_url, name, stream=number % 3 == 2
                 )

@@ -91,7 +91,9 @@ async def test_a_body_that_stops_coming_is_given_up(start: Start, sandbox: Sandb
     async with start(SETTINGS) as running, running.sdk() as sdk:
         made = await drawn(sdk)
         sent = len(sandbox.journal)
-        for path in ("/moderations", f"/responses/{made.id}/cancel"):
+        before = len(await running.told.until(1))
+        paths = ("/moderations", f"/responses/{made.id}/cancel")
+        for count, path in enumerate(paths, start=before + 1):
             async with half_sent(running, path) as (reader, _), asyncio.timeout(20):
                 answer = (await reader.read()).decode()
             head, _, body = answer.partition("\r\n\r\n")
@@ -99,17 +101,21 @@ async def test_a_body_that_stops_coming_is_given_up(start: Start, sandbox: Sandb
             assert "connection: close" in head.lower()
             assert "x-should-retry: true" in head
             assert '"code":"upload_stalled"' in body
-            assert running.told.last.reason == "upload_stalled"
+            told = await running.told.until(count)
+            assert told[-1][0].reason == "upload_stalled"
         assert len(sandbox.journal) == sent
 
 
-@pytest.mark.usefixtures("impatient")
-async def test_a_body_that_comes_slowly_is_waited_for(start: Start) -> None:
+async def test_a_body_that_comes_slowly_is_waited_for(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes longer in all than it may stand still."""
+    monkeypatch.setattr(gateway.app, "Passing", functools.partial(Passing, idle_seconds=1.5))
     async with start() as running:
         body = b'{"input":"a' + b" " * 987 + b'"}'
         async with half_sent(running, "/moderations", body[:1]) as (reader, writer):
             for at in range(1, 1000, 250):
-                await asyncio.sleep(0.2)
+                await asyncio.sleep(0.4)
                 writer.write(body[at : at + 250])
                 await writer.drain()
             async with asyncio.timeout(20):

@@ -110,12 +110,13 @@ async def test_no_model_at_all(start: Start, body: dict[str, Any]) -> None:
     own = {"key": OTHER_KEY, "compat": {"default_model": OLD_MODEL}}
     changes = {**compat(default_model=MODEL), "teams": {"design": {"keys": [own]}}}
     async with start(changes) as gateway:
-        for key, model in ((KEY, MODEL), (OTHER_KEY, OLD_MODEL)):
+        for count, (key, model) in enumerate(((KEY, MODEL), (OTHER_KEY, OLD_MODEL)), start=1):
             async with gateway.http(key) as http:
                 answer = await http.post("/images/generations", json=asked)
             assert (answer.status_code, answer.headers[CHANGED]) == (200, f"model={model}")
             assert last_sent(gateway) == {"model": model, "prompt": "A lighthouse"}
-            assert gateway.told.last.model == model
+            told = await gateway.told.until(count)
+            assert told[-1][0].model == model
 
 
 async def test_a_default_that_the_team_may_not_use_is_said_to_be_one(start: Start) -> None:

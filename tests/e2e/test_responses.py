@@ -199,7 +199,9 @@ async def test_events_pass_untouched_and_the_last_one_waits_for_the_settlement(
 
         path = f"/responses/{events[-1]['response']['id']}?stream=true"
         upstream = {"authorization": "Bearer sk-upstream-secret"}
-        async with httpx.AsyncClient(base_url=sandbox.base_url, headers=upstream) as direct:
+        async with httpx.AsyncClient(
+            base_url=sandbox.base_url, headers=upstream, verify=False
+        ) as direct:
             assert answer.content == (await direct.get(path)).content
         assert answer.content == (await http.get(path)).content
 

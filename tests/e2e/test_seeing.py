@@ -199,7 +199,7 @@ async def test_what_is_under_way_is_seen(start: Start, sandbox: SandboxServer) -
 
 
 async def test_the_metrics_are_prometheus_text(gateway: GatewayUnderTest) -> None:
-    async with httpx.AsyncClient(base_url=gateway.origin) as http:
+    async with httpx.AsyncClient(base_url=gateway.origin, verify=False) as http:
         answer = await http.get("/metrics")
     assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert "# TYPE gateway_requests_total counter" in answer.text
@@ -209,7 +209,7 @@ async def test_the_metrics_are_prometheus_text(gateway: GatewayUnderTest) -> Non
 async def test_the_metrics_can_have_a_port_of_their_own(start: Start) -> None:
     async with (
         start({"server": {"metrics_port": 9100}}) as gateway,
-        httpx.AsyncClient(base_url=gateway.origin) as http,
+        httpx.AsyncClient(base_url=gateway.origin, verify=False) as http,
     ):
         assert (await http.get("/metrics")).status_code == 404
         assert (await http.get("/healthz")).status_code == 200
@@ -296,7 +296,7 @@ async def test_prompts_are_logged_where_the_operator_asks(start: Start, log: io.
 
 
 async def test_health(gateway: GatewayUnderTest) -> None:
-    async with httpx.AsyncClient(base_url=gateway.origin) as http:
+    async with httpx.AsyncClient(base_url=gateway.origin, verify=False) as http:
         alive, ready = await http.get("/healthz"), await http.get("/readyz")
     assert (alive.status_code, alive.json()) == (200, {"status": "ok"})
     assert ready.status_code == 200
@@ -309,7 +309,7 @@ async def test_health(gateway: GatewayUnderTest) -> None:
 
 
 async def test_without_its_database_no_traffic_should_come(start: Start, tmp_path: Path) -> None:
-    async with start() as gateway, httpx.AsyncClient(base_url=gateway.origin) as http:
+    async with start() as gateway, httpx.AsyncClient(base_url=gateway.origin, verify=False) as http:
         database = tmp_path / "data" / "gateway.db"
         away = database.rename(tmp_path / "elsewhere.db")
         ready = await http.get("/readyz")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gateway.domain.call import Edit, Span
 from gateway.domain.errors import Overloaded
-from gateway.ports import Parts
+from gateway.ports import Growing, Lent, LentFile, Parts
 from gateway.relay import body
 from gateway.relay.body import KEEP_ALIVE, Room, Spool, edited, edited_length, spliced
 
@@ -48,9 +48,16 @@ async def full(room: Room, limit: int, *chunks: bytes) -> Spool:
     return spool
 
 
-async def all_of(chunks: Parts | AsyncGenerator[bytes, None]) -> bytes:
+async def all_of(chunks: Parts | Growing | AsyncGenerator[bytes | Lent, None]) -> bytes:
+    whole = b""
     async with aclosing(chunks):
-        return b"".join([chunk async for chunk in chunks])
+        async for chunk in chunks:
+            if isinstance(chunk, LentFile):
+                with pytest.raises(ValueError, match="fetched"):
+                    bytes(chunk)
+                await chunk.fetch()
+            whole += bytes(chunk)
+    return whole
 
 
 def used(room: Room) -> tuple[int, int]:
@@ -228,7 +235,7 @@ async def test_a_reader_is_a_holder(room: Room, limit: int, how: str) -> None:
     ids=["slice", "follow", "spliced"],
 )
 async def test_a_reader_that_leaves_gives_back_at_once(
-    room: Room, limit: int, reader: Callable[[Spool], AsyncGenerator[bytes, None]]
+    room: Room, limit: int, reader: Callable[[Spool], Growing | AsyncGenerator[bytes, None]]
 ) -> None:
     spool = await full(room, limit, b"one", b"two", b"three")
     spool.publish()
@@ -313,7 +320,8 @@ async def test_a_silence_is_filled_between_what_is_published(room: Room, limit: 
     spool.close()
 
 
-async def test_the_slowest_follower_is_known(room: Room) -> None:
+async def test_the_slowest_follower_is_known(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(body, "GROUP_BYTES", 1000)
     spool = await full(room, MEMORY, *[b"x" * 1000] * 4)
     assert spool.lag == 0
     spool.publish(2000)

@@ -13,7 +13,9 @@ import pytest
 from gateway.domain.errors import ClientGone, UpstreamBroken
 from gateway.domain.receipt import Receipt
 from gateway.ports import FlightNotice
+from gateway.relay.doubts import Closed
 from gateway.relay.flights import Client, Flight, Flights, Seat, Shown
+from gateway.relay.moment import Moment
 
 RECEIPT = Receipt("req_1", "generation", 200)
 
@@ -324,15 +326,16 @@ async def test_a_flight_is_found_until_it_is_closed() -> None:
 
 
 def test_who_leaves_or_hangs_up_gives_the_seat_back_once() -> None:
-    left: list[bool] = []
+    left: list[tuple[str, Closed | None, bool]] = []
+    closed = Moment()
 
-    def leave(delivered: bool) -> None:
-        left.append(delivered)
+    def leave(rid: str, closed: Closed | None, delivered: bool) -> None:
+        left.append((rid, closed, delivered))
 
-    seat = Seat(leave)
+    seat = Seat(leave, "req_1", closed)
     seat.leave(delivered=True)
     seat.leave(delivered=False)
-    assert left == [True]
+    assert left == [("req_1", closed, True)]
 
 
 @pytest.mark.parametrize("gone", [True, False])

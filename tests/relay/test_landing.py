@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -27,7 +27,7 @@ from gateway.domain.errors import (
     UpstreamUnknown,
 )
 from gateway.domain.ledger import Outcome
-from gateway.ports import Take
+from gateway.ports import Growing, Take
 from gateway.relay import landing
 from gateway.relay.body import Room, Spool, spliced
 from gateway.relay.landing import Landing, failed, land_events, land_json
@@ -63,7 +63,9 @@ class Scripted:
             self.seen.append(self.spool.published)
             if isinstance(step, Exception):
                 raise step
-            yield step
+            # As an exchange does: where it is received, and again where it is read.
+            if take is None or not (take(step) or take(step)):
+                yield step
         self.seen.append(self.spool.published)
 
     async def aclose(self) -> None:
@@ -685,8 +687,8 @@ class SlowRoom:
     spool: Spool
     upstream: Endless
     landing: asyncio.Task[Landing]
-    slow: AsyncGenerator[bytes, None]
-    quick: AsyncGenerator[bytes, None]
+    slow: Growing
+    quick: Growing
 
     async def asked(self) -> int:
         async with asyncio.timeout(10):

@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest
+from gateway.ports import Lent
+from gateway.relay import multipart
 from gateway.relay.multipart import HEAD_BYTES, FormScanner, Part, boundary_of
 
 BOUNDARY = b"d029280f043d6dcb"
@@ -107,6 +109,56 @@ def test_a_form_cut_anywhere_is_refused() -> None:
             scan(FORM[:at])
         assert caught.value.code == "invalid_multipart"
     assert len(scan(FORM[:-2])) == 3
+
+
+@settings(max_examples=200)
+@given(
+    size=st.integers(HEAD_BYTES, HEAD_BYTES + 3_000),
+    ends=st.lists(
+        st.sampled_from([b"\r", b"\n", b"-", b"--", BOUNDARY[:-1], b"\r\n--", b"x"]), max_size=30
+    ).map(b"".join),
+    step=st.integers(1, 700),
+    tail=st.sampled_from([END, b"", text(b"n", b"1") + END, END + b"\r\nbehind it"]),
+)
+def test_lent_pieces_give_the_same_parts(size: int, ends: bytes, step: int, tail: bytes) -> None:
+    """One buffer for all of them, written over each time, with old bytes behind what is lent."""
+    body = file(b"image", bytes(size) + ends) + tail
+    whole, lent = (FormScanner(BOUNDARY, max_file_bytes=MIB) for _ in range(2))
+    wanted = whole.feed(body)
+    found = lent.feed(body[:HEAD_BYTES])
+    buffer = bytearray(END * (step // len(END) + 1))[:step]
+    for at in range(HEAD_BYTES, len(body), step):
+        piece = body[at : at + step]
+        buffer[: len(piece)] = piece
+        found += lent.feed(Lent(buffer, len(piece)))
+    assert found == wanted
+    for scanner in (whole, lent):
+        if tail:
+            scanner.close()
+        else:
+            with pytest.raises(InvalidRequest):
+                scanner.close()
+
+
+def test_lent_pieces_are_searched_where_the_system_has_no_search(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(multipart, "_SYSTEM_SEARCH", None)
+    scanner = FormScanner(BOUNDARY, max_file_bytes=MIB)
+    scanner.feed(file(b"image", bytes(HEAD_BYTES + 9))[:-2])
+    assert scanner.feed(Lent(bytearray(100_000), 100_000)) == []
+    behind = bytearray(b"\r\n" + END)
+    (found,) = scanner.feed(Lent(behind, len(behind)))
+    scanner.close()
+    assert found.size_bytes == HEAD_BYTES + 9 + 100_000
+
+
+def test_a_lent_piece_over_the_limit_of_a_file_is_refused() -> None:
+    scanner = FormScanner(BOUNDARY, max_file_bytes=MIB)
+    scanner.feed(file(b"image", b"")[:-2] + bytes(HEAD_BYTES))
+    buffer = bytearray(MIB)
+    with pytest.raises(BodyTooLarge):
+        scanner.feed(Lent(buffer, MIB - HEAD_BYTES + 64))
 
 
 def test_only_the_head_of_a_file_is_kept() -> None:

@@ -25,7 +25,6 @@ from gateway.domain.call import (
     Layout,
     Operation,
     Reference,
-    Span,
     Spot,
 )
 from gateway.domain.errors import BodyTooLarge, GatewayError, InvalidRequest, UnsupportedMedia
@@ -302,8 +301,8 @@ def test_defaults_and_nulls() -> None:
         layout=Layout(
             1,
             {
-                "model": Spot(Span(1, 13), Span(10, 13)),
-                "prompt": Spot(Span(15, 28), Span(25, 28)),
+                "model": Spot(1, 10, 13, 13),
+                "prompt": Spot(15, 25, 28, 28),
             },
         ),
     )

@@ -27,6 +27,7 @@ from gateway.relay.skim import (
     Hole,
     JsonSkimmer,
     Skimmed,
+    fields_of,
     parsed,
 )
 
@@ -863,3 +864,55 @@ def test_nothing_is_parsed_that_the_skimmer_refuses(text: bytes) -> None:
     else:
         assert whole is not None
         assert whole.value == value
+
+
+def skim_strictly(text: bytes) -> Skimmed:
+    """Raises ``BadJson``."""
+    return skim([text], keep_bytes=4096, layout=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"model":"m","prompt":"a cat","n":1}',
+        b' {\n "a" : [1, {"b": "\\n"}] ,"c":"\\ud83d\\uddfc", "" : null } \r\n',
+        '{"ü":"🗼","b":"ß","c":1.5}'.encode(),
+    ],
+)
+def test_the_fields_of_what_is_small_are_those_that_are_skimmed(text: bytes) -> None:
+    known = skim_strictly(text)
+    assert fields_of(text) == (known.value, known.layout)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(text for text in BROKEN),
+        *(b"{}", b'"text"', b"[1]", b"1e999"),
+        *(b'{"a":1,"a":2}', b'{"a":{"b":1,"b":1}}', b'{"a":1e999}', b'{"a":1,}', b'{,"a":1}'),
+        *(b'{"a":"\\ud800"}', b'{"a":"\\\\\\ud800"}', b'{"a" 1}', b'{"a":}', b'{"a":1 "b":1}'),
+        *(b'{"a":01}', b'{"a":"\xed\xa0\x80"}', b'{"\\u0061":1}', b'{"a":1}{"b":1}'),
+    ],
+)
+def test_what_is_odd_about_an_object_is_the_skimmers_to_say(text: bytes) -> None:
+    assert fields_of(text) is None
+
+
+def check_fields(text: bytes) -> None:
+    found = fields_of(text)
+    try:
+        known = skim_strictly(text)
+    except BadJson:
+        assert found is None
+    else:
+        assert found is None or found == (known.value, known.layout)
+
+
+@given(st.binary(max_size=40) | JSON_LIKE | documents())
+def test_no_fields_are_read_that_the_skimmer_reads_otherwise(text: bytes) -> None:
+    check_fields(text)
+
+
+@given(st.dictionaries(st.text(max_size=4), values, min_size=1, max_size=4), st.booleans())
+def test_fields_lie_where_the_skimmer_finds_them(members: dict[str, Any], plain: bool) -> None:
+    check_fields(json.dumps(members, ensure_ascii=plain, indent=1).encode())

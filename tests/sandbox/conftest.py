@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from openai import OpenAI
+from openai import DefaultHttpxClient, OpenAI
 
 from gateway.sandbox.server import SandboxServer
 from tests.clock import StillClock
@@ -26,12 +26,16 @@ def server(clock: StillClock) -> Iterator[SandboxServer]:
 def http(server: SandboxServer) -> Iterator[httpx.Client]:
     """A plain client with a key, for what an SDK would not send."""
     with httpx.Client(
-        base_url=server.base_url, headers={"authorization": "Bearer any"}, timeout=20
+        base_url=server.base_url, headers={"authorization": "Bearer any"}, timeout=20, verify=False
     ) as client:
         yield client
 
 
 @pytest.fixture
 def sdk(server: SandboxServer) -> Iterator[OpenAI]:
-    with OpenAI(base_url=server.base_url, api_key="any", max_retries=0, timeout=20) as client:
+    # Loading the authorities takes longer than most of these tests.
+    plain = DefaultHttpxClient(verify=False, timeout=20)
+    with OpenAI(
+        base_url=server.base_url, api_key="any", max_retries=0, timeout=20, http_client=plain
+    ) as client:
         yield client

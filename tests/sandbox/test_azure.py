@@ -6,7 +6,14 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from openai import AuthenticationError, AzureOpenAI, BadRequestError, NotFoundError, OpenAI
+from openai import (
+    AuthenticationError,
+    AzureOpenAI,
+    BadRequestError,
+    DefaultHttpxClient,
+    NotFoundError,
+    OpenAI,
+)
 
 from gateway.domain.call import Json
 from gateway.sandbox.rules import Rule
@@ -19,7 +26,11 @@ VERSION = "2025-04-01-preview"
 @pytest.fixture
 def azure(server: SandboxServer) -> Iterator[AzureOpenAI]:
     with AzureOpenAI(
-        azure_endpoint=server.origin, api_key="any", api_version=VERSION, max_retries=0, timeout=20
+        azure_endpoint=server.origin,
+        api_key="any",
+        api_version=VERSION,
+        max_retries=0,
+        http_client=DefaultHttpxClient(verify=False, timeout=20),
     ) as client:
         yield client
 
@@ -48,7 +59,9 @@ def test_gpt_image_2_takes_no_model_in_the_body(azure: AzureOpenAI, server: Sand
     assert (refused.value.code, refused.value.param) == ("unknown_parameter", "model")
     path = f"/openai/deployments/gpt-image-2/images/generations?api-version={VERSION}"
     body: Json = {"prompt": "x", "quality": "low"}
-    answer = httpx.post(f"{server.origin}{path}", json=body, headers={"api-key": "any"})
+    answer = httpx.post(
+        f"{server.origin}{path}", json=body, headers={"api-key": "any"}, verify=False
+    )
     assert answer.status_code == 200
 
 
@@ -62,9 +75,9 @@ def test_errors_in_azures_words(azure: AzureOpenAI, server: SandboxServer) -> No
     assert isinstance(unsafe.value.body, dict)
     assert unsafe.value.body["innererror"]["code"] == "ResponsibleAIPolicyViolation"
     path = f"{server.origin}/openai/deployments/{FLARE}/images/generations"
-    denied = httpx.post(f"{path}?api-version={VERSION}", json={})
+    denied = httpx.post(f"{path}?api-version={VERSION}", json={}, verify=False)
     assert (denied.status_code, denied.json()["error"]["code"]) == (401, "401")
-    old = httpx.post(path, json={"prompt": "x"}, headers={"api-key": "any"})
+    old = httpx.post(path, json={"prompt": "x"}, headers={"api-key": "any"}, verify=False)
     assert (old.status_code, old.json()["error"]) == (
         404,
         {"code": "404", "message": "Resource not found"},
@@ -82,8 +95,8 @@ def test_the_v1_surface_is_openais(server: SandboxServer) -> None:
         server.rules.add(Rule(path="/models", status=401))
         with pytest.raises(AuthenticationError):
             v1.models.list()
-    assert httpx.get(f"{base}/files", headers={"api-key": "any"}).json()["data"] == []
-    assert httpx.get(f"{base}/files").json()["error"]["code"] == "401"
+    assert httpx.get(f"{base}/files", headers={"api-key": "any"}, verify=False).json()["data"] == []
+    assert httpx.get(f"{base}/files", verify=False).json()["error"]["code"] == "401"
 
 
 def test_a_rule_meets_a_deployment(azure: AzureOpenAI, server: SandboxServer) -> None:

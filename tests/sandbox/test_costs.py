@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
-from openai import AuthenticationError, BadRequestError, OpenAI
+from openai import AuthenticationError, BadRequestError, DefaultHttpxClient, OpenAI
 
 from gateway.sandbox.rules import Rule
 from gateway.sandbox.server import SandboxServer
@@ -28,7 +28,7 @@ def admin(server: SandboxServer) -> Iterator[OpenAI]:
         api_key="any",
         admin_api_key="sk-admin-of-a-test",
         max_retries=0,
-        timeout=20,
+        http_client=DefaultHttpxClient(verify=False, timeout=20),
     ) as client:
         yield client
 
@@ -165,7 +165,9 @@ def test_what_it_refuses(admin: OpenAI, asked: dict[str, Any], param: str) -> No
 
 def test_start_time_is_needed(server: SandboxServer) -> None:
     answer = httpx.get(
-        f"{server.base_url}/organization/costs", headers={"authorization": "Bearer sk-admin"}
+        f"{server.base_url}/organization/costs",
+        headers={"authorization": "Bearer sk-admin"},
+        verify=False,
     )
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "start_time"

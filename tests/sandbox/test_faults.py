@@ -157,7 +157,7 @@ async def test_a_client_that_leaves_is_billed_all_the_same(clock: StillClock) ->
     headers = {"authorization": "Bearer any"}
     async with (
         serve_sandbox(clock, rules=rules) as running,
-        httpx.AsyncClient(base_url=running.base_url, headers=headers) as http,
+        httpx.AsyncClient(base_url=running.base_url, headers=headers, verify=False) as http,
     ):
         body = {"model": FLARE, "prompt": "x"}
         asking = asyncio.create_task(http.post("/images/generations", json=body))
@@ -177,7 +177,12 @@ def test_leaving_the_block_ends_what_is_held(clock: StillClock) -> None:
             try:
                 headers = {"authorization": "Bearer any"}
                 body = {"model": FLARE, "prompt": "x"}
-                httpx.post(f"{server.base_url}/images/generations", json=body, headers=headers)
+                httpx.post(
+                    f"{server.base_url}/images/generations",
+                    json=body,
+                    headers=headers,
+                    verify=False,
+                )
             except httpx.TransportError as error:
                 lost.append(error)
 
@@ -350,24 +355,24 @@ def test_without_its_own_server_a_cut_is_an_exception(clock: StillClock) -> None
 
 def test_control_from_outside(server: SandboxServer, sdk: OpenAI) -> None:
     rules, journal = f"{server.origin}/sandbox/rules", f"{server.origin}/sandbox/journal"
-    made = httpx.post(rules, json={"times": 1, "status": 503, "prompt": "x"})
+    made = httpx.post(rules, json={"times": 1, "status": 503, "prompt": "x"}, verify=False)
     assert (made.status_code, made.json()) == (201, {"rules": 1})
     with pytest.raises(InternalServerError):
         sdk.images.generate(model=FLARE, prompt="x")
     assert httpx.delete(rules).json() == {"rules": 0}
     sdk.images.generate(model=FLARE, prompt="x")
-    read_back = httpx.get(journal).json()
+    read_back = httpx.get(journal, verify=False).json()
     assert (read_back["received"], read_back["billed_images"]) == (2, 1)
     last = read_back["records"][-1]
     assert last["fields"] == {"model": FLARE, "prompt": "x"}
     assert last["usage"]["total_tokens"] == 440
     assert ["authorization", "..."] in last["headers"]
-    assert httpx.post(rules, json={"stauts": 1}).status_code == 400
+    assert httpx.post(rules, json={"stauts": 1}, verify=False).status_code == 400
 
 
 def test_no_control_unless_asked_for(clock: StillClock) -> None:
     with SandboxServer(clock) as server:
-        assert httpx.get(f"{server.origin}/sandbox/journal").status_code == 401
+        assert httpx.get(f"{server.origin}/sandbox/journal", verify=False).status_code == 401
 
 
 @pytest.mark.parametrize(
@@ -437,7 +442,9 @@ def test_a_path_with_a_star(wanted: str, path: str, fits: bool) -> None:
 def test_the_journal_is_bounded(clock: StillClock) -> None:
     with (
         SandboxServer(clock, journal=Journal(records=2, body_bytes=10)) as server,
-        httpx.Client(base_url=server.base_url, headers={"authorization": "Bearer a"}) as http,
+        httpx.Client(
+            base_url=server.base_url, headers={"authorization": "Bearer a"}, verify=False
+        ) as http,
     ):
         server.rules.add(Rule(payload_bytes=CHEAP))
         for number in range(3):
@@ -453,7 +460,9 @@ def test_the_journal_is_bounded(clock: StillClock) -> None:
 def test_the_journal_can_be_off(clock: StillClock) -> None:
     with (
         SandboxServer(clock, journal=Journal(records=0)) as server,
-        httpx.Client(base_url=server.base_url, headers={"authorization": "Bearer a"}) as http,
+        httpx.Client(
+            base_url=server.base_url, headers={"authorization": "Bearer a"}, verify=False
+        ) as http,
     ):
         generate(http)
         assert len(server.journal) == 0

@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import psycopg
@@ -40,6 +41,7 @@ from gateway.domain.team import Team
 from gateway.ports import BooksChanged, NotKnown, StoreError
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.postgres_books import BY_USER
+from gateway.stores.postgres_link import Link
 from gateway.stores.postgres_schema import upgrade, versions
 from gateway.stores.schema import Versions, migrations
 from tests.contract.stores import LEASE, NOON, claim, elsewhere, expired, lines, settled
@@ -520,6 +522,53 @@ async def test_an_unknown_outcome_is_repeated_at_one_of_two_replicas(server: Pos
                 known = await store.ledger.claimed("growth", key, "f", NOON)
                 assert known == Claimed(held.rid, State.HELD, same_fingerprint=True)
         assert await first.books.audit() == []
+
+
+# What a writer remembers
+
+
+async def test_a_writer_asks_for_nothing_that_it_has_committed_itself(
+    server: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    execute = Link.execute
+
+    def heard(link: Link, query: str, *more: Any, **options: Any) -> Any:
+        asked.append(" ".join(query.split()))
+        return execute(link, query, *more, **options)
+
+    async with opened(server.fresh_database()) as store:
+        await store.ledger.reserve(claim("first"))
+        monkeypatch.setattr(Link, "execute", heard)
+        assert isinstance(await store.ledger.reserve(claim("second")), Held)
+        for rid in ("first", "second"):
+            assert (await store.ledger.settle(settled(rid, 7))).applied
+        asked_for = [query for query in asked if "accounts FROM hold" in query]
+        made = [query for query in asked if query.startswith("INSERT INTO balance")]
+        assert (asked_for, made) == ([], [])
+        # An end is forgotten: it has to be looked for.
+        assert not (await store.ledger.settle(settled("first", 7))).applied
+        assert "SELECT accounts FROM hold WHERE rid = ANY(%s::text[])" in asked
+        monkeypatch.undo()
+
+
+async def test_what_a_writer_remembers_may_be_wrong(server: Postgres) -> None:
+    url = server.fresh_database()
+    async with opened(url) as store, opened(url) as other:
+        assert isinstance(await store.ledger.reserve(claim("first", 0)), Held)
+        # It trusts that a hold is new, and another one has made it, of other accounts.
+        await other.ledger.reserve(claim("theirs", limits=lines(team="design"), team="design"))
+        held = await store.ledger.reserve(claim("theirs"))
+        assert isinstance(held, Held)
+        assert held.duplicate
+        assert held.balances == (Balance(0, 10),) * 4
+        # A hold that it made was ended by another one.
+        assert (await other.ledger.settle(settled("first", 0))).applied
+        assert not (await store.ledger.settle(settled("first", 0))).applied
+        # Accounts that it knows are gone: the server is one that never had them.
+        await other.ledger.settle(settled("theirs", 0))
+        command(url, "DELETE FROM balance")
+        assert isinstance(await store.ledger.reserve(claim("anew")), Held)
 
 
 async def test_replicas_that_sweep_at_once_expire_each_hold_once(server: Postgres) -> None:

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,12 +24,13 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from gateway.doctor.redis_servers import ACL
 from gateway.domain.errors import GateUnavailable
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
-from gateway.ports import CachedMeta
+from gateway.ports import Cached, CachedMeta
 from gateway.settings import load
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import GateListener, RedisGate
 from gateway.stores.redis_link import Client, Reason, Script, Server, StoreAway, connect
 from gateway.stores.tiered import TieredCache
+from tests.awake import Awake
 from tests.clock import StillClock
 from tests.valkey import LossyWire, Valkey, eventually, free_port, pieces, run_valkey
 
@@ -42,19 +43,6 @@ LIMITS_OF_MANY = [RATE, Limit(Scope.TEAM, "t", Unit.SLOTS, Window.NOW, 1000)]
 CC = "gw:{default}:cc:team:t"
 SINCE = "gw:{default}:since"
 RPM = "gw:{default}:rl:team:t:rpm"
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with run_valkey() as server:
-        yield server
-
-
-@pytest.fixture
-async def admin(valkey: Valkey) -> AsyncIterator[Client]:
-    client = connect(valkey.url, timeout=5.0)
-    yield client
-    await client.aclose()
 
 
 def gate_at(url: str, **options: Any) -> RedisGate:
@@ -147,17 +135,20 @@ async def test_killed_in_the_middle_the_local_gate_stands_in(valkey: Valkey) -> 
 
 
 @pytest.mark.parametrize("at_once", [1, 50])
-async def test_frozen_it_costs_one_short_wait_in_all(valkey: Valkey, at_once: int) -> None:
+async def test_frozen_it_costs_one_short_wait_in_all(
+    valkey: Valkey, awake: Awake, at_once: int
+) -> None:
     """Row 65 of reliability.md: gate and cache on one server, 200 requests while it is frozen."""
     server = Server()
     gate = RedisGate(connect(valkey.url), StillClock(), server=server)
     cache = cache_at(valkey.url, server)
     data = os.urandom(MIB)
     waits: list[float] = []
+    awake_waits: list[float] = []
 
     async def request(i: int) -> None:
         """Every step of a request that asks Redis, one after another."""
-        began = time.monotonic()
+        began, awake_since = time.monotonic(), awake.time()
         key = hashlib.sha256(str(i).encode()).hexdigest()
         await cache.get(key)
         answer = await gate.take(f"r{i}", LIMITS_OF_MANY, ONE)
@@ -165,24 +156,27 @@ async def test_frozen_it_costs_one_short_wait_in_all(valkey: Valkey, at_once: in
         await cache.put(key, meta_of(data), pieces(data, 100_000), 60)
         await gate.release(f"r{i}", LIMITS_OF_MANY)
         waits.append(time.monotonic() - began)
+        awake_waits.append(awake.time() - awake_since)
 
     for i in range(20):
         await request(-1 - i)
     print("\nrequests in ms, healthy:", round(statistics.median(waits) * 1000, 1))
     waits.clear()
+    awake_waits.clear()
     valkey.freeze()
     frozen = time.monotonic()
     for start in range(0, 200, at_once):
         await asyncio.gather(*(request(start + i) for i in range(at_once)))
         # Spread over the freeze, so that probes come and go meanwhile.
         await asyncio.sleep(4.0 * at_once / 200)
-    slow = sorted(wait for wait in waits if wait > 0.1)
+    slow = sorted(wait for wait in awake_waits if wait > 0.1)
     p99 = sorted(waits)[197]
     print(f"frozen {time.monotonic() - frozen:.1f} s: {len(slow)} of 200 waited, the longest")
     print(f"{max(waits) * 1000:.0f} ms; p99 {p99 * 1000:.1f} ms")
     # The budget is 0.32 s; a busy machine gets some more.
-    assert 0.2 < max(waits) < 0.75
-    assert len(slow) == at_once
+    assert max(waits) > 0.2
+    assert max(awake_waits) < 0.75
+    assert len(slow) <= at_once <= sum(wait > 0.1 for wait in waits)
     assert gate.degraded
     valkey.thaw()
     await eventually(lambda: not gate.degraded)
@@ -191,7 +185,9 @@ async def test_frozen_it_costs_one_short_wait_in_all(valkey: Valkey, at_once: in
     await cache.aclose()
 
 
-async def test_frozen_in_the_middle_of_an_answer_it_costs_no_more(valkey: Valkey) -> None:
+async def test_frozen_in_the_middle_of_an_answer_it_costs_no_more(
+    valkey: Valkey, awake: Awake
+) -> None:
     server = Server()
     gate = RedisGate(connect(valkey.url), StillClock(), server=server)
     cache = cache_at(valkey.url, server)
@@ -203,24 +199,26 @@ async def test_frozen_in_the_middle_of_an_answer_it_costs_no_more(valkey: Valkey
         yield data[MIB:]
 
     assert not await degraded(gate, "warm")
-    began = time.monotonic()
+    began = awake.time()
     await cache.put("a" * 64, meta_of(data), freezing(), 60)
     assert await cache.get("a" * 64) is None
     assert isinstance(await gate.take("r", LIMITS, ONE), Grant)
     await gate.release("r", LIMITS)
-    assert time.monotonic() - began < 0.75
+    assert awake.time() - began < 0.75
     valkey.thaw()
     await gate.aclose()
     await cache.aclose()
 
 
-async def test_many_at_once_before_a_frozen_redis_wait_together(valkey: Valkey) -> None:
+async def test_many_at_once_before_a_frozen_redis_wait_together(
+    valkey: Valkey, awake: Awake
+) -> None:
     gate = gate_at(valkey.url)
     assert not await degraded(gate, "warm")
     valkey.freeze()
-    began = time.monotonic()
+    began = awake.time()
     answers = await asyncio.gather(*(gate.take(f"r{i}", [RATE], ONE) for i in range(200)))
-    assert time.monotonic() - began < 1.0
+    assert awake.time() - began < 1.0
     assert all(isinstance(answer, Grant) and answer.degraded for answer in answers)
     valkey.thaw()
     await eventually(lambda: not gate.degraded)
@@ -607,7 +605,9 @@ async def test_every_key_has_an_end(valkey: Valkey, admin: Client) -> None:
 
 
 @pytest.mark.parametrize("fault", ["kill", "freeze"])
-async def test_a_dead_cache_costs_a_few_misses_then_nothing(valkey: Valkey, fault: str) -> None:
+async def test_a_dead_cache_costs_a_few_misses_then_nothing(
+    valkey: Valkey, awake: Awake, fault: str
+) -> None:
     cache = cache_at(valkey.url)
     data = os.urandom(3 * MIB)
     await cache.put("a" * 64, meta_of(data), pieces(data, MIB), 60)
@@ -615,9 +615,9 @@ async def test_a_dead_cache_costs_a_few_misses_then_nothing(valkey: Valkey, faul
     getattr(valkey, fault)()
     waits = []
     for _ in range(30):
-        began = time.monotonic()
+        began = awake.time()
         assert await cache.get("a" * 64) is None
-        waits.append(time.monotonic() - began)
+        waits.append(awake.time() - began)
     slow = [wait for wait in waits if wait > 0.1]
     assert len(slow) <= 5
     assert statistics.median(waits[-20:]) < 0.01
@@ -826,9 +826,16 @@ async def test_over_tls(tmp_path: Path) -> None:
             stack.enter_context(run_valkey(*options, "--tls-auth-clients", "no"))
         except RuntimeError:
             pytest.skip("this server knows no TLS; GATEWAY_TEST_REDIS names another")
-        gate = gate_at(f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}")
+        url = f"rediss://127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
+        gate = gate_at(url)
         await eventually(lambda: healthy(gate))
         await gate.aclose()
+        cache, data = cache_at(url), os.urandom(3 * MIB)
+        await eventually(lambda: cache.put("key", meta_of(data), pieces(data, 100_000), 60))
+        found = await cache.get("key")
+        assert found is not None
+        assert b"".join([piece async for piece in found.chunks()]) == data
+        await cache.aclose()
         stranger = gate_at(f"rediss://127.0.0.1:{port}/0")
         assert await degraded(stranger, "a certificate that nobody vouches for")
         await stranger.aclose()
@@ -938,3 +945,58 @@ async def test_a_stalled_process_does_not_take_itself_for_a_silent_redis(valkey:
         assert not grant.degraded
     assert not gate.degraded
     await gate.aclose()
+
+
+async def test_what_several_ask_for_is_fetched_once(valkey: Valkey, admin: Client) -> None:
+    """Also by one who comes while another still has it; what was put meanwhile is another one."""
+    cache = cache_at(valkey.url)
+    first, second = os.urandom(MIB), os.urandom(MIB)
+    await cache.put("key", meta_of(first), pieces(first, 100_000), 60)
+
+    async def got() -> tuple[bytes, object]:
+        found = await cache.get("key")
+        assert found is not None
+        return b"".join([piece async for piece in found.chunks()]), found
+
+    kept = await asyncio.gather(*(got() for _ in range(8)))
+    assert {data for data, _ in kept} == {first}
+    assert await fetches(admin) == 1
+    assert (await got())[0] == first
+    assert await fetches(admin) == 1
+    await cache.put("key", meta_of(second), pieces(second, 100_000), 60)
+    assert (await got())[0] == second
+    assert await fetches(admin) == 2
+    del kept
+    assert (await got())[0] == second
+    assert await fetches(admin) == 3
+    await cache.delete("key")
+    assert await cache.get("key") is None
+    await cache.aclose()
+
+
+async def test_who_asked_first_may_leave_and_the_others_get_it(
+    valkey: Valkey, admin: Client
+) -> None:
+    cache = cache_at(valkey.url)
+    data = os.urandom(8 * MIB)
+    await cache.put("key", meta_of(data), pieces(data, 100_000), 60)
+    asking = [asyncio.create_task(cache.get("key")) for _ in range(3)]
+    for _ in range(100_000):  # turns of the loop: a look every ten milliseconds may miss it
+        if cache._fetching:
+            break
+        await asyncio.sleep(0)
+    assert cache._fetching
+    asking[0].cancel()
+    _, *others = await asyncio.gather(*asking, return_exceptions=True)
+    for found in others:
+        assert isinstance(found, Cached)
+        assert b"".join([piece async for piece in found.chunks()]) == data
+    assert await fetches(admin) == 2
+    await cache.aclose()
+
+
+async def fetches(admin: Client) -> int:
+    """How many commands of up to four megabytes were asked for so far."""
+    told = await admin.execute_command("INFO", "commandstats")
+    said = told.get("cmdstat_hmget") if isinstance(told, dict) else None
+    return int(said["calls"]) if said else 0

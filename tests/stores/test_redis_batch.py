@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
-import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from gateway.stores.redis_batch import BATCH_COMMANDS, SMALL_BYTES
 from gateway.stores.redis_link import Client, Server
-from tests.valkey import LossyWire, Valkey, run_valkey
-
-
-@pytest.fixture(scope="module")
-def valkey() -> Iterator[Valkey]:
-    with run_valkey() as server:
-        yield server
-
-
-@pytest.fixture
-async def client(valkey: Valkey) -> AsyncIterator[Client]:
-    client = Server().connect(valkey.url)
-    await client.execute_command("FLUSHALL")
-    yield client
-    await client.aclose()
+from tests.valkey import LossyWire, Valkey
 
 
 async def reads(client: Client) -> int:
@@ -70,8 +54,10 @@ async def test_a_crowd_and_a_large_one_are_all_answered(client: Client) -> None:
     assert BATCH_COMMANDS < 300
 
 
-async def test_one_lost_answer_is_asked_for_again_and_two_are_an_error(valkey: Valkey) -> None:
-    async with LossyWire(valkey.port) as wire:
+async def test_one_lost_answer_is_asked_for_again_and_two_are_an_error(
+    shared_valkey: Valkey,
+) -> None:
+    async with LossyWire(shared_valkey.port) as wire:
         client = Server().connect(wire.url)
         await client.execute_command("EXISTS", "h")
         wire.lose(1)
@@ -95,13 +81,13 @@ async def test_who_gave_up_leaves_the_others_their_answers(client: Client) -> No
     assert left.cancelled()
 
 
-async def test_the_last_who_shares_a_client_closes_it(valkey: Valkey) -> None:
+async def test_the_last_who_shares_a_client_closes_it(shared_valkey: Valkey) -> None:
     server = Server()
-    one, other = server.connect(valkey.url), server.connect(valkey.url)
+    one, other = server.connect(shared_valkey.url), server.connect(shared_valkey.url)
     assert one is other
     await one.aclose()
     assert await other.execute_command("EXISTS", "nobody") == 0
     await other.aclose()
-    anew = server.connect(valkey.url)
+    anew = server.connect(shared_valkey.url)
     assert anew is not one
     await anew.aclose()

@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,25 +18,13 @@ from gateway.clock import SystemClock
 from gateway.ports import FlightNotice
 from gateway.stores.redis_board import RedisBoard
 from gateway.stores.redis_link import Client, Reason, Server, connect
+from tests.awake import Awake
 from tests.redis_servers import run_cluster
-from tests.valkey import LossyWire, Valkey, eventually, run_valkey
+from tests.valkey import LossyWire, Valkey, eventually
 
 MIB = 1024 * 1024
 AT = datetime(2026, 11, 22, tzinfo=UTC)
 PROBE = "gw:{default}:probe"
-
-
-@pytest.fixture
-def valkey() -> Iterator[Valkey]:
-    with run_valkey() as server:
-        yield server
-
-
-@pytest.fixture
-async def admin(valkey: Valkey) -> AsyncIterator[Client]:
-    client = connect(valkey.url, timeout=5.0)
-    yield client
-    await client.aclose()
 
 
 def board_at(url: str, worker: str = "w", **options: Any) -> RedisBoard:
@@ -118,18 +106,20 @@ async def test_killed_it_goes_on_with_its_own_flights_and_tells_of_them_later(
 
 
 @pytest.mark.parametrize("at_once", [1, 50])
-async def test_frozen_it_costs_one_short_wait_in_all(valkey: Valkey, at_once: int) -> None:
+async def test_frozen_it_costs_one_short_wait_in_all(
+    valkey: Valkey, awake: Awake, at_once: int
+) -> None:
     board = board_at(valkey.url, server=Server())
     waits: list[float] = []
 
     async def life(rid: str) -> None:
-        began = time.monotonic()
+        began = awake.time()
         await board.join(rid, "k", orphans_only=True)
         await board.announce(notice(rid, rid))
         await board.add_events(rid, 0, b"x" * MIB)
         await board.end(rid, joinable=True)
         await board.leave(rid, delivered=True)
-        waits.append(time.monotonic() - began)
+        waits.append(awake.time() - began)
 
     await life("warm")
     valkey.freeze()
@@ -529,7 +519,7 @@ async def test_a_notice_that_cannot_be_read_is_none(valkey: Valkey, admin: Clien
 
 
 @pytest.mark.parametrize("fault", ["kill", "freeze"])
-async def test_a_cluster_loses_the_master_that_has_the_board(fault: str) -> None:
+async def test_a_cluster_loses_the_master_that_has_the_board(awake: Awake, fault: str) -> None:
     with run_cluster() as cluster:
         here, there = board_at(cluster.url, "one"), board_at(cluster.url, "two")
         await here.announce(notice("met"))
@@ -540,10 +530,10 @@ async def test_a_cluster_loses_the_master_that_has_the_board(fault: str) -> None
         getattr(lost, fault)()
         waits = []
         for i in range(10):
-            began = time.monotonic()
+            began = awake.time()
             await here.end(f"r{i}", joinable=True)
             await here.leave(f"r{i}", delivered=i % 2 == 0)
-            waits.append(time.monotonic() - began)
+            waits.append(awake.time() - began)
         print(f"\ncluster, {fault}: the longest wait {max(waits) * 1000:.0f} ms")
         assert max(waits) < 0.75
         await eventually(lambda: not here.degraded and not there.degraded, 30)

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -35,6 +35,7 @@ from gateway.domain.ledger import (
     Claim,
     Claimed,
     Denied,
+    Entry,
     Event,
     Held,
     Line,
@@ -47,8 +48,9 @@ from gateway.domain.ledger import (
 from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.domain.team import Key, Team
-from gateway.ports import StoreError
+from gateway.ports import NotKnown, StoreError
 from gateway.stores import sqlite_file
+from gateway.stores.memory_ledger import MemoryStore
 from gateway.stores.sqlite import SQLiteStore
 from gateway.stores.sqlite_books import BY_USER, ROUTED, UNRESOLVED
 from gateway.stores.sqlite_file import filesystem_of
@@ -499,7 +501,7 @@ async def one_batch(store: SQLiteStore, path: Path) -> AsyncIterator[None]:
     with frozen_neighbour(path):
         first = asyncio.create_task(store.ledger.reserve(claim("first")))
         await asyncio.sleep(0)
-        await eventually(store._writer._queue.empty)  # the writer waits for its turn with it
+        await eventually(lambda: not store._writer._queue)  # the writer waits for its turn with it
         yield
     await first
 
@@ -802,6 +804,95 @@ async def test_two_stores_in_one_process_share_a_budget(path: Path) -> None:
     assert sum(isinstance(answer, Held) for answer in answers) == 10
     assert sum(isinstance(answer, Denied) for answer in answers) == 50
     for store in stores:
+        await store.aclose()
+    audit(path)
+
+
+def test_a_loop_that_ends_within_a_turn_leaves_the_writer_to_the_next_one(path: Path) -> None:
+    """The writer is rung at the end of the turn in which it was asked."""
+    store = SQLiteStore.open(path)
+    loop = asyncio.new_event_loop()
+    asking = store.ledger.reserve(stores.claim("a"))
+
+    async def ask() -> None:
+        asking.send(None)
+        loop.stop()
+
+    task = loop.create_task(ask())
+    loop.run_forever()
+    assert task.done()
+    asking.close()
+    loop.close()
+
+    async def ask_again() -> None:
+        async with asyncio.timeout(5):
+            assert isinstance(await store.ledger.reserve(stores.claim("b")), Held)
+        await store.aclose()
+
+    asyncio.run(ask_again())
+
+
+async def test_what_a_writer_knows_is_not_read_again(store: SQLiteStore) -> None:
+    await store.ledger.reserve(claim("known"))
+    said: list[str] = []
+    await store._writer.submit(lambda db: db.set_trace_callback(said.append))
+    await store.ledger.reserve(claim("first"))  # another operation was before it
+    begun = len(said)
+    await store.ledger.reserve(claim("second"))
+    posted = await store.ledger.settle(settled("first", 7))
+    assert posted.balances == (Balance(7, 20),) * 4
+    assert [sql for sql in said[:begun] if "FROM balance" in sql or "WHERE account" in sql]
+    read = [sql for sql in said[begun:] if sql.lstrip().startswith("SELECT")]
+    assert read == []
+    await store._writer.submit(lambda db: db.set_trace_callback(None))
+
+
+async def test_what_a_writer_knows_is_forgotten_when_another_writes(path: Path) -> None:
+    """The same calls, of two stores in turn, and of one in memory: all answer the same."""
+    chosen = random.Random(7)
+    both, memory = [SQLiteStore.open(path) for _ in range(2)], MemoryStore().ledger
+    for _ in range(400):
+        rid = f"r{chosen.randrange(40)}"
+        ledger = chosen.choice(both).ledger
+        act = chosen.random()
+        if act < 0.55:
+            asked = claim(rid, chosen.randrange(1, 20), 150, key=chosen.choice([None, rid, "key"]))
+            assert await ledger.reserve(asked) == await memory.reserve(asked)
+        elif act < 0.9:
+            event = chosen.choice(list(Event))
+            ending = replace(settled(rid, chosen.randrange(3)), event=event)
+            assert await answer_of(ledger.settle(ending)) == await answer_of(memory.settle(ending))
+        else:
+            late = NOON + timedelta(hours=1)
+            swept = {entry.rid for entry in await ledger.sweep(late, limit=5)}
+            assert swept == {entry.rid for entry in await memory.sweep(late, limit=5)}
+    assert await both[0].books.audit() == []
+    for store in both:
+        await store.aclose()
+    audit(path)
+
+
+async def answer_of(asked: Awaitable[Entry]) -> Entry | None:
+    """None where the reservation is not known."""
+    try:
+        return await asked
+    except NotKnown:
+        return None
+
+
+async def test_a_call_that_is_held_is_not_refused_when_it_is_repeated(path: Path) -> None:
+    """However full its budget is now, and whoever has reserved it."""
+    first, second = (SQLiteStore.open(path) for _ in range(2))
+    held = await first.ledger.reserve(claim("r", 10, 10))
+    assert isinstance(held, Held)
+    assert await second.ledger.reserve(claim("r", 10, 10)) == replace(held, duplicate=True)
+    assert isinstance(await second.ledger.reserve(claim("other", 10, 10)), Denied)
+    assert await second.ledger.reserve(claim("r", 10, 20)) == replace(held, duplicate=True)
+    ended = await second.ledger.settle(settled("r", 10))
+    assert ended.balances == (Balance(10, 0),) * 4
+    again = await first.ledger.reserve(claim("r", 10, 10))
+    assert again == Held("r", (Balance(10, 0),) * 4, duplicate=True)
+    for store in (first, second):
         await store.aclose()
     audit(path)
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable, Iterable
 
+import pytest
+import trustme
+
 from gateway.upstream.transport import SocketTransport
-from gateway.upstream.wire import Exchange, Origin, Timeouts, WireRequest
+from gateway.upstream.wire import Exchange, Lost, Origin, Reason, Timeouts, WireRequest
 
 QUICK = Timeouts(pool=5, connect=5, write=5, first_byte=5, total=5)
 
@@ -55,3 +59,29 @@ async def until(true: Callable[[], bool]) -> None:
     """Lets the loop turn until something is so. pytest's time-out is the bound."""
     while not true():  # noqa: ASYNC110 - what is waited for has no event to set
         await asyncio.sleep(0)
+
+
+def slots(transport: SocketTransport) -> tuple[int, int]:
+    """Owned and idle, over all origins."""
+    pools = transport._pools.values()
+    return sum(pool.slots for pool in pools), sum(pool.idle for pool in pools)
+
+
+async def fails(transport: SocketTransport, request: WireRequest) -> Reason:
+    """Why the request, or the reading of its answer, was lost. Its slot must be free then."""
+    with pytest.raises(Lost) as caught:
+        await ask(transport, request)
+    assert slots(transport) == (0, 0)
+    return caught.value.reason
+
+
+def server_tls(authority: trustme.CA, name: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert(name).configure_cert(context)
+    return context
+
+
+def client_tls(authority: trustme.CA) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    return context

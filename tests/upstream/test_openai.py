@@ -25,7 +25,7 @@ CALL = Call(
     prompt_bytes=5,
     parameters={},
     model_said="team-art",
-    layout=Layout(1, {"model": Spot(Span(1, 19), Span(9, 19))}),
+    layout=Layout(1, {"model": Spot(1, 9, 19, 19)}),
 )
 SAME = Target("openai", "team-art")
 

@@ -20,10 +20,22 @@ import pytest
 import trustme
 
 import gateway.upstream.resolution
-from gateway.upstream.connection import SocketExchange, encode_head
+from gateway.ports import Lent
+from gateway.upstream.connection import PIECE_BYTES, SocketExchange, encode_head
 from gateway.upstream.transport import SocketTransport
 from gateway.upstream.wire import Exchange, Lost, NotSent, Origin, Reason, Timeouts, WireRequest
-from tests.upstream.calls import QUICK, ask, pieces, post, read_all, until
+from tests.upstream.calls import (
+    QUICK,
+    ask,
+    client_tls,
+    fails,
+    pieces,
+    post,
+    read_all,
+    server_tls,
+    slots,
+    until,
+)
 from tests.upstream.raw_server import Peer, hello, raw_server
 from tests.valkey import eventually
 
@@ -36,20 +48,6 @@ async def transport() -> AsyncIterator[SocketTransport]:
     made = SocketTransport(max_connections=10)
     yield made
     await made.aclose()
-
-
-def slots(transport: SocketTransport) -> tuple[int, int]:
-    """Owned and idle, over all origins."""
-    pools = transport._pools.values()
-    return sum(pool.slots for pool in pools), sum(pool.idle for pool in pools)
-
-
-async def fails(transport: SocketTransport, request: WireRequest) -> Reason:
-    """Why the request, or the reading of its answer, was lost. Its slot must be free then."""
-    with pytest.raises(Lost) as caught:
-        await ask(transport, request)
-    assert slots(transport) == (0, 0)
-    return caught.value.reason
 
 
 def scripted(*answers: bytes, close: bool = True) -> Callable[[Peer], Awaitable[None]]:
@@ -138,6 +136,31 @@ async def test_a_connection_that_is_not_kept(transport: SocketTransport, answer:
     async with raw_server(scripted(answer, close=False)) as server:
         for _ in range(2):
             assert await ask(transport, post(server.port)) == (200, b"ok")
+            assert slots(transport) == (0, 0)
+        assert server.accepted == 2
+
+
+async def test_a_connection_is_not_kept_where_garbage_comes_behind_a_whole_piece(
+    transport: SocketTransport,
+) -> None:
+    begun = asyncio.Event()
+    end = b"\r\n0\r\n\r\n"
+    size = PIECE_BYTES - len(b"ffff\r\n") - len(end)
+
+    async def script(peer: Peer) -> None:
+        await peer.request()
+        await peer.send(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nfirst\r\n")
+        await begun.wait()
+        # By one read, of which what is good is all that is parsed at once.
+        await peer.send(b"%x\r\n" % size + b"x" * size + end + b"!")
+        await peer.request()
+
+    async with raw_server(script) as server:
+        for _ in range(2):
+            begun.clear()
+            exchange = await transport.exchange(post(server.port))
+            begun.set()
+            assert await read_all(exchange) == b"first" + b"x" * size
             assert slots(transport) == (0, 0)
         assert server.accepted == 2
 
@@ -878,18 +901,6 @@ def authority() -> trustme.CA:
     return trustme.CA()
 
 
-def _server_tls(authority: trustme.CA, name: str) -> ssl.SSLContext:
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(name).configure_cert(context)
-    return context
-
-
-def _client_tls(authority: trustme.CA) -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    authority.configure_trust(context)
-    return context
-
-
 async def test_tls(authority: trustme.CA) -> None:
     async def script(peer: Peer) -> None:
         for _ in range(2):
@@ -898,9 +909,9 @@ async def test_tls(authority: trustme.CA) -> None:
         await peer.request()
         await peer.send(b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nshort")
 
-    transport = SocketTransport(tls=_client_tls(authority))
+    transport = SocketTransport(tls=client_tls(authority))
     big = b"x" * (3 * MB)
-    async with raw_server(script, tls=_server_tls(authority, "localhost")) as server:
+    async with raw_server(script, tls=server_tls(authority, "localhost")) as server:
         for body in (b"small", big):
             request = post(server.port, body, host="localhost", tls=True)
             assert await ask(transport, request) == (200, body)
@@ -912,16 +923,50 @@ async def test_tls(authority: trustme.CA) -> None:
     await transport.aclose()
 
 
+@pytest.mark.parametrize("tls", [False, True])
+async def test_a_lent_piece_has_left_before_the_next_is_asked_for(
+    authority: trustme.CA, tls: bool
+) -> None:
+    sent = random.Random(3).randbytes(9 * MB + 1)
+    buffer = bytearray(MB)
+
+    async def body() -> AsyncIterator[bytes | Lent]:
+        yield b"{"
+        for at in range(0, len(sent), MB):
+            piece = sent[at : at + MB]
+            buffer[:] = bytes(MB)  # what is still to be sent of the last one would be zeros
+            buffer[: len(piece)] = piece
+            yield Lent(buffer, len(piece))
+        buffer[:] = bytes(MB)
+        yield b"}"
+
+    async def script(peer: Peer) -> None:
+        await peer.head()
+        got = b""
+        while len(got) < len(sent) + 2:
+            got += await peer.reader.read(50_000)
+            await asyncio.sleep(0)
+        assert got == b"{" + sent + b"}"
+        await peer.reply(b"thanks")
+
+    transport = SocketTransport(tls=client_tls(authority))
+    served = server_tls(authority, "localhost") if tls else None
+    async with raw_server(script, tls=served, receive_buffer=65536) as server:
+        asked = post(server.port, length=len(sent) + 2, host="localhost", tls=tls)
+        assert await ask(transport, replace(asked, body=body())) == (200, b"thanks")
+    await transport.aclose()
+
+
 @pytest.mark.parametrize("fault", ["wrong name", "unknown authority", "no TLS"])
 async def test_tls_that_cannot_be_trusted(authority: trustme.CA, fault: str) -> None:
     name = "elsewhere.test" if fault == "wrong name" else "localhost"
     trusted = trustme.CA() if fault == "unknown authority" else authority
-    tls = None if fault == "no TLS" else _server_tls(authority, name)
+    tls = None if fault == "no TLS" else server_tls(authority, name)
 
     async def script(peer: Peer) -> None:
         await peer.send(b"HTTP/1.1 400 Bad Request\r\n\r\n")
 
-    transport = SocketTransport(tls=_client_tls(trusted))
+    transport = SocketTransport(tls=client_tls(trusted))
     async with raw_server(script, tls=tls) as server:
         with pytest.raises(NotSent) as caught:
             await ask(transport, post(server.port, host="localhost", tls=True))
