@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ from tests.running import GatewayUnderTest, Start, TestClock, config_of, run_gat
 
 
 @pytest.fixture
-def clock() -> TestClock:
+def clock(request: pytest.FixtureRequest) -> TestClock:
+    """A server of PostgreSQL lets keys and leases end by its own clock: beside one the day of a
+    test is today."""
+    if "postgres" in request.fixturenames:
+        return TestClock(datetime.now(UTC))
     return TestClock()
 
 
