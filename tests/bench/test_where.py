@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from tests.bench.where import LOOP, rooms, table
+import os
+from collections import Counter
+from pathlib import Path
+
+from tests.bench.cases import CASES
+from tests.bench.processes import kernel_seconds
+from tests.bench.variants import STARTS
+from tests.bench.where import LOOP, SHOWN, Look, digest_us, rooms, table, text
 
 RAW = """\
 serve (gateway/cli/serve.py:98);run (uvloop/loop.pyx:5);answer (gateway/relay/pipeline.py:7) 3
@@ -20,3 +27,27 @@ def test_a_sample_is_of_the_room_of_the_innermost_line_of_ours() -> None:
 def test_small_rooms_are_told_together() -> None:
     found = rooms("a (gateway/relay/plan.py:1) 995\nb (gateway/relay/read.py:1) 5")
     assert table(found).splitlines()[2:] == ["| `relay/plan` | 99.5 % |", "| all others | 0.5 % |"]
+
+
+def test_a_look_says_what_a_request_takes_beside_what_it_is_compared_with() -> None:
+    case = next(case for case in CASES if case.name == "upload_20mb_c4")
+    look = Look(case, "gateway", 40_000, 9_000, 12_000, "nginx", 12_000, Counter({LOOP: 1}))
+    said = text([look], 10_282).splitlines()
+    assert (
+        "| `upload_20mb_c4` | gateway | 40,000 | 9,000 | 12,000 | nginx, unbuffered | 12,000 |"
+        in said
+    )
+    assert any("SHA-256 of 20 MB alone takes 10,282 us" in line for line in said)
+    assert f"| {LOOP} | 100.0 % |" in said
+
+
+def test_every_case_that_is_looked_into_and_each_target_is_there() -> None:
+    assert SHOWN.keys() <= {case.name for case in CASES}
+    assert {name for names in SHOWN.values() for name in names} <= STARTS.keys()
+
+
+def test_the_kernels_share_is_counted_and_a_digest_is_timed(tmp_path: Path) -> None:
+    before, file = kernel_seconds(os.getpid()), tmp_path / "file"
+    while kernel_seconds(os.getpid()) == before:
+        file.write_bytes(bytes(1_000_000))
+    assert digest_us(1) > 0

@@ -7,23 +7,35 @@ is not among them, and is part of the CPU that the cases count.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tests.bench import report
 from tests.bench.cases import CASES, Case
 from tests.bench.install import MissingTool
-from tests.bench.processes import Cores
-from tests.bench.rounds import NUMBERS_EACH, Bench, Plan, open_upstream, say
+from tests.bench.processes import Cores, kernel_seconds
+from tests.bench.rounds import NUMBERS_EACH, Bench, Plan, Upstream, open_upstream, say
 from tests.bench.targets import Site
-from tests.bench.variants import POLICY_TARGET, site_folder, start
+from tests.bench.variants import POLICY_TARGET, TITLES, site_folder, start
 
-SHOWN: Final = ("s_c32", "m_c8")
+SHOWN: Final[Mapping[str, tuple[str, str]]] = {
+    "s_c32": (POLICY_TARGET, "nginx"),
+    "m_c8": (POLICY_TARGET, "nginx-64k"),
+    "upload_20mb_c4": ("gateway", "nginx"),
+    "hit_memory_s_c32": ("gateway", "nginx-sendfile"),
+    "hit_memory_c8": ("gateway", "nginx-sendfile"),
+    "hit_redis_c8": ("gateway-redis", "nginx-sendfile"),
+}
+"""By case, the target that is looked into, and what it is compared with."""
 SAMPLES_A_SECOND: Final = 400
 LEAST_PERCENT: Final = 1.0
 LOOP: Final = "the event loop, uvicorn"
@@ -57,51 +69,127 @@ def table(found: Counter[str]) -> str:
     return report.rows(("room", "share"), lines)
 
 
-def measure(cores: Cores, seconds: float) -> dict[str, Counter[str]]:
-    """By case. Raises ``MissingTool``, ``BuildError``, ``StartError``, ``CheckError``."""
-    cases = [case for case in CASES if case.name in SHOWN]
-    return {case.name: _profile(case, cores, seconds) for case in cases}
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one target takes for a request of a case, in us of CPU, and in which rooms Python is.
+
+    ``kernel_us`` and ``lock_us``, in which a thread has the interpreter's lock, overlap where a
+    system call is made with the lock."""
+
+    case: Case
+    target: str
+    cpu_us: float
+    kernel_us: float
+    lock_us: float
+    beside: str
+    beside_us: float
+    rooms: Counter[str]
 
 
-def text(found: dict[str, Counter[str]]) -> str:
-    about = {case.name: case.about for case in CASES}
+def measure(cores: Cores, seconds: float) -> list[Look]:
+    """Raises ``MissingTool``, ``BuildError``, ``StartError``, ``CheckError``."""
+    return [_look(case, cores, seconds) for case in CASES if case.name in SHOWN]
+
+
+def digest_us(megabytes: int = 20) -> float:
+    """The CPU that SHA-256 of so much takes, in us: the least of a few."""
+    piece = bytes(1_000_000)
+    taken = []
+    for _ in range(5):
+        digest, began = hashlib.sha256(), time.thread_time_ns()
+        for _ in range(megabytes):
+            digest.update(piece)
+        taken.append(time.thread_time_ns() - began)
+    return min(taken) / 1000
+
+
+def text(looks: Sequence[Look], sha256_us: float) -> str:
     parts = [
         "## Where the time goes",
-        "`make bench STUDY=where`: of the time in which Python ran, the share of each room, by the "
-        "innermost line of ours; nothing kept on disk.",
-    ]
-    for name, one in found.items():
-        parts += [f"### `{name}`: {about[name]}", table(one)]
+        "`make bench STUDY=where`: CPU us a request; of it in the kernel, and with the"
+        " interpreter's lock held (system calls that are made with the lock are in both; what is in"
+        " neither are digests, copies and SQLite). SHA-256 of 20 MB alone takes"
+        f" {report.figure(sha256_us)} us here.",
+        report.rows(
+            ("case", "who", "CPU", "kernel", "lock", "beside it", "CPU of that"),
+            [
+                (
+                    f"`{one.case.name}`", TITLES[one.target],
+                    *map(report.figure, (one.cpu_us, one.kernel_us, one.lock_us)),
+                    TITLES[one.beside], report.figure(one.beside_us),
+                )
+                for one in looks
+            ],
+        ),
+        "Of the time in which Python ran, the share of each room, by the innermost line of ours:",
+    ]  # fmt: skip
+    for one in looks:
+        parts += [f"### `{one.case.name}`: {one.case.about}", table(one.rooms)]
     return "\n\n".join(parts) + "\n"
 
 
-def _profile(case: Case, cores: Cores, seconds: float) -> Counter[str]:
-    plan = Plan(cores, rounds=1, seconds=seconds)
+def _look(case: Case, cores: Cores, seconds: float) -> Look:
+    """Each is measured undisturbed; then the target is measured again, under py-spy."""
+    names = SHOWN[case.name]
+    plan = Plan(cores, rounds=1, seconds=seconds / 2)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(site_folder()))
         folder.chmod(0o755)
         upstream = open_upstream(case, plan, folder, stack)
-        site = Site(folder, cores.target, upstream.ports, upstream.ca, upstream.reply.body)
-        target = start(POLICY_TARGET, site, stack)
-        assert target.process is not None
-        bench = Bench(case, POLICY_TARGET, target, upstream, folder, NUMBERS_EACH)
-        bench.warm(plan)
-        raw = folder / "stacks"
-        spy = subprocess.Popen(
-            [
-                *(_py_spy(), "record", "--gil", "--nonblocking", "--format", "raw"),
-                *("--rate", str(SAMPLES_A_SECOND), "--duration", str(max(1, int(seconds) - 1))),
-                *("--output", raw, "--pid", str(target.process.pid)),
-            ],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+        target, beside = (
+            _bench(case, name, place, upstream, plan, folder, stack)
+            for place, name in enumerate(names, start=1)
         )
+        beside.measure(plan)
+        assert target.target.process is not None
+        pid = target.target.process.pid
+        before, began = kernel_seconds(pid), target.made
+        target.measure(plan)
+        kernel_us = (kernel_seconds(pid) - before) / (target.made - began) * 1e6
+        spy = _spy(pid, folder / "stacks", int(seconds) - 1)
         try:
-            bench.measure(plan)
+            target.measure(Plan(cores, rounds=1, seconds=seconds))
         finally:
             spy.wait(timeout=60)
         say(f"{case.name}: looked at")
-        return rooms(raw.read_text())
+        found = rooms((folder / "stacks").read_text())
+        undisturbed, watched = target.samples
+        held = found.total() / (SAMPLES_A_SECOND * (int(seconds) - 1))
+        return Look(
+            case, names[0], undisturbed["cpu_us"], kernel_us,
+            held / watched["requests_per_second"] * 1e6,
+            names[1], beside.samples[0]["cpu_us"], found,
+        )  # fmt: skip
+
+
+def _bench(
+    case: Case,
+    name: str,
+    place: int,
+    upstream: Upstream,
+    plan: Plan,
+    folder: Path,
+    stack: contextlib.ExitStack,
+) -> Bench:
+    """A target that runs and is warm."""
+    own = folder / name
+    own.mkdir()
+    site = Site(own, plan.cores.target, upstream.ports, upstream.ca, upstream.reply.body)
+    bench = Bench(case, name, start(name, site, stack), upstream, own, place * NUMBERS_EACH)
+    bench.warm(plan)
+    return bench
+
+
+def _spy(pid: int, raw: Path, seconds: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [
+            *(_py_spy(), "record", "--gil", "--nonblocking", "--format", "raw"),
+            *("--rate", str(SAMPLES_A_SECOND), "--duration", str(seconds)),
+            *("--output", raw, "--pid", str(pid)),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def _py_spy() -> str:
