@@ -33,11 +33,11 @@ BASE_RECIPE = (
     "mmdebstrap",
     "--quiet",
     "--variant=essential",
-    "--include=python3-minimal,python3-venv,ca-certificates",
+    "--include=apt,python3-minimal,python3-venv,ca-certificates",
     '--aptopt=Acquire::Languages "none"',
     "--dpkgopt=force-unsafe-io",
     *(f"--dpkgopt=path-exclude=/usr/share/{one}/*" for one in ("doc", "man", "locale")),
-    # As in the official image, `python` is the Python.
+    # As in the official image there is apt, and `python` is the Python.
     '--customize-hook=ln -s /usr/bin/python3 "$1/usr/local/bin/python"',
     "trixie",
 )
