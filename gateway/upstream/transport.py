@@ -56,9 +56,10 @@ def tls_context(ca_file: str | None = None) -> ssl.SSLContext:
 
 
 class _Home(NamedTuple):
-    """What a pool's connections and exchanges call in the end: bound once, and not for each, where
-    it took 300 bytes for as long as a picture takes."""
+    """The pool of an origin, and what its connections and exchanges call in the end: bound once,
+    and not for each, where it took 300 bytes for as long as a picture takes."""
 
+    pool: Pool
     give: Callable[[Connection | None], None]
     on_closed: Callable[[Connection], None]
 
@@ -91,8 +92,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         self._waited = waited
         self._buffer = memoryview(bytearray(READ_BYTES))
         self._resolution = Resolution()
-        self._pools: dict[Origin, Pool] = {}
-        self._homes: dict[Pool, _Home] = {}
+        self._homes: dict[Origin, _Home] = {}
         self._connections: set[Connection] = set()
         self._deadlines = Deadlines()
         self._closed = False
@@ -107,7 +107,8 @@ class SocketTransport(httpx.AsyncBaseTransport):
         loop = asyncio.get_running_loop()
         began = loop.time()
         total_at = began + timeouts.total
-        pool = self._pools.get(request.origin) or self._pool(request.origin)
+        home = self._homes.get(request.origin) or self._home(request.origin)
+        pool = home.pool
         try:
             connection = await pool.take(min(timeouts.pool, timeouts.total))
         finally:
@@ -115,7 +116,7 @@ class SocketTransport(httpx.AsyncBaseTransport):
         exchange: SocketExchange | None = None
         try:
             if connection is None:
-                connection = await self._connect(request.origin, pool, timeouts.connect, total_at)
+                connection = await self._connect(request.origin, home, timeouts.connect, total_at)
             first: bytes | Lent = b""
             rest = request.body
             if isinstance(rest, Whole) and not connection.closed:
@@ -130,11 +131,11 @@ class SocketTransport(httpx.AsyncBaseTransport):
                 if connection.closed or (waited and not connection.is_fresh()):
                     connection.abort()  # gone while the body was fetched; nothing is sent
                     connection = await self._connect(
-                        request.origin, pool, timeouts.connect, total_at
+                        request.origin, home, timeouts.connect, total_at
                     )
             exchange = SocketExchange(
                 connection,
-                self._homes[pool].give,
+                home.give,
                 max(self._max_response_bytes, request.max_response_bytes),
                 self._deadlines,
                 loop.time() + timeouts.first_byte,
@@ -209,25 +210,25 @@ class SocketTransport(httpx.AsyncBaseTransport):
                 connection.exchange.close()
             connection.abort()
         self._deadlines.close()
-        for pool in self._pools.values():
-            pool.close()
+        for home in self._homes.values():
+            home.pool.close()
         if self._connections:  # each is closed by the loop, a turn or two later
             self._emptied.clear()
             await self._emptied.wait()
 
-    def _pool(self, origin: Origin) -> Pool:
-        pool = self._pools.get(origin)
-        if pool is None:
-            pool = self._pools[origin] = Pool(self._max_connections, self._idle_seconds)
-            self._homes[pool] = _Home(pool.give, partial(self._on_closed, pool))
-        return pool
+    def _home(self, origin: Origin) -> _Home:
+        home = self._homes.get(origin)
+        if home is None:
+            pool = Pool(self._max_connections, self._idle_seconds)
+            home = self._homes[origin] = _Home(pool, pool.give, partial(self._on_closed, pool))
+        return home
 
     async def _connect(
-        self, origin: Origin, pool: Pool, seconds: float, total_at: float
+        self, origin: Origin, home: _Home, seconds: float, total_at: float
     ) -> Connection:
         """A new connection, in a slot the caller owns. Raises ``NotSent``."""
         left = total_at - asyncio.get_running_loop().time()
-        connection = Connection(self._buffer, self._homes[pool].on_closed)
+        connection = Connection(self._buffer, home.on_closed)
         try:
             async with Patience(min(seconds, left), lambda: connection.is_made):
                 addresses = await self._resolution.addresses(origin.host, origin.port)

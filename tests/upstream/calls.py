@@ -63,7 +63,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 def slots(transport: SocketTransport) -> tuple[int, int]:
     """Owned and idle, over all origins."""
-    pools = transport._pools.values()
+    pools = [home.pool for home in transport._homes.values()]
     return sum(pool.slots for pool in pools), sum(pool.idle for pool in pools)
 
 

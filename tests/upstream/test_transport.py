@@ -647,7 +647,7 @@ async def test_a_slot_handed_to_a_cancelled_waiter_goes_on() -> None:
     async with raw_server(hello) as server:
         transport = SocketTransport(max_connections=1)
         exchange = await transport.exchange(post(server.port))
-        (pool,) = transport._pools.values()
+        ((pool, *_),) = transport._homes.values()
         connection = await asyncio.wait_for(_after(exchange.read(), pool.take(1)), 5)
         assert connection is not None
         first = asyncio.create_task(pool.take(5))
