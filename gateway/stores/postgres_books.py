@@ -57,13 +57,18 @@ _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = %s AND rid IS N
 # one before has booked. Nobody waits for this lock who has another.
 _TURN = "SELECT pg_advisory_xact_lock(hashtextextended('adjust_all', 0))"
 
+# Added up as they are read: to keep the calls of a day for both parts fills a file with them.
 _ROUTED = """
-WITH closed AS (SELECT * FROM hold WHERE day = %s AND state IN ('P', 'X'))
+WITH closed AS (
+    SELECT upstream, team, key_id, model, drawn_model, count(*) AS requests,
+           sum(CASE operation WHEN 'response' THEN 0 ELSE images END) AS images,
+           sum(cost - drawn_cost) AS cost,
+           sum(drawn_images) AS drawn_images, sum(drawn_cost) AS drawn_cost
+      FROM hold WHERE day = %s AND state IN ('P', 'X')
+     GROUP BY upstream, team, key_id, model, drawn_model
+)
 SELECT upstream, team, key_id, model, sum(requests), sum(images), sum(cost) FROM (
-       SELECT upstream, team, key_id, model, 1 AS requests,
-              CASE operation WHEN 'response' THEN 0 ELSE images END AS images,
-              cost - drawn_cost AS cost
-         FROM closed
+       SELECT upstream, team, key_id, model, requests, images, cost FROM closed
         UNION ALL
        SELECT upstream, team, key_id, drawn_model, 0, drawn_images, drawn_cost
          FROM closed WHERE drawn_model <> ''
@@ -91,7 +96,9 @@ SELECT team, end_user, sum(sign * requests)::bigint, sum(sign * images)::bigint,
  ORDER BY team, end_user
 """
 
-_BY = {by: usage_by_sql(by, "%({})s::text".format, "({})::bigint".format) for by in By}
+_BY = {
+    by: usage_by_sql(by, "%({})s::text".format, "({})::bigint".format, in_order=False) for by in By
+}
 
 _BOOKED = """
 SELECT day, model, sum(cost) FROM usage_daily WHERE day = ANY(%s::text[]) GROUP BY day, model
