@@ -80,19 +80,32 @@ _KNOWN = """
 SELECT (SELECT min(period) FROM usage_by_user), (SELECT max(period) FROM usage_by_user)
 """
 
-# By period and then team, as the rows are sorted; one without a team is for all. OFFSET 0: each
-# period is looked up by itself. A join of both reads the whole table, and sorts what it finds (the
-# planner takes each day's users for others), which is two to three times as slow.
+# By period and then team, as the rows are sorted; one without a team is for all, some teams at a
+# time: the sums of all users at once do not fit into a processor's cache, which takes a quarter
+# longer. Every team is in one part, whatever the months say. OFFSET 0: each period is looked up by
+# itself. A join of both reads the whole table, and sorts what it finds (the planner takes each day's
+# users for others), which is two to three times as slow.
 BY_USER = """
-SELECT team, end_user, sum(sign * requests)::bigint, sum(sign * images)::bigint,
-       sum(sign * cost)::bigint, sum(sign * unresolved)::bigint
-  FROM unnest(%(periods)s::text[], %(signs)s::bigint[]) AS asked (period, sign)
-  CROSS JOIN LATERAL (
-       SELECT * FROM usage_by_user
-        WHERE period = asked.period
-          AND team BETWEEN coalesce(%(team)s::text, '') AND coalesce(%(team)s::text, chr(1114111))
-       OFFSET 0) AS part
- GROUP BY team, end_user HAVING sum(sign * requests) <> 0 OR sum(sign * cost) <> 0
+WITH numbered (team, number) AS (
+    SELECT team, row_number() OVER (ORDER BY team) FROM (
+           SELECT DISTINCT team FROM usage_by_user
+            WHERE period = ANY(%(months)s::text[]) AND %(team)s::text IS NULL) AS named
+), part (first, next) AS MATERIALIZED (
+    SELECT first, lead(first, 1, chr(1114111)) OVER (ORDER BY first) FROM (
+           SELECT '' AS first UNION ALL SELECT team FROM numbered WHERE number %% 16 = 0) AS one
+)
+SELECT sums.* FROM part CROSS JOIN LATERAL (
+       SELECT team, end_user, sum(sign * requests)::bigint, sum(sign * images)::bigint,
+              sum(sign * cost)::bigint, sum(sign * unresolved)::bigint
+         FROM unnest(%(periods)s::text[], %(signs)s::bigint[]) AS asked (period, sign)
+         CROSS JOIN LATERAL (
+              SELECT * FROM usage_by_user
+               WHERE period = asked.period AND team >= part.first AND team < part.next
+                 AND team BETWEEN coalesce(%(team)s::text, '')
+                              AND coalesce(%(team)s::text, chr(1114111))
+              OFFSET 0) AS one
+        GROUP BY team, end_user HAVING sum(sign * requests) <> 0 OR sum(sign * cost) <> 0
+       OFFSET 0) AS sums
  ORDER BY team, end_user
 """
 
@@ -200,7 +213,12 @@ class PostgresBooks:
         def read(link: Link) -> list[UserUsage]:
             first, last = link.execute(_KNOWN).fetchall()[0]
             periods = cover(since, until, (first, last) if first else None)
-            asked = {"team": team, "periods": list(periods), "signs": list(periods.values())}
+            asked = {
+                "team": team,
+                "periods": list(periods),
+                "signs": list(periods.values()),
+                "months": sorted({period[:7] for period in periods}),
+            }
             return [UserUsage(*row) for row in link.execute(BY_USER, asked).fetchall()]
 
         return await self._reader.run_long(read)

@@ -865,7 +865,7 @@ async def test_a_database_of_the_release_before_users(server: Postgres) -> None:
 @pytest.mark.parametrize("team", ["team3", None])
 def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None) -> None:
     url = server.fresh_database()
-    asked = {"team": team, "periods": ["2026-11-05"], "signs": [1]}
+    asked = {"team": team, "periods": ["2026-11-05"], "signs": [1], "months": ["2026-11"]}
     with psycopg.connect(url, autocommit=True) as link:
         link.execute(
             "INSERT INTO usage_by_user"
