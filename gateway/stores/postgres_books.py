@@ -83,8 +83,8 @@ SELECT (SELECT min(period) FROM usage_by_user), (SELECT max(period) FROM usage_b
 # By period and then team, as the rows are sorted; one without a team is for all, some teams at a
 # time: the sums of all users at once do not fit into a processor's cache, which takes a quarter
 # longer. Every team is in one part, whatever the months say. OFFSET 0: each period is looked up by
-# itself. A join of both reads the whole table, and sorts what it finds (the planner takes each day's
-# users for others), which is two to three times as slow.
+# itself. A join of both reads the whole table, and sorts what it finds (the planner takes each
+# day's users for others), which is two to three times as slow.
 BY_USER = """
 WITH numbered (team, number) AS (
     SELECT team, row_number() OVER (ORDER BY team) FROM (
