@@ -155,7 +155,7 @@ _APPLIED = "SELECT 1 FROM adjustment WHERE id = ?"
 
 _FIND = f"SELECT {ADJUSTMENT_COLUMNS} FROM adjustment WHERE id = ? AND rid IS NULL"  # noqa: S608
 
-# Along hold_spent alone, whose rows lie as they are added up: a call itself is not read.
+# Along hold_spent alone: no call itself is read.
 ROUTED = """
 WITH closed AS (
     SELECT upstream, team, key_id, model, drawn_model, count(*) AS requests,

@@ -1,7 +1,7 @@
--- What a call cost and where it went, by day, in the order that it is added up in: nothing else of a
--- hold has to be read for it. A hold comes into it as it is closed, and was in hold_day from the start:
--- so it is written as often.
+-- What a call cost and where it went, by day: nothing else of a hold has to be read to add a day up. As
+-- calls come, so that those of a moment lie together. A hold comes into it as it is closed, and was in
+-- hold_day from the start: so it is written as often.
 CREATE INDEX hold_spent ON hold (
-    day, upstream, team, key_id, model, drawn_model, operation, images, cost, drawn_images, drawn_cost, state
+    day, rid, upstream, team, key_id, model, drawn_model, operation, images, cost, drawn_images, drawn_cost, state
 ) WHERE state IN ('P', 'X');
 DROP INDEX hold_day;
