@@ -106,8 +106,10 @@ async def test_the_users_of_many_teams(store: Store) -> None:
     # All of the month but a day: that is subtracted.
     assert await store.books.usage_by_user(None, "2026-11-02", "2026-11-22") == anns
     assert await store.books.usage_by_user("~") == [one for one in everybody if one.team == "~"]
-    days = await store.books.usage_by(By.TEAM)
-    assert {row.team: row.cost for row in days} == {team: 2 * cost for team, cost in costs.items()}
+    totals = await store.books.usage_by(By.TEAM)
+    assert {row.team: row.cost for row in totals} == {
+        team: 2 * cost for team, cost in costs.items()
+    }
     months = await store.books.usage_by(By.MONTH, None, "2026-11-23")
     assert [(row.day, row.requests) for row in months] == [("2026-11", len(names))]
 
