@@ -63,23 +63,34 @@ _NAMED_BY = {
     By.KEY: {"team": "team", "key_id": "key_id"},
     By.MODEL: {"model": "model"},
 }
+# By these, parts are added up as they lie in the table's key, and only the parts are sorted.
+_PARTS_BY = {By.MONTH: "day", By.TEAM: "day, team"}
 
 
-def usage_by_sql(by: By, asked: Callable[[str], str], whole: Callable[[str], str]) -> str:
+def usage_by_sql(
+    by: By, asked: Callable[[str], str], whole: Callable[[str], str], *, in_order: bool
+) -> str:
     """The statement of ``Books.usage_by``. ``asked`` makes a parameter of the name of a text that
-    may be null, ``whole`` makes a sum the whole number that it is."""
+    may be null, ``whole`` makes a sum the whole number that it is; ``in_order``: the table lies as
+    its key does."""
     named = _NAMED_BY[by]
     names = ", ".join(f"{named.get(name, EMPTY)} AS {name}" for name in _USAGE_NAMES)
     sums = ", ".join(whole(f"sum({name})") for name in Counts._fields)
-    return f"""
-    SELECT {names}, {sums}
+    rows = f"""
       FROM usage_daily
      WHERE day BETWEEN coalesce({asked("since")}, '') AND coalesce({asked("until")}, '{LAST_DAY}')
        AND ({asked("team")} IS NULL OR team = {asked("team")})
+    """
+    if in_order and by in _PARTS_BY:
+        part = _PARTS_BY[by]
+        parts = ", ".join(f"sum({name}) AS {name}" for name in Counts._fields)
+        rows = f"FROM (SELECT {part}, {parts} {rows} GROUP BY {part})"
+    return f"""
+    SELECT {names}, {sums} {rows}
      GROUP BY {", ".join(named.values())}
     HAVING sum(requests) > 0 OR sum(images) <> 0 OR sum(cost) <> 0
      ORDER BY {", ".join(named.values())}
-    """  # noqa: S608 - names of columns
+    """
 
 
 OWNED_COLUMNS = "id, kind, team, key_id, upstream, mark, created, expires, size_bytes, detail"

@@ -27,6 +27,7 @@ from gateway.housekeeping import FORGET_BATCH
 from gateway.ports import Store
 from gateway.reports.focus import as_csv, focus_rows
 from gateway.stores.postgres import PostgresStore
+from gateway.stores.postgres_link import connect
 from gateway.stores.sqlite import SQLiteStore
 from tests.bench.ledger_rows import BOUND, DAYS, FIRST, NOON, fill_postgres, fill_sqlite
 from tests.bench.results import rounded
@@ -133,8 +134,8 @@ class Caller:
         self.settled_ms.clear()
 
 
-async def measure_pairs(caller: Caller, pairs: int, cpu: Callable[[], float]) -> dict[str, float]:
-    """One after the other, then 64 at a time. CPU is that of this process, and of ``cpu``."""
+async def measure_pairs(caller: Caller, pairs: int) -> dict[str, float]:
+    """One after the other, then 64 at a time. CPU is that of this process."""
     for _ in range(20):
         await caller.pair()
     caller.forget_times()
@@ -152,12 +153,11 @@ async def measure_pairs(caller: Caller, pairs: int, cpu: Callable[[], float]) ->
             await caller.pair()
 
     turns = max(1, 10 * pairs // FLIGHT)
-    before, begun = (time.process_time(), cpu()), time.perf_counter()
+    before, begun = time.process_time(), time.perf_counter()
     await asyncio.gather(*(work(turns) for _ in range(FLIGHT)))
     seconds, done = time.perf_counter() - begun, turns * FLIGHT
     found["pairs_per_second"] = done / seconds
-    found["process_cpu_us"] = (time.process_time() - before[0]) / done * 1e6
-    found["server_cpu_us"] = (cpu() - before[1]) / done * 1e6
+    found["process_cpu_us"] = (time.process_time() - before) / done * 1e6
     return found
 
 
@@ -281,12 +281,10 @@ async def under_load(caller: Caller, seconds: float, per_second: int = 50) -> li
     return list(caller.reserved_ms)
 
 
-async def measure(
-    store: Store, found: Measured, effort: float, cpu: Callable[[], float] = lambda: 0.0
-) -> Measured:
+async def measure(store: Store, found: Measured, effort: float) -> Measured:
     """``effort`` 1 is for numbers to be published; a test needs less."""
     caller = Caller(store)
-    found.pairs = await measure_pairs(caller, max(5, int(300 * effort)), cpu)
+    found.pairs = await measure_pairs(caller, max(5, int(300 * effort)))
     # Idempotency keys that are older than a day; a sweep clears a thousand of them.
     for _ in range(found.calls // DAYS // 5000 + 1):
         await store.ledger.sweep(NOON)
@@ -337,38 +335,10 @@ async def grow_postgres(url: str, calls: int, effort: float = 1.0) -> Measured:
     begun = time.perf_counter()
     fill_postgres(url, calls)
     found = Measured("postgres", calls, time.perf_counter() - begun)
-    return await opened(lambda: PostgresStore.open(url, caller_time=True), found, effort)
-
-
-def table(results: Sequence[Measured]) -> str:
-    """Markdown, a column for each ledger."""
-    head = ["", *(f"{one.store} {one.calls:,}" for one in results)]
-    lines = [head, ["---"] + ["--:"] * len(results)]
-
-    def add(name: str, value: Callable[[Measured], float]) -> None:
-        lines.append([name, *(f"{value(one):,.{2 if value(one) < 10 else 0}f}" for one in results)])
-
-    def of(group: str, name: str, one: Measured) -> float:
-        return float(getattr(one, group).get(name, 0.0))
-
-    add("open, ms", lambda one: one.open_ms)
-    for group in ("pairs", "questions_ms", "retention"):
-        for name in getattr(results[0], group):
-            shown = f"{name}, ms" if group == "questions_ms" else f"{group}: {name}"
-            add(shown, partial(of, group, name))
-    add("verify, s", lambda one: one.audit_seconds)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def text(results: Sequence[Measured]) -> str:
-    """The table, and which questions take longer than they may."""
-    slow = [
-        f"- {one.store}, {one.calls:,} calls: {name}: {one.questions_ms[name]:,.0f} ms"
-        for one in results
-        for name in one.slow
-    ]
-    said = f"Questions that take more than {LIMIT_MS:.0f} ms: " + ("" if slow else "none.")
-    return "\n\n".join((table(results), said.strip(), *(["\n".join(slow)] if slow else [])))
+    await opened(lambda: PostgresStore.open(url, caller_time=True), found, effort)
+    with connect(url) as link:
+        found.pairs["bytes"] = link.number("SELECT pg_database_size(current_database())")
+    return found
 
 
 def run(sizes: Sequence[int]) -> list[Measured]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from tests.bench import growth, growth_ledger, results, scale, study, where
+from tests.bench import growth, growth_ledger, ledger_page, results, scale, study, where
 from tests.bench import page as page_of_cases
 from tests.bench.machine import machine
 from tests.bench.processes import Cores, cores, raise_file_limit, stay_off_the_target
@@ -45,9 +45,10 @@ $ make bench STUDY=scale
 
 
 LEDGER_HEAD: Final = """Calls that were settled before, over 90 days, of 200 teams, 1,000 keys and
-14,000 users. Questions are asked of the store as commands and the Admin API ask it; pairs are a
-reservation and its settlement, alone and 64 at a time; retention is the deletion of the first month
-beside 50 calls a second. At five million calls each user calls every day."""
+14,000 users; at five million each user calls every day. Heads name the database and how many calls
+it has. Questions are asked of the store as commands and the Admin API ask them, each some times:
+the median is shown. "all" is of all days and teams, "a month" is October, "a team" has all days;
+what is not measured, or cannot be where there are no calls, is "–"."""
 
 
 def run(name: str, *, quick: bool) -> int:
@@ -94,7 +95,7 @@ def _where(on: Cores, *, quick: bool) -> int:
 
 def _ledger(on: Cores, *, quick: bool) -> int:
     found = growth_ledger.run(growth_ledger.QUICK_SIZES if quick else growth_ledger.SIZES)
-    print(growth_ledger.text(found))
+    print(ledger_page.text(found))
     if not quick:
         growth_ledger.write(machine(on), found, HERE / LEDGERS)
         write_page()
@@ -191,7 +192,7 @@ def page() -> str:
         if name == "growth" and (HERE / LEDGERS).exists():
             on, ledgers = growth_ledger.read(HERE / LEDGERS)
             parts += [f"## Rows of the ledger, {on['date']}", LEDGER_HEAD]
-            parts += [growth_ledger.text(ledgers)]
+            parts += [ledger_page.text(ledgers)]
     return "\n\n".join(parts) + "\n"
 
 

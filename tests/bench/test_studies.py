@@ -129,7 +129,7 @@ def test_the_page_has_every_study_once(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert [line for line in headings if line.startswith("## ")] == [
         "## Growth, 2026-11-23", "## Rows of the ledger, 2026-11-24", "## Scale, ",
     ]  # fmt: skip
-    assert "- sqlite, 10 calls: usage, a day: 250 ms" in text
+    assert "- SQLite, 10 calls: rows of usage, a day: 250 ms" in text
 
 
 SMALL = growth.Sizes(

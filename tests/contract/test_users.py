@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 
 from gateway.domain.books import Correction
-from gateway.domain.ledger import Claim, Denied, Held, Line, UserUsage
+from gateway.domain.ledger import By, Claim, Denied, Held, Line, UserUsage
 from gateway.domain.quota import Limit, Scope, Unit, Window, period
 from gateway.ports import Store
 from tests.contract.stores import NOON, claim, elsewhere, expired, lines, settled, voided
@@ -86,6 +86,32 @@ async def test_usage_by_user(store: Store) -> None:
         replace(lost, requests=3, images=3, cost=2**40 + 8, unresolved=0),
         bob,
     ]
+
+
+async def test_the_users_of_many_teams(store: Store) -> None:
+    """In the order of their teams, however many are added up at a time; each team once."""
+    names = [f"team-{number:02}" for number in range(40)] + ["a", "~", "\u00e9quipe", "\U0001f3a8"]
+    for number, team in enumerate(names):
+        for user, days in ((ANN, 0), (BOB, 1)):
+            rid = f"{number}-{days}"
+            await store.ledger.reserve(of(user, rid, team=team, days=days))
+            await store.ledger.settle(settled(rid, number + 1))
+    costs = {team: number + 1 for number, team in enumerate(names)}
+    everybody = [
+        UserUsage(team, user, 1, 1, costs[team], 0) for team in sorted(names) for user in (ANN, BOB)
+    ]
+    assert await store.books.usage_by_user() == everybody
+    anns = [one for one in everybody if one.user == ANN]
+    assert await store.books.usage_by_user(None, "2026-11-22", "2026-11-22") == anns
+    # All of the month but a day: that is subtracted.
+    assert await store.books.usage_by_user(None, "2026-11-02", "2026-11-22") == anns
+    assert await store.books.usage_by_user("~") == [one for one in everybody if one.team == "~"]
+    totals = await store.books.usage_by(By.TEAM)
+    assert {row.team: row.cost for row in totals} == {
+        team: 2 * cost for team, cost in costs.items()
+    }
+    months = await store.books.usage_by(By.MONTH, None, "2026-11-23")
+    assert [(row.day, row.requests) for row in months] == [("2026-11", len(names))]
 
 
 async def test_calls_that_were_forgotten_stay_their_users(store: Store) -> None:

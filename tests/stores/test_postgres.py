@@ -40,7 +40,7 @@ from gateway.domain.ledger import (
 from gateway.domain.team import Team
 from gateway.ports import BooksChanged, NotKnown, StoreError
 from gateway.stores.postgres import PostgresStore
-from gateway.stores.postgres_books import BY_USER
+from gateway.stores.postgres_books import BY_USER, BY_USER_SIGNED
 from gateway.stores.postgres_link import Link
 from gateway.stores.postgres_schema import upgrade, versions
 from gateway.stores.schema import Versions, migrations
@@ -862,10 +862,11 @@ async def test_a_database_of_the_release_before_users(server: Postgres) -> None:
         assert [(one.user, one.cost) for one in found] == [("", 4), ("u_1", 5)]
 
 
+@pytest.mark.parametrize("sql", [BY_USER, BY_USER_SIGNED])
 @pytest.mark.parametrize("team", ["team3", None])
-def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None) -> None:
+def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None, sql: str) -> None:
     url = server.fresh_database()
-    asked = {"team": team, "periods": ["2026-11-05"], "signs": [1]}
+    asked = {"team": team, "periods": ["2026-11-05"], "signs": [1], "months": ["2026-11"]}
     with psycopg.connect(url, autocommit=True) as link:
         link.execute(
             "INSERT INTO usage_by_user"
@@ -873,7 +874,7 @@ def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None) -
             " 1, 1, 1, 0 FROM generate_series(1, 20000) AS n"
         )
         link.execute("ANALYZE")
-        plan = str(link.execute(f"EXPLAIN {BY_USER}".encode(), asked).fetchall())
+        plan = str(link.execute(f"EXPLAIN {sql}".encode(), asked).fetchall())
     assert "usage_by_user_pkey" in plan
     assert "Seq Scan on usage_by_user" not in plan
 
