@@ -605,6 +605,20 @@ async def test_a_write_that_fails_while_it_is_cancelled_is_no_news(
     assert heard == []
 
 
+@pytest.mark.parametrize(("announced", "spilled"), [(None, False), (10, False), (11, True)])
+async def test_what_will_not_stay_in_memory_is_not_copied_there(
+    room: Room, announced: int | None, spilled: bool
+) -> None:
+    spool = Spool(room, 10, for_request=True, announced=announced)
+    await spool.write(b"a")  # came with the head: it is there as it is
+    assert used(room) == (1, 0)
+    await spool.write(Lent(bytearray(b"bcd"), 3))
+    assert spool.spilled is spilled
+    assert used(room) == ((0, 4) if spilled else (4, 0))
+    assert await all_of(spool.slice()) == b"abcd"
+    spool.close()
+
+
 async def test_requests_leave_half_of_the_disk_to_answers(tmp_path: Path) -> None:
     room = Room(0, 1000, tmp_path)
     request, answer = Spool(room, 0, for_request=True), Spool(room)
