@@ -194,6 +194,7 @@ async def open_gateway(
         room = Room(
             settings.server.buffer_bytes // part, settings.server.spool_bytes // part, spools
         )
+        stack.callback(room.close)
         worker = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         safe = SettlementSafe.open(settings.ledger.spool, worker)
         stack.push_async_callback(safe.aclose)

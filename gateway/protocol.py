@@ -43,6 +43,7 @@ from gateway.api.door import (
 from gateway.api.errors import no_http, no_room
 from gateway.ports import FileBody, Lent, OpenFile
 from gateway.relay.arrival import Watch
+from gateway.relay.buffers import Buffers
 from gateway.relay.moment import Moment
 
 LINGER_SECONDS = 10.0
@@ -53,6 +54,8 @@ TURNED_AWAY = 16
 UPLOAD_HIGH_WATER = 256 * 1024
 """Bytes of a request's body that may wait before the socket is no longer read: one read of the
 loop's may bring so many, and to stop and go for each costs two system calls."""
+UNASKED_HIGH_WATER = 64 * 1024
+"""And before anybody has asked for it: most of a large one is then read into one buffer."""
 KEPT_URL_BYTES = 256
 LENT_BYTES = 1024 * 1024
 """The buffer that a large body is read into, again and again."""
@@ -137,6 +140,7 @@ class Door:
     def __init__(self, limit: int | None, refused: Callable[[], None]) -> None:
         self.limit = limit
         self.refused = refused
+        self.buffers = Buffers(LENT_BYTES)
         self._away: OrderedDict[asyncio.Transport, None] = OrderedDict()
 
     def turn_away(self, transport: asyncio.Transport) -> None:
@@ -155,6 +159,7 @@ class Door:
         self._away.pop(transport, None)
 
     def close(self) -> None:
+        self.buffers.close()
         for transport in self._away:
             transport.abort()
 
@@ -191,9 +196,12 @@ class Cycle(RequestResponseCycle):
         self._pieces: Sequence[bytes] = ()
         self._waiting_bytes = 0
         self._body_bytes = 0
+        self._is_asked = False
         self._lendable = 0
         """Bytes of a body that may be lent, as announced; none once it is asked for."""
         self._inlet: Inlet | None = None
+        self._read_into: bytearray | None = None
+        """What was read into, once all is read."""
         self._watch: Watch | None = None
         self._held_head = b""
         self._client: Leaving | None = None
@@ -235,8 +243,12 @@ class Cycle(RequestResponseCycle):
 
     def watch(self, client: Leaving) -> None:
         """Has ``client`` told when its connection ends before the answer does, and when it closes
-        its sending half; at once where that has happened."""
+        its sending half; at once where that has happened. Its body is read, and nobody looks at
+        what was lent of it."""
         self._client = client
+        if self._read_into is not None:
+            self._connection.take_back(self._read_into)
+            self._read_into = None
         self._connection.watching.append(self)
         # The last piece of a body may have paused it, and an end that is not read is not seen.
         if self.flow.read_paused:
@@ -319,7 +331,7 @@ class Cycle(RequestResponseCycle):
         else:
             self._pieces = [piece]
         self._waiting_bytes += size
-        if self._waiting_bytes > UPLOAD_HIGH_WATER:
+        if self._waiting_bytes > (UPLOAD_HIGH_WATER if self._is_asked else UNASKED_HIGH_WATER):
             self.flow.pause_reading()
         self.message_event.set()
 
@@ -327,6 +339,7 @@ class Cycle(RequestResponseCycle):
         """What came of it and nobody will read: the rest of this waits for the collector."""
         self._pieces = ()
         self._waiting_bytes = 0
+        self._read_into = None
         if self._inlet is not None:
             self._inlet.forget_refusal()
             self._inlet = None
@@ -335,6 +348,7 @@ class Cycle(RequestResponseCycle):
         if self.waiting_for_100_continue and not self.transport.is_closing():
             self._wire.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             self.waiting_for_100_continue = False
+        self._is_asked = True
         if not self.disconnected and not self.response_complete:
             if self._lendable:
                 self._let_in()
@@ -363,11 +377,13 @@ class Cycle(RequestResponseCycle):
         return {"type": "http.request", "body": body, "more_body": more}
 
     def _lent(self, inlet: Inlet) -> Any:
+        lent = inlet.lend()
         if self.more_body:
             self.flow.pause_reading()
         else:
             self._inlet = None  # its buffer is not needed while the picture is painted
-        return {"type": "http.request", "body": inlet.lend(), "more_body": self.more_body}
+            self._read_into = lent.buffer
+        return {"type": "http.request", "body": lent, "more_body": self.more_body}
 
     async def send(self, message: Any) -> None:
         if self.flow.write_paused and not self.disconnected:
@@ -529,7 +545,7 @@ class Cycle(RequestResponseCycle):
 
     def _complete(self) -> None:
         self.response_complete = True
-        if self._pieces or self._inlet is not None:
+        if self._pieces or self._inlet is not None or self._read_into is not None:
             self.drop_body()
         self.message_event.set()
         if not self.keep_alive:
@@ -550,7 +566,7 @@ class Inlet(asyncio.BufferedProtocol):
         self._at = at
         self._left = left
         self._first = self._shown = self._filled = at % ALIGNED_BYTES
-        self._buffer = bytearray(min(LENT_BYTES, self._first + left))
+        self._buffer = connection.buffer_of(min(LENT_BYTES, self._first + left))
         self._is_lent = False
         self._waits: asyncio.TimerHandle | None = None
         self._watch: Watch | None = None
@@ -802,6 +818,14 @@ class Connection(HttpToolsProtocol):
         self.wire.set_protocol(inlet)
         self.flow.resume_reading()
         return inlet
+
+    def buffer_of(self, size: int) -> bytearray:
+        """One that was used before, if any."""
+        return bytearray(size) if self._door is None else self._door.buffers.take(size)
+
+    def take_back(self, buffer: bytearray) -> None:
+        if self._door is not None:
+            self._door.buffers.give_back(buffer)
 
     def let_out(self) -> None:
         """All of that body is read: what comes is another request, for another parser."""

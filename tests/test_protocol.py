@@ -436,6 +436,68 @@ async def test_a_lent_piece_is_not_written_over_before_the_next_is_asked_for() -
     await story.end()
 
 
+async def test_the_buffer_of_a_body_is_the_next_ones() -> None:
+    story = Lender()
+    seen: list[int] = []
+    answered: list[bytes] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        door = Door(scope, receive, send)
+        async for piece in door.lent_body():
+            if isinstance(piece, Lent):
+                seen.append(id(piece.buffer))
+        await door.send_head(Head(200, (), 2, lambda: iter_of(b"ok")))
+        await door.send_chunk(b"ok")
+        await door.finish()
+        answered.append(b"ok")
+
+    story.connection.app = app
+    kept = cast(Any, story.connection)._door.buffers
+    body = b"x" * (2 * LENT_BYTES)
+    for number in (1, 2):
+        await story.switching.bring(head_of(len(body)) + body, 300_000)
+        await until(lambda number=number: len(answered) == number)  # type: ignore[misc]
+        assert len(kept._kept) == 1
+    assert len(set(seen)) == 1
+    await story.end()
+
+
+@pytest.mark.parametrize("ends", ["answered", "lost"])
+async def test_a_buffer_that_may_still_be_looked_at_is_nobody_elses(ends: str) -> None:
+    """The last piece was not asked on from: it is dropped with the answer, or the connection."""
+    story = Lender()
+    held: list[Lent] = []
+    go_on = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        door = Door(scope, receive, send)
+        body = door.lent_body()
+        left = LENT_BYTES * 2
+        while left:
+            piece = await anext(aiter(body))
+            left -= len(piece)
+        assert isinstance(piece, Lent)
+        held.append(piece)
+        await go_on.wait()
+        if ends == "answered":
+            await door.send_head(Head(200, (), 2, lambda: iter_of(b"ok")))
+            await door.send_chunk(b"ok")
+            await door.finish()
+
+    story.connection.app = app
+    kept = cast(Any, story.connection)._door.buffers
+    body = b"x" * (2 * LENT_BYTES)
+    await story.switching.bring(head_of(len(body)) + body, 300_000)
+    await until(lambda: held)
+    cycle = cast(Any, story.connection.cycle)
+    assert (kept._kept, cycle._read_into is held[0].buffer) == ([], True)
+    if ends == "lost":
+        story.connection.connection_lost(None)
+    go_on.set()
+    await story.end()
+    assert (kept._kept, cycle._read_into) == ([], None)
+
+
 @pytest.mark.parametrize("left", [1, 60_000, LENT_BYTES - 1, LENT_BYTES, LENT_BYTES + 1])
 @pytest.mark.parametrize("waits", [0, 50])
 async def test_a_large_body_may_wait_between_its_first_bytes_and_the_rest(

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import os
-import tempfile
 from bisect import bisect_left, bisect_right
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO, ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 from gateway.domain.call import Edit, Span
 from gateway.domain.errors import Overloaded
 from gateway.ports import Growing, Lent, LentFile, Parts
 from gateway.relay.moment import Moment
+from gateway.relay.scratch import KEPT_FILE_BYTES, Scratch, Scratches
 
 LENT_BYTES = 512 * 1024
 """Read from a request's file at a time, into one buffer."""
@@ -55,6 +55,7 @@ class Room:
         self.folder = folder
         self.memory_used = 0
         self.disk_used = 0
+        self._scratches = Scratches(folder)
 
     def refuse_if_full(self) -> None:
         """Raises ``Overloaded`` where half of the disk is used: the other half is for the answers
@@ -75,9 +76,22 @@ class Room:
 
     def take_disk(self, count: int, most: int) -> None:
         """Raises ``Overloaded`` when more than ``most`` bytes of the spool folder would be used."""
+        if self._scratches.size_bytes + self.disk_used + count > most:
+            self._scratches.close()
         if self.disk_used + count > most:
             raise _no_room()
         self.disk_used += count
+
+    def open_file(self) -> Scratch:
+        """One that may have been used, while there is plenty of room. Raises ``OSError``."""
+        return self._scratches.take(self.disk_bytes // 4 - self.disk_used)
+
+    def close_file(self, file: Scratch) -> None:
+        self._scratches.give_back(file, keep=self.disk_used <= self.disk_bytes // 4)
+
+    def close(self) -> None:
+        """Lets go of files that wait for who writes to them next. May be repeated."""
+        self._scratches.close()
 
     def give_back(self, memory: int, disk: int) -> None:
         self.memory_used -= memory
@@ -92,19 +106,28 @@ class Spool:
     """
 
     __slots__ = (
-        "_chunks", "_file", "_finished", "_followers", "_holders", "_in_memory", "_limit",
-        "_most_disk", "_moves", "_news", "_on_disk", "_published", "_room", "_starts", "_written",
+        "_announced", "_chunks", "_file", "_finished", "_followers", "_for_request", "_holders",
+        "_in_memory", "_limit", "_moves", "_news", "_on_disk", "_published", "_room", "_starts",
+        "_written",
     )  # fmt: skip
 
     def __init__(
-        self, room: Room, memory_limit: int | None = None, *, for_request: bool = False
+        self,
+        room: Room,
+        memory_limit: int | None = None,
+        *,
+        for_request: bool = False,
+        announced: int | None = None,
     ) -> None:
+        """``announced``: how much will come, where that is said. What will not stay in memory is
+        not copied there first."""
         self._room = room
+        self._announced = announced or 0
         self._limit = room.memory_bytes if memory_limit is None else memory_limit
-        self._most_disk = room.disk_bytes // 2 if for_request else room.disk_bytes
+        self._for_request = for_request
         self._chunks: list[bytes] = []
         self._starts: list[int] = []
-        self._file: BinaryIO | None = None
+        self._file: Scratch | None = None
         self._written = 0
         self._published = 0
         self._in_memory = 0
@@ -139,8 +162,14 @@ class Spool:
 
     async def write(self, chunk: bytes | Lent) -> None:
         """Keeps ``chunk``. Raises ``Overloaded`` when neither memory nor disk has room."""
-        fits = self._file is None and self._written + len(chunk) <= self._limit
-        if fits and self.take(bytes(chunk) if isinstance(chunk, Lent) else chunk):
+        if isinstance(chunk, bytes):
+            if self.take(chunk):
+                return
+        elif (
+            self._file is None
+            and max(self._written + chunk.size, self._announced) <= self._limit
+            and self.take(bytes(chunk))
+        ):
             return
         try:
             await self._write_to_file(chunk)
@@ -168,24 +197,33 @@ class Spool:
         return True
 
     async def _write_to_file(self, chunk: bytes | Lent) -> None:
+        room, file = self._room, self._file
+        content = chunk.view if isinstance(chunk, Lent) else chunk
+        if file is not None:
+            self._count_on_disk(self._written + len(chunk))
+            await _in_thread(file.write, (content,), self._written)
+            return
+        self._count_on_disk(self._written + len(chunk))
+        file = room.open_file() if self._for_request else Scratch(room.folder)
+        try:
+            # What it has of others is counted as well: it takes as much of the disk.
+            self._count_on_disk(file.size)
+            await _in_thread(file.write, (*self._chunks, content), 0)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+        self._chunks, self._starts = [], []
+        room.give_back(self._in_memory, 0)
+        self._in_memory = 0
+
+    def _count_on_disk(self, size: int) -> None:
+        """What an earlier try took is still held: only the rest is taken. Raises ``Overloaded``."""
         room = self._room
-        if self._file is None:
-            # What an earlier try took is still held: only the rest is taken.
-            room.take_disk(self._written - self._on_disk, self._most_disk)
-            self._on_disk = self._written
-            file = _nameless_file(room.folder)
-            try:
-                await _in_thread(_write_all, file.fileno(), self._chunks, 0)
-            except BaseException:
-                file.close()
-                raise
-            self._file = file
-            self._chunks, self._starts = [], []
-            room.give_back(self._in_memory, 0)
-            self._in_memory = 0
-        room.take_disk(len(chunk), self._most_disk)
-        self._on_disk += len(chunk)
-        await _in_thread(_write_all, self._file.fileno(), [chunk], self._written)
+        if size > self._on_disk:
+            most = room.disk_bytes // 2 if self._for_request else room.disk_bytes
+            room.take_disk(size - self._on_disk, most)
+            self._on_disk = size
 
     async def mend(self, edit: Edit) -> None:
         """Writes over bytes that nobody could see yet, by as many others.
@@ -197,7 +235,7 @@ class Spool:
             raise ValueError("only what is written and not published is written over")
         if self._file is not None:
             try:
-                await _in_thread(_write_all, self._file.fileno(), [edit.content], start)
+                await _in_thread(self._file.write, (edit.content,), start)
             except OSError as error:
                 raise _no_room() from error
             return
@@ -308,9 +346,10 @@ class Spool:
             return
         self.share()
         try:
-            piece = _FilePiece(self._file.fileno(), start)
+            piece = _FilePiece(self._file, start)
             while piece.move(end):
                 yield piece
+            piece.let_go()
         finally:
             self.close()
 
@@ -345,7 +384,7 @@ class Spool:
         if self._file is not None:
             count = min(READ_BYTES, end - start)
             buffer = bytearray(count)
-            return bytes(memoryview(buffer)[: await _read_into(self._file.fileno(), buffer, start)])
+            return bytes(memoryview(buffer)[: await _read_into(self._file.fd, buffer, start)])
         index = bisect_right(self._starts, start) - 1
         chunk, offset = self._chunks[index], start - self._starts[index]
         if offset == 0 and len(chunk) <= end - start:
@@ -366,17 +405,19 @@ class Spool:
         self._room.give_back(self._in_memory, self._on_disk)
         self._in_memory = self._on_disk = 0
         self._chunks, self._starts = [], []
-        if self._file is not None:
-            self._file.close()
+        file, self._file = self._file, None
+        if file is not None:
+            self._room.close_file(file)
 
 
 class _FilePiece(LentFile):
     """A piece of a spool's file, moved along it. There is a buffer where somebody fetches."""
 
-    __slots__ = ("_room",)
+    __slots__ = ("_file", "_room")
 
-    def __init__(self, fd: int, start: int) -> None:
-        super().__init__(fd, start, 0)
+    def __init__(self, file: Scratch, start: int) -> None:
+        super().__init__(file.fd, start, 0)
+        self._file = file
         self._room = bytearray()
 
     def move(self, end: int) -> bool:
@@ -387,8 +428,10 @@ class _FilePiece(LentFile):
         return self.size > 0
 
     def is_at_hand(self) -> bool:
-        if _NOWAIT is None:
+        """Never of a file that will be written over: who sends it holds its pages, not a copy."""
+        if _NOWAIT is None or self._file.size <= KEPT_FILE_BYTES:
             return False
+        self._file.is_spent = True
         one = bytearray(1)
         last = self.at + self.size - 1
         try:
@@ -403,12 +446,16 @@ class _FilePiece(LentFile):
         if self.buffer:
             return
         if len(self._room) < self.size:
-            self._room = bytearray(self.size)
+            self._room = self._file.lend(self.size)
         view = memoryview(self._room)[: self.size]
         count = 0
         while count < self.size:
             count += await _read_into(self.fd, view[count:], self.at + count)
         self.buffer, self.view = self._room, view
+
+    def let_go(self) -> None:
+        """The last one was asked for: nobody looks at what was fetched."""
+        self._file.take_back(self._room)
 
 
 class _Follower:
@@ -436,10 +483,6 @@ def _no_room() -> Overloaded:
         "a few seconds.",
         retry_after_seconds=5,
     )
-
-
-def _nameless_file(folder: Path) -> BinaryIO:
-    return cast(BinaryIO, tempfile.TemporaryFile(dir=folder, buffering=0))
 
 
 P = ParamSpec("P")
@@ -476,15 +519,6 @@ async def _read_into(descriptor: int, buffer: bytearray | memoryview, offset: in
     if not count:
         raise OSError("a spool file is shorter than what was written to it")
     return count
-
-
-def _write_all(descriptor: int, chunks: Sequence[bytes | Lent], offset: int) -> None:
-    for chunk in chunks:
-        view = chunk.view if isinstance(chunk, Lent) else memoryview(chunk)
-        while view:
-            written = os.pwrite(descriptor, view, offset)
-            offset += written
-            view = view[written:]
 
 
 def edited_length(length: int, edits: Sequence[Edit]) -> int:

@@ -169,9 +169,9 @@ class FormScanner:
     def feed(self, chunk: bytes | Lent) -> list[Part]:
         """The parts that ended within this chunk, in their order."""
         if not isinstance(chunk, bytes):
-            if self._passes_over(chunk):
+            chunk = self._past_the_inside(chunk)
+            if not chunk:
                 return []
-            chunk = bytes(chunk)
         data = self._held + chunk if self._held else chunk
         base = self._seen - len(self._held)
         self._seen += len(chunk)
@@ -201,25 +201,33 @@ class FormScanner:
                     return parts
                 at = after
 
-    def _passes_over(self, chunk: Lent) -> bool:
-        """Whether all of it was the inside of a file, which is looked at where it lies."""
+    def _past_the_inside(self, chunk: Lent) -> bytes:
+        """Takes what is the inside of a file, which is looked at where it lies; a copy of what is
+        behind that."""
         part = self._open
         if (
             self._held
             or self._state is not _State.CONTENT
             or part is None
             or part.digest is None
-            or len(part.content) < HEAD_BYTES
             or part.size + chunk.size > self._max_file_bytes
-            or self._find_lent(chunk) >= 0
         ):
-            return False
-        end = self._undecided(chunk.buffer, chunk.start, chunk.end) - chunk.start
-        part.size += end
-        part.digest.update(chunk.view[:end])
-        self._seen += chunk.size
-        self._held = bytes(chunk.view[end:])
-        return True
+            return bytes(chunk)
+        found = self._find_lent(chunk)
+        stop = self._undecided(chunk.buffer, chunk.start, chunk.end) if found < 0 else found
+        inside = chunk.view[: stop - chunk.start]
+        missing = HEAD_BYTES - len(part.content)
+        if missing > 0:
+            part.content += inside[:missing]
+        part.size += len(inside)
+        part.digest.update(inside)
+        self._seen += len(inside)
+        rest = bytes(chunk.view[len(inside) :])
+        if found >= 0:
+            return rest
+        self._seen += len(rest)
+        self._held = rest
+        return b""
 
     def close(self) -> None:
         """Nothing more comes. Raises where the end boundary was never seen."""

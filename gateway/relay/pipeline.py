@@ -144,7 +144,9 @@ class Pipeline:
             # A preference: without results there is nothing to come back for.
             arrival = replace(arrival, asynchronous=False)
         draft = Draft(arrival)
-        body = Spool(self._room, MEMORY_BODY_BYTES, for_request=True)
+        body = Spool(
+            self._room, MEMORY_BODY_BYTES, for_request=True, announced=arrival.content_length
+        )
         changed: headers.Headers = ()
         rules = self._rules
         try:

@@ -19,6 +19,7 @@ from gateway.domain.errors import Overloaded
 from gateway.ports import Growing, Lent, LentFile, Parts
 from gateway.relay import body
 from gateway.relay.body import KEEP_ALIVE, Room, Spool, edited, edited_length, spliced
+from gateway.relay.scratch import Scratch
 
 TEXT = bytes(range(97, 123)) * 4
 
@@ -540,16 +541,16 @@ class Slow:
         self.go_on = threading.Event()
         self.descriptors_open: list[bool] = []
 
-    def __call__(self, descriptor: int, chunks: Sequence[bytes], offset: int) -> None:
+    def write(self, file: Scratch, chunks: Sequence[bytes], offset: int) -> None:
         self.begun.set()
         assert self.go_on.wait(5)
         try:
-            os.fstat(descriptor)
-        except OSError:
+            os.fstat(file.fd)
+        except (OSError, ValueError):
             self.descriptors_open.append(False)
         else:
             self.descriptors_open.append(True)
-            os.pwrite(descriptor, b"".join(chunks), offset)
+            os.pwrite(file.fd, b"".join(chunks), offset)
 
 
 @pytest.mark.parametrize("times", [1, 2, 3])
@@ -559,7 +560,7 @@ async def test_no_thread_is_left_behind_on_a_closed_file(
 ) -> None:
     spool = await full(room, FILE, b"before") if spilled_before else Spool(room, FILE)
     slow = Slow()
-    monkeypatch.setattr(body, "_write_all", slow)
+    monkeypatch.setattr(Scratch, "write", lambda *given: slow.write(*given))
 
     async def write_and_close() -> None:
         try:
@@ -592,7 +593,7 @@ async def test_a_write_that_fails_while_it_is_cancelled_is_no_news(
         go_on.wait(5)
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(body, "_write_all", fail)
+    monkeypatch.setattr(Scratch, "write", fail)
     spool = Spool(room, FILE)
     writing = asyncio.create_task(spool.write(b"x"))
     await asyncio.to_thread(begun.wait, 5)
@@ -602,6 +603,20 @@ async def test_a_write_that_fails_while_it_is_cancelled_is_no_news(
         await writing
     spool.close()
     assert heard == []
+
+
+@pytest.mark.parametrize(("announced", "spilled"), [(None, False), (10, False), (11, True)])
+async def test_what_will_not_stay_in_memory_is_not_copied_there(
+    room: Room, announced: int | None, spilled: bool
+) -> None:
+    spool = Spool(room, 10, for_request=True, announced=announced)
+    await spool.write(b"a")  # came with the head: it is there as it is
+    assert used(room) == (1, 0)
+    await spool.write(Lent(bytearray(b"bcd"), 3))
+    assert spool.spilled is spilled
+    assert used(room) == ((0, 4) if spilled else (4, 0))
+    assert await all_of(spool.slice()) == b"abcd"
+    spool.close()
 
 
 async def test_requests_leave_half_of_the_disk_to_answers(tmp_path: Path) -> None:

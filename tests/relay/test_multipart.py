@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import random
 import time
 
 import pytest
@@ -138,6 +139,25 @@ def test_lent_pieces_give_the_same_parts(size: int, ends: bytes, step: int, tail
         else:
             with pytest.raises(InvalidRequest):
                 scanner.close()
+
+
+@pytest.mark.parametrize("first", [0, 60, 5_000, HEAD_BYTES - 1, HEAD_BYTES, HEAD_BYTES + 9])
+@pytest.mark.parametrize("step", [40_000, HEAD_BYTES, 2 * HEAD_BYTES + 5, 2 * MIB])
+def test_lent_pieces_may_begin_and_end_anywhere(first: int, step: int) -> None:
+    """In the head of a file, which is kept, and with its end and another one in one piece."""
+    noise = random.Random(first).randbytes(HEAD_BYTES + 100_000)
+    pictures = file(b"image[]", noise) + file(b"image[]", noise[:200_000] + b"\r\n--")
+    body = text(b"prompt", b"a cat") + pictures + file(b"mask", noise * 2) + END
+    whole, lent = (FormScanner(BOUNDARY, max_file_bytes=MIB) for _ in range(2))
+    found = lent.feed(body[:first])
+    buffer = bytearray(step + 7)
+    for at in range(first, len(body), step):
+        piece = body[at : at + step]
+        buffer[7 : 7 + len(piece)] = piece
+        found += lent.feed(Lent(buffer, len(piece), 7))
+    lent.close()
+    assert found == whole.feed(body)
+    assert [part.size_bytes for part in found[1:]] == [len(noise), 200_004, 2 * len(noise)]
 
 
 def test_lent_pieces_are_searched_where_the_system_has_no_search(

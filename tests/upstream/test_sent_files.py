@@ -37,7 +37,9 @@ async def transport() -> AsyncIterator[SocketTransport]:
 
 
 @pytest.fixture
-async def spool(tmp_path: Path) -> AsyncIterator[Spool]:
+async def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Spool]:
+    """Too large for its file to be kept for the next one."""
+    monkeypatch.setattr(spools, "KEPT_FILE_BYTES", 0)
     made = Spool(Room(MB, 100 * MB, tmp_path), 0)
     await made.write(CONTENT)
     yield made
@@ -243,7 +245,7 @@ async def test_a_file_that_cannot_be_read_is_not_begun(
         left.set()
 
     assert spool._file is not None
-    os.truncate(spool._file.fileno(), 1_000)
+    os.truncate(spool._file.fd, 1_000)
     async with raw_server(script) as server:
         with pytest.raises(OSError, match="shorter"):
             await transport.exchange(of_file(server.port, spool))
@@ -256,7 +258,7 @@ async def test_a_file_that_is_shorter_in_the_end_is_lost(
     transport: SocketTransport, spool: Spool
 ) -> None:
     assert spool._file is not None
-    os.truncate(spool._file.fileno(), 8 * MB + 5)
+    os.truncate(spool._file.fd, 8 * MB + 5)
     async with raw_server(slowly([])) as server:
         with pytest.raises(Lost) as caught:
             await ask(transport, of_file(server.port, spool))
