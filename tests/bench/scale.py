@@ -15,7 +15,7 @@ import psycopg
 
 from tests.bench import bodies, checks, tools
 from tests.bench.checks import CheckError
-from tests.bench.processes import Cores, cpu_seconds, tree
+from tests.bench.processes import Cores, cpu_seconds, move, tree
 from tests.bench.rounds import MB, say
 from tests.bench.study import Point, Table
 from tests.bench.targets import Gateway, Site, StartError
@@ -45,28 +45,34 @@ ALONE: Final = "one gateway, PostgreSQL and Valkey"
 PAIR: Final = "two gateways, PostgreSQL and Valkey"
 APART: Final = "two gateways, each with a PostgreSQL and a Valkey of its own"
 """What two of anything cost a machine, whose caches they share: the rest of ``PAIR`` is sharing."""
-TURNS: Final = (ONE, ONE_VALKEY, WORKERS, PAIR, ALONE, APART)
+WORKERS_SPREAD: Final = "two workers, Valkey, a core each"
+SPREAD: Final = "two gateways, PostgreSQL and Valkey, a core each"
+"""The second one beside generator, mock and stores."""
+TURNS: Final = (ONE, WORKERS, ONE_VALKEY, WORKERS_SPREAD, SPREAD, ALONE, PAIR, APART)
 """In each round, and backwards in the next: what is compared stands side by side."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
     """A fleet to be started. Without PostgreSQL its one gateway has SQLite. ``apart``: each gateway
-    has stores of its own."""
+    has stores of its own. ``spread``: of two that serve one is on the core of everything else."""
 
     gateways: int = 1
     workers: int = 1
     valkey: bool = False
     postgres: bool = False
     apart: bool = False
+    spread: bool = False
 
 
 KINDS: Final[Mapping[str, Kind]] = {
     ONE: Kind(),
     ONE_VALKEY: Kind(valkey=True),
     WORKERS: Kind(workers=2, valkey=True),
+    WORKERS_SPREAD: Kind(workers=2, valkey=True, spread=True),
     ALONE: Kind(valkey=True, postgres=True),
     PAIR: Kind(gateways=2, valkey=True, postgres=True),
+    SPREAD: Kind(gateways=2, valkey=True, postgres=True, spread=True),
     APART: Kind(gateways=2, valkey=True, postgres=True, apart=True),
 }
 
@@ -75,8 +81,9 @@ KINDS: Final[Mapping[str, Kind]] = {
 class Sizes:
     """How much is measured: many short rounds, for what disturbs a machine lasts longer."""
 
-    rounds: int = 12
-    seconds: float = 2.0
+    rounds: int = 20
+    seconds: float = 1.0
+    warm_seconds: float = 2.0
     slow_seconds: float = 6.0
 
 
@@ -113,7 +120,7 @@ class Stores:
 
 @dataclass
 class Fleet:
-    """Gateways with stores that are nobody else's, all of the gateways on the core of the target.
+    """Gateways with stores that are nobody else's, on the core of the target if not ``spread``.
     Of several ``stores`` each gateway has its own. ``made``: requests of each gateway."""
 
     kind: Kind
@@ -203,7 +210,7 @@ def measure(cores: Cores, sizes: Sizes, labels: Sequence[str] = tuple(KINDS)) ->
         for label, fleet in fleets.items():
             with _attempt(label, fleet):
                 # Plans, caches and pages are then what they stay.
-                fleet.load("small", small, CONNECTIONS, seconds=sizes.seconds)
+                fleet.load("small", small, CONNECTIONS, seconds=sizes.warm_seconds)
         turns = [label for label in TURNS if label in fleets]
         for number in range(sizes.rounds):
             for label in turns if number % 2 == 0 else reversed(turns):
@@ -276,6 +283,9 @@ def _start(
         stack.callback(gateways[-1].stop)
     for gateway in gateways:
         _wait_serving(gateway.address("small").port, kind.workers)
+    if kind.spread:
+        pids = [pid for one in gateways for pid in _serving(one.process.pid, kind.workers)]
+        move(pids[-1], cores.others)
     made = [0] * kind.gateways
     return Fleet(kind, folder, gateways, stores, (10 + place) * NUMBERS_EACH, made)
 

@@ -63,7 +63,7 @@ def run(name: str, *, quick: bool) -> int:
         sizes = QUICK if quick else growth.Sizes()
         found = Study(machine(on), growth.measure(on, sizes))
     else:
-        few = scale.Sizes(rounds=1, seconds=1.0, slow_seconds=1.0)
+        few = scale.Sizes(rounds=1, warm_seconds=1.0, slow_seconds=1.0)
         tables, numbers = scale.measure(on, few if quick else scale.Sizes())
         found = Study(machine(on), tables, numbers)
     print(TEXTS[name](found))
