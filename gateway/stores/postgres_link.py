@@ -50,9 +50,21 @@ SELECT set_config('synchronous_commit', CASE current_setting('synchronous_commit
        set_config('statement_timeout', %s, false),
        set_config('lock_timeout', %s, false),
        set_config('idle_in_transaction_session_timeout', %s, false),
+       (SELECT count(set_config(name, value, false))
+          FROM unnest(%s::text[], %s::text[]) AS asked (name, value)),
        pg_is_in_recovery(), pid, backend_start::text
   FROM pg_stat_activity WHERE pid = pg_backend_pid()
 """
+# Of a connection that writes: each row by an index, and each plan made once. While the tables are
+# new, the server would choose to read all of them, and go on with that plan until it next looks at
+# its statistics, whatever they have grown to; and it plans anew each time for a list of one.
+_BY_INDEX = {
+    "enable_seqscan": "off",
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "jit": "off",
+    "plan_cache_mode": "force_generic_plan",
+}
 _READ_ONLY = "SELECT set_config('default_transaction_read_only', 'on', false)"
 # What adds up many rows needs room for its groups: in the server's 4 MB it sorts them on the disk.
 # And to compile its statement takes longer than what that saves.
@@ -120,7 +132,9 @@ def connect(url: str, *, read_only: bool = False, patient: bool = False) -> Link
     link.patient = patient
     try:
         limits = (STATEMENT_MILLISECONDS, LOCK_MILLISECONDS, IDLE_MILLISECONDS)
-        said = link.execute(_SETTINGS, [str(0 if patient else limit) for limit in limits])
+        asked = [str(0 if patient else limit) for limit in limits]
+        plans = {} if read_only or patient else _BY_INDEX
+        said = link.execute(_SETTINGS, [*asked, [*plans], [*plans.values()]])
         (*_, standby, pid, began) = said.fetchone() or (True, 0, "")
         if standby:
             raise ServerSilent("the server is a standby: name the primary")

@@ -89,9 +89,6 @@ class _Lost(Exception):
 class _Unconfirmed(Exception):
     """A transaction happened on this server, and no standby says in time that it has it."""
 
-    def __init__(self) -> None:
-        super().__init__("no synchronous standby confirms what was committed")
-
 
 @dataclass(slots=True)
 class Transaction:
@@ -287,8 +284,10 @@ class Writer(WriterThread[_Operation[Any]]):
         """Runs a transaction, and again where something broke it. Raises ``LedgerUnavailable``,
         and what ``work`` itself is guilty of."""
         lost: Transaction | None = None
-        for attempt in range(ATTEMPTS):
-            self._pause.wait(attempt * PAUSE_SECONDS)
+        outdated, pause_seconds = False, 0.0
+        for attempt in range(1, ATTEMPTS + 1):
+            self._pause.wait(pause_seconds)
+            pause_seconds = attempt * PAUSE_SECONDS
             try:
                 link = self._connected()
                 if lost is not None:
@@ -306,7 +305,9 @@ class Writer(WriterThread[_Operation[Any]]):
                 self._broken(error)
                 break
             except Outdated as error:
-                self._broken(error)
+                # Nothing failed, where it happens once: what was remembered is forgotten now.
+                self._broken(error, quietly=not outdated)
+                outdated, pause_seconds = True, pause_seconds if outdated else 0.0
             except psycopg.Error as error:
                 self._broken(error)
                 if not is_transient(error):
@@ -343,14 +344,14 @@ class Writer(WriterThread[_Operation[Any]]):
         try:
             confirmed = link.execute(_CONFIRM, (self._id, lost.number)).rowcount
         except ServerSilent:
-            raise _Unconfirmed from None
+            raise _Unconfirmed("no synchronous standby confirms what was committed") from None
         self._hanging = None
         return confirmed > 0
 
-    def _broken(self, error: BaseException) -> None:
+    def _broken(self, error: BaseException, *, quietly: bool = False) -> None:
         """Leaves no half transaction behind, and no connection that is of no use."""
         self._known.forget()
-        if not isinstance(error, NotKnown):
+        if not quietly and not isinstance(error, NotKnown):
             _log.warning("a transaction of the ledger failed: %s", said_of(error, self._url))
         if self._link is None:
             return

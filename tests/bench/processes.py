@@ -154,6 +154,12 @@ def tree(pid: int) -> list[int]:
     return found
 
 
+def move(pid: int, core: int) -> None:
+    """All of a process's threads to a core; those that it starts later follow."""
+    for task in _tasks(pid):
+        os.sched_setaffinity(int(task.name), {core})
+
+
 def cpu_seconds(pid: int) -> float:
     """Of a process and all that it started and that still run."""
     return sum(_cpu_seconds(one) for one in tree(pid))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import urllib.request
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ import psycopg
 
 from tests.bench import bodies, checks, tools
 from tests.bench.checks import CheckError
-from tests.bench.processes import Cores, cpu_seconds, tree
+from tests.bench.processes import Cores, cpu_seconds, move, tree
 from tests.bench.rounds import MB, say
 from tests.bench.study import Point, Table
 from tests.bench.targets import Gateway, Site, StartError
@@ -42,33 +43,47 @@ ONE_VALKEY: Final = "one worker, Valkey"
 WORKERS: Final = "two workers, Valkey"
 ALONE: Final = "one gateway, PostgreSQL and Valkey"
 PAIR: Final = "two gateways, PostgreSQL and Valkey"
+APART: Final = "two gateways, each with a PostgreSQL and a Valkey of its own"
+"""What two of anything cost a machine, whose caches they share: the rest of ``PAIR`` is sharing."""
+WORKERS_SPREAD: Final = "two workers, Valkey, a core each"
+SPREAD: Final = "two gateways, PostgreSQL and Valkey, a core each"
+"""The second one beside generator, mock and stores."""
+TURNS: Final = (ONE, WORKERS, ONE_VALKEY, WORKERS_SPREAD, SPREAD, ALONE, PAIR, APART)
+"""In each round, and backwards in the next: what is compared stands side by side."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A fleet to be started. Without PostgreSQL its one gateway has SQLite."""
+    """A fleet to be started. Without PostgreSQL its one gateway has SQLite. ``apart``: each gateway
+    has stores of its own. ``spread``: of two that serve one is on the core of everything else."""
 
     gateways: int = 1
     workers: int = 1
     valkey: bool = False
     postgres: bool = False
+    apart: bool = False
+    spread: bool = False
 
 
 KINDS: Final[Mapping[str, Kind]] = {
     ONE: Kind(),
     ONE_VALKEY: Kind(valkey=True),
     WORKERS: Kind(workers=2, valkey=True),
+    WORKERS_SPREAD: Kind(workers=2, valkey=True, spread=True),
     ALONE: Kind(valkey=True, postgres=True),
     PAIR: Kind(gateways=2, valkey=True, postgres=True),
+    SPREAD: Kind(gateways=2, valkey=True, postgres=True, spread=True),
+    APART: Kind(gateways=2, valkey=True, postgres=True, apart=True),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured."""
+    """How much is measured: many short rounds, for what disturbs a machine lasts longer."""
 
-    rounds: int = 5
-    seconds: float = 3.0
+    rounds: int = 20
+    seconds: float = 1.0
+    warm_seconds: float = 2.0
     slow_seconds: float = 6.0
 
 
@@ -86,18 +101,34 @@ class Counts:
     wal_bytes: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """What gateways share."""
+
+    valkey: Valkey | None
+    postgres: Postgres | None
+    database: str = ""
+
+    def settings(self) -> dict[str, object]:
+        said: dict[str, object] = {"pepper": PEPPER}
+        if self.valkey is not None:
+            said["redis"] = self.valkey.url
+        if self.database:
+            said["database"] = self.database
+        return said
+
+
 @dataclass
 class Fleet:
-    """Gateways with stores of their own, all of the gateways on the core of the target."""
+    """Gateways with stores that are nobody else's, on the core of the target if not ``spread``.
+    Of several ``stores`` each gateway has its own. ``made``: requests of each gateway."""
 
     kind: Kind
     folder: Path
     gateways: list[Gateway]
-    valkey: Valkey | None
-    postgres: Postgres | None
-    database: str
+    stores: list[Stores]
     numbers: int
-    made: int = 0
+    made: list[int]
     samples: dict[str, list[float]] = field(default_factory=dict)
     failure: str | None = None
 
@@ -112,15 +143,15 @@ class Fleet:
                 bodies.question(address.model), address.port, address.headers
             )  # fmt: skip
             file = bodies.write(self.folder, f"request-{place}", raw)
-            numbers = self.numbers + self.made + place * NUMBERS_EACH // 10
+            numbers = self.numbers + self.made[place] + place * NUMBERS_EACH // 10
             loads.append(
                 tools.start_load(
                     address.port, file, connections, numbers=numbers, ramp_ms=RAMP_MS, **how
                 )
             )
         done = [loading.result() for loading in loads]
-        self.made += sum(one.requests for one in done)
-        for one in done:
+        for place, one in enumerate(done):
+            self.made[place] += one.requests
             checks.check_load(one, reply.body, exact=True)
         return done
 
@@ -132,18 +163,18 @@ class Fleet:
             gateway.process.wait_quiet()
 
     def counts(self) -> Counts:
-        found: dict[str, float] = {}
-        if self.valkey is not None:
-            said = _info(self.valkey.port)
-            found = {
-                "valkey_seconds": cpu_seconds(self.valkey.process.pid),
-                "valkey_commands": float(said["total_commands_processed"]),
-                "valkey_trips": float(said["total_reads_processed"]),
-                "valkey_bytes": float(said["total_net_input_bytes"]),
-            }
-        if self.postgres is not None:
-            found |= {"postgres_seconds": cpu_seconds(self.postgres.process.pid)}
-            found |= _postgres_counts(self.database)
+        found: dict[str, float] = defaultdict(float)
+        for stores in self.stores:
+            if stores.valkey is not None:
+                said = _info(stores.valkey.port)
+                found["valkey_seconds"] += cpu_seconds(stores.valkey.process.pid)
+                found["valkey_commands"] += float(said["total_commands_processed"])
+                found["valkey_trips"] += float(said["total_reads_processed"])
+                found["valkey_bytes"] += float(said["total_net_input_bytes"])
+            if stores.postgres is not None:
+                found["postgres_seconds"] += cpu_seconds(stores.postgres.process.pid)
+                for name, value in _postgres_counts(stores.database).items():
+                    found[name] += value
         return Counts(**found)
 
 
@@ -178,11 +209,11 @@ def measure(cores: Cores, sizes: Sizes, labels: Sequence[str] = tuple(KINDS)) ->
                 say(f"scale: {label} FAILED: {error}")
         for label, fleet in fleets.items():
             with _attempt(label, fleet):
-                fleet.load("small", small, CONNECTIONS, seconds=1.0)
+                # Plans, caches and pages are then what they stay.
+                fleet.load("small", small, CONNECTIONS, seconds=sizes.warm_seconds)
+        turns = [label for label in TURNS if label in fleets]
         for number in range(sizes.rounds):
-            names = list(fleets)
-            turn = number % max(1, len(names))
-            for label in (*names[turn:], *names[:turn]):
+            for label in turns if number % 2 == 0 else reversed(turns):
                 with _attempt(label, fleets[label]):
                     _measure_round(fleets[label], small, sizes.seconds)
             say(f"scale: {number + 1}/{sizes.rounds}")
@@ -236,27 +267,27 @@ def _start(
     place: int,
     stack: contextlib.ExitStack,
 ) -> Fleet:
-    valkey = stack.enter_context(run_valkey()) if kind.valkey else None
-    postgres = stack.enter_context(run_postgres(durable=True)) if kind.postgres else None
-    storage: dict[str, object] = {"pepper": PEPPER}
-    database = postgres.fresh_database() if postgres is not None else ""
-    if valkey is not None:
-        storage["redis"] = valkey.url
-    if postgres is not None:
-        storage["database"] = database
-    server = {"workers": kind.workers, "replicas": kind.gateways}
+    stores = []
+    for _ in range(kind.gateways if kind.apart else 1):
+        valkey = stack.enter_context(run_valkey()) if kind.valkey else None
+        postgres = stack.enter_context(run_postgres(durable=True)) if kind.postgres else None
+        database = postgres.fresh_database() if postgres is not None else ""
+        stores.append(Stores(valkey, postgres, database))
+    server = {"workers": kind.workers, "replicas": 1 if kind.apart else kind.gateways}
     gateways = []
     for number in range(kind.gateways):
         own = folder / f"gateway-{number}"
         own.mkdir()
-        site = Site(own, cores.target, ports)
+        site, storage = Site(own, cores.target, ports), stores[number % len(stores)].settings()
         gateways.append(Gateway(site, {"storage": storage, "server": server}))
         stack.callback(gateways[-1].stop)
     for gateway in gateways:
         _wait_serving(gateway.address("small").port, kind.workers)
-    return Fleet(
-        kind, folder, gateways, valkey, postgres, database, (10 + place) * NUMBERS_EACH
-    )  # fmt: skip
+    if kind.spread:
+        pids = [pid for one in gateways for pid in _serving(one.process.pid, kind.workers)]
+        move(pids[-1], cores.others)
+    made = [0] * kind.gateways
+    return Fleet(kind, folder, gateways, stores, (10 + place) * NUMBERS_EACH, made)
 
 
 def _wait_serving(port: int, workers: int) -> None:
@@ -309,17 +340,17 @@ def _measure(fleet: Fleet, samples: dict[str, list[float]], act: Any) -> None:
     if len(by_process) > 1:
         shares = [cpu_seconds(pid) - was for pid, was in by_process.items()]
         found["share_of_one"] = max(shares) / sum(shares)
-    if fleet.valkey is not None:
+    if fleet.kind.valkey:
         found["valkey_us"] = (now.valkey_seconds - counted.valkey_seconds) / requests * 1e6
         found["valkey_trips"] = (now.valkey_trips - counted.valkey_trips) / requests
         found["valkey_commands"] = (now.valkey_commands - counted.valkey_commands) / requests
-    if fleet.postgres is not None:
+    if fleet.kind.postgres:
         found |= {
             "postgres_us": (now.postgres_seconds - counted.postgres_seconds) / requests * 1e6,
             "postgres_commits": (now.commits - counted.commits) / requests,
             "postgres_syncs": (now.syncs - counted.syncs) / requests,
             "postgres_wal_kb": (now.wal_bytes - counted.wal_bytes) / requests / 1000,
-            "connections": _connections(fleet.database),
+            "connections": sum(_connections(stores.database) for stores in fleet.stores),
         }
     for name, value in found.items():
         samples.setdefault(name, []).append(value)
@@ -332,8 +363,7 @@ def _serving(pid: int, workers: int) -> list[int]:
 
 def _measure_alone(fleet: Fleet, large: bodies.Reply) -> dict[str, float]:
     """What the stores take of a picture, of a scrape, of a commit, each by itself."""
-    assert fleet.valkey is not None
-    assert fleet.postgres is not None
+    [stores] = fleet.stores
     fleet.wait_quiet()
     before = fleet.counts()
     fleet.load("large", large, 4, requests=PICTURES)
@@ -344,7 +374,7 @@ def _measure_alone(fleet: Fleet, large: bodies.Reply) -> dict[str, float]:
         scraped = _metrics(port)
     fleet.wait_quiet()
     last = fleet.counts()
-    commit_ms, row_ms = _commit_ms(fleet.database)
+    commit_ms, row_ms = _commit_ms(stores.database)
     return {
         "picture_mb": len(large.body) / MB,
         "picture_valkey_us": (after.valkey_seconds - before.valkey_seconds) / PICTURES * 1e6,
@@ -382,7 +412,10 @@ def _finish(fleet: Fleet) -> None:
     """All end, and their books are looked at."""
     for gateway in fleet.gateways:
         gateway.stop()
-    checks.check_books(fleet.gateways[0].books(), fleet.made, cached=False)
+    count = len(fleet.stores)
+    for place in range(count):
+        made = sum(fleet.made[place::count])
+        checks.check_books(fleet.gateways[place].books(), made, cached=False)
 
 
 def _info(port: int) -> dict[str, str]:

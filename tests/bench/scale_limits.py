@@ -12,8 +12,17 @@ from dataclasses import dataclass
 from typing import Final
 
 from tests.bench.report import figure, rows
-from tests.bench.scale import ALONE, ONE, ONE_VALKEY, PAIR, WORKERS
-from tests.bench.study import Study, rise
+from tests.bench.scale import (
+    ALONE,
+    APART,
+    ONE,
+    ONE_VALKEY,
+    PAIR,
+    SPREAD,
+    WORKERS,
+    WORKERS_SPREAD,
+)
+from tests.bench.study import Rise, Study, rise_in_rounds
 
 REPLICAS: Final = (100, 1_000)
 REQUESTS_PER_SECOND: Final = 50.0
@@ -29,7 +38,24 @@ VALKEY_GB: Final = 64.0
 RESULT_SECONDS: Final = 15 * 60
 SCRAPE_EVERY_SECONDS: Final = 15.0
 ALLOWED_RISE: Final = 0.15
-RISES: Final = ((WORKERS, ONE_VALKEY), (PAIR, ALONE), (WORKERS, ONE))
+GOALS: Final = (
+    (WORKERS, ONE_VALKEY),
+    (WORKERS_SPREAD, ONE_VALKEY),
+    (PAIR, ALONE),
+    (SPREAD, ALONE),
+)
+"""What may rise by no more than that."""
+ABOUT: Final = {
+    (APART, ALONE): "what a second one costs this machine, where nothing is shared",
+    (PAIR, APART): "what it costs that stores are shared",
+    (WORKERS, ONE): "the cost of Valkey with it",
+}
+METHOD: Final = """Each round measures all of them one after the other, what is compared side by
+side, every other round backwards. The rise is the median of the rounds' own ratios, so that what
+slows a machine down for seconds is in both. Between brackets: where the true median is 19 times in
+20, by the order of the ratios alone. Gateways and workers have one core together, generator, mock
+and stores the other; where they have a core each, the second one is beside these. Instructions are
+not counted: virtual machines like this one have no counter for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,21 +190,27 @@ def _first(found: Sequence[Need], replicas: int) -> str:
     return f"At {replicas:,} replicas: {'; then '.join(over)}."
 
 
-def rises(study: Study) -> Mapping[tuple[str, str], float | None]:
+def rises(study: Study) -> Mapping[tuple[str, str], Rise | None]:
     """By what CPU a request is more: of each fleet over the one beside it."""
     table = study.tables["busy"]
-    return {(above, below): rise(table, "cpu_us", above, below) for above, below in RISES}
+    return {pair: rise_in_rounds(table, "cpu_us", *pair) for pair in (*GOALS, *ABOUT)}
 
 
 def rises_text(study: Study) -> str:
     lines = []
     for (above, below), value in rises(study).items():
-        said = "not measured" if value is None else f"{value * 100:+.0f} %"
-        if below == ONE:
-            reached = "the cost of Valkey with it"
-        elif value is None:
-            reached = ""
+        if value is None:
+            said = "not measured"
         else:
-            reached = "reached" if value <= ALLOWED_RISE else "missed"
-        lines.append((f"{above} / {below}", said, reached))
+            low, high = f"{value.low * 100:+.0f}", f"{value.high * 100:+.0f}"
+            said = f"{value.median * 100:+.0f} % ({low} to {high})"
+        said_of_it = ABOUT.get((above, below)) or _reached(value)
+        lines.append((f"{above} / {below}", said, said_of_it))
     return rows(("CPU a request", "rise", f"at most {ALLOWED_RISE * 100:.0f} %"), lines)
+
+
+def _reached(value: Rise | None) -> str:
+    if value is None:
+        return ""
+    said = "reached" if value.median <= ALLOWED_RISE else "missed"
+    return said if not value.low <= ALLOWED_RISE < value.high else f"{said}, within the noise"

@@ -14,7 +14,7 @@ from tests.bench.machine import machine
 from tests.bench.processes import Cores, cores, raise_file_limit, stay_off_the_target
 from tests.bench.report import figure, rows
 from tests.bench.rounds import say
-from tests.bench.scale_limits import needs_text, rises_text
+from tests.bench.scale_limits import METHOD, needs_text, rises_text
 from tests.bench.study import METRICS, Study, Table, line_of, rise, table_text
 from tests.bench.targets import ROOT
 
@@ -39,7 +39,7 @@ and the most.
 ```console
 $ make bench STUDY=growth             # 10 minutes
 $ make bench STUDY=ledger             # half an hour, and 10 GB of disk
-$ make bench STUDY=scale
+$ make bench STUDY=scale              # 5 minutes
 ```
 """
 
@@ -64,7 +64,7 @@ def run(name: str, *, quick: bool) -> int:
         sizes = QUICK if quick else growth.Sizes()
         found = Study(machine(on), growth.measure(on, sizes))
     else:
-        few = scale.Sizes(rounds=1, seconds=1.0, slow_seconds=1.0)
+        few = scale.Sizes(rounds=1, warm_seconds=1.0, slow_seconds=1.0)
         tables, numbers = scale.measure(on, few if quick else scale.Sizes())
         found = Study(machine(on), tables, numbers)
     print(TEXTS[name](found))
@@ -159,6 +159,7 @@ def scale_text(found: Study) -> str:
         (
             *parts,
             "## What more processes cost",
+            METHOD,
             rises_text(found),
             "## The next bottleneck",
             "Calculated for replicas that each have 50 requests a second (1,000 in flight of 20 s)"

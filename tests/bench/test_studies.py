@@ -12,9 +12,9 @@ from tests.bench import growth, growth_ledger, scale, studies, study, tools
 from tests.bench.growth_keys import measure_keys
 from tests.bench.growth_ledger import Measured
 from tests.bench.processes import cores
-from tests.bench.scale import ALONE, ONE, ONE_VALKEY, PAIR, WORKERS
+from tests.bench.scale import ALONE, APART, ONE, ONE_VALKEY, PAIR, SPREAD, WORKERS
 from tests.bench.scale_limits import Need, needs, needs_text, rises, rises_text
-from tests.bench.study import Point, Study, Table, fit, table_text
+from tests.bench.study import Point, Study, Table, fit, rise_in_rounds, table_text
 
 MISSING = tools.missing()
 with_tools = pytest.mark.skipif(bool(MISSING), reason=MISSING)
@@ -82,11 +82,39 @@ def test_a_point_that_is_skipped_is_named_with_the_reason(tmp_path: Path) -> Non
 
 def test_what_more_processes_cost() -> None:
     found = rises(scaled())
-    assert found[WORKERS, ONE_VALKEY] == pytest.approx(0.1)
-    assert found[PAIR, ALONE] == pytest.approx(0.25)
+    assert found[PAIR, APART] is None
+    for pair, value in (((WORKERS, ONE_VALKEY), 0.1), ((PAIR, ALONE), 0.25)):
+        rise = found[pair]
+        assert rise is not None
+        assert [rise.median, rise.low, rise.high] == pytest.approx([value] * 3)
     text = rises_text(scaled())
-    assert "| +10 % | reached |" in text
-    assert "| +25 % | missed |" in text
+    assert "| +10 % (+10 to +10) | reached |" in text
+    assert "| +25 % (+25 to +25) | missed |" in text
+    assert "| not measured | what it costs that stores are shared |" in text
+
+
+def test_a_rise_is_that_of_each_round() -> None:
+    """A machine that becomes twice as slow is in both of a round."""
+    slower = [1000.0 * 2**number for number in range(12)]
+    rises_ = [0.9, 0.5, 0.11, 0.12, 0.13, 0.14, 0.16, 0.17, 0.18, 0.19, -0.5, -0.1]
+    above = [value * (1 + rise) for value, rise in zip(slower, rises_, strict=True)]
+    points = [Point("1", 1, {"cpu_us": slower}), Point("2", 2, {"cpu_us": above})]
+    found = rise_in_rounds(Table("", "", points), "cpu_us", "2", "1")
+    assert found is not None
+    assert found.median == pytest.approx(0.15)
+    # Two of twelve may be left out at each end: 19 times in 20 the median is between the others.
+    assert [found.low, found.high] == pytest.approx([0.11, 0.19])
+    points[0] = Point("1", 1, {}, "it broke")
+    assert rise_in_rounds(Table("", "", points), "cpu_us", "2", "1") is None
+
+
+def test_a_rise_that_may_be_on_either_side_is_said_to_be_noise() -> None:
+    busy = [
+        Point(ALONE, 0, {"cpu_us": [100.0] * 3}),
+        Point(PAIR, 1, {"cpu_us": [110.0, 112.0, 118.0]}),
+    ]
+    text = rises_text(Study({}, {"busy": Table("", "", busy)}))
+    assert "| +12 % (+10 to +18) | reached, within the noise |" in text
 
 
 def test_the_scarcest_comes_first() -> None:
@@ -159,10 +187,11 @@ def test_keys_of_the_directory_are_asked_by_turns() -> None:
 
 @with_tools
 def test_scale_is_measured() -> None:
-    sizes = scale.Sizes(rounds=1, seconds=0.3, slow_seconds=0.3)
-    tables, numbers = scale.measure(cores(), sizes, (WORKERS, ALONE))
+    sizes = scale.Sizes(rounds=1, seconds=0.3, warm_seconds=0.3, slow_seconds=0.3)
+    tables, numbers = scale.measure(cores(), sizes, (WORKERS, ALONE, APART, SPREAD))
     busy = tables["busy"]
-    assert [one.failure for one in busy.points] == [None, None]
+    assert [one.failure for one in busy.points] == [None] * 4
+    assert busy.get(APART, "connections") == 2 * (busy.get(ALONE, "connections") or 0)
     assert 0.5 <= (busy.get(WORKERS, "share_of_one") or 0) <= 1
     assert 0 < (busy.get(ALONE, "postgres_commits") or 0) <= 3
     assert (busy.get(ALONE, "valkey_commands") or 0) > 1

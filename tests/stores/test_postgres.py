@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import quote
 
 import psycopg
@@ -39,9 +39,12 @@ from gateway.domain.ledger import (
 )
 from gateway.domain.team import Team
 from gateway.ports import BooksChanged, NotKnown, StoreError
+from gateway.stores import postgres_writer
+from gateway.stores.page import Outdated
 from gateway.stores.postgres import PostgresStore
 from gateway.stores.postgres_books import BY_USER, BY_USER_SIGNED
 from gateway.stores.postgres_link import Link
+from gateway.stores.postgres_page import Page
 from gateway.stores.postgres_schema import upgrade, versions
 from gateway.stores.schema import Versions, migrations
 from tests.contract.stores import LEASE, NOON, claim, elsewhere, expired, lines, settled
@@ -569,6 +572,61 @@ async def test_what_a_writer_remembers_may_be_wrong(server: Postgres) -> None:
         await other.ledger.settle(settled("theirs", 0))
         command(url, "DELETE FROM balance")
         assert isinstance(await store.ledger.reserve(claim("anew")), Held)
+
+
+async def test_a_writer_that_was_wrong_begins_anew_at_once_and_nothing_has_failed(
+    server: Postgres, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(postgres_writer, "PAUSE_SECONDS", 10 * postgres_writer.PATIENCE_SECONDS)
+    url = server.fresh_database()
+    async with opened(url) as store, opened(url) as other:
+        await store.ledger.reserve(claim("first"))
+        await other.ledger.reserve(claim("theirs", limits=lines(team="design"), team="design"))
+        with caplog.at_level(logging.DEBUG):
+            held = await store.ledger.reserve(claim("theirs"))
+        assert isinstance(held, Held)
+        assert held.duplicate
+        assert not caplog.records
+
+
+async def test_a_writer_that_is_wrong_again_and_again_gives_up_and_says_so(
+    server: Postgres, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def outdated(*_: object) -> NoReturn:
+        raise Outdated
+
+    monkeypatch.setattr(postgres_writer, "PAUSE_SECONDS", 0.01)
+    async with opened(server.fresh_database()) as store:
+        with monkeypatch.context() as patched:
+            patched.setattr(Page, "locked", outdated)
+            with pytest.raises(LedgerUnavailable):
+                await store.ledger.reserve(claim("r"))
+        assert caplog.text.count("a transaction of the ledger failed") == 3
+        assert isinstance(await store.ledger.reserve(claim("r")), Held)
+
+
+async def test_a_writer_whose_tables_were_new_reads_no_more_as_they_grow(server: Postgres) -> None:
+    """Its plans are as old as it is, and the server has no statistics for a minute."""
+    url, calls = server.fresh_database(), 400
+    store = PostgresStore.open(url, caller_time=True)
+    for number in range(0, calls, 4):
+        rids = [f"r{number + part}" for part in range(4)]
+        await asyncio.gather(*(store.ledger.reserve(claim(rid, key=rid)) for rid in rids))
+        await asyncio.gather(*(store.ledger.settle(settled(rid, 5)) for rid in rids))
+    await store.aclose()
+    # A connection's statistics are complete once it has ended.
+    ours = "SELECT pid FROM pg_stat_activity WHERE datname = current_database() AND pid <> "
+    await eventually(
+        lambda: not rows(url, ours + "pg_backend_pid() AND backend_type = 'client backend'")
+    )
+    [(read, made)] = rows(
+        url,
+        "SELECT sum(seq_tup_read + coalesce(idx_tup_fetch, 0))::int, sum(n_tup_ins)::int"
+        " FROM pg_stat_user_tables WHERE relname = 'hold'",
+    )
+    assert isinstance(read, int)
+    assert made == calls
+    assert read <= 4 * calls  # to settle a call it is locked, and written
 
 
 async def test_replicas_that_sweep_at_once_expire_each_hold_once(server: Postgres) -> None:
