@@ -19,6 +19,7 @@ from typing import ParamSpec, TypeVar
 from gateway.domain.call import Edit, Span
 from gateway.domain.errors import Overloaded
 from gateway.ports import Growing, Lent, LentFile, Parts
+from gateway.relay.buffers import Buffers
 from gateway.relay.moment import Moment
 from gateway.relay.scratch import KEPT_FILE_BYTES, Scratch, Scratches
 
@@ -55,6 +56,8 @@ class Room:
         self.folder = folder
         self.memory_used = 0
         self.disk_used = 0
+        self.buffers = Buffers(LENT_BYTES)
+        """For who reads a file: no file keeps one while its picture is painted."""
         self._scratches = Scratches(folder)
 
     def refuse_if_full(self) -> None:
@@ -90,8 +93,9 @@ class Room:
         self._scratches.give_back(file, keep=self.disk_used <= self.disk_bytes // 4)
 
     def close(self) -> None:
-        """Lets go of files that wait for who writes to them next. May be repeated."""
+        """Lets go of files and buffers that wait for who uses them next. May be repeated."""
         self._scratches.close()
+        self.buffers.close()
 
     def give_back(self, memory: int, disk: int) -> None:
         self.memory_used -= memory
@@ -346,7 +350,7 @@ class Spool:
             return
         self.share()
         try:
-            piece = _FilePiece(self._file, start)
+            piece = _FilePiece(self._file, start, self._room.buffers)
             while piece.move(end):
                 yield piece
             piece.let_go()
@@ -413,11 +417,12 @@ class Spool:
 class _FilePiece(LentFile):
     """A piece of a spool's file, moved along it. There is a buffer where somebody fetches."""
 
-    __slots__ = ("_file", "_room")
+    __slots__ = ("_buffers", "_file", "_room")
 
-    def __init__(self, file: Scratch, start: int) -> None:
+    def __init__(self, file: Scratch, start: int, buffers: Buffers) -> None:
         super().__init__(file.fd, start, 0)
         self._file = file
+        self._buffers = buffers
         self._room = bytearray()
 
     def move(self, end: int) -> bool:
@@ -446,7 +451,7 @@ class _FilePiece(LentFile):
         if self.buffer:
             return
         if len(self._room) < self.size:
-            self._room = self._file.lend(self.size)
+            self._room = self._buffers.take(self.size)
         view = memoryview(self._room)[: self.size]
         count = 0
         while count < self.size:
@@ -455,7 +460,8 @@ class _FilePiece(LentFile):
 
     def let_go(self) -> None:
         """The last one was asked for: nobody looks at what was fetched."""
-        self._file.take_back(self._room)
+        room, self._room = self._room, bytearray()
+        self._buffers.give_back(room)
 
 
 class _Follower:

@@ -30,12 +30,11 @@ class Scratch:
     another one's: nobody reads further than was written.
     """
 
-    __slots__ = ("_buffer", "_file", "born_at", "idle_since", "is_spent", "size")
+    __slots__ = ("_file", "born_at", "idle_since", "is_spent", "size")
 
     def __init__(self, folder: Path, born_at: float = 0.0) -> None:
         file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - closed by its holder
         self._file = cast(BinaryIO, file)
-        self._buffer = bytearray()
         self.born_at = born_at
         self.idle_since = born_at
         self.size = 0
@@ -60,16 +59,6 @@ class Scratch:
                 offset += written
                 view = view[written:]
             self.size = max(self.size, offset)
-
-    def lend(self, size: int) -> bytearray:
-        """Room for so many bytes of it at least, for one who reads: the last one's, if any."""
-        buffer, self._buffer = self._buffer, bytearray()
-        return buffer if len(buffer) >= size else bytearray(size)
-
-    def take_back(self, buffer: bytearray) -> None:
-        """From one who will not look at it again."""
-        if len(buffer) > len(self._buffer):
-            self._buffer = buffer
 
     def close(self) -> None:
         self._file.close()
