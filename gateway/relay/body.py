@@ -348,6 +348,8 @@ class Spool:
                 async for chunk in chunks:
                     yield chunk
             return
+        if end > self._written:  # behind that the file has what another one wrote
+            raise OSError("a spool is shorter than what is asked of it")
         self.share()
         try:
             piece = _FilePiece(self._file, start, self._room.buffers)

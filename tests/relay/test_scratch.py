@@ -77,6 +77,8 @@ async def test_nothing_behind_what_was_written_is_read(room: Room) -> None:
     assert await anext(beyond) == b"short"
     with pytest.raises(OSError, match="shorter"):
         await anext(beyond)
+    with pytest.raises(OSError, match="shorter"):
+        await anext(second.lent_slice(0, 6))
     second.close()
 
 
