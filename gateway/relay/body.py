@@ -412,8 +412,10 @@ class Spool:
         self._in_memory = self._on_disk = 0
         self._chunks, self._starts = [], []
         file, self._file = self._file, None
-        if file is not None:
+        if file is not None and self._for_request:
             self._room.close_file(file)
+        elif file is not None:
+            file.close()
 
 
 class _FilePiece(LentFile):
