@@ -17,6 +17,7 @@ from tests.bench.rounds import say
 from tests.bench.scale_limits import METHOD, needs_text, rises_text
 from tests.bench.study import METRICS, Study, Table, line_of, rise, table_text
 from tests.bench.targets import ROOT
+from tests.bench.variants import site_folder
 
 HERE: Final = Path(__file__).parent
 PAGE: Final = ROOT / "gateway" / "docs" / "growth.md"
@@ -85,7 +86,8 @@ def run(name: str, *, quick: bool) -> int:
 def _where(on: Cores, *, quick: bool) -> int:
     """Its part of the benchmark's page is written too."""
     looks = where.measure(on, 4.0 if quick else 12.0)
-    said = where.text(looks, where.digest_us())
+    with site_folder() as folder:
+        said = where.text(looks, where.digest_us(), where.file_cost(Path(folder)))
     print(said)
     if not quick:
         page_of_cases.WHERE.write_text(said)

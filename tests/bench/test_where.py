@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from collections import Counter
+from dataclasses import astuple
 from pathlib import Path
 
 from tests.bench.cases import CASES
 from tests.bench.processes import kernel_seconds
-from tests.bench.variants import STARTS
-from tests.bench.where import LOOP, SHOWN, Look, digest_us, rooms, table, text
+from tests.bench.variants import STARTS, mount, site_folder
+from tests.bench.where import (
+    LOOP,
+    SHOWN,
+    FileCost,
+    Look,
+    digest_us,
+    file_cost,
+    rooms,
+    table,
+    text,
+)
 
 RAW = """\
 serve (gateway/cli/serve.py:98);run (uvloop/loop.pyx:5);answer (gateway/relay/pipeline.py:7) 3
@@ -32,22 +44,34 @@ def test_small_rooms_are_told_together() -> None:
 def test_a_look_says_what_a_request_takes_beside_what_it_is_compared_with() -> None:
     case = next(case for case in CASES if case.name == "upload_20mb_c4")
     look = Look(case, "gateway", 40_000, 9_000, 12_000, "nginx", 12_000, Counter({LOOP: 1}))
-    said = text([look], 10_282).splitlines()
+    said = text([look], 10_282, FileCost(3_300, 600)).splitlines()
     assert (
         "| `upload_20mb_c4` | gateway | 40,000 | 9,000 | 12,000 | nginx, unbuffered | 12,000 |"
         in said
     )
     assert any("SHA-256 of 20 MB alone takes 10,282 us" in line for line in said)
+    assert any("a file of 2.7 MB 3,300 us to write, or 600 where" in line for line in said)
+    assert "### `upload_20mb_c4`: edit of a picture of 20 MB, 4 at once; gateway" in said
     assert f"| {LOOP} | 100.0 % |" in said
 
 
 def test_every_case_that_is_looked_into_and_each_target_is_there() -> None:
-    assert SHOWN.keys() <= {case.name for case in CASES}
-    assert {name for names in SHOWN.values() for name in names} <= STARTS.keys()
+    assert {case for case, *_ in SHOWN} <= {case.name for case in CASES}
+    assert {name for _, *names in SHOWN for name in names} <= STARTS.keys()
 
 
-def test_the_kernels_share_is_counted_and_a_digest_is_timed(tmp_path: Path) -> None:
+def test_the_kernels_share_is_counted_and_a_digest_and_a_file_are_timed(tmp_path: Path) -> None:
     before, file = kernel_seconds(os.getpid()), tmp_path / "file"
     while kernel_seconds(os.getpid()) == before:
         file.write_bytes(bytes(1_000_000))
     assert digest_us(1) > 0
+    assert min(astuple(file_cost(tmp_path, files=2))) > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "new-0", "new-1"]
+
+
+def test_the_folder_of_a_run_spreads_its_folders_where_it_can_and_is_gone_afterwards() -> None:
+    with site_folder() as name:
+        said = subprocess.run(["lsattr", "-d", name], capture_output=True, text=True, check=False)
+        if mount(Path(name)) == "ext4" and said.returncode == 0:
+            assert "T" in said.stdout.split()[0]
+    assert not Path(name).exists()

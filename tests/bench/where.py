@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -27,15 +28,18 @@ from tests.bench.rounds import NUMBERS_EACH, Bench, Plan, Upstream, open_upstrea
 from tests.bench.targets import Site
 from tests.bench.variants import POLICY_TARGET, TITLES, site_folder, start
 
-SHOWN: Final[Mapping[str, tuple[str, str]]] = {
-    "s_c32": (POLICY_TARGET, "nginx"),
-    "m_c8": (POLICY_TARGET, "nginx-64k"),
-    "upload_20mb_c4": ("gateway", "nginx"),
-    "hit_memory_s_c32": ("gateway", "nginx-sendfile"),
-    "hit_memory_c8": ("gateway", "nginx-sendfile"),
-    "hit_redis_c8": ("gateway-redis", "nginx-sendfile"),
-}
-"""By case, the target that is looked into, and what it is compared with."""
+SHOWN: Final = (
+    ("s_c32", POLICY_TARGET, "nginx"),
+    ("s_c32", "gateway", "nginx"),
+    ("m_c8", POLICY_TARGET, "nginx-64k"),
+    ("m_c8", "gateway", "nginx-64k"),
+    ("upload_20mb_c4", "gateway", "nginx"),
+    ("hit_memory_c8", "gateway", "nginx-sendfile"),
+    ("hit_memory_s_c32", "gateway", "nginx-sendfile"),
+    ("hit_redis_c8", "gateway-redis", "nginx-sendfile"),
+)
+"""The case, the target that is looked into, and what it is compared with."""
+FILE_PARTS: Final = (bytes(67_500),) * 40
 SAMPLES_A_SECOND: Final = 400
 LEAST_PERCENT: Final = 1.0
 LOOP: Final = "the event loop, uvicorn"
@@ -88,7 +92,8 @@ class Look:
 
 def measure(cores: Cores, seconds: float) -> list[Look]:
     """Raises ``MissingTool``, ``BuildError``, ``StartError``, ``CheckError``."""
-    return [_look(case, cores, seconds) for case in CASES if case.name in SHOWN]
+    cases = {case.name: case for case in CASES}
+    return [_look(cases[name], target, beside, cores, seconds) for name, target, beside in SHOWN]
 
 
 def digest_us(megabytes: int = 20) -> float:
@@ -103,13 +108,46 @@ def digest_us(megabytes: int = 20) -> float:
     return min(taken) / 1000
 
 
-def text(looks: Sequence[Look], sha256_us: float) -> str:
+@dataclass(frozen=True, slots=True)
+class FileCost:
+    """The CPU that one file of 2.7 MB takes to write, in us: beside the others, which all stay, and
+    in the place of the one before, which is gone."""
+
+    new_us: float
+    again_us: float
+
+
+def file_cost(folder: Path, files: int = 300) -> FileCost:
+    began = time.thread_time_ns()
+    for number in range(files):
+        _write(folder / f"new-{number}")
+    new = time.thread_time_ns() - began
+    again = 0
+    for number in range(files):
+        began = time.thread_time_ns()
+        _write(folder / f"again-{number}")
+        again += time.thread_time_ns() - began
+        (folder / f"again-{number}").unlink()
+    return FileCost(new / files / 1000, again / files / 1000)
+
+
+def _write(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    try:
+        os.writev(descriptor, FILE_PARTS)
+    finally:
+        os.close(descriptor)
+
+
+def text(looks: Sequence[Look], sha256_us: float, file: FileCost) -> str:
     parts = [
         "## Where the time goes",
         "`make bench STUDY=where`: CPU us a request; of it in the kernel, and with the"
         " interpreter's lock held (system calls that are made with the lock are in both; what is in"
         " neither are digests, copies and SQLite). SHA-256 of 20 MB alone takes"
-        f" {report.figure(sha256_us)} us here.",
+        f" {report.figure(sha256_us)} us here, and a file of 2.7 MB {report.figure(file.new_us)} us"
+        f" to write, or {report.figure(file.again_us)} where the one before has just been deleted:"
+        " the rest is memory that the (virtual) machine has yet to get.",
         report.rows(
             ("case", "who", "CPU", "kernel", "lock", "beside it", "CPU of that"),
             [
@@ -124,21 +162,21 @@ def text(looks: Sequence[Look], sha256_us: float) -> str:
         "Of the time in which Python ran, the share of each room, by the innermost line of ours:",
     ]  # fmt: skip
     for one in looks:
-        parts += [f"### `{one.case.name}`: {one.case.about}", table(one.rooms)]
+        title = f"### `{one.case.name}`: {one.case.about}; {TITLES[one.target]}"
+        parts += [title, table(one.rooms)]
     return "\n\n".join(parts) + "\n"
 
 
-def _look(case: Case, cores: Cores, seconds: float) -> Look:
+def _look(case: Case, name: str, beside_name: str, cores: Cores, seconds: float) -> Look:
     """Each is measured undisturbed; then the target is measured again, under py-spy."""
-    names = SHOWN[case.name]
     plan = Plan(cores, rounds=1, seconds=seconds / 2)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(site_folder()))
         folder.chmod(0o755)
         upstream = open_upstream(case, plan, folder, stack)
         target, beside = (
-            _bench(case, name, place, upstream, plan, folder, stack)
-            for place, name in enumerate(names, start=1)
+            _bench(case, one, place, upstream, plan, folder, stack)
+            for place, one in enumerate((name, beside_name), start=1)
         )
         beside.measure(plan)
         assert target.target.process is not None
@@ -151,14 +189,14 @@ def _look(case: Case, cores: Cores, seconds: float) -> Look:
             target.measure(Plan(cores, rounds=1, seconds=seconds))
         finally:
             spy.wait(timeout=60)
-        say(f"{case.name}: looked at")
+        say(f"{case.name}: {name}: looked at")
         found = rooms((folder / "stacks").read_text())
         undisturbed, watched = target.samples
         held = found.total() / (SAMPLES_A_SECOND * (int(seconds) - 1))
         return Look(
-            case, names[0], undisturbed["cpu_us"], kernel_us,
+            case, name, undisturbed["cpu_us"], kernel_us,
             held / watched["requests_per_second"] * 1e6,
-            names[1], beside.samples[0]["cpu_us"], found,
+            beside_name, beside.samples[0]["cpu_us"], found,
         )  # fmt: skip
 
 
