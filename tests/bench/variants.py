@@ -102,16 +102,18 @@ def start(name: str, site: Site, stack: contextlib.ExitStack) -> Target:
 
 @contextlib.contextmanager
 def site_folder() -> Iterator[str]:
-    """A folder with one in it for each target; everything is gone afterwards.
+    """Gone afterwards, with all that is in it.
 
-    On ext4 each of those starts in a part of the disk of its own. For up to five minutes ext4 gives
-    no new file the number of a deleted one, and passes by all of these for each file that it makes:
-    beside the thousands that the last run has just deleted, that took as long as the whole request.
+    On ext4 it begins in a part of the disk that its name, a random one, decides. For up to five
+    minutes ext4 gives no new file the number of a deleted one, and passes by all of these for each
+    file that it makes: beside the thousands that the last run has just deleted, that took as long
+    as the whole request.
     """
-    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as outer:
         with contextlib.suppress(OSError):
-            _set_flag(folder, _SPREAD_FOLDERS)
-        yield folder
+            _set_flag(outer, _SPREAD_FOLDERS)
+        Path(outer).chmod(0o755)
+        yield tempfile.mkdtemp(dir=outer)
 
 
 def _set_flag(folder: str, flag: int) -> None:
