@@ -14,6 +14,7 @@ import click
 
 from gateway.cli.common import (
     EXIT_FAILED,
+    Day,
     Dollars,
     config_option,
     fail,
@@ -161,7 +162,7 @@ def show(rid: str, as_json: bool, config: Path | None) -> None:
 @click.option("--images", type=click.IntRange(0), help="How many pictures RID delivered.")
 @click.option("--team", "team_id", help="Without RID: whose books.")
 @click.option("--model", help="Without RID: the model's name here.")
-@click.option("--day", type=click.DateTime(["%Y-%m-%d"]), help="Without RID: the day.")
+@click.option("--day", type=Day(), help="Without RID: the day.")
 @click.option("--amount", type=SignedDollars(), help="Without RID: dollars to add, or -0.35.")
 @click.option("--reason", required=True, help="Why; kept in the journal for ever.")
 @click.option("--actor", help="Who says so. Default: the user of this machine.")

@@ -16,6 +16,7 @@ import click
 from gateway.assembly import open_notifier, read_bill
 from gateway.cli.common import (
     EXIT_FAILED,
+    Day,
     config_option,
     fail,
     failures,
@@ -55,7 +56,7 @@ SHOWN_SUSPECTS = 20
 
 
 @click.command()
-@click.option("--day", type=click.DateTime(["%Y-%m-%d"]), help="The day (UTC). Default: yesterday.")
+@click.option("--day", type=Day(), help="The day (UTC). Default: yesterday.")
 @click.option(
     "--upstream",
     "asked_for",

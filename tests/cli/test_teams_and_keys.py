@@ -298,6 +298,7 @@ def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
         ),
         ("key create --team nobody", 1, "there is no team nobody"),
         ("key revoke nothing", 1, "there is no key nothing"),
+        ("key list --team desing", 1, "there is no team desing"),
         (
             "team create other --models gpt-image-2,gpt-image-2.5-flair",
             1,
@@ -315,7 +316,7 @@ def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
         ("team create other --budget-day much", 2, "'much' is not an amount of dollars"),
         ("team create other --requests-per-minute -1", 2, "-1 is not in the range"),
         ("key create", 2, "Missing option '--team'"),
-        ("key create --team design --expires soon", 2, "'soon' does not match the formats"),
+        ("key create --team design --expires soon", 2, "'soon' is not a day like 2026-11-20"),
     ],
 )
 def test_refusals(say: Say, config: Path, command: str, code: int, reason: str) -> None:

@@ -31,7 +31,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "team revoke": ("gateway team revoke design",),
         "key create": ("gateway key create --team design --name ci --expires 2027-01-01",),
         "key list": ("gateway key list --team design",),
-        "key revoke": ("gateway key revoke k_0123456789",),
+        "key revoke": ("gateway key revoke ort1fjqnr8",),
         "usage": ("gateway usage --since 2026-11-01 --until 2026-11-30 --team growth",),
         "ledger unresolved": ("gateway ledger unresolved --json",),
         "ledger show": ("gateway ledger show req_ac0f465690a4ee972906d128",),
