@@ -75,7 +75,12 @@ SHOWN_SUSPECTS = 20
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also write the comparison: FILE.csv, or FILE.json with everything.",
 )
-@click.option("--apply", "apply_it", is_flag=True, help="Book the proposed adjustments.")
+@click.option(
+    "--apply",
+    "apply_it",
+    is_flag=True,
+    help="Book the proposed adjustments; of a day that is over.",
+)
 @json_option
 @config_option
 def reconcile(
@@ -104,6 +109,10 @@ def reconcile(
     of_day = day.date() if day is not None else today - timedelta(days=1)
     if of_day > today:
         fail(f"{of_day} has not begun yet in UTC", EXIT_FAILED)
+    if of_day == today and apply_it:
+        # Bills come hours late: what is not on them yet would be taken out of the books, and spent
+        # once more today.
+        fail(f"{of_day} is not over in UTC: without --apply it can be compared", EXIT_FAILED)
     if of_day == today:
         click.echo(f"warning: {of_day} is not over in UTC; both sides may still grow", err=True)
     names = _upstreams(settings, asked_for, asked=csv_file is None)
