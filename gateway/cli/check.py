@@ -12,7 +12,7 @@ from gateway.clock import SystemClock
 from gateway.doctor.finding import counted
 
 
-@click.command()
+@click.command(short_help="Check the configuration and the prices.")
 @config_option
 def check(config: Path | None) -> None:
     """Check the configuration and the prices; print every mistake with its place.

@@ -82,7 +82,7 @@ def create(
     click.echo(f"now: gateway key create --team {name}")
 
 
-@team.command()
+@team.command(short_help="Change the team NAME: what is named, nothing else.")
 @click.argument("name")
 @click.option("--models", help="Comma-separated names; none: every model.")
 @click.option("--cache/--no-cache", default=None, help="Share results between requests, or never.")
@@ -167,7 +167,7 @@ def list_teams(as_json: bool, config: Path | None) -> None:
     print_table(("TEAM", "FROM", "STATE", "MODELS", "ZONE", "LIMITS"), rows)
 
 
-@team.command()
+@team.command(short_help="Disable the team NAME and all of its keys.")
 @click.argument("name")
 @config_option
 def revoke(name: str, config: Path | None) -> None:

@@ -41,7 +41,7 @@ HEADS = {
 """What a row is named by."""
 
 
-@click.command()
+@click.command(short_help="Show requests, images, tokens and dollars.")
 @click.option("--since", type=DAY, help="The first day (UTC).")
 @click.option("--until", type=DAY, help="The last day (UTC).")
 @click.option("--team", "team", help="Only this team's.")

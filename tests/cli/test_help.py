@@ -83,6 +83,8 @@ def test_help_says_everything(say: Say, path: tuple[str, ...], flag: str) -> Non
             assert parameter.help, f"{path}: {parameter.name} has no help"
     if isinstance(command, click.Group):
         assert set(command.commands) <= set(said.stdout.split())
+        _, _, listed = said.stdout.partition("Commands:\n")
+        assert "..." not in listed  # each is told whole, in its one line
 
 
 @pytest.mark.parametrize("path", [path for path in EVERY if path not in ((), ("demo",))])
