@@ -65,7 +65,7 @@ def load_settings(config: Path | None, *, of_ones_own: bool = False) -> Settings
     ):
         fail(
             "no configuration is named: use --config FILE, or set GATEWAY_CONFIG, to that of your "
-            "gateway",
+            f"gateway; a copy of {shipped('gateway.yaml')} will do to begin with",
             EXIT_CONFIG,
         )
     try:

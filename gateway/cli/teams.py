@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -79,7 +80,8 @@ def create(
     with_store(settings, lambda store: store.directory.create_team(made))
     warn_of(settings, made.limits, made.models)
     click.echo(f"team {name} created in {place_of(settings)}")
-    click.echo(f"now: gateway key create --team {name}")
+    there = "" if config is None else f" --config {shlex.quote(str(config))}"
+    click.echo(f"now: gateway key create --team {name}{there}")
 
 
 @team.command(short_help="Change the team NAME: what is named, nothing else.")

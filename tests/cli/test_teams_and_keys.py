@@ -64,7 +64,7 @@ def test_a_team_with_everything(say: Say, ask: Ask, config: Path) -> None:
     assert said.exit_code == 0
     assert said.stdout.splitlines() == [
         f"team design created in {config.parent / 'data' / 'gateway.db'}",
-        "now: gateway key create --team design",
+        f"now: gateway key create --team design --config {config}",
     ]
     growth, design = sorted(
         ask("team", "list", "--json", "--config", config), key=lambda team: not team["declared"]

@@ -80,9 +80,9 @@ _HEAD = """\
 gateway` is the same. `-h` or `--help` explains each command, `--version` says which release it is.
 
 Commands read the same configuration as the gateway: `--config FILE`, else `$GATEWAY_CONFIG`, else
-`config/gateway.yaml` here. `serve` and `check` go on to the file that ships; the others refuse it,
-because its books are nobody's. They work beside a running gateway, on its machine or wherever its
-database can be reached.
+`config/gateway.yaml` here. `serve`, `check`, `doctor` and `health` go on to the file that ships;
+the others refuse it, because its books are nobody's. They work beside a running gateway, on its
+machine or wherever its database can be reached.
 
 | exit code | |
 |---|---|
