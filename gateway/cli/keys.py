@@ -77,7 +77,13 @@ def create(
         pepper=keys.pepper_id(pepper),
     )
     digest = keys.digest(pepper, minted.secret)
-    with_store(settings, lambda store: store.directory.create_key(made, digest))
+
+    async def create_it(store: Store) -> None:
+        if any(one.id == team and one.disabled for one in await store.directory.teams()):
+            fail(f"team {team} is disabled: no key of it works", EXIT_FAILED)
+        await store.directory.create_key(made, digest)
+
+    with_store(settings, create_it)
     warn_of(settings, made.limits, made.models)
     if as_json:
         print_json({**_describe(made), "secret": minted.secret})

@@ -173,7 +173,7 @@ def list_teams(as_json: bool, config: Path | None) -> None:
 @click.argument("name")
 @config_option
 def revoke(name: str, config: Path | None) -> None:
-    """Disable the team NAME and with it all of its keys, within five seconds."""
+    """Disable the team NAME and with it all of its keys, within five seconds, for good."""
     settings = load_settings(config, of_ones_own=True)
     if name in settings.teams:
         fail(f"team {name} is declared in {settings.file}; disable it there", EXIT_FAILED)

@@ -118,6 +118,16 @@ def test_teams_as_a_table(say: Say, config: Path) -> None:
     ]
 
 
+def test_a_disabled_team_gets_no_key(say: Say, ask: Ask, config: Path) -> None:
+    """It would be shown as made, and refused by every gateway."""
+    say("team", "create", "design", "--config", config)
+    say("team", "revoke", "design", "--config", config)
+    said = say("key", "create", "--team", "design", "--config", config)
+    assert (said.exit_code, said.stdout) == (1, "")
+    assert said.stderr == "team design is disabled: no key of it works\n"
+    assert ask("key", "list", "--team", "design", "--json", "--config", config) == []
+
+
 def test_a_team_is_changed_in_what_is_named_alone(say: Say, ask: Ask, config: Path) -> None:
     def change(*options: str) -> dict[str, Any]:
         said = say("team", "update", "design", *options, "--config", config)
