@@ -438,7 +438,7 @@ class UpstreamNews(HealthListener):
             "gateway_upstream_key_disabled", 0, upstream=upstream, key=key, why=why.value
         )
         log.warning(
-            "an upstream's key is used again",
+            "an upstream's key is left alone no more",
             extra={"upstream": upstream, "key": key, "why": why.value},
         )
 

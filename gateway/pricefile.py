@@ -198,6 +198,9 @@ def _rows(raw: object, spot: Spot, say: Say) -> list[PriceRow]:
     own = "upstream" in fields
     if own == ("provider" in fields):
         say(spot, "a row is either of a provider (its list) or of an upstream (yours)")
+    if not own and "provider" not in fields:
+        # The rest is another for either.
+        return []
     whose = _text(fields.get("upstream" if own else "provider"), spot, "provider", say)
     valid_from = _date(fields.get("valid_from", ALWAYS if own else None), spot, "valid_from", say)
     source = _text(
@@ -347,7 +350,11 @@ def _fields(raw: object, spot: Spot, allowed: Sequence[str], say: Say) -> Mappin
     for name in raw:
         if name not in allowed:
             near = difflib.get_close_matches(str(name), allowed, 1)
-            say((*spot, str(name)), "unknown field" + (f"; {near[0]}?" if near else ""))
+            if name in RATES and "usd_per_million_tokens" in allowed:
+                near = [f"write it as usd_per_million_tokens: {{{name}: ...}}"]
+            elif near:
+                near = [f"{near[0]}?"]
+            say((*spot, str(name)), "; ".join(("unknown field", *near)))
     return {str(name): value for name, value in raw.items()}
 
 

@@ -68,7 +68,7 @@ class Vitals:
             pings["redis"] = gate.ping
         if self._shared_cache is not None:
             pings["cache"] = self._shared_cache.ping
-        answers = await asyncio.gather(*(_answers(ping) for ping in pings.values()))
+        answers = await asyncio.gather(*(_answers(name, ping) for name, ping in pings.items()))
         stores = dict(zip(pings, answers, strict=True))
         degraded: dict[str, str] = {}
         if gate is not None and gate.trouble is not None:
@@ -113,12 +113,12 @@ class Vitals:
             log.warning("the ledger cannot be read for the metrics", extra={"error": str(error)})
 
 
-async def _answers(ping: Callable[[], Awaitable[None]]) -> bool:
+async def _answers(store: str, ping: Callable[[], Awaitable[None]]) -> bool:
     """Whether a store answers, and in time."""
     try:
         async with asyncio.timeout(PING_SECONDS):
             await ping()
     except (GatewayError, StoreAway, OSError) as error:
-        log.warning("a store does not answer", extra={"error": str(error)})
+        log.warning("a store does not answer", extra={"store": store, "error": str(error)})
         return False
     return True

@@ -183,7 +183,7 @@ class References:
             name, default = match["name"], match["default"]
             if name is None:
                 raise Unresolved(
-                    'holds a "${" that is no reference: write ${NAME}, ${NAME:-default} or '
+                    'holds a "$" that is no reference: write ${NAME}, ${NAME:-default} or '
                     "${file:/path}, and $$ for a dollar sign"
                 )
             sources.append(name)
@@ -475,5 +475,5 @@ _REFERENCE = re.compile(
     r"(?P<escape>\$\$)"
     r"|\$\{file:(?P<file>[^}]+)\}"
     r"|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>[^}]*))?\}"
-    r"|\$\{"
+    r"|\$\{|^\$[A-Za-z_][A-Za-z0-9_]*$"  # the latter would be sent to a provider as its key
 )

@@ -6,12 +6,14 @@ import re
 import shlex
 import subprocess
 from dataclasses import fields, is_dataclass
+from datetime import date
 from pathlib import Path
 
 import click
 import pytest
 import yaml
 
+from gateway.assembly import price_book, unpriced_models
 from gateway.cli import main
 from gateway.domain.errors import GatewayError, UpstreamRefused
 from gateway.settings import load
@@ -265,11 +267,11 @@ def test_every_example_loads(tmp_path: Path) -> None:
     for number, text in enumerate(others):
         whole = {**yaml.safe_load(first), **yaml.safe_load(text)}
         whole["models"] = {**yaml.safe_load(first)["models"], **whole["models"]}
-        named = {one for model in whole["models"].values() for one in model.get("fallback", [])}
-        whole["models"] |= {name: {"upstream": "openai"} for name in named}
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(whole))
-        assert load(path, secrets).catalogue.models
+        settings = load(path, secrets)
+        assert settings.catalogue.models
+        assert unpriced_models(settings, price_book(settings), date(2026, 11, 22)) == []
     assert others
 
 

@@ -158,7 +158,8 @@ MISTAKES = [
     ('server: {host: "${HOST}"}', "1:16: server.host: the environment variable HOST is not set: "
      "set it, or write ${HOST:-} for a value that may be empty"),
     ('server: {host: "${HOST:-}"}', "1:16: server.host: is empty: set HOST"),
-    ('server: {host: "${HO ST}"}', '1:16: server.host: holds a "${" that is no reference'),
+    ('server: {host: "${HO ST}"}', '1:16: server.host: holds a "$" that is no reference'),
+    ("server: {host: $HOST}", '1:16: server.host: holds a "$" that is no reference: write ${NAME}'),
     ('storage: {pepper: "${file:/no/such}"}', "storage.pepper: the file /no/such does not exist"),
     # storage
     ("storage: {database: postgresql://h/d}", "storage.pepper: must be set where the database is"),

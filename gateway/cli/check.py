@@ -9,9 +9,10 @@ import click
 from gateway.assembly import price_book, retired_names
 from gateway.cli.common import config_option, failures, load_settings, require_servable
 from gateway.clock import SystemClock
+from gateway.doctor.finding import counted
 
 
-@click.command()
+@click.command(short_help="Check the configuration and the prices.")
 @config_option
 def check(config: Path | None) -> None:
     """Check the configuration and the prices; print every mistake with its place.
@@ -25,6 +26,7 @@ def check(config: Path | None) -> None:
         book = price_book(settings)
     for mistake in retired_names(settings, book, SystemClock().now().date()):
         click.echo(f"warning: {settings.file}: {mistake}", err=True)
-    models, teams = len(settings.catalogue.models), len(settings.teams)
+    models = counted(len(settings.catalogue.models), "model")
+    teams = counted(len(settings.teams), "team")
     behind = " and any other behind '*'" if settings.catalogue.wildcard else ""
-    click.echo(f"{settings.file}: ok ({models} models{behind}, {teams} teams)")
+    click.echo(f"{settings.file}: ok ({models}{behind}, {teams})")

@@ -65,7 +65,7 @@ def load_settings(config: Path | None, *, of_ones_own: bool = False) -> Settings
     ):
         fail(
             "no configuration is named: use --config FILE, or set GATEWAY_CONFIG, to that of your "
-            "gateway",
+            f"gateway; a copy of {shipped('gateway.yaml')} will do to begin with",
             EXIT_CONFIG,
         )
     try:
@@ -194,6 +194,23 @@ class Dollars(click.ParamType[int]):
             return parse_dollars(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
+
+
+class Day(click.DateTime):
+    """A day of the calendar; ``or_moment``: or an instant of it, in UTC."""
+
+    def __init__(self, *, or_moment: bool = False) -> None:
+        super().__init__(["%Y-%m-%d", *(["%Y-%m-%dT%H:%M:%SZ"] if or_moment else ())])
+        self._like = "2026-11-20" + (", or a moment like 2026-11-20T12:00:00Z" if or_moment else "")
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "DAY|MOMENT" if len(self.formats) > 1 else "DAY"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter:
+            self.fail(f"{value!r} is not a day like {self._like}", param, ctx)
 
 
 class OrNone(click.ParamType[int | str]):

@@ -29,7 +29,7 @@ from gateway.stores.schema import Versions, sqlite_versions
 from gateway.stores.sqlite_backup import restore_sqlite, sqlite_snapshot
 
 
-@click.group()
+@click.group(short_help="The schema: look, upgrade. The books: back up, restore.")
 def db() -> None:
     """Look at the database's schema, bring it up to date, back it up and restore it."""
 
@@ -130,7 +130,7 @@ def backup(file: Path, force: bool, config: Path | None) -> None:
     click.echo("Its books add up.")
 
 
-@db.command()
+@db.command(short_help="Read the backup FILE into an empty database.")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @config_option
 def restore(file: Path, config: Path | None) -> None:

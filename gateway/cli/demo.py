@@ -75,7 +75,7 @@ UPSTREAMS = {
 }
 
 
-@click.command()
+@click.command(short_help="Start a gateway here, and show a picture coming back.")
 @click.option(
     "--upstream",
     type=click.Choice(sorted(UPSTREAMS)),

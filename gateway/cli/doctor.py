@@ -27,7 +27,7 @@ COLOURS = {
 WIDTH = max(map(len, State))
 
 
-@click.command()
+@click.command(short_help="Look at everything that the gateway needs.")
 @click.option("--offline", is_flag=True, help="Leave out what needs a network.")
 @click.option("--strict", is_flag=True, help="Exit with 1 for warnings too.")
 @json_option

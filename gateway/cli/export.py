@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from gateway.cli.common import (
+    Day,
     config_option,
     failures,
     keys_of_the_file,
@@ -19,7 +20,7 @@ from gateway.domain.ledger import UsageRow
 from gateway.ports import Store
 from gateway.reports.focus import Provider, as_csv, as_json, focus_rows
 
-DAY = click.DateTime(["%Y-%m-%d"])
+DAY = Day()
 
 
 @click.group()

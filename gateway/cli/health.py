@@ -11,7 +11,7 @@ from gateway.cli.common import EXIT_FAILED, config_option, fail
 from gateway.healthcheck import TIMEOUT_SECONDS, ask, own_url
 
 
-@click.command()
+@click.command(short_help="Ask the gateway on this machine whether it lives.")
 @click.option("--ready", is_flag=True, help="Whether it should get traffic (/readyz).")
 @click.option("--url", help="Ask here, instead of where the configuration says on this machine.")
 @click.option(

@@ -10,6 +10,7 @@ import click
 
 from gateway.cli.common import (
     EXIT_FAILED,
+    Day,
     config_option,
     describe_limits,
     fail,
@@ -41,7 +42,7 @@ def key() -> None:
 @click.option("--models", help="Comma-separated names; default: all of the team's.")
 @click.option(
     "--expires",
-    type=click.DateTime(["%Y-%m-%d", "%Y-%m-%dT%H:%M:%SZ"]),
+    type=Day(or_moment=True),
     help="The instant it stops working (UTC).",
 )
 @limit_options()
@@ -76,7 +77,13 @@ def create(
         pepper=keys.pepper_id(pepper),
     )
     digest = keys.digest(pepper, minted.secret)
-    with_store(settings, lambda store: store.directory.create_key(made, digest))
+
+    async def create_it(store: Store) -> None:
+        if any(one.id == team and one.disabled for one in await store.directory.teams()):
+            fail(f"team {team} is disabled: no key of it works", EXIT_FAILED)
+        await store.directory.create_key(made, digest)
+
+    with_store(settings, create_it)
     warn_of(settings, made.limits, made.models)
     if as_json:
         print_json({**_describe(made), "secret": minted.secret})
@@ -100,6 +107,8 @@ def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
 
     async def read(store: Store) -> tuple[list[Key], set[str]]:
         teams = (*settings.teams.values(), *await store.directory.teams())
+        if team is not None and all(one.id != team for one in teams):
+            fail(f"there is no team {team}", EXIT_FAILED)
         declared = await keys_of_the_file(settings, store)
         made = await store.directory.keys(team)
         return [*declared, *made], {one.id for one in teams if one.disabled}

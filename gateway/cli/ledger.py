@@ -14,6 +14,7 @@ import click
 
 from gateway.cli.common import (
     EXIT_FAILED,
+    Day,
     Dollars,
     config_option,
     fail,
@@ -112,7 +113,7 @@ def unresolved(limit: int, as_json: bool, config: Path | None) -> None:
         click.echo(f"these are the first {limit}; see more with --limit", err=True)
 
 
-@ledger.command()
+@ledger.command(short_help="Show the call RID, and what moved its money.")
 @click.argument("rid")
 @json_option
 @config_option
@@ -155,13 +156,13 @@ def show(rid: str, as_json: bool, config: Path | None) -> None:
     )
 
 
-@ledger.command()
+@ledger.command(short_help="Say what a call did cost, or add to a team's day.")
 @click.argument("rid", required=False)
 @click.option("--cost", type=Dollars(), help="What the call RID did cost.")
 @click.option("--images", type=click.IntRange(0), help="How many pictures RID delivered.")
 @click.option("--team", "team_id", help="Without RID: whose books.")
 @click.option("--model", help="Without RID: the model's name here.")
-@click.option("--day", type=click.DateTime(["%Y-%m-%d"]), help="Without RID: the day.")
+@click.option("--day", type=Day(), help="Without RID: the day.")
 @click.option("--amount", type=SignedDollars(), help="Without RID: dollars to add, or -0.35.")
 @click.option("--reason", required=True, help="Why; kept in the journal for ever.")
 @click.option("--actor", help="Who says so. Default: the user of this machine.")
@@ -254,7 +255,7 @@ def verify(as_json: bool, config: Path | None) -> None:
         raise SystemExit(EXIT_FAILED)
 
 
-@ledger.command()
+@ledger.command(short_help="List by how much the bounds of models are raised.")
 @click.option("--reset", metavar="UPSTREAM/MODEL", help="Forget this one.")
 @json_option
 @config_option

@@ -16,6 +16,7 @@ import click
 from gateway.assembly import open_notifier, read_bill
 from gateway.cli.common import (
     EXIT_FAILED,
+    Day,
     config_option,
     fail,
     failures,
@@ -55,7 +56,7 @@ SHOWN_SUSPECTS = 20
 
 
 @click.command()
-@click.option("--day", type=click.DateTime(["%Y-%m-%d"]), help="The day (UTC). Default: yesterday.")
+@click.option("--day", type=Day(), help="The day (UTC). Default: yesterday.")
 @click.option(
     "--upstream",
     "asked_for",
@@ -74,7 +75,12 @@ SHOWN_SUSPECTS = 20
     type=click.Path(path_type=Path, dir_okay=False),
     help="Also write the comparison: FILE.csv, or FILE.json with everything.",
 )
-@click.option("--apply", "apply_it", is_flag=True, help="Book the proposed adjustments.")
+@click.option(
+    "--apply",
+    "apply_it",
+    is_flag=True,
+    help="Book the proposed adjustments; of a day that is over.",
+)
 @json_option
 @config_option
 def reconcile(
@@ -103,6 +109,10 @@ def reconcile(
     of_day = day.date() if day is not None else today - timedelta(days=1)
     if of_day > today:
         fail(f"{of_day} has not begun yet in UTC", EXIT_FAILED)
+    if of_day == today and apply_it:
+        # Bills come hours late: what is not on them yet would be taken out of the books, and spent
+        # once more today.
+        fail(f"{of_day} is not over in UTC: without --apply it can be compared", EXIT_FAILED)
     if of_day == today:
         click.echo(f"warning: {of_day} is not over in UTC; both sides may still grow", err=True)
     names = _upstreams(settings, asked_for, asked=csv_file is None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -79,10 +80,11 @@ def create(
     with_store(settings, lambda store: store.directory.create_team(made))
     warn_of(settings, made.limits, made.models)
     click.echo(f"team {name} created in {place_of(settings)}")
-    click.echo(f"now: gateway key create --team {name}")
+    there = "" if config is None else f" --config {shlex.quote(str(config))}"
+    click.echo(f"now: gateway key create --team {name}{there}")
 
 
-@team.command()
+@team.command(short_help="Change the team NAME: what is named, nothing else.")
 @click.argument("name")
 @click.option("--models", help="Comma-separated names; none: every model.")
 @click.option("--cache/--no-cache", default=None, help="Share results between requests, or never.")
@@ -167,11 +169,11 @@ def list_teams(as_json: bool, config: Path | None) -> None:
     print_table(("TEAM", "FROM", "STATE", "MODELS", "ZONE", "LIMITS"), rows)
 
 
-@team.command()
+@team.command(short_help="Disable the team NAME and all of its keys.")
 @click.argument("name")
 @config_option
 def revoke(name: str, config: Path | None) -> None:
-    """Disable the team NAME and with it all of its keys, within five seconds."""
+    """Disable the team NAME and with it all of its keys, within five seconds, for good."""
     settings = load_settings(config, of_ones_own=True)
     if name in settings.teams:
         fail(f"team {name} is declared in {settings.file}; disable it there", EXIT_FAILED)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 
 import click
 
 from gateway.cli.common import (
+    EXIT_FAILED,
+    Day,
     config_option,
+    fail,
     json_option,
     keys_of_the_file,
     load_settings,
@@ -21,8 +25,9 @@ from gateway.domain.ledger import By, UsageRow, UserUsage
 from gateway.domain.money import exact_dollars
 from gateway.ports import Store
 from gateway.reports.usage import usage_report, user_report
+from gateway.settings import Settings
 
-DAY = click.DateTime(["%Y-%m-%d"])
+DAY = Day()
 ROWS = "rows"
 USER = "user"
 HEADS = {
@@ -36,7 +41,7 @@ HEADS = {
 """What a row is named by."""
 
 
-@click.command()
+@click.command(short_help="Show requests, images, tokens and dollars.")
 @click.option("--since", type=DAY, help="The first day (UTC).")
 @click.option("--until", type=DAY, help="The last day (UTC).")
 @click.option("--team", "team", help="Only this team's.")
@@ -66,14 +71,14 @@ def usage(
     if since is not None and until is not None and until < since:
         raise click.UsageError("--until is before --since")
     settings = load_settings(config, of_ones_own=True)
+
+    async def read_users(store: Store) -> Sequence[UserUsage]:
+        rows = await store.books.usage_by_user(team, _day(since), _day(until))
+        await _require(team, rows, settings, store)
+        return rows
+
     if by == USER:
-        _by_user(
-            with_store(
-                settings,
-                lambda store: store.books.usage_by_user(team, _day(since), _day(until)),
-            ),
-            as_json=as_json,
-        )
+        _by_user(with_store(settings, read_users), as_json=as_json)
         return
 
     async def read(store: Store) -> tuple[list[UsageRow], dict[str, str]]:
@@ -81,6 +86,7 @@ def usage(
             rows = await store.ledger.usage(_day(since), _day(until), team)
         else:
             rows = await store.books.usage_by(By(by), team, _day(since), _day(until))
+        await _require(team, rows, settings, store)
         keys = (*await store.directory.keys(), *await keys_of_the_file(settings, store))
         return rows, {key.id: key.name for key in keys}
 
@@ -92,7 +98,7 @@ def usage(
         "DAY": [row.day for row in rows],
         "MONTH": [row.day for row in rows],
         "TEAM": [row.team for row in rows],
-        "KEY": [names.get(row.key_id) or row.key_id for row in rows],
+        "KEY": key_names(rows, names),
         "MODEL": [row.model for row in rows],
     }
     shown = {head: named[head] for head in HEADS[by]}
@@ -100,6 +106,30 @@ def usage(
     body = [(*whose, *_figures([row])) for *whose, row in zip(*shown.values(), rows, strict=True)]
     total = ("total", *[""] * (len(shown) - 1), *_figures(rows))
     print_table((*shown, *figures), [*body, total])
+
+
+def key_names(rows: Sequence[UsageRow], names: Mapping[str, str]) -> list[str]:
+    """The name of each row's key, with its id where another of that team is called the same."""
+    ids = {(row.team, row.key_id) for row in rows}
+    often = Counter((team, names.get(key, "")) for team, key in ids)
+
+    def said(row: UsageRow) -> str:
+        name = names.get(row.key_id, "")
+        if not name:
+            return row.key_id
+        return name if often[row.team, name] == 1 else f"{name} ({row.key_id})"
+
+    return [said(row) for row in rows]
+
+
+async def _require(
+    team: str | None, rows: Sequence[object], settings: Settings, store: Store
+) -> None:
+    """A team that is misspelt has no rows either. One that is gone may have some."""
+    if team is None or rows or team in settings.teams:
+        return
+    if all(one.id != team for one in await store.directory.teams()):
+        fail(f"there is no team {team}, and no usage of one", EXIT_FAILED)
 
 
 def _by_user(rows: Sequence[UserUsage], *, as_json: bool) -> None:

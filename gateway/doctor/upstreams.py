@@ -226,7 +226,8 @@ def judge_answer(topic: Topic, name: str, where: str, answer: Answer | str) -> F
     if answer.status in NO_LIST:
         return topic.skipped(
             f"{name}: {answer.status} from GET /models: no list of models there, so that the key "
-            "cannot be tried for nothing"
+            "cannot be tried for nothing; a provider that has one has it under another path than "
+            f"upstreams.{topic.subject}.base_url says"
         )
     if answer.status == 429:
         return topic.warn(

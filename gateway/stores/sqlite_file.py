@@ -82,6 +82,12 @@ def open_database(path: Path, busy_seconds: float) -> tuple[Writer, Reader]:
     except StoreError:
         file.close()
         raise
+    except PermissionError as error:
+        file.close()
+        raise StoreError(
+            f"{path} cannot be opened: this user may not write {error.filename}. Give it that "
+            "right, or change storage.database"
+        ) from error
     except (OSError, sqlite3.Error) as error:
         file.close()
         raise StoreError(f"{path} cannot be opened: {error}") from error

@@ -20,7 +20,7 @@ def written(folder: Path, text: str) -> Path:
 def test_a_good_file(say: Say, config: Path) -> None:
     said = say("check", "--config", config)
     assert said.exit_code == 0
-    assert said.stdout == f"{config}: ok (2 models, 1 teams)\n"
+    assert said.stdout == f"{config}: ok (2 models, 1 team)\n"
     assert said.stderr == ""
 
 

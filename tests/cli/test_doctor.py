@@ -324,7 +324,7 @@ def test_no_secret_is_shown(say: Say, tmp_path: Path, sandbox: SandboxServer) ->
         ),
         (Rule(status=402, body=b"pay"), FAIL, "402 from GET /models: its account cannot pay"),
         (Rule(status=429), WARN, "it is at its rate limit now"),
-        (Rule(status=404), SKIPPED, "no list of models there"),
+        (Rule(status=404), SKIPPED, "another path than upstreams.openai.base_url says"),
         (Rule(status=503), WARN, "the provider fails"),
         (Rule(redirect="https://elsewhere.test/"), FAIL, "redirects are never followed"),
         (Rule(status=200, body=b"<html>"), WARN, "that is no list of models"),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 
 import click
 import pytest
@@ -83,6 +84,8 @@ def test_help_says_everything(say: Say, path: tuple[str, ...], flag: str) -> Non
             assert parameter.help, f"{path}: {parameter.name} has no help"
     if isinstance(command, click.Group):
         assert set(command.commands) <= set(said.stdout.split())
+        _, _, listed = said.stdout.partition("Commands:\n")
+        assert "..." not in listed  # each is told whole, in its one line
 
 
 @pytest.mark.parametrize("path", [path for path in EVERY if path not in ((), ("demo",))])
@@ -99,6 +102,19 @@ def test_python_m_gateway() -> None:
     )
     assert said.stdout == f"gateway, version {version('image-gateway')}\n"
     assert said.stderr == ""
+
+
+def test_a_disk_that_is_full_is_said_in_one_sentence(config: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        said = subprocess.run(
+            [sys.executable, "-m", "gateway", "usage", "--config", config],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert said.returncode == 1
+    assert said.stderr == "what was asked for cannot be written: No space left on device\n"
 
 
 def test_an_unknown_command_is_a_mistake(say: Say) -> None:

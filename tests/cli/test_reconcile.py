@@ -20,6 +20,7 @@ import yaml
 
 from gateway.cli.common import with_store
 from gateway.cli.reconcile import apply_all
+from gateway.clock import SystemClock
 from gateway.domain.bill import BilledItem
 from gateway.domain.money import format_dollars
 from gateway.domain.route import Target
@@ -345,6 +346,17 @@ def test_what_it_refuses(
     said = say("reconcile", "--day", DAY, "--config", books, *options)
     assert said.exit_code == code
     assert why in said.stderr
+
+
+def test_a_day_that_is_not_over_is_compared_and_never_adjusted(say: Say, books: Path) -> None:
+    """What its bill does not have yet would be spent twice."""
+    today = SystemClock().now().date().isoformat()
+    said = say("reconcile", "--day", today, "--apply", "--config", books)
+    assert said.exit_code == 1
+    assert said.stderr == f"{today} is not over in UTC: without --apply it can be compared\n"
+    said = say("reconcile", "--day", today, "--config", books)
+    assert said.exit_code == 0, said.output
+    assert f"warning: {today} is not over in UTC" in said.stderr
 
 
 @pytest.mark.parametrize(

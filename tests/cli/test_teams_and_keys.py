@@ -64,7 +64,7 @@ def test_a_team_with_everything(say: Say, ask: Ask, config: Path) -> None:
     assert said.exit_code == 0
     assert said.stdout.splitlines() == [
         f"team design created in {config.parent / 'data' / 'gateway.db'}",
-        "now: gateway key create --team design",
+        f"now: gateway key create --team design --config {config}",
     ]
     growth, design = sorted(
         ask("team", "list", "--json", "--config", config), key=lambda team: not team["declared"]
@@ -116,6 +116,16 @@ def test_teams_as_a_table(say: Say, config: Path) -> None:
         "design  directory  disabled  *       Asia/Tokyo  $5 a day, $900 in all (soft)",
         "growth  file       active    *       UTC         none",
     ]
+
+
+def test_a_disabled_team_gets_no_key(say: Say, ask: Ask, config: Path) -> None:
+    """It would be shown as made, and refused by every gateway."""
+    say("team", "create", "design", "--config", config)
+    say("team", "revoke", "design", "--config", config)
+    said = say("key", "create", "--team", "design", "--config", config)
+    assert (said.exit_code, said.stdout) == (1, "")
+    assert said.stderr == "team design is disabled: no key of it works\n"
+    assert ask("key", "list", "--team", "design", "--json", "--config", config) == []
 
 
 def test_a_team_is_changed_in_what_is_named_alone(say: Say, ask: Ask, config: Path) -> None:
@@ -298,6 +308,7 @@ def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
         ),
         ("key create --team nobody", 1, "there is no team nobody"),
         ("key revoke nothing", 1, "there is no key nothing"),
+        ("key list --team desing", 1, "there is no team desing"),
         (
             "team create other --models gpt-image-2,gpt-image-2.5-flair",
             1,
@@ -315,7 +326,7 @@ def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
         ("team create other --budget-day much", 2, "'much' is not an amount of dollars"),
         ("team create other --requests-per-minute -1", 2, "-1 is not in the range"),
         ("key create", 2, "Missing option '--team'"),
-        ("key create --team design --expires soon", 2, "'soon' does not match the formats"),
+        ("key create --team design --expires soon", 2, "'soon' is not a day like 2026-11-20"),
     ],
 )
 def test_refusals(say: Say, config: Path, command: str, code: int, reason: str) -> None:

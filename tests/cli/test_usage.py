@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from gateway.cli.usage import key_names
+from gateway.domain.ledger import UsageRow
 from gateway.domain.money import format_dollars
 from gateway.sandbox.server import SandboxServer
 from tests.cli.conftest import Say
@@ -174,6 +176,31 @@ def test_by_user(ask: Ask, books: Path) -> None:
     options = ("--team", "design", "--until", "2026-11-22")
     part = ask("usage", "--by", "user", "--json", "--config", books, *options)
     assert part["rows"] == [row("design", ann, 2, two)]
+
+
+@pytest.mark.parametrize("by", ["rows", "team", "user"])
+def test_a_team_that_is_none(say: Say, books: Path, by: str) -> None:
+    """A misspelt name is not a team that has bought nothing."""
+    said = say("usage", "--by", by, "--team", "grwoth", "--config", books)
+    assert (said.exit_code, said.stdout) == (1, "")
+    assert said.stderr == "there is no team grwoth, and no usage of one\n"
+    assert say("usage", "--by", by, "--team", "growth", "--config", books).exit_code == 0
+
+
+@pytest.mark.parametrize("option", ["--since", "--until"])
+def test_a_day_that_is_none(say: Say, books: Path, option: str) -> None:
+    said = say("usage", option, "yesterday", "--config", books)
+    assert said.exit_code == 2
+    assert f"'{option}': 'yesterday' is not a day like 2026-11-20" in said.stderr
+
+
+def test_keys_of_one_name_are_told_apart() -> None:
+    def row(team: str, key_id: str) -> UsageRow:
+        return UsageRow("2026-11-22", team, key_id, MODEL)
+
+    rows = [row("a", "1"), row("a", "2"), row("a", "1"), row("b", "3"), row("b", "4")]
+    names = {"1": "ci", "2": "ci", "3": "ci", "4": ""}
+    assert key_names(rows, names) == ["ci (1)", "ci (2)", "ci (1)", "ci", "4"]
 
 
 def test_by_user_as_a_table(say: Say, books: Path) -> None:

@@ -121,6 +121,7 @@ def test_the_commands_work_far_from_the_repository(installed: Path, tmp_path: Pa
     listed = gateway(installed, tmp_path, "team", "list")
     assert listed.returncode == 2
     assert "no configuration is named: use --config FILE" in listed.stderr
+    assert "gateway/_config/gateway.yaml will do to begin with" in listed.stderr
     own = tmp_path / "gateway.yaml"
     own.write_text("server: {port: 0}\n")
     listed = gateway(installed, tmp_path, "team", "list", "--config", str(own))

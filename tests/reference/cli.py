@@ -31,7 +31,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "team revoke": ("gateway team revoke design",),
         "key create": ("gateway key create --team design --name ci --expires 2027-01-01",),
         "key list": ("gateway key list --team design",),
-        "key revoke": ("gateway key revoke k_0123456789",),
+        "key revoke": ("gateway key revoke ort1fjqnr8",),
         "usage": ("gateway usage --since 2026-11-01 --until 2026-11-30 --team growth",),
         "ledger unresolved": ("gateway ledger unresolved --json",),
         "ledger show": ("gateway ledger show req_ac0f465690a4ee972906d128",),
@@ -80,9 +80,9 @@ _HEAD = """\
 gateway` is the same. `-h` or `--help` explains each command, `--version` says which release it is.
 
 Commands read the same configuration as the gateway: `--config FILE`, else `$GATEWAY_CONFIG`, else
-`config/gateway.yaml` here. `serve` and `check` go on to the file that ships; the others refuse it,
-because its books are nobody's. They work beside a running gateway, on its machine or wherever its
-database can be reached.
+`config/gateway.yaml` here. `serve`, `check`, `doctor` and `health` go on to the file that ships;
+the others refuse it, because its books are nobody's. They work beside a running gateway, on its
+machine or wherever its database can be reached.
 
 | exit code | |
 |---|---|

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import os
 import random
@@ -53,7 +54,7 @@ from gateway.stores import sqlite_file
 from gateway.stores.memory_ledger import MemoryStore
 from gateway.stores.sqlite import SQLiteStore
 from gateway.stores.sqlite_books import BY_USER, BY_USER_SIGNED, ROUTED, TEAMS, UNRESOLVED
-from gateway.stores.sqlite_file import filesystem_of
+from gateway.stores.sqlite_file import DatabaseFile, filesystem_of
 from gateway.stores.sqlite_ownership import PAGES
 from tests.contract import stores
 from tests.valkey import eventually
@@ -333,6 +334,19 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
     with pytest.raises(StoreError, match="cannot be opened"):
         SQLiteStore.open(tmp_path / "data" / "gateway.db")
+
+
+def test_a_folder_of_somebody_else(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(file: DatabaseFile) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file.path.parent))
+
+    monkeypatch.setattr(DatabaseFile, "open_lock", refused)
+    with pytest.raises(StoreError) as caught:
+        SQLiteStore.open(path)
+    assert str(caught.value) == (
+        f"{path} cannot be opened: this user may not write {path.parent}. Give it that right, or "
+        "change storage.database"
+    )
 
 
 async def test_a_crash_while_the_file_was_made(path: Path) -> None:
