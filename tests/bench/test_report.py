@@ -168,6 +168,23 @@ def test_the_page_and_the_readme_have_the_results_that_were_written() -> None:
     assert with_table(readme, short_table(written)) == readme
 
 
+def test_the_short_table_has_the_best_of_nginx_and_says_how_many_goals_are_reached() -> None:
+    targets = {
+        "gateway": measured(cpu_us=4_000.0, mb_per_second=400.0),
+        "gateway-policy": measured(cpu_us=1_500.0, mb_per_second=600.0),
+        "nginx": measured(cpu_us=3_000.0, mb_per_second=1_100.0),
+        "nginx-64k": measured(cpu_us=1_000.0, mb_per_second=900.0),
+    }
+    one = Run({}, 7, {"m_c8": CaseResult("m_c8", "big", targets, {})})
+    lines = short_table(one).splitlines()
+    assert lines[0] == "|  | gateway | nothing kept on disk | nginx | LiteLLM | Portkey |"
+    assert lines[2:4] == [
+        "| 2.7 MB JSON, 8 at once: CPU us a request | 4,000 | 1,500 | 1,000 |  |  |",
+        "| the same: MB/s through one core | 400 | 600 | 1,100 |  |  |",
+    ]
+    assert lines[-1] == "Of the 4 goals of that page 1 are reached."
+
+
 def test_a_readme_without_a_place_for_the_table_is_told_of() -> None:
     with pytest.raises(ValueError, match="no place"):
         with_table("# Nothing", "| |")
