@@ -46,6 +46,8 @@ from gateway.relay.arrival import Watch
 from gateway.relay.buffers import Buffers
 from gateway.relay.moment import Moment
 
+ACCEPTED_AT_ONCE = 16
+"""Of connections in one turn of the loop: each is counted before the next turn."""
 LINGER_SECONDS = 10.0
 LINGER_BYTES = 256 * 1024 * 1024
 """How much of a refused upload is read and thrown away, so that the refusal arrives."""
@@ -135,13 +137,36 @@ class Flow(FlowControl):
 
 
 class Door:
-    """How many connections a server may have; those beyond it are turned away."""
+    """How many connections a server may have; those beyond it are turned away.
+
+    ``changed`` hears when it has become full, and when there is room again. It may have the server
+    stop to accept (``is_shut``): what was accepted in that turn of the loop is still let in.
+    """
 
     def __init__(self, limit: int | None, refused: Callable[[], None]) -> None:
         self.limit = limit
         self.refused = refused
+        self.changed: Callable[[], None] = lambda: None
+        self.is_full = False
+        self.is_shut = False
         self.buffers = Buffers(LENT_BYTES)
         self._away: OrderedDict[asyncio.Transport, None] = OrderedDict()
+
+    def lets_in(self, others: int) -> bool:
+        """Whether there is room for a connection beside so many others."""
+        if self.limit is None:
+            return True
+        if others + 1 >= self.limit and not self.is_full:
+            self.is_full = True
+            self.changed()
+        return others < self.limit + (ACCEPTED_AT_ONCE if self.is_shut else 0)
+
+    def count(self, connections: int) -> None:
+        """So many are left."""
+        # A little later than at the first: to begin to accept costs as much as ten connections.
+        if self.is_full and self.limit and connections < self.limit - self.limit // 32:
+            self.is_full = False
+            self.changed()
 
     def turn_away(self, transport: asyncio.Transport) -> None:
         """Tells a connection that there is no room. It may stay until it has read that, or until
@@ -745,7 +770,7 @@ class Connection(HttpToolsProtocol):
         self.wire = transport
         self.holds_what_it_writes = _holds_what_it_writes(transport)
         door = self._door
-        if door is not None and door.limit is not None and len(self.connections) >= door.limit:
+        if door is not None and not door.lets_in(len(self.connections)):
             self._turned_away = True
             door.turn_away(transport)
             return
@@ -932,6 +957,8 @@ class Connection(HttpToolsProtocol):
         for cycle in list(self.watching):
             cycle.lose()
         super().connection_lost(exc)
+        if self._door is not None:
+            self._door.count(len(self.connections))
         if self.cycle is not None:
             self.cycle.drop_body()
         # A request that is still answered knows its connection, and ends. Were it known in turn,

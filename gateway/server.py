@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import socket
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Protocol
@@ -20,7 +21,7 @@ from typing import Protocol
 import uvicorn
 
 from gateway.api.door import ASGIApp
-from gateway.protocol import Connection, Door
+from gateway.protocol import ACCEPTED_AT_ONCE, Connection, Door
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +29,12 @@ KEEP_ALIVE_SECONDS = 75
 BACKLOG = 65_535
 """As many as the system lets wait (net.core.somaxconn): for whom there is no room knocks again
 after a second, then three, then seven."""
-ACCEPTED_AT_ONCE = 16
-"""Of connections in one turn of the loop: each is counted before the next turn."""
+LOOK_SECONDS = 1.0
+LOOKS = 5
+"""Where so often, one after the other, connections wait whom the other workers do not take, one
+that is full tells them, until its next look, that there is no room: another one may hang."""
+_WAITING = struct.Struct("=24xI")
+"""Of Linux's tcp_info: on a socket that listens, how many wait to be accepted."""
 
 
 class Draining(Protocol):
@@ -47,6 +52,9 @@ class Server(uvicorn.Server):
 
     It goes on listening while it drains: who comes then is told where else to go, also by
     `/readyz`, and a retry may still find the answer of the call that it left here.
+
+    One of several on a socket does not accept while it is full and another one has room: whoever
+    has nothing to do but to refuse would be the first to accept. ``say_full`` tells the others.
     """
 
     def __init__(
@@ -57,9 +65,16 @@ class Server(uvicorn.Server):
         door: Door,
         drain_seconds: float,
         draining: Draining | None,
+        say_full: Callable[[bool], None] | None,
     ) -> None:
         super().__init__(config)
         self._door = door
+        self._say_full = say_full
+        self._sockets: Sequence[socket.socket] = ()
+        self._opening: asyncio.Task[None] | None = None
+        self._looking: asyncio.TimerHandle | None = None
+        if say_full is not None:
+            door.changed = self._changed
         self._signals = signals
         self._drain_seconds = drain_seconds
         self._draining = draining
@@ -71,14 +86,69 @@ class Server(uvicorn.Server):
         return self._ending is not None or self.should_exit
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for listening in sockets or ():
-            # asyncio accepts as many at once as it lets wait; here the one is far less.
-            listening.listen(BACKLOG)
+        self._sockets = sockets or ()
+        await self._open()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._stop_looking()
+        if self._opening is not None:
+            self._opening.cancel()
         self._door.close()
         await super().shutdown(sockets)
+
+    async def _open(self) -> None:
+        # Who closes a server closes its sockets: it has some of its own.
+        await super().startup([listening.dup() for listening in self._sockets])
+        for listening in self._sockets:
+            # asyncio accepts as many at once as it lets wait; here the one is far less.
+            listening.listen(BACKLOG)
+        if self._door.is_shut:
+            self._close()
+
+    def _close(self) -> None:
+        for one in self.servers:
+            one.close()
+        self.servers = []
+
+    def _changed(self) -> None:
+        """It has become full, or there is room again."""
+        if self._say_full is None or self.ending:
+            return
+        # Until it hears that nobody has room: those who come meanwhile are others' then.
+        (self.rest if self._door.is_full else self.wake)()
+        self._say_full(self._door.is_full)
+
+    def rest(self) -> None:
+        """Accepts nothing while it is full: another worker has room."""
+        if self.ending or not self._door.is_full or self._door.is_shut:
+            return
+        self._door.is_shut = True
+        if self._opening is None or self._opening.done():
+            self._close()
+        self._look(0)
+
+    def wake(self) -> None:
+        """Accepts, if only to refuse: nobody else has room."""
+        self._stop_looking()
+        if self._door.is_shut:
+            self._door.is_shut = False
+            if self._opening is None or self._opening.done():
+                self._opening = asyncio.get_running_loop().create_task(self._open())
+
+    def _look(self, in_vain: int) -> None:
+        in_vain = in_vain + 1 if any(map(_waiting, self._sockets)) else 0
+        loop = asyncio.get_running_loop()
+        if in_vain < LOOKS:
+            self._looking = loop.call_later(LOOK_SECONDS, self._look, in_vain)
+        else:
+            log.warning("full, and no other worker takes who waits: they are refused")
+            self.wake()
+            self._looking = loop.call_later(LOOK_SECONDS, self.rest)
+
+    def _stop_looking(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -105,6 +175,7 @@ class Server(uvicorn.Server):
         if self._draining is not None:
             self._draining.begin()
         self._ending = asyncio.get_running_loop().create_task(self._drain(sig))
+        self.wake()
 
     async def _drain(self, sig: int) -> None:
         """Then it closes its sockets, and what is still being said has the rest of the time."""
@@ -133,9 +204,11 @@ def server(
     draining: Draining | None = None,
     max_connections: int | None = None,
     refused: Callable[[], None] = lambda: None,
+    say_full: Callable[[bool], None] | None = None,
 ) -> Server:
     """A server for ``app``, to be run with ``serve([socket])``. Only ``trusted_proxies`` (networks)
-    may say who the client is. ``refused`` hears of each connection over ``max_connections``."""
+    may say who the client is. ``refused`` hears of each connection over ``max_connections``. Of
+    several on one socket, ``say_full`` hears when there is no room, and when there is again."""
     door = Door(max_connections, refused)
     return Server(
         uvicorn.Config(
@@ -158,7 +231,17 @@ def server(
         door=door,
         drain_seconds=drain_seconds,
         draining=draining,
+        say_full=say_full,
     )
+
+
+def _waiting(listening: socket.socket) -> int:
+    """How many connections wait to be accepted; 0 where the system does not say."""
+    try:
+        said = listening.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _WAITING.size)
+        return int(_WAITING.unpack(said)[0])
+    except (AttributeError, OSError, struct.error):
+        return 0
 
 
 def listen(host: str, port: int, *, next_free: bool = False) -> socket.socket:

@@ -2,7 +2,9 @@
 
 Each worker inherits the sockets and one end of a *lifeline*: it says there that it serves, and
 learns there, by its end, that the supervisor is gone (`kill -9` too), upon which it drains and
-ends. A worker is in a process group of its own, so that Ctrl-C reaches it once, through here.
+ends. It also says there when it is full, and hears whether another one has room: then it leaves
+who comes to that one. A worker is in a process group of its own, so that Ctrl-C reaches it once,
+through here.
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ log = logging.getLogger(__name__)
 METRICS_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 METRICS_PREFIX = "gateway-workers-"
 SERVING = b"serving\n"
+FULL, ROOM = b"+", b"-"
+"""Of a worker: that it can take no more connections, and that it can again."""
+REST, WAKE = b"0", b"1"
+"""To one that is full: that another one has room, and that none has."""
 QUICK_SECONDS = 5.0
 """A worker that ends before it has served for so long has died at once."""
 MAX_QUICK_DEATHS = 3
@@ -59,28 +65,35 @@ class Inheritance:
             one.setblocking(False)
         return cls(number, socket.socket(fileno=lifeline), sockets)
 
-    def serve(self, end: Callable[[], None]) -> None:
-        """Says that this worker serves. ``end`` is called when the supervisor is gone."""
+    def serve(
+        self, end: Callable[[], None], *, rest: Callable[[], None], wake: Callable[[], None]
+    ) -> None:
+        """Says that this worker serves. ``end`` is called when the supervisor is gone, ``rest`` and
+        ``wake`` where this worker is full: while another one has room, and when none has."""
         loop = asyncio.get_running_loop()
 
         def heard() -> None:
-            if not self._alive():
+            try:
+                said = self.lifeline.recv(64)
+            except BlockingIOError:
+                return
+            except OSError:
+                said = b""
+            if not said:
                 loop.remove_reader(self.lifeline)
                 log.error("the supervisor is gone: this worker ends")
                 end()
+            else:
+                (wake if said.endswith(WAKE) else rest)()
 
         self.lifeline.setblocking(False)
         with suppress(OSError):
             self.lifeline.send(SERVING)
         loop.add_reader(self.lifeline, heard)
 
-    def _alive(self) -> bool:
-        try:
-            return bool(self.lifeline.recv(64))
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
+    def say_full(self, is_full: bool) -> None:
+        with suppress(OSError):
+            self.lifeline.send(FULL if is_full else ROOM)
 
 
 @dataclass(slots=True)
@@ -93,6 +106,7 @@ class _Worker:
     deaths: int
     serves_since: float | None = None
     reads_again: bool = False
+    is_full: bool = False
 
 
 class Supervisor:
@@ -175,7 +189,10 @@ class Supervisor:
             said = b""
         if not said:
             asyncio.get_running_loop().remove_reader(worker.lifeline)
-        elif worker.serves_since is None:
+            return
+        if said.endswith((FULL, ROOM)):
+            worker.is_full = said.endswith(FULL)
+        if worker.serves_since is None:
             worker.serves_since = self._clock.monotonic()
             if worker.reads_again:
                 self._hang_up(worker)
@@ -184,6 +201,16 @@ class Supervisor:
                 self._on_serving()
                 for number in range(1, self._count):
                     self._start(number)
+        self._tell_the_full()
+
+    def _tell_the_full(self) -> None:
+        """Whether to leave who comes to another worker, or to say that there is no room."""
+        serving = [one for one in self._workers.values() if one.serves_since is not None]
+        full = [one for one in serving if one.is_full]
+        for one in full:
+            # One that does not read it has been told before, and looks for itself (``Server``).
+            with suppress(OSError):
+                one.lifeline.send(WAKE if len(full) == len(serving) else REST)
 
     def _reap(self) -> None:
         """Takes the exit code of every process that has ended, adopted ones of PID 1 too."""
@@ -208,6 +235,7 @@ class Supervisor:
             if worker.serves_since is not None and not self._exit_code:
                 self._exit_code = _shell_code(code)
             return
+        self._tell_the_full()
         since = worker.serves_since
         quick = since is None or self._clock.monotonic() - since < QUICK_SECONDS
         deaths = worker.deaths + 1 if quick else 0

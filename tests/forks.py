@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import json
 import os
 import select
@@ -194,4 +195,6 @@ def _end(code: int) -> None:
 
 if __name__ == "__main__":
     load_prices(shipped("prices.yaml"))  # it is read once, for all that are forked
+    gc.collect()
+    gc.freeze()  # nor do they look through what they were forked with, and copy it by that
     _Server(socket.socket(fileno=int(sys.argv[1]))).run()

@@ -202,11 +202,12 @@ async def _serve(
             draining=gateway.drain,
             max_connections=gateway.max_connections,
             refused=gateway.connection_refused,
+            say_full=None if inheritance is None else inheritance.say_full,
         )
         if inheritance is None:
             _say_origin(origin_of(listening))
         else:
-            inheritance.serve(lambda: _drain(main))
+            inheritance.serve(lambda: _drain(main), rest=main.rest, wake=main.wake)
         await main.serve([listening])
 
 

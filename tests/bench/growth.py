@@ -13,11 +13,11 @@ from tests.bench import bodies, checks, tools
 from tests.bench.checks import CheckError
 from tests.bench.growth_keys import measure_keys
 from tests.bench.install import MissingTool
-from tests.bench.processes import Cores, check_file_limit
+from tests.bench.processes import Cores, workers_for
 from tests.bench.rounds import MB, say
 from tests.bench.study import Point, Table
 from tests.bench.targets import Gateway, Site, StartError
-from tests.bench.variants import site_folder
+from tests.bench.variants import site_folder, start_gateway
 
 SIZES: Final = {
     "1 KB": 1_000,
@@ -72,12 +72,19 @@ def measure(cores: Cores, sizes: Sizes) -> dict[str, Table]:
 
 
 @contextlib.contextmanager
-def gateway_before(cores: Cores, replies: dict[str, tools.Reply]) -> Iterator[_Setting]:
+def gateway_before(
+    cores: Cores, replies: dict[str, tools.Reply], workers: int = 1
+) -> Iterator[_Setting]:
     """A gateway of its own before a mock with these replies."""
-    with site_folder() as name, tools.Mock(*replies.values()) as mock:
+    with (
+        site_folder() as name,
+        tools.Mock(*replies.values()) as mock,
+        contextlib.ExitStack() as stack,
+    ):
         folder = Path(name)
-        site = Site(folder, cores.target, dict(zip(replies, mock.ports, strict=True)))
-        gateway = Gateway(site)
+        ports = dict(zip(replies, mock.ports, strict=True))
+        site = Site(folder, cores.target, ports, workers=workers)
+        gateway = start_gateway(site, stack)
         try:
             yield _Setting(folder, gateway, mock, site)
         finally:
@@ -180,37 +187,41 @@ def _measure_body(
 
 def measure_in_flight(cores: Cores, sizes: Sizes) -> Table:
     """A gateway for each count, asked at the same rate: so many are in flight because each is
-    answered so late."""
+    answered so late. It has more workers where one may not open so many files, and is called so."""
     points: list[Point] = []
     skipped: dict[str, str] = {}
     for count in sizes.in_flight:
         samples: dict[str, list[float]] = {"cpu_us": []}
-        failure = None
+        failure, label = None, f"{count:,}"
         try:
-            check_file_limit(count)
+            workers = workers_for(count)
         except MissingTool as missing:
-            say(f"growth: {count:,} in flight is SKIPPED: {missing}")
-            skipped[f"{count:,}"] = str(missing)
+            say(f"growth: {label} in flight is SKIPPED: {missing}")
+            skipped[label] = str(missing)
             continue
+        if workers > 1:
+            label = f"{label}, {workers} workers"
         try:
-            _measure_count(cores, count, sizes, samples)
+            _measure_count(cores, count, workers, sizes, samples)
         except (CheckError, StartError, tools.LoadError) as error:
             failure = str(error)
-            say(f"growth: {count} in flight FAILED: {failure}")
-        points.append(Point(f"{count:,}", count, samples, failure))
-        say(f"growth: {count:,} in flight")
+            say(f"growth: {label} in flight FAILED: {failure}")
+        points.append(Point(label, count, samples, failure))
+        say(f"growth: {label} in flight")
     title = f"Requests in flight: 1.5 KB, {sizes.rate} a second at every count"
     return Table(title, "in flight", points, skipped)
 
 
-def _measure_count(cores: Cores, count: int, sizes: Sizes, samples: dict[str, list[float]]) -> None:
+def _measure_count(
+    cores: Cores, count: int, workers: int, sizes: Sizes, samples: dict[str, list[float]]
+) -> None:
     """Looked at while it goes on: in windows in which as many come as are answered."""
     answer = bodies.reply("S")
     delay_ms = max(1, round(count / sizes.rate * 1000))
     with site_folder() as name:
         file = bodies.write(Path(name), "reply", answer.raw)
         replies = {"late": tools.Reply(file, delay_ms=delay_ms), "warm": tools.Reply(file)}
-        with gateway_before(cores, replies) as setting:
+        with gateway_before(cores, replies, workers) as setting:
             process = setting.gateway.process
             setting.check("warm", answer)
             setting.load("warm", answer, 32, 500)

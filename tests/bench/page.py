@@ -66,6 +66,10 @@ peers npm. Cases that need what is missing are skipped, and said to be.
   and the answers come as spread as the requests did: what a request waits beyond that time is the
   target's. All at once they would wait for one core to open so many connections.
   Each round has targets that have just begun: the answers that one keeps are not the next round's.
+  Where the hard limit of open files (`ulimit -Hn`) has no room for so many in one process (four for
+  each: two for a connection, two for a call), the gateway runs in as many workers as are needed, on
+  the same core, with a Valkey that shares their limits, and its row says so. Its memory is then the
+  sum over its processes; what they share is counted in each, so that the growth is what counts.
 - The first event of a stream is measured twice: of four streams whose upstream begins after 1.5 s,
   which is what a client sees, and of eight that follow each other without a pause, where it waits
   for the bytes of the other seven. The goal is about the former.

@@ -3,6 +3,7 @@ matplotlib."""
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ SHOWN: Final = (
 COLOUR: Final = "#1f6f54"
 AXES: Final = {"body": "body, MB", "in_flight": "in flight", "keys": "keys"}
 
+OTHERS: Final = re.compile(" of | workers$")
+"""Points that are not on the curve: of something else than the rest."""
+
 
 def draw(study: Study, path: Path) -> None:
     """Each metric over what grows, on scales of tens."""
@@ -43,7 +47,7 @@ def _curve(axes: Any, name: str, table: Table, metric: str) -> None:
     found = sorted(
         (point.size, said)
         for point in table.points
-        if " of " not in point.label and (said := point.summary(metric)) is not None
+        if not OTHERS.search(point.label) and (said := point.summary(metric)) is not None
     )  # fmt: skip
     sizes = [size for size, _ in found]
     medians = [said.median for _, said in found]

@@ -19,6 +19,8 @@ from typing import Final
 
 from tests.bench.install import MissingTool
 
+OWN_DESCRIPTORS: Final = 256
+"""Of a process, for stores, pipes and answers that it keeps."""
 STOP_SECONDS: Final = 30.0
 QUIET_SECONDS: Final = 0.05
 QUIET_SHARE: Final = 0.1
@@ -50,13 +52,16 @@ def raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def check_file_limit(connections: int) -> None:
-    """Raises ``MissingTool`` where a gateway would turn some of so many away: it wants two
-    descriptors for a connection, two for a call (``gateway/descriptors.py``), and some of its own.
-    """
-    limit, wanted = resource.getrlimit(resource.RLIMIT_NOFILE)[1], 4 * connections + 256
-    if limit != resource.RLIM_INFINITY and wanted > limit:
-        raise MissingTool(f"a gateway wants {wanted:,} file descriptors, ulimit -Hn is {limit:,}")
+def workers_for(connections: int) -> int:
+    """In how many workers a gateway has room for so many calls at once: each wants two descriptors
+    for a connection, two for a call (``gateway/descriptors.py``), and some of its own. Raises
+    ``MissingTool`` where the generator has not enough for itself."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if limit == resource.RLIM_INFINITY:
+        return 1
+    if (wanted := connections + OWN_DESCRIPTORS) > limit:
+        raise MissingTool(f"{wanted:,} file descriptors are wanted, ulimit -Hn is {limit:,}")
+    return -(-4 * connections // (limit - OWN_DESCRIPTORS))
 
 
 class Process:

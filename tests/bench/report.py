@@ -7,7 +7,7 @@ from typing import Final
 
 from tests.bench.goals import GOALS
 from tests.bench.results import METRICS, CaseResult, Measured, Run, Summary
-from tests.bench.variants import TITLES
+from tests.bench.variants import title
 
 
 def figure(value: float) -> str:
@@ -37,12 +37,12 @@ def case_table(case: CaseResult) -> str:
     """Targets down, metrics across; below it what failed or was skipped, and why."""
     metrics = [name for name in METRICS if _shown(case, name)]
     lines = []
-    notes = [f"Skipped: {_title(name)}: {why}" for name, why in case.skipped.items()]
+    notes = [f"Skipped: {title(name)}: {why}" for name, why in case.skipped.items()]
     for name, measured in case.targets.items():
         if measured.failure is not None:
-            notes.append(f"**FAILED**: {_title(name)}: {measured.failure}")
+            notes.append(f"**FAILED**: {title(name)}: {measured.failure}")
             continue
-        lines.append((_title(name), *(_cell(measured, metric) for metric in metrics)))
+        lines.append((title(name), *(_cell(measured, metric) for metric in metrics)))
     head = ("", *(METRICS[name] for name in metrics))
     table = [rows(head, lines)] if lines else []
     return "\n\n".join((*table, *notes))
@@ -62,15 +62,13 @@ def _cell(measured: Measured, metric: str) -> str:
     return spread(said) if said is not None else ""
 
 
-def _title(name: str) -> str:
-    return TITLES.get(name, name)
-
-
 def goals_table(run: Run) -> str:
     """Every goal, reached or not."""
     lines = []
     for goal in GOALS:
         value = goal.measure(run)
+        if goal.instead and value is None:
+            continue
         measured = figure(value) if value is not None else ""
         lines.append(
             (goal.text, goal.limit(goal.goal), goal.limit(goal.stretch), measured,
@@ -101,10 +99,10 @@ SHORT: Final = (
 def short_table(run: Run) -> str:
     """For the README: medians alone, and how many of the goals are reached."""
     lines = []
-    for title, case, metric in SHORT:
+    for about, case, metric in SHORT:
         cells = [_best_median(run, case, targets, metric) for targets in COLUMNS.values()]
         if any(cells):
-            lines.append((title, *cells))
+            lines.append((about, *cells))
     said = [one for one in (goal.reached(run) for goal in GOALS) if one != "not measured"]
     reached = len(said) - said.count("missed")
     return rows(("", *COLUMNS), lines) + (

@@ -17,10 +17,10 @@ from tests.bench import bodies, checks, tools
 from tests.bench.cases import Case
 from tests.bench.checks import CheckError
 from tests.bench.install import MissingTool
-from tests.bench.processes import Cores, Process, check_file_limit
+from tests.bench.processes import Cores, Process, workers_for
 from tests.bench.results import CaseResult, Measured, Sample, together
 from tests.bench.targets import Site, StartError, Target, TlsFront
-from tests.bench.variants import site_folder, start
+from tests.bench.variants import row, site_folder, start
 
 MB: Final = 1_000_000
 WATCH_SECONDS: Final = 0.2
@@ -252,18 +252,20 @@ def _start_all(
         own = folder / name
         own.mkdir()
         site = Site(own, plan.cores.target, upstream.ports, upstream.ca, upstream.reply.body)
+        called = name
         try:
             if name.startswith("gateway"):
-                check_file_limit(case.connections)
+                site = replace(site, workers=workers_for(case.connections))
+                called = row(name, site.workers)
             target = start(name, site, stack)
         except MissingTool as error:
-            say(f"{case.name}: {name} is SKIPPED: {error}")
-            skipped[name] = str(error)
+            say(f"{case.name}: {called} is SKIPPED: {error}")
+            skipped[called] = str(error)
         except StartError as error:
-            say(f"{case.name}: {name} FAILED: {error}")
-            failed[name] = str(error)
+            say(f"{case.name}: {called} FAILED: {error}")
+            failed[called] = str(error)
         else:
-            benches.append(Bench(case, name, target, upstream, own, place * NUMBERS_EACH))
+            benches.append(Bench(case, called, target, upstream, own, place * NUMBERS_EACH))
     return benches, failed, skipped
 
 

@@ -281,24 +281,11 @@ def _start(
         site, storage = Site(own, cores.target, ports), stores[number % len(stores)].settings()
         gateways.append(Gateway(site, {"storage": storage, "server": server}))
         stack.callback(gateways[-1].stop)
-    for gateway in gateways:
-        _wait_serving(gateway.address("small").port, kind.workers)
     if kind.spread:
         pids = [pid for one in gateways for pid in _serving(one.process.pid, kind.workers)]
         move(pids[-1], cores.others)
     made = [0] * kind.gateways
     return Fleet(kind, folder, gateways, stores, (10 + place) * NUMBERS_EACH, made)
-
-
-def _wait_serving(port: int, workers: int) -> None:
-    """Until all the workers do. Raises ``StartError``."""
-    deadline = time.monotonic() + SERVE_SECONDS
-    while time.monotonic() < deadline:
-        lines = _metrics(port).splitlines()
-        if f"gateway_workers {float(workers)}" in lines:
-            return
-        time.sleep(0.1)
-    raise StartError(f"not all of {workers} workers serve")
 
 
 def _metrics(port: int) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
-from urllib.error import URLError
+from urllib.error import HTTPError, URLError
 
 import yaml
 
@@ -38,13 +38,15 @@ ROOT: Final = Path(__file__).parents[2]
 @dataclass(frozen=True, slots=True)
 class Site:
     """Where a target is set up: a ``folder`` of its own, its ``core``, the ``ports`` of the
-    upstreams by name. With ``ca`` these speak TLS. ``answer`` is what the upstream would say."""
+    upstreams by name. With ``ca`` these speak TLS. ``answer`` is what the upstream would say. A
+    gateway runs in ``workers`` processes, all on that core."""
 
     folder: Path
     core: int
     ports: Mapping[str, int]
     ca: Path | None = None
     answer: bytes = b""
+    workers: int = 1
 
     @property
     def scheme(self) -> str:
@@ -137,6 +139,8 @@ class Gateway(Target):
             folder=ROOT,
         )
         wait_answering(self.process, self._port, "/readyz", self._why)
+        if (workers := settings["server"].get("workers", 1)) > 1:
+            self._wait_workers(workers)
 
     def address(self, upstream: str) -> Address:
         return Address(self._port, upstream, self._headers)
@@ -149,6 +153,22 @@ class Gateway(Target):
             int(total["unresolved"]),
             str(total["cost_usd"]),
         )
+
+    def metrics(self) -> str:
+        url = f"http://127.0.0.1:{self._port}/metrics"
+        with urllib.request.urlopen(url, timeout=START_SECONDS) as answer:
+            return str(answer.read(), "utf-8")
+
+    def _wait_workers(self, workers: int) -> None:
+        """Until all of them serve. Raises ``StartError``."""
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(HTTPError):  # a worker's file is just being made
+                if f"gateway_workers {float(workers)}" in self.metrics().splitlines():
+                    return
+            time.sleep(0.1)
+        self.process.stop()
+        raise StartError(f"not all of {workers} workers serve")
 
     def _why(self) -> str:
         """Its log is not kept, but the check finds most of what it would have said."""

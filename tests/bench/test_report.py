@@ -29,7 +29,7 @@ from tests.bench.results import (
     to_json,
     together,
 )
-from tests.bench.variants import STARTS, TITLES
+from tests.bench.variants import STARTS, TITLES, row, title
 
 
 def measured(**metrics: float) -> Measured:
@@ -107,7 +107,8 @@ def test_of_others_less_is(ours: float, reached: str) -> None:
 def test_a_goal_that_was_not_measured_says_so() -> None:
     empty = run()
     assert {one.reached(empty) for one in GOALS} == {"not measured"}
-    assert goals_table(empty).count("not measured") == len(GOALS)
+    instead = sum(one.instead for one in GOALS)
+    assert goals_table(empty).count("not measured") == len(GOALS) - instead
 
 
 def test_the_added_latency_is_that_above_the_mock_alone() -> None:
@@ -127,8 +128,24 @@ def test_the_added_latency_is_that_above_the_mock_alone() -> None:
 
 def test_the_longest_wait_is_told_in_delays_of_the_upstream() -> None:
     one = run(inflight_9000={"gateway": measured(max_ms=22_000.0)})
-    assert goal("9,000 in flight").measure(one) == pytest.approx(1.1)
-    assert goal("9,000 in flight").reached(one) == "goal"
+    assert goal("9,000 in flight on one").measure(one) == pytest.approx(1.1)
+    assert goal("9,000 in flight on one").reached(one) == "goal"
+
+
+def test_what_several_workers_reach_is_not_said_of_one() -> None:
+    two = run(inflight_9000={"gateway-2-workers": measured(max_ms=22_000.0)})
+    assert goal("9,000 in flight on one").measure(two) is None
+    assert goal("9,000 in flight on two").reached(two) == "goal"
+    assert "| 9,000 in flight on two" in goals_table(two)
+    assert "| gateway, 2 workers |" in case_table(
+        CaseResult("inflight_9000", "9,000 in flight", two.cases["inflight_9000"].targets)
+    )
+    one = run(inflight_9000={"gateway": measured(max_ms=22_000.0)})
+    assert goal("9,000 in flight on two").measure(one) is None
+    assert "on two" not in goals_table(one)
+    assert [row("gateway", 1), title("gateway-redis"), title("bogus-workers")] == [
+        "gateway", TITLES["gateway-redis"], "bogus-workers"
+    ]  # fmt: skip
 
 
 def test_figures_have_three_digits_that_count() -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from gateway.descriptors import shares
 from tests.bench.install import MissingTool
-from tests.bench.processes import check_file_limit
+from tests.bench.processes import workers_for
 from tests.bench.tools import (
     FLAGS,
     HERE,
@@ -371,13 +372,14 @@ def test_without_a_compiler_it_is_said_what_to_install(monkeypatch: pytest.Monke
         build("mock")
 
 
-def test_more_in_flight_than_there_are_descriptors_for_are_not_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A gateway turns those away; that says nothing of what they cost."""
+def test_there_are_workers_enough_for_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gateway turns away whom it has no descriptors for."""
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 20_000))
-    check_file_limit(4_500)
-    with pytest.raises(MissingTool, match="36,256 file descriptors, ulimit -Hn is 20,000"):
-        check_file_limit(9_000)
+    assert [workers_for(count) for count in (1, 4_500, 9_000, 10_000)] == [1, 1, 2, 3]
+    for count in (4_500, 9_000, 10_000):
+        room = shares(20_000, 200, 10_000, 10_000)
+        assert min(room.connections, room.in_flight) * workers_for(count) >= count
+    with pytest.raises(MissingTool, match="30,256 file descriptors are wanted, ulimit -Hn is 20"):
+        workers_for(30_000)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
-    check_file_limit(9_000)
+    assert workers_for(9_000) == 1

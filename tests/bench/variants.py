@@ -46,26 +46,39 @@ _SPREAD_FOLDERS: Final = 0x00020000
 """Of linux/fs.h: FS_IOC_GETFLAGS, FS_IOC_SETFLAGS on 64 bits, and FS_TOPDIR_FL (``chattr +T``)."""
 
 
+def start_gateway(
+    site: Site,
+    stack: contextlib.ExitStack,
+    changes: Mapping[str, Mapping[str, object]] | None = None,
+) -> Gateway:
+    """Several workers share their limits through a Valkey."""
+    changes = changes or {}
+    if site.workers > 1:
+        shared = {"redis": stack.enter_context(start_valkey()), **changes.get("storage", {})}
+        changes = {**changes, "storage": shared, "server": {"workers": site.workers}}
+    return Gateway(site, changes)
+
+
 def _disk(site: Site, stack: contextlib.ExitStack) -> Target:
-    return Gateway(site, {"cache": NO_MEMORY})
+    return start_gateway(site, stack, {"cache": NO_MEMORY})
 
 
 def _redis(site: Site, stack: contextlib.ExitStack) -> Target:
     url = stack.enter_context(start_valkey())
-    return Gateway(site, {"cache": {**NO_MEMORY, "redis": url}})
+    return start_gateway(site, stack, {"cache": {**NO_MEMORY, "redis": url}})
 
 
 def _postgres(site: Site, stack: contextlib.ExitStack) -> Target:
     server = stack.enter_context(run_postgres(durable=True))
     storage = {"database": server.fresh_database(), "pepper": "bench-pepper-0123456789abcdef01"}
-    return Gateway(site, {"storage": storage})
+    return start_gateway(site, stack, {"storage": storage})
 
 
 POLICY_TARGET: Final = "gateway-policy"
 
 STARTS: Final[dict[str, Start]] = {
-    "gateway": lambda site, _: Gateway(site),
-    POLICY_TARGET: lambda site, _: Gateway(site, POLICY),
+    "gateway": lambda site, stack: start_gateway(site, stack),
+    POLICY_TARGET: lambda site, stack: start_gateway(site, stack, POLICY),
     "gateway-disk": _disk,
     "gateway-redis": _redis,
     "gateway-postgres": _postgres,
@@ -90,6 +103,18 @@ TITLES: Final[Mapping[str, str]] = {
     "portkey": "Portkey",
     "direct": "the mock alone",
 }
+
+
+def row(name: str, workers: int) -> str:
+    """What a target is called in the results, where it runs in so many workers."""
+    return name if workers == 1 else f"{name}-{workers}-workers"
+
+
+def title(row: str) -> str:
+    name, _, workers = row.removesuffix("-workers").rpartition("-")
+    if row.endswith("-workers") and workers.isdecimal():
+        return f"{title(name)}, {workers} workers"
+    return TITLES.get(row, row)
 
 
 def start(name: str, site: Site, stack: contextlib.ExitStack) -> Target:
