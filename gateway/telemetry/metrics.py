@@ -7,16 +7,18 @@ of counters, not of histograms, and beyond ``MAX_TEAMS`` they share the label ``
 from __future__ import annotations
 
 import operator
+import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, values
-from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
@@ -828,10 +830,29 @@ class Metrics:
         if not self.shared:
             return prometheus_client.generate_latest(self.registry)
         everyone = CollectorRegistry()
-        MultiProcessCollector(everyone)  # type: ignore[no-untyped-call]
+        everyone.register(_Workers())
         return prometheus_client.generate_latest(everyone) + prometheus_client.generate_latest(
             self._own
         )
+
+
+class _Workers(Collector):
+    """What all workers have in their files. One that begins makes a file and then its room: it is
+    passed over until then, for the library would take it for a broken one."""
+
+    def collect(self) -> Iterable[Metric]:
+        files = Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).glob("*.db")
+        begun = [str(file) for file in files if _size(file)]
+        merged: Iterable[Metric] = MultiProcessCollector.merge(begun)  # type: ignore[no-untyped-call]
+        return merged
+
+
+def _size(file: Path) -> int:
+    """0 where it is gone, too: a dead worker's."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def status_class(status: int) -> str:

@@ -652,6 +652,8 @@ def test_each_worker_tells_what_all_of_them_have(tmp_path: Path) -> None:
         )
 
     first = told_by(3)
+    # Another one begins: its file is there, and has no room yet.
+    (tmp_path / "counter_999999999.db").touch()
     second = told_by(5)
     assert said(first) == (3, 3, 3, 1, 1, 30, 1, 1, 1)
     assert said(second) == (8, 5, 8, 2, 2, 80, 1, 1, 1)
