@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.ledger import By, Entry, UsageRow, UserUsage
 from gateway.domain.money import Money
-from gateway.domain.periods import cover
+from gateway.domain.periods import ONCE, cover
 from gateway.domain.transition import (
     CORRECTED,
     DOUBTFUL,
@@ -22,6 +22,7 @@ from gateway.domain.transition import (
 )
 from gateway.ports import NotKnown
 from gateway.stores.audit import (
+    AUDIT_HALVES,
     AUDIT_JOURNAL,
     AUDIT_MONTHS,
     AUDIT_USAGE,
@@ -32,6 +33,7 @@ from gateway.stores.rows import (
     ADJUSTMENT_COLUMNS,
     HOLD_COLUMNS,
     JOURNAL_COLUMNS,
+    USER_SUMS,
     adjustment_detail,
     adjustment_of,
     adjustment_row,
@@ -123,7 +125,7 @@ class SQLiteBooks:
         return [UsageRow(*row) for row in rows]
 
     async def audit(self) -> list[Discrepancy]:
-        return await self._long_reader.run(audit_sums)
+        return await self._long_reader.run(lambda db: audit_sums(db, AUDIT_HALVES))
 
 
 _HOLD = f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = ?"  # noqa: S608 - names of columns
@@ -191,17 +193,21 @@ SELECT DISTINCT team FROM named WHERE team IS NOT NULL ORDER BY team
 """
 
 # Of one team: its rows are few enough to be sorted by user where they are, those of all teams
-# together take twice as long. Nothing is multiplied where nothing is subtracted.
+# together take twice as long. Nothing is multiplied where nothing is subtracted or halved.
 _BY_USER = """
-SELECT :team, end_user, sum({sign}requests), sum({sign}images), sum({sign}cost),
-       sum({sign}unresolved)
-  FROM (SELECT key AS period, value AS sign FROM json_each(:periods)) AS asked
- CROSS JOIN usage_by_user USING (period)
+WITH asked (period, whole, half) AS MATERIALIZED (
+    SELECT key, json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:periods)
+)
+SELECT :team, end_user, {requests}, {images}, {cost}, {unresolved}
+  FROM asked CROSS JOIN usage_by_user USING (period)
  WHERE team = :team
- GROUP BY end_user HAVING sum({sign}requests) <> 0 OR sum({sign}cost) <> 0
+ GROUP BY end_user HAVING {requests} <> 0 OR {cost} <> 0
  ORDER BY end_user
 """
-BY_USER, BY_USER_SIGNED = (_BY_USER.format(sign=sign) for sign in ("", "sign * "))
+BY_USER, BY_USER_SIGNED = (
+    _BY_USER.format(**{name: f"sum({times.format(name)})" for name in USER_SUMS})
+    for times in ("{0}", "whole * {0} + coalesce(half * half_{0}, 0)")
+)
 
 _BY = {by: usage_by_sql(by, ":{}".format, str, in_order=True) for by in By}
 
@@ -316,7 +322,7 @@ def _usage_by_user(
         periods = cover(since, until, (first, last) if first else None)
         asked = json.dumps(periods)
         teams = [(team,)] if team is not None else db.execute(TEAMS, (asked,)).fetchall()
-        by_user = BY_USER if all(sign > 0 for sign in periods.values()) else BY_USER_SIGNED
+        by_user = BY_USER if set(periods.values()) <= {ONCE} else BY_USER_SIGNED
         return [
             UserUsage(*row)
             for (name,) in teams
@@ -326,8 +332,9 @@ def _usage_by_user(
         db.execute("ROLLBACK")
 
 
-def audit_sums(db: sqlite3.Connection) -> list[Discrepancy]:
-    """``Books.audit`` of a file with these tables, in one snapshot."""
+def audit_sums(db: sqlite3.Connection, halves: str = "") -> list[Discrepancy]:
+    """``Books.audit`` of a file with these tables, in one snapshot; ``halves`` is what asks for
+    half months, where there are any."""
     db.execute("BEGIN")  # one snapshot for all sums
     try:
         return discrepancies(
@@ -336,6 +343,7 @@ def audit_sums(db: sqlite3.Connection) -> list[Discrepancy]:
             db.execute(AUDIT_JOURNAL).fetchall(),
             db.execute(AUDIT_USERS).fetchall(),
             db.execute(AUDIT_MONTHS).fetchall(),
+            db.execute(halves).fetchall(),
         )
     finally:
         db.execute("ROLLBACK")

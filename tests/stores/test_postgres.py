@@ -924,7 +924,13 @@ async def test_a_database_of_the_release_before_users(server: Postgres) -> None:
 @pytest.mark.parametrize("team", ["team3", None])
 def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None, sql: str) -> None:
     url = server.fresh_database()
-    asked = {"team": team, "periods": ["2026-11-05"], "signs": [1], "months": ["2026-11"]}
+    asked = {
+        "team": team,
+        "periods": ["2026-11-05"],
+        "wholes": [1],
+        "halves": [0],
+        "months": ["2026-11"],
+    }
     with psycopg.connect(url, autocommit=True) as link:
         link.execute(
             "INSERT INTO usage_by_user"
@@ -989,7 +995,11 @@ async def test_the_schema_is_upgraded_while_calls_go_on(server: Postgres) -> Non
                 tasks.create_task(asyncio.to_thread(upgrade, url))
     assert not upgrade(url).upgrade_needed
     store = PostgresStore.open(url)
-    for since, until in (("2026-11-01", "2026-11-30"), ("2026-11-20", "2026-11-22")):
+    for since, until in (
+        ("2026-11-01", "2026-11-30"),
+        ("2026-11-20", "2026-11-22"),
+        ("2026-11-16", "2026-11-30"),
+    ):
         found = await store.books.usage_by_user("growth", since, until)
         assert [(one.user, one.requests, one.images, one.cost) for one in found] == [
             ("", 15, 0, 30),

@@ -943,7 +943,7 @@ async def test_a_file_of_the_release_before_users(path: Path) -> None:
 async def test_usage_by_user_goes_along_an_index(path: Path, sql: str) -> None:
     await SQLiteStore.open(path).aclose()
     with closing(sqlite3.connect(path)) as db:
-        asked = {"team": "growth", "periods": '{"2026-11": 1}'}
+        asked = {"team": "growth", "periods": '{"2026-11": [1, 0]}'}
         plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", asked)]
         teams = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {TEAMS}", ("{}",))]
     assert any("(period=? AND team=?)" in step for step in plan), plan
