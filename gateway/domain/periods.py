@@ -1,8 +1,8 @@
 """Days and months that were added up: of which of them a stretch of days is the sum.
 
-A month's sum is kept beside those of its days, and with it that of its first half, days 1 to 15. So a
-long stretch is few rows: whole and half months, and at its ends the days that are missing, or less
-the days that are too many, whichever are fewer.
+A month's sum is kept beside those of its days, and with it that of its first half, days 1 to 15.
+So a long stretch is few rows: whole and half months, and at its ends the days that are missing, or
+less the days that are too many, whichever are fewer.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def cover(since: str | None, until: str | None, known: tuple[str, str] | None) -
         begin = first.day if same == (first.year, first.month) else 1
         end = last.day if same == (last.year, last.month) else length
         name = f"{year:04}-{month:02}"
-        found |= min(_covers(name, range(begin, end + 1), length, known[1]), key=_expense)
+        cheapest = min(_covers(name, range(begin, end + 1), length, known[1]), key=_expense)
+        found |= cheapest
         year, month = (year + 1, 1) if month == 12 else (year, month + 1)
     return found
 
