@@ -979,6 +979,7 @@ async def test_what_was_bought_before_users_were_added_up(path: Path) -> None:
             UserUsage("growth", "u_ann", 3, 5, 20, 1),
         ]
         assert await store.books.usage_by_user(None, "2026-11-22", "2026-11-22") == found
+        assert await store.books.usage_by_user(None, "2026-11-16", "2026-11-30") == found
         await store.aclose()
 
 
