@@ -91,7 +91,9 @@ async def test_usage_by_user(store: Store) -> None:
 
 async def test_the_users_of_many_teams(store: Store) -> None:
     """In the order of their teams, however many are added up at a time; each team once."""
-    names = [f"team-{number:02}" for number in range(40)] + ["a", "~", "\u00e9quipe", "\U0001f3a8"]
+    names = [f"team-{number:02}" for number in range(40)] + ["a", "~", "~ b"]
+    # The last one begins with the last character that there is.
+    names += ["\u00e9quipe", "\U0001f3a8", "\U0010ffff", "\U0010ffff!"]
     for number, team in enumerate(names):
         for user, days in ((ANN, 0), (BOB, 1)):
             rid = f"{number}-{days}"

@@ -387,6 +387,35 @@ def test_the_tables_are_in_an_order_that_their_keys_allow() -> None:
     assert names.index("team") < names.index("key")
 
 
+@pytest.mark.parametrize("kind", KINDS)
+async def test_half_months_are_those_of_the_days_that_are_restored(
+    make: Make, tmp_path: Path, kind: str
+) -> None:
+    source, target = make(kind), make(kind)
+    store = source.open()
+    await fill(store)
+    source.run(
+        "UPDATE usage_by_user SET half_cost = half_cost + 1"
+        " WHERE period = '2025-07' AND half_cost IS NOT NULL"
+    )
+    [found] = await store.books.audit()
+    assert (found.what, found.kept, found.summed) == (
+        "cost of 2025-07 growth , days 1 to 15, and these days",
+        5,
+        4,
+    )
+    await store.aclose()
+    # Which a backup has not seen.
+    assert source.backup(tmp_path / "backup") == 0
+    await target.make()
+    target.restore(tmp_path / "backup")
+    restored = target.open()
+    assert await restored.books.audit() == []
+    [early] = await restored.books.usage_by_user("growth", "2025-07-01", "2025-07-15")
+    assert (early.requests, early.cost) == (1, 4)
+    await restored.aclose()
+
+
 def as_of_format_1(path: Path) -> None:
     """Makes a backup into what the release before ownership and users wrote."""
     with closing(sqlite3.connect(path, isolation_level=None)) as db:
