@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from gateway.domain.books import Adjustment, Correction, Discrepancy, Hold, JournalLine
 from gateway.domain.ledger import By, Entry, UsageRow, UserUsage
 from gateway.domain.money import Money
-from gateway.domain.periods import ONCE, cover
+from gateway.domain.periods import cover
 from gateway.domain.transition import (
     CORRECTED,
     DOUBTFUL,
@@ -33,7 +33,6 @@ from gateway.stores.rows import (
     ADJUSTMENT_COLUMNS,
     HOLD_COLUMNS,
     JOURNAL_COLUMNS,
-    USER_SUMS,
     adjustment_detail,
     adjustment_of,
     adjustment_row,
@@ -193,21 +192,34 @@ SELECT DISTINCT team FROM named WHERE team IS NOT NULL ORDER BY team
 """
 
 # Of one team: its rows are few enough to be sorted by user where they are, those of all teams
-# together take twice as long. Nothing is multiplied where nothing is subtracted or halved.
+# together take twice as long. Nothing is multiplied where nothing is subtracted.
 _BY_USER = """
-WITH asked (period, whole, half) AS MATERIALIZED (
-    SELECT key, json_extract(value, '$[0]'), json_extract(value, '$[1]') FROM json_each(:periods)
-)
-SELECT :team, end_user, {requests}, {images}, {cost}, {unresolved}
-  FROM asked CROSS JOIN usage_by_user USING (period)
+SELECT :team, end_user, sum({sign}requests), sum({sign}images), sum({sign}cost),
+       sum({sign}unresolved)
+  FROM (SELECT key AS period, value AS sign FROM json_each(:wholes)) AS asked
+ CROSS JOIN usage_by_user USING (period)
  WHERE team = :team
- GROUP BY end_user HAVING {requests} <> 0 OR {cost} <> 0
+ GROUP BY end_user HAVING sum({sign}requests) <> 0 OR sum({sign}cost) <> 0
  ORDER BY end_user
 """
-BY_USER, BY_USER_SIGNED = (
-    _BY_USER.format(**{name: f"sum({times.format(name)})" for name in USER_SUMS})
-    for times in ("{0}", "whole * {0} + coalesce(half * half_{0}, 0)")
-)
+BY_USER, BY_USER_SIGNED = (_BY_USER.format(sign=sign) for sign in ("", "sign * "))
+
+# With half months, which are few rows: read by themselves, for each more column that is sorted of
+# all rows costs more.
+BY_USER_HALVED = """
+SELECT :team, end_user, sum(requests), sum(images), sum(cost), sum(unresolved) FROM (
+       SELECT end_user, sign * requests AS requests, sign * images AS images, sign * cost AS cost,
+              sign * unresolved AS unresolved
+         FROM (SELECT key AS period, value AS sign FROM json_each(:wholes)) AS asked
+        CROSS JOIN usage_by_user USING (period) WHERE team = :team
+        UNION ALL
+       SELECT end_user, sign * half_requests, sign * half_images, sign * half_cost,
+              sign * half_unresolved
+         FROM (SELECT key AS period, value AS sign FROM json_each(:halves)) AS asked
+        CROSS JOIN usage_by_user USING (period) WHERE team = :team
+       ) GROUP BY end_user HAVING sum(requests) <> 0 OR sum(cost) <> 0
+ ORDER BY end_user
+"""
 
 _BY = {by: usage_by_sql(by, ":{}".format, str, in_order=True) for by in By}
 
@@ -320,13 +332,16 @@ def _usage_by_user(
     try:
         first, last = db.execute(_KNOWN).fetchone()
         periods = cover(since, until, (first, last) if first else None)
-        asked = json.dumps(periods)
-        teams = [(team,)] if team is not None else db.execute(TEAMS, (asked,)).fetchall()
-        by_user = BY_USER if set(periods.values()) <= {ONCE} else BY_USER_SIGNED
+        wholes = {name: times.whole for name, times in periods.items() if times.whole}
+        halves = {name: times.half for name, times in periods.items() if times.half}
+        by_user = BY_USER_SIGNED if min(wholes.values(), default=1) < 0 else BY_USER
+        asked = {"wholes": json.dumps(wholes), "halves": json.dumps(halves)}
+        known = (json.dumps(periods),)
+        teams = [(team,)] if team is not None else db.execute(TEAMS, known).fetchall()
         return [
             UserUsage(*row)
             for (name,) in teams
-            for row in db.execute(by_user, {"team": name, "periods": asked})
+            for row in db.execute(BY_USER_HALVED if halves else by_user, {"team": name, **asked})
         ]
     finally:
         db.execute("ROLLBACK")
