@@ -72,9 +72,11 @@ def _covers(name: str, inside: range, length: int, latest: str) -> Iterator[dict
         yield found
 
 
-def _expense(found: dict[str, Times]) -> tuple[int, int]:
-    """Rows for each user; of as many, those that are subtracted."""
-    return len(found), sum(min(times) < 0 for times in found.values())
+def _expense(found: dict[str, Times]) -> tuple[int, int, int]:
+    """Rows for each user, where half of a month costs about one more; of as many without, and those
+    of which the fewest are subtracted."""
+    halves = sum(times.half != 0 for times in found.values())
+    return len(found) + halves, halves, sum(min(times) < 0 for times in found.values())
 
 
 def _end_of_month(day: date) -> date:
