@@ -59,6 +59,22 @@ HAVING sum(month_cost) <> sum(cost) OR sum(month_requests) <> sum(requests)
 """
 """Months of a user that differ from their days."""
 
+AUDIT_HALVES = """
+SELECT month || ' ' || team || ' ' || end_user,
+       sum(half_cost), sum(cost), sum(half_requests), sum(requests) FROM (
+       SELECT substr(period, 1, 7) AS month, team, end_user, cost, requests,
+              0 AS half_cost, 0 AS half_requests
+         FROM usage_by_user WHERE length(period) = 10 AND substr(period, 9) <= '15'
+        UNION ALL
+       SELECT period, team, end_user, 0, 0, coalesce(half_cost, 0), coalesce(half_requests, 0)
+         FROM usage_by_user WHERE length(period) = 7
+       ) AS part
+ GROUP BY month, team, end_user
+HAVING sum(half_cost) <> sum(cost) OR sum(half_requests) <> sum(requests)
+ ORDER BY month, team, end_user
+"""
+"""The same of first halves of months. A backup has none."""
+
 Five = tuple[str, int, int, int, int]
 """A name, then two sums, each as kept and as summed."""
 
@@ -69,10 +85,12 @@ def discrepancies(
     journal: Iterable[Five],
     users: Iterable[Five],
     months: Iterable[Five],
+    halves: Iterable[Five] = (),
 ) -> list[Discrepancy]:
     """What differs. ``usage`` is the row of ``AUDIT_USAGE``, ``balances`` and ``journal`` are rows
-    by account and by rid, ``users`` and ``months`` those of ``AUDIT_USERS`` and ``AUDIT_MONTHS``.
-    Sums may be of a type of their own (PostgreSQL's numeric)."""
+    by account and by rid, ``users``, ``months`` and ``halves`` those of ``AUDIT_USERS``,
+    ``AUDIT_MONTHS`` and ``AUDIT_HALVES``. Sums may be of a type of their own (PostgreSQL's
+    numeric)."""
     kept, summed = usage
     pairs = [("cost of all days", kept, summed)]
     for one, other, named, rows in (
@@ -80,6 +98,7 @@ def discrepancies(
         ("posted", "pending", "{} in the journal", journal),
         ("cost", "requests", "{} and its users", users),
         ("cost", "requests", "{} and its days", months),
+        ("cost", "requests", "{}, days 1 to 15, and these days", halves),
     ):
         for name, *sums in rows:
             what = named.format(name)

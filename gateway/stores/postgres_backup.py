@@ -12,7 +12,7 @@ from gateway.ports import StoreError
 from gateway.stores.backup import BATCH, TABLES, Backup, Row, Table
 from gateway.stores.postgres_link import Link, connect_at_start, place, said_of
 from gateway.stores.postgres_schema import count_users, refuse_other
-from gateway.stores.schema import migrations
+from gateway.stores.schema import half_months, migrations
 
 _SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _NEXT_LINE = """
@@ -60,6 +60,7 @@ def restore_postgres(url: str, backup: Backup) -> None:
                     _copy(link, table, backup)
                 if backup.lacks_users:
                     count_users(link)
+                link.execute(half_months().encode())
                 # The next line of the journal comes behind those that were restored.
                 link.execute(_NEXT_LINE)
     except psycopg.Error as error:

@@ -11,6 +11,8 @@ applied, in steps that keep nobody waiting. All of them can be repeated.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
+from typing import Final
 
 import psycopg
 
@@ -30,8 +32,6 @@ CREATE TABLE IF NOT EXISTS schema_version (
 """
 
 
-_USER_USAGE_SO_FAR = 4
-"""The file before which the sums of users are made."""
 _INDEXES = {
     "hold_day": "hold (day)",
     "hold_asking": """hold (rid) WHERE state = 'X' OR flags NOT IN ('[]', '["soft"]')""",
@@ -71,8 +71,8 @@ def upgrade(url: str) -> Versions:
         try:
             before = None
             while (database := _version(link)) < len(files):
-                if database == _USER_USAGE_SO_FAR - 1:
-                    _prepare_user_usage(link, url)
+                if database + 1 in _BEFORE:
+                    _prepare(link, url, database + 1)
                 if _step(link, files, database) and before is None:
                     before = database
         except psycopg.Error as error:
@@ -111,26 +111,36 @@ def count_users(link: Link) -> None:
     for day in days:
         for statement in _COUNT_DAY:
             link.execute(statement, (day,))
-    for month in sorted({day[:7] for day in days}):
+    count_months(link)
+
+
+def count_months(link: Link) -> None:
+    """Of their days the sums of all months, and of half months: as ``count_users``."""
+    days = link.execute(_DAYS).fetchall()
+    for month in sorted({str(day)[:7] for (day,) in days}):
         link.execute(_COUNT_MONTH, (month,))
 
 
-def _prepare_user_usage(link: Link, url: str) -> None:
+def _prepare(link: Link, url: str, file: int) -> None:
     """Two at once would each add everything. Turns are asked for again and again: an index that is
     made while others go on waits for whoever waits for a lock."""
     with connect_at_start(url, patient=True) as turn:
-        while not _prepared_in_turn(link, turn):
+        while not _prepared_in_turn(link, turn, file):
             threading.Event().wait(_TURN_SECONDS)
 
 
-def _prepared_in_turn(link: Link, turn: Link) -> bool:
+def _prepared_in_turn(link: Link, turn: Link, file: int) -> bool:
     with turn.transaction():
         if turn.execute(_MY_TURN.encode()).fetchone() != (True,):
             return False
-        if _version(link) < _USER_USAGE_SO_FAR:
-            _make_indexes(link)
-            count_users(link)
+        if _version(link) < file:
+            _BEFORE[file](link)
     return True
+
+
+def _user_usage(link: Link) -> None:
+    _make_indexes(link)
+    count_users(link)
 
 
 def _make_indexes(link: Link) -> None:
@@ -162,3 +172,7 @@ def _version(link: Link) -> int:
         return 0
     found = link.execute("SELECT coalesce(max(version), 0) FROM schema_version").fetchone()
     return int(found[0]) if found else 0
+
+
+_BEFORE: Final[Mapping[int, Callable[[Link], None]]] = {4: _user_usage, 6: count_months}
+"""By the number of a file, what is made before it is applied."""

@@ -46,6 +46,9 @@ HOLD_COLUMNS = (
 )
 """In the order that ``hold_of`` reads them."""
 
+USER_SUMS = ("requests", "images", "cost", "unresolved")
+"""What is added up of each user; of half a month as well (``half_requests``)."""
+
 JOURNAL_COLUMNS = "seq, at, rid, kind, pending, posted, detail"
 """In the order that ``journal_line_of`` reads them."""
 

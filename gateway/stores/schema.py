@@ -9,6 +9,9 @@ from typing import Literal
 
 from gateway.stores.sqlite_read import read_only
 
+_HALF_MONTHS_SO_FAR = 8
+"""The file of SQLite that adds them up."""
+
 
 @dataclass(frozen=True, slots=True)
 class Versions:
@@ -34,6 +37,12 @@ def migrations(kind: Literal["sqlite", "postgres"]) -> list[str]:
         key=lambda file: file.name,
     )
     return [file.read_text(encoding="utf-8") for file in files]
+
+
+def half_months() -> str:
+    """The statement that adds up the first half of each month, in words that both databases know,
+    for books that nobody else writes. No backup has these sums: they are those of days."""
+    return migrations("sqlite")[_HALF_MONTHS_SO_FAR - 1]
 
 
 def sqlite_versions(path: Path) -> Versions:

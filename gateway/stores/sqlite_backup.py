@@ -10,7 +10,7 @@ from pathlib import Path
 
 from gateway.ports import StoreError
 from gateway.stores.backup import TABLES, Backup, Row, Table, sqlite_batches
-from gateway.stores.schema import migrations, sqlite_versions
+from gateway.stores.schema import half_months, migrations, sqlite_versions
 from gateway.stores.sqlite_file import APPLICATION_ID, BUSY_SECONDS, DatabaseFile, one_number
 
 USER_USAGE_SO_FAR = 5
@@ -67,6 +67,7 @@ def restore_sqlite(path: Path, backup: Backup) -> None:
             if backup.lacks_users:
                 for statement in migrations("sqlite")[USER_USAGE_SO_FAR - 1].split(";"):
                     db.execute(statement)
+            db.execute(half_months())
             db.execute("COMMIT")
     except sqlite3.Error as error:
         raise StoreError(f"nothing was restored: {path} cannot be written: {error}") from error

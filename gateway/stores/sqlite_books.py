@@ -22,6 +22,7 @@ from gateway.domain.transition import (
 )
 from gateway.ports import NotKnown
 from gateway.stores.audit import (
+    AUDIT_HALVES,
     AUDIT_JOURNAL,
     AUDIT_MONTHS,
     AUDIT_USAGE,
@@ -123,7 +124,7 @@ class SQLiteBooks:
         return [UsageRow(*row) for row in rows]
 
     async def audit(self) -> list[Discrepancy]:
-        return await self._long_reader.run(audit_sums)
+        return await self._long_reader.run(lambda db: audit_sums(db, AUDIT_HALVES))
 
 
 _HOLD = f"SELECT {HOLD_COLUMNS} FROM hold WHERE rid = ?"  # noqa: S608 - names of columns
@@ -195,13 +196,30 @@ SELECT DISTINCT team FROM named WHERE team IS NOT NULL ORDER BY team
 _BY_USER = """
 SELECT :team, end_user, sum({sign}requests), sum({sign}images), sum({sign}cost),
        sum({sign}unresolved)
-  FROM (SELECT key AS period, value AS sign FROM json_each(:periods)) AS asked
+  FROM (SELECT key AS period, value AS sign FROM json_each(:wholes)) AS asked
  CROSS JOIN usage_by_user USING (period)
  WHERE team = :team
  GROUP BY end_user HAVING sum({sign}requests) <> 0 OR sum({sign}cost) <> 0
  ORDER BY end_user
 """
 BY_USER, BY_USER_SIGNED = (_BY_USER.format(sign=sign) for sign in ("", "sign * "))
+
+# With half months, which are few rows: read by themselves, for each more column that is sorted of
+# all rows costs more.
+BY_USER_HALVED = """
+SELECT :team, end_user, sum(requests), sum(images), sum(cost), sum(unresolved) FROM (
+       SELECT end_user, sign * requests AS requests, sign * images AS images, sign * cost AS cost,
+              sign * unresolved AS unresolved
+         FROM (SELECT key AS period, value AS sign FROM json_each(:wholes)) AS asked
+        CROSS JOIN usage_by_user USING (period) WHERE team = :team
+        UNION ALL
+       SELECT end_user, sign * half_requests, sign * half_images, sign * half_cost,
+              sign * half_unresolved
+         FROM (SELECT key AS period, value AS sign FROM json_each(:halves)) AS asked
+        CROSS JOIN usage_by_user USING (period) WHERE team = :team
+       ) GROUP BY end_user HAVING sum(requests) <> 0 OR sum(cost) <> 0
+ ORDER BY end_user
+"""
 
 _BY = {by: usage_by_sql(by, ":{}".format, str, in_order=True) for by in By}
 
@@ -314,20 +332,24 @@ def _usage_by_user(
     try:
         first, last = db.execute(_KNOWN).fetchone()
         periods = cover(since, until, (first, last) if first else None)
-        asked = json.dumps(periods)
-        teams = [(team,)] if team is not None else db.execute(TEAMS, (asked,)).fetchall()
-        by_user = BY_USER if all(sign > 0 for sign in periods.values()) else BY_USER_SIGNED
+        wholes = {name: times.whole for name, times in periods.items() if times.whole}
+        halves = {name: times.half for name, times in periods.items() if times.half}
+        by_user = BY_USER_SIGNED if min(wholes.values(), default=1) < 0 else BY_USER
+        asked = {"wholes": json.dumps(wholes), "halves": json.dumps(halves)}
+        known = (json.dumps(periods),)
+        teams = [(team,)] if team is not None else db.execute(TEAMS, known).fetchall()
         return [
             UserUsage(*row)
             for (name,) in teams
-            for row in db.execute(by_user, {"team": name, "periods": asked})
+            for row in db.execute(BY_USER_HALVED if halves else by_user, {"team": name, **asked})
         ]
     finally:
         db.execute("ROLLBACK")
 
 
-def audit_sums(db: sqlite3.Connection) -> list[Discrepancy]:
-    """``Books.audit`` of a file with these tables, in one snapshot."""
+def audit_sums(db: sqlite3.Connection, halves: str = "") -> list[Discrepancy]:
+    """``Books.audit`` of a file with these tables, in one snapshot; ``halves`` is what asks for
+    half months, where there are any."""
     db.execute("BEGIN")  # one snapshot for all sums
     try:
         return discrepancies(
@@ -336,6 +358,7 @@ def audit_sums(db: sqlite3.Connection) -> list[Discrepancy]:
             db.execute(AUDIT_JOURNAL).fetchall(),
             db.execute(AUDIT_USERS).fetchall(),
             db.execute(AUDIT_MONTHS).fetchall(),
+            db.execute(halves).fetchall(),
         )
     finally:
         db.execute("ROLLBACK")

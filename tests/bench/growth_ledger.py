@@ -168,9 +168,11 @@ def questions(store: Store) -> dict[str, Callable[[], Awaitable[Any]]]:
     first, last = FIRST.isoformat(), LAST.isoformat()
     month = ("2026-10-01", "2026-10-31")
     thirty = ((LAST - timedelta(days=29)).isoformat(), last)
-    # Neither end is the end of a month; with half of it, the most has to be added up by days.
+    # Neither end is the end of a month. Of half months the sums are kept; far from their ends, the
+    # most has to be added up by days.
     crooked = ("2026-08-29", "2026-11-16")
     halves = ("2026-09-16", "2026-11-15")
+    far = ("2026-09-08", "2026-11-07")
     asked: dict[str, Callable[[], Awaitable[Any]]] = {
         "usage, a day": lambda: ledger.usage(last, last),
         "usage, a team's 90 days": lambda: ledger.usage(first, last, "team-7"),
@@ -184,6 +186,7 @@ def questions(store: Store) -> dict[str, Callable[[], Awaitable[Any]]]:
         ("30 days", thirty),
         ("80 crooked days", crooked),
         ("two half months around a whole one", halves),
+        ("from an 8th to a 7th", far),
         ("a day", (last, last)),
     ):
         asked[f"usage --by user, {name}"] = partial(books.usage_by_user, None, *days)

@@ -45,6 +45,9 @@ QUESTIONS: Final = {
     "usage --by user, two half months around a whole one": (
         "usage --by user, half a month, a month, half a month"
     ),
+    "usage --by user, from an 8th to a 7th": (
+        "usage --by user, from the 8th of a month to the 7th two months later"
+    ),
     "routed, a day": "where a day's calls went, by upstream",
     "unresolved, 100 calls": "the first 100 calls of unknown outcome",
     "unresolved, dollars": "what calls of unknown outcome cost",

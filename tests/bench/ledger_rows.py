@@ -22,7 +22,7 @@ from gateway.domain.quota import MONEY_WINDOWS, Scope, period
 from gateway.stores.postgres_link import connect
 from gateway.stores.postgres_schema import count_users
 from gateway.stores.rows import micros
-from gateway.stores.schema import migrations
+from gateway.stores.schema import half_months, migrations
 from gateway.stores.sqlite_backup import USER_USAGE_SO_FAR
 
 DAYS = 90
@@ -93,6 +93,7 @@ def fill_sqlite(path: Path, calls: int) -> None:
         _fill(SQLITE, db.execute, indexes, calls)
         for statement in migrations("sqlite")[USER_USAGE_SO_FAR - 1].split(";"):
             db.execute(statement)
+        db.execute(half_months())
         db.execute("COMMIT")
         db.execute("ANALYZE")
         db.execute("PRAGMA journal_mode = WAL")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from datetime import timedelta
 
@@ -90,7 +91,9 @@ async def test_usage_by_user(store: Store) -> None:
 
 async def test_the_users_of_many_teams(store: Store) -> None:
     """In the order of their teams, however many are added up at a time; each team once."""
-    names = [f"team-{number:02}" for number in range(40)] + ["a", "~", "\u00e9quipe", "\U0001f3a8"]
+    names = [f"team-{number:02}" for number in range(40)] + ["a", "~", "~ b"]
+    # The last one begins with the last character that there is.
+    names += ["\u00e9quipe", "\U0001f3a8", "\U0010ffff", "\U0010ffff!"]
     for number, team in enumerate(names):
         for user, days in ((ANN, 0), (BOB, 1)):
             rid = f"{number}-{days}"
@@ -152,25 +155,56 @@ async def test_users_of_what_changes_its_mind(store: Store) -> None:
         ("2026-10-20", None),
         (None, "2026-09-05"),
         ("2026-11-16", "2026-11-22"),
+        # Half months, exactly, and a day more or less.
+        ("2026-09-16", "2026-11-15"),
+        ("2026-09-15", "2026-11-16"),
+        ("2026-09-17", "2026-11-14"),
+        ("2026-09-16", "2026-09-30"),
+        ("2026-08-31", "2026-09-15"),
+        # As far from both ends of a half month as can be.
+        ("2026-09-24", "2026-11-08"),
+        ("2026-10-08", "2026-10-23"),
     ],
 )
 async def test_any_stretch_of_days_is_the_sum_of_its_days(
     store: Store, since: str | None, until: str | None
 ) -> None:
-    days = range(-90, 1, 5)
+    users = (ANN, BOB, "")
+    days = range(-84, 1, 2)
     for number, day in enumerate(days):
         rid = f"r{number}"
-        await store.ledger.reserve(of((ANN, BOB)[number % 2], rid, days=day))
+        await store.ledger.reserve(of(users[number % 3], rid, images=number, days=day))
         await store.ledger.settle(settled(rid, 1 << number))
-    wanted = {ANN: 0, BOB: 0}
+    wanted: dict[str, list[int]] = {}
     for number, day in enumerate(days):
         name = f"{NOON + day * DAY:%Y-%m-%d}"
         if (since or "") <= name <= (until or "9"):
-            wanted[(ANN, BOB)[number % 2]] += 1 << number
+            sums = wanted.setdefault(users[number % 3], [0, 0, 0])
+            for place, amount in enumerate((1, number, 1 << number)):
+                sums[place] += amount
     found = await store.books.usage_by_user("growth", since, until)
-    assert {one.user: one.cost for one in found} == {
-        user: cost for user, cost in wanted.items() if cost
-    }
+    assert {one.user: [one.requests, one.images, one.cost] for one in found} == wanted
+    assert await store.books.audit() == []
+
+
+async def test_what_moves_between_half_months_is_in_each(store: Store) -> None:
+    """A call of each half, and what one loses the other gains: the month says nothing of it."""
+    for rid, days in (("early", -14), ("late", 0)):
+        await store.ledger.reserve(of(ANN, rid, days=days))
+        await store.ledger.settle(expired(rid))
+    await store.books.correct(Correction("c", "early", 7, "found", "ann", NOON))
+    await asyncio.gather(
+        store.books.correct(Correction("d", "early", 2, "found", "ann", NOON)),
+        store.ledger.settle(settled("late", 15)),
+    )
+    for since, until, cost in (
+        ("2026-11-01", "2026-11-15", 2),
+        ("2026-11-16", "2026-11-30", 15),
+        ("2026-11-01", "2026-11-30", 17),
+    ):
+        found = await store.books.usage_by_user("growth", since, until)
+        assert [(one.cost, one.unresolved) for one in found] == [(cost, 0)]
+    assert await store.books.audit() == []
 
 
 def budget(user: str, amount: int) -> Line:

@@ -924,7 +924,13 @@ async def test_a_database_of_the_release_before_users(server: Postgres) -> None:
 @pytest.mark.parametrize("team", ["team3", None])
 def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None, sql: str) -> None:
     url = server.fresh_database()
-    asked = {"team": team, "periods": ["2026-11-05"], "signs": [1], "months": ["2026-11"]}
+    asked = {
+        "team": team,
+        "periods": ["2026-11-05"],
+        "wholes": [1],
+        "halves": [0],
+        "months": ["2026-11"],
+    }
     with psycopg.connect(url, autocommit=True) as link:
         link.execute(
             "INSERT INTO usage_by_user"
@@ -937,13 +943,18 @@ def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None, s
     assert "Seq Scan on usage_by_user" not in plan
 
 
-async def test_the_schema_is_upgraded_while_calls_go_on(server: Postgres) -> None:
-    """A gateway of the release before settles and forgets calls before, between and behind the
-    steps; several upgrade at once, and one does it again. Every call is counted once."""
+@pytest.mark.parametrize(("release", "tens"), [(2, 2), (2, 1), (4, 1), (4, 0)])
+async def test_the_schema_is_upgraded_while_calls_go_on(
+    server: Postgres, release: int, tens: int
+) -> None:
+    """A gateway of a release before settles and forgets calls before, between and behind the
+    steps; several upgrade at once, and one does it again. Every call is counted once, in its half
+    of the month as well."""
     url = server.empty_database()
+    days = [f"2026-11-{tens}{number}" for number in (5, 6, 7)]
     files = migrations("postgres")
     with psycopg.connect(url, autocommit=True) as old:
-        for number, text in enumerate(files[:2], start=1):
+        for number, text in enumerate(files[:release], start=1):
             old.execute(text.encode())
             if number == 1:
                 old.execute(
@@ -957,14 +968,20 @@ async def test_the_schema_is_upgraded_while_calls_go_on(server: Postgres) -> Non
             " end_user)"
             " SELECT 'r' || n, CASE WHEN n > 30 THEN 'H' ELSE 'P' END, 9,"
             " CASE WHEN n > 30 THEN 0 ELSE 2 END, '[]', 'growth', 'k', 'm', 'edit', 'u', 3, '', '',"
-            " '', 0, '2026-11-' || (20 + n % 3), 0, CASE WHEN n <= 30 THEN 'delivered' END,"
-            " 'u' || n % 2 FROM generate_series(1, 60) AS n"
+            " '', 0, (%s::text[])[1 + n %% 3], 0, CASE WHEN n <= 30 THEN 'delivered' END,"
+            " 'u' || n %% 2 FROM generate_series(1, 60) AS n",
+            (days,),
         )
         # Five calls of a day were forgotten: they are in its sum alone.
         old.execute(
             "INSERT INTO usage_daily SELECT day, 'growth', 'k', 'm', count(*) + 5, 0, 0, 0, 0, 0,"
             " 0, sum(cost) + 10, 0, 0, 0, 0 FROM hold WHERE state = 'P' GROUP BY day"
         )
+        if release >= 4:
+            for day in days:
+                old.execute("SELECT count_users_of_day(%s)", (day,))
+                old.execute("SELECT count_forgotten_of_day(%s)", (day,))
+            old.execute("SELECT count_users_of_month('2026-11')")
         stop = threading.Event()
 
         def go_on() -> None:
@@ -980,7 +997,7 @@ async def test_the_schema_is_upgraded_while_calls_go_on(server: Postgres) -> Non
                         link.execute(
                             "UPDATE usage_daily SET requests = requests + 1, cost = cost + 2"
                             " WHERE day = %s",
-                            (f"2026-11-{20 + number % 3}",),
+                            (days[number % 3],),
                         )
 
         async with asyncio.TaskGroup() as tasks:
@@ -989,14 +1006,21 @@ async def test_the_schema_is_upgraded_while_calls_go_on(server: Postgres) -> Non
                 tasks.create_task(asyncio.to_thread(upgrade, url))
     assert not upgrade(url).upgrade_needed
     store = PostgresStore.open(url)
-    for since, until in (("2026-11-01", "2026-11-30"), ("2026-11-20", "2026-11-22")):
+    for since, until in (
+        ("2026-11-01", "2026-11-30"),
+        (days[0], days[-1]),
+        ("2026-11-01", "2026-11-15") if tens == 0 else ("2026-11-14", "2026-11-30"),
+    ):
         found = await store.books.usage_by_user("growth", since, until)
         assert [(one.user, one.requests, one.images, one.cost) for one in found] == [
             ("", 15, 0, 30),
             ("u0", 30, 90, 60),
             ("u1", 30, 90, 60),
         ]
-    assert not [one for one in await store.books.audit() if "and its" in one.what]
+    early = await store.books.usage_by_user("growth", "2026-11-01", "2026-11-15")
+    assert sum(one.requests for one in early) == {0: 75, 1: 25, 2: 0}[tens]
+    audited = [one.what for one in await store.books.audit()]
+    assert not [what for what in audited if "and its" in what or "days 1 to 15" in what]
     await store.aclose()
 
 

@@ -53,7 +53,14 @@ from gateway.ports import NotKnown, StoreError
 from gateway.stores import sqlite_file
 from gateway.stores.memory_ledger import MemoryStore
 from gateway.stores.sqlite import SQLiteStore
-from gateway.stores.sqlite_books import BY_USER, BY_USER_SIGNED, ROUTED, TEAMS, UNRESOLVED
+from gateway.stores.sqlite_books import (
+    BY_USER,
+    BY_USER_HALVED,
+    BY_USER_SIGNED,
+    ROUTED,
+    TEAMS,
+    UNRESOLVED,
+)
 from gateway.stores.sqlite_file import DatabaseFile, filesystem_of
 from gateway.stores.sqlite_ownership import PAGES
 from tests.contract import stores
@@ -953,11 +960,11 @@ async def test_a_file_of_the_release_before_users(path: Path) -> None:
     await store.aclose()
 
 
-@pytest.mark.parametrize("sql", [BY_USER, BY_USER_SIGNED])
+@pytest.mark.parametrize("sql", [BY_USER, BY_USER_SIGNED, BY_USER_HALVED])
 async def test_usage_by_user_goes_along_an_index(path: Path, sql: str) -> None:
     await SQLiteStore.open(path).aclose()
     with closing(sqlite3.connect(path)) as db:
-        asked = {"team": "growth", "periods": '{"2026-11": 1}'}
+        asked = {"team": "growth", "wholes": '{"2026-11": 1}', "halves": '{"2026-10": 1}'}
         plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {sql}", asked)]
         teams = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {TEAMS}", ("{}",))]
     assert any("(period=? AND team=?)" in step for step in plan), plan
@@ -993,6 +1000,7 @@ async def test_what_was_bought_before_users_were_added_up(path: Path) -> None:
             UserUsage("growth", "u_ann", 3, 5, 20, 1),
         ]
         assert await store.books.usage_by_user(None, "2026-11-22", "2026-11-22") == found
+        assert await store.books.usage_by_user(None, "2026-11-16", "2026-11-30") == found
         await store.aclose()
 
 

@@ -1,0 +1,2 @@
+-- Nothing is changed here: this number says that the first halves of all months were added up, which was
+-- done beforehand while everybody went on (postgres_schema).
