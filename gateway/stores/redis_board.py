@@ -9,13 +9,12 @@ import asyncio
 import json
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import StrEnum
-from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gateway.ports import Clock, FlightNotice, FlightSeen
 from gateway.stores.memory_board import (
@@ -188,7 +187,7 @@ class RedisBoard:
         args = (*self._times(), self._flight(""), watcher, only, *limits)
         notice = None
         try:
-            reply = await self._call(partial(_JOIN.run, self._link.client, keys, *args))
+            reply = await self._run(_JOIN, keys, args)
             self._look_at(reply[0])
             notice = _read(reply[1]) if len(reply) > 1 else None
             stand_in = notice is None and bool(self._owed)
@@ -246,7 +245,7 @@ class RedisBoard:
         known, keys = self._known.get(rid), (self._flight(rid),)
         mine = await self._local.look(rid)
         try:
-            reply = await self._call(partial(_LOOK.run, self._link.client, keys, *self._times()))
+            reply = await self._run(_LOOK, keys, self._times())
         except StoreAway:
             return mine or (_last_seen(known) if known is not None else None)
         if reply == 0:
@@ -270,9 +269,8 @@ class RedisBoard:
     async def take_over(self, rid: str) -> bool:
         """False for another process's flight while Redis is away: nobody may be the second."""
         who = self._watcher()
-        take = partial(_TAKE.run, self._link.client, (self._flight(rid),), who)
         try:
-            taken = bool(await self._call(take))
+            taken = bool(await self._run(_TAKE, (self._flight(rid),), (who,)))
         except StoreAway:
             flight = self._local.flight(rid)
             if flight is None or not await self._local.take_over(rid):
@@ -293,7 +291,7 @@ class RedisBoard:
         keys = (self._flight(rid), self._flight(rid))
         args = (self._offset_us(), self._least_ms, rid, "", "1", 0, 0)
         with suppress(StoreAway):
-            [wanted] = await self._call(partial(_BEAT.run, self._link.client, keys, *args))
+            [wanted] = await self._run(_BEAT, keys, args)
             if wanted == 1 and known is not None and known.flown:
                 self._wanted.add(rid)
 
@@ -306,19 +304,17 @@ class RedisBoard:
         for at in range(0, len(content), PIECE_BYTES):
             piece = content[at : at + PIECE_BYTES]
             args = (start + at, piece, MAX_EVENT_BYTES, keep_ms)
-            add = partial(_ADD.run, self._link.client, (self._stream(rid),), *args)
             try:
                 async with self._bulk:
-                    await self._call(add)
+                    await self._run(_ADD, (self._stream(rid),), args)
             except StoreAway:
                 return
 
     async def events(self, rid: str, start: int) -> bytes:
         """About 1 MiB at the most; empty while Redis is away."""
-        read = partial(_READ.run, self._link.client, (self._stream(rid),), start, READ_BYTES)
         try:
             async with self._bulk:
-                return b"".join(await self._call(read))
+                return b"".join(await self._run(_READ, (self._stream(rid),), (start, READ_BYTES)))
         except StoreAway:
             return b""
 
@@ -356,7 +352,7 @@ class RedisBoard:
             *known.left,
         )
         try:
-            since = await self._call(partial(_TELL.run, self._link.client, keys, *args))
+            since = await self._run(_TELL, keys, args)
         except StoreAway as error:
             known.heard |= error.asked
             self._owe(known)
@@ -471,7 +467,7 @@ class RedisBoard:
             flown, wants = "1" if known.flown else "", "1" if known.wants else ""
             args += (notice.rid, flown, wants, known.partials, len(watchers), *watchers)
         try:
-            reply = await self._call(partial(_BEAT.run, self._link.client, keys, *args))
+            reply = await self._run(_BEAT, keys, args)
         except StoreAway:
             return False
         late: list[_Known] = []
@@ -503,8 +499,8 @@ class RedisBoard:
             elif not await self._tell(known):
                 return
 
-    async def _call(self, command: Callable[[], Awaitable[T]]) -> T:
-        return await self._link.call(self._probe_key, command, self._deadline)
+    async def _run(self, script: Script, keys: Sequence[str], args: Sequence[object]) -> Any:
+        return await self._link.run(self._probe_key, script, keys, args, self._deadline)
 
     def _watcher(self) -> str:
         return f"{self._worker}.{secrets.token_hex(8)}"

@@ -219,9 +219,7 @@ class RedisCache:
 
     async def _read(self, key: str, field: str) -> bytes | None:
         name = self._name(key)
-        found: bytes | None = await self._link.call(
-            name, partial(self._link.client.execute_command, "HGET", name, field), self._deadline
-        )
+        found: bytes | None = await self._link.ask(name, self._deadline, "HGET", name, field)
         return found
 
     async def _pieces(self, key: str, generation: str, count: int) -> tuple[bytes, ...] | None:
@@ -271,15 +269,11 @@ class RedisCache:
         return pieces, tuple(piece), size
 
     async def _run(self, script: Script, keys: Sequence[str], *args: object) -> None:
-        await self._link.call(
-            keys[0], partial(script.run, self._link.client, keys, *args), self._deadline
-        )
+        await self._link.run(keys[0], script, keys, args, self._deadline)
 
     async def _forget(self, name: str) -> None:
         try:
-            await self._link.call(
-                name, partial(self._link.client.execute_command, "UNLINK", name), self._deadline
-            )
+            await self._link.ask(name, self._deadline, "UNLINK", name)
         except StoreAway:
             return
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gateway.domain.errors import GateUnavailable
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Unit
@@ -175,7 +175,7 @@ class RedisGate:
             self._refuse(error.reason)
             raise
         try:
-            await self._call(self._probe)
+            await self._probe()
         except StoreRefused as error:
             self._refuse(error.reason)
         self._meet()
@@ -194,7 +194,7 @@ class RedisGate:
         keys = [self._marker(rid), self._prefix + "since", *(self._key(limit) for limit in mine)]
         args = (rid, self._offset_us(), self._lease_us, REMEMBER_MS, *_described(mine, demand))
         try:
-            reply = await self._call(partial(_TAKE.run, self._link.client, keys, *args))
+            reply = await self._run(_TAKE, keys, args)
         except StoreAway as error:
             if isinstance(error, StoreRefused):
                 self._refuse(error.reason)
@@ -222,8 +222,8 @@ class RedisGate:
         answer = await self._local.take(rid, limits, demand)
         return answer if isinstance(answer, Refusal) else Grant(answer.standings, degraded=True)
 
-    async def _call(self, command: Callable[[], Awaitable[T]]) -> T:
-        return await self._link.call(self._probe_key, command, self._deadline)
+    async def _run(self, script: Script, keys: Sequence[str], args: Sequence[object]) -> Any:
+        return await self._link.run(self._probe_key, script, keys, args, self._deadline)
 
     def _refuse(self, reason: Reason) -> None:
         """It answers, but counts nothing: that is looked at by each call, and by a task."""
@@ -241,7 +241,7 @@ class RedisGate:
         while self._refused is not None:
             await asyncio.sleep(self._server.pause)
             try:
-                await self._call(self._probe)
+                await self._probe()
             except StoreAway:
                 continue
             self._served()
@@ -261,7 +261,7 @@ class RedisGate:
         self._since = since
 
     async def _probe(self) -> None:
-        await PROBE.run(self._link.client, [self._probe_key], REMEMBER_MS)
+        await self._run(PROBE, [self._probe_key], (REMEMBER_MS,))
 
     def _meet(self) -> None:
         if not self._met:
@@ -274,19 +274,20 @@ class RedisGate:
 
     async def _look_at_policy(self) -> None:
         try:
-            policy = await self._call(partial(eviction_policy, self._link.client))
+            look = partial(eviction_policy, self._link.client)
+            policy = await self._link.call(self._probe_key, look, self._deadline)
         except StoreAway:
             return
         if policy not in (None, "noeviction"):
             self._listener.evicts(policy)
 
     def _released(self, slots: Sequence[str], rids: Sequence[str]) -> _Command:
-        return partial(_RELEASE.run, self._link.client, slots, *rids)
+        return partial(self._run, _RELEASE, slots, rids)
 
     def _undone(self, rid: str, limits: Sequence[Limit], demand: Demand) -> _Command:
         keys = [self._marker(rid), *(self._key(limit) for limit in limits)]
         args = (rid, self._offset_us(), *_described(limits, demand))
-        return partial(_UNDO.run, self._link.client, keys, *args)
+        return partial(self._run, _UNDO, keys, args)
 
     async def _give_back(self, rid: str, command: _Command) -> None:
         """Not worth an error: it is done when Redis is back, or the lease ends by itself."""
@@ -300,7 +301,7 @@ class RedisGate:
 
     async def _done(self, command: _Command) -> bool:
         try:
-            await self._call(command)
+            await command()
         except StoreAway:
             return False
         return True
@@ -339,7 +340,7 @@ class RedisGate:
         # While Redis is down this returns at once: the lease outlasts two missed beats.
         keys, rids = [key for key, _ in pairs], [rid for _, rid in pairs]
         args = (self._offset_us(), self._lease_us, *rids)
-        if not await self._done(partial(_BEAT.run, self._link.client, keys, *args)):
+        if not await self._done(partial(self._run, _BEAT, keys, args)):
             # It may yet be carried out, behind any release.
             await self._link.settled()
         # Released while the beat was under way: Redis may have seen the beat last.
