@@ -17,6 +17,7 @@ from gateway.domain.quota import Demand, Grant, Limit, Refusal, Unit
 from gateway.ports import Clock
 from gateway.stores.memory import MemoryGate, checked, gated, standing
 from gateway.stores.redis_link import (
+    CLOSE_SECONDS,
     GATE_SECONDS,
     PROBE,
     Client,
@@ -36,6 +37,8 @@ REMEMBER_MS = 60_000
 
 RETRY_SECONDS = 5.0
 """What a call is told that is denied because Redis is away."""
+RELEASED_TOGETHER = 100
+"""Calls whose slots one script call gives back."""
 MAX_OWED = 10_000
 """Calls that are still to be given back; leases end the rest."""
 
@@ -111,6 +114,9 @@ class RedisGate:
         self._offset = offset
         self._live: dict[str, tuple[str, ...]] = {}
         self._owed: dict[str, _Command] = {}
+        self._posted: dict[str, tuple[str, ...]] = {}
+        """Slots that are about to be given back, by nobody who waits."""
+        self._releaser: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
         self._errands: set[asyncio.Task[None]] = set()
@@ -156,7 +162,15 @@ class RedisGate:
             await self._give_back(rid, self._released(slots, [rid] * len(slots)))
 
     def release_at_once(self, rid: str) -> bool:
-        return False
+        if rid in self._local:
+            return self._local.release_at_once(rid)
+        slots = self._live.pop(rid, None)
+        if slots is None:
+            return False
+        self._posted[rid] = slots
+        if self._releaser is None:
+            self._releaser = asyncio.create_task(self._release_posted())
+        return True
 
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         self._live.pop(rid, None)
@@ -182,7 +196,11 @@ class RedisGate:
 
     async def aclose(self) -> None:
         """What is still held here comes free when its lease ends."""
-        tasks = [*self._errands, *([self._heart] if self._heart is not None else [])]
+        if self._releaser is not None:
+            # Nobody else has waited for it.
+            await asyncio.wait({self._releaser}, timeout=CLOSE_SECONDS)
+        own = (self._heart, self._releaser)
+        tasks = [*self._errands, *(task for task in own if task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -293,6 +311,20 @@ class RedisGate:
         """Not worth an error: it is done when Redis is back, or the lease ends by itself."""
         if not await self._done(command):
             self._owe(rid, command)
+
+    async def _release_posted(self) -> None:
+        """What ends at one moment is one script call."""
+        try:
+            while self._posted:
+                some = dict(islice(self._posted.items(), RELEASED_TOGETHER))
+                for rid in some:
+                    del self._posted[rid]
+                pairs = [(key, rid) for rid, keys in some.items() for key in keys]
+                if not await self._done(self._released(*zip(*pairs, strict=True))):
+                    for rid, keys in some.items():
+                        self._owe(rid, self._released(keys, [rid] * len(keys)))
+        finally:
+            self._releaser = None
 
     def _owe(self, rid: str, command: _Command) -> None:
         if len(self._owed) < MAX_OWED:
