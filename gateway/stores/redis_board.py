@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import StrEnum
-from itertools import islice
+from itertools import count, islice
 from typing import Any, TypeVar
 
 from gateway.ports import Clock, FlightNotice, FlightSeen
@@ -57,6 +57,7 @@ GONE_SECONDS = 5.0
 MAX_GONE = 1000
 FOREVER_US = 2**52
 
+_NOTICE = tuple(each.name for each in fields(FlightNotice))
 _TELL = Script.load("board_tell.lua")
 _JOIN = Script.load("board_join.lua")
 _BEAT = Script.load("board_beat.lua")
@@ -179,6 +180,7 @@ class RedisBoard:
         server.listen(self._back)
         self._clock = clock
         self._worker = worker
+        self._seed, self._count = secrets.token_hex(4), count()
         self._local = MemoryBoard(clock, ttl_seconds=ttl_seconds)
         self._ttl_ms = round(ttl_seconds * 1000)
         self._beat_seconds = beat_seconds
@@ -587,7 +589,8 @@ class RedisBoard:
         return await self._link.run(self._probe_key, script, keys, args, self._deadline)
 
     def _watcher(self) -> str:
-        return f"{self._worker}.{secrets.token_hex(8)}"
+        """A name that no other one has, in any process."""
+        return f"{self._worker}.{self._seed}.{next(self._count):x}"
 
     def _flight(self, rid: str) -> str:
         return f"{self._prefix}fl:{rid}"
@@ -619,7 +622,7 @@ def _last_seen(known: _Known) -> FlightSeen:
 
 
 def _written(notice: FlightNotice) -> str:
-    members = {each.name: getattr(notice, each.name) for each in fields(notice)}
+    members = {name: getattr(notice, name) for name in _NOTICE}
     return json.dumps(members | {"at": notice.at.isoformat()})
 
 

@@ -382,6 +382,11 @@ class Link:
         self._probers: set[asyncio.Task[None]] = set()
         self._closed = False
 
+    @property
+    def has_all_keys(self) -> bool:
+        """Whether one script may have any of them: there is one server."""
+        return isinstance(self.client, Together)
+
     def breaker(self, key: str) -> Breaker:
         return self._server.breaker(self.client, key)
 
