@@ -586,7 +586,7 @@ class RedisBoard:
                 return
 
     async def _run(self, script: Script, keys: Sequence[str], args: Sequence[object]) -> Any:
-        return await self._link.run(self._probe_key, script, keys, args, self._deadline)
+        return await self._link.run(self._probe_key, self._deadline, script, keys, args)
 
     def _watcher(self) -> str:
         """A name that no other one has, in any process."""

@@ -324,7 +324,7 @@ class RedisCache:
         return pieces, tuple(piece), size
 
     async def _run(self, script: Script, keys: Sequence[str], *args: object) -> None:
-        await self._link.run(keys[0], script, keys, args, self._deadline)
+        await self._link.run(keys[0], self._deadline, script, keys, args)
 
     async def _forget(self, name: str) -> None:
         try:

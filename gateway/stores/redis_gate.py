@@ -241,7 +241,7 @@ class RedisGate:
         return answer if isinstance(answer, Refusal) else Grant(answer.standings, degraded=True)
 
     async def _run(self, script: Script, keys: Sequence[str], args: Sequence[object]) -> Any:
-        return await self._link.run(self._probe_key, script, keys, args, self._deadline)
+        return await self._link.run(self._probe_key, self._deadline, script, keys, args)
 
     def _refuse(self, reason: Reason) -> None:
         """It answers, but counts nothing: that is looked at by each call, and by a task."""

@@ -48,7 +48,6 @@ from gateway.stores.redis_patience import GaveUp, Turns, Wait, Waits
 from gateway.stores.redis_wire import BlockParser, receiver
 
 T = TypeVar("T")
-Args = Sequence[object]
 
 GATE_SECONDS = 0.3
 """How long a server may say nothing to anybody here: then it is away."""
@@ -390,30 +389,32 @@ class Link:
     def breaker(self, key: str) -> Breaker:
         return self._server.breaker(self.client, key)
 
-    async def run(self, key: str, script: Script, keys: Sequence[str], args: Args, s: float) -> Any:
+    async def run(
+        self, key: str, seconds: float, script: Script, keys: Sequence[str], args: Sequence[object]
+    ) -> Any:
         """As ``call``, of a script."""
         client = self.client
         if not isinstance(client, Together):
-            return await self.call(key, partial(script.run, client, keys, *args), s)
-        return await self._ask_together(
-            client, key, ("EVALSHA", script.digest, len(keys), *keys, *args), script.text, s
-        )
+            return await self.call(key, partial(script.run, client, keys, *args), seconds)
+        asked = ("EVALSHA", script.digest, len(keys), *keys, *args)
+        return await self._ask_together(client, key, seconds, asked, script.text)
 
     async def ask(self, key: str, seconds: float, *args: Any) -> Any:
         """As ``call``, of a command without options."""
         client = self.client
         if args[0] not in TOGETHER or not isinstance(client, Together):
             return await self.call(key, partial(client.execute_command, *args), seconds)
-        return await self._ask_together(client, key, args, None, seconds)
+        return await self._ask_together(client, key, seconds, args)
 
     async def call(self, key: str, command: Callable[[], Awaitable[T]], seconds: float) -> T:
         """The answer to a command on ``key``. Raises ``StoreAway`` when the server has said nothing
         to anybody for ``seconds``, and after ``MOST_SECONDS`` in any case, the wait for a turn
         included."""
-        breaker = self.breaker(key)
-        waited = (
-            0.0 if not breaker.open and self._turns.take() else await self._turn(breaker, seconds)
-        )
+        breaker, waited = self.breaker(key), 0.0
+        if breaker.open:
+            raise _open(breaker)
+        if not self._turns.take():
+            waited = await self._turn(breaker, seconds)
         try:
             return await self._ask(key, breaker, command, seconds, waited)
         finally:
@@ -424,7 +425,12 @@ class Link:
         return await self._ask(key, self.breaker(key), command, seconds)
 
     async def _ask_together(
-        self, client: Together, key: str, args: tuple[Any, ...], text: str | None, seconds: float
+        self,
+        client: Together,
+        key: str,
+        seconds: float,
+        args: tuple[Any, ...],
+        text: str | None = None,
     ) -> Any:
         """What ``call`` does, without a task for the command: those it goes out with have one."""
         breaker, waited = self.breaker(key), 0.0

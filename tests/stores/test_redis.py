@@ -228,6 +228,41 @@ async def test_many_at_once_before_a_frozen_redis_wait_together(
     await gate.aclose()
 
 
+class Alone:
+    """A client whose commands go out one by one, as a cluster's do."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        return await self._client.execute_command(*args, **options)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+async def test_frozen_it_costs_one_short_wait_also_without_batches(
+    valkey: Valkey, awake: Awake
+) -> None:
+    gate = RedisGate(Alone(connect(valkey.url)), StillClock(), server=Server(pause=0.1))
+    assert await healthy(gate)
+    many = (gate.take(f"r{i}", LIMITS_OF_MANY, ONE) for i in range(100))
+    for answer in await asyncio.gather(*many):
+        assert isinstance(answer, Grant)
+        assert not answer.degraded
+    valkey.freeze()
+    began = awake.time()
+    assert all(await asyncio.gather(*(degraded(gate, f"s{i}") for i in range(3))))
+    waited, began = awake.time() - began, awake.time()
+    assert 0.2 < waited < 2
+    for i in range(50):
+        assert await degraded(gate, f"t{i}")
+    assert awake.time() - began < 0.2
+    valkey.thaw()
+    await eventually(lambda: not gate.degraded)
+    await gate.aclose()
+
+
 async def test_callers_that_leave_lose_no_connection(valkey: Valkey) -> None:
     gate = gate_at(valkey.url)
     for i in range(300):
