@@ -46,7 +46,7 @@ BULK = 4
 BATCH = 200
 """Flights that one script call beats for."""
 TOLD_TOGETHER = 40
-"""Flights that one script call is told of: about 30 us each, and everybody else waits for them."""
+"""Flights that one script call is told of: about 50 us each, and everybody else waits for them."""
 REMEMBER_MS = 60_000
 """How long a flight that is over, or a watcher, is known: longer than any retry of a lost reply."""
 TOLD_BEFORE = "-"

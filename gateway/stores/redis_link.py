@@ -449,7 +449,9 @@ class Link:
                 self._abandon(client.carriers(asked))
                 raise self._gave_up(key, breaker, wait, why) from None
             except asyncio.CancelledError:
-                raise _cancelled(asked.answer) from None
+                if not _was_closed(asked.answer):
+                    raise
+                raise StoreAway("it was closed", Reason.CONNECTION, asked=True) from None
             except Exception as error:
                 raise self._heard(key, breaker, _away(error)) from error
             finally:
@@ -480,7 +482,9 @@ class Link:
             self._abandon({task})
             raise self._gave_up(key, breaker, wait, why) from None
         except asyncio.CancelledError:
-            raise _cancelled(answer) from None
+            if not _was_closed(answer):
+                raise
+            raise StoreAway("it was closed", Reason.CONNECTION, asked=True) from None
         except StoreAway as error:
             raise self._heard(key, breaker, error) from error.__cause__
         finally:
@@ -629,15 +633,13 @@ def _away(error: Exception) -> StoreAway:
     return away
 
 
-def _cancelled(answer: asyncio.Future[Any]) -> BaseException:
-    """Why a wait ended so: its caller was cancelled, or its client was closed."""
-    task = asyncio.current_task()
+def _was_closed(answer: asyncio.Future[Any]) -> bool:
+    """Whether a wait that was cancelled has lost its client, and not its caller."""
     if answer.done() and not answer.cancelled():
         # Looked at, so that an error that came just then is not reported as forgotten.
         answer.exception()
-    if answer.cancelled() and task is not None and not task.cancelling():
-        return StoreAway("it was closed", Reason.CONNECTION, asked=True)
-    return asyncio.CancelledError()
+    task = asyncio.current_task()
+    return answer.cancelled() and task is not None and not task.cancelling()
 
 
 _NOT_SERVING = (ClusterDownError, MasterDownError)
