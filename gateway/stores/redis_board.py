@@ -30,6 +30,7 @@ from gateway.stores.redis_link import (
     CLOSE_SECONDS,
     GATE_SECONDS,
     Client,
+    Errand,
     Link,
     Reason,
     Script,
@@ -155,7 +156,8 @@ class RedisBoard:
     when Redis is back. ``ttl_seconds`` is how long a flight that ended can be joined. ``account``
     is the hash tag of every key: one cluster slot, one script. ``worker`` names this process to
     people who look into Redis. ``server`` is shared with whoever else uses the same Redis.
-    ``offset`` (seconds added to Redis's clock) is for tests. Owns ``client`` and closes it.
+    ``errand`` starts what nobody waits for, but the end of the process. ``offset`` (seconds added
+    to Redis's clock) is for tests. Owns ``client`` and closes it.
     """
 
     def __init__(
@@ -171,6 +173,7 @@ class RedisBoard:
         beat_seconds: float = 1.0,
         lease_seconds: float = 15.0,
         deadline_seconds: float = GATE_SECONDS,
+        errand: Errand = asyncio.create_task,
         offset: Callable[[], float] | None = None,
     ) -> None:
         self._prefix = f"gw:{{{account}}}:"
@@ -196,6 +199,7 @@ class RedisBoard:
         self._bulk = asyncio.Semaphore(BULK)
         self._wake = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
+        self._errand = errand
         self._posted: dict[str, _Known] = {}
         """Of whom Redis is about to be told, by nobody who waits."""
         self._teller: asyncio.Task[None] | None = None
@@ -393,7 +397,7 @@ class RedisBoard:
         """Has it told soon, together with others: what ends at one moment is one script call."""
         self._posted[known.notice.rid] = known
         if self._teller is None and not self._closed:
-            self._teller = asyncio.create_task(self._tell_posted())
+            self._teller = self._errand(self._tell_posted())
 
     async def _tell_posted(self) -> None:
         try:

@@ -21,6 +21,7 @@ from gateway.stores.redis_link import (
     GATE_SECONDS,
     PROBE,
     Client,
+    Errand,
     Link,
     Reason,
     Script,
@@ -81,7 +82,8 @@ class RedisGate:
 
     ``account`` is the hash tag of every key: one cluster slot, one script. ``server`` is shared
     with whoever else uses the same Redis. ``offset`` (seconds added to Redis's clock) is for
-    tests. Owns ``client`` and closes it.
+    tests. ``errand`` starts what nobody waits for, but the end of the process. Owns ``client`` and
+    closes it.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class RedisGate:
         beat_seconds: float = 5.0,
         deadline_seconds: float = GATE_SECONDS,
         listener: GateListener | None = None,
+        errand: Errand = asyncio.create_task,
         offset: Callable[[], float] | None = None,
     ) -> None:
         self._prefix = f"gw:{{{account}}}:"
@@ -114,6 +117,7 @@ class RedisGate:
         self._offset = offset
         self._live: dict[str, tuple[str, ...]] = {}
         self._owed: dict[str, _Command] = {}
+        self._errand = errand
         self._posted: dict[str, tuple[str, ...]] = {}
         """Slots that are about to be given back, by nobody who waits."""
         self._releaser: asyncio.Task[None] | None = None
@@ -169,7 +173,7 @@ class RedisGate:
             return False
         self._posted[rid] = slots
         if self._releaser is None:
-            self._releaser = asyncio.create_task(self._release_posted())
+            self._releaser = self._errand(self._release_posted())
         return True
 
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:

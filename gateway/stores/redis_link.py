@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.resources
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -48,6 +48,7 @@ from gateway.stores.redis_patience import GaveUp, Turns, Wait, Waits
 from gateway.stores.redis_wire import BlockParser, receiver
 
 T = TypeVar("T")
+Errand = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 GATE_SECONDS = 0.3
 """How long a server may say nothing to anybody here: then it is away."""
