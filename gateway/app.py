@@ -175,7 +175,7 @@ async def open_gateway(
         stack.push_async_callback(upstreams.aclose)
         upstreams.take_over(await upstreams.prepare(settings.upstreams), settings.upstreams)
         redis = RedisServer()
-        gate = make_gate(settings, clock, metrics, redis)
+        gate = make_gate(settings, clock, metrics, redis, flights.errand)
         stack.push_async_callback(gate.aclose)
         cache, shared_cache = make_cache(settings, clock, metrics, redis)
         stack.push_async_callback(cache.aclose)
@@ -215,6 +215,7 @@ async def open_gateway(
             clock,
             metrics,
             redis,
+            flights.errand,
             worker=worker,
             ttl_seconds=settings.results.ttl.total_seconds(),
         )

@@ -32,7 +32,7 @@ from gateway.stores.postgres import PostgresStore
 from gateway.stores.redis_board import RedisBoard
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import GateListener, RedisGate
-from gateway.stores.redis_link import Reason, same_server
+from gateway.stores.redis_link import Errand, Reason, same_server
 from gateway.stores.redis_link import Server as RedisServer
 from gateway.stores.sqlite import SQLiteStore
 from gateway.stores.tiered import TieredCache
@@ -117,7 +117,10 @@ class _GateNews(GateListener):
         )
 
 
-def make_gate(settings: Settings, clock: Clock, metrics: Metrics, server: RedisServer) -> Gate:
+def make_gate(
+    settings: Settings, clock: Clock, metrics: Metrics, server: RedisServer, errand: Errand
+) -> Gate:
+    """``errand`` starts what nobody waits for, but the end of the process."""
     replicas, url = settings.server.replicas, settings.storage.redis
     if url is None:
         return MemoryGate(clock, processes=replicas)
@@ -128,6 +131,7 @@ def make_gate(settings: Settings, clock: Clock, metrics: Metrics, server: RedisS
         processes=replicas * settings.server.workers,
         deny=settings.storage.without_redis is WithoutRedis.DENY,
         listener=_GateNews(metrics),
+        errand=errand,
     )
     gate.greet()
     return gate
@@ -138,6 +142,7 @@ def make_board(
     clock: Clock,
     metrics: Metrics,
     server: RedisServer,
+    errand: Errand,
     *,
     worker: str,
     ttl_seconds: float,
@@ -158,6 +163,7 @@ def make_board(
         ttl_seconds=ttl_seconds,
         server=server,
         on_error=failed,
+        errand=errand,
     )
 
 

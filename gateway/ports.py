@@ -126,7 +126,8 @@ class Gate(Protocol):
         """Gives the slots back. Repeating it is harmless."""
 
     def release_at_once(self, rid: str) -> bool:
-        """``release``, where that waits for nothing; False, and nothing done, where it has to."""
+        """``release``, where nobody has to wait for that: it is done, or seen to by the gate before
+        it closes. False, and nothing done, where somebody has to."""
 
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         """Gives everything back, rates too: for a call that the ledger refused."""
@@ -706,7 +707,8 @@ class FlightBoard(Protocol):
         billed: a retry is then a new call."""
 
     def leave_at_once(self, rid: str, *, delivered: bool) -> bool:
-        """``leave``, where that has to wait for nothing; False, and nothing done, where it has."""
+        """``leave``, where nobody has to wait for that: it is done, or seen to by the board before
+        it closes. False, and nothing done, where somebody has to."""
 
     def progress_at_once(self, rid: str, partials: int) -> bool:
         """``progress``, likewise."""

@@ -9,13 +9,13 @@ import asyncio
 import json
 import secrets
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from enum import StrEnum
-from functools import partial
-from typing import TypeVar
+from itertools import count, islice
+from typing import Any, TypeVar
 
 from gateway.ports import Clock, FlightNotice, FlightSeen
 from gateway.stores.memory_board import (
@@ -26,7 +26,17 @@ from gateway.stores.memory_board import (
     Flight,
     MemoryBoard,
 )
-from gateway.stores.redis_link import GATE_SECONDS, Client, Link, Reason, Script, Server, StoreAway
+from gateway.stores.redis_link import (
+    CLOSE_SECONDS,
+    GATE_SECONDS,
+    Client,
+    Errand,
+    Link,
+    Reason,
+    Script,
+    Server,
+    StoreAway,
+)
 
 T = TypeVar("T")
 
@@ -36,8 +46,11 @@ BULK = 4
 """Commands with bytes of streams at once, so that they never hold up the others."""
 BATCH = 200
 """Flights that one script call beats for."""
+TOLD_TOGETHER = 40
+"""Flights that one script call is told of: about 50 us each, and everybody else waits for them."""
 REMEMBER_MS = 60_000
 """How long a flight that is over, or a watcher, is known: longer than any retry of a lost reply."""
+TOLD_BEFORE = "-"
 MAX_OWED = 10_000
 """Flights that Redis is still to be told of; leases end the rest."""
 GONE_SECONDS = 5.0
@@ -45,6 +58,7 @@ GONE_SECONDS = 5.0
 MAX_GONE = 1000
 FOREVER_US = 2**52
 
+_NOTICE = tuple(each.name for each in fields(FlightNotice))
 _TELL = Script.load("board_tell.lua")
 _JOIN = Script.load("board_join.lua")
 _BEAT = Script.load("board_beat.lua")
@@ -70,7 +84,8 @@ class _Known:
 
     ``mine``: it is flown here. ``left`` were watchers, and Redis may still count them. ``changes``
     counts what happened here, ``told`` how much of that Redis knows; ``heard``: it may have heard
-    of this flight at all.
+    of this flight at all; ``kept``: it has its notice, and says so where it has lost it;
+    ``fresh``: no beat has come by.
     """
 
     notice: FlightNotice
@@ -86,12 +101,36 @@ class _Known:
     changes: int = 1
     told: int = 0
     heard: bool = False
+    kept: bool = False
+    fresh: bool = True
     seen: FlightSeen | None = None
     seen_at: float = 0.0
 
     @property
     def flown(self) -> bool:
         return self.mine and self.state is _State.RUNS
+
+    def is_beaten(self) -> bool:
+        """Whether a beat is for it too. That it was announced is the first one, unless there is
+        more to say or to hear: most small calls are over before the second."""
+        fresh, self.fresh = self.fresh and self.mine and self.kept, False
+        if fresh and not (self.notice.stream or self.wants or self.partials):
+            return False
+        return self.flown or bool(self.watchers)
+
+    @property
+    def said(self) -> str:
+        """Its notice, as Redis is told it."""
+        if not self.mine:
+            return ""
+        return TOLD_BEFORE if self.kept else _written(self.notice)
+
+    def leave(self, *, delivered: bool) -> None:
+        """One who watched it here does so no more."""
+        if self.watchers:
+            self.left.append(self.watchers.pop())
+        self.delivered |= delivered
+        self.changes += 1
 
     @property
     def idle(self) -> bool:
@@ -117,7 +156,8 @@ class RedisBoard:
     when Redis is back. ``ttl_seconds`` is how long a flight that ended can be joined. ``account``
     is the hash tag of every key: one cluster slot, one script. ``worker`` names this process to
     people who look into Redis. ``server`` is shared with whoever else uses the same Redis.
-    ``offset`` (seconds added to Redis's clock) is for tests. Owns ``client`` and closes it.
+    ``errand`` starts what nobody waits for, but the end of the process. ``offset`` (seconds added
+    to Redis's clock) is for tests. Owns ``client`` and closes it.
     """
 
     def __init__(
@@ -133,6 +173,7 @@ class RedisBoard:
         beat_seconds: float = 1.0,
         lease_seconds: float = 15.0,
         deadline_seconds: float = GATE_SECONDS,
+        errand: Errand = asyncio.create_task,
         offset: Callable[[], float] | None = None,
     ) -> None:
         self._prefix = f"gw:{{{account}}}:"
@@ -142,11 +183,14 @@ class RedisBoard:
         server.listen(self._back)
         self._clock = clock
         self._worker = worker
+        self._seed, self._count = secrets.token_hex(4), count()
         self._local = MemoryBoard(clock, ttl_seconds=ttl_seconds)
         self._ttl_ms = round(ttl_seconds * 1000)
         self._beat_seconds = beat_seconds
         self._lease = lease_seconds
         self._deadline = deadline_seconds
+        running_ms = round(RUNNING_SECONDS * 1000) + self._least_ms
+        self._keeping_ms = (running_ms, self._ttl_ms, REMEMBER_MS)
         self._offset = offset
         self._known: dict[str, _Known] = {}
         self._owed: dict[str, None] = {}
@@ -155,6 +199,10 @@ class RedisBoard:
         self._bulk = asyncio.Semaphore(BULK)
         self._wake = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
+        self._errand = errand
+        self._posted: dict[str, _Known] = {}
+        """Of whom Redis is about to be told, by nobody who waits."""
+        self._teller: asyncio.Task[None] | None = None
         self._back_at: float | None = None
         self._since: bytes | None = None
         self._closed = False
@@ -188,7 +236,7 @@ class RedisBoard:
         args = (*self._times(), self._flight(""), watcher, only, *limits)
         notice = None
         try:
-            reply = await self._call(partial(_JOIN.run, self._link.client, keys, *args))
+            reply = await self._run(_JOIN, keys, args)
             self._look_at(reply[0])
             notice = _read(reply[1]) if len(reply) > 1 else None
             stand_in = notice is None and bool(self._owed)
@@ -205,17 +253,19 @@ class RedisBoard:
 
     async def leave(self, rid: str, *, delivered: bool) -> None:
         known = self._known.get(rid) or await self._find(rid)
-        await self._local.leave(rid, delivered=delivered)
-        if known is None:
-            return
-        if known.watchers:
-            known.left.append(known.watchers.pop())
-        known.delivered |= delivered
-        known.changes += 1
-        await self._tell(known)
+        self._local.leave_at_once(rid, delivered=delivered)
+        if known is not None:
+            known.leave(delivered=delivered)
+            await self._tell(known)
 
     def leave_at_once(self, rid: str, *, delivered: bool) -> bool:
-        return False
+        known = self._known.get(rid)
+        if known is None:
+            return False
+        self._local.leave_at_once(rid, delivered=delivered)
+        known.leave(delivered=delivered)
+        self._post(known)
+        return True
 
     async def progress(self, rid: str, partials: int) -> None:
         self.progress_at_once(rid, partials)
@@ -229,15 +279,24 @@ class RedisBoard:
         return True
 
     def end_at_once(self, rid: str, *, joinable: bool) -> bool:
-        return False
+        known = self._ended(rid, joinable=joinable)
+        if known is not None:
+            self._post(known)
+        return True
 
     async def end(self, rid: str, *, joinable: bool) -> None:
-        await self._local.end(rid, joinable=joinable)
-        known = self._known.get(rid)
-        if known is not None and known.flown:
-            known.state = _State.ENDED if joinable else _State.VOID
-            known.changes += 1
+        known = self._ended(rid, joinable=joinable)
+        if known is not None:
             await self._tell(known)
+
+    def _ended(self, rid: str, *, joinable: bool) -> _Known | None:
+        self._local.end_at_once(rid, joinable=joinable)
+        known = self._known.get(rid)
+        if known is None or not known.flown:
+            return None
+        known.state = _State.ENDED if joinable else _State.VOID
+        known.changes += 1
+        return known
 
     async def look(self, rid: str) -> FlightSeen | None:
         """None for one that is over and handed over, too. One that is watched from here, and
@@ -246,7 +305,7 @@ class RedisBoard:
         known, keys = self._known.get(rid), (self._flight(rid),)
         mine = await self._local.look(rid)
         try:
-            reply = await self._call(partial(_LOOK.run, self._link.client, keys, *self._times()))
+            reply = await self._run(_LOOK, keys, self._times())
         except StoreAway:
             return mine or (_last_seen(known) if known is not None else None)
         if reply == 0:
@@ -270,9 +329,8 @@ class RedisBoard:
     async def take_over(self, rid: str) -> bool:
         """False for another process's flight while Redis is away: nobody may be the second."""
         who = self._watcher()
-        take = partial(_TAKE.run, self._link.client, (self._flight(rid),), who)
         try:
-            taken = bool(await self._call(take))
+            taken = bool(await self._run(_TAKE, (self._flight(rid),), (who,)))
         except StoreAway:
             flight = self._local.flight(rid)
             if flight is None or not await self._local.take_over(rid):
@@ -293,7 +351,7 @@ class RedisBoard:
         keys = (self._flight(rid), self._flight(rid))
         args = (self._offset_us(), self._least_ms, rid, "", "1", 0, 0)
         with suppress(StoreAway):
-            [wanted] = await self._call(partial(_BEAT.run, self._link.client, keys, *args))
+            [wanted] = await self._run(_BEAT, keys, args)
             if wanted == 1 and known is not None and known.flown:
                 self._wanted.add(rid)
 
@@ -306,72 +364,100 @@ class RedisBoard:
         for at in range(0, len(content), PIECE_BYTES):
             piece = content[at : at + PIECE_BYTES]
             args = (start + at, piece, MAX_EVENT_BYTES, keep_ms)
-            add = partial(_ADD.run, self._link.client, (self._stream(rid),), *args)
             try:
                 async with self._bulk:
-                    await self._call(add)
+                    await self._run(_ADD, (self._stream(rid),), args)
             except StoreAway:
                 return
 
     async def events(self, rid: str, start: int) -> bytes:
         """About 1 MiB at the most; empty while Redis is away."""
-        read = partial(_READ.run, self._link.client, (self._stream(rid),), start, READ_BYTES)
         try:
             async with self._bulk:
-                return b"".join(await self._call(read))
+                return b"".join(await self._run(_READ, (self._stream(rid),), (start, READ_BYTES)))
         except StoreAway:
             return b""
 
     async def aclose(self) -> None:
         """What still runs here is dead to the others when its lease ends."""
+        if self._teller is not None:
+            # Nobody else has waited for it.
+            await asyncio.wait({self._teller}, timeout=CLOSE_SECONDS)
         self._closed = True
-        if self._heart is not None:
-            self._heart.cancel()
-            await asyncio.gather(self._heart, return_exceptions=True)
+        rest = [task for task in (self._teller, self._heart) if task is not None]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
         self._known.clear()
         self._owed.clear()
         await self._link.aclose()
         await self._local.aclose()
 
-    async def _tell(self, known: _Known) -> bool:
-        """Whether Redis knows it now; where it does not, it is told again by the next beats."""
-        rid, notice = known.notice.rid, known.notice
-        changes = known.changes
-        index = self._index(notice.fingerprint, notice.key_id)
-        keys = (self._flight(rid), index, self._prefix + "board")
-        args = (
-            *self._times(),
-            rid,
-            _written(notice) if known.mine else "",
-            round((self._clock.monotonic() - known.began) * 1e6),
-            known.state.value,
-            "1" if known.delivered else "",
-            known.taken,
-            round(RUNNING_SECONDS * 1000) + self._least_ms,
-            self._ttl_ms,
-            REMEMBER_MS,
-            self._worker,
-            len(known.watchers),
-            *known.watchers,
-            *known.left,
-        )
+    def _post(self, known: _Known) -> None:
+        """Has it told soon, together with others: what ends at one moment is one script call."""
+        self._posted[known.notice.rid] = known
+        if self._teller is None and not self._closed:
+            self._teller = self._errand(self._tell_posted())
+
+    async def _tell_posted(self) -> None:
         try:
-            since = await self._call(partial(_TELL.run, self._link.client, keys, *args))
+            while self._posted:
+                some = [*islice(self._posted.values(), TOLD_TOGETHER)]
+                for known in some:
+                    del self._posted[known.notice.rid]
+                await self._tell(*some)
+        finally:
+            self._teller = None
+
+    async def _tell(self, *some: _Known) -> bool:
+        """Whether Redis knows them now; where it does not, it is told again by the next beats."""
+        now = self._clock.monotonic()
+        changes = [known.changes for known in some]
+        keys = [self._prefix + "board"]
+        args: list[object] = [*self._times(), *self._keeping_ms, self._worker]
+        for known in some:
+            notice = known.notice
+            keys += (self._flight(notice.rid), self._index(notice.fingerprint, notice.key_id))
+            args += (
+                notice.rid,
+                known.said,
+                round((now - known.began) * 1e6),
+                known.state.value,
+                "1" if known.delivered else "",
+                known.taken,
+                len(known.watchers),
+                len(known.left),
+                *known.watchers,
+                *known.left,
+            )
+        try:
+            since, *lost = await self._run(_TELL, keys, args)
         except StoreAway as error:
-            known.heard |= error.asked
-            self._owe(known)
+            for known in some:
+                known.heard |= error.asked
+                self._owe(known)
             return False
         except asyncio.CancelledError:
-            known.heard = True
-            self._owe(known)
+            for known in some:
+                known.heard = True
+                self._owe(known)
             raise
+        for number, (known, upto) in enumerate(zip(some, changes, strict=True), start=1):
+            known.kept = number not in lost
+            if known.kept:
+                self._is_told(known, upto)
+        self._look_at(since)
+        if lost:
+            # With all there is to say of them.
+            return await self._tell(*(some[number - 1] for number in lost))
+        return True
+
+    def _is_told(self, known: _Known, changes: int) -> None:
         known.heard = True
         known.told = max(known.told, changes)
         if known.told == known.changes:
-            self._owed.pop(rid, None)
+            self._owed.pop(known.notice.rid, None)
             self._let_go(known)
-        self._look_at(since)
-        return True
 
     def _owe(self, known: _Known) -> None:
         rid = known.notice.rid
@@ -454,7 +540,7 @@ class RedisBoard:
                 async with asyncio.timeout(self._beat_seconds):
                     await self._wake.wait()
             self._wake.clear()
-            beaten = [each for each in self._known.values() if each.flown or each.watchers]
+            beaten = [each for each in self._known.values() if each.is_beaten()]
             for batch in _batches(beaten, BATCH):
                 if not await self._beat(batch):
                     break
@@ -471,7 +557,7 @@ class RedisBoard:
             flown, wants = "1" if known.flown else "", "1" if known.wants else ""
             args += (notice.rid, flown, wants, known.partials, len(watchers), *watchers)
         try:
-            reply = await self._call(partial(_BEAT.run, self._link.client, keys, *args))
+            reply = await self._run(_BEAT, keys, args)
         except StoreAway:
             return False
         late: list[_Known] = []
@@ -503,11 +589,12 @@ class RedisBoard:
             elif not await self._tell(known):
                 return
 
-    async def _call(self, command: Callable[[], Awaitable[T]]) -> T:
-        return await self._link.call(self._probe_key, command, self._deadline)
+    async def _run(self, script: Script, keys: Sequence[str], args: Sequence[object]) -> Any:
+        return await self._link.run(self._probe_key, self._deadline, script, keys, args)
 
     def _watcher(self) -> str:
-        return f"{self._worker}.{secrets.token_hex(8)}"
+        """A name that no other one has, in any process."""
+        return f"{self._worker}.{self._seed}.{next(self._count):x}"
 
     def _flight(self, rid: str) -> str:
         return f"{self._prefix}fl:{rid}"
@@ -539,7 +626,7 @@ def _last_seen(known: _Known) -> FlightSeen:
 
 
 def _written(notice: FlightNotice) -> str:
-    members = {each.name: getattr(notice, each.name) for each in fields(notice)}
+    members = {name: getattr(notice, name) for name in _NOTICE}
     return json.dumps(members | {"at": notice.at.isoformat()})
 
 

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 
 from gateway.ports import Cached, CachedMeta, CacheEntry, Clock, Parts
 from gateway.stores.cachemeta import decode, encode
@@ -33,6 +34,7 @@ MAX_HELD_BYTES = 1024 * 1024 * 1024
 
 _PIECE = Script.load("cache_piece.lua")
 _KEEP = Script.load("cache_keep.lua")
+_KEEP_BOTH = Script.load("cache_keep_both.lua")
 
 
 class RedisCache:
@@ -76,6 +78,7 @@ class RedisCache:
         self._deadline = deadline_seconds
         self._data_seconds = data_seconds
         self._prefix = prefix
+        self._seed, self._count = secrets.token_hex(8), count()
         self._held = 0
         self._fetching: dict[str, asyncio.Task[_Pieces | None]] = {}
         self._fetched: weakref.WeakValueDictionary[str, _Pieces] = weakref.WeakValueDictionary()
@@ -149,6 +152,11 @@ class RedisCache:
             other, entry = self._beside, chunks.beside
             if other is not None and entry is not None and entry.meta.size_bytes <= SMALL_BYTES:
                 mine = Parts(chunks.parts)
+                if self._goes_with(other, entry, meta, mine):
+                    if await self._put_both(key, meta, mine, ttl_seconds, other, entry):
+                        chunks.made = other
+                        return True
+                    return False
                 kept, chunks.made = await asyncio.gather(
                     self.put(key, meta, mine, ttl_seconds), other.put_as_beside(entry, chunks)
                 )
@@ -161,6 +169,56 @@ class RedisCache:
         again = Parts(body.parts)
         return self if await self.put(entry.key, entry.meta, again, entry.ttl_seconds) else None
 
+    def _goes_with(
+        self, other: RedisCache, entry: CacheEntry, meta: CachedMeta, body: Parts
+    ) -> bool:
+        """Whether one script can put an answer here and there: a cluster's keys are apart."""
+        return (
+            self._link.client is other._link.client
+            and self._link.has_all_keys
+            and entry.ttl_seconds > 0
+            and 0 < sum(map(len, body.parts)) == entry.meta.size_bytes == meta.size_bytes
+            and entry.meta.size_bytes <= other._max_entry_bytes
+        )
+
+    async def _put_both(
+        self,
+        key: str,
+        meta: CachedMeta,
+        body: Parts,
+        ttl_seconds: float,
+        other: RedisCache,
+        entry: CacheEntry,
+    ) -> bool:
+        if self._link.breaker(self._name(key)).open:
+            return False
+        generation = self._generation()
+        keys = self._name(key), other._name(entry.key)
+        args = (
+            f"{generation}:0",
+            b"".join(body.parts),
+            *self._header(meta, generation, 1, ttl_seconds),
+            *self._header(entry.meta, generation, 1, entry.ttl_seconds),
+        )
+        try:
+            async with self._puts:
+                await self._run(_KEEP_BOTH, keys, *args)
+        except StoreAway:
+            return False
+        return True
+
+    def _header(
+        self, meta: CachedMeta, generation: str, pieces: int, ttl_seconds: float
+    ) -> tuple[bytes, int]:
+        """What an entry says of itself, and the milliseconds that it lives."""
+        expires = self._clock.now().timestamp() + ttl_seconds
+        header = encode(meta, {"put": generation, "pieces": pieces, "expires": expires})
+        return header, round(ttl_seconds * 1000)
+
+    def _generation(self) -> str:
+        """A name of one put, that no other one of any process has."""
+        return f"{self._seed}{next(self._count):x}"
+
     def put_at_once(self, entry: CacheEntry, body: Parts) -> bool:
         return False
 
@@ -169,17 +227,14 @@ class RedisCache:
     ) -> bool:
         if self._link.breaker(self._name(key)).open:
             return False
-        generation = secrets.token_hex(8)
+        generation = self._generation()
         staging = f"{self._name(key)}:{generation}"
         try:
             pieces, last, size = await self._stage(staging, generation, chunks)
             if size == meta.size_bytes:
                 rest = (f"{generation}:{pieces}", last) if last else ()
-                count = pieces + bool(last)
-                expires = self._clock.now().timestamp() + ttl_seconds
-                header = encode(meta, {"put": generation, "pieces": count, "expires": expires})
-                lives_ms = round(ttl_seconds * 1000)
-                await self._run(_KEEP, (staging, self._name(key)), header, lives_ms, *rest)
+                header = self._header(meta, generation, pieces + bool(last), ttl_seconds)
+                await self._run(_KEEP, (staging, self._name(key)), *header, *rest)
                 return True
         except StoreAway:
             # Whatever was staged ends by its own time to live.
@@ -219,9 +274,7 @@ class RedisCache:
 
     async def _read(self, key: str, field: str) -> bytes | None:
         name = self._name(key)
-        found: bytes | None = await self._link.call(
-            name, partial(self._link.client.execute_command, "HGET", name, field), self._deadline
-        )
+        found: bytes | None = await self._link.ask(name, self._deadline, "HGET", name, field)
         return found
 
     async def _pieces(self, key: str, generation: str, count: int) -> tuple[bytes, ...] | None:
@@ -271,15 +324,11 @@ class RedisCache:
         return pieces, tuple(piece), size
 
     async def _run(self, script: Script, keys: Sequence[str], *args: object) -> None:
-        await self._link.call(
-            keys[0], partial(script.run, self._link.client, keys, *args), self._deadline
-        )
+        await self._link.run(keys[0], self._deadline, script, keys, args)
 
     async def _forget(self, name: str) -> None:
         try:
-            await self._link.call(
-                name, partial(self._link.client.execute_command, "UNLINK", name), self._deadline
-            )
+            await self._link.ask(name, self._deadline, "UNLINK", name)
         except StoreAway:
             return
 

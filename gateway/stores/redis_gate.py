@@ -10,16 +10,18 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gateway.domain.errors import GateUnavailable
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Unit
 from gateway.ports import Clock
 from gateway.stores.memory import MemoryGate, checked, gated, standing
 from gateway.stores.redis_link import (
+    CLOSE_SECONDS,
     GATE_SECONDS,
     PROBE,
     Client,
+    Errand,
     Link,
     Reason,
     Script,
@@ -36,6 +38,8 @@ REMEMBER_MS = 60_000
 
 RETRY_SECONDS = 5.0
 """What a call is told that is denied because Redis is away."""
+RELEASED_TOGETHER = 100
+"""Calls whose slots one script call gives back."""
 MAX_OWED = 10_000
 """Calls that are still to be given back; leases end the rest."""
 
@@ -78,7 +82,8 @@ class RedisGate:
 
     ``account`` is the hash tag of every key: one cluster slot, one script. ``server`` is shared
     with whoever else uses the same Redis. ``offset`` (seconds added to Redis's clock) is for
-    tests. Owns ``client`` and closes it.
+    tests. ``errand`` starts what nobody waits for, but the end of the process. Owns ``client`` and
+    closes it.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class RedisGate:
         beat_seconds: float = 5.0,
         deadline_seconds: float = GATE_SECONDS,
         listener: GateListener | None = None,
+        errand: Errand = asyncio.create_task,
         offset: Callable[[], float] | None = None,
     ) -> None:
         self._prefix = f"gw:{{{account}}}:"
@@ -111,6 +117,10 @@ class RedisGate:
         self._offset = offset
         self._live: dict[str, tuple[str, ...]] = {}
         self._owed: dict[str, _Command] = {}
+        self._errand = errand
+        self._posted: dict[str, tuple[str, ...]] = {}
+        """Slots that are about to be given back, by nobody who waits."""
+        self._releaser: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
         self._errands: set[asyncio.Task[None]] = set()
@@ -156,7 +166,15 @@ class RedisGate:
             await self._give_back(rid, self._released(slots, [rid] * len(slots)))
 
     def release_at_once(self, rid: str) -> bool:
-        return False
+        if rid in self._local:
+            return self._local.release_at_once(rid)
+        slots = self._live.pop(rid, None)
+        if slots is None:
+            return False
+        self._posted[rid] = slots
+        if self._releaser is None:
+            self._releaser = self._errand(self._release_posted())
+        return True
 
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
         self._live.pop(rid, None)
@@ -175,14 +193,18 @@ class RedisGate:
             self._refuse(error.reason)
             raise
         try:
-            await self._call(self._probe)
+            await self._probe()
         except StoreRefused as error:
             self._refuse(error.reason)
         self._meet()
 
     async def aclose(self) -> None:
         """What is still held here comes free when its lease ends."""
-        tasks = [*self._errands, *([self._heart] if self._heart is not None else [])]
+        if self._releaser is not None:
+            # Nobody else has waited for it.
+            await asyncio.wait({self._releaser}, timeout=CLOSE_SECONDS)
+        own = (self._heart, self._releaser)
+        tasks = [*self._errands, *(task for task in own if task is not None)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -194,7 +216,7 @@ class RedisGate:
         keys = [self._marker(rid), self._prefix + "since", *(self._key(limit) for limit in mine)]
         args = (rid, self._offset_us(), self._lease_us, REMEMBER_MS, *_described(mine, demand))
         try:
-            reply = await self._call(partial(_TAKE.run, self._link.client, keys, *args))
+            reply = await self._run(_TAKE, keys, args)
         except StoreAway as error:
             if isinstance(error, StoreRefused):
                 self._refuse(error.reason)
@@ -222,8 +244,8 @@ class RedisGate:
         answer = await self._local.take(rid, limits, demand)
         return answer if isinstance(answer, Refusal) else Grant(answer.standings, degraded=True)
 
-    async def _call(self, command: Callable[[], Awaitable[T]]) -> T:
-        return await self._link.call(self._probe_key, command, self._deadline)
+    async def _run(self, script: Script, keys: Sequence[str], args: Sequence[object]) -> Any:
+        return await self._link.run(self._probe_key, self._deadline, script, keys, args)
 
     def _refuse(self, reason: Reason) -> None:
         """It answers, but counts nothing: that is looked at by each call, and by a task."""
@@ -241,7 +263,7 @@ class RedisGate:
         while self._refused is not None:
             await asyncio.sleep(self._server.pause)
             try:
-                await self._call(self._probe)
+                await self._probe()
             except StoreAway:
                 continue
             self._served()
@@ -261,7 +283,7 @@ class RedisGate:
         self._since = since
 
     async def _probe(self) -> None:
-        await PROBE.run(self._link.client, [self._probe_key], REMEMBER_MS)
+        await self._run(PROBE, [self._probe_key], (REMEMBER_MS,))
 
     def _meet(self) -> None:
         if not self._met:
@@ -274,24 +296,39 @@ class RedisGate:
 
     async def _look_at_policy(self) -> None:
         try:
-            policy = await self._call(partial(eviction_policy, self._link.client))
+            look = partial(eviction_policy, self._link.client)
+            policy = await self._link.call(self._probe_key, look, self._deadline)
         except StoreAway:
             return
         if policy not in (None, "noeviction"):
             self._listener.evicts(policy)
 
     def _released(self, slots: Sequence[str], rids: Sequence[str]) -> _Command:
-        return partial(_RELEASE.run, self._link.client, slots, *rids)
+        return partial(self._run, _RELEASE, slots, rids)
 
     def _undone(self, rid: str, limits: Sequence[Limit], demand: Demand) -> _Command:
         keys = [self._marker(rid), *(self._key(limit) for limit in limits)]
         args = (rid, self._offset_us(), *_described(limits, demand))
-        return partial(_UNDO.run, self._link.client, keys, *args)
+        return partial(self._run, _UNDO, keys, args)
 
     async def _give_back(self, rid: str, command: _Command) -> None:
         """Not worth an error: it is done when Redis is back, or the lease ends by itself."""
         if not await self._done(command):
             self._owe(rid, command)
+
+    async def _release_posted(self) -> None:
+        """What ends at one moment is one script call."""
+        try:
+            while self._posted:
+                some = dict(islice(self._posted.items(), RELEASED_TOGETHER))
+                for rid in some:
+                    del self._posted[rid]
+                pairs = [(key, rid) for rid, keys in some.items() for key in keys]
+                if not await self._done(self._released(*zip(*pairs, strict=True))):
+                    for rid, keys in some.items():
+                        self._owe(rid, self._released(keys, [rid] * len(keys)))
+        finally:
+            self._releaser = None
 
     def _owe(self, rid: str, command: _Command) -> None:
         if len(self._owed) < MAX_OWED:
@@ -300,7 +337,7 @@ class RedisGate:
 
     async def _done(self, command: _Command) -> bool:
         try:
-            await self._call(command)
+            await command()
         except StoreAway:
             return False
         return True
@@ -339,7 +376,7 @@ class RedisGate:
         # While Redis is down this returns at once: the lease outlasts two missed beats.
         keys, rids = [key for key, _ in pairs], [rid for _, rid in pairs]
         args = (self._offset_us(), self._lease_us, *rids)
-        if not await self._done(partial(_BEAT.run, self._link.client, keys, *args)):
+        if not await self._done(partial(self._run, _BEAT, keys, args)):
             # It may yet be carried out, behind any release.
             await self._link.settled()
         # Released while the beat was under way: Redis may have seen the beat last.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import importlib.resources
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -43,20 +43,18 @@ from redis.exceptions import (
 )
 
 from gateway.ports import Unreachable
-from gateway.stores.redis_batch import Together
+from gateway.stores.redis_batch import TOGETHER, Together
+from gateway.stores.redis_patience import GaveUp, Turns, Wait, Waits
 from gateway.stores.redis_wire import BlockParser, receiver
 
 T = TypeVar("T")
+Errand = Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]]
 
 GATE_SECONDS = 0.3
 """How long a server may say nothing to anybody here: then it is away."""
 SOCKET_SECONDS = 1.0
 """Longer, because a socket's time-out cannot tell a silent Redis from a process that was stalled,
 and a cluster's client then looks for its nodes again (tens of milliseconds of computing)."""
-TICK_SECONDS = 0.05
-MOST_SECONDS = 1.5
-"""What a call may wait while others are answered: there is too much to ask, or too little of this
-machine."""
 CLOSE_SECONDS = 2.5
 IN_FLIGHT = 16
 """Commands of one store at once, each on a connection of its own."""
@@ -274,13 +272,12 @@ class Breaker:
         self._on_back = on_back
         self._failures = 0
         self._last: BaseException | None = None
-        self._opened: asyncio.Future[None] | None = None
         self.reason: Reason | None = None
         """Why the last command got no answer; None where it did."""
         self.probed = False
         """A task looks for it now."""
-        self.answers = 0
-        """Signs of life."""
+        self.waits = Waits()
+        """Who waits for it: as soon as it opens, nobody."""
 
     @property
     def failing(self) -> bool:
@@ -291,13 +288,6 @@ class Breaker:
     def open(self) -> bool:
         return self._failures >= self._allowed
 
-    @property
-    def opened(self) -> asyncio.Future[None]:
-        """Done as soon as it opens."""
-        if self._opened is None:
-            self._opened = asyncio.get_running_loop().create_future()
-        return self._opened
-
     def failed(self, reason: Reason, error: BaseException, *, at_once: bool) -> None:
         self.reason = reason
         if error is self._last:
@@ -305,12 +295,11 @@ class Breaker:
             return
         self._last = error
         self._failures += self._allowed if at_once else 1
-        if self.open and self._opened is not None:
-            self._opened.set_result(None)
-            self._opened = None
+        if self.open:
+            self.waits.give_up()
 
     def answered(self) -> None:
-        self.answers += 1
+        self.waits.answers += 1
         if self._failures:
             self._failures = 0
             self._last = None
@@ -387,72 +376,146 @@ class Link:
         self.client = client
         self._server = server
         self._on_error = on_error
-        self._places = asyncio.Semaphore(in_flight)
+        self._turns = Turns(in_flight)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._abandoned: set[asyncio.Task[Any]] = set()
         self._probers: set[asyncio.Task[None]] = set()
         self._closed = False
 
+    @property
+    def has_all_keys(self) -> bool:
+        """Whether one script may have any of them: there is one server."""
+        return isinstance(self.client, Together)
+
     def breaker(self, key: str) -> Breaker:
         return self._server.breaker(self.client, key)
+
+    async def run(
+        self, key: str, seconds: float, script: Script, keys: Sequence[str], args: Sequence[object]
+    ) -> Any:
+        """As ``call``, of a script."""
+        client = self.client
+        if not isinstance(client, Together):
+            return await self.call(key, partial(script.run, client, keys, *args), seconds)
+        asked = ("EVALSHA", script.digest, len(keys), *keys, *args)
+        return await self._ask_together(client, key, seconds, asked, script.text)
+
+    async def ask(self, key: str, seconds: float, *args: Any) -> Any:
+        """As ``call``, of a command without options."""
+        client = self.client
+        if args[0] not in TOGETHER or not isinstance(client, Together):
+            return await self.call(key, partial(client.execute_command, *args), seconds)
+        return await self._ask_together(client, key, seconds, args)
 
     async def call(self, key: str, command: Callable[[], Awaitable[T]], seconds: float) -> T:
         """The answer to a command on ``key``. Raises ``StoreAway`` when the server has said nothing
         to anybody for ``seconds``, and after ``MOST_SECONDS`` in any case, the wait for a turn
         included."""
-        breaker = self.breaker(key)
+        breaker, waited = self.breaker(key), 0.0
         if breaker.open:
             raise _open(breaker)
-        patience = _Patience(breaker, seconds)
-        if not await self._turn(patience):
-            # Nothing is said of Redis by those it did not see.
-            late = StoreAway("no turn in time", Reason.TIMEOUT)
-            self._tell(Reason.TIMEOUT, late)
-            raise late
+        if not self._turns.take():
+            waited = await self._turn(breaker, seconds)
         try:
-            # Asked again: those that queued behind a failure need not repeat it.
-            if breaker.open:
-                raise _open(breaker)
-            return await self._ask(key, command, patience)
+            return await self._ask(key, breaker, command, seconds, waited)
         finally:
-            self._places.release()
+            self._turns.give()
 
     async def attempt(self, key: str, command: Callable[[], Awaitable[T]], seconds: float) -> T:
         """As ``call``, even while it is down, and without waiting for a turn."""
-        return await self._ask(key, command, _Patience(self.breaker(key), seconds))
+        return await self._ask(key, self.breaker(key), command, seconds)
 
-    async def _ask(self, key: str, command: Callable[[], Awaitable[T]], patience: _Patience) -> T:
+    async def _ask_together(
+        self,
+        client: Together,
+        key: str,
+        seconds: float,
+        args: tuple[Any, ...],
+        text: str | None = None,
+    ) -> Any:
+        """What ``call`` does, without a task for the command: those it goes out with have one."""
+        breaker, waited = self.breaker(key), 0.0
+        if breaker.open:
+            raise _open(breaker)
+        if not self._turns.take():
+            waited = await self._turn(breaker, seconds)
+        try:
+            if self._closed:
+                raise StoreAway("it is closed", Reason.CONNECTION)
+            asked = client.ask(args, text)
+            wait = breaker.waits.begin(asked.answer, seconds, waited)
+            try:
+                said = await asked.answer
+            except GaveUp as why:
+                self._abandon(client.carriers(asked))
+                raise self._gave_up(key, breaker, wait, why) from None
+            except asyncio.CancelledError:
+                if not _was_closed(asked.answer):
+                    raise
+                raise StoreAway("it was closed", Reason.CONNECTION, asked=True) from None
+            except Exception as error:
+                raise self._heard(key, breaker, _away(error)) from error
+            finally:
+                breaker.waits.end(wait)
+            breaker.answered()
+            return said
+        finally:
+            self._turns.give()
+
+    async def _ask(
+        self,
+        key: str,
+        breaker: Breaker,
+        command: Callable[[], Awaitable[T]],
+        seconds: float,
+        waited: float = 0.0,
+    ) -> T:
         if self._closed:
             raise StoreAway("it is closed", Reason.CONNECTION)
-        breaker = patience.breaker
+        answer: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(_translated(command))
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
-        opened = None if breaker.open else breaker.opened
-        patience.begin_anew()
-        await patience.until(task, opened)
-        if not task.done():
-            self._abandoned.add(task)
-            if opened is not None and opened.done():
-                raise StoreAway("it is down", breaker.reason or Reason.TIMEOUT, asked=True)
-            late = TimeoutError("no answer in time")
-            if patience.silent:
-                self._failed(key, breaker, Reason.TIMEOUT, late)
-            else:
-                self._tell(Reason.TIMEOUT, late)
-            raise StoreAway("no answer in time", Reason.TIMEOUT, asked=True)
-        if task.cancelled():
-            raise StoreAway("it was closed", Reason.CONNECTION, asked=True)
-        error = task.exception()
-        if error is None:
-            breaker.answered()
-            return task.result()
+        task.add_done_callback(partial(self._ended, answer))
+        wait = breaker.waits.begin(answer, seconds, waited, undaunted=breaker.open)
+        try:
+            said = await answer
+        except GaveUp as why:
+            self._abandon({task})
+            raise self._gave_up(key, breaker, wait, why) from None
+        except asyncio.CancelledError:
+            if not _was_closed(answer):
+                raise
+            raise StoreAway("it was closed", Reason.CONNECTION, asked=True) from None
+        except StoreAway as error:
+            raise self._heard(key, breaker, error) from error.__cause__
+        finally:
+            breaker.waits.end(wait)
+        breaker.answered()
+        return said
+
+    def _heard(self, key: str, breaker: Breaker, error: StoreAway) -> StoreAway:
+        """An error is an answer, or says that there is none."""
         if isinstance(error, StoreRefused):
             breaker.answered()
             self._tell(error.reason, error.__cause__ or error)
-        elif isinstance(error, StoreAway):
+        else:
             self._failed(key, breaker, error.reason, error.__cause__ or error)
-        raise error
+        return error
+
+    def _gave_up(self, key: str, breaker: Breaker, wait: Wait, why: GaveUp) -> StoreAway:
+        if why.down or (breaker.open and not wait.undaunted):
+            return StoreAway("it is down", breaker.reason or Reason.TIMEOUT, asked=True)
+        late = TimeoutError("no answer in time")
+        if why.silent:
+            self._failed(key, breaker, Reason.TIMEOUT, late)
+        else:
+            self._tell(Reason.TIMEOUT, late)
+        return StoreAway("no answer in time", Reason.TIMEOUT, asked=True)
+
+    def _abandon(self, tasks: set[asyncio.Task[Any]]) -> None:
+        for task in tasks:
+            self._abandoned.add(task)
+            task.add_done_callback(self._abandoned.discard)
 
     async def settled(self) -> None:
         """Until what nobody waits for any more has ended: a command may yet be carried out."""
@@ -464,38 +527,54 @@ class Link:
         self._closed = True
         for prober in self._probers:
             prober.cancel()
-        if self._tasks:
+        client = self.client
+        under_way = self._tasks | (client.carriers() if isinstance(client, Together) else set())
+        if under_way:
             # Their sockets' time-outs end them; a connection that is cancelled is left open.
-            await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
+            await asyncio.wait(under_way, timeout=CLOSE_SECONDS)
         tasks = [*self._tasks, *self._probers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await self.client.aclose()
+        await client.aclose()
 
-    async def _turn(self, patience: _Patience) -> bool:
-        if not self._places.locked():
-            await self._places.acquire()
-            return True
-        place = asyncio.create_task(self._places.acquire())
-        came = False
+    async def _turn(self, breaker: Breaker, seconds: float) -> float:
+        """Waits for a turn, and says how long that took."""
+        turn = self._turns.queue()
+        wait = breaker.waits.begin(turn, seconds, undaunted=True)
         try:
-            await patience.until(place, None)
-            came = place.done()
-            return came
-        finally:
-            if not came and place.done():
+            await turn
+        except GaveUp:
+            # Nothing is said of Redis by those it did not see.
+            late = StoreAway("no turn in time", Reason.TIMEOUT)
+            self._tell(Reason.TIMEOUT, late)
+            raise late from None
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
                 # It came just as the caller was cancelled.
-                self._places.release()
-            elif not came:
-                place.cancel()
+                self._turns.give()
+            raise
+        finally:
+            breaker.waits.end(wait)
+        # Asked again: those that queued behind a failure need not repeat it.
+        if breaker.open:
+            self._turns.give()
+            raise _open(breaker)
+        return wait.waited
 
-    def _ended(self, task: asyncio.Task[Any]) -> None:
+    def _ended(self, answer: asyncio.Future[Any], task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        self._abandoned.discard(task)
-        if not task.cancelled():
-            # Looked at, so that an error nobody waited for is not reported as forgotten.
-            task.exception()
+        if task.cancelled():
+            answer.cancel()
+            return
+        # Looked at, so that an error nobody waited for is not reported as forgotten.
+        error = task.exception()
+        if answer.done():
+            return
+        if error is not None:
+            answer.set_exception(error)
+        else:
+            answer.set_result(task.result())
 
     def _failed(self, key: str, breaker: Breaker, reason: Reason, error: BaseException) -> None:
         self._tell(reason, error)
@@ -536,83 +615,32 @@ def _open(breaker: Breaker) -> StoreAway:
     return StoreAway("it is down", breaker.reason or Reason.CONNECTION)
 
 
-class _Patience:
-    """How long one call waits: until its server has been silent for ``seconds``, towards all.
-
-    Whether a server is away is a property of the server, not of a call: in a busy process an
-    answer is often late, and none would be faster from a gate of its own. Only time in which this
-    process could have heard an answer counts: one that is stalled finds every deadline over before
-    it has looked at its sockets, so a tick counts as a tick, however long it took.
-    """
-
-    def __init__(self, breaker: Breaker, seconds: float) -> None:
-        self.breaker = breaker
-        self._seconds = seconds
-        self._waited = 0.0
-        self._silence = 0.0
-
-    @property
-    def silent(self) -> bool:
-        """The server has said nothing to anybody for too long."""
-        return self._silence >= self._seconds
-
-    def begin_anew(self) -> None:
-        """The call's turn has come: a silence before it was not for it to hear."""
-        self._silence = 0.0
-
-    async def until(self, task: asyncio.Task[Any], opened: asyncio.Future[None] | None) -> None:
-        """Waits until ``task`` or ``opened`` is done, while there is patience."""
-        loop = asyncio.get_running_loop()
-        while not self.silent and self._waited < MOST_SECONDS:
-            began, answers = loop.time(), self.breaker.answers
-            tick = min(TICK_SECONDS, self._seconds - self._silence)
-            await _first(task, opened, tick)
-            if task.done() or (opened is not None and opened.done()):
-                return
-            passed = min(tick, loop.time() - began)
-            self._waited += passed
-            self._silence = 0.0 if self.breaker.answers != answers else self._silence + passed
-
-
-async def _first(
-    one: asyncio.Future[Any],
-    other: asyncio.Future[Any] | None,
-    seconds: float,
-) -> None:
-    """Until one of the two is done, or the time is over: ``asyncio.wait`` at a third of its 25 us,
-    several times for each request."""
-    loop = asyncio.get_running_loop()
-    waiter: asyncio.Future[None] = loop.create_future()
-
-    def wake(_: object = None) -> None:
-        if not waiter.done():
-            waiter.set_result(None)
-
-    if one.done() or (other is not None and other.done()):
-        return
-    timer = loop.call_later(seconds, wake)
-    one.add_done_callback(wake)
-    if other is not None:
-        other.add_done_callback(wake)
-    try:
-        await waiter
-    finally:
-        timer.cancel()
-        one.remove_done_callback(wake)
-        if other is not None:
-            other.remove_done_callback(wake)
-
-
 async def _translated(command: Callable[[], Awaitable[T]]) -> T:
     """The command's answer, or why there is none as a ``StoreAway``."""
     try:
         return await command()
     except Exception as error:
         # Whatever the client trips over is its trouble, not the caller's: it is asked again later.
-        reason, name = _reason(error), type(error).__name__
-        if isinstance(error, ResponseError) and not isinstance(error, _NOT_SERVING):
-            raise StoreRefused(name, reason) from error
-        raise StoreAway(name, reason, asked=not is_refused(error)) from error
+        raise _away(error) from error
+
+
+def _away(error: Exception) -> StoreAway:
+    """What an error of the client says of Redis."""
+    reason, name = _reason(error), type(error).__name__
+    away = StoreAway(name, reason, asked=not is_refused(error))
+    if isinstance(error, ResponseError) and not isinstance(error, _NOT_SERVING):
+        away = StoreRefused(name, reason)
+    away.__cause__ = error
+    return away
+
+
+def _was_closed(answer: asyncio.Future[Any]) -> bool:
+    """Whether a wait that was cancelled has lost its client, and not its caller."""
+    if answer.done() and not answer.cancelled():
+        # Looked at, so that an error that came just then is not reported as forgotten.
+        answer.exception()
+    task = asyncio.current_task()
+    return answer.cancelled() and task is not None and not task.cancelling()
 
 
 _NOT_SERVING = (ClusterDownError, MasterDownError)

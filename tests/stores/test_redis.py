@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from gateway.doctor.redis_servers import ACL
 from gateway.domain.errors import GateUnavailable
 from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Window
-from gateway.ports import Cached, CachedMeta
+from gateway.ports import Cached, CachedMeta, CacheEntry, Parts
 from gateway.settings import load
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import GateListener, RedisGate
@@ -225,6 +225,41 @@ async def test_many_at_once_before_a_frozen_redis_wait_together(
     # No connection was lost for good.
     answers = await asyncio.gather(*(gate.take(f"s{i}", [RATE], ONE) for i in range(200)))
     assert all(isinstance(answer, Grant) and not answer.degraded for answer in answers)
+    await gate.aclose()
+
+
+class Alone:
+    """A client whose commands go out one by one, as a cluster's do."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    async def execute_command(self, *args: Any, **options: Any) -> Any:
+        return await self._client.execute_command(*args, **options)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+async def test_frozen_it_costs_one_short_wait_also_without_batches(
+    valkey: Valkey, awake: Awake
+) -> None:
+    gate = RedisGate(Alone(connect(valkey.url)), StillClock(), server=Server(pause=0.1))
+    assert await healthy(gate)
+    many = (gate.take(f"r{i}", LIMITS_OF_MANY, ONE) for i in range(100))
+    for answer in await asyncio.gather(*many):
+        assert isinstance(answer, Grant)
+        assert not answer.degraded
+    valkey.freeze()
+    began = awake.time()
+    assert all(await asyncio.gather(*(degraded(gate, f"s{i}") for i in range(3))))
+    waited, began = awake.time() - began, awake.time()
+    assert 0.2 < waited < 2
+    for i in range(50):
+        assert await degraded(gate, f"t{i}")
+    assert awake.time() - began < 0.2
+    valkey.thaw()
+    await eventually(lambda: not gate.degraded)
     await gate.aclose()
 
 
@@ -548,6 +583,43 @@ async def test_a_lost_answer_is_counted_once(valkey: Valkey, admin: Client) -> N
         await gate.aclose()
 
 
+async def test_slots_that_come_free_at_one_moment_are_given_back_in_one_call(
+    valkey: Valkey, admin: Client
+) -> None:
+    gate = gate_at(valkey.url)
+    rids = [f"r{number}" for number in range(40)]
+    for rid in rids:
+        assert isinstance(await gate.take(rid, LIMITS_OF_MANY, ONE), Grant)
+    assert not gate.release_at_once("nobody")
+    await admin.execute_command("CONFIG", "RESETSTAT")
+    assert all(gate.release_at_once(rid) for rid in rids)
+    # Closing waits for it.
+    await gate.aclose()
+    said = await admin.execute_command("INFO", "commandstats")
+    assert said["cmdstat_evalsha"]["calls"] == 1
+    assert await admin.execute_command("ZCARD", CC) == 0
+
+
+async def test_slots_that_come_free_while_redis_is_away_are_given_back_later(
+    valkey: Valkey, admin: Client
+) -> None:
+    gate = gate_at(valkey.url, lease_seconds=600.0, beat_seconds=0.05)
+    for rid in ("one", "two", "runs"):
+        assert isinstance(await gate.take(rid, LIMITS, ONE), Grant)
+    valkey.freeze()
+    assert gate.release_at_once("one")
+    assert gate.release_at_once("two")
+    await eventually(lambda: gate.degraded)
+    valkey.thaw()
+
+    async def is_free() -> bool:
+        found: list[bytes] = await admin.execute_command("ZRANGE", CC, 0, -1)
+        return found == [b"runs"]
+
+    await eventually(is_free)
+    await gate.aclose()
+
+
 async def test_a_dead_worker_loses_its_slots_and_a_live_one_keeps_them(valkey: Valkey) -> None:
     live = gate_at(valkey.url, lease_seconds=2.0, beat_seconds=0.1)
     dead = gate_at(valkey.url, lease_seconds=2.0, beat_seconds=3600)
@@ -656,6 +728,80 @@ async def test_a_cache_that_is_lost_in_the_middle_of_a_put_or_get(valkey: Valkey
                 await cache.ping()
                 assert await cache.get("a" * 64) is None
             await cache.aclose()
+
+
+RESULT = "t:req_1"
+
+
+@dataclass
+class Both:
+    """Results beside a cache of the same Redis."""
+
+    url: str
+    data: bytes
+    server: Server = field(default_factory=lambda: Server(pause=0.1))
+
+    def __post_init__(self) -> None:
+        clock, server = StillClock(), self.server
+        self.cache = RedisCache(server.connect(self.url), clock, server=server)
+        self.results = RedisCache(
+            server.connect(self.url), clock, server=server, prefix="gwr", beside=self.cache
+        )
+
+    async def keep(self) -> list[bool]:
+        body = Parts([self.data[:7], self.data[7:]], CacheEntry("k", meta_of(self.data), 86_400))
+        named = replace(meta_of(self.data), team="t")
+        return [
+            await self.results.put(RESULT, named, body, 900),
+            await self.cache.put("k", meta_of(self.data), body.again(), 86_400),
+        ]
+
+    async def kept(self) -> list[tuple[bytes, str]]:
+        found = [await self.results.get(RESULT), await self.cache.get("k")]
+        return [
+            (b"".join([chunk async for chunk in one.chunks()]), one.meta.team)
+            for one in found
+            if one is not None
+        ]
+
+    async def aclose(self) -> None:
+        await self.results.aclose()
+        await self.cache.aclose()
+
+
+@pytest.mark.parametrize("size", [20, 300_000])
+async def test_an_answer_and_what_is_cached_of_it_are_put_together(
+    valkey: Valkey, admin: Client, size: int
+) -> None:
+    both = Both(valkey.url, os.urandom(size))
+    await both.keep()
+    # What is there already is replaced, whatever it is.
+    await admin.execute_command("SET", "gwc:{k}", "no hash")
+    await admin.execute_command("CONFIG", "RESETSTAT")
+    assert await both.keep() == [True, True]
+    said = await admin.execute_command("INFO", "commandstats")
+    assert (said["cmdstat_evalsha"]["calls"] == 1) == (size == 20)
+    assert await both.kept() == [(both.data, "t"), (both.data, "")]
+    assert sorted(await admin.execute_command("KEYS", "*")) == [b"gwc:{k}", b"gwr:{t:req_1}"]
+    assert 0 < await admin.execute_command("PTTL", "gwr:{t:req_1}") <= 900_000
+    assert 900_000 < await admin.execute_command("PTTL", "gwc:{k}") <= 86_400_000
+    await both.aclose()
+
+
+async def test_two_that_are_put_together_survive_a_lost_answer_and_not_an_outage(
+    valkey: Valkey,
+) -> None:
+    async with LossyWire(valkey.port) as wire:
+        both = Both(wire.url, b"x" * 20)
+        await both.keep()
+        wire.lose(1)
+        assert await both.keep() == [True, True]
+        assert wire.lost == 1
+        assert await both.kept() == [(both.data, "t"), (both.data, "")]
+        valkey.kill()
+        assert await both.keep() == [False, False]
+        assert await both.kept() == []
+        await both.aclose()
 
 
 async def test_a_full_cache_still_answers(valkey: Valkey, admin: Client) -> None:

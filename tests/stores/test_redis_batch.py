@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from typing import Any
 
+import pytest
+from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
-from gateway.stores.redis_batch import BATCH_COMMANDS, SMALL_BYTES
+from gateway.stores.redis_batch import BATCH_COMMANDS, SMALL_BYTES, Together, _packed
 from gateway.stores.redis_link import Client, Server
 from tests.valkey import LossyWire, Valkey
 
@@ -79,6 +82,57 @@ async def test_who_gave_up_leaves_the_others_their_answers(client: Client) -> No
     left.cancel()
     assert await stays == b"v"
     assert left.cancelled()
+
+
+async def test_forgotten_scripts_are_asked_with_their_text_also_of_who_left(
+    shared_valkey: Valkey,
+) -> None:
+    together = Together(Redis.from_url(shared_valkey.url, protocol=2), 1.0)
+    await together.execute_command("SCRIPT", "FLUSH")
+    await together.execute_command("FLUSHALL")
+    text = "return redis.call('HSET', KEYS[1], 'f', ARGV[1])"
+    digest = hashlib.sha1(text.encode()).hexdigest()
+    stays, left = (
+        together.ask(("EVALSHA", digest, 1, key, "v"), text).answer for key in ("one", "two")
+    )
+    beside = together.ask(("EXISTS", "nobody")).answer
+    await asyncio.sleep(0)
+    left.cancel()
+    assert await stays == 1
+    assert await beside == 0
+    assert await together.execute_command("EXISTS", "one", "two") == 2
+    await together.aclose()
+
+
+async def test_what_is_under_way_is_known_until_it_is_over(client: Client) -> None:
+    assert isinstance(client, Together)
+    asked = client.ask(("EXISTS", "nobody"))
+    [carrier] = client.carriers(asked)
+    await carrier
+    assert await asked.answer == 0
+    assert client.carriers(asked) == client.carriers() == set()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("EVALSHA", "0" * 40, 1, "key", 7, ""),
+        ("EVALSHA", "0" * 40, 1, "schlüssel", "€" * 10),
+        ("EVALSHA", "0" * 40, 1, "key", b"\0\xff", -1),
+        ("HGET", "x" * (SMALL_BYTES + 1), "f"),
+        ("HGET", (b"ab", b"c"), True),
+    ],
+)
+def test_commands_are_packed_as_the_protocol_has_them(args: tuple[Any, ...]) -> None:
+    parts, size = _packed(args)
+    whole = b"*%d\r\n" % len(args)
+    for each in args:
+        plain = b"".join(each) if isinstance(each, tuple) else each
+        plain = b"%d" % plain if isinstance(plain, int) else plain
+        plain = plain.encode() if isinstance(plain, str) else plain
+        whole += b"$%d\r\n%b\r\n" % (len(plain), plain)
+    assert b"".join(parts) == whole
+    assert (size > SMALL_BYTES) == (len(whole) > SMALL_BYTES)
 
 
 async def test_the_last_who_shares_a_client_closes_it(shared_valkey: Valkey) -> None:

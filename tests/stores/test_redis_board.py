@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -409,6 +410,81 @@ async def test_nothing_is_said_while_nothing_runs(valkey: Valkey, admin: Client)
     await eventually(lambda: not board.beating)
     assert await joined(board, orphans_only=True) == "b"
     assert board.beating
+    await board.aclose()
+
+
+async def test_what_ends_at_one_moment_is_told_in_one_call(valkey: Valkey, admin: Client) -> None:
+    board = board_at(valkey.url, beat_seconds=60.0)
+    rids = [f"r{number}" for number in range(30)]
+    await asyncio.gather(*(board.announce(notice(rid, rid)) for rid in rids))
+    await admin.execute_command("CONFIG", "RESETSTAT")
+    for rid in rids:
+        assert board.end_at_once(rid, joinable=True)
+        assert board.leave_at_once(rid, delivered=rid != "r7")
+    # Closing waits for it.
+    await board.aclose()
+    said = await admin.execute_command("INFO", "commandstats")
+    assert said["cmdstat_evalsha"]["calls"] == 1
+    assert await keys(admin, "gw:{default}:sf:*") == [b"gw:{default}:sf:r7:k"]
+    assert len(await flights_left(admin)) == 2
+
+
+async def test_what_is_posted_while_redis_is_away_is_told_later(valkey: Valkey) -> None:
+    here, there = board_at(valkey.url, "one"), board_at(valkey.url, "two")
+    for rid in ("landed", "delivered"):
+        await here.announce(notice(rid))
+    valkey.kill()
+    for rid in ("landed", "delivered"):
+        assert here.end_at_once(rid, joinable=True)
+        assert here.leave_at_once(rid, delivered=rid == "delivered")
+    assert not here.leave_at_once("nobody", delivered=True)
+    await eventually(lambda: here.degraded)
+    assert await joined(here, orphans_only=True) == "landed"
+    await here.leave("landed", delivered=False)
+    valkey.restart()
+    await eventually(lambda: is_seen(there, "landed", ended=True, watchers=0))
+    assert await there.look("delivered") is None
+    await here.aclose()
+    await there.aclose()
+
+
+async def test_what_redis_has_lost_of_a_flight_is_told_anew(valkey: Valkey, admin: Client) -> None:
+    """Its notice too, which is else told once."""
+    here, there = board_at(valkey.url, beat_seconds=60.0), board_at(valkey.url)
+    for rid in ("lost", "stays"):
+        await here.announce(notice(rid, rid))
+    # Nothing tells of it, as after an eviction.
+    await admin.execute_command("DEL", "gw:{default}:fl:lost", "gw:{default}:sf:lost:k")
+    for rid in ("lost", "stays"):
+        assert here.end_at_once(rid, joinable=True)
+        assert here.leave_at_once(rid, delivered=False)
+    await eventually(lambda: is_seen(there, "lost", ended=True, watchers=0))
+    assert await is_seen(there, "stays", ended=True, watchers=0)
+    found = await there.join("lost", "k", orphans_only=True)
+    assert found == notice("lost", "lost")
+    await here.aclose()
+    await there.aclose()
+
+
+async def test_the_announcement_of_a_small_call_is_its_first_beat(
+    valkey: Valkey, admin: Client
+) -> None:
+    board = board_at(valkey.url, beat_seconds=0.6)
+
+    async def beat(rid: str) -> int:
+        return int(await admin.execute_command("HGET", f"gw:{{default}}:fl:{rid}", "beat"))
+
+    stream = replace(notice("stream", "s"), stream=True)
+    await board.announce(notice("small"))
+    await board.announce(stream)
+    announced = {rid: await beat(rid) for rid in ("small", "stream")}
+
+    async def is_beaten(rid: str) -> bool:
+        return await beat(rid) > announced[rid]
+
+    await eventually(lambda: is_beaten("stream"))
+    assert not await is_beaten("small")
+    await eventually(lambda: is_beaten("small"))
     await board.aclose()
 
 

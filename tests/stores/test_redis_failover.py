@@ -19,7 +19,8 @@ from gateway.domain.quota import Demand, Grant, Limit, Refusal, Scope, Unit, Win
 from gateway.ports import CachedMeta
 from gateway.stores.redis_cache import RedisCache
 from gateway.stores.redis_gate import RedisGate
-from gateway.stores.redis_link import MOST_SECONDS, Server, connect
+from gateway.stores.redis_link import Server, connect
+from gateway.stores.redis_patience import MOST_SECONDS
 from tests.awake import Awake
 from tests.clock import StillClock
 from tests.redis_servers import Cluster, Sentinelled, run_cluster, run_sentinels, say
