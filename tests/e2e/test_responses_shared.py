@@ -4,7 +4,6 @@ replica, drained, killed; and one whose owner could not be written down at first
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -210,9 +209,14 @@ async def test_a_process_that_is_killed_leaves_what_it_had_in_the_background_at_
         await eventually(lambda: not Books.read(database).open, 30)
         headers = {"authorization": f"Bearer {KEY}"}
         async with httpx.AsyncClient(verify=False, timeout=30, headers=headers) as http:
-            # It is still its team's: what was made can be had.
-            found = await http.get(f"{second.base_url}/responses/{queued['id']}")
-            assert (found.status_code, json.loads(found.content)["status"]) == (200, "completed")
+
+            async def is_had() -> bool:
+                found = await http.get(f"{second.base_url}/responses/{queued['id']}")
+                assert found.status_code == 200
+                return bool(found.json()["status"] == "completed")
+
+            # It is still its team's: what was made can be had, once the upstream has made it.
+            await eventually(is_had)
     books = Books.read(database)
     books.check()
     [hold] = books.holds.values()
