@@ -98,7 +98,8 @@ def start_valkey(*options: str) -> Iterator[str]:
 class LossyWire:
     """A TCP proxy in front of a server. ``lose(n)`` drops the next ``n`` answers (their
     connections are cut after the server has done its work), ``lose_some(share)`` that share of
-    all, the same ones in each run."""
+    all, the same ones in each run. While ``passes`` is not set it keeps the answers, ``kept`` of
+    them so far."""
 
     def __init__(self, port: int) -> None:
         self._target = port
@@ -106,6 +107,9 @@ class LossyWire:
         self._share = 0.0
         self._random = random.Random(65)
         self.lost = 0
+        self.kept = 0
+        self.passes = asyncio.Event()
+        self.passes.set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -154,6 +158,9 @@ class LossyWire:
                 if not data.startswith(b"-NOSCRIPT") and self._loses():
                     self.lost += 1
                     break
+                if not self.passes.is_set():
+                    self.kept += 1
+                    await self.passes.wait()
                 writer.write(data)
                 await writer.drain()
         except (ConnectionError, asyncio.CancelledError):

@@ -510,6 +510,8 @@ class RedisBoard:
     def _look_at(self, since: bytes) -> None:
         if self._since is not None and since != self._since:
             self._back()
+            for each in self._known.values():
+                each.kept = False
             self._owed |= dict.fromkeys(rid for rid, each in self._known.items() if each.mine)
         self._since = since
 
@@ -582,11 +584,12 @@ class RedisBoard:
         if self._owed:
             # What comes late does no harm, but what is told now should be the last word.
             await self._link.settled()
-        for rid in list(self._owed):
-            known = self._known.get(rid)
-            if known is None:
-                self._owed.pop(rid, None)
-            elif not await self._tell(known):
+        for rids in _batches(list(self._owed), TOLD_TOGETHER):
+            some = [self._known[rid] for rid in rids if rid in self._known]
+            for rid in rids:
+                if rid not in self._known:
+                    self._owed.pop(rid, None)
+            if some and not await self._tell(*some):
                 return
 
     async def _run(self, script: Script, keys: Sequence[str], args: Sequence[object]) -> Any:

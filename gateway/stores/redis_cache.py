@@ -80,6 +80,7 @@ class RedisCache:
         self._prefix = prefix
         self._seed, self._count = secrets.token_hex(8), count()
         self._held = 0
+        self._apart = False
         self._fetching: dict[str, asyncio.Task[_Pieces | None]] = {}
         self._fetched: weakref.WeakValueDictionary[str, _Pieces] = weakref.WeakValueDictionary()
         """By generation: what is in memory, as long as somebody has it."""
@@ -156,7 +157,8 @@ class RedisCache:
                     if await self._put_both(key, meta, mine, ttl_seconds, other, entry):
                         chunks.made = other
                         return True
-                    return False
+                    if not self._apart:
+                        return False
                 kept, chunks.made = await asyncio.gather(
                     self.put(key, meta, mine, ttl_seconds), other.put_as_beside(entry, chunks)
                 )
@@ -176,6 +178,7 @@ class RedisCache:
         return (
             self._link.client is other._link.client
             and self._link.has_all_keys
+            and not self._apart
             and entry.ttl_seconds > 0
             and 0 < sum(map(len, body.parts)) == entry.meta.size_bytes == meta.size_bytes
             and entry.meta.size_bytes <= other._max_entry_bytes
@@ -203,7 +206,9 @@ class RedisCache:
         try:
             async with self._puts:
                 await self._run(_KEEP_BOTH, keys, *args)
-        except StoreAway:
+        except StoreAway as error:
+            # One that is a cluster behind a single address: each by itself from now on.
+            self._apart |= error.reason is Reason.CLUSTER
             return False
         return True
 

@@ -120,7 +120,7 @@ class RedisGate:
         self._errand = errand
         self._posted: dict[str, tuple[str, ...]] = {}
         """Slots that are about to be given back, by nobody who waits."""
-        self._releaser: asyncio.Task[None] | None = None
+        self._releasers: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._heart: asyncio.Task[None] | None = None
         self._errands: set[asyncio.Task[None]] = set()
@@ -172,8 +172,10 @@ class RedisGate:
         if slots is None:
             return False
         self._posted[rid] = slots
-        if self._releaser is None:
-            self._releaser = self._errand(self._release_posted())
+        if len(self._posted) == 1:
+            task = self._errand(self._release_posted())
+            self._releasers.add(task)
+            task.add_done_callback(self._releasers.discard)
         return True
 
     async def undo(self, rid: str, limits: Sequence[Limit], demand: Demand) -> None:
@@ -200,10 +202,10 @@ class RedisGate:
 
     async def aclose(self) -> None:
         """What is still held here comes free when its lease ends."""
-        if self._releaser is not None:
-            # Nobody else has waited for it.
-            await asyncio.wait({self._releaser}, timeout=CLOSE_SECONDS)
-        own = (self._heart, self._releaser)
+        if self._releasers:
+            # Nobody else has waited for them.
+            await asyncio.wait(self._releasers, timeout=CLOSE_SECONDS)
+        own = (self._heart, *self._releasers)
         tasks = [*self._errands, *(task for task in own if task is not None)]
         for task in tasks:
             task.cancel()
@@ -317,18 +319,16 @@ class RedisGate:
             self._owe(rid, command)
 
     async def _release_posted(self) -> None:
-        """What ends at one moment is one script call."""
-        try:
-            while self._posted:
-                some = dict(islice(self._posted.items(), RELEASED_TOGETHER))
-                for rid in some:
-                    del self._posted[rid]
-                pairs = [(key, rid) for rid, keys in some.items() for key in keys]
-                if not await self._done(self._released(*zip(*pairs, strict=True))):
-                    for rid, keys in some.items():
-                        self._owe(rid, self._released(keys, [rid] * len(keys)))
-        finally:
-            self._releaser = None
+        """What ends at one moment is one script call. Who ends while it is under way has one of
+        their own: a slot that comes free late is one that somebody is refused."""
+        while self._posted:
+            some = dict(islice(self._posted.items(), RELEASED_TOGETHER))
+            for rid in some:
+                del self._posted[rid]
+            pairs = [(key, rid) for rid, keys in some.items() for key in keys]
+            if not await self._done(self._released(*zip(*pairs, strict=True))):
+                for rid, keys in some.items():
+                    self._owe(rid, self._released(keys, [rid] * len(keys)))
 
     def _owe(self, rid: str, command: _Command) -> None:
         if len(self._owed) < MAX_OWED:

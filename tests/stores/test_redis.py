@@ -600,6 +600,23 @@ async def test_slots_that_come_free_at_one_moment_are_given_back_in_one_call(
     assert await admin.execute_command("ZCARD", CC) == 0
 
 
+async def test_a_slot_that_comes_free_does_not_wait_for_the_answer_about_another(
+    valkey: Valkey,
+) -> None:
+    async with LossyWire(valkey.port) as wire:
+        gate = gate_at(wire.url, deadline_seconds=30.0)
+        for rid in ("one", "two"):
+            assert isinstance(await gate.take(rid, LIMITS, ONE), Grant)
+        wire.passes.clear()
+        assert gate.release_at_once("one")
+        await eventually(lambda: wire.kept == 1)
+        assert gate.release_at_once("two")
+        # Before the calls' own deadline, at which they would be told again.
+        await eventually(lambda: wire.kept == 2, 1.2)
+        wire.passes.set()
+        await gate.aclose()
+
+
 async def test_slots_that_come_free_while_redis_is_away_are_given_back_later(
     valkey: Valkey, admin: Client
 ) -> None:
@@ -905,6 +922,26 @@ async def test_a_cluster_serves_both() -> None:
         server.kill()
         assert await degraded(gate, "dead")
         await gate.aclose()
+
+
+async def test_a_cluster_behind_one_address_puts_apart_what_is_elsewhere_put_together() -> None:
+    with run_valkey("--cluster-enabled", "yes") as server:
+        node = connect(server.url, timeout=5.0)
+        await node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+
+        async def formed() -> bool:
+            return b"cluster_state:ok" in await node.execute_command("CLUSTER", "INFO")
+
+        await eventually(formed)
+        both = Both(server.url, b"x" * 20)
+        for _ in range(2):
+            assert await both.keep() == [True, True]
+        assert await both.kept() == [(both.data, "t"), (both.data, "")]
+        # It was tried once.
+        said = await node.execute_command("INFO", "errorstats")
+        assert said["errorstat_CROSSSLOT"]["count"] == 1
+        await both.aclose()
+        await node.aclose()
 
 
 async def test_a_sentinel_names_the_master(valkey: Valkey, tmp_path: object) -> None:

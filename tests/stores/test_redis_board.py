@@ -466,6 +466,25 @@ async def test_what_redis_has_lost_of_a_flight_is_told_anew(valkey: Valkey, admi
     await there.aclose()
 
 
+async def test_a_redis_that_has_lost_everything_is_told_of_many_flights_in_few_calls(
+    valkey: Valkey, admin: Client
+) -> None:
+    """Else the leases of the first ones told end while the last ones are."""
+    board = board_at(valkey.url)
+    rids = [f"r{number}" for number in range(200)]
+    await asyncio.gather(*(board.announce(notice(rid, rid)) for rid in rids))
+    await admin.execute_command("FLUSHALL")
+    await admin.execute_command("CONFIG", "RESETSTAT")
+
+    async def all_are_told() -> bool:
+        return len(await keys(admin, "gw:{default}:fl:*")) == len(rids)
+
+    await eventually(all_are_told)
+    said = await admin.execute_command("INFO", "commandstats")
+    assert said["cmdstat_evalsha"]["calls"] < 30
+    await board.aclose()
+
+
 async def test_the_announcement_of_a_small_call_is_its_first_beat(
     valkey: Valkey, admin: Client
 ) -> None:
