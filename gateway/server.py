@@ -29,10 +29,13 @@ KEEP_ALIVE_SECONDS = 75
 BACKLOG = 65_535
 """As many as the system lets wait (net.core.somaxconn): for whom there is no room knocks again
 after a second, then three, then seven."""
-LOOK_SECONDS = 1.0
-LOOKS = 5
-"""Where so often, one after the other, connections wait whom the other workers do not take, one
-that is full tells them, until its next look, that there is no room: another one may hang."""
+LOOK_SECONDS = 0.2
+LOOKS = 25
+"""Where at so many looks, one after the other, connections wait, and never fewer than at the one
+before, one that is full tells them, until its next look, that there is no room: who should take
+them may hang."""
+REOPEN_SECONDS = 1.0
+"""After a failure to accept again."""
 _WAITING = struct.Struct("=24xI")
 """Of Linux's tcp_info: on a socket that listens, how many wait to be accepted."""
 
@@ -125,7 +128,8 @@ class Server(uvicorn.Server):
         self._door.is_shut = True
         if self._opening is None or self._opening.done():
             self._close()
-        self._look(0)
+        self._stop_looking()
+        self._look(0, 0)
 
     def wake(self) -> None:
         """Accepts, if only to refuse: nobody else has room."""
@@ -133,13 +137,27 @@ class Server(uvicorn.Server):
         if self._door.is_shut:
             self._door.is_shut = False
             if self._opening is None or self._opening.done():
-                self._opening = asyncio.get_running_loop().create_task(self._open())
+                self._opening = asyncio.get_running_loop().create_task(self._reopen())
 
-    def _look(self, in_vain: int) -> None:
-        in_vain = in_vain + 1 if any(map(_waiting, self._sockets)) else 0
+    async def _reopen(self) -> None:
+        while not self._door.is_shut:
+            try:
+                await self._open()
+            except OSError as error:
+                # There may be no file descriptor left for a moment.
+                log.error("nothing is accepted, tried again: %s", error)
+                self._close()
+                await asyncio.sleep(REOPEN_SECONDS)
+            else:
+                return
+
+    def _look(self, in_vain: int, before: int) -> None:
+        """``in_vain``: at so many looks as many waited as at the one before, or more."""
+        waiting = sum(map(_waiting, self._sockets))
+        in_vain = in_vain + 1 if waiting and waiting >= before else 0
         loop = asyncio.get_running_loop()
         if in_vain < LOOKS:
-            self._looking = loop.call_later(LOOK_SECONDS, self._look, in_vain)
+            self._looking = loop.call_later(LOOK_SECONDS, self._look, in_vain, waiting)
         else:
             log.warning("full, and no other worker takes who waits: they are refused")
             self.wake()

@@ -128,7 +128,9 @@ async def _require(
     """A team that is misspelt has no rows either. One that is gone may have some."""
     if team is None or rows or team in settings.teams:
         return
-    if all(one.id != team for one in await store.directory.teams()):
+    if any(one.id == team for one in await store.directory.teams()):
+        return
+    if not await store.books.usage_by(By.TEAM, team, None, None):
         fail(f"there is no team {team}, and no usage of one", EXIT_FAILED)
 
 

@@ -22,8 +22,9 @@ from gateway.stores.schema import Versions, migrations
 
 _LOCK = 0x67747779
 """``gtwy``: whose turn it is to change the schema."""
-_DDL_LOCK_SECONDS = 10
+_DDL_LOCK_SECONDS = 1
 """How long a change waits for the tables; everybody else waits behind it."""
+_DDL_TRIES = 60
 _VERSION_TABLE = """
 CREATE TABLE IF NOT EXISTS schema_version (
     version    INTEGER     NOT NULL PRIMARY KEY,
@@ -73,7 +74,7 @@ def upgrade(url: str) -> Versions:
             while (database := _version(link)) < len(files):
                 if database + 1 in _BEFORE:
                     _prepare(link, url, database + 1)
-                if _step(link, files, database) and before is None:
+                if _step_patiently(link, files, database) and before is None:
                     before = database
         except psycopg.Error as error:
             raise StoreError(
@@ -149,6 +150,17 @@ def _make_indexes(link: Link) -> None:
         if link.execute(_HALF_MADE, (name,)).fetchone() is not None:
             link.execute(f"DROP INDEX {name}".encode())
         link.execute(f"CREATE INDEX CONCURRENTLY IF NOT EXISTS {name} ON {what}".encode())
+
+
+def _step_patiently(link: Link, files: list[str], database: int) -> bool:
+    """As ``_step``. Calls wait behind whoever waits for a table: where a backup or a report is
+    being read, it is tried for a second, and again a second later."""
+    for _ in range(_DDL_TRIES - 1):
+        try:
+            return _step(link, files, database)
+        except psycopg.errors.LockNotAvailable:
+            threading.Event().wait(_DDL_LOCK_SECONDS)
+    return _step(link, files, database)
 
 
 def _step(link: Link, files: list[str], database: int) -> bool:

@@ -943,6 +943,40 @@ def test_usage_by_user_goes_along_an_index(server: Postgres, team: str | None, s
     assert "Seq Scan on usage_by_user" not in plan
 
 
+def make_release(link: psycopg.Connection[Any], release: int) -> None:
+    """The schema as it was."""
+    for number, text in enumerate(migrations("postgres")[:release], start=1):
+        link.execute(text.encode())
+        if number == 1:
+            link.execute(
+                "CREATE TABLE schema_version (version INTEGER PRIMARY KEY,"
+                " applied_at TIMESTAMPTZ NOT NULL DEFAULT now())"
+            )
+        link.execute("INSERT INTO schema_version (version) VALUES (%s)", (number,))
+
+
+async def test_an_upgrade_behind_a_long_read_keeps_no_call_waiting(server: Postgres) -> None:
+    url = server.empty_database()
+    with psycopg.connect(url, autocommit=True) as calls, psycopg.connect(url) as report:
+        make_release(calls, 4)
+        report.execute("SELECT count(*) FROM usage_by_user")
+        upgraded = asyncio.create_task(asyncio.to_thread(upgrade, url))
+
+        def waits() -> bool:
+            found = calls.execute(
+                "SELECT 1 FROM pg_locks WHERE NOT granted AND relation = 'usage_by_user'::regclass"
+            )
+            return found.fetchone() is not None
+
+        await eventually(waits)
+        calls.execute("SET statement_timeout = '3s'")
+        calls.execute("UPDATE hold SET cost = 1")
+        assert not upgraded.done()
+        report.rollback()
+        await upgraded
+    assert not upgrade(url).upgrade_needed
+
+
 @pytest.mark.parametrize(("release", "tens"), [(2, 2), (2, 1), (4, 1), (4, 0)])
 async def test_the_schema_is_upgraded_while_calls_go_on(
     server: Postgres, release: int, tens: int
@@ -952,16 +986,8 @@ async def test_the_schema_is_upgraded_while_calls_go_on(
     of the month as well."""
     url = server.empty_database()
     days = [f"2026-11-{tens}{number}" for number in (5, 6, 7)]
-    files = migrations("postgres")
     with psycopg.connect(url, autocommit=True) as old:
-        for number, text in enumerate(files[:release], start=1):
-            old.execute(text.encode())
-            if number == 1:
-                old.execute(
-                    "CREATE TABLE schema_version (version INTEGER PRIMARY KEY,"
-                    " applied_at TIMESTAMPTZ NOT NULL DEFAULT now())"
-                )
-            old.execute("INSERT INTO schema_version (version) VALUES (%s)", (number,))
+        make_release(old, release)
         old.execute(
             "INSERT INTO hold (rid, state, bound, cost, accounts, team, key_id, model, operation,"
             " upstream, images, price_id, fingerprint, worker, at, day, lease_ends, outcome,"
