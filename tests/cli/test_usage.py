@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gateway.cli.usage import key_names
 from gateway.domain.ledger import UsageRow
@@ -229,3 +230,14 @@ def test_by_one_thing(ask: Ask, say: Say, books: Path, by: str) -> None:
     head, *_, total = say("usage", "--by", by, "--config", books).output.splitlines()
     assert head.split()[: len(names)] == {"key": ["TEAM", "KEY"]}.get(by, [by.upper()])
     assert total.split()[:2] == ["total", str(report["total"]["requests"])]
+
+
+def test_a_team_that_is_gone_from_the_file_may_have_bought_nothing_in_these_days(
+    ask: Ask, books: Path
+) -> None:
+    config = yaml.safe_load(books.read_text())
+    del config["teams"]["design"]
+    without = books.with_name("without-design.yaml")
+    without.write_text(yaml.safe_dump(config))
+    options = ("--team", "design", "--since", "2027-01-01")
+    assert ask("usage", "--json", "--config", without, *options)["rows"] == []
