@@ -895,7 +895,9 @@ async def test_errors_are_told_and_a_closed_store_is_away(valkey: Valkey) -> Non
     await gate.aclose()
 
 
-async def test_a_cluster_serves_both() -> None:
+@contextlib.asynccontextmanager
+async def cluster_of_one() -> AsyncIterator[tuple[Valkey, Client]]:
+    """One node that has all slots."""
     with run_valkey("--cluster-enabled", "yes") as server:
         node = connect(server.url, timeout=5.0)
         await node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
@@ -904,8 +906,13 @@ async def test_a_cluster_serves_both() -> None:
             return b"cluster_state:ok" in await node.execute_command("CLUSTER", "INFO")
 
         await eventually(formed)
-        await node.execute_command("ACL", "SETUSER", "gw", "on", ">password-1", *ACL.split())
+        yield server, node
         await node.aclose()
+
+
+async def test_a_cluster_serves_both() -> None:
+    async with cluster_of_one() as (server, node):
+        await node.execute_command("ACL", "SETUSER", "gw", "on", ">password-1", *ACL.split())
         url = server.url.replace("redis://", "redis+cluster://gw:password-1@").removesuffix("/0")
         gate = gate_at(url)
         await eventually(lambda: healthy(gate))
@@ -925,14 +932,7 @@ async def test_a_cluster_serves_both() -> None:
 
 
 async def test_a_cluster_behind_one_address_puts_apart_what_is_elsewhere_put_together() -> None:
-    with run_valkey("--cluster-enabled", "yes") as server:
-        node = connect(server.url, timeout=5.0)
-        await node.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-
-        async def formed() -> bool:
-            return b"cluster_state:ok" in await node.execute_command("CLUSTER", "INFO")
-
-        await eventually(formed)
+    async with cluster_of_one() as (server, node):
         both = Both(server.url, b"x" * 20)
         for _ in range(2):
             assert await both.keep() == [True, True]
@@ -941,7 +941,6 @@ async def test_a_cluster_behind_one_address_puts_apart_what_is_elsewhere_put_tog
         said = await node.execute_command("INFO", "errorstats")
         assert said["errorstat_CROSSSLOT"]["count"] == 1
         await both.aclose()
-        await node.aclose()
 
 
 async def test_a_sentinel_names_the_master(valkey: Valkey, tmp_path: object) -> None:
