@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
+
+from gateway.threads import give_way
 
 try:
     import uvloop
@@ -21,6 +24,7 @@ T = TypeVar("T")
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:
-    """As ``asyncio.run``."""
+    """As ``asyncio.run``; its threads leave the core to the loop."""
     with asyncio.Runner(loop_factory=LOOP) as runner:
+        runner.get_loop().set_default_executor(ThreadPoolExecutor(initializer=give_way))
         return runner.run(main)

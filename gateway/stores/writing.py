@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from gateway.domain.errors import LedgerUnavailable
+from gateway.threads import give_way
 
 BATCH = 128
 QUEUE = 10_000
@@ -198,6 +199,7 @@ class WriterThread(ABC, Generic[O]):
             _log.error("the ledger's writer is stuck: its thread is given up")
 
     def _run(self) -> None:
+        give_way()
         going_on = True
         while going_on:
             batch, going_on = self._take()
