@@ -5,6 +5,7 @@ Neither awaits anything, so each call is atomic in the event loop.
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -323,7 +324,7 @@ class MemoryCache:
 
     ``max_bytes`` bounds the sum of all contents, those still arriving too, ``max_entry_bytes`` one
     of them: what finds no room is quietly not kept. So many answers at once as ``max_files`` says
-    may take a file descriptor each.
+    may have a file each, of two descriptors.
     """
 
     def __init__(
@@ -432,6 +433,9 @@ def _file_of(chunks: Sequence[bytes]) -> OpenFile | None:
             rest = memoryview(chunk)
             while rest:
                 rest = rest[os.write(file.fd, rest) :]
+        file.content = mmap.mmap(
+            file.fd, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ
+        )
     except OSError:
         return None
     return file

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from gateway.descriptors import OF_A_KEPT_ANSWER
 from gateway.domain.call import SvgUsage, Usage
 from gateway.ports import Cache, Cached, CachedMeta, CacheEntry, FileBody, Form, Parts
 from gateway.stores.blobs import DiskCache
@@ -516,7 +517,7 @@ async def test_memory_holds_in_a_file_what_is_asked_for_again() -> None:
         await keep(cache, key, picture)
         for _ in range(3):
             assert await content(await cache.get(key)) == picture
-    assert _open_files() == before + 2
+    assert _open_files() == before + 2 * OF_A_KEPT_ANSWER
     assert cache.bytes_held == 600_000
     cached = await cache.get("a")
     assert cached is not None
@@ -526,9 +527,9 @@ async def test_memory_holds_in_a_file_what_is_asked_for_again() -> None:
     await cache.delete("a")
     assert b"".join([chunk async for chunk in body]) == pictures["a"]
     del body
-    assert _open_files() == before + 1
+    assert _open_files() == before + OF_A_KEPT_ANSWER
     assert await content(await cache.get("c")) == pictures["c"]
-    assert _open_files() == before + 2
+    assert _open_files() == before + 2 * OF_A_KEPT_ANSWER
     await cache.aclose()
     assert _open_files() == before
 
