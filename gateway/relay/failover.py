@@ -25,6 +25,7 @@ from gateway.domain.errors import (
     UpstreamUnknown,
 )
 from gateway.relay.health import Why
+from gateway.relay.owner import account_exhausted, account_refused
 
 ERROR_BODY_BYTES = 256 * 1024
 """An error's body is read this far; what is longer is no API's error."""
@@ -187,19 +188,9 @@ def refusal(
         return _passed_on(status, headers, body, error, "moderation")
     billing = 400 <= status < 500 and error is not None and _is_billing(error)
     if status in (401, 402, 403) and not billing:
-        return UpstreamAccount(
-            f"The upstream {upstream} refused this gateway's own account ({status}). Your key and "
-            "request are fine, and nothing was charged. The gateway's operator has to act.",
-            reason="upstream_auth",
-        )
+        return account_refused(upstream, status)
     if billing:
-        return UpstreamAccount(
-            f"This gateway's account at the upstream {upstream} has run out of money or reached "
-            "its limit. Your team's budget is fine, and nothing was charged. The gateway's "
-            "operator has to act.",
-            code="upstream_account_exhausted",
-            reason="upstream_account_exhausted",
-        )
+        return account_exhausted(upstream)
     if status in EDGE_STATUSES or status >= 599 or (status >= 500 and error is None):
         return UpstreamUnknown(
             f"Something between this gateway and the upstream {upstream} gave up ({status}). The "

@@ -164,9 +164,11 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("ResultExpired", "result_expired"): "It was there, and is kept no longer (`results.ttl`).",
         ("ResultNotFound", "result_not_found"): "Your team has no such result.",
         ("UpstreamAccount", "upstream_account_exhausted"): "The operator's account there has no "
-        "money. Your budget is fine.",
-        ("UpstreamAccount", "upstream_account_refused"): "The operator's key is refused there. "
-        "Your key is fine.",
+        "money: the message names the setting. Your budget is fine. A key that rests is tried "
+        "again when `retry-after` says.",
+        ("UpstreamAccount", "upstream_account_refused"): "The operator's key is refused there: "
+        "the message names the setting. Your key is fine. A key that rests is tried again when "
+        "`retry-after` says, or at once when another is put in its place.",
         ("UpstreamAccount", "upstream_off"): "The upstream has no key yet: the operator sets one.",
         ("UpstreamBroken", "overloaded"): "The picture was made, and there was no room to hold it: "
         "it is booked. The operator looks at `server.spool_bytes` and the disk.",
