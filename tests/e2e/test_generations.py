@@ -652,7 +652,8 @@ async def test_an_error_in_another_shape_gets_the_one_that_sdks_read(
     bodies: list[tuple[int, object, str]] = [
         (422, {"detail": [{"loc": ["body", "size"], "msg": "too large"}]}, "too large"),
         (400, {"detail": "size is wrong"}, "size is wrong"),
-        (404, b"<html>not here</html>", "The upstream answered 404 without an error body."),
+        (404, {"detail": "no such model"}, "no such model"),
+        (409, b"<html>not now</html>", "The upstream answered 409 without an error body."),
     ]
     for status, body, words in bodies:
         quick(gateway, status=status, body=body, times=1)
@@ -660,6 +661,31 @@ async def test_an_error_in_another_shape_gets_the_one_that_sdks_read(
         assert error.status_code == status
         assert words in error.message
         assert error.response.headers["content-type"] == "application/json"
+    assert (await booked(gateway)).requests == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, b"<html>not here</html>"),
+        (404, {"detail": "Not Found"}),
+        (405, b""),
+        (404, {"error": {"message": "Invalid URL (POST /images/generations)",
+                         "type": "invalid_request_error", "param": None, "code": None}}),
+        (404, {"error": {"code": "404", "message": "Resource not found"}}),
+    ],
+)  # fmt: skip
+async def test_a_base_url_that_leads_nowhere_is_the_operators(
+    gateway: GatewayUnderTest, status: int, body: object
+) -> None:
+    """It is not the client's address that is wrong."""
+    quick(gateway, status=status, body=body, times=1)
+    error = await failing(gateway.sdk(max_retries=2))
+    assert (error.status_code, error.code) == (502, "upstream_not_there")
+    assert error.response.headers["x-should-retry"] == "false"
+    assert "has to correct upstreams.openai.base_url, which usually ends in /v1" in error.message
+    [(receipt, _)] = await gateway.told.until(1)
+    assert (receipt.reason, receipt.upstream_status) == ("upstream_not_there", status)
     assert (await booked(gateway)).requests == 0
 
 

@@ -176,6 +176,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "came. It was probably billed, and is booked.",
         ("UpstreamFault", "upstream_forbidden"): "Something in front of the upstream, a firewall "
         "perhaps, refused it.",
+        ("UpstreamFault", "upstream_not_there"): "The upstream serves nothing at that address: its "
+        "`base_url` is wrong. It usually ends in `/v1`.",
         ("UpstreamFault", "upstream_redirect"): "The upstream answers with a redirect: its "
         "`base_url` is wrong.",
         ("UpstreamUnanswered", "upstream_no_answer"): "A request that costs nothing (a file, a "
