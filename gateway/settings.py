@@ -1197,7 +1197,13 @@ def _check_sections(
             )
     if not document.models:
         spot.at("models").warn(
-            _place(root, "models"), 'no model is routed: every request is refused; add "*"'
+            _place(root, "models"),
+            'no model is routed: every request is refused; add "*"'
+            + (
+                ""
+                if isinstance(root, Table) and root.entries
+                else ", or is this empty file the one you meant?"
+            ),
         )
 
 

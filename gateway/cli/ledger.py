@@ -21,6 +21,7 @@ from gateway.cli.common import (
     fail,
     json_option,
     load_settings,
+    no_team,
     print_json,
     print_table,
     with_store,
@@ -31,7 +32,7 @@ from gateway.domain.call import Json
 from gateway.domain.ledger import Basis, Entry, Line, State, UsageRow
 from gateway.domain.money import Money, exact_dollars, format_dollars, parse_dollars
 from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, period
-from gateway.ports import NotKnown, Store
+from gateway.ports import Store
 from gateway.reports.reconcile import say_doubt
 from gateway.settings import Settings
 
@@ -322,7 +323,7 @@ async def zone_of(store: Store, settings: Settings, team: str, day: str) -> tzin
             return known.zone
     if any(row.team == team for row in await store.ledger.usage(day, day)):
         return UTC
-    raise NotKnown(f"there is no team {team}")
+    raise await no_team(store, settings, team)
 
 
 def hold_json(hold: Hold) -> dict[str, object]:

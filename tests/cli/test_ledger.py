@@ -425,7 +425,7 @@ def test_a_team_that_nobody_knows(say: Say, books: Path) -> None:
         *("--amount", "1", "--reason", "r", "--config", books),
     )
     assert said.exit_code == 1
-    assert said.stderr == "there is no team nobody\n"
+    assert said.stderr == "there is no team nobody; gateway team list shows all\n"
 
 
 def test_a_team_that_is_gone_keeps_its_books(ask: Ask, say: Say, books: Path) -> None:
