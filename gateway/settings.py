@@ -384,6 +384,12 @@ def _sources_of_key(item: Node) -> tuple[str, ...]:
     return item.sources if isinstance(item, Scalar) else ()
 
 
+ENDPOINT = re.compile(
+    r"/(?:images/(?:generations|edits)|responses|models|files|chat/completions)\Z"
+)
+"""The end of a base url that was copied from a whole call."""
+
+
 def _check_origin(upstream: Upstream, spot: Spot, place: Place) -> None:
     """The addresses that keys and pictures may be sent to, as far as the text alone tells.
 
@@ -413,7 +419,17 @@ def _check_origin(upstream: Upstream, spot: Spot, place: Place) -> None:
         else:
             spot.warn(place, "sends keys and pictures unencrypted: https:// is better")
     if not parts.path:
-        spot.warn(place, "has no path: base urls of OpenAI's API usually end in /v1")
+        spot.warn(
+            place,
+            "has no path: base urls of OpenAI's API usually end in /v1; write /v1 behind it, "
+            "unless /images/generations is served without it",
+        )
+    elif ENDPOINT.search(parts.path):
+        spot.warn(
+            place,
+            "names an endpoint: it ends before that, usually in /v1; the path of each call is put "
+            "behind it",
+        )
 
 
 def _row(node: Node, spot: Spot) -> Table:
@@ -1181,7 +1197,13 @@ def _check_sections(
             )
     if not document.models:
         spot.at("models").warn(
-            _place(root, "models"), 'no model is routed: every request is refused; add "*"'
+            _place(root, "models"),
+            'no model is routed: every request is refused; add "*"'
+            + (
+                ""
+                if isinstance(root, Table) and root.entries
+                else ", or is this empty file the one you meant?"
+            ),
         )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import os
+import sys
 from typing import Any
 
 import click
@@ -22,16 +25,23 @@ from gateway.cli.serve import serve
 from gateway.cli.teams import team
 from gateway.cli.usage import usage
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
 
 class Commands(click.Group):
-    """What is printed may go to a disk that is full: one sentence says so, not a traceback."""
+    """What is printed, help too, may go to a disk that is full: one sentence says so, not a
+    traceback. A pipe that nobody reads any more ends a command without a word, which click sees to.
+    """
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
         try:
-            return super().invoke(ctx)
+            return super().main(*args, **extra)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in CANNOT_WRITE:
                 raise
+            with contextlib.suppress(OSError, ValueError):
+                # What is left in its buffer would be tried once more, and complained of, at exit.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             fail(
                 f"{error.filename or 'what was asked for'} cannot be written: {error.strerror}",
                 EXIT_FAILED,

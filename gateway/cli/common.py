@@ -149,6 +149,13 @@ def open_socket(host: str, port: int, *, next_free: bool = False) -> socket.sock
         if error.errno == errno.EADDRINUSE:
             where = f"{port} to {port + 100}" if next_free else str(port)
             why = f"port {where} of {host} is taken; choose another with --port"
+        elif error.errno == errno.EADDRNOTAVAIL:
+            why = (
+                f"cannot listen on {host}: this machine has no such address; say one that it "
+                "has with --host, or 0.0.0.0 for all of them"
+            )
+        elif error.errno == errno.EACCES:
+            why = f"port {port} of {host} is not for this user; choose one over 1023 with --port"
         else:
             why = f"cannot listen on {host}, port {port}: {error.strerror or error}"
         fail(why, EXIT_FAILED)
@@ -164,6 +171,14 @@ def fail(message: str, code: int) -> NoReturn:
     """Ends the command: the reason on standard error, the code for scripts."""
     click.echo(message, err=True)
     sys.exit(code)
+
+
+async def no_team(store: Store, settings: Settings, name: str, more: str = "") -> NotKnown:
+    """Nobody is called so. The nearest name is said, or what shows the names."""
+    known = (*settings.teams, *(one.id for one in await store.directory.teams()))
+    near = get_close_matches(name, known, n=1)
+    asked = f"did you mean {near[0]}?" if near else "gateway team list shows all"
+    return NotKnown(f"there is no team {name}{more}; {asked}")
 
 
 def print_json(value: object) -> None:

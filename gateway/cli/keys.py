@@ -19,6 +19,7 @@ from gateway.cli.common import (
     limit_options,
     load_settings,
     models_of,
+    no_team,
     peppers_of,
     print_json,
     print_table,
@@ -79,7 +80,10 @@ def create(
     digest = keys.digest(pepper, minted.secret)
 
     async def create_it(store: Store) -> None:
-        if any(one.id == team and one.disabled for one in await store.directory.teams()):
+        found = [one for one in await store.directory.teams() if one.id == team]
+        if not found:
+            raise await no_team(store, settings, team)
+        if found[0].disabled:
             fail(f"team {team} is disabled: no key of it works", EXIT_FAILED)
         await store.directory.create_key(made, digest)
 
@@ -108,7 +112,7 @@ def list_keys(team: str | None, as_json: bool, config: Path | None) -> None:
     async def read(store: Store) -> tuple[list[Key], set[str]]:
         teams = (*settings.teams.values(), *await store.directory.teams())
         if team is not None and all(one.id != team for one in teams):
-            fail(f"there is no team {team}", EXIT_FAILED)
+            raise await no_team(store, settings, team)
         declared = await keys_of_the_file(settings, store)
         made = await store.directory.keys(team)
         return [*declared, *made], {one.id for one in teams if one.disabled}

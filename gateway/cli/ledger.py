@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from gateway.cli.below_zero import below_zero, warn_below_zero
 from gateway.cli.common import (
     EXIT_FAILED,
     Day,
@@ -20,6 +21,7 @@ from gateway.cli.common import (
     fail,
     json_option,
     load_settings,
+    no_team,
     print_json,
     print_table,
     with_store,
@@ -30,7 +32,7 @@ from gateway.domain.call import Json
 from gateway.domain.ledger import Basis, Entry, Line, State, UsageRow
 from gateway.domain.money import Money, exact_dollars, format_dollars, parse_dollars
 from gateway.domain.quota import MONEY_WINDOWS, Limit, Scope, Unit, period
-from gateway.ports import NotKnown, Store
+from gateway.ports import Store
 from gateway.reports.reconcile import say_doubt
 from gateway.settings import Settings
 
@@ -185,7 +187,8 @@ def adjust(
 
     With RID and --cost, the call is posted at that cost, and is no longer unresolved. With --team,
     --model, --day and --amount, a sum that belongs to no call moves that day of the team, its week,
-    its month and its total.
+    its month and its total. Where that leaves less than nothing spent, its budgets have that much
+    more room, and a warning says so.
     """
     of_day = {"--team": team_id, "--model": model, "--day": day, "--amount": amount}
     if not reason.strip():
@@ -320,7 +323,7 @@ async def zone_of(store: Store, settings: Settings, team: str, day: str) -> tzin
             return known.zone
     if any(row.team == team for row in await store.ledger.usage(day, day)):
         return UTC
-    raise NotKnown(f"there is no team {team}")
+    raise await no_team(store, settings, team)
 
 
 def hold_json(hold: Hold) -> dict[str, object]:
@@ -356,11 +359,14 @@ def hold_json(hold: Hold) -> dict[str, object]:
 
 
 def _correct(settings: Settings, correction: Correction) -> None:
-    async def work(store: Store) -> tuple[Hold | None, Entry]:
+    async def work(store: Store) -> tuple[Hold | None, Entry, list[tuple[str, Money]]]:
         before = await store.books.find(correction.rid)
-        return before, await store.books.correct(correction)
+        entry = await store.books.correct(correction)
+        if before is None or not entry.applied:
+            return before, entry, []
+        return before, entry, await below_zero(store, before.team, before.accounts)
 
-    before, entry = with_store(settings, work)
+    before, entry, negative = with_store(settings, work)
     if entry.state is State.HELD and before is not None:
         fail(
             f"{correction.rid} still runs: it will end by itself, at the latest when its lease "
@@ -374,6 +380,7 @@ def _correct(settings: Settings, correction: Correction) -> None:
             f"{STATES[before.state]} {exact_dollars(before.cost)} -> "
             f"{STATES[entry.state]} {now}, as {correction.id}"
         )
+        warn_below_zero(before.team, negative)
     elif entry.cost == correction.cost:
         click.echo(f"nothing to do: {correction.rid} is {STATES[entry.state]} at {now} already")
     else:
@@ -398,6 +405,8 @@ def _adjust_day(
     on = day.isoformat()
     what = f"team {team}, {model}, {on}"
 
+    negative: list[tuple[str, Money]] = []
+
     async def work(store: Store) -> tuple[Money, Money] | Adjustment | str | None:
         """What was booked before and after, or what its id was used for, or what is wrong."""
         zone = await zone_of(store, settings, team, on)
@@ -417,6 +426,7 @@ def _adjust_day(
         )
         if not applied:
             return await store.books.adjustment(adjustment_id)
+        negative.extend(await below_zero(store, team, accounts))
         return booked(rows), booked(await store.ledger.usage(on, on))
 
     def booked(rows: Sequence[UsageRow]) -> Money:
@@ -426,6 +436,7 @@ def _adjust_day(
     if isinstance(done, tuple):
         before, after = map(exact_dollars, done)
         click.echo(f"{what}: {before} -> {after}, as {adjustment_id}")
+        warn_below_zero(team, negative)
         return
     if isinstance(done, str):
         fail(done, EXIT_FAILED)

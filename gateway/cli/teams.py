@@ -21,6 +21,7 @@ from gateway.cli.common import (
     limit_options,
     load_settings,
     models_of,
+    no_team,
     of_user,
     per_user_options,
     place_of,
@@ -115,7 +116,7 @@ def update(
     if not changed and not of_each and all(one is None for one in others):
         fail("nothing to change is named; see gateway team update --help", EXIT_FAILED)
 
-    async def change(store: Store) -> Team | None:
+    async def change(store: Store) -> Team:
         for one in await store.directory.teams():
             if one.id == name:
                 after = replace(
@@ -131,11 +132,9 @@ def update(
                 )
                 await store.directory.update_team(after)
                 return after
-        return None
+        raise await no_team(store, settings, name)
 
     after = with_store(settings, change)
-    if after is None:
-        fail(f"there is no team {name}", EXIT_FAILED)
     warn_of(settings, after.limits, allowed)
     click.echo(f"team {name} is changed; its limits: {say_limits(after.limits)}")
     if after.per_user != PerUser():
@@ -178,15 +177,14 @@ def revoke(name: str, config: Path | None) -> None:
     if name in settings.teams:
         fail(f"team {name} is declared in {settings.file}; disable it there", EXIT_FAILED)
 
-    async def disable(store: Store) -> bool:
+    async def disable(store: Store) -> None:
         for one in await store.directory.teams():
             if one.id == name:
                 await store.directory.update_team(replace(one, disabled=True))
-                return True
-        return False
+                return
+        raise await no_team(store, settings, name)
 
-    if not with_store(settings, disable):
-        fail(f"there is no team {name}", EXIT_FAILED)
+    with_store(settings, disable)
     click.echo(f"team {name} is disabled")
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 import click
 
 from gateway.cli.common import (
-    EXIT_FAILED,
     Day,
     config_option,
-    fail,
     json_option,
     keys_of_the_file,
     load_settings,
+    no_team,
     print_json,
     print_table,
     with_store,
@@ -131,7 +130,7 @@ async def _require(
     if any(one.id == team for one in await store.directory.teams()):
         return
     if not await store.books.usage_by(By.TEAM, team, None, None):
-        fail(f"there is no team {team}, and no usage of one", EXIT_FAILED)
+        raise await no_team(store, settings, team, ", and no usage of one")
 
 
 def _by_user(rows: Sequence[UserUsage], *, as_json: bool) -> None:

@@ -31,7 +31,7 @@ def parse_dollars(text: str | int | Decimal) -> Money:
     try:
         dollars = Decimal(text)
     except InvalidOperation:
-        raise ValueError(f"{text!r} is not an amount of dollars") from None
+        raise ValueError(f"{text!r} is not an amount of dollars, like 1.50") from None
     if not dollars.is_finite() or dollars < 0:
         raise ValueError(f"{text!r} is not an amount of dollars: it must be zero or more")
     if dollars > MAX_NANOUSD // NANOS_PER_DOLLAR:

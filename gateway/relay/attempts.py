@@ -11,7 +11,7 @@ import asyncio
 import logging
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 
@@ -53,6 +53,7 @@ from gateway.relay.failover import (
 )
 from gateway.relay.health import Chance, Health, Ticket, Why
 from gateway.relay.media import is_stream
+from gateway.relay.owner import account_rests, rests
 from gateway.relay.plan import Plan, Way
 from gateway.relay.references import keys_at
 from gateway.relay.trail import Trail
@@ -438,6 +439,8 @@ class Attempts:
         error, reply = journey.error, journey.last
         if error is None:
             error = self._nobody(journey)
+        elif isinstance(error, UpstreamAccount):
+            rests(error, min(self._waits(journey), default=0.0))
         return Failed(
             error,
             journey.way,
@@ -450,21 +453,14 @@ class Attempts:
 
     def _nobody(self, journey: _Journey) -> GatewayError:
         """Every way is to be left alone, or too dear: nothing was sent."""
-        waits: list[float] = []
-        refused: list[Why | None] = []
-        for place, way in enumerate(journey.plan.ways):
-            if place in journey.shut:
-                waits.append(RETRY_SECONDS)
-                refused.append(None)
-                continue
-            keys = keys_at(way.upstream.credentials, journey.plan.anchor)
-            for one in keys if place not in journey.spent else ():
-                asked = (way.upstream.name, one.id, way.target.model)
-                waits.append(self._health.wait(*asked))
-                refused.append(self._health.quarantined(*asked))
         name = journey.plan.asked.name
-        if refused and all(refused):
-            return _account_at_fault(name, exhausted=set(refused) == {Why.BILLING})
+        asked = list(self._asked(journey))
+        refused = [self._health.quarantined(*one) for one in asked]
+        reasons = [why for why in refused if why is not None]
+        waits = self._waits(journey)
+        if reasons and len(reasons) == len(refused) and not journey.shut:
+            upstreams = (upstream for upstream, _, _ in asked)
+            return account_rests(f"every upstream of {name}", upstreams, reasons, min(waits))
         wait = min(waits, default=RETRY_SECONDS)
         return UpstreamUnavailable(
             f"No upstream of {name} can be asked now. Nothing was bought; try again.",
@@ -472,21 +468,18 @@ class Attempts:
             retry_after_seconds=max(wait, LEAST_WAIT_SECONDS),
         )
 
+    def _waits(self, journey: _Journey) -> list[float]:
+        """Seconds until each key may be asked, and each way that has no place may be tried."""
+        waits = [self._health.wait(*one) for one in self._asked(journey)]
+        return waits + [RETRY_SECONDS] * len(journey.shut)
 
-def _account_at_fault(model: str, *, exhausted: bool) -> UpstreamAccount:
-    if exhausted:
-        return UpstreamAccount(
-            f"This gateway's account at every upstream of {model} has run out of money or reached "
-            "its limit. Your team's budget is fine, and nothing was charged. The gateway's "
-            "operator has to act.",
-            code="upstream_account_exhausted",
-            reason="upstream_account_exhausted",
-        )
-    return UpstreamAccount(
-        f"Every upstream of {model} refuses this gateway's own account. Your key and request are "
-        "fine, and nothing was charged. The gateway's operator has to act.",
-        reason="upstream_auth",
-    )
+    def _asked(self, journey: _Journey) -> Iterator[tuple[str, str, str]]:
+        """The keys of all ways that are left: upstream, key and model, as their health is kept."""
+        for place, way in enumerate(journey.plan.ways):
+            if place in journey.shut or place in journey.spent:
+                continue
+            for one in keys_at(way.upstream.credentials, journey.plan.anchor):
+                yield way.upstream.name, one.id, way.target.model
 
 
 def _is_free(error: GatewayError, reply: Reply | None) -> bool:

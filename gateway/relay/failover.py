@@ -25,6 +25,7 @@ from gateway.domain.errors import (
     UpstreamUnknown,
 )
 from gateway.relay.health import Why
+from gateway.relay.owner import account_exhausted, account_refused
 
 ERROR_BODY_BYTES = 256 * 1024
 """An error's body is read this far; what is longer is no API's error."""
@@ -97,6 +98,7 @@ _KINDS = {
     "upstream_unknown": Kind.DISCONNECT,
     "upstream_edge": Kind.EDGE,
     "upstream_redirect": Kind.REDIRECT,
+    "upstream_not_there": Kind.EDGE,
     "upstream_sse": Kind.SSE,
     "upstream_4xx": Kind.CLIENT,
     "upstream_429": Kind.LIMITED,
@@ -123,7 +125,7 @@ def verdict(error: GatewayError) -> Next:
         not sent (dns, connect, connect_timeout)         other upstream first
         500, 503 with the API's error                    other upstream first
         not sent (tls; pool: every connection is busy)   another host only
-        404, 413; 403 without the API's error            another upstream only
+        404, 413; 403, 404, 405 without the API's error  another upstream only
         401, 402, 403, billing, 429                      other key first
         400, 422, moderation, every other 4xx, 3xx       stop
         sent and unknown, an edge's 5xx, after a 200     stop
@@ -147,6 +149,9 @@ def verdict(error: GatewayError) -> Next:
 
 _ACCOUNT = re.compile(rb"\b(org|proj)[-_][A-Za-z0-9]{6,}")
 """The owner's account, which rate limit texts name (contract 4.5)."""
+NOT_FOUND = "Not Found"
+_NO_PATH = (NOT_FOUND, "Resource not found")
+"""What servers say where they have no such path: frameworks, Azure's front door."""
 _CODE = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """A word for logs; what is more than that may be anybody's text."""
 RETRY_HEADERS = ("retry-after", "retry-after-ms", "x-should-retry")
@@ -183,23 +188,23 @@ def refusal(
             reason="upstream_edge",
             should_retry=False,
         )
+    if _is_not_there(status, body, error):
+        return UpstreamFault(
+            f"The upstream {upstream} serves nothing at the address that this gateway asks "
+            f"({status}). The upstream has not taken this request, so nothing was charged. The "
+            f"gateway's operator has to correct upstreams.{upstream}.base_url, which usually ends "
+            "in /v1 and names no endpoint.",
+            code="upstream_not_there",
+            reason="upstream_not_there",
+            should_retry=False,
+        )
     if status == 403 and error is not None and _is_moderation(error):
         return _passed_on(status, headers, body, error, "moderation")
     billing = 400 <= status < 500 and error is not None and _is_billing(error)
     if status in (401, 402, 403) and not billing:
-        return UpstreamAccount(
-            f"The upstream {upstream} refused this gateway's own account ({status}). Your key and "
-            "request are fine, and nothing was charged. The gateway's operator has to act.",
-            reason="upstream_auth",
-        )
+        return account_refused(upstream, status)
     if billing:
-        return UpstreamAccount(
-            f"This gateway's account at the upstream {upstream} has run out of money or reached "
-            "its limit. Your team's budget is fine, and nothing was charged. The gateway's "
-            "operator has to act.",
-            code="upstream_account_exhausted",
-            reason="upstream_account_exhausted",
-        )
+        return account_exhausted(upstream)
     if status in EDGE_STATUSES or status >= 599 or (status >= 500 and error is None):
         return UpstreamUnknown(
             f"Something between this gateway and the upstream {upstream} gave up ({status}). The "
@@ -275,6 +280,17 @@ def _is_moderation(error: Mapping[str, Any]) -> bool:
     return about or error.get("type") == "image_generation_user_error"
 
 
+def _is_not_there(status: int, body: bytes, error: Mapping[str, Any] | None) -> bool:
+    """Whether nobody serves the path, as opposed to what is asked for there: a server's own page,
+    a framework's word, or OpenAI's for a path it does not know."""
+    if status not in (404, 405):
+        return False
+    if error is None:
+        return (_detail(body) or NOT_FOUND) in (NOT_FOUND, "Method Not Allowed")
+    said = str(error.get("message"))
+    return error.get("code") in (None, "404") and said.startswith(("Invalid URL", *_NO_PATH))
+
+
 def _passed_on(
     status: int,
     headers: Mapping[str, str],
@@ -318,16 +334,18 @@ def _api_error(body: bytes) -> Mapping[str, Any] | None:
 
 def _plain_message(status: int, body: bytes) -> str:
     """What an upstream that does not speak OpenAI's errors had to say: ``detail``, mostly."""
+    return _detail(body) or f"The upstream answered {status} without an error body."
+
+
+def _detail(body: bytes) -> str:
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
-        document = None
+        return ""
     detail = document.get("detail") if isinstance(document, dict) else None
     if isinstance(detail, str):
         return detail[:1000]
-    if detail is not None:
-        return json.dumps(detail)[:1000]
-    return f"The upstream answered {status} without an error body."
+    return "" if detail is None else json.dumps(detail)[:1000]
 
 
 def _as_body(error: Mapping[str, Any]) -> bytes:

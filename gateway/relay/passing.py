@@ -79,6 +79,7 @@ from gateway.relay.flights import Client, Flights, Head
 from gateway.relay.health import Health, Ticket
 from gateway.relay.keyring import KeyRing
 from gateway.relay.media import JSON_TYPE, check_encoding, media_of, too_large
+from gateway.relay.owner import account_rests, rests
 from gateway.relay.references import keys_at
 from gateway.relay.users import Users
 
@@ -343,6 +344,9 @@ class Passing:
                 if isinstance(error, UpstreamRefused):
                     # Some providers repeat a key that they refuse.
                     error.mask(upstream.masked)
+                if isinstance(error, UpstreamAccount):
+                    asked = visit.passage.value
+                    rests(error, min(self._health.wait(name, one.id, asked) for one in keys))
                 error.upstream_rid = visit.receipt.upstream_rid
                 raise _costless(error, name, repeatable=errand.repeatable)
 
@@ -439,13 +443,11 @@ class Passing:
 
     def _resting(self, upstream: Upstream, keys: Sequence[Credential], asked: str) -> GatewayError:
         refused = [self._health.quarantined(upstream.name, one.id, asked) for one in keys]
-        if refused and all(refused):
-            return UpstreamAccount(
-                f"The upstream {upstream.name} refuses this gateway's own account. Your key and "
-                "request are fine. The gateway's operator has to act.",
-                reason="upstream_auth",
-            )
-        waits = (self._health.wait(upstream.name, one.id, asked) for one in keys)
+        reasons = [why for why in refused if why is not None]
+        waits = [self._health.wait(upstream.name, one.id, asked) for one in keys]
+        if reasons and len(reasons) == len(refused):
+            whose = f"the upstream {upstream.name}"
+            return account_rests(whose, (upstream.name,), reasons, min(waits))
         return UpstreamUnavailable(
             f"The upstream {upstream.name} cannot be asked now. Nothing was sent; try again.",
             reason="upstream_resting",

@@ -646,7 +646,7 @@ def _elsewhere(model: Model, routed: Routed) -> InvalidRequest:
 def _off(model: Model, upstream: Upstream) -> UpstreamAccount:
     return UpstreamAccount(
         f"This gateway has no key for its upstream {upstream.name} yet, so {model.name} is "
-        "off. The gateway's operator has to configure one.",
+        f"off. The gateway's operator has to put one into upstreams.{upstream.name}.api_keys.",
         code="upstream_off",
         reason="upstream_off",
     )

@@ -90,7 +90,14 @@ def open_database(path: Path, busy_seconds: float) -> tuple[Writer, Reader]:
         ) from error
     except (OSError, sqlite3.Error) as error:
         file.close()
-        raise StoreError(f"{path} cannot be opened: {error}") from error
+        # A file in the place of the folder: it is there, and is none.
+        in_the_way = isinstance(error, FileExistsError)
+        why = "Not a directory" if in_the_way else getattr(error, "strerror", None) or error
+        where = getattr(error, "filename", None) or path.parent
+        raise StoreError(
+            f"{path} cannot be opened: {where}: {why}. Look at that folder and its disk, or change "
+            "storage.database"
+        ) from error
 
 
 def one_number(db: sqlite3.Connection, sql: str) -> int:

@@ -182,3 +182,11 @@ def test_what_leads_to_a_retired_model_is_warned_of(say: Say, tmp_path: Path) ->
             f"teams.growth.keys: the key ci: compat.default_model leads to old: {refused}",
         )
     ]
+
+
+def test_an_empty_file_is_asked_about(say: Say, tmp_path: Path) -> None:
+    """Half of a copy, or the wrong name: it loads, and routes nothing."""
+    (tmp_path / "empty.yaml").write_text("")
+    said = say("check", "--config", "empty.yaml")
+    assert said.exit_code == 0
+    assert "or is this empty file the one you meant?" in said.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -104,10 +105,14 @@ def test_python_m_gateway() -> None:
     assert said.stderr == ""
 
 
-def test_a_disk_that_is_full_is_said_in_one_sentence(config: Path) -> None:
+SAYING = [("usage", "--config"), ("--help",), ("--version",), ("ledger", "adjust", "-h")]
+
+
+@pytest.mark.parametrize("words", SAYING, ids=" ".join)
+def test_a_disk_that_is_full_is_said_in_one_sentence(config: Path, words: tuple[str, ...]) -> None:
     with Path("/dev/full").open("w") as full:
         said = subprocess.run(
-            [sys.executable, "-m", "gateway", "usage", "--config", config],
+            [sys.executable, "-m", "gateway", *words, *[config] * (words[-1] == "--config")],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,
@@ -115,6 +120,23 @@ def test_a_disk_that_is_full_is_said_in_one_sentence(config: Path) -> None:
         )
     assert said.returncode == 1
     assert said.stderr == "what was asked for cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize("words", SAYING, ids=" ".join)
+def test_a_pipe_that_nobody_reads_ends_a_command(config: Path, words: tuple[str, ...]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        said = subprocess.run(
+            [sys.executable, "-m", "gateway", *words, *[config] * (words[-1] == "--config")],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (said.returncode, said.stderr) == (1, "")
 
 
 def test_an_unknown_command_is_a_mistake(say: Say) -> None:

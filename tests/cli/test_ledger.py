@@ -254,8 +254,42 @@ def test_an_adjustment_of_a_day(ask: Ask, say: Say, books: Path) -> None:
     for account in (f"d|{DAY}", "w|2026-W47", "m|2026-11", "t|all"):
         assert balance(books, f"team:growth|{account}") == whole
     assert ask("ledger", "verify", "--json", "--config", books)["ok"]
+    assert "warning" not in said.stderr
     words = say("ledger", "show", "credit-1", "--config", books).stdout
     assert "ada adjusted it: a credit" in words
+
+
+def test_a_team_that_has_spent_less_than_nothing(say: Say, books: Path) -> None:
+    """Its hard budget lets more through than it says: that is hardly meant."""
+
+    def adjust(amount: str) -> Any:
+        return say(
+            *("ledger", "adjust", "--team", "growth", "--model", ALIAS, "--day", DAY),
+            *("--amount", amount, "--reason", "a credit", "--config", books),
+        )
+
+    said = adjust(f"-{format_dollars(3 * ONE + 500_000_000)}")
+    assert said.exit_code == 0
+    assert said.stderr == (
+        f"warning: team growth has spent less than nothing now: -$0.5 on {DAY}, -$0.5 in 2026-W47, "
+        "-$0.5 in 2026-11, -$0.5 in all. Its budgets, hard ones too, have that much more room than "
+        "their amounts. If it was not meant, adjust it back.\n"
+    )
+    assert adjust("0.5").stderr == ""
+
+
+def test_a_correction_that_leaves_less_than_nothing(
+    ask: Ask, say: Say, books: Path, lost: str
+) -> None:
+    bound = Decimal(ask("ledger", "show", lost, "--json", "--config", books)["hold"]["bound_usd"])
+    without = booked(ask, books, "design") - bound
+    day = ("--team", "design", "--model", MODEL, "--day", DAY, "--amount", f"-{without}")
+    common = ("--reason", "r", "--config", books)
+    assert say("ledger", "adjust", *day, *common).stderr == ""
+    assert say("ledger", "adjust", *day[:-1], "-0.001", *common).stderr == ""
+    said = say("ledger", "adjust", lost, "--cost", "0", *common)
+    assert said.exit_code == 0
+    assert f"team design has spent less than nothing now: -$0.001 on {DAY}," in said.stderr
 
 
 @pytest.mark.parametrize(
@@ -391,7 +425,7 @@ def test_a_team_that_nobody_knows(say: Say, books: Path) -> None:
         *("--amount", "1", "--reason", "r", "--config", books),
     )
     assert said.exit_code == 1
-    assert said.stderr == "there is no team nobody\n"
+    assert said.stderr == "there is no team nobody; gateway team list shows all\n"
 
 
 def test_a_team_that_is_gone_keeps_its_books(ask: Ask, say: Say, books: Path) -> None:

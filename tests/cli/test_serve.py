@@ -81,7 +81,10 @@ def test_a_taken_port_is_one_sentence(config: Path) -> None:
 def test_no_such_address(config: Path) -> None:
     ended = run("serve", "--config", str(config), "--host", "192.0.2.1")
     assert ended.returncode == 1
-    assert ended.stderr == "cannot listen on 192.0.2.1, port 0: Cannot assign requested address\n"
+    assert ended.stderr == (
+        "cannot listen on 192.0.2.1: this machine has no such address; say one that it has with "
+        "--host, or 0.0.0.0 for all of them\n"
+    )
 
 
 def test_warnings_come_before_the_address(config: Path) -> None:

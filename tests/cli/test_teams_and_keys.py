@@ -290,15 +290,19 @@ def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
         ("key create --team growth", 1, "team growth is declared in {config}; add its key there"),
         ("team create design", 1, "there is a team design already"),
         ("team create Design!", 1, "'Design!' is not a team's name: use a-z, 0-9, - and _"),
-        ("team revoke nobody", 1, "there is no team nobody"),
-        ("team update nobody --cache", 1, "there is no team nobody"),
+        ("team revoke nobody", 1, "there is no team nobody; gateway team list shows all"),
+        ("team update desing --cache", 1, "there is no team desing; did you mean design?"),
         ("team update growth --cache", 1, "team growth is declared in {config}; change it there"),
         (
             "team update design",
             1,
             "nothing to change is named; see gateway team update --help",
         ),
-        ("team update design --budget-day never", 2, "'never' is not an amount of dollars"),
+        (
+            "team update design --budget-day never",
+            2,
+            "'never' is not an amount of dollars, like 1.50",
+        ),
         ("team update design --images-per-minute -1", 2, "-1 is not in the range"),
         (
             "team create other --time-zone Europe/Berlinn",
@@ -306,9 +310,9 @@ def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
             "'Europe/Berlinn' is not a time zone's name, like Europe/Berlin; did you mean "
             "Europe/Berlin?",
         ),
-        ("key create --team nobody", 1, "there is no team nobody"),
+        ("key create --team desing", 1, "there is no team desing; did you mean design?"),
         ("key revoke nothing", 1, "there is no key nothing"),
-        ("key list --team desing", 1, "there is no team desing"),
+        ("key list --team desing", 1, "there is no team desing; did you mean design?"),
         (
             "team create other --models gpt-image-2,gpt-image-2.5-flair",
             1,

@@ -184,7 +184,7 @@ def test_a_team_that_is_none(say: Say, books: Path, by: str) -> None:
     """A misspelt name is not a team that has bought nothing."""
     said = say("usage", "--by", by, "--team", "grwoth", "--config", books)
     assert (said.exit_code, said.stdout) == (1, "")
-    assert said.stderr == "there is no team grwoth, and no usage of one\n"
+    assert said.stderr == ("there is no team grwoth, and no usage of one; did you mean growth?\n")
     assert say("usage", "--by", by, "--team", "growth", "--config", books).exit_code == 0
 
 

@@ -304,7 +304,8 @@ def _faults() -> list[Fault]:
     ]  # fmt: skip
     found += [
         refused(55, f"billing, {code}", says(status, error("insufficient_quota", code)), 503,
-                "upstream_account_exhausted", "account", retry="false", moves=True)
+                "upstream_account_exhausted", "account", retry="false", wait="60",
+                moves=True)
         for code, status in (
             *((code, "429 Too Many") for code in sorted(BILLING_CODES)),
             ("one_that_is_new", "429 Too Many"),
@@ -313,7 +314,7 @@ def _faults() -> list[Fault]:
     ]  # fmt: skip
     found += [
         refused(56, f"a key refused with {status}", says(f"{status} No", error("invalid_key")),
-                503, "upstream_account_refused", "auth", retry="false", moves=True)
+                503, "upstream_account_refused", "auth", retry="false", wait="60", moves=True)
         for status in (401, 403)
     ]  # fmt: skip
     found += [

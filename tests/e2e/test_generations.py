@@ -526,9 +526,18 @@ async def test_the_providers_status_is_the_clients(gateway: GatewayUnderTest) ->
     assert (await booked(gateway)).requests == 0
 
 
-@pytest.mark.parametrize("status", [401, 402, 403])
+@pytest.mark.parametrize(
+    ("status", "to_do"),
+    [
+        (401, "put a valid key into upstreams.openai.api_keys"),
+        (402, "pay there, raise the limit, or put another account's key into "
+              "upstreams.openai.api_keys"),
+        (403, "let the key of upstreams.openai.api_keys use this model there, or put in one that "
+              "may"),
+    ],
+)  # fmt: skip
 async def test_a_refused_account_is_the_owners_fault(
-    gateway: GatewayUnderTest, status: int
+    gateway: GatewayUnderTest, status: int, to_do: str
 ) -> None:
     quick(gateway, status=status, times=1)
     error = await failing(gateway.sdk(max_retries=2))
@@ -537,8 +546,9 @@ async def test_a_refused_account_is_the_owners_fault(
     assert error.code == "upstream_account_refused"
     assert error.message.endswith(
         f"The upstream openai refused this gateway's own account ({status}). Your key and "
-        "request are fine, and nothing was charged. The gateway's operator has to act."
+        f"request are fine, and nothing was charged. The gateway's operator has to {to_do}."
     )
+    assert error.response.headers["retry-after"] == "60"
     assert error.response.headers["x-should-retry"] == "false"
     assert len(gateway.sandbox.journal) == 1
     assert (await booked(gateway)).requests == 0
@@ -578,7 +588,9 @@ async def test_an_empty_account_never_looks_like_the_teams(
         assert error.status_code == 503
         assert error.code == "upstream_account_exhausted"
         assert "Your team's budget is fine, and nothing was charged." in error.message
+        assert "pay there, raise the limit, or put another account's key into" in error.message
         assert error.response.headers["x-should-retry"] == "false"
+        assert 50 < int(error.response.headers["retry-after"]) <= 60
     assert len(gateway.sandbox.journal) == 1
     assert (await booked(gateway)).requests == 0
 
@@ -640,7 +652,8 @@ async def test_an_error_in_another_shape_gets_the_one_that_sdks_read(
     bodies: list[tuple[int, object, str]] = [
         (422, {"detail": [{"loc": ["body", "size"], "msg": "too large"}]}, "too large"),
         (400, {"detail": "size is wrong"}, "size is wrong"),
-        (404, b"<html>not here</html>", "The upstream answered 404 without an error body."),
+        (404, {"detail": "no such model"}, "no such model"),
+        (409, b"<html>not now</html>", "The upstream answered 409 without an error body."),
     ]
     for status, body, words in bodies:
         quick(gateway, status=status, body=body, times=1)
@@ -648,6 +661,31 @@ async def test_an_error_in_another_shape_gets_the_one_that_sdks_read(
         assert error.status_code == status
         assert words in error.message
         assert error.response.headers["content-type"] == "application/json"
+    assert (await booked(gateway)).requests == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, b"<html>not here</html>"),
+        (404, {"detail": "Not Found"}),
+        (405, b""),
+        (404, {"error": {"message": "Invalid URL (POST /images/generations)",
+                         "type": "invalid_request_error", "param": None, "code": None}}),
+        (404, {"error": {"code": "404", "message": "Resource not found"}}),
+    ],
+)  # fmt: skip
+async def test_a_base_url_that_leads_nowhere_is_the_operators(
+    gateway: GatewayUnderTest, status: int, body: object
+) -> None:
+    """It is not the client's address that is wrong."""
+    quick(gateway, status=status, body=body, times=1)
+    error = await failing(gateway.sdk(max_retries=2))
+    assert (error.status_code, error.code) == (502, "upstream_not_there")
+    assert error.response.headers["x-should-retry"] == "false"
+    assert "has to correct upstreams.openai.base_url, which usually ends in /v1" in error.message
+    [(receipt, _)] = await gateway.told.until(1)
+    assert (receipt.reason, receipt.upstream_status) == ("upstream_not_there", status)
     assert (await booked(gateway)).requests == 0
 
 

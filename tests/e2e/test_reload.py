@@ -120,6 +120,33 @@ async def test_what_an_upstream_says_late_is_not_held_against_the_one_in_its_pla
         assert disabled(await running.metrics()) == {}
 
 
+async def test_the_only_key_is_refused_and_put_right(start: Start) -> None:
+    """While it rests the answer says what to do and until when; a new one is used at once."""
+    async with start() as running, running.http() as http:
+        running.sandbox.rules.add(Rule(key="sk-upstream-secret", status=401))
+        running.sandbox.rules.add(SMALL)
+        for name in ("refused", "resting"):
+            refused = await buy(http, name)
+            assert refused.status_code == 503
+            error = refused.json()["error"]
+            assert error["code"] == "upstream_account_refused"
+            assert "has to put a valid key into upstreams.openai.api_keys." in error["message"]
+            assert refused.headers["x-should-retry"] == "false"
+            assert 50 < int(refused.headers["retry-after"]) <= 60
+        assert error["message"].endswith(
+            f"It is tried again in {refused.headers['retry-after']} s."
+        )
+        passed = await http.post("/moderations", json={"input": "resting"})
+        assert (passed.status_code, passed.headers["x-should-retry"]) == (503, "false")
+        assert 50 < int(passed.headers["retry-after"]) <= 60
+        assert [one.fields["prompt"] for one in running.sandbox.journal] == ["refused"]
+        assert await again(
+            running, lambda one: one["upstreams"]["openai"].update(api_keys=["sk-upstream-new"])
+        )
+        assert (await buy(http, "at once")).status_code == 200
+        assert disabled(await running.metrics()) == {"1": 0.0}
+
+
 async def test_a_price_table_that_was_compiled_anew(start: Start, tmp_path: Path) -> None:
     """Its age, and the models that shut down, are told as they are now."""
     compiled = "gateway_prices_compiled_timestamp_seconds"

@@ -164,9 +164,11 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         ("ResultExpired", "result_expired"): "It was there, and is kept no longer (`results.ttl`).",
         ("ResultNotFound", "result_not_found"): "Your team has no such result.",
         ("UpstreamAccount", "upstream_account_exhausted"): "The operator's account there has no "
-        "money. Your budget is fine.",
-        ("UpstreamAccount", "upstream_account_refused"): "The operator's key is refused there. "
-        "Your key is fine.",
+        "money: the message names the setting. Your budget is fine. A key that rests is tried "
+        "again when `retry-after` says.",
+        ("UpstreamAccount", "upstream_account_refused"): "The operator's key is refused there: "
+        "the message names the setting. Your key is fine. A key that rests is tried again when "
+        "`retry-after` says, or at once when another is put in its place.",
         ("UpstreamAccount", "upstream_off"): "The upstream has no key yet: the operator sets one.",
         ("UpstreamBroken", "overloaded"): "The picture was made, and there was no room to hold it: "
         "it is booked. The operator looks at `server.spool_bytes` and the disk.",
@@ -174,6 +176,8 @@ SAID: Mapping[tuple[str, str], str] = MappingProxyType(
         "came. It was probably billed, and is booked.",
         ("UpstreamFault", "upstream_forbidden"): "Something in front of the upstream, a firewall "
         "perhaps, refused it.",
+        ("UpstreamFault", "upstream_not_there"): "The upstream serves nothing at that address: its "
+        "`base_url` is wrong. It usually ends in `/v1`.",
         ("UpstreamFault", "upstream_redirect"): "The upstream answers with a redirect: its "
         "`base_url` is wrong.",
         ("UpstreamUnanswered", "upstream_no_answer"): "A request that costs nothing (a file, a "

@@ -53,6 +53,9 @@ TABLE: list[tuple[int, bytes, type[GatewayError], Evidence, int, bool | None, st
     (400, said(code="moderation_blocked"), UpstreamRefused, N, 400, None, "moderation"),
     (400, HTML, UpstreamRefused, N, 400, None, "upstream_4xx"),
     (404, said(code="model_not_found"), UpstreamRefused, N, 404, None, "upstream_4xx"),
+    (404, DETAIL, UpstreamRefused, N, 404, None, "upstream_4xx"),
+    (404, said(message="Invalid URL"), UpstreamFault, N, 502, False, "upstream_not_there"),
+    (405, HTML, UpstreamFault, N, 502, False, "upstream_not_there"),
     (409, PLAIN, UpstreamRefused, N, 409, None, "upstream_4xx"),
     (413, HTML, UpstreamRefused, N, 413, None, "upstream_4xx"),
     (422, DETAIL, UpstreamRefused, N, 422, None, "upstream_4xx"),
@@ -341,6 +344,7 @@ NEXT: list[tuple[GatewayError, Next, Kind | None]] = [
     (refusal(429, {}, PLAIN, "up"), Next.OTHER_KEY_FIRST, Kind.LIMITED),
     (refusal(429, {}, HTML, "up"), Next.OTHER_KEY_FIRST, Kind.LIMITED),
     (refusal(404, {}, PLAIN, "up"), Next.OTHER_UPSTREAM_ONLY, Kind.CLIENT),
+    (refusal(404, {}, HTML, "up"), Next.OTHER_UPSTREAM_ONLY, Kind.EDGE),
     (refusal(413, {}, HTML, "up"), Next.OTHER_UPSTREAM_ONLY, Kind.CLIENT),
     *((refusal(status, {}, PLAIN, "up"), Next.STOP, Kind.CLIENT)
       for status in (400, 405, 409, 415, 422, 451)),

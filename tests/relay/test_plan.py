@@ -481,7 +481,7 @@ async def test_an_upstream_without_a_key_is_off() -> None:
     error = await Bench(ready=False).refused(UpstreamAccount, a_call("team-art"))
     assert error.message == (
         "This gateway has no key for its upstream openai yet, so team-art is off. "
-        "The gateway's operator has to configure one."
+        "The gateway's operator has to put one into upstreams.openai.api_keys."
     )
     assert (error.status, error.code, error.reason) == (503, "upstream_off", "upstream_off")
 

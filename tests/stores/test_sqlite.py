@@ -339,7 +339,10 @@ def test_a_deleted_file_whose_log_is_left(path: Path) -> None:
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file")
-    with pytest.raises(StoreError, match="cannot be opened"):
+    with pytest.raises(
+        StoreError,
+        match=r"data/gateway\.db cannot be opened: .*/data: Not a dir.*storage\.database$",
+    ):
         SQLiteStore.open(tmp_path / "data" / "gateway.db")
 
 
