@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -89,11 +90,18 @@ def create(
 
     with_store(settings, create_it)
     warn_of(settings, made.limits, made.models)
-    if as_json:
-        print_json({**_describe(made), "secret": minted.secret})
-        return
-    click.echo(f"key {minted.id} of team {team}; its secret, shown this once:", err=True)
-    click.echo(minted.secret)
+    try:
+        if as_json:
+            print_json({**_describe(made), "secret": minted.secret})
+            return
+        click.echo(f"key {minted.id} of team {team}; its secret, shown this once:", err=True)
+        click.echo(minted.secret)
+    except OSError:
+        # Nobody knows it then, and nobody will: a key that works is not left to lie about.
+        with_store(settings, lambda store: store.directory.revoke_key(made.id, now))
+        with contextlib.suppress(OSError):
+            click.echo(f"key {made.id} is revoked again: its secret could not be shown", err=True)
+        raise
 
 
 @key.command("list")

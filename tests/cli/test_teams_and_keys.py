@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from datetime import UTC, datetime
@@ -446,3 +448,21 @@ def test_what_each_user_of_a_team_may(say: Say, ask: Ask, config: Path) -> None:
     )  # fmt: skip
     assert team()["per_user"] is None
     assert team()["limits"] == {**UNLIMITED, "requests_per_minute": 9}
+
+
+@pytest.mark.parametrize("more", [(), ("--json",)])
+def test_a_key_whose_secret_nobody_has_seen_does_not_work(
+    say: Say, ask: Ask, config: Path, more: tuple[str, ...]
+) -> None:
+    say("team", "create", "design", "--config", config)
+    with Path("/dev/full").open("w") as full:
+        said = subprocess.run(
+            [sys.executable, "-m", "gateway", "key", "create", "--team", "design",
+             "--config", config, *more],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert said.returncode == 1
+    [made] = ask("key", "list", "--team", "design", "--json", "--config", config)
+    assert made["state"] == "revoked"
+    assert f"key {made['id']} is revoked again: its secret could not be shown\n" in said.stderr
+    assert "cannot be written: No space left on device" in said.stderr
