@@ -91,6 +91,7 @@ from gateway.relay.turnstile import Turnstile
 from gateway.relay.users import Users
 from gateway.reload import Reloaded
 from gateway.reports.budgets import BudgetWatch
+from gateway.reports.owners import Owners, Spenders
 from gateway.settings import Settings
 from gateway.stores.redis_gate import RedisGate
 from gateway.stores.redis_link import Server as RedisServer
@@ -160,10 +161,12 @@ async def open_gateway(
             operation: metrics.observer("gateway_ledger_seconds", operation=operation)
             for operation in TIMED
         }
+        spenders = Spenders()
         ledger = TimedLedger(
             store.ledger,
             clock,
             lambda operation, seconds: took[operation](seconds),
+            spenders.heard,
         )
         peppers = read_peppers(settings)
         declared = await declared_keys(settings, peppers, store.directory)
@@ -358,6 +361,7 @@ async def open_gateway(
             store=store,
             recover=purchases.recover,
             report=lambda seconds: metrics.set("gateway_ledger_oldest_hold_seconds", seconds),
+            expired=spenders.heard,
             clock=clock,
             worker=worker,
             keep=settings.ledger.keep,
@@ -385,8 +389,8 @@ async def open_gateway(
         budget_watch = BudgetWatch(
             ledger=store.ledger,
             upkeep=store.upkeep,
-            directory=store.directory,
-            declared=lambda: keyring.declared,
+            owners=Owners(store.directory, lambda: keyring.declared),
+            spenders=spenders,
             clock=clock,
             warn_percent=settings.notify.budget_percent,
             notifier=notifier,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from gateway.domain.errors import GatewayError
+from gateway.domain.ledger import Entry
 from gateway.ports import Clock, Store
 
 log = logging.getLogger(__name__)
@@ -44,8 +45,8 @@ class Housekeeping:
     """The chores of one process, each by itself, and all of them for ever (``run``).
 
     ``recover`` goes on with the settlements of processes that are gone; ``report`` hears the age
-    of the open hold whose lease ends first, in seconds. ``keep`` is how long closed holds stay;
-    None is for ever.
+    of the open hold whose lease ends first, in seconds, and ``expired`` each hold that this
+    process has ended. ``keep`` is how long closed holds stay; None is for ever.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Housekeeping:
         store: Store,
         recover: Callable[[], Awaitable[None]],
         report: Callable[[float], None],
+        expired: Callable[[Entry], None] = lambda entry: None,
         clock: Clock,
         worker: str,
         keep: timedelta | None = None,
@@ -62,6 +64,7 @@ class Housekeeping:
         self._store = store
         self._recover = recover
         self._report = report
+        self._expired = expired
         self._clock = clock
         self._worker = worker
         self._keep = keep
@@ -110,6 +113,7 @@ class Housekeeping:
             self._clock.now(), silent_before=self._silent_before()
         ):
             for entry in expired:
+                self._expired(entry)
                 log.warning(
                     "a hold expired; its outcome is unknown and it is posted at its bound",
                     extra={"request_id": entry.rid, "bound_nanousd": entry.bound},

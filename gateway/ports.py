@@ -70,9 +70,18 @@ class Directory(Protocol):
 
     async def keys(self, team: str | None = None) -> list[Key]: ...
 
-    async def watched(self) -> list[tuple[Team, Key | None]]:
-        """Whoever may spend and has a budget, hard or soft: teams first, then keys, each with its
-        team."""
+    async def teams_behind(self, after: str, most: int) -> list[Team]:
+        """A page of all teams, by name: the first so many behind ``after``. All of it is never
+        read at once: 100,000 teams take seconds."""
+
+    async def keys_behind(self, after: str, most: int) -> list[tuple[Team, Key]]:
+        """The same of keys, by id, each with its team."""
+
+    async def teams_named(self, ids: Sequence[str]) -> list[Team]:
+        """Those of these names that there are, in no order."""
+
+    async def keys_named(self, ids: Sequence[str]) -> list[tuple[Team, Key]]:
+        """Those with these ids that there are, in no order, each with its team."""
 
     async def create_team(self, team: Team) -> None:
         """Raises ``AlreadyExists``."""

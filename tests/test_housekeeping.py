@@ -13,7 +13,7 @@ import pytest
 
 from gateway.domain.books import Hold
 from gateway.domain.errors import LedgerUnavailable
-from gateway.domain.ledger import Claim, State
+from gateway.domain.ledger import Claim, Entry, State
 from gateway.domain.owned import Anchor, Owned, OwnedKind
 from gateway.domain.transition import ignore_conflict
 from gateway.housekeeping import Housekeeping, Pace
@@ -33,6 +33,7 @@ class House:
     clock: StillClock = field(default_factory=StillClock)
     store: Store = field(default_factory=MemoryStore)
     told: list[float] = field(default_factory=list)
+    expired: list[Entry] = field(default_factory=list)
     recovered: int = 0
 
     def process(
@@ -45,6 +46,7 @@ class House:
             store=self.store,
             recover=recover,
             report=self.told.append,
+            expired=self.expired.append,
             clock=self.clock,
             worker=worker,
             keep=keep,
@@ -204,6 +206,7 @@ async def test_the_sweep_goes_on_until_nothing_is_left(house: House) -> None:
     house.clock.advance(661)
     await house.process("one").sweep()
     assert await house.store.ledger.open_holds() == 0
+    assert len({entry.rid for entry in house.expired if entry.applied and entry.accounts}) == 250
 
 
 async def test_closed_holds_are_forgotten_when_they_are_old(any_house: House) -> None:

@@ -226,6 +226,8 @@ class Entry:
     cost: Money
     applied: bool
     balances: tuple[Balance, ...] = ()
+    accounts: tuple[str, ...] = ()
+    """Whose balances these are."""
 
 
 @record

@@ -1,32 +1,43 @@
 """Budgets that are nearly or wholly used up: logged, counted and sent, each once.
 
 Every process looks; of those that see the same mark, the one that claims it in the books tells it.
+It looks at those whose accounts it has moved, and beside them at a part of all others, as large
+however many there are: what others have changed, it finds in its round.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import chain
+from typing import TypeVar
 
 from gateway.domain.errors import GatewayError, QuotaExceeded
 from gateway.domain.ledger import Balance, Line
 from gateway.domain.money import Money, format_dollars
 from gateway.domain.notices import Mark, marks
-from gateway.domain.quota import Limit, Scope
+from gateway.domain.quota import Scope, Unit, period
 from gateway.domain.receipt import Delivery, Receipt
-from gateway.domain.team import Declared, Key, Team, money_lines
-from gateway.ports import Clock, Directory, Ledger, Message, Notifier, Upkeep
+from gateway.domain.team import Key, Team
+from gateway.ports import Clock, Ledger, Message, Notifier, Upkeep
+from gateway.reports.owners import Name, Owner, Owners, Spenders, name_of, owners_of
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LEASE_SECONDS = 90.0
 """How long who claimed a mark has for telling it: longer than all tries of one message, so that no
 other process sends it meanwhile."""
-OWNERS_AT_ONCE = 200
-"""Whose balances are read and looked at in one go."""
+OWNERS_AT_ONCE = 50
+"""Who is read and looked at in one go: the event loop stands still for 1 or 2 ms."""
+OTHERS_A_LOOK = 4_000
+"""Of those who have spent nothing here: where there are no more, each look is at all of them."""
+REST = 4.0
+"""For how many times as long as it takes to look at some, others have the loop and the books."""
 FOR_EVER = datetime.max.replace(tzinfo=UTC)
 
 SAID = {
@@ -70,28 +81,28 @@ class _Passed:
 
 
 class BudgetWatch:
-    """Looks at every limited account of every team and key, again and again."""
+    """Looks at the limited accounts of teams and keys, again and again."""
 
     def __init__(
         self,
         *,
         ledger: Ledger,
         upkeep: Upkeep,
-        directory: Directory,
-        declared: Callable[[], Declared],
+        owners: Owners,
+        spenders: Spenders,
         clock: Clock,
         warn_percent: int,
         notifier: Notifier | None,
         message_id: Callable[[str], str],
         counted: Callable[[str, str], None],
     ) -> None:
-        """``declared`` are the teams and keys of the file, as of now. ``message_id`` makes an id of
-        a name that is the same in every process of this gateway and in no other gateway.
-        ``counted`` hears the team and the name of each mark."""
+        """``spenders`` hears of each hold that ends here. ``message_id`` makes an id of a name that
+        is the same in every process of this gateway and in no other gateway. ``counted`` hears the
+        team and the name of each mark."""
         self._ledger = ledger
         self._upkeep = upkeep
-        self._directory = directory
-        self._declared = declared
+        self._owners = owners
+        self._spenders = spenders
         self._clock = clock
         self._warn_percent = warn_percent
         self._notifier = notifier
@@ -100,8 +111,14 @@ class BudgetWatch:
         self._turn = asyncio.Lock()
         self._rests: dict[tuple[str, str], datetime] = {}
         """Until when a claim needs no question to the books: it is told, or somebody's."""
-        self._refused: dict[tuple[Scope, str], Money] = {}
+        self._passed_by: set[str] = set()
+        """The accounts that had passed a mark when this round came to them."""
+        self._refused: dict[Name, Money] = {}
         """The dearest call that was refused since the last look, by team and by key."""
+        self._due: set[Name] = set()
+        """Who is to be looked at again: a look broke off, or a message was not taken."""
+        self._failed: set[tuple[str, str]] = set()
+        """The claims whose message was not taken."""
 
     def finished(self, receipt: Receipt, delivery: Delivery) -> None:
         """Hears of calls that a budget refused. The port ``Telemetry``."""
@@ -125,6 +142,7 @@ class BudgetWatch:
         """Who hears from the next look on, and when."""
         self._warn_percent = warn_percent
         self._notifier = notifier
+        self._owners.begin_anew()
 
     async def looked(self) -> None:
         """Waits for the end of a look that is under way: whom it tells is still needed."""
@@ -134,16 +152,32 @@ class BudgetWatch:
     async def flush(self) -> None:
         """A last look, if anybody outside hears of it. Raises ``LedgerUnavailable``."""
         if self._notifier is not None:
-            await self.look()
+            await self.look(rest=0)
 
-    async def look(self) -> None:
+    async def look(self, rest: float = REST) -> None:
         """Tells what was passed and nobody has told, one look at a time. Raises
         ``LedgerUnavailable``."""
         async with self._turn:
-            await self._look()
+            refused, self._refused = self._refused, {}
+            again, self._due = self._due, set()
+            spenders = self._spenders.take()
+            try:
+                due = again | set(refused)
+                for some in _slices(list(spenders)):
+                    due |= owners_of(chain.from_iterable(some))
+                    await asyncio.sleep(0)
+                await self._look(due, refused, rest)
+            except BaseException:
+                # Nobody is passed by because a look broke off.
+                self._spenders.give_back(spenders)
+                self._due |= again
+                self._owners.begin_anew()
+                for name, bound in refused.items():
+                    self._refused[name] = max(bound, self._refused.get(name, 0))
+                raise
 
-    async def _look(self) -> None:
-        passed = await self._passed()
+    async def _look(self, due: Collection[Name], refused: dict[Name, Money], rest: float) -> None:
+        passed, over = await self._passed(due, refused, rest)
         for one in passed:
             account, claim = one.line.account, one.mark.claim
             if await self._is_ours(one, claim):
@@ -154,13 +188,18 @@ class BudgetWatch:
                 self._counted(one.team.id, one.mark.name)
                 await self._told(account, claim)
         if self._notifier is not None:
-            await self._send(self._notifier, passed)
-        accounts = {one.line.account for one in passed}
-        self._rests = {key: until for key, until in self._rests.items() if key[0] in accounts}
+            self._due |= await self._send(self._notifier, passed)
+        self._passed_by.update(one.line.account for one in passed)
+        if over:
+            stands, self._passed_by = self._passed_by, set()
+            self._rests = {key: until for key, until in self._rests.items() if key[0] in stands}
+            self._failed = {key for key in self._failed if key[0] in stands}
 
-    async def _send(self, notifier: Notifier, passed: list[_Passed]) -> None:
-        """Until the first that is not delivered: behind a receiver that is away all would wait."""
-        for one in passed:
+    async def _send(self, notifier: Notifier, passed: Sequence[_Passed]) -> set[Name]:
+        """Until the first that is not delivered: behind a receiver that is away all would wait.
+        Returns who has to be looked at again for that."""
+        waiting: set[Name] = set()
+        for place, one in enumerate(passed):
             account, claim = one.line.account, f"{one.mark.claim} webhook"
             if await self._is_ours(one, claim):
                 message = Message(
@@ -170,8 +209,13 @@ class BudgetWatch:
                     one.data,
                 )
                 if not await notifier.tell(message):
-                    return
+                    self._failed.add((account, claim))
+                    return waiting | {name_of((left.team, left.key)) for left in passed[place:]}
                 await self._told(account, claim)
+                self._failed.discard((account, claim))
+            elif (account, claim) in self._failed and one.runs(self._clock.now()):
+                waiting.add(name_of((one.team, one.key)))
+        return waiting
 
     async def _is_ours(self, one: _Passed, claim: str) -> bool:
         """Whether this process is to tell it. A mark of a period that is over is nobody's."""
@@ -185,55 +229,60 @@ class BudgetWatch:
         await self._upkeep.notice_sent(account, claim, self._clock.now())
         self._rests[account, claim] = FOR_EVER
 
-    async def _passed(self) -> list[_Passed]:
-        """In slices, so that however many budgets there are the event loop never stands still for
-        long: with 100,000 keys it stood for seconds."""
-        now = self._clock.now()
-        refused, self._refused = self._refused, {}
-        owners = await self._owners()
-        passed: list[_Passed] = []
-        for start in range(0, len(owners), OWNERS_AT_ONCE):
-            watched = _lines(owners[start : start + OWNERS_AT_ONCE], now)
-            balances = await self._ledger.balances([line for _, _, line in watched])
-            passed += [
-                _Passed(team, key, line, balance, mark)
-                for (team, key, line), balance in zip(watched, balances, strict=True)
-                for mark in marks(
-                    line.limit,
-                    balance,
-                    self._warn_percent,
-                    refused.get((line.limit.scope, line.limit.owner), 0),
-                )
-            ]
-        return passed
+    async def _passed(
+        self, due: Collection[Name], refused: dict[Name, Money], rest: float
+    ) -> tuple[list[_Passed], bool]:
+        """By those who are due and by some of the others, and whether these were the last of
+        their round. In slices, so that however many there are the event loop never stands still
+        for long, and a key that is looked up never waits."""
+        passed = []
+        for names in _slices(list(due)):
+            began = self._clock.monotonic()
+            passed += await self._passed_of(await self._owners.named(names), refused)
+            await asyncio.sleep(rest * (self._clock.monotonic() - began))
+        others = 0
+        while others < OTHERS_A_LOOK:
+            began = self._clock.monotonic()
+            owners = await self._owners.next(OWNERS_AT_ONCE)
+            if not owners:
+                return passed, True
+            others += len(owners)
+            new = [owner for owner in owners if name_of(owner) not in due]
+            passed += await self._passed_of(new, refused)
+            await asyncio.sleep(rest * (self._clock.monotonic() - began))
+        return passed, False
 
-    async def _owners(self) -> list[tuple[Team, Key | None]]:
-        """Whoever may spend and has a budget: of the file, and of the directory."""
-        declared = self._declared()
+    async def _passed_of(
+        self, owners: Sequence[Owner], refused: dict[Name, Money]
+    ) -> list[_Passed]:
+        watched = _lines(owners, self._clock.now())
+        if not watched:
+            return []
+        balances = await self._ledger.balances([line for _, _, line in watched])
         return [
-            *((team, None) for team in declared.teams.values() if not team.disabled),
-            *((team, key) for team, key in declared.keys.values() if _may_spend(team, key)),
-            *await self._directory.watched(),
+            _Passed(team, key, line, balance, mark)
+            for (team, key, line), balance in zip(watched, balances, strict=True)
+            if balance.posted > 0
+            for mark in marks(
+                line.limit,
+                balance,
+                self._warn_percent,
+                refused.get((line.limit.scope, line.limit.owner), 0),
+            )
         ]
 
 
-def _may_spend(team: Team, key: Key) -> bool:
-    return not team.disabled and not key.disabled and key.revoked is None
+def _slices(all_of_them: Sequence[T]) -> Iterator[Sequence[T]]:
+    for start in range(0, len(all_of_them), OWNERS_AT_ONCE):
+        yield all_of_them[start : start + OWNERS_AT_ONCE]
 
 
-def _lines(
-    owners: Sequence[tuple[Team, Key | None]], now: datetime
-) -> list[tuple[Team, Key | None, Line]]:
-    """The running accounts that have an amount, hard or soft."""
+def _lines(owners: Sequence[Owner], now: datetime) -> list[tuple[Team, Key | None, Line]]:
+    """The running accounts, of those who may spend, that have an amount, hard or soft."""
     return [
-        (team, key, line)
+        (team, key, Line(limit, period(limit.window, now, team.zone)))
         for team, key in owners
-        for line in money_lines(_limits(team, key), now, team.zone)
-        if line.limit.amount is not None or line.limit.soft is not None
+        if not team.disabled and (key is None or (not key.disabled and key.revoked is None))
+        for limit in (team if key is None else key).limits.of(*name_of((team, key)))
+        if limit.unit is Unit.MONEY and (limit.amount is not None or limit.soft is not None)
     ]
-
-
-def _limits(team: Team, key: Key | None) -> tuple[Limit, ...]:
-    if key is None:
-        return team.limits.of(Scope.TEAM, team.id)
-    return key.limits.of(Scope.KEY, key.id)

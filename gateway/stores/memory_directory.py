@@ -9,7 +9,6 @@ from datetime import datetime
 
 from gateway.domain.team import Key, Team
 from gateway.ports import AlreadyExists, NotKnown
-from gateway.stores.rows import is_live, watched_of
 
 
 class MemoryDirectory:
@@ -41,9 +40,20 @@ class MemoryDirectory:
         found = (key for key in self._keys.values() if team is None or key.team == team)
         return sorted(found, key=lambda key: (key.team, key.id))
 
-    async def watched(self) -> list[tuple[Team, Key | None]]:
-        teams = [team for team in await self.teams() if not team.disabled]
-        return watched_of(teams, [key for key in await self.keys() if is_live(key)])
+    async def teams_behind(self, after: str, most: int) -> list[Team]:
+        return [team for team in await self.teams() if team.id > after][:most]
+
+    async def keys_behind(self, after: str, most: int) -> list[tuple[Team, Key]]:
+        return await self.keys_named(sorted(key for key in self._keys if key > after)[:most])
+
+    async def teams_named(self, ids: Sequence[str]) -> list[Team]:
+        await asyncio.sleep(0)
+        return [self._teams[name] for name in ids if name in self._teams]
+
+    async def keys_named(self, ids: Sequence[str]) -> list[tuple[Team, Key]]:
+        await asyncio.sleep(0)
+        found = [self._keys[name] for name in ids if name in self._keys]
+        return [(self._teams[key.team], key) for key in found]
 
     async def create_team(self, team: Team) -> None:
         await asyncio.sleep(0)

@@ -115,4 +115,5 @@ class MemoryRows:
             move.cost,
             move.applied,
             self.read(hold.accounts),
+            tuple(hold.accounts),
         )

@@ -267,7 +267,7 @@ class Page:
             hold.outcome, hold.basis = str(settlement.outcome), str(settlement.basis)
             detail = detail_of(settlement)
             self.events.append((at, rid, str(move.state), move.pending, move.posted, detail))
-            return Entry(rid, hold.state, hold.bound, hold.cost, True, after)
+            return Entry(rid, hold.state, hold.bound, hold.cost, True, after, hold.accounts)
         return self._entry(hold, applied=False)
 
     def correct(self, correction: Correction, repeated: bool) -> Entry:
@@ -388,5 +388,6 @@ class Page:
         return tuple(after)
 
     def _entry(self, hold: HeldRow, applied: bool) -> Entry:
-        balances = self.balances(hold.accounts)
-        return Entry(hold.rid, hold.state, hold.bound, hold.cost, applied, balances)
+        accounts = hold.accounts
+        balances = self.balances(accounts)
+        return Entry(hold.rid, hold.state, hold.bound, hold.cost, applied, balances, accounts)

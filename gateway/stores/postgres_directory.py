@@ -18,19 +18,13 @@ from gateway.stores.rows import (
     micros,
     team_of,
     team_row,
-    watched_of,
 )
 
 _TEAM = f"SELECT {TEAM_COLUMNS} FROM team"  # noqa: S608 - names of columns
 _SOME_TEAMS = _TEAM + " WHERE disabled = 0 ORDER BY id LIMIT %s"
 _KEY = f"SELECT {KEY_COLUMNS} FROM key"  # noqa: S608 - names of columns
-_HAS_BUDGET = (
-    "EXISTS (SELECT 1 FROM json_each_text(limits::json)"
-    " WHERE substr(key, 1, 7) = 'budget_' AND value IS NOT NULL"
-    " OR substr(key, 1, 12) = 'soft_budget_' AND value IS NOT NULL)"
-)
-_WATCHED_KEYS = _KEY + " WHERE disabled = 0 AND revoked IS NULL AND " + _HAS_BUDGET
-_WATCHED_TEAMS = _TEAM + " WHERE disabled = 0 AND (id = ANY(%s::text[]) OR " + _HAS_BUDGET + ")"
+_BEHIND = " WHERE id > %s ORDER BY id LIMIT %s"
+_NAMED = " WHERE id = ANY(%s::text[])"
 _DECLARED = "SELECT digest, id FROM declared_key WHERE digest = ANY(%s::bytea[])"
 _DECLARING = "SELECT pg_advisory_xact_lock(hashtextextended('declared keys', 0))"
 
@@ -70,15 +64,19 @@ class PostgresDirectory:
         )
         return [key_of(row) for row in rows]
 
-    async def watched(self) -> list[tuple[Team, Key | None]]:
-        def read(link: Link) -> list[tuple[Team, Key | None]]:
-            # Made here, in the thread that reads: of 100,000 keys that takes seconds.
-            keys = [key_of(row) for row in link.execute(_WATCHED_KEYS + " ORDER BY team, id")]
-            theirs = sorted({key.team for key in keys})
-            rows = link.execute(_WATCHED_TEAMS + " ORDER BY id", (theirs,))
-            return watched_of([team_of(row) for row in rows], keys)
+    async def teams_behind(self, after: str, most: int) -> list[Team]:
+        return await self._reader.run(lambda link: _teams(link, _BEHIND, after, most))
 
-        return await self._reader.run(read)
+    async def keys_behind(self, after: str, most: int) -> list[tuple[Team, Key]]:
+        return await self._reader.run(lambda link: _keys(link, _BEHIND, after, most))
+
+    async def teams_named(self, ids: Sequence[str]) -> list[Team]:
+        asked = list(ids)
+        return await self._reader.run(lambda link: _teams(link, _NAMED, asked))
+
+    async def keys_named(self, ids: Sequence[str]) -> list[tuple[Team, Key]]:
+        asked = list(ids)
+        return await self._reader.run(lambda link: _keys(link, _NAMED, asked))
 
     async def create_team(self, team: Team) -> None:
         def write(transaction: Transaction) -> None:
@@ -163,3 +161,15 @@ class PostgresDirectory:
 
     async def ping(self) -> None:
         await self._reader.ping(PING)
+
+
+def _teams(link: Link, which: str, *asked: object) -> list[Team]:
+    return [team_of(row) for row in link.execute(_TEAM + which, asked)]
+
+
+def _keys(link: Link, which: str, *asked: object) -> list[tuple[Team, Key]]:
+    keys = [key_of(row) for row in link.execute(_KEY + which, asked)]
+    # Teams are never deleted, so each key's is there by now.
+    theirs = list({key.team for key in keys})
+    teams = {team.id: team for team in _teams(link, _NAMED, theirs)}
+    return [(teams[key.team], key) for key in keys]

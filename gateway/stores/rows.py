@@ -350,7 +350,7 @@ def team_of(row: Sequence[Any]) -> Team:
     team_id, models, limits, cache_enabled, disabled, time_zone = row
     return Team(
         team_id,
-        frozenset(json.loads(models)),
+        _models(models),
         _limits(limits),
         cache_enabled=bool(cache_enabled),
         disabled=bool(disabled),
@@ -382,7 +382,7 @@ def key_of(row: Sequence[Any]) -> Key:
         key_id,
         team,
         name,
-        None if models is None else frozenset(json.loads(models)),
+        None if models is None else _models(models),
         _limits(limits),
         created=None if created is None else instant(created),
         expires=None if expires is None else instant(expires),
@@ -392,12 +392,20 @@ def key_of(row: Sequence[Any]) -> Key:
     )
 
 
+@lru_cache(maxsize=1024)
+def _models(text: str) -> frozenset[str]:
+    return frozenset(json.loads(text))
+
+
+# Most teams and keys have the limits of many others: they are read once.
+@lru_cache(maxsize=1024)
 def _limits(text: str) -> Limits:
     """A newer release may have written limits that this one does not know: they do not hold here,
     and are kept where they are."""
     return _known(json.loads(text))
 
 
+@lru_cache(maxsize=1024)
 def _per_user(text: str) -> PerUser:
     found = json.loads(text).get(_PER_USER)
     return PerUser(_known(found["limits"]), bool(found["required"])) if found else PerUser()
@@ -414,16 +422,3 @@ def routed_of(day: str, row: Sequence[Any]) -> tuple[str, UsageRow]:
         day, team, key_id, model, requests=int(requests), images=int(images), cost=int(cost)
     )
     return upstream, found
-
-
-def is_live(key: Key) -> bool:
-    return not key.disabled and key.revoked is None
-
-
-def watched_of(teams: Sequence[Team], keys: Iterable[Key]) -> list[tuple[Team, Key | None]]:
-    """Those that have a budget, of teams and keys that may spend: teams first."""
-    made = {team.id: team for team in teams}
-    return [
-        *((team, None) for team in teams if team.limits.is_watched),
-        *((made[key.team], key) for key in keys if key.limits.is_watched and key.team in made),
-    ]

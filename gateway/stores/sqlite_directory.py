@@ -17,7 +17,6 @@ from gateway.stores.rows import (
     micros,
     team_of,
     team_row,
-    watched_of,
 )
 from gateway.stores.sqlite_file import Reader, Writer
 from gateway.stores.sqlite_rows import PING, exists
@@ -25,14 +24,8 @@ from gateway.stores.sqlite_rows import PING, exists
 _TEAM = f"SELECT {TEAM_COLUMNS} FROM team"  # noqa: S608 - names of columns
 _SOME_TEAMS = _TEAM + " WHERE disabled = 0 ORDER BY id LIMIT ?"
 _KEY = f"SELECT {KEY_COLUMNS} FROM key"  # noqa: S608 - names of columns
-_HAS_BUDGET = (
-    "EXISTS (SELECT 1 FROM json_each(limits)"
-    " WHERE substr(key, 1, 7) = 'budget_' AND value IS NOT NULL"
-    " OR substr(key, 1, 12) = 'soft_budget_' AND value IS NOT NULL)"
-)
-_WATCHED_KEYS = _KEY + " WHERE disabled = 0 AND revoked IS NULL AND " + _HAS_BUDGET
-_NAMED_OR_BUDGETED = "(id IN (SELECT value FROM json_each(?)) OR " + _HAS_BUDGET + ")"  # noqa: S608
-_WATCHED_TEAMS = _TEAM + " WHERE disabled = 0 AND " + _NAMED_OR_BUDGETED
+_BEHIND = " WHERE id > ? ORDER BY id LIMIT ?"
+_NAMED = " WHERE id IN (SELECT value FROM json_each(?))"
 _DECLARED = "SELECT id FROM declared_key WHERE digest = ?"
 
 
@@ -70,15 +63,19 @@ class SQLiteDirectory:
         )
         return [key_of(row) for row in rows]
 
-    async def watched(self) -> list[tuple[Team, Key | None]]:
-        def read(db: sqlite3.Connection) -> list[tuple[Team, Key | None]]:
-            # Made here, in the thread that reads: of 100,000 keys that takes seconds.
-            keys = [key_of(row) for row in db.execute(_WATCHED_KEYS + " ORDER BY team, id")]
-            theirs = json.dumps(sorted({key.team for key in keys}))
-            rows = db.execute(_WATCHED_TEAMS + " ORDER BY id", (theirs,))
-            return watched_of([team_of(row) for row in rows], keys)
+    async def teams_behind(self, after: str, most: int) -> list[Team]:
+        return await self._reader.run(lambda db: _teams(db, _BEHIND, after, most))
 
-        return await self._reader.run(read)
+    async def keys_behind(self, after: str, most: int) -> list[tuple[Team, Key]]:
+        return await self._reader.run(lambda db: _keys(db, _BEHIND, after, most))
+
+    async def teams_named(self, ids: Sequence[str]) -> list[Team]:
+        asked = json.dumps(list(ids))
+        return await self._reader.run(lambda db: _teams(db, _NAMED, asked))
+
+    async def keys_named(self, ids: Sequence[str]) -> list[tuple[Team, Key]]:
+        asked = json.dumps(list(ids))
+        return await self._reader.run(lambda db: _keys(db, _NAMED, asked))
 
     async def create_team(self, team: Team) -> None:
         def write(db: sqlite3.Connection) -> None:
@@ -155,3 +152,15 @@ class SQLiteDirectory:
 
     async def ping(self) -> None:
         await self._reader.ping(PING)
+
+
+# Read whole before anything is made of them: a statement takes the interpreter's lock for each row.
+def _teams(db: sqlite3.Connection, which: str, *asked: object) -> list[Team]:
+    return [team_of(row) for row in db.execute(_TEAM + which, asked).fetchall()]
+
+
+def _keys(db: sqlite3.Connection, which: str, *asked: object) -> list[tuple[Team, Key]]:
+    keys = [key_of(row) for row in db.execute(_KEY + which, asked).fetchall()]
+    theirs = json.dumps(list({key.team for key in keys}))
+    teams = {team.id: team for team in _teams(db, _NAMED, theirs)}
+    return [(teams[key.team], key) for key in keys]

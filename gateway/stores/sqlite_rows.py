@@ -53,9 +53,8 @@ def booked(db: sqlite3.Connection, rid: str) -> Booked | None:
 def entry_of(db: sqlite3.Connection, hold: Booked, move: Move) -> Entry:
     """``hold`` after ``move``, with what its accounts are now."""
     balances = balances_of(db, json.loads(hold.accounts))
-    return Entry(
-        hold.rid, move.state, hold.bound, move.cost, move.applied, tuple(balances.values())
-    )
+    after, accounts = tuple(balances.values()), tuple(balances)
+    return Entry(hold.rid, move.state, hold.bound, move.cost, move.applied, after, accounts)
 
 
 def balances_of(db: sqlite3.Connection, accounts: Iterable[str]) -> dict[str, Balance]:

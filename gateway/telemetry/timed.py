@@ -27,12 +27,20 @@ TIMED = ("reserve", "reroute", "settle")
 
 class TimedLedger(Ledger):
     """The port ``Ledger``, as ``ledger`` keeps it. ``took`` hears of each transaction of a call,
-    ``reserve``, ``reroute`` or ``settle``, how many seconds it took, also where it failed."""
+    ``reserve``, ``reroute`` or ``settle``, how many seconds it took, also where it failed;
+    ``settled`` of what each settlement led to."""
 
-    def __init__(self, ledger: Ledger, clock: Clock, took: Callable[[str, float], None]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        clock: Clock,
+        took: Callable[[str, float], None],
+        settled: Callable[[Entry], None] = lambda entry: None,
+    ) -> None:
         self._ledger = ledger
         self._clock = clock
         self._took = took
+        self._settled = settled
 
     async def reserve(self, claim: Claim) -> Held | Denied | Claimed:
         began = self._clock.monotonic()
@@ -51,9 +59,11 @@ class TimedLedger(Ledger):
     async def settle(self, settlement: Settlement) -> Entry:
         began = self._clock.monotonic()
         try:
-            return await self._ledger.settle(settlement)
+            entry = await self._ledger.settle(settlement)
         finally:
             self._took("settle", self._clock.monotonic() - began)
+        self._settled(entry)
+        return entry
 
     async def claimed(
         self, team: str, idempotency_key: str, fingerprint: str, at: datetime

@@ -144,7 +144,8 @@ class LedgerMachine(RuleBasedStateMachine):
     def entry(self, call: Call, applied: bool) -> Entry:
         claimed = call.claim
         balances = tuple(self.balance(line.account) for line in claimed.lines)
-        return Entry(claimed.rid, call.state, claimed.bound, call.cost, applied, balances)
+        accounts = tuple(line.account for line in claimed.lines)
+        return Entry(claimed.rid, call.state, claimed.bound, call.cost, applied, balances, accounts)
 
     @rule(ticks=st.sampled_from(TICKS))
     def wait(self, ticks: int) -> None:

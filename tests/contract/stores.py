@@ -109,6 +109,10 @@ def lines(
     )
 
 
+ACCOUNTS = tuple(line.account for line in lines())
+"""Of a call that names no others."""
+
+
 def claim(
     rid: str,
     bound: int = 10,

@@ -29,6 +29,7 @@ from gateway.ports import Books, BooksChanged, Ledger, NotKnown, Store
 from gateway.stores.memory_ledger import MemoryStore
 from gateway.stores.memory_rows import MemoryRows
 from tests.contract.stores import (
+    ACCOUNTS,
     LEASE,
     NOON,
     SPOILERS,
@@ -43,7 +44,6 @@ from tests.contract.stores import (
     voided,
 )
 
-ACCOUNTS = tuple(line.account for line in lines())
 LATER = NOON + timedelta(days=3)
 
 
@@ -189,7 +189,7 @@ async def test_a_closed_call_is_corrected_up_and_down(
         await store.ledger.settle(end)
     entry = await store.books.correct(corrected("r", cost, images=2))
     balances = (Balance(cost, 0),) * 4
-    assert entry == Entry("r", P, 10, cost, applied=True, balances=balances)
+    assert entry == Entry("r", P, 10, cost, applied=True, balances=balances, accounts=ACCOUNTS)
     assert await store.ledger.balances(lines()) == list(balances)
     assert await store.ledger.unresolved() == 0
     counted = await row(store.ledger)
@@ -207,7 +207,9 @@ async def test_what_is_so_already_stays(store: Store, flags: tuple[str, ...]) ->
     await store.ledger.settle(settled("r", 7, *flags))
     doubtful = flags == ("no_usage",)
     entry = await store.books.correct(corrected("r", 7))
-    assert entry == Entry("r", P, 10, 7, applied=doubtful, balances=(Balance(7, 0),) * 4)
+    assert entry == Entry(
+        "r", P, 10, 7, applied=doubtful, balances=(Balance(7, 0),) * 4, accounts=ACCOUNTS
+    )
     found = await store.books.find("r")
     assert found is not None
     assert found.flags == (() if doubtful else flags)
@@ -241,7 +243,9 @@ async def test_a_voided_call_that_was_billed_counts_as_a_request(store: Store) -
 async def test_a_running_call_is_not_corrected(store: Store) -> None:
     await store.ledger.reserve(claim("r"))
     entry = await store.books.correct(corrected("r", 3))
-    assert entry == Entry("r", H, 10, 0, applied=False, balances=(Balance(0, 10),) * 4)
+    assert entry == Entry(
+        "r", H, 10, 0, applied=False, balances=(Balance(0, 10),) * 4, accounts=ACCOUNTS
+    )
     assert [line.kind for line in await store.books.journal("r")] == ["H"]
     # The same correction may be said again once the call has ended.
     await store.ledger.settle(settled("r", 7))
@@ -290,7 +294,9 @@ async def test_a_settlement_after_a_correction_is_a_repeat(
     await store.books.correct(corrected("r", 4))
     late = settled("r", cost)
     entry = await store.ledger.settle(late)
-    assert entry == Entry("r", P, 10, 4, applied=False, balances=(Balance(4, 0),) * 4)
+    assert entry == Entry(
+        "r", P, 10, 4, applied=False, balances=(Balance(4, 0),) * 4, accounts=ACCOUNTS
+    )
     assert conflicts == ([(entry, late)] if alarm else [])
 
 

@@ -52,22 +52,30 @@ async def test_some_teams_are_the_first_that_may_spend(directory: Directory) -> 
     assert [team.id for team in await directory.some_teams(9)] == ["brand", "growth", "zoo"]
 
 
-async def test_watched_are_those_who_may_spend_and_have_a_budget(directory: Directory) -> None:
-    brand = Team("brand", limits=Limits(5, max_cost_per_request=7))
-    zoo = Team("zoo", limits=Limits(soft_budget_total=0))
-    for team in (GROWTH, replace(ART, limits=Limits(budget_day=1)), brand, zoo):
+async def test_pages_of_everybody_by_name(directory: Directory) -> None:
+    brand, zoo = Team("brand"), Team("zoo", limits=Limits(soft_budget_total=0))
+    for team in (GROWTH, ART, brand, zoo):
         await directory.create_team(team)
-    soft = Key("k_soft", "brand", limits=Limits(soft_budget_week=3))
-    hard = Key("k_hard", "growth", limits=Limits(budget_total=3))
-    gone = replace(hard, id="k_gone")
-    of_the_disabled = Key("k_art", "art", limits=Limits(budget_day=1))
-    for number, key in enumerate((soft, hard, gone, CI, PLAIN, of_the_disabled)):
+    art, soft = Key("k_art", "art"), Key("k_soft", "zoo", limits=Limits(soft_budget_week=3))
+    for number, key in enumerate((soft, CI, PLAIN, art)):
         await directory.create_key(key, bytes([number]))
-    await directory.revoke_key("k_gone", AT)
-    assert await directory.watched() == [
-        *((GROWTH, None), (zoo, None)),
-        *((brand, soft), (GROWTH, hard)),
-    ]
+    assert await directory.teams_behind("", 3) == [ART, brand, GROWTH]
+    assert await directory.teams_behind("growth", 3) == [zoo]
+    assert await directory.teams_behind("zoo", 3) == []
+    assert await directory.keys_behind("", 2) == [(ART, art), (GROWTH, CI)]
+    assert await directory.keys_behind("k_ci", 5) == [(GROWTH, PLAIN), (zoo, soft)]
+    assert await directory.keys_behind("k_soft", 5) == []
+
+
+async def test_teams_and_keys_of_these_names(directory: Directory) -> None:
+    for team in (GROWTH, ART):
+        await directory.create_team(team)
+    for number, key in enumerate((CI, PLAIN)):
+        await directory.create_key(key, bytes([number]))
+    assert await directory.teams_named(["art", "nobody"]) == [ART]
+    assert await directory.teams_named([]) == []
+    assert await directory.keys_named(["nobody", "k_plain"]) == [(GROWTH, PLAIN)]
+    assert await directory.keys_named([]) == []
 
 
 async def test_an_unknown_digest(directory: Directory) -> None:

@@ -32,6 +32,7 @@ from gateway.ports import Ledger, NotKnown, Store
 from gateway.stores.memory_ledger import MemoryStore
 from tests.contract.machine import LedgerMachine
 from tests.contract.stores import (
+    ACCOUNTS,
     BACKENDS,
     LEASE,
     NOON,
@@ -89,7 +90,7 @@ async def test_every_event_in_every_state(
     await reach(ledger, state)
     entry = await ledger.settle(EVENTS[event])
     balances = (Balance(posted=cost, pending=0),) * 4
-    assert entry == Entry("r", after, 10, cost, applied, balances)
+    assert entry == Entry("r", after, 10, cost, applied, balances, accounts=ACCOUNTS)
     assert await ledger.balances(lines()) == list(balances)
     assert await ledger.open_holds() == 0
     assert await ledger.unresolved() == (cost if after is X else 0)
@@ -413,7 +414,7 @@ async def test_a_rerouted_call_ends_where_it_went(store: Store, state: State) ->
     await store.ledger.reroute(elsewhere("r", 20, model="blaze"))
     entry = await store.ledger.settle(end)
     balances = (Balance(cost, 0),) * 4
-    assert entry == Entry("r", state, 25, cost, applied=True, balances=balances)
+    assert entry == Entry("r", state, 25, cost, applied=True, balances=balances, accounts=ACCOUNTS)
     rows = await store.ledger.usage()
     counted = [("blaze", 1, cost)] if cost else []
     assert [(row.model, row.requests, row.cost) for row in rows] == counted
@@ -428,7 +429,9 @@ async def test_a_sweep_expires_a_rerouted_call_at_its_raised_bound(store: Store)
     await store.ledger.reserve(claim("r"))
     await store.ledger.reroute(elsewhere("r", 25, model="blaze"))
     (entry,) = await store.ledger.sweep(NOON + 2 * LEASE)
-    assert entry == Entry("r", X, 25, 25, applied=True, balances=(Balance(25, 0),) * 4)
+    assert entry == Entry(
+        "r", X, 25, 25, applied=True, balances=(Balance(25, 0),) * 4, accounts=ACCOUNTS
+    )
     (row,) = await store.ledger.usage()
     assert (row.model, row.cost, row.unresolved_cost) == ("blaze", 25, 25)
     assert await store.ledger.unresolved() == 25
@@ -664,7 +667,9 @@ async def test_a_frozen_worker_that_wakes_up_still_says_what_it_cost(
     (entry,) = await store.ledger.sweep(NOON + 20 * SECOND, silent_before=NOON + SECOND)
     assert entry.balances == (Balance(10, 0),) * 4
     late = await store.ledger.settle(settled("r", 4))
-    assert late == Entry("r", P, 10, 4, applied=True, balances=(Balance(4, 0),) * 4)
+    assert late == Entry(
+        "r", P, 10, 4, applied=True, balances=(Balance(4, 0),) * 4, accounts=ACCOUNTS
+    )
     assert [(row.requests, row.cost, row.unresolved) for row in await store.ledger.usage()] == [
         (1, 4, 0)
     ]

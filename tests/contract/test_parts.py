@@ -23,6 +23,7 @@ from gateway.domain.ledger import (
 )
 from gateway.ports import NotKnown, Store
 from tests.contract.stores import (
+    ACCOUNTS,
     NOON,
     P,
     V,
@@ -75,7 +76,7 @@ async def used(store: Store) -> list[UsageRow]:
 async def test_each_model_has_what_it_is_billed_for(store: Store) -> None:
     await store.ledger.reserve(asking("r"))
     entry = await store.ledger.settle(drew("r", 17, 12))
-    assert entry == Entry("r", P, 100, 17, True, (Balance(17, 0),) * 4)
+    assert entry == Entry("r", P, 100, 17, True, (Balance(17, 0),) * 4, accounts=ACCOUNTS)
     assert await used(store) == [flare_row(cost=12), text_row(cost=5)]
     hold = await store.books.find("r")
     assert hold is not None
@@ -135,7 +136,7 @@ async def test_a_correction_splits_as_it_was_booked(store: Store, cost: int, par
     await store.ledger.reserve(asking("r"))
     await store.ledger.settle(drew("r", 17, 12, "over_bound"))
     entry = await store.books.correct(corrected("r", cost, images=3))
-    assert entry == Entry("r", P, 100, cost, True, (Balance(cost, 0),) * 4)
+    assert entry == Entry("r", P, 100, cost, True, (Balance(cost, 0),) * 4, accounts=ACCOUNTS)
     assert await used(store) == [flare_row(cost=part), text_row(cost=cost - part)]
     hold = await store.books.find("r")
     assert hold is not None

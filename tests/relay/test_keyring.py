@@ -54,7 +54,16 @@ class Directory:
     async def keys(self, team: str | None = None) -> list[Key]:
         raise NotImplementedError
 
-    async def watched(self) -> list[tuple[Team, Key | None]]:
+    async def teams_behind(self, after: str, most: int) -> list[Team]:
+        raise NotImplementedError
+
+    async def keys_behind(self, after: str, most: int) -> list[tuple[Team, Key]]:
+        raise NotImplementedError
+
+    async def teams_named(self, ids: Sequence[str]) -> list[Team]:
+        raise NotImplementedError
+
+    async def keys_named(self, ids: Sequence[str]) -> list[tuple[Team, Key]]:
         raise NotImplementedError
 
     async def create_team(self, team: Team) -> None:
