@@ -48,7 +48,13 @@ APART: Final = "two gateways, each with a PostgreSQL and a Valkey of its own"
 WORKERS_SPREAD: Final = "two workers, Valkey, a core each"
 SPREAD: Final = "two gateways, PostgreSQL and Valkey, a core each"
 """The second one beside generator, mock and stores."""
-TURNS: Final = (ONE, WORKERS, ONE_VALKEY, WORKERS_SPREAD, SPREAD, ALONE, PAIR, APART)
+BESIDE_LITTLE: Final = "one gateway, PostgreSQL and Valkey, beside a loop over 4 KB"
+"""What anything costs it that has the core in turns with it, however little that touches."""
+BESIDE_MUCH: Final = "one gateway, PostgreSQL and Valkey, beside a loop over 8 MB"
+TURNS: Final = (
+    ONE, WORKERS, ONE_VALKEY, WORKERS_SPREAD, SPREAD, BESIDE_MUCH, ALONE, PAIR, APART,
+    BESIDE_LITTLE,
+)  # fmt: skip
 """In each round, and backwards in the next: what is compared stands side by side."""
 
 
@@ -63,6 +69,7 @@ class Kind:
     postgres: bool = False
     apart: bool = False
     spread: bool = False
+    beside_kb: int = 0
 
 
 KINDS: Final[Mapping[str, Kind]] = {
@@ -74,6 +81,8 @@ KINDS: Final[Mapping[str, Kind]] = {
     PAIR: Kind(gateways=2, valkey=True, postgres=True),
     SPREAD: Kind(gateways=2, valkey=True, postgres=True, spread=True),
     APART: Kind(gateways=2, valkey=True, postgres=True, apart=True),
+    BESIDE_LITTLE: Kind(valkey=True, postgres=True, beside_kb=4),
+    BESIDE_MUCH: Kind(valkey=True, postgres=True, beside_kb=8 * 1024),
 }
 
 
@@ -124,6 +133,7 @@ class Fleet:
     Of several ``stores`` each gateway has its own. ``made``: requests of each gateway."""
 
     kind: Kind
+    core: int
     folder: Path
     gateways: list[Gateway]
     stores: list[Stores]
@@ -285,7 +295,7 @@ def _start(
         pids = [pid for one in gateways for pid in _serving(one.process.pid, kind.workers)]
         move(pids[-1], cores.others)
     made = [0] * kind.gateways
-    return Fleet(kind, folder, gateways, stores, (10 + place) * NUMBERS_EACH, made)
+    return Fleet(kind, cores.target, folder, gateways, stores, (10 + place) * NUMBERS_EACH, made)
 
 
 def _metrics(port: int) -> str:
@@ -295,9 +305,12 @@ def _metrics(port: int) -> str:
 
 
 def _measure_round(fleet: Fleet, reply: bodies.Reply, seconds: float) -> None:
-    _measure(fleet, fleet.samples, lambda: fleet.load(
-        "small", reply, CONNECTIONS * fleet.kind.workers, seconds=seconds
-    ))  # fmt: skip
+    def load() -> list[tools.Load]:
+        beside_kb = fleet.kind.beside_kb
+        with tools.neighbour(beside_kb, fleet.core) if beside_kb else contextlib.nullcontext():
+            return fleet.load("small", reply, CONNECTIONS * fleet.kind.workers, seconds=seconds)
+
+    _measure(fleet, fleet.samples, load)
 
 
 def _measure_slow(fleet: Fleet, reply: bodies.Reply, seconds: float) -> dict[str, list[float]]:

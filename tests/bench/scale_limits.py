@@ -15,6 +15,8 @@ from tests.bench.report import figure, rows
 from tests.bench.scale import (
     ALONE,
     APART,
+    BESIDE_LITTLE,
+    BESIDE_MUCH,
     ONE,
     ONE_VALKEY,
     PAIR,
@@ -47,6 +49,8 @@ GOALS: Final = (
 """What may rise by no more than that."""
 ABOUT: Final = {
     (APART, ALONE): "what a second one costs this machine, where nothing is shared",
+    (BESIDE_LITTLE, ALONE): "what it costs to have the core in turns with anything",
+    (BESIDE_MUCH, ALONE): "and with what uses the core's caches",
     (PAIR, APART): "what it costs that stores are shared",
     (WORKERS, ONE): "the cost of Valkey with it",
 }

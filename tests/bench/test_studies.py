@@ -12,7 +12,7 @@ from tests.bench import growth, growth_ledger, scale, studies, study, tools
 from tests.bench.growth_keys import measure_keys
 from tests.bench.growth_ledger import Measured
 from tests.bench.processes import cores
-from tests.bench.scale import ALONE, APART, ONE, ONE_VALKEY, PAIR, SPREAD, WORKERS
+from tests.bench.scale import ALONE, APART, BESIDE_LITTLE, ONE, ONE_VALKEY, PAIR, SPREAD, WORKERS
 from tests.bench.scale_limits import Need, needs, needs_text, rises, rises_text
 from tests.bench.study import Point, Study, Table, fit, rise_in_rounds, table_text
 
@@ -188,9 +188,9 @@ def test_keys_of_the_directory_are_asked_by_turns() -> None:
 @with_tools
 def test_scale_is_measured() -> None:
     sizes = scale.Sizes(rounds=1, seconds=0.3, warm_seconds=0.3, slow_seconds=0.3)
-    tables, numbers = scale.measure(cores(), sizes, (WORKERS, ALONE, APART, SPREAD))
+    tables, numbers = scale.measure(cores(), sizes, (WORKERS, ALONE, APART, SPREAD, BESIDE_LITTLE))
     busy = tables["busy"]
-    assert [one.failure for one in busy.points] == [None] * 4
+    assert [one.failure for one in busy.points] == [None] * 5
     assert busy.get(APART, "connections") == 2 * (busy.get(ALONE, "connections") or 0)
     assert 0.5 <= (busy.get(WORKERS, "share_of_one") or 0) <= 1
     assert 0 < (busy.get(ALONE, "postgres_commits") or 0) <= 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import resource
 import shutil
@@ -15,7 +16,7 @@ import pytest
 
 from gateway.descriptors import shares
 from tests.bench.install import MissingTool
-from tests.bench.processes import workers_for
+from tests.bench.processes import cores, cpu_seconds, tree, workers_for
 from tests.bench.tools import (
     FLAGS,
     HERE,
@@ -26,6 +27,7 @@ from tests.bench.tools import (
     Times,
     build,
     load,
+    neighbour,
     start_load,
 )
 from tests.processes import wait_until
@@ -383,3 +385,12 @@ def test_there_are_workers_enough_for_what_is_in_flight(monkeypatch: pytest.Monk
         workers_for(30_000)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
     assert workers_for(9_000) == 1
+
+
+def test_a_neighbour_goes_on_until_it_is_sent_away() -> None:
+    before, core = set(tree(os.getpid())), cores().target
+    with neighbour(64, core):
+        [pid] = set(tree(os.getpid())) - before
+        assert os.sched_getaffinity(pid) == {core}
+        wait_until(lambda: cpu_seconds(pid) > 0.05, "it has taken its share")
+    assert set(tree(os.getpid())) == before

@@ -1,4 +1,4 @@
-"""The two C programs of the benchmark: built when first needed, started, asked, stopped.
+"""The C programs of the benchmark: built when first needed, started, asked, stopped.
 
 ::
 
@@ -15,7 +15,8 @@ import os
 import shutil
 import subprocess
 import urllib.request
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -288,6 +289,18 @@ def start_load(port: int, request: Path, connections: int, **how: Unpack[How]) -
 def load(port: int, request: Path, connections: int, **how: Unpack[How]) -> Load:
     """As ``start_load``, waited for. Raises ``BuildError`` and ``LoadError``."""
     return start_load(port, request, connections, **how).result()
+
+
+@contextmanager
+def neighbour(kb: int, core: int) -> Iterator[None]:
+    """Beside whoever else is on ``core`` a loop goes on over so much memory. Raises
+    ``BuildError``."""
+    process = _start([str(build("neighbour")), str(kb)], {core})
+    try:
+        yield
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def _start(command: list[str], cores: Collection[int] | None) -> subprocess.Popen[str]:
