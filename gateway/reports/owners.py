@@ -28,8 +28,9 @@ class Spenders:
         self._accounts: set[tuple[str, ...]] = set()
 
     def heard(self, entry: Entry) -> None:
-        """A hold has ended. What costs nothing takes nobody past a mark."""
-        if entry.applied and entry.cost:
+        """A hold has ended. What costs nothing takes nobody past a mark; what was booked already
+        may be what the ledger's lost answer was about."""
+        if entry.cost:
             self._accounts.add(entry.accounts)
 
     def take(self) -> set[tuple[str, ...]]:

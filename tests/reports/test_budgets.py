@@ -206,6 +206,15 @@ async def test_spenders_are_those_whose_hold_cost_something() -> None:
     assert bench.spenders.take() == taken
 
 
+async def test_a_settlement_whose_answer_was_lost_is_heard_when_it_is_repeated() -> None:
+    bench = Bench()
+    await bench.ledger.reserve(claim("r1", team="paid"))
+    await bench.store.ledger.settle(settled("r1", 3))  # booked, and nobody here was told
+    await bench.ledger.settle(settled("r1", 3))
+    [accounts] = bench.spenders.take()
+    assert (Scope.TEAM, "paid") in owners_of(accounts)
+
+
 def test_an_account_names_its_owner_and_users_are_nobody() -> None:
     named = owners_of(["team:a|b:c|t|all", "key:k1|w|2026-W47", "user:a/u_1|d|2026-11-22"])
     assert named == {(Scope.TEAM, "a|b:c"), (Scope.KEY, "k1")}
