@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import pytest
 
@@ -168,6 +169,32 @@ async def test_a_look_that_broke_off_passes_nobody_by(
             await bench.watch.look()
     assert {"team30", "file", "team00"} <= await bench.look()
     assert bench.receiver.heard == ["team30"]
+
+
+@pytest.mark.parametrize("webhook", [False, True])
+async def test_a_claim_that_the_books_did_not_answer_is_made_at_the_next_look(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    webhook: bool,
+) -> None:
+    await bench.look()
+    await bench.spend("team30")
+    claim_notice = bench.store.upkeep.claim_notice
+    with monkeypatch.context() as patch:
+
+        async def away(account: str, notice: str, at: datetime, seconds: float) -> bool:
+            if notice.endswith("webhook") == webhook:
+                raise LedgerUnavailable("It is away.")
+            return await claim_notice(account, notice, at, seconds)
+
+        patch.setattr(bench.store.upkeep, "claim_notice", away)
+        with pytest.raises(LedgerUnavailable):
+            await bench.watch.look()
+    await bench.look()
+    assert bench.receiver.heard == ["team30"]
+    assert [one.message for one in caplog.records] == ["a budget is nearly used up"]
 
 
 async def test_a_message_that_was_not_taken_is_tried_again_without_a_call(bench: Bench) -> None:
