@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -212,6 +213,20 @@ async def test_a_message_that_was_not_taken_is_tried_again_without_a_call(bench:
     assert sorted(bench.receiver.heard) == ["team30", "team31"]
     await bench.look()
     assert sorted(bench.receiver.heard) == ["team30", "team31"]
+
+
+async def test_a_round_that_begins_while_a_page_is_read_begins_with_the_first(bench: Bench) -> None:
+    owners = Owners(bench.store.directory, lambda: bench.declared)
+    for _ in range(2):
+        await owners.next(AT_ONCE)
+    page = asyncio.create_task(owners.next(AT_ONCE))
+    await asyncio.sleep(0)
+    owners.begin_anew()
+    assert len(await page) == AT_ONCE
+    found = []
+    while some := await owners.next(AT_ONCE):
+        found += [team.id if key is None else key.id for team, key in some]
+    assert found == ["file", *(f"team{number:02}" for number in range(TEAMS)), "k1"]
 
 
 async def test_spenders_are_those_whose_hold_cost_something() -> None:
