@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,6 +61,8 @@ def create(
     **limits: int | None,
 ) -> None:
     """Create a key and print its secret, this once."""
+    if sys.stdout is None:  # As in ``gateway key create >&-``: click prints nothing then.
+        fail("standard output is closed: nobody would see the key's secret", EXIT_FAILED)
     settings = load_settings(config, of_ones_own=True)
     if team in settings.teams:
         fail(f"team {team} is declared in {settings.file}; add its key there", EXIT_FAILED)

@@ -149,6 +149,7 @@ def verdict(error: GatewayError) -> Next:
 
 _ACCOUNT = re.compile(rb"\b(org|proj)[-_][A-Za-z0-9]{6,}")
 """The owner's account, which rate limit texts name (contract 4.5)."""
+NO_URL = "Invalid URL"
 NOT_FOUND = "Not Found"
 _NO_PATH = (NOT_FOUND, "Resource not found")
 """What servers say where they have no such path: frameworks, Azure's front door."""
@@ -164,11 +165,13 @@ def refusal(
     upstream: str,
     *,
     failures_billed: bool = False,
+    by_id: bool = False,
 ) -> GatewayError:
     """The error that an upstream's answer other than 200 amounts to.
 
     ``headers`` have lower-case names. The error's ``evidence`` says what the call owes; with
-    ``failures_billed`` a failure of the API itself proves nothing.
+    ``failures_billed`` a failure of the API itself proves nothing. ``by_id``: it was asked for
+    what it has made itself, so a 404 without words says that this is gone, not the path.
     """
     error = _api_error(body)
     if 300 <= status < 400:
@@ -188,7 +191,7 @@ def refusal(
             reason="upstream_edge",
             should_retry=False,
         )
-    if _is_not_there(status, body, error):
+    if _is_not_there(status, body, error, by_id=by_id):
         return UpstreamFault(
             f"The upstream {upstream} serves nothing at the address that this gateway asks "
             f"({status}). The upstream has not taken this request, so nothing was charged. The "
@@ -280,15 +283,19 @@ def _is_moderation(error: Mapping[str, Any]) -> bool:
     return about or error.get("type") == "image_generation_user_error"
 
 
-def _is_not_there(status: int, body: bytes, error: Mapping[str, Any] | None) -> bool:
+def _is_not_there(
+    status: int, body: bytes, error: Mapping[str, Any] | None, *, by_id: bool
+) -> bool:
     """Whether nobody serves the path, as opposed to what is asked for there: a server's own page,
     a framework's word, or OpenAI's for a path it does not know."""
     if status not in (404, 405):
         return False
+    by_id = by_id and status == 404
     if error is None:
-        return (_detail(body) or NOT_FOUND) in (NOT_FOUND, "Method Not Allowed")
+        return not by_id and (_detail(body) or NOT_FOUND) in (NOT_FOUND, "Method Not Allowed")
     said = str(error.get("message"))
-    return error.get("code") in (None, "404") and said.startswith(("Invalid URL", *_NO_PATH))
+    no_path = (NO_URL,) if by_id else (NO_URL, *_NO_PATH)
+    return error.get("code") in (None, "404") and said.startswith(no_path)
 
 
 def _passed_on(
@@ -333,16 +340,19 @@ def _api_error(body: bytes) -> Mapping[str, Any] | None:
 
 
 def _plain_message(status: int, body: bytes) -> str:
-    """What an upstream that does not speak OpenAI's errors had to say: ``detail``, mostly."""
+    """What an upstream that does not speak OpenAI's errors had to say."""
     return _detail(body) or f"The upstream answered {status} without an error body."
 
 
 def _detail(body: bytes) -> str:
+    """Its ``detail``, mostly, or its ``message``; empty where it has neither."""
     try:
         document = json.loads(body)
     except (ValueError, RecursionError):
         return ""
-    detail = document.get("detail") if isinstance(document, dict) else None
+    if not isinstance(document, dict):
+        return ""
+    detail = document.get("detail", document.get("message"))
     if isinstance(detail, str):
         return detail[:1000]
     return "" if detail is None else json.dumps(detail)[:1000]

@@ -481,7 +481,7 @@ class Passing:
                 heard = True
                 self._health.succeeded(ticket)
                 return reply, None
-            refused = await _refusal(reply, upstream.name)
+            refused = await _refusal(reply, upstream.name, by_id=errand.anchor is not None)
             heard = True
             self._learn(ticket, refused, reply)
             return reply, refused
@@ -606,7 +606,7 @@ def _costless(error: GatewayError, upstream: str, *, repeatable: bool) -> Gatewa
     return costless
 
 
-async def _refusal(reply: Reply, upstream: str) -> GatewayError:
+async def _refusal(reply: Reply, upstream: str, *, by_id: bool) -> GatewayError:
     """The error that any answer but a success amounts to; the answer is closed."""
     text = b""
     try:
@@ -620,7 +620,7 @@ async def _refusal(reply: Reply, upstream: str) -> GatewayError:
         text = b""
     finally:
         await reply.aclose()
-    return refusal(reply.status, reply.headers, text, upstream)
+    return refusal(reply.status, reply.headers, text, upstream, by_id=by_id)
 
 
 async def _body(reply: Reply) -> AsyncGenerator[bytes, None]:

@@ -222,8 +222,10 @@ class BudgetWatch:
         now, key = self._clock.now(), (one.line.account, claim)
         if not one.runs(now) or now < self._rests.get(key, now):
             return False
+        ours = await self._upkeep.claim_notice(one.line.account, claim, now, LEASE_SECONDS)
+        # Not before the books have answered: where they do not, the next look asks again.
         self._rests[key] = now + timedelta(seconds=LEASE_SECONDS)
-        return await self._upkeep.claim_notice(one.line.account, claim, now, LEASE_SECONDS)
+        return ours
 
     async def _told(self, account: str, claim: str) -> None:
         await self._upkeep.notice_sent(account, claim, self._clock.now())

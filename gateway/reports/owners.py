@@ -28,8 +28,9 @@ class Spenders:
         self._accounts: set[tuple[str, ...]] = set()
 
     def heard(self, entry: Entry) -> None:
-        """A hold has ended. What costs nothing takes nobody past a mark."""
-        if entry.applied and entry.cost:
+        """A hold has ended. What costs nothing takes nobody past a mark; what was booked already
+        may be what the ledger's lost answer was about."""
+        if entry.cost:
             self._accounts.add(entry.accounts)
 
     def take(self) -> set[tuple[str, ...]]:
@@ -60,6 +61,7 @@ class Owners:
         self._declared = declared
         self._read = Declared()
         self._by_name: dict[Name, Owner] = {}
+        self._round = 0
         self._file: Sequence[Owner] | None = None
         self._teams_after: str | None = ""
         self._keys_after = ""
@@ -85,20 +87,24 @@ class Owners:
         if self._file:
             page, self._file = self._file[:most], self._file[most:]
             return page
+        # A round may begin while a page is read: that one is not where the new one stands.
+        began = self._round
         if self._teams_after is not None:
-            if teams := await self._directory.teams_behind(self._teams_after, most):
-                self._teams_after = teams[-1].id
+            teams = await self._directory.teams_behind(self._teams_after, most)
+            if began == self._round:
+                self._teams_after = teams[-1].id if teams else None
+            if teams:
                 return [(team, None) for team in teams]
-            self._teams_after = None
         keys = await self._directory.keys_behind(self._keys_after, most)
-        if keys:
-            self._keys_after = keys[-1][1].id
-        else:
+        if not keys:
             self.begin_anew()
+        elif began == self._round:
+            self._keys_after = keys[-1][1].id
         return keys
 
     def begin_anew(self) -> None:
         """A round."""
+        self._round += 1
         self._file, self._teams_after, self._keys_after = None, "", ""
 
     def _of_the_file(self) -> dict[Name, Owner]:

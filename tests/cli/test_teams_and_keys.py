@@ -466,3 +466,15 @@ def test_a_key_whose_secret_nobody_has_seen_does_not_work(
     assert made["state"] == "revoked"
     assert f"key {made['id']} is revoked again: its secret could not be shown\n" in said.stderr
     assert "cannot be written: No space left on device" in said.stderr
+
+
+def test_no_key_is_made_where_nobody_would_see_its_secret(say: Say, ask: Ask, config: Path) -> None:
+    say("team", "create", "design", "--config", config)
+    said = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "gateway", "key", "create",
+         "--team", "design", "--config", config],
+        stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    assert said.returncode == 1
+    assert said.stderr == "standard output is closed: nobody would see the key's secret\n"
+    assert ask("key", "list", "--team", "design", "--json", "--config", config) == []

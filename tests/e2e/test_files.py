@@ -458,6 +458,33 @@ async def test_what_an_upstream_refuses(
     assert (await gateway.told.until(2))[0][0].upstream == "openai"
 
 
+@pytest.mark.parametrize(
+    ("body", "gone"),
+    [
+        (b"", True),
+        (b"<html>404 Not Found</html>", True),
+        ({"detail": "Not Found"}, True),
+        ({"error": "Not Found"}, True),
+        ({"message": "No such File object: file-1", "code": 404}, True),
+        ({"error": {"message": "Invalid URL (GET /files/file-1)", "code": None}}, False),
+    ],
+)
+async def test_what_is_gone_at_an_upstream_of_few_words(
+    gateway: GatewayUnderTest, sandbox: SandboxServer, body: Any, gone: bool
+) -> None:
+    """Its path was right when the file was made: a bare 404 is about the file. A path that is
+    not served any more takes no row with it."""
+    async with gateway.sdk() as sdk, gateway.http() as http:
+        made = await uploaded(sdk)
+        sandbox.rules.add(Rule(path="/files/*", status=404, body=body))
+        for method, left in (("GET", 1), ("DELETE", 0 if gone else 1)):
+            answer = await http.request(method, f"/files/{made.id}")
+            assert answer.status_code == (404 if gone else 502)
+            assert len((await sdk.files.list()).data) == left
+            code = answer.json()["error"]["code"]
+            assert (code == "upstream_not_there") == (not gone)
+
+
 async def test_a_refused_key_gives_way_to_another(start: Start, sandbox: SandboxServer) -> None:
     async with start(TWO_KEYS) as gateway, gateway.sdk() as sdk:
         sandbox.rules.add(Rule(key=ONE, status=401))

@@ -56,6 +56,7 @@ TABLE: list[tuple[int, bytes, type[GatewayError], Evidence, int, bool | None, st
     (404, DETAIL, UpstreamRefused, N, 404, None, "upstream_4xx"),
     (404, said(message="Invalid URL"), UpstreamFault, N, 502, False, "upstream_not_there"),
     (405, HTML, UpstreamFault, N, 502, False, "upstream_not_there"),
+    (404, b'{"message": "no model m"}', UpstreamRefused, N, 404, None, "upstream_4xx"),
     (409, PLAIN, UpstreamRefused, N, 409, None, "upstream_4xx"),
     (413, HTML, UpstreamRefused, N, 413, None, "upstream_4xx"),
     (422, DETAIL, UpstreamRefused, N, 422, None, "upstream_4xx"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 
 import pytest
 
@@ -170,6 +172,32 @@ async def test_a_look_that_broke_off_passes_nobody_by(
     assert bench.receiver.heard == ["team30"]
 
 
+@pytest.mark.parametrize("webhook", [False, True])
+async def test_a_claim_that_the_books_did_not_answer_is_made_at_the_next_look(
+    bench: Bench,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    webhook: bool,
+) -> None:
+    await bench.look()
+    await bench.spend("team30")
+    claim_notice = bench.store.upkeep.claim_notice
+    with monkeypatch.context() as patch:
+
+        async def away(account: str, notice: str, at: datetime, seconds: float) -> bool:
+            if notice.endswith("webhook") == webhook:
+                raise LedgerUnavailable("It is away.")
+            return await claim_notice(account, notice, at, seconds)
+
+        patch.setattr(bench.store.upkeep, "claim_notice", away)
+        with pytest.raises(LedgerUnavailable):
+            await bench.watch.look()
+    await bench.look()
+    assert bench.receiver.heard == ["team30"]
+    assert [one.message for one in caplog.records] == ["a budget is nearly used up"]
+
+
 async def test_a_message_that_was_not_taken_is_tried_again_without_a_call(bench: Bench) -> None:
     bench.receiver.away = True
     for team in ("team30", "team31"):
@@ -185,6 +213,20 @@ async def test_a_message_that_was_not_taken_is_tried_again_without_a_call(bench:
     assert sorted(bench.receiver.heard) == ["team30", "team31"]
     await bench.look()
     assert sorted(bench.receiver.heard) == ["team30", "team31"]
+
+
+async def test_a_round_that_begins_while_a_page_is_read_begins_with_the_first(bench: Bench) -> None:
+    owners = Owners(bench.store.directory, lambda: bench.declared)
+    for _ in range(2):
+        await owners.next(AT_ONCE)
+    page = asyncio.create_task(owners.next(AT_ONCE))
+    await asyncio.sleep(0)
+    owners.begin_anew()
+    assert len(await page) == AT_ONCE
+    found = []
+    while some := await owners.next(AT_ONCE):
+        found += [team.id if key is None else key.id for team, key in some]
+    assert found == ["file", *(f"team{number:02}" for number in range(TEAMS)), "k1"]
 
 
 async def test_spenders_are_those_whose_hold_cost_something() -> None:
@@ -204,6 +246,15 @@ async def test_spenders_are_those_whose_hold_cost_something() -> None:
     assert bench.spenders.take() == set()
     bench.spenders.give_back(taken)
     assert bench.spenders.take() == taken
+
+
+async def test_a_settlement_whose_answer_was_lost_is_heard_when_it_is_repeated() -> None:
+    bench = Bench()
+    await bench.ledger.reserve(claim("r1", team="paid"))
+    await bench.store.ledger.settle(settled("r1", 3))  # booked, and nobody here was told
+    await bench.ledger.settle(settled("r1", 3))
+    [accounts] = bench.spenders.take()
+    assert (Scope.TEAM, "paid") in owners_of(accounts)
 
 
 def test_an_account_names_its_owner_and_users_are_nobody() -> None:
