@@ -429,13 +429,16 @@ def _file_of(chunks: Sequence[bytes]) -> OpenFile | None:
         return None
     try:
         file = OpenFile(os.memfd_create("kept", os.MFD_CLOEXEC))
+        size = sum(map(len, chunks))
+        os.ftruncate(file.fd, size)
+        # Before it is filled: where there is no second descriptor, nothing is copied in vain.
+        file.content = mmap.mmap(
+            file.fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ
+        )
         for chunk in chunks:
             rest = memoryview(chunk)
             while rest:
                 rest = rest[os.write(file.fd, rest) :]
-        file.content = mmap.mmap(
-            file.fd, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ
-        )
     except OSError:
         return None
     return file

@@ -6,11 +6,13 @@ import asyncio
 import dataclasses
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -534,18 +536,21 @@ async def test_memory_holds_in_a_file_what_is_asked_for_again() -> None:
     assert _open_files() == before
 
 
+@pytest.mark.parametrize(("where", "name"), [(os, "memfd_create"), (mmap, "mmap")])
 async def test_memory_holds_as_it_is_where_the_system_has_no_such_file(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, where: ModuleType, name: str
 ) -> None:
-    def refuse(*_: object) -> int:
+    def refuse(*_: object, **__: object) -> int:
         raise OSError("not here")
 
-    monkeypatch.setattr(os, "memfd_create", refuse)
+    before = _open_files()
+    monkeypatch.setattr(where, name, refuse)
     cache = MemoryCache(StillClock(), max_bytes=MIB, max_entry_bytes=MIB, max_files=2)
     picture = os.urandom(200_000)
     await keep(cache, KEY, picture)
     for _ in range(3):
         assert await content(await cache.get(KEY)) == picture
+    assert _open_files() == before
 
 
 async def test_tiers_copy_forward_only_what_is_small_and_no_longer_than_it_lives() -> None:
