@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import mmap
 import os
 import socket
+import struct
+import termios
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -15,6 +18,7 @@ import pytest
 
 from gateway.ports import OpenFile
 from gateway.sending import ASKED_AGAIN, LEARNS_FROM_BYTES, REMEMBERED, Sender
+from tests.processes import wait_until
 
 HEAD = b"HTTP/1.1 200 OK\r\n\r\n"
 CONTENT = os.urandom(100_000)
@@ -66,6 +70,11 @@ class Wire:
     out: socket.socket
     reader: socket.socket
 
+    @property
+    def held(self) -> int:
+        """Bytes that the system has yet to let go of."""
+        return int(struct.unpack("i", fcntl.ioctl(self.out, termios.TIOCOUTQ, b"\0" * 4))[0])
+
     def read(self, size: int) -> bytes:
         got = bytearray()
         while len(got) < size:
@@ -93,6 +102,7 @@ def in_memory(content: bytes = CONTENT) -> OpenFile:
 def send(sender: Sender, wire: Wire, file: OpenFile, times: int = 1) -> None:
     """All of it, as it stands, whatever way it goes."""
     for _ in range(times):
+        wait_until(lambda: wire.held == 0, "the system has let go of what was read")
         sent = sender.send(wire.out.fileno(), HEAD, file, 0, len(CONTENT))
         assert wire.read(sent) == (HEAD + CONTENT)[:sent]
         assert sent == len(HEAD) + len(CONTENT)
