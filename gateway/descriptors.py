@@ -16,9 +16,7 @@ LEDGER = 32
 AT_THE_DOOR = 32
 """For connections that were just accepted, or are being told that there is no room."""
 KEPT_ANSWERS = 128
-"""In memory, in files of two descriptors each, at most; of few descriptors a sixteenth."""
-OF_A_KEPT_ANSWER = 2
-"""A file in memory, and what maps it: Python's ``mmap`` has a descriptor of its own."""
+"""For answers kept in memory, at most; of few descriptors a sixteenth."""
 FOLDERS = ("/proc/self/fd", "/dev/fd")
 
 
@@ -48,18 +46,15 @@ def opened() -> int:
 
 
 def kept_answers(limit: int) -> int:
-    """How many answers in memory may have a file."""
-    if limit == resource.RLIM_INFINITY:
-        return KEPT_ANSWERS
-    return min(KEPT_ANSWERS, limit // 16 // OF_A_KEPT_ANSWER)
+    """For how many answers kept in memory there is one."""
+    return KEPT_ANSWERS if limit == resource.RLIM_INFINITY else min(KEPT_ANSWERS, limit // 16)
 
 
 def shares(limit: int, opened: int, connections: int, in_flight: int) -> Shares:
     """What of the wanted numbers fits into ``limit`` beside those that are open, at least 1."""
     if limit == resource.RLIM_INFINITY:
         return Shares(connections, in_flight, 2**31)
-    kept = kept_answers(limit) * OF_A_KEPT_ANSWER
-    room = max(0, limit - opened - LEDGER - AT_THE_DOOR - kept)
+    room = max(0, limit - opened - LEDGER - AT_THE_DOOR - kept_answers(limit))
     # Half for the doors, half for what flies; what one side does not want the other may have.
     doors = max(room // 4, room // 2 - in_flight)
     connections = max(1, min(connections, doors))

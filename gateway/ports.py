@@ -7,7 +7,6 @@ one contract suite in ``tests/contract/`` that each implementation passes.
 from __future__ import annotations
 
 import asyncio
-import mmap
 import os
 import weakref
 from abc import ABC, abstractmethod
@@ -583,14 +582,12 @@ class Whole:
 
 
 class OpenFile:
-    """An open file. Its descriptor is closed with the last one who holds this. ``content``: its
-    bytes where they stand, of one that is in memory."""
+    """An open file. Its descriptor is closed with the last one who holds this."""
 
-    __slots__ = ("__weakref__", "content", "fd")
+    __slots__ = ("__weakref__", "fd")
 
-    def __init__(self, fd: int, content: mmap.mmap | None = None) -> None:
+    def __init__(self, fd: int) -> None:
         self.fd = fd
-        self.content = content
         weakref.finalize(self, os.close, fd)
 
     def read(self, size: int, offset: int) -> bytes:

@@ -45,7 +45,6 @@ from gateway.ports import FileBody, Lent, OpenFile
 from gateway.relay.arrival import Watch
 from gateway.relay.buffers import Buffers
 from gateway.relay.moment import Moment
-from gateway.sending import Sender
 
 ACCEPTED_AT_ONCE = 16
 """Of connections in one turn of the loop: each is counted before the next turn."""
@@ -151,7 +150,6 @@ class Door:
         self.is_full = False
         self.is_shut = False
         self.buffers = Buffers(LENT_BYTES)
-        self.sender = Sender()
         self._away: OrderedDict[asyncio.Transport, None] = OrderedDict()
 
     def lets_in(self, others: int) -> bool:
@@ -515,19 +513,16 @@ class Cycle(RequestResponseCycle):
             return 0
         try:
             out = self._wire.get_extra_info("socket").fileno()
+            if self._held_head:
+                self._held_head = self._held_head[os.write(out, self._held_head) :]
+            if self._held_head:
+                return 0
             if body.waits:
-                if self._held_head:
-                    self._held_head = self._held_head[os.write(out, self._held_head) :]
-                if self._held_head:
-                    return 0
                 # A descriptor of its own: the connection may end before the disk answers.
                 own = OpenFile(os.dup(out))
                 sent = await self._connection.loop.run_in_executor(None, _send_file, own, body)
             else:
-                head = self._held_head
-                taken = self._connection.sender().send(out, head, body.file, body.at, size)
-                self._held_head = head[taken:]
-                sent = max(0, taken - len(head))
+                sent = os.sendfile(out, body.file.fd, body.at, size)
         except OSError:
             return 0
         except asyncio.CancelledError:
@@ -852,9 +847,6 @@ class Connection(HttpToolsProtocol):
     def buffer_of(self, size: int) -> bytearray:
         """One that was used before, if any."""
         return bytearray(size) if self._door is None else self._door.buffers.take(size)
-
-    def sender(self) -> Sender:
-        return Sender() if self._door is None else self._door.sender
 
     def take_back(self, buffer: bytearray) -> None:
         if self._door is not None:

@@ -5,7 +5,6 @@ Neither awaits anything, so each call is atomic in the event loop.
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -324,7 +323,7 @@ class MemoryCache:
 
     ``max_bytes`` bounds the sum of all contents, those still arriving too, ``max_entry_bytes`` one
     of them: what finds no room is quietly not kept. So many answers at once as ``max_files`` says
-    may have a file each, of two descriptors.
+    may take a file descriptor each.
     """
 
     def __init__(
@@ -429,12 +428,6 @@ def _file_of(chunks: Sequence[bytes]) -> OpenFile | None:
         return None
     try:
         file = OpenFile(os.memfd_create("kept", os.MFD_CLOEXEC))
-        size = sum(map(len, chunks))
-        os.ftruncate(file.fd, size)
-        # Before it is filled: where there is no second descriptor, nothing is copied in vain.
-        file.content = mmap.mmap(
-            file.fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ
-        )
         for chunk in chunks:
             rest = memoryview(chunk)
             while rest:

@@ -19,7 +19,7 @@ from typing import Final
 
 from tests.bench.install import MissingTool
 
-OWN_DESCRIPTORS: Final = 384
+OWN_DESCRIPTORS: Final = 256
 """Of a process, for stores, pipes and answers that it keeps."""
 STOP_SECONDS: Final = 30.0
 QUIET_SECONDS: Final = 0.05

@@ -381,7 +381,7 @@ def test_there_are_workers_enough_for_what_is_in_flight(monkeypatch: pytest.Monk
     for count in (4_500, 9_000, 10_000):
         room = shares(20_000, 200, 10_000, 10_000)
         assert min(room.connections, room.in_flight) * workers_for(count) >= count
-    with pytest.raises(MissingTool, match="30,384 file descriptors are wanted, ulimit -Hn is 20"):
+    with pytest.raises(MissingTool, match="30,256 file descriptors are wanted, ulimit -Hn is 20"):
         workers_for(30_000)
     monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
     assert workers_for(9_000) == 1
