@@ -18,6 +18,7 @@ from gateway.domain.record import record
 from gateway.ports import Reply
 from gateway.relay import replay
 from gateway.relay.body import Spool
+from gateway.relay.events import Event
 from gateway.relay.media import is_stream
 from gateway.relay.meter import (
     EventMeter,
@@ -31,7 +32,6 @@ from gateway.relay.meter import (
 )
 from gateway.relay.meter_response import Told
 from gateway.relay.replay import Splice
-from gateway.relay.skim import Event
 
 LAG_BYTES = 4 * 1024 * 1024
 """How far a follower may lag behind what is published before the upstream is not read."""

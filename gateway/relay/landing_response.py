@@ -18,6 +18,7 @@ from gateway.domain.owned import OwnedKind
 from gateway.domain.price import Answer
 from gateway.ports import Reply
 from gateway.relay.body import Spool
+from gateway.relay.events import Event
 from gateway.relay.landing import Brake, Intake, Landing, failed, keep, mend, the_rest
 from gateway.relay.media import is_stream
 from gateway.relay.meter import Reading, flat_error_frame
@@ -26,7 +27,6 @@ from gateway.relay.meter_response import (
     ResponseMeter,
     Told,
 )
-from gateway.relay.skim import Event
 
 
 class ResponseTaker:

@@ -16,17 +16,10 @@ from gateway.domain.errors import GatewayError, UpstreamBroken
 from gateway.domain.price import Answer
 from gateway.domain.record import record
 from gateway.domain.usage import InvalidUsage, read_usage
+from gateway.relay.events import BadEvent, Event, EventSkimmer
 from gateway.relay.failover import error_in_success
-from gateway.relay.skim import (
-    BadEvent,
-    BadJson,
-    Event,
-    EventSkimmer,
-    Hole,
-    JsonSkimmer,
-    Skimmed,
-    parsed,
-)
+from gateway.relay.skim import BadJson, Hole, JsonSkimmer, Skimmed
+from gateway.relay.small_json import parsed
 
 KEEP_BYTES = 16 * 1024
 """Strings up to this are kept: a revised prompt, an error's text; a picture is longer."""

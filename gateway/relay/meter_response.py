@@ -18,9 +18,10 @@ from gateway.domain.ledger import Outcome
 from gateway.domain.owned import OwnedKind
 from gateway.domain.price import Answer
 from gateway.domain.usage import InvalidUsage, read_text_usage, read_tool_usage
+from gateway.relay.events import Event, EventSkimmer
 from gateway.relay.failover import error_in_success
 from gateway.relay.meter import EventReader, plain
-from gateway.relay.skim import BadJson, Event, EventSkimmer, JsonSkimmer
+from gateway.relay.skim import BadJson, JsonSkimmer
 
 KEEP_BYTES = 16 * 1024
 MAX_KEPT_BYTES = 16 << 20

@@ -41,6 +41,7 @@ from gateway.relay.attempts import Attempts, Failed, Opened
 from gateway.relay.background import Background
 from gateway.relay.body import Room, Spool, held, spliced
 from gateway.relay.budget import BudgetView
+from gateway.relay.events import Event as SkimmedEvent
 from gateway.relay.factors import Factors
 from gateway.relay.flights import Flight, Flights, Shown, StreamEnd
 from gateway.relay.joining import Joining
@@ -51,7 +52,6 @@ from gateway.relay.meter import is_partial
 from gateway.relay.meter_response import Told
 from gateway.relay.owning import Owning
 from gateway.relay.plan import Plan, Way
-from gateway.relay.skim import Event as SkimmedEvent
 from gateway.relay.trail import Trail
 from gateway.relay.turnstile import Place
 

@@ -31,7 +31,8 @@ from gateway.ports import Lent
 from gateway.relay.inputs import PICTURE_ROLES, PictureRules, from_file, from_id, from_url
 from gateway.relay.media import FORM_TYPE, JSON_TYPE, check_encoding, check_media, too_large
 from gateway.relay.multipart import FormScanner, Part, boundary_of
-from gateway.relay.skim import BadJson, Hole, JsonSkimmer, fields_of
+from gateway.relay.skim import BadJson, Hole, JsonSkimmer
+from gateway.relay.small_json import fields_of
 
 KNOWN = frozenset(
     {

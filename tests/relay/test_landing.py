@@ -30,9 +30,9 @@ from gateway.domain.ledger import Outcome
 from gateway.ports import Growing, Take
 from gateway.relay import landing
 from gateway.relay.body import Room, Spool, spliced
+from gateway.relay.events import Event
 from gateway.relay.landing import Landing, failed, land_events, land_json
 from gateway.relay.meter import EventMeter, JsonMeter, error_event
-from gateway.relay.skim import Event
 
 PICTURE = base64.b64encode(bytes(range(256)) * 4).decode()
 USAGE = {

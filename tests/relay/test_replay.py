@@ -17,6 +17,7 @@ from openai.types import (
 )
 
 from gateway.domain.call import Operation, Span
+from gateway.relay.events import EventSkimmer
 from gateway.relay.replay import (
     SourceTooShort,
     Splice,
@@ -26,7 +27,7 @@ from gateway.relay.replay import (
     length,
     pieces,
 )
-from gateway.relay.skim import EventSkimmer, JsonSkimmer, Skimmed
+from gateway.relay.skim import JsonSkimmer, Skimmed
 
 PICTURE = base64.b64encode(bytes(range(256)) * 8).decode()
 USAGE = {
