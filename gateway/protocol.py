@@ -548,9 +548,9 @@ class Cycle(RequestResponseCycle):
         )
 
     def _write_body(self, pieces: Sequence[bytes], *, more: bool) -> None:
-        self._write_held_head()
         size = sum(map(len, pieces))
         if self._is_head:
+            self._write_held_head()
             self.expected_content_length = 0
         elif self.chunked_encoding:
             if size:
@@ -562,7 +562,9 @@ class Cycle(RequestResponseCycle):
             if self.expected_content_length < 0:
                 raise RuntimeError("the answer is longer than its Content-Length")
             if size:
-                self._wire.writelines(pieces)
+                # Together: a packet less, and a client that is woken once.
+                head, self._held_head = self._held_head, b""
+                self._wire.writelines((head, *pieces) if head else pieces)
         if not more:
             if self.expected_content_length != 0:
                 raise RuntimeError("the answer is shorter than its Content-Length")

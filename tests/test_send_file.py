@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, cast
 import pytest
 
 import gateway.api.door
-from gateway.api.door import Door, Receive, Scope, Send, deliver
+from gateway.api.door import EXCHANGE, ASGIApp, Door, Receive, Scope, Send, deliver
 from gateway.loop import LOOP
 from gateway.ports import FileBody, OpenFile
 from gateway.relay.flights import Head
@@ -91,7 +91,7 @@ def file_of(content: bytes, folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def serving(app: Answers) -> AsyncIterator[int]:
+async def serving(app: ASGIApp) -> AsyncIterator[int]:
     one = server(app)
     one.config.load()
     kind = cast(Any, one.config.http_protocol_class)
@@ -223,3 +223,43 @@ def test_a_file_that_ends_early_breaks_the_answer_off(tmp_path: Path) -> None:
         assert [door.gone for door in app.doors] == ["broken"]
 
     run(story)
+
+
+class Told:
+    """A transport, and with how many calls it was told to write."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.pieces: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        self.pieces.append(1)
+        self._transport.write(data)
+
+    def writelines(self, pieces: Sequence[bytes]) -> None:
+        self.pieces.append(len(pieces))
+        self._transport.writelines(pieces)
+
+
+def test_a_large_body_that_is_there_leaves_with_its_head() -> None:
+    told: list[Told] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        cycle = scope[EXCHANGE]
+        told.append(Told(cycle._wire))
+        cycle._wire = told[0]
+        length = (b"content-length", str(len(PICTURE)).encode())
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        halves = (PICTURE[:1_000_000], PICTURE[1_000_000:])
+        await send({"type": "http.response.body", "pieces": halves})
+
+    async def story() -> None:
+        async with serving(app) as port, RawClient.to(port) as client:
+            await client.head("/", method="GET")
+            assert (await client.answer()).body == PICTURE
+
+    run(story)
+    assert told[0].pieces == [3]
