@@ -88,12 +88,6 @@ class Limits:
         """Whether any budget is hard."""
         return any(amount is not None for amount in self.budgets.values())
 
-    @property
-    def is_watched(self) -> bool:
-        """Whether there is any budget, hard or soft."""
-        amounts = (*self.budgets.values(), *self.soft_budgets.values())
-        return any(amount is not None for amount in amounts)
-
 
 @dataclass(frozen=True, slots=True)
 class PerUser:
