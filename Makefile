@@ -65,7 +65,7 @@ run: $(DEMO) ## Start a gateway and show a picture coming back (UPSTREAM=openai:
 
 .PHONY: test
 test: $(DEV) ## Run every test.
-	@PYTHONDONTWRITEBYTECODE= $(IN_VENV) -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
+	@PYTHONDONTWRITEBYTECODE= $(IN_VENV) -m pytest -n auto --maxprocesses 6 --dist worksteal $(ARGS)
 
 .PHONY: lint
 lint: $(DEV) ## Check style and formatting with ruff.

@@ -33,7 +33,7 @@ PASSWORD = "p4ssw0rd-nobody-may-see"
 TEMPLATE = "gateway_template"
 MEMORY = Path("/dev/shm")
 MEMORY_BYTES = 8 << 30
-"""What has to be free there: the databases of a whole run on four workers are half of it."""
+"""What has to be free there: the databases of a whole run are half of it."""
 
 
 def place(memory: Path = MEMORY, bytes_: int = MEMORY_BYTES) -> Path | None:
