@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from difflib import get_close_matches
 from pathlib import Path
 
 import click
@@ -31,7 +33,7 @@ from gateway.cli.common import (
 from gateway.clock import SystemClock
 from gateway.domain import keys
 from gateway.domain.team import Key, Limits
-from gateway.ports import Store
+from gateway.ports import NotKnown, Store
 
 
 @click.group()
@@ -161,10 +163,29 @@ def revoke(key_id: str, config: Path | None) -> None:
     async def revoke_it(store: Store) -> Key:
         if any(one.id == key_id for one in await keys_of_the_file(settings, store)):
             fail(f"key {key_id} is declared in {settings.file}; remove it there", EXIT_FAILED)
-        return await store.directory.revoke_key(key_id, SystemClock().now())
+        try:
+            return await store.directory.revoke_key(key_id, SystemClock().now())
+        except NotKnown:
+            known = (*await keys_of_the_file(settings, store), *await store.directory.keys())
+            raise _no_key(key_id, known) from None
 
     revoked = with_store(settings, revoke_it)
     click.echo(f"key {revoked.id} of team {revoked.team} is revoked")
+
+
+def _no_key(asked: str, known: Sequence[Key]) -> NotKnown:
+    """What was meant perhaps: a name, an id with a slip of the pen, or a secret, which is not
+    repeated."""
+    if asked.startswith(keys.PREFIX):
+        why = "that is a key's secret, and its id is needed"
+        found = [one.id for one in known if one.id in asked.split("_")]
+    else:
+        why = f"there is no key {asked}"
+        found = [one.id for one in known if one.name == asked and one.revoked is None]
+        if len(found) != 1:
+            found = get_close_matches(asked, [one.id for one in known], n=1)
+    near = f"did you mean {found[0]}? " if found else ""
+    return NotKnown(f"{why}; {near}gateway key list shows all")
 
 
 def _said(one: Key, peppers: keys.Peppers) -> str:

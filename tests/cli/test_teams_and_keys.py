@@ -275,6 +275,26 @@ def test_a_key_as_json(ask: Ask, say: Say, config: Path) -> None:
     }
 
 
+def test_what_was_meant_by_a_key_that_is_not_there(ask: Ask, say: Say, config: Path) -> None:
+    say("team", "create", "design", "--config", config)
+    made = ask("key", "create", "--team", "design", "--name", "web", "--json", "--config", config)
+    slip = made["id"][:-1] + "-"
+    for asked in ("web", slip):
+        said = say("key", "revoke", asked, "--config", config)
+        assert said.exit_code == 1
+        assert said.stderr == (
+            f"there is no key {asked}; did you mean {made['id']}? gateway key list shows all\n"
+        )
+    said = say("key", "revoke", made["secret"], "--config", config)
+    assert said.exit_code == 1
+    assert said.stderr == (
+        "that is a key's secret, and its id is needed; "
+        f"did you mean {made['id']}? gateway key list shows all\n"
+    )
+    [listed] = ask("key", "list", "--team", "design", "--json", "--config", config)
+    assert listed["state"] == "active"
+
+
 def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
     say("team", "create", "design", "--config", config)
     made = ask("key", "create", "--team", "design", "--json", "--config", config)
@@ -313,7 +333,7 @@ def test_revoking_twice_is_harmless(ask: Ask, say: Say, config: Path) -> None:
             "Europe/Berlin?",
         ),
         ("key create --team desing", 1, "there is no team desing; did you mean design?"),
-        ("key revoke nothing", 1, "there is no key nothing"),
+        ("key revoke nothing", 1, "there is no key nothing; gateway key list shows all"),
         ("key list --team desing", 1, "there is no team desing; did you mean design?"),
         (
             "team create other --models gpt-image-2,gpt-image-2.5-flair",
