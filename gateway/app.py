@@ -450,6 +450,7 @@ async def open_gateway(
             clock=clock,
             metrics=metrics,
         )
+        flights.errand(vitals.greet_cache())
         listeners: tuple[Telemetry, ...] = (
             RequestLog(clock),
             metrics,

@@ -97,7 +97,7 @@ class _GateNews(GateListener):
         self._metrics.add("gateway_gate_errors_total", reason=reason.value)
         if self._said is not reason:
             self._said = reason
-            said = {"reason": reason.value, "error": str(error)}
+            said = {"setting": "storage.redis", "reason": reason.value, "error": str(error)}
             log.warning("the shared gate does not answer", extra=said)
 
     def back(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 
 from gateway.api.health import Readiness
 from gateway.domain.errors import GatewayError
@@ -26,6 +27,15 @@ PING_SECONDS = 2.0
 MONEY_SECONDS = 2.0
 """Both together stay far below a scrape's 10 s: a ledger that hangs must not look like a gateway
 that is gone."""
+_SETTINGS = MappingProxyType(
+    {
+        "ledger": "storage.database",
+        "directory": "storage.database",
+        "redis": "storage.redis",
+        "cache": "cache.redis",
+    }
+)
+"""What says where each store is: the first thing to look at where it does not answer."""
 
 
 class Vitals:
@@ -78,6 +88,12 @@ class Vitals:
         self._metrics.dependencies(stores)
         return Readiness(stores["ledger"] and stores["directory"], degraded, stores)
 
+    async def greet_cache(self) -> None:
+        """A look at a Redis of the cache's own before anybody asks, so that the log of a start says
+        that it is away. The gate does so by itself, and without the database there is no start."""
+        if self._shared_cache is not None:
+            await _answers("cache", self._shared_cache.ping)
+
     async def exposition(self) -> bytes:
         """The metrics, with the gauges that are read when they are asked for."""
         metrics = self._metrics
@@ -119,6 +135,7 @@ async def _answers(store: str, ping: Callable[[], Awaitable[None]]) -> bool:
         async with asyncio.timeout(PING_SECONDS):
             await ping()
     except (GatewayError, StoreAway, OSError) as error:
-        log.warning("a store does not answer", extra={"store": store, "error": str(error)})
+        said = {"store": store, "setting": _SETTINGS[store], "error": str(error)}
+        log.warning("a store does not answer", extra=said)
         return False
     return True

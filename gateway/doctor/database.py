@@ -19,7 +19,7 @@ from gateway.domain.team import Key, Team
 from gateway.ports import Clock, StoreError
 from gateway.settings import Settings
 from gateway.stores.postgres_glance import PostgresGlance, glance_at_postgres
-from gateway.stores.postgres_link import APPLICATION, place
+from gateway.stores.postgres_link import APPLICATION, MEND, place
 from gateway.stores.sqlite_glance import (
     SAFE_LIBRARY,
     SqliteGlance,
@@ -138,9 +138,8 @@ async def postgres(settings: Settings, url: str, clock: Clock) -> Check:
     try:
         found = await asyncio.to_thread(glance_at_postgres, url, APPLICATION)
     except StoreError as error:
-        says = str(error).removeprefix(f"{place(url)} ")
-        reached = "mend storage.database, or the server: psql with the same url must work from here"
-        yield topic.fail(says, GRANT if "permission denied" in says else reached)
+        says = str(error).removeprefix(f"{place(url)} ").removesuffix(f"; {MEND}")
+        yield topic.fail(says, GRANT if "permission denied" in says else MEND)
         return
     took = clock.monotonic() - began
     processes = settings.server.replicas * settings.server.workers

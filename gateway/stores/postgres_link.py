@@ -5,6 +5,7 @@ It knows nothing of money. Each process has two: the writer's and the reader's (
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Sequence
 from typing import Any, LiteralString, TypeVar
 
@@ -28,7 +29,12 @@ SILENCE_SECONDS = 2.4
 frozen, or the network is."""
 OLDEST_SERVER = 14
 
+MEND = "mend storage.database, or the server: psql with the same url must work from here"
+"""What to do where it cannot be reached, or does not let us in."""
+
 _TICK_SECONDS = 0.1
+_HINT = re.compile(r" Is the server running [^?]*\?")
+"""What libpq asks of whoever reads its error: ``MEND`` says it, for all of them."""
 _DEFAULTS: dict[str, str | int] = {
     "connect_timeout": 2,
     "application_name": APPLICATION,
@@ -152,7 +158,8 @@ def connect_at_start(url: str, *, read_only: bool = False, patient: bool = False
     try:
         link = connect(url, read_only=read_only, patient=patient)
     except psycopg.Error as error:
-        raise StoreError(f"{place(url)} cannot be used: {said_of(error, url)}") from None
+        why = _HINT.sub("", said_of(error, url)).rstrip(".")
+        raise StoreError(f"{place(url)} cannot be used: {why}; {MEND}") from None
     version = link.info.server_version // 10_000
     if version < OLDEST_SERVER:
         link.close()
