@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
@@ -141,23 +142,36 @@ async def keys_of_the_file(settings: Settings, store: Store) -> list[Key]:
     return [key for _, key in found.keys.values()]
 
 
-def open_socket(host: str, port: int, *, next_free: bool = False) -> socket.socket:
-    """A listening socket, or one sentence that says why there is none."""
+def open_socket(
+    host: str,
+    port: int,
+    *,
+    next_free: bool = False,
+    host_setting: str = "--host",
+    port_setting: str = "--port",
+) -> socket.socket:
+    """A listening socket, or one sentence that says why there is none, and what to change: the
+    settings are what the host and the port came from."""
     try:
         return listen(host, port, next_free=next_free)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            where = f"{port} to {port + 100}" if next_free else str(port)
-            why = f"port {where} of {host} is taken; choose another with --port"
-        elif error.errno == errno.EADDRNOTAVAIL:
+    except (OSError, UnicodeError) as error:
+        known, words = (error.errno, error.strerror) if isinstance(error, OSError) else (None, None)
+        # A name that nobody knows, or that cannot be one.
+        if isinstance(error, (socket.gaierror, UnicodeError)) or known == errno.EADDRNOTAVAIL:
             why = (
                 f"cannot listen on {host}: this machine has no such address; say one that it "
-                "has with --host, or 0.0.0.0 for all of them"
+                f"has with {host_setting}, or 0.0.0.0 for all of them"
             )
-        elif error.errno == errno.EACCES:
-            why = f"port {port} of {host} is not for this user; choose one over 1023 with --port"
+        elif known == errno.EADDRINUSE:
+            where = f"{port} to {port + 100}" if next_free else str(port)
+            why = f"port {where} of {host} is taken; choose another with {port_setting}"
+        elif known == errno.EACCES:
+            why = (
+                f"port {port} of {host} is not for this user; choose one over 1023 with "
+                f"{port_setting}"
+            )
         else:
-            why = f"cannot listen on {host}, port {port}: {error.strerror or error}"
+            why = f"cannot listen on {host}, port {port} ({host_setting}, {port_setting}): {words}"
         fail(why, EXIT_FAILED)
 
 
@@ -171,6 +185,19 @@ def fail(message: str, code: int) -> NoReturn:
     """Ends the command: the reason on standard error, the code for scripts."""
     click.echo(message, err=True)
     sys.exit(code)
+
+
+def require_folder(file: Path) -> None:
+    """Fails where the folder that a file is to be written to is not there."""
+    folder = file.parent
+    if folder.is_dir():
+        return
+    if os.path.lexists(folder):
+        what = f"{folder} is no folder; name another file"
+    else:
+        made = shlex.quote(str(folder))
+        what = f"there is no folder {folder}; make it (mkdir -p {made}), or name another file"
+    fail(f"{file} cannot be written: {what}", EXIT_FAILED)
 
 
 async def no_team(store: Store, settings: Settings, name: str, more: str = "") -> NotKnown:

@@ -17,6 +17,7 @@ from gateway.cli.common import (
     load_settings,
     place_of,
     print_json,
+    require_folder,
     require_servable,
     with_store,
 )
@@ -111,6 +112,7 @@ def backup(file: Path, force: bool, config: Path | None) -> None:
         fail(f"{file} is there already; name another file, or use --force", EXIT_FAILED)
     if isinstance(database, Path) and file.resolve() == database.resolve():
         fail(f"{file} is the database itself; name another file", EXIT_FAILED)
+    require_folder(file)
     with failures():
         snapshot = (
             sqlite_snapshot(database)

@@ -13,6 +13,7 @@ from gateway.cli.common import (
     failures,
     keys_of_the_file,
     load_settings,
+    require_folder,
     with_store,
 )
 from gateway.clock import SystemClock
@@ -66,6 +67,8 @@ def focus(
     until = last.date() if last else max(today, since)
     if until < since:
         raise click.UsageError("--to is before --from")
+    if out is not None:
+        require_folder(out)
     settings = load_settings(config, of_ones_own=True)
 
     async def read(store: Store) -> tuple[list[UsageRow], dict[str, str]]:

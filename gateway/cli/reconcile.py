@@ -24,6 +24,7 @@ from gateway.cli.common import (
     load_settings,
     print_json,
     print_table,
+    require_folder,
     with_store,
 )
 from gateway.cli.ledger import team_accounts, zone_of
@@ -104,6 +105,8 @@ def reconcile(
     """
     if out is not None and out.suffix not in (".csv", ".json"):
         raise click.UsageError("--out ends in .csv or .json")
+    if out is not None:
+        require_folder(out)
     settings = load_settings(config, of_ones_own=True)
     today = SystemClock().now().date()
     of_day = day.date() if day is not None else today - timedelta(days=1)

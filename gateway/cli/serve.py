@@ -146,9 +146,15 @@ def _listen(
     stack: contextlib.ExitStack, settings: Settings, host: str, port: int
 ) -> list[socket.socket]:
     """The socket of the doors and, where it is another one, that of the metrics."""
-    sockets = [stack.enter_context(open_socket(host, port))]
+
+    def opened(port: int, port_setting: str) -> socket.socket:
+        return stack.enter_context(
+            open_socket(host, port, host_setting="--host or server.host", port_setting=port_setting)
+        )
+
+    sockets = [opened(port, "--port or server.port")]
     if settings.server.metrics_port is not None:
-        sockets.append(stack.enter_context(open_socket(host, settings.server.metrics_port)))
+        sockets.append(opened(settings.server.metrics_port, "server.metrics_port"))
     return sockets
 
 

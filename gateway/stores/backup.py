@@ -173,8 +173,15 @@ def write_backup(
     """Writes a snapshot to a file (0600), whole or not at all; says what is in it, and where its
     books do not add up. Raises ``OSError``, ``StoreError``."""
     part = path.with_name(f"{path.name}.part")
-    part.unlink(missing_ok=True)
-    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    try:
+        part.unlink(missing_ok=True)
+        os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+    except OSError as error:
+        # Of a name that nobody has said.
+        raise StoreError(
+            f"{path} cannot be written ({error.strerror or error}): let this user write to "
+            f"{path.parent}, or name another file"
+        ) from error
     try:
         with closing(_connect(part, "rw")) as db:
             # Nobody reads it before it is whole, and half of it is thrown away.

@@ -109,7 +109,22 @@ def test_nothing_is_upgraded_for_what_could_not_start(
     assert "schema 0;" in say("db", "status", "--config", config).stdout
 
 
-@pytest.mark.parametrize("command", [("db", "status"), ("db", "upgrade"), ("serve",)])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("db", "status"),
+        ("db", "upgrade"),
+        ("db", "backup", "books"),
+        ("serve",),
+        ("team", "list"),
+        ("team", "create", "design"),
+        ("key", "list"),
+        ("usage",),
+        ("ledger", "unresolved"),
+        ("export", "focus"),
+    ],
+    ids=" ".join,
+)
 def test_a_server_that_is_not_there(
     say: Say, config: Path, server: Postgres, command: tuple[str, ...]
 ) -> None:
@@ -117,7 +132,11 @@ def test_a_server_that_is_not_there(
     said = say(*command, "--config", config)
     assert said.exit_code == 1
     assert "PostgreSQL database gateway at 127.0.0.1:1 cannot be used" in said.stderr
-    assert "Connection refused" in said.stderr
+    assert said.stderr.endswith(
+        "Connection refused; mend storage.database, or the server: psql with the same url must "
+        "work from here\n"
+    )
+    assert len(said.stderr.splitlines()) == 1
     assert PASSWORD not in said.output
 
 
@@ -151,6 +170,30 @@ def test_sqlite_brings_itself_up_to_date(say: Say, config: Path) -> None:
         said = say("db", command, "--config", config)
         assert said.exit_code == 1
         assert "newer release" in said.output
+
+
+def test_a_backup_into_a_folder_that_is_not_there(say: Say, config: Path, tmp_path: Path) -> None:
+    say("db", "upgrade", "--config", config)
+    folder = tmp_path / "not there"
+    said = say("db", "backup", folder / "books", "--config", config)
+    assert said.exit_code == 1
+    assert said.stderr == (
+        f"{folder}/books cannot be written: there is no folder {folder}; make it (mkdir -p "
+        f"'{folder}'), or name another file\n"
+    )
+    folder.write_text("a file")
+    said = say("db", "backup", folder / "books", "--config", config)
+    assert said.exit_code == 1
+    assert said.stderr == (
+        f"{folder}/books cannot be written: {folder} is no folder; name another file\n"
+    )
+    # Nobody may write there, whoever asks.
+    said = say("db", "backup", "/proc/books", "--config", config)
+    assert said.exit_code == 1
+    assert said.stderr == (
+        "/proc/books cannot be written (No such file or directory): let this user write to /proc, "
+        "or name another file\n"
+    )
 
 
 def test_a_backup_of_books_that_do_not_add_up_is_kept(say: Say, config: Path) -> None:

@@ -128,4 +128,4 @@ def test_days_in_the_wrong_order(say: Say, books: Path) -> None:
 def test_a_folder_that_is_not_there(say: Say, books: Path, tmp_path: Path) -> None:
     said = say("export", "focus", "--out", tmp_path / "no" / "x.csv", "--config", books)
     assert said.exit_code == 1
-    assert "No such file" in said.stderr
+    assert f"there is no folder {tmp_path}/no; make it (mkdir -p {tmp_path}/no)" in said.stderr

@@ -338,6 +338,7 @@ def test_which_bill_has_to_be_said(say: Say, books: Path) -> None:
         (("--csv", "gateway.yaml"), 1, "gateway.yaml: it has no column for the day"),
         (("--day", "2099-01-01"), 1, "2099-01-01 has not begun yet in UTC"),
         (("--out", "report.xml"), 2, "--out ends in .csv or .json"),
+        (("--out", "no/report.csv"), 1, "there is no folder no; make it (mkdir -p no)"),
     ],
 )
 def test_what_it_refuses(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.cli.conftest import Say
 from tests.processes import GatewayProcess, run, wait_until
@@ -75,16 +77,75 @@ def test_a_taken_port_is_one_sentence(config: Path) -> None:
         port = taken.getsockname()[1]
         ended = run("serve", "--config", str(config), "--port", str(port))
     assert ended.returncode == 1
-    assert ended.stderr == f"port {port} of 127.0.0.1 is taken; choose another with --port\n"
+    assert ended.stderr == (
+        f"port {port} of 127.0.0.1 is taken; choose another with --port or server.port\n"
+    )
 
 
-def test_no_such_address(config: Path) -> None:
-    ended = run("serve", "--config", str(config), "--host", "192.0.2.1")
+def test_a_taken_port_for_the_metrics_is_that_setting_s(config: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config.write_text(config.read_text().replace("port: 0", f"port: 0, metrics_port: {port}"))
+        ended = run("serve", "--config", str(config))
     assert ended.returncode == 1
     assert ended.stderr == (
-        "cannot listen on 192.0.2.1: this machine has no such address; say one that it has with "
-        "--host, or 0.0.0.0 for all of them\n"
+        f"port {port} of 127.0.0.1 is taken; choose another with server.metrics_port\n"
     )
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "nohost.invalid", "a..b", "::1::"])
+def test_no_such_address(config: Path, host: str) -> None:
+    ended = run("serve", "--config", str(config), "--host", host)
+    assert ended.returncode == 1
+    assert ended.stderr == (
+        f"cannot listen on {host}: this machine has no such address; say one that it has with "
+        "--host or server.host, or 0.0.0.0 for all of them\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (
+            errno.EACCES,
+            "port 80 of 127.0.0.1 is not for this user; choose one over 1023 with --port or "
+            "server.port\n",
+        ),
+        (
+            errno.EAFNOSUPPORT,
+            "cannot listen on 127.0.0.1, port 80 (--host or server.host, --port or server.port): "
+            "Address family not supported by protocol\n",
+        ),
+    ],
+)
+def test_a_port_that_is_not_given(
+    say: Say, config: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str
+) -> None:
+    def refused(*_: object, **__: object) -> socket.socket:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("gateway.cli.common.listen", refused)
+    ended = say("serve", "--config", config, "--port", "80")
+    assert (ended.exit_code, ended.stderr) == (1, said)
+
+
+def test_a_redis_that_is_down_is_said_by_the_setting_it_has(config: Path) -> None:
+    """Before anybody asks; and never its password."""
+    document = yaml.safe_load(config.read_text())
+    document["storage"]["redis"] = "redis://:hush-redis@127.0.0.1:1/0"
+    document["cache"] = {"redis": "redis://somebody:hush-cache@127.0.0.1:2/0"}
+    config.write_text(yaml.safe_dump(document))
+    with GatewayProcess(config) as serving:
+        serving.wait_ready()
+
+        def said(setting: str) -> bool:
+            return f'"setting": "{setting}"' in serving.stderr
+
+        wait_until(lambda: said("storage.redis") and said("cache.redis"), "both are said")
+        assert "the shared gate does not answer" in serving.stderr
+        assert "hush" not in serving.stderr
+        serving.terminate()
+        assert serving.wait() == 0
 
 
 def test_warnings_come_before_the_address(config: Path) -> None:
