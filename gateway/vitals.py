@@ -135,7 +135,16 @@ async def _answers(store: str, ping: Callable[[], Awaitable[None]]) -> bool:
         async with asyncio.timeout(PING_SECONDS):
             await ping()
     except (GatewayError, StoreAway, OSError) as error:
-        said = {"store": store, "setting": _SETTINGS[store], "error": str(error)}
+        said = {"store": store, "setting": _SETTINGS[store], "error": _why(error)}
         log.warning("a store does not answer", extra=said)
         return False
     return True
+
+
+def _why(error: Exception) -> str:
+    """What a store's error says to an operator; never a password."""
+    if isinstance(error, TimeoutError):
+        return f"no answer within {PING_SECONDS:g} s"
+    # Of Redis' client: where it was looked for, and what came of it.
+    told = error.__cause__ if isinstance(error, StoreAway) else None
+    return " ".join(str(told or error).split()) or type(error).__name__

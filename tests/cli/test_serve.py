@@ -143,6 +143,7 @@ def test_a_redis_that_is_down_is_said_by_the_setting_it_has(config: Path) -> Non
 
         wait_until(lambda: said("storage.redis") and said("cache.redis"), "both are said")
         assert "the shared gate does not answer" in serving.stderr
+        assert "Error 111 connecting to 127.0.0.1:2. Connection refused." in serving.stderr
         assert "hush" not in serving.stderr
         serving.terminate()
         assert serving.wait() == 0

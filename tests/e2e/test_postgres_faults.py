@@ -198,7 +198,7 @@ async def check_money(gateway: GatewayUnderTest, clients: Clients, database: str
 
 
 async def test_a_frozen_ledger_does_not_look_like_a_gateway_that_is_gone(
-    tmp_path: Path, sandbox: SandboxServer, server: Postgres
+    tmp_path: Path, sandbox: SandboxServer, server: Postgres, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A scrape has 10 s."""
     changes: dict[str, Any] = {
@@ -221,6 +221,12 @@ async def test_a_frozen_ledger_does_not_look_like_a_gateway_that_is_gone(
         assert seen['gateway_dependency_up{name="ledger"}'] == 0
         assert seen['gateway_dependency_up{name="directory"}'] == 0
         assert "gateway_ledger_open_holds" in seen
+        told = [one.__dict__ for one in caplog.records if one.msg == "a store does not answer"]
+        assert [(one["store"], one["setting"]) for one in told[:2]] == [
+            ("ledger", "storage.database"),
+            ("directory", "storage.database"),
+        ]
+        assert all(one["error"] for one in told)
 
 
 async def test_a_ledger_that_hangs_behind_its_ping_is_not_waited_for(
