@@ -108,9 +108,14 @@ def demo(upstream: str, port: int, home: Path) -> None:
     if importlib.util.find_spec("openai") is None and upstream == "sandbox":
         fail("the demo needs the openai package: pip install 'image-gateway[demo]'", EXIT_FAILED)
     with failures():
-        home.mkdir(parents=True, exist_ok=True)
         config = home / "gateway.yaml"
-        config.write_text(CONFIG.format(upstream=UPSTREAMS[upstream], name=upstream, model=MODEL))
+        text = CONFIG.format(upstream=UPSTREAMS[upstream], name=upstream, model=MODEL)
+        try:
+            home.mkdir(parents=True, exist_ok=True)
+            config.write_text(text)
+        except OSError as error:
+            why = error.strerror or error
+            fail(f"{config} cannot be written ({why}): name a folder with --home", EXIT_FAILED)
         settings = load_settings(config)
         configure(settings.log.level.value, settings.log.format.value)
         asyncio.run(_run(settings, home, port, free=upstream == "sandbox"))

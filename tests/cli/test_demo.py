@@ -203,4 +203,7 @@ def test_a_home_that_cannot_be_made(say: Say, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said = say("demo", "--home", tmp_path / "file" / "home")
     assert said.exit_code == 1
-    assert said.stderr == f"{tmp_path / 'file' / 'home'}: Not a directory\n"
+    assert said.stderr == (
+        f"{tmp_path}/file/home/gateway.yaml cannot be written (Not a directory): name a folder "
+        "with --home\n"
+    )
