@@ -24,7 +24,7 @@ from gateway.cli.common import (
 from gateway.clock import SystemClock
 from gateway.settings import Settings
 from gateway.stores import postgres_schema
-from gateway.stores.backup import Contents, open_backup, write_backup
+from gateway.stores.backup import Contents, may_be_replaced, open_backup, write_backup
 from gateway.stores.postgres_backup import postgres_snapshot, restore_postgres
 from gateway.stores.schema import Versions, sqlite_versions
 from gateway.stores.sqlite_backup import restore_sqlite, sqlite_snapshot
@@ -96,7 +96,7 @@ def status(as_json: bool, config: Path | None) -> None:
 
 @db.command()
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option("--force", is_flag=True, help="Replace FILE where it is there already.")
+@click.option("--force", is_flag=True, help="Replace FILE where it is a backup already.")
 @config_option
 def backup(file: Path, force: bool, config: Path | None) -> None:
     """Write the books, teams and keys to FILE, while gateways run.
@@ -113,6 +113,9 @@ def backup(file: Path, force: bool, config: Path | None) -> None:
     if isinstance(database, Path) and file.resolve() == database.resolve():
         fail(f"{file} is the database itself; name another file", EXIT_FAILED)
     require_folder(file)
+    with failures():
+        if file.exists() and not may_be_replaced(file):
+            fail(f"{file} is there and is no backup: it is not replaced; name another", EXIT_FAILED)
     with failures():
         snapshot = (
             sqlite_snapshot(database)

@@ -28,6 +28,8 @@ FORMAT = 3
 """Of the tables below. Another one for every change of them; those before it are read too."""
 APPLICATION_ID = 0x67746277
 """``gtbw``: no gateway takes it for its database, and ``gateway db restore`` takes nothing else."""
+_APPLICATION_AT, _HEADER_BYTES = 68, 72
+"""Where SQLite keeps that number, and how much of a file has to be read for it."""
 BATCH = 1000
 USERS_SINCE = 3
 """The first format that has the sums of users."""
@@ -270,6 +272,14 @@ class Backup:
 
     def _damaged(self, why: str) -> StoreError:
         return StoreError(f"{self._path} is damaged ({why}). Nothing was restored; use another one")
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Whether a file is a backup, or has nothing in it: anything else is somebody's, the pepper or
+    the log of the database perhaps. Raises ``OSError``."""
+    with path.open("rb") as file:
+        head = file.read(_HEADER_BYTES)
+    return not head or head[_APPLICATION_AT:] == APPLICATION_ID.to_bytes(4, "big")
 
 
 @contextmanager

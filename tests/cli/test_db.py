@@ -219,6 +219,21 @@ def test_a_backup_of_books_that_do_not_add_up_is_kept(say: Say, config: Path) ->
     assert say("db", "backup", file, "--config", config).exit_code == 1
     assert "use --force" in say("db", "backup", file, "--config", config).stderr
     assert "do not add up" in say("db", "backup", file, "--force", "--config", config).stderr
+    pepper = database.parent / "gateway.pepper"
+    pepper.write_text("a pepper")
+    log = database.parent / "gateway.db-wal"
+    log.write_bytes(b"what is not in the database yet")
+    for precious in (pepper, log):
+        before = precious.read_bytes()
+        said = say("db", "backup", precious, "--force", "--config", config)
+        assert said.exit_code == 1
+        assert f"{precious} is there and is no backup: it is not replaced" in said.stderr
+        assert precious.read_bytes() == before
+    log.unlink()
+    # What mktemp has made has nothing in it.
+    (config.parent / "empty").touch()
+    said = say("db", "backup", config.parent / "empty", "--force", "--config", config)
+    assert "1 calls (1 running)" in said.stdout
     assert "itself" in say("db", "backup", database, "--force", "--config", config).stderr
 
     text = config.read_text().replace("data/gateway.db", "elsewhere/gateway.db")
