@@ -59,7 +59,8 @@ def ask(url: str, *, ready: bool, timeout_seconds: float) -> Health:
     path = parts.path.rstrip("/") + ("/readyz" if ready else "/healthz")
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname, parts.port, timeout=timeout_seconds)
-    where = f"{parts.scheme}://{parts.netloc}{path}"
+    # Without a user and a password: it is printed.
+    where = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{path}"
     try:
         connection.request("GET", path)
         answer = connection.getresponse()

@@ -97,6 +97,8 @@ def test_where_nobody_listens_it_is_not(say: Say, tmp_path: Path) -> None:
     assert dead.exit_code == 1
     assert dead.stdout == ""
     assert dead.stderr.startswith(f"http://127.0.0.1:{port}/healthz: no answer (")
+    named = say("health", "--url", f"http://somebody:hush@127.0.0.1:{port}")
+    assert (named.exit_code, named.stderr) == (1, dead.stderr)
     assert "refused" in dead.stderr
     checked = check(config)
     assert (checked.returncode, checked.stdout) == (1, dead.stderr)
