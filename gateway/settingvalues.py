@@ -58,10 +58,18 @@ def database(node: Node, spot: Spot) -> Path | Secret:
     """The path of an SQLite file, or the url of a PostgreSQL database, which has a password."""
     url = scalar(node).text
     if url.partition(":")[0].lower() in ("postgresql", "postgres"):
-        hosts, _, name = url.partition("://")[2].rpartition("@")[2].partition("/")
-        for host in hosts.split(","):  # several: the primary and its standbys
+        where, _, rest = url.partition("://")[2].partition("/")
+        # As libpq reads it: what is behind the first @, or the first /, of a password would be the
+        # name of a host or a database, which are shown.
+        escaped = where.count("@") < 2 and "@" not in rest.partition("?")[0]
+        if not escaped or _VISIBLE.fullmatch(url) is None:
+            raise Wrong(
+                "must have each @ and / of the user and the password as %40 and %2F, a space as "
+                "%20, and what is not ASCII so, too: postgresql://user:password@host:5432/gateway"
+            )
+        for host in where.rpartition("@")[2].split(","):  # several: the primary and its standbys
             _split(f"postgresql://{host}/")
-        if not name.partition("?")[0] or _VISIBLE.fullmatch(url) is None:
+        if not rest.partition("?")[0]:
             raise Wrong("must name a database: postgresql://user:password@host:5432/gateway")
         return Secret(url)
     name = url.removeprefix("sqlite:///")

@@ -164,6 +164,9 @@ MISTAKES = [
     # storage
     ("storage: {database: postgresql://h/d}", "storage.pepper: must be set where the database is"),
     ("storage: {database: postgresql://h}", "storage.database: must name a database"),
+    ("storage: {database: 'postgresql://u:pa/ss@h/d'}", "storage.database: must have each @ and /"),
+    ("storage: {database: 'postgresql://u:p@ss@h/d'}", "storage.database: must have each @ and /"),
+    ("storage: {database: 'postgresql://u:p ss@h/d'}", "storage.database: must have each @ and /"),
     ("storage: {database: 'postgresql://h:5432,:5433/d'}", "storage.database: must be a url in A"),
     ("server: {replicas: 2}", "server.replicas: must be 1 with SQLite"),
     ("storage: {database: data/gateway.db}", "storage.database: must be sqlite:/// and the path"),
@@ -1023,6 +1026,7 @@ def test_a_mutated_file_gives_settings_or_mistakes_and_never_a_traceback(
         "postgres://u:p%40@db:5433/gateway?sslmode=verify-full&sslrootcert=/etc/ca.pem",
         "postgresql://u:p@one:5432,two:5432/gateway?target_session_attrs=primary",
         "postgresql://u:p@[::1]:5432/gateway",
+        "postgresql://u:p@db/gateway?application_name=us@work",
     ],
 )
 def test_a_shared_database_is_a_secret(tmp_path: Path, url: str) -> None:
