@@ -274,7 +274,7 @@ class Cycle(RequestResponseCycle):
         if self._read_into is not None:
             self._connection.take_back(self._read_into)
             self._read_into = None
-        self._connection.watching.append(self)
+        self._connection.tell_of_the_end(self)
         # The last piece of a body may have paused it, and an end that is not read is not seen.
         if self.flow.read_paused:
             self.flow.resume_reading()
@@ -572,6 +572,8 @@ class Cycle(RequestResponseCycle):
 
     def _complete(self) -> None:
         self.response_complete = True
+        if self in self._connection.watching:
+            self._connection.watching.remove(self)
         if self._pieces or self._inlet is not None or self._read_into is not None:
             self.drop_body()
         self.message_event.set()
@@ -758,8 +760,8 @@ class Connection(HttpToolsProtocol):
         self._in_request = False
         """The parser has seen the beginning of a request, and not its end."""
         self.watching: list[Cycle] = []
-        """Requests whose answerers want to hear of the client's end: several, where it
-        pipelines."""
+        """Requests that hear of the client's end: those whose answerers want to, and those with
+        others behind them."""
         self.wire: asyncio.Transport
         """The socket's own transport; ``transport`` is what may linger."""
         self.holds_what_it_writes: bool
@@ -822,6 +824,8 @@ class Connection(HttpToolsProtocol):
         else:
             self.flow.pause_reading()
             self.pipeline += (cycle,)
+            # uvicorn tells the last one alone of the connection's end.
+            self.tell_of_the_end(before)
 
     def on_body(self, body: bytes) -> None:
         cycle: Cycle = self.cycle
@@ -835,6 +839,11 @@ class Connection(HttpToolsProtocol):
         if not cycle.response_complete:
             cycle.more_body = False
             cycle.message_event.set()
+
+    def tell_of_the_end(self, cycle: Cycle) -> None:
+        """Of the client's, where it comes before that of the answer."""
+        if cycle not in self.watching:
+            self.watching.append(cycle)
 
     def let_in(self, cycle: Cycle, at: int, left: int) -> Inlet | None:
         """Reads the rest of a request's body past the parser; None where it is not this that

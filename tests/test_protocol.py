@@ -123,6 +123,26 @@ async def test_a_client_that_hangs_up_is_away_but_answered() -> None:
     assert b"connection: close\r\n" in story.wire.written
 
 
+async def test_a_client_that_leaves_is_gone_for_the_request_before_its_last_one_too() -> None:
+    story = Story()
+    story.connection.data_received(2 * (head_of(1) + b"x"))
+    story.connection.connection_lost(None)  # its first body was not asked for yet
+    (answering,) = await asyncio.gather(*story.connection.tasks, return_exceptions=True)
+    assert isinstance(answering, ClientGone)
+    assert answering.stage == "upload"
+    assert (story.read.is_set(), story.wire.written) == (False, b"")
+
+
+async def test_no_request_that_was_answered_waits_for_the_end_of_its_connection() -> None:
+    story = Story()
+    story.go_on.set()
+    story.connection.data_received(3 * (head_of(1) + b"x"))
+    while tasks := list(story.connection.tasks):
+        await asyncio.gather(*tasks)
+    assert story.wire.written.count(b"\r\n\r\nok") == 3
+    assert not story.connection.watching
+
+
 async def test_nobody_has_left_whose_answer_is_whole() -> None:
     story = Story()
     story.connection.data_received(head_of(1) + b"x")
