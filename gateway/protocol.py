@@ -58,6 +58,9 @@ UPLOAD_HIGH_WATER = 256 * 1024
 loop's may bring so many, and to stop and go for each costs two system calls."""
 UNASKED_HIGH_WATER = 64 * 1024
 """And before anybody has asked for it: most of a large one is then read into one buffer."""
+MOST_PIPELINED = 128
+"""Requests that wait behind the one that is answered. 256 KB, which are read at once, may hold
+14,000, of 1.1 KB each once they are parsed."""
 KEPT_URL_BYTES = 256
 LENT_BYTES = 1024 * 1024
 """The buffer that a large body is read into, again and again."""
@@ -760,8 +763,8 @@ class Connection(HttpToolsProtocol):
         self._in_request = False
         """The parser has seen the beginning of a request, and not its end."""
         self.watching: list[Cycle] = []
-        """Requests that hear of the client's end: those whose answerers want to, and those with
-        others behind them."""
+        """Requests that hear of the client's end: whose answerers want to, and the one that is
+        answered while others wait behind it."""
         self.wire: asyncio.Transport
         """The socket's own transport; ``transport`` is what may linger."""
         self.holds_what_it_writes: bool
@@ -794,6 +797,9 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """As uvicorn's, which has no place to say of which class a cycle is. Neither websockets
         nor a limit of its own to concurrency are configured here."""
+        if len(self.pipeline) >= MOST_PIPELINED:
+            self.wire.abort()
+            return
         version = self.parser.get_http_version()
         # A stranger's may have 64 KB, and none of ours has so many: it is not remembered.
         parsed = _parsed if len(self.url) <= KEPT_URL_BYTES else _parsed.__wrapped__
@@ -823,9 +829,10 @@ class Connection(HttpToolsProtocol):
             cycle.begin(self.app)
         else:
             self.flow.pause_reading()
+            if not self.pipeline:
+                # It is answered now, and uvicorn tells the last one alone of the connection's end.
+                self.tell_of_the_end(before)
             self.pipeline += (cycle,)
-            # uvicorn tells the last one alone of the connection's end.
-            self.tell_of_the_end(before)
 
     def on_body(self, body: bytes) -> None:
         cycle: Cycle = self.cycle
@@ -880,6 +887,8 @@ class Connection(HttpToolsProtocol):
         if self.pipeline:
             first, *rest = self.pipeline
             self.pipeline = tuple(rest)
+            if rest:
+                self.tell_of_the_end(first)
             first.begin(self.app)
             return
         self._idle_since = self.loop.time()

@@ -15,7 +15,13 @@ from gateway import protocol
 from gateway.api.door import UNSENT, Door, Receive, Scope, Send, deliver
 from gateway.domain.errors import ClientGone, InvalidRequest
 from gateway.ports import Lent
-from gateway.protocol import LENT_BYTES, UPLOAD_HIGH_WATER, Connection, Inlet
+from gateway.protocol import (
+    LENT_BYTES,
+    MOST_PIPELINED,
+    UPLOAD_HIGH_WATER,
+    Connection,
+    Inlet,
+)
 from gateway.relay.flights import Head
 from gateway.server import server
 
@@ -123,14 +129,20 @@ async def test_a_client_that_hangs_up_is_away_but_answered() -> None:
     assert b"connection: close\r\n" in story.wire.written
 
 
-async def test_a_client_that_leaves_is_gone_for_the_request_before_its_last_one_too() -> None:
+@pytest.mark.parametrize("before", [2, 3])
+async def test_a_client_that_leaves_is_gone_for_the_request_before_its_last_one_too(
+    before: int,
+) -> None:
     story = Story()
-    story.connection.data_received(2 * (head_of(1) + b"x"))
-    story.connection.connection_lost(None)  # its first body was not asked for yet
-    (answering,) = await asyncio.gather(*story.connection.tasks, return_exceptions=True)
-    assert isinstance(answering, ClientGone)
-    assert answering.stage == "upload"
-    assert (story.read.is_set(), story.wire.written) == (False, b"")
+    story.connection.data_received(before * (head_of(1) + b"x"))
+    story.go_on.set()
+    while story.wire.written.count(b"\r\n\r\nok") < before - 2:  # noqa: ASYNC110 - a turn at a time
+        await asyncio.sleep(0)
+    written, story.read = story.wire.written, asyncio.Event()
+    story.connection.connection_lost(None)  # the last body but one was not asked for yet
+    ended = await asyncio.gather(*story.connection.tasks, return_exceptions=True)
+    assert {one.stage for one in ended if isinstance(one, ClientGone)} == {"upload"}
+    assert (story.read.is_set(), story.wire.written) == (False, written)
 
 
 async def test_no_request_that_was_answered_waits_for_the_end_of_its_connection() -> None:
@@ -141,6 +153,17 @@ async def test_no_request_that_was_answered_waits_for_the_end_of_its_connection(
         await asyncio.gather(*tasks)
     assert story.wire.written.count(b"\r\n\r\nok") == 3
     assert not story.connection.watching
+
+
+async def test_no_more_requests_than_some_wait_in_one_connection() -> None:
+    story = Story()
+    story.connection.data_received((1 + MOST_PIPELINED) * (head_of(1) + b"x"))
+    assert (len(story.connection.pipeline), story.wire.closed) == (MOST_PIPELINED, False)
+    story.connection.data_received(head_of(1) + b"x")
+    assert (len(story.connection.pipeline), story.wire.closed) == (MOST_PIPELINED, True)
+    story.connection.connection_lost(None)
+    await asyncio.gather(*story.connection.tasks, return_exceptions=True)
+    assert (story.read.is_set(), story.wire.written) == (False, b"")
 
 
 async def test_nobody_has_left_whose_answer_is_whole() -> None:
