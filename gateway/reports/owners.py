@@ -43,11 +43,12 @@ class Spenders:
 
 
 def owners_of(accounts: Iterable[str]) -> set[Name]:
-    """``team:growth|d|2026-11-22`` is of team growth; users are not watched."""
+    """``team:growth|d|2026-11-22`` is of team growth; users are not watched, nor whoever else a
+    newer release keeps accounts of."""
     owners = set()
     for account in accounts:
         scope, _, owner = account.rsplit("|", 2)[0].partition(":")
-        if scope != Scope.USER:
+        if scope in (Scope.TEAM, Scope.KEY):
             owners.add((Scope(scope), owner))
     return owners
 

@@ -260,3 +260,7 @@ async def test_a_settlement_whose_answer_was_lost_is_heard_when_it_is_repeated()
 def test_an_account_names_its_owner_and_users_are_nobody() -> None:
     named = owners_of(["team:a|b:c|t|all", "key:k1|w|2026-W47", "user:a/u_1|d|2026-11-22"])
     assert named == {(Scope.TEAM, "a|b:c"), (Scope.KEY, "k1")}
+
+
+def test_accounts_of_a_newer_release_break_no_look() -> None:
+    assert owners_of(["project:p1|t|all", "team:a|t|all"]) == {(Scope.TEAM, "a")}
