@@ -736,6 +736,7 @@ class Connection(HttpToolsProtocol):
         "_closed",
         "_idle_since",
         "_in_request",
+        "_is_deaf",
         "_lingers",
         "_turned_away",
         "_unwanted_bytes",
@@ -762,6 +763,8 @@ class Connection(HttpToolsProtocol):
         self._idle_since: float | None = None
         self._in_request = False
         """The parser has seen the beginning of a request, and not its end."""
+        self._is_deaf = False
+        """What came behind the last request was none: nothing more is read as one."""
         self.watching: list[Cycle] = []
         """Requests that hear of the client's end: whose answerers want to, and the one that is
         answered while others wait behind it."""
@@ -939,7 +942,7 @@ class Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """As uvicorn's, where nothing is ever upgraded."""
-        if self._lingers is not None or self._turned_away:
+        if self._lingers is not None or self._turned_away or self._is_deaf:
             self.count_unwanted(len(data))
             return
         self._idle_since = None
@@ -951,13 +954,24 @@ class Connection(HttpToolsProtocol):
         except httptools.HttpParserError:
             message = "Invalid HTTP request received."
             self.logger.warning(message)
-            self.send_400_response(message)
+            if not self._answers_what_is_whole():
+                self.send_400_response(message)
         except httptools.HttpParserUpgrade:
             self._unsupported_upgrade_warning()
         if not self._in_request:
             # Between two requests it knows nothing, and a client that waits for its picture has
             # no need of it: 900 bytes, for 2 us a request.
             self.parser = None
+
+    def _answers_what_is_whole(self) -> bool:
+        """Whether a request was whole before what is no HTTP, and is not answered yet: its answer,
+        which nothing is written into, is the connection's last."""
+        cycle: Cycle | None = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        cycle.keep_alive = False
+        self._is_deaf = True
+        return True
 
     def count_unwanted(self, size: int) -> None:
         """Of a request that was refused, or of a connection that has no place."""

@@ -166,6 +166,31 @@ async def test_no_more_requests_than_some_wait_in_one_connection() -> None:
     assert (story.read.is_set(), story.wire.written) == (False, b"")
 
 
+@pytest.mark.parametrize("requests", [1, 2])
+async def test_noise_behind_a_request_is_not_heard_in_its_answer(requests: int) -> None:
+    story = Story()
+    story.connection.data_received(requests * (head_of(1) + b"x"))
+    story.connection.data_received(b"\x00 no HTTP")
+    story.connection.data_received(head_of(1) + b"x")
+    await story.read.wait()
+    assert story.wire.written == b""
+    story.go_on.set()
+    while tasks := list(story.connection.tasks):
+        await asyncio.gather(*tasks)
+    written = story.wire.written
+    assert written.count(b"\r\n\r\nok") == written.count(b"HTTP/1.1 200") == requests
+    assert (written.count(b"connection: close"), story.wire.closed) == (1, True)
+
+
+async def test_noise_inside_a_request_is_refused_at_once() -> None:
+    story = Story()
+    story.connection.data_received(b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\nx")
+    assert story.wire.written.startswith(b"HTTP/1.1 400")
+    assert story.wire.closed
+    story.connection.connection_lost(None)
+    await story.end()
+
+
 async def test_nobody_has_left_whose_answer_is_whole() -> None:
     story = Story()
     story.connection.data_received(head_of(1) + b"x")
