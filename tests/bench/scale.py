@@ -6,8 +6,9 @@ import contextlib
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,13 +20,11 @@ from tests.bench.processes import Cores, cpu_seconds, move, tree
 from tests.bench.rounds import MB, say
 from tests.bench.study import Point, Table
 from tests.bench.targets import Gateway, Site, StartError
-from tests.bench.variants import site_folder
+from tests.bench.variants import POLICY, site_folder
 from tests.postgres import Postgres, run_postgres
 from tests.redis_servers import say as ask_valkey
 from tests.valkey import Valkey, run_valkey
 
-CONNECTIONS: Final = 32
-"""Of each process that serves: each has as much to do at once as the one that is alone."""
 RAMP_MS: Final = 300
 """Connections come one after the other: of those that come together one worker may take all."""
 SERVE_SECONDS: Final = 30.0
@@ -56,6 +55,8 @@ TURNS: Final = (
     BESIDE_LITTLE,
 )  # fmt: skip
 """In each round, and backwards in the next: what is compared stands side by side."""
+WITH_PICTURES: Final = (ONE_VALKEY, WORKERS, ALONE, PAIR)
+"""Which of them are measured with whole pictures too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,30 @@ KINDS: Final[Mapping[str, Kind]] = {
     BESIDE_LITTLE: Kind(valkey=True, postgres=True, beside_kb=4),
     BESIDE_MUCH: Kind(valkey=True, postgres=True, beside_kb=8 * 1024),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What fleets are asked in their rounds: a reply of ``bodies``, with so many ``connections`` of
+    each process that serves: each has as much to do at once as the one that is alone. ``changes``
+    are laid over the settings."""
+
+    title: str
+    upstream: str
+    reply: bodies.Reply
+    connections: int
+    changes: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+
+
+def works() -> dict[str, Work]:
+    """By the names of their tables."""
+    return {
+        "busy": Work("Scale-out: 1.5 KB", "small", bodies.reply("S"), 32),
+        "pictures": Work(
+            "Scale-out: 2.7 MB, nothing kept on disk or in Valkey",
+            "large", bodies.reply("M"), 8, POLICY,
+        ),
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +158,7 @@ class Fleet:
     Of several ``stores`` each gateway has its own. ``made``: requests of each gateway."""
 
     kind: Kind
+    work: Work
     core: int
     folder: Path
     gateways: list[Gateway]
@@ -140,7 +166,6 @@ class Fleet:
     numbers: int
     made: list[int]
     samples: dict[str, list[float]] = field(default_factory=dict)
-    failure: str | None = None
 
     def load(
         self, upstream: str, reply: bodies.Reply, connections: int, **how: Any
@@ -165,6 +190,11 @@ class Fleet:
             checks.check_load(one, reply.body, exact=True)
         return done
 
+    def load_work(self, seconds: float) -> list[tools.Load]:
+        """Its own, for so long. Raises ``CheckError``."""
+        connections = self.work.connections * self.kind.workers
+        return self.load(self.work.upstream, self.work.reply, connections, seconds=seconds)
+
     def cpu(self) -> float:
         return sum(gateway.process.cpu_seconds() for gateway in self.gateways)
 
@@ -188,15 +218,48 @@ class Fleet:
         return Counts(**found)
 
 
-def measure(cores: Cores, sizes: Sizes, labels: Sequence[str] = tuple(KINDS)) -> tuple[
-    dict[str, Table], dict[str, float]
-]:  # fmt: skip
+@dataclass
+class Fleets:
+    """Those that have the same work. One that fails once is not measured again."""
+
+    work: Work
+    labels: Sequence[str]
+    running: dict[str, Fleet] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+    def attempt(self, label: str, act: Callable[[Fleet], object]) -> None:
+        """Nothing, where it has failed before or was not started."""
+        if label not in self.running or label in self.failures:
+            return
+        try:
+            act(self.running[label])
+        except (CheckError, tools.LoadError, psycopg.Error, OSError) as error:
+            self.fail(label, error)
+
+    def fail(self, label: str, error: Exception) -> None:
+        self.failures[label] = str(error)
+        say(f"scale: {label} FAILED: {error}")
+
+    def table(self) -> Table:
+        points = []
+        for place, label in enumerate(self.labels):
+            samples = self.running[label].samples if label in self.running else {}
+            points.append(Point(label, place, samples, self.failures.get(label)))
+        each = f"{self.work.connections} at a time for each process that serves"
+        return Table(f"{self.work.title}, {each}", "who serves", points)
+
+
+def measure(
+    cores: Cores,
+    sizes: Sizes,
+    labels: Sequence[str] = tuple(KINDS),
+    with_pictures: Sequence[str] = WITH_PICTURES,
+) -> tuple[dict[str, Table], dict[str, float]]:
     """The tables by name, and what was measured of the stores alone."""
-    small, large = bodies.reply("S"), bodies.reply("M")
-    fleets: dict[str, Fleet] = {}
+    of = works()
+    small, large = of["busy"].reply, of["pictures"].reply
     slow: dict[str, dict[str, list[float]]] = {}
     numbers: dict[str, float] = {}
-    failures: dict[str, str] = {}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(site_folder()))
         folder.chmod(0o755)
@@ -209,75 +272,74 @@ def measure(cores: Cores, sizes: Sizes, labels: Sequence[str] = tuple(KINDS)) ->
             )
         )
         ports = dict(zip(("small", "slow", "large"), mock.ports, strict=True))
-        for place, label in enumerate(labels, start=1):
-            own = folder / f"fleet-{place}"
-            own.mkdir()
-            try:
-                fleets[label] = _start(KINDS[label], own, cores, ports, place, stack)
-            except StartError as error:
-                failures[label] = str(error)
-                say(f"scale: {label} FAILED: {error}")
-        for label, fleet in fleets.items():
-            with _attempt(label, fleet):
-                # Plans, caches and pages are then what they stay.
-                fleet.load("small", small, CONNECTIONS, seconds=sizes.warm_seconds)
-        turns = [label for label in TURNS if label in fleets]
-        for number in range(sizes.rounds):
-            for label in turns if number % 2 == 0 else reversed(turns):
-                with _attempt(label, fleets[label]):
-                    _measure_round(fleets[label], small, sizes.seconds)
-            say(f"scale: {number + 1}/{sizes.rounds}")
-        for label in (ONE_VALKEY, ALONE):
-            if label in fleets:
-                with _attempt(label, fleets[label]):
-                    slow[label] = _measure_slow(fleets[label], small, sizes.slow_seconds)
-        if ALONE in fleets:
-            with _attempt(ALONE, fleets[ALONE]):
-                numbers = _measure_alone(fleets[ALONE], large)
-        for label, fleet in fleets.items():
-            with _attempt(label, fleet):
-                _finish(fleet)
-    failures |= {label: fleet.failure for label, fleet in fleets.items() if fleet.failure}
+        serving = partial(_serving, cores, ports, sizes.warm_seconds)
+        with serving(folder / "busy", of["busy"], labels) as busy:
+            _measure_rounds(busy, sizes)
+            for label in (ONE_VALKEY, ALONE):
+                samples = slow.setdefault(label, {})
+                busy.attempt(label, partial(_measure_slow, samples, small, sizes.slow_seconds))
+            busy.attempt(ALONE, lambda one: numbers.update(_measure_alone(one, large)))
+        with serving(folder / "pictures", of["pictures"], with_pictures) as pictures:
+            _measure_rounds(pictures, sizes)
     tables = {
-        "busy": Table(
-            f"Scale-out: 1.5 KB, {CONNECTIONS} at a time for each process that serves",
-            "who serves",
-            [
-                Point(label, place, fleets[label].samples if label in fleets else {},
-                      failures.get(label))
-                for place, label in enumerate(labels)
-            ],
-        ),
+        "busy": busy.table(),
+        "pictures": pictures.table(),
         "slow": Table(
             "One replica at 50 requests a second",
             "who serves",
-            [Point(label, place, said) for place, (label, said) in enumerate(slow.items())],
+            [Point(label, place, said) for place, (label, said) in enumerate(slow.items()) if said],
         ),
-    }  # fmt: skip
+    }
     return tables, numbers
 
 
 @contextlib.contextmanager
-def _attempt(label: str, fleet: Fleet) -> Any:
-    """What does not hold once is not measured again."""
-    if fleet.failure is not None:
-        return
-    try:
-        yield
-    except (CheckError, tools.LoadError, psycopg.Error, OSError) as error:
-        fleet.failure = str(error)
-        say(f"scale: {label} FAILED: {error}")
+def _serving(
+    cores: Cores,
+    ports: Mapping[str, int],
+    warm_seconds: float,
+    folder: Path,
+    work: Work,
+    labels: Sequence[str],
+) -> Iterator[Fleets]:
+    """All of them started, and warm; in the end stopped, and their books looked at."""
+    folder.mkdir()
+    fleets = Fleets(work, labels)
+    with contextlib.ExitStack() as stack:
+        for place, label in enumerate(labels, start=1):
+            own = folder / f"fleet-{place}"
+            own.mkdir()
+            try:
+                fleets.running[label] = _start(label, work, own, cores, ports, place, stack)
+            except StartError as error:
+                fleets.fail(label, error)
+        for label in labels:
+            # Plans, caches and pages are then what they stay.
+            fleets.attempt(label, lambda one: one.load_work(warm_seconds))
+        yield fleets
+        for label in labels:
+            fleets.attempt(label, _finish)
+
+
+def _measure_rounds(fleets: Fleets, sizes: Sizes) -> None:
+    turns = [label for label in TURNS if label in fleets.labels]
+    for number in range(sizes.rounds):
+        for label in turns if number % 2 == 0 else reversed(turns):
+            fleets.attempt(label, lambda one: _measure_round(one, sizes.seconds))
+        say(f"scale: {fleets.work.title}: {number + 1}/{sizes.rounds}")
 
 
 def _start(
-    kind: Kind,
+    label: str,
+    work: Work,
     folder: Path,
     cores: Cores,
     ports: Mapping[str, int],
     place: int,
     stack: contextlib.ExitStack,
 ) -> Fleet:
-    stores = []
+    """Raises ``StartError``."""
+    kind, stores = KINDS[label], []
     for _ in range(kind.gateways if kind.apart else 1):
         valkey = stack.enter_context(run_valkey()) if kind.valkey else None
         postgres = stack.enter_context(run_postgres(durable=True)) if kind.postgres else None
@@ -289,13 +351,14 @@ def _start(
         own = folder / f"gateway-{number}"
         own.mkdir()
         site, storage = Site(own, cores.target, ports), stores[number % len(stores)].settings()
-        gateways.append(Gateway(site, {"storage": storage, "server": server}))
+        gateways.append(Gateway(site, {**work.changes, "storage": storage, "server": server}))
         stack.callback(gateways[-1].stop)
     if kind.spread:
-        pids = [pid for one in gateways for pid in _serving(one.process.pid, kind.workers)]
+        pids = [pid for one in gateways for pid in _processes(one.process.pid, kind.workers)]
         move(pids[-1], cores.others)
     made = [0] * kind.gateways
-    return Fleet(kind, cores.target, folder, gateways, stores, (10 + place) * NUMBERS_EACH, made)
+    numbers = (10 + place) * NUMBERS_EACH
+    return Fleet(kind, work, cores.target, folder, gateways, stores, numbers, made)
 
 
 def _metrics(port: int) -> str:
@@ -304,28 +367,28 @@ def _metrics(port: int) -> str:
         return str(answer.read(), "utf-8")
 
 
-def _measure_round(fleet: Fleet, reply: bodies.Reply, seconds: float) -> None:
+def _measure_round(fleet: Fleet, seconds: float) -> None:
     def load() -> list[tools.Load]:
         beside_kb = fleet.kind.beside_kb
         with tools.neighbour(beside_kb, fleet.core) if beside_kb else contextlib.nullcontext():
-            return fleet.load("small", reply, CONNECTIONS * fleet.kind.workers, seconds=seconds)
+            return fleet.load_work(seconds)
 
     _measure(fleet, fleet.samples, load)
 
 
-def _measure_slow(fleet: Fleet, reply: bodies.Reply, seconds: float) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {}
+def _measure_slow(
+    samples: dict[str, list[float]], reply: bodies.Reply, seconds: float, fleet: Fleet
+) -> None:
     _measure(fleet, samples, lambda: fleet.load(
         "slow", reply, SLOW_CONNECTIONS, seconds=seconds
     ))  # fmt: skip
-    return samples
 
 
 def _measure(fleet: Fleet, samples: dict[str, list[float]], act: Any) -> None:
     """CPU of the gateways and of their stores, from quiet to quiet."""
     fleet.wait_quiet()
     first = [gateway.process.pid for gateway in fleet.gateways]
-    serving = [pid for one in first for pid in _serving(one, fleet.kind.workers)]
+    serving = [pid for one in first for pid in _processes(one, fleet.kind.workers)]
     by_process = {pid: cpu_seconds(pid) for pid in serving}
     counted, before = fleet.counts(), fleet.cpu()
     done: list[tools.Load] = act()
@@ -356,7 +419,7 @@ def _measure(fleet: Fleet, samples: dict[str, list[float]], act: Any) -> None:
         samples.setdefault(name, []).append(value)
 
 
-def _serving(pid: int, workers: int) -> list[int]:
+def _processes(pid: int, workers: int) -> list[int]:
     """The processes that answer: of several workers not the one that sees to them."""
     return [pid] if workers == 1 else tree(pid)[1:]
 

@@ -24,7 +24,7 @@ from tests.bench.scale import (
     WORKERS,
     WORKERS_SPREAD,
 )
-from tests.bench.study import Rise, Study, rise_in_rounds
+from tests.bench.study import Rise, Study, Table, rise_in_rounds
 
 REPLICAS: Final = (100, 1_000)
 REQUESTS_PER_SECOND: Final = 50.0
@@ -47,6 +47,8 @@ GOALS: Final = (
     (SPREAD, ALONE),
 )
 """What may rise by no more than that."""
+PICTURES: Final = ((WORKERS, ONE_VALKEY), (PAIR, ALONE))
+"""The same with whole pictures: more bytes are moved, and fewer turns taken."""
 ABOUT: Final = {
     (APART, ALONE): "what a second one costs this machine, where nothing is shared",
     (BESIDE_LITTLE, ALONE): "what it costs to have the core in turns with anything",
@@ -194,23 +196,28 @@ def _first(found: Sequence[Need], replicas: int) -> str:
     return f"At {replicas:,} replicas: {'; then '.join(over)}."
 
 
-def rises(study: Study) -> Mapping[tuple[str, str], Rise | None]:
+def rises(
+    study: Study, table: str = "busy", pairs: Sequence[tuple[str, str]] = (*GOALS, *ABOUT)
+) -> Mapping[tuple[str, str], Rise | None]:
     """By what CPU a request is more: of each fleet over the one beside it."""
-    table = study.tables["busy"]
-    return {pair: rise_in_rounds(table, "cpu_us", *pair) for pair in (*GOALS, *ABOUT)}
+    found = study.tables.get(table, Table("", "", ()))
+    return {pair: rise_in_rounds(found, "cpu_us", *pair) for pair in pairs}
 
 
 def rises_text(study: Study) -> str:
-    lines = []
-    for (above, below), value in rises(study).items():
-        if value is None:
-            said = "not measured"
-        else:
-            low, high = f"{value.low * 100:+.0f}", f"{value.high * 100:+.0f}"
-            said = f"{value.median * 100:+.0f} % ({low} to {high})"
-        said_of_it = ABOUT.get((above, below)) or _reached(value)
-        lines.append((f"{above} / {below}", said, said_of_it))
-    return rows(("CPU a request", "rise", f"at most {ALLOWED_RISE * 100:.0f} %"), lines)
+    lines = [_line("1.5 KB", *pair, rise) for pair, rise in rises(study).items()]
+    pictures = rises(study, "pictures", PICTURES)
+    lines[len(GOALS) : len(GOALS)] = [_line("2.7 MB", *one, rise) for one, rise in pictures.items()]
+    head = ("CPU a request", "answers of", "rise", f"at most {ALLOWED_RISE * 100:.0f} %")
+    return rows(head, lines)
+
+
+def _line(answers: str, above: str, below: str, rise: Rise | None) -> tuple[str, ...]:
+    said = "not measured"
+    if rise is not None:
+        low, high = f"{rise.low * 100:+.0f}", f"{rise.high * 100:+.0f}"
+        said = f"{rise.median * 100:+.0f} % ({low} to {high})"
+    return (f"{above} / {below}", answers, said, ABOUT.get((above, below)) or _reached(rise))
 
 
 def _reached(value: Rise | None) -> str:

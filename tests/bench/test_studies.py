@@ -36,8 +36,10 @@ def scaled(**changes: float) -> Study:
     slow = {"postgres_us": 1000.0, "postgres_wal_kb": 4.0, "valkey_us": 100.0} | changes
     cpu = {ONE: 900.0, ONE_VALKEY: 1000.0, WORKERS: 1100.0, ALONE: 1200.0, PAIR: 1500.0}
     busy = [point(label, 0, cpu_us=value, connections=2) for label, value in cpu.items()]
+    pictures = [point(ALONE, 0, cpu_us=2000.0), point(PAIR, 1, cpu_us=2100.0)]
     tables = {
         "busy": Table("Busy", "who", busy),
+        "pictures": Table("Pictures", "who", pictures),
         "slow": Table("Slow", "who", [point(ALONE, 0, **slow)]),
     }
     return Study({}, tables, {"row_ms": 4.0, "picture_mb": 2.7, "picture_valkey_mb": 5.4})
@@ -88,9 +90,10 @@ def test_what_more_processes_cost() -> None:
         assert rise is not None
         assert [rise.median, rise.low, rise.high] == pytest.approx([value] * 3)
     text = rises_text(scaled())
-    assert "| +10 % (+10 to +10) | reached |" in text
-    assert "| +25 % (+25 to +25) | missed |" in text
-    assert "| not measured | what it costs that stores are shared |" in text
+    assert "| 1.5 KB | +10 % (+10 to +10) | reached |" in text
+    assert "| 1.5 KB | +25 % (+25 to +25) | missed |" in text
+    assert "| 2.7 MB | +5 % (+5 to +5) | reached |" in text
+    assert "| 1.5 KB | not measured | what it costs that stores are shared |" in text
 
 
 def test_a_rise_is_that_of_each_round() -> None:
@@ -188,12 +191,32 @@ def test_keys_of_the_directory_are_asked_by_turns() -> None:
 @with_tools
 def test_scale_is_measured() -> None:
     sizes = scale.Sizes(rounds=1, seconds=0.3, warm_seconds=0.3, slow_seconds=0.3)
-    tables, numbers = scale.measure(cores(), sizes, (WORKERS, ALONE, APART, SPREAD, BESIDE_LITTLE))
-    busy = tables["busy"]
-    assert [one.failure for one in busy.points] == [None] * 5
+    tables, numbers = scale.measure(
+        cores(), sizes, (WORKERS, ALONE, APART, SPREAD, BESIDE_LITTLE), (ALONE, WORKERS)
+    )
+    busy, pictures = tables["busy"], tables["pictures"]
+    assert [one.failure for one in (*busy.points, *pictures.points)] == [None] * 7
+    assert (pictures.get(ALONE, "cpu_us") or 0) > (busy.get(ALONE, "cpu_us") or 0)
     assert busy.get(APART, "connections") == 2 * (busy.get(ALONE, "connections") or 0)
     assert 0.5 <= (busy.get(WORKERS, "share_of_one") or 0) <= 1
     assert 0 < (busy.get(ALONE, "postgres_commits") or 0) <= 3
     assert (busy.get(ALONE, "valkey_commands") or 0) > 1
     assert numbers["picture_valkey_mb"] > 2
     assert numbers["row_ms"] >= numbers["commit_ms"] > 0
+
+
+def test_what_failed_once_is_not_measured_again(capsys: pytest.CaptureFixture[str]) -> None:
+    work = scale.works()["busy"]
+    fleet = scale.Fleet(scale.KINDS[ONE], work, 0, Path(), [], [], 0, [])
+    fleets = scale.Fleets(work, (ONE, ALONE), {ONE: fleet})
+    asked: list[scale.Fleet] = []
+
+    def break_(one: scale.Fleet) -> None:
+        asked.append(one)
+        raise tools.LoadError("statuses {429: 7}")
+
+    for label in (ONE, ONE, ALONE):
+        fleets.attempt(label, break_)
+    assert asked == [fleet]
+    assert [one.failure for one in fleets.table().points] == ["statuses {429: 7}", None]
+    assert "one worker FAILED: statuses {429: 7}" in capsys.readouterr().err
