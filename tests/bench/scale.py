@@ -20,7 +20,7 @@ from tests.bench.processes import Cores, cpu_seconds, move, tree
 from tests.bench.rounds import MB, say
 from tests.bench.study import Point, Table
 from tests.bench.targets import Gateway, Site, StartError
-from tests.bench.variants import POLICY, site_folder
+from tests.bench.variants import site_folder
 from tests.postgres import Postgres, run_postgres
 from tests.redis_servers import say as ask_valkey
 from tests.valkey import Valkey, run_valkey
@@ -87,6 +87,13 @@ KINDS: Final[Mapping[str, Kind]] = {
 }
 
 
+KEPT_NOWHERE: Final[Mapping[str, Mapping[str, object]]] = {
+    "results": {"enabled": False},
+    "cache": {"max_entry_bytes": 1},
+}
+"""The cache is looked into. Kept in Valkey, what is answered in a minute would be 20 GB."""
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """What fleets are asked in their rounds: a reply of ``bodies``, with so many ``connections`` of
@@ -105,8 +112,8 @@ def works() -> dict[str, Work]:
     return {
         "busy": Work("Scale-out: 1.5 KB", "small", bodies.reply("S"), 32),
         "pictures": Work(
-            "Scale-out: 2.7 MB, nothing kept on disk or in Valkey",
-            "large", bodies.reply("M"), 8, POLICY,
+            "Scale-out: 2.7 MB, kept nowhere",
+            "large", bodies.reply("M"), 8, KEPT_NOWHERE,
         ),
     }  # fmt: skip
 

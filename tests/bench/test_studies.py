@@ -201,6 +201,7 @@ def test_scale_is_measured() -> None:
     assert 0.5 <= (busy.get(WORKERS, "share_of_one") or 0) <= 1
     assert 0 < (busy.get(ALONE, "postgres_commits") or 0) <= 3
     assert (busy.get(ALONE, "valkey_commands") or 0) > 1
+    assert (pictures.get(ALONE, "valkey_us") or 0) < numbers["picture_valkey_us"]
     assert numbers["picture_valkey_mb"] > 2
     assert numbers["row_ms"] >= numbers["commit_ms"] > 0
 
