@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from gateway.doctor.clocks import compared
 from gateway.doctor.finding import Check, Finding, Topic, sized
@@ -30,6 +31,14 @@ ACL = "~gw* +@read +@write +@scripting +@connection +time -@dangerous +info +clu
 """What is enough for the gateway's user; ``cluster|slots`` is for clusters."""
 
 
+@dataclass(frozen=True, slots=True)
+class Use:
+    """What a server is for: limits must not be forgotten, pictures may be."""
+
+    limits: bool
+    pictures: bool
+
+
 async def limits(settings: Settings, clock: Clock) -> Check:
     """The Redis of ``storage.redis``."""
     url = settings.storage.redis
@@ -44,9 +53,11 @@ async def limits(settings: Settings, clock: Clock) -> Check:
     cache = settings.cache.redis
     wanted = settings.cache.enabled or settings.results.enabled
     keys = (*LIMITS_KEYS, *PICTURES_KEYS) if wanted and cache is None else LIMITS_KEYS
-    async for finding in _server("storage.redis", url, clock, keys, for_limits=True):
+    shared = wanted and (cache is None or same_server(cache.reveal(), url.reveal()))
+    use = Use(limits=True, pictures=shared)
+    async for finding in _server("storage.redis", url, clock, keys, use):
         yield finding
-    if wanted and (cache is None or same_server(cache.reveal(), url.reveal())):
+    if shared:
         yield Topic("redis", "storage.redis").warn(
             "holds the pictures too: when they fill it, limits are not kept any more",
             "give pictures a Redis of their own that may evict: cache.redis",
@@ -58,13 +69,12 @@ async def pictures(settings: Settings, clock: Clock) -> Check:
     url, state = settings.cache.redis, settings.storage.redis
     if url is None or (state is not None and same_server(url.reveal(), state.reveal())):
         return
-    async for finding in _server("cache.redis", url, clock, PICTURES_KEYS, for_limits=False):
+    use = Use(limits=False, pictures=True)
+    async for finding in _server("cache.redis", url, clock, PICTURES_KEYS, use):
         yield finding
 
 
-async def _server(
-    setting: str, url: Secret, clock: Clock, keys: Sequence[str], *, for_limits: bool
-) -> Check:
+async def _server(setting: str, url: Secret, clock: Clock, keys: Sequence[str], use: Use) -> Check:
     topic = Topic("redis", setting)
     host = host_of(url.reveal())
     try:
@@ -75,7 +85,7 @@ async def _server(
             return
         without = (
             "storage.without_redis says what holds meanwhile"
-            if for_limits
+            if use.limits
             else "pictures are bought again meanwhile"
         )
         yield topic.fail(
@@ -93,15 +103,15 @@ async def _server(
         f"{f', {len(found.nodes)} masters' if len(found.nodes) > 1 else ''}, "
         f"{found.seconds * 1000:.1f} ms away"
     )
-    for finding in judge(topic, url.reveal(), found, for_limits=for_limits):
+    for finding in judge(topic, url.reveal(), found, use):
         yield finding
     yield compared(setting, found.now, clock.now(), found.seconds)
 
 
-def judge(topic: Topic, url: str, found: RedisGlance, *, for_limits: bool) -> Iterator[Finding]:
+def judge(topic: Topic, url: str, found: RedisGlance, use: Use) -> Iterator[Finding]:
     yield from _refused(topic, url, found)
     for node in found.nodes:
-        yield from _judge_node(topic, url, node, for_limits=for_limits)
+        yield from _judge_node(topic, url, node, use)
     if not url.startswith("rediss") and _is_public(host_of(url)):
         yield topic.warn(
             "is asked over a public network without encryption", "use rediss:// and a password"
@@ -157,7 +167,7 @@ def _is_cluster(url: str) -> bool:
     return "+cluster" in url.partition("://")[0]
 
 
-def _judge_node(topic: Topic, url: str, node: RedisNode, *, for_limits: bool) -> Iterator[Finding]:
+def _judge_node(topic: Topic, url: str, node: RedisNode, use: Use) -> Iterator[Finding]:
     name = f"{node.name}: " if node.name else ""
     if node.product == "Redis" and node.version < (OLDEST,):
         yield topic.fail(
@@ -179,32 +189,32 @@ def _judge_node(topic: Topic, url: str, node: RedisNode, *, for_limits: bool) ->
             "make room on its disk, or switch its persistence off: limits need none",
         )
     evicts = node.policy not in ("", "noeviction")
-    if for_limits and evicts:
+    if use.limits and evicts:
         yield topic.warn(
             f"{name}maxmemory-policy is {node.policy}: when it is full, limits are forgotten",
             "CONFIG SET maxmemory-policy noeviction, and the same in its redis.conf",
         )
-    if for_limits and node.policy == "noeviction":
+    if use.limits and node.policy == "noeviction":
         yield topic.ok(f"{name}maxmemory-policy is noeviction")
-    if not for_limits and not node.max_bytes:
+    if use.pictures and not node.max_bytes:
+        policy = "" if use.limits else " and maxmemory-policy allkeys-lru"
         yield topic.warn(
             f"{name}maxmemory is not set: pictures fill its machine",
-            "CONFIG SET maxmemory 4gb and maxmemory-policy allkeys-lru, and the same in its "
-            "redis.conf",
+            f"CONFIG SET maxmemory 4gb{policy}, and the same in its redis.conf",
         )
-    elif not for_limits and not evicts:
+    elif not use.limits and not evicts:
         yield topic.warn(
             f"{name}maxmemory-policy is {node.policy or 'unknown'}: once full, no picture is kept",
             "CONFIG SET maxmemory-policy allkeys-lru, and the same in its redis.conf",
         )
-    elif not for_limits:
+    elif not use.limits:
         yield topic.ok(f"{name}at most {sized(node.max_bytes)}, then {node.policy}")
     if node.max_bytes and node.used_bytes > FULL * node.max_bytes and not evicts:
         yield topic.warn(
             f"{name}{sized(node.used_bytes)} of {sized(node.max_bytes)} are used",
             "raise maxmemory, or take something else out of it",
         )
-    if node.persistent and not for_limits:
+    if node.persistent and not use.limits:
         yield topic.ok(
             f"{name}writes pictures to its disk too (appendonly): the cache needs it not"
         )

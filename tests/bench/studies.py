@@ -40,7 +40,7 @@ and the most.
 ```console
 $ make bench STUDY=growth             # 10 minutes
 $ make bench STUDY=ledger             # half an hour, and 10 GB of disk
-$ make bench STUDY=scale              # 9 minutes
+$ make bench STUDY=scale              # 7 minutes
 ```
 """
 

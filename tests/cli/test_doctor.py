@@ -610,6 +610,19 @@ async def test_a_redis_for_limits(tmp_path: Path, sandbox: SandboxServer, valkey
     assert said.the(OK, "clock", "against storage.redis").says.startswith("equal")
 
 
+async def test_pictures_without_a_bound(tmp_path: Path, sandbox: SandboxServer) -> None:
+    with run_valkey() as unbound:
+        changes: dict[str, object] = {"storage": {"redis": unbound.url}}
+        said = await look_at(tmp_path, sandbox.base_url, changes)
+        filled, shared = said.bad("redis", "storage.redis")
+        assert filled.says == "maxmemory is not set: pictures fill its machine"
+        assert filled.fix == "CONFIG SET maxmemory 4gb, and the same in its redis.conf"
+        assert "holds the pictures too" in shared.says
+        nothing_kept = {"cache": {"enabled": False}, "results": {"enabled": False}}
+        said = await look_at(tmp_path, sandbox.base_url, {**changes, **nothing_kept})
+        assert not said.bad("redis"), "limits need little room"
+
+
 async def test_a_policy_that_forgets_limits(
     tmp_path: Path, sandbox: SandboxServer, valkey: Valkey
 ) -> None:
