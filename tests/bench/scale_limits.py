@@ -48,7 +48,7 @@ GOALS: Final = (
 )
 """What may rise by no more than that."""
 PICTURES: Final = ((WORKERS, ONE_VALKEY), (PAIR, ALONE))
-"""The same with whole pictures: more bytes are moved, and fewer turns taken."""
+"""The same with whole pictures."""
 ABOUT: Final = {
     (APART, ALONE): "what a second one costs this machine, where nothing is shared",
     (BESIDE_LITTLE, ALONE): "what it costs to have the core in turns with anything",
